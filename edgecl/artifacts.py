@@ -1,0 +1,321 @@
+"""What edgecl leaves on disk: the names, and writing so that a partial file never looks whole.
+
+A directory is written aside, flushed to the disk and renamed; a file likewise. Nothing is unpickled.
+Every JSON record begins with `schema`, `kind`, `made_by` and `made_from` (the sha256 of what it came from).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from edgecl import __version__
+from edgecl.errors import ArtifactError
+from edgecl.onboard import bundle as bundle_names
+from edgecl.onboard.bundle import sha256_of_file
+
+SCHEMA = bundle_names.SCHEMA
+MADE_BY = f"edgecl {__version__}"
+
+# A limit on file sizes or a quota reads to a user exactly like a full disk.
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+class RunDir:
+    """The directory of one pretraining run: the resolved recipe, metrics and checkpoints."""
+
+    KIND = "run"
+    RECORD = "run.json"
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+        self.record_file = self.path / self.RECORD
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.views_file = self.path / "views.png"
+        self.checkpoints = self.path / "checkpoints"
+
+    def checkpoint_file(self, epoch: int) -> Path:
+        """Return the directory of the checkpoint after so many epochs."""
+        return self.checkpoints / f"epoch-{epoch:05d}"
+
+    def read(self) -> dict[str, Any]:
+        """Return the run's record.
+
+        Raises:
+            ArtifactError: not a run directory.
+        """
+        return read_record(self.record_file, kind=self.KIND)
+
+
+class ModelDir:
+    """The directory of one small net: its description and its weights."""
+
+    KIND = "model"
+    RECORD = "model.json"
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+        self.record_file = self.path / self.RECORD
+        self.weights_file = self.path / "weights.safetensors"
+        self.probe_file = self.path / "probe.json"
+        self.cost_file = self.path / "cost.json"
+        self.evaluation_file = self.path / "evaluation.json"
+
+    def read(self) -> dict[str, Any]:
+        """Return the model's record, once the weights have been held to their hash.
+
+        Raises:
+            ArtifactError: not a model directory, or the weights changed since it was written.
+        """
+        record = read_record(self.record_file, kind=self.KIND)
+        if not self.weights_file.is_file():
+            raise ArtifactError("the model's weights are missing", where={"file": self.weights_file})
+        found = sha256_of_file(self.weights_file)
+        if found != record["weights_sha256"]:
+            raise ArtifactError(
+                f"the weights do not match their hash: model.json says {record['weights_sha256'][:12]}…, "
+                f"the file has {found[:12]}…",
+                where={"file": self.weights_file},
+                hint="the file changed after it was written; carve or fine-tune it again",
+            )
+        return record
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the model's record, which itself holds the hash of the weights."""
+        return sha256_of_file(self.record_file)
+
+
+class Bundle:
+    """The directory a device gets: ONNX, manifest, reference inputs and outputs."""
+
+    KIND = bundle_names.KIND
+    RECORD = bundle_names.MANIFEST
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+        self.record_file = self.path / bundle_names.MANIFEST
+        self.onnx_file = self.path / bundle_names.ONNX
+        self.reference_file = self.path / bundle_names.REFERENCE
+        self.verify_file = self.path / bundle_names.VERIFY
+
+    def bench_file(self, device: str) -> Path:
+        """Return the record of a measurement on a device."""
+        return self.path / bundle_names.bench_name(device)
+
+    def read(self) -> dict[str, Any]:
+        """Return the manifest, unchecked against the files it names; `verify` does that.
+
+        Raises:
+            ArtifactError: not a bundle.
+        """
+        return read_record(self.record_file, kind=self.KIND)
+
+
+class ReportDir:
+    """The directory of one report: a page, a text and the numbers behind them."""
+
+    KIND = "report"
+    RECORD = "report.json"
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+        self.record_file = self.path / self.RECORD
+        self.page_file = self.path / "report.html"
+        self.text_file = self.path / "report.md"
+
+
+class PipelineDir:
+    """The directory of `edgecl run`: every stage's output, one folder each, and the comparison."""
+
+    KIND = "pipeline"
+    RECORD = "pipeline.json"
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+        self.record_file = self.path / self.RECORD
+        self.run = self.path / "pretrain"
+        self.slim = self.path / "slim"
+        self.random = self.path / "random"
+        self.comparison_file = self.path / "comparison.json"
+        self.bundles = self.path / "bundles"
+        self.report = self.path / "report"
+
+
+KINDS: tuple[type[RunDir | ModelDir | Bundle | ReportDir | PipelineDir], ...] = (
+    RunDir,
+    ModelDir,
+    Bundle,
+    ReportDir,
+    PipelineDir,
+)
+
+
+def kind_of(path: Path) -> str | None:
+    """Return which kind of edgecl output a directory is, or None."""
+    for kind in KINDS:
+        if (path / kind.RECORD).is_file():
+            return kind.KIND
+    return None
+
+
+def record_header(kind: str, *, made_from: str | None) -> dict[str, Any]:
+    """Return the first keys of every record, with the command that makes it."""
+    return {
+        "schema": SCHEMA,
+        "kind": kind,
+        "made_by": MADE_BY,
+        "made_from": made_from,
+        "command": command_line(),
+    }
+
+
+def command_line() -> str:
+    """Return the command this process was started with, as one would type it again."""
+    import shlex
+
+    return shlex.join(["edgecl", *sys.argv[1:]]) if Path(sys.argv[0]).stem in ("edgecl", "__main__") else "python"
+
+
+def read_record(path: Path, *, kind: str) -> dict[str, Any]:
+    """Read a JSON record and hold it to its kind and schema.
+
+    Raises:
+        ArtifactError: missing, not JSON, of another kind, or of a newer schema than this edgecl knows.
+    """
+    if not path.is_file():
+        found = kind_of(path.parent) if path.parent.is_dir() else None
+        problem = f"'{path.parent}' is not a {kind} directory"
+        problem += f" but a {found} directory" if found else f": it has no {path.name}"
+        raise ArtifactError(problem, hint=_HOW_TO_MAKE.get(kind))
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as complaint:
+        raise ArtifactError(f"'{path.name}' is not valid JSON: {complaint}", where={"file": path}) from complaint
+    if not isinstance(record, dict) or record.get("kind") != kind:
+        raise ArtifactError(f"'{path.name}' is not the record of a {kind}", where={"file": path})
+    if record.get("schema", 0) > SCHEMA:
+        raise ArtifactError(
+            f"'{path.name}' has schema {record['schema']}, this edgecl reads up to {SCHEMA}",
+            where={"file": path, "made by": record.get("made_by")},
+            hint="upgrade edgecl",
+        )
+    return record
+
+
+_HOW_TO_MAKE = {
+    "run": "`edgecl pretrain` writes run directories",
+    "model": "`edgecl carve` and `edgecl finetune` write model directories",
+    "bundle": "`edgecl export` writes bundles",
+}
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file so that a reader sees the old one or the new one, never a part."""
+    write_bytes(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file aside, flush it to the disk and rename it.
+
+    Raises:
+        ArtifactError: the disk is full; nothing is left behind.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with disk_errors(path):
+            with aside.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn a full disk or a refused write into a named error."""
+    try:
+        yield
+    except OSError as complaint:
+        if complaint.errno in _DISK_FULL:
+            raise ArtifactError(
+                f"no room on the disk to write '{path.name}'",
+                where={"directory": path.parent},
+                hint="free some space and run the command again; nothing partial was left",
+            ) from complaint
+        if complaint.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise ArtifactError(
+                f"no permission to write '{path.name}'", where={"directory": path.parent}
+            ) from complaint
+        raise
+
+
+def refuse_existing(path: Path, *, force: bool, kind: str) -> None:
+    """Refuse an output that is in the way; with force, refuse only what edgecl did not write.
+
+    Raises:
+        ArtifactError: the output exists and may not be replaced.
+    """
+    if not path.exists():
+        return
+    if path.is_dir() and not any(path.iterdir()):
+        return
+    if not force:
+        raise ArtifactError(f"output '{path}' already exists", hint="choose another --out, or replace it with --force")
+    if not path.is_dir() or kind_of(path) != kind:
+        raise ArtifactError(
+            f"--force replaces only a {kind} directory, and '{path}' is not one",
+            hint="remove it yourself, or choose another --out",
+        )
+
+
+@contextlib.contextmanager
+def new_directory(path: Path, *, kind: str, force: bool = False) -> Iterator[Path]:
+    """Give a directory to write into that appears under its name only once it is whole.
+
+    Args:
+        path: where the directory shall stand.
+        kind: which kind of directory it becomes, one of KINDS.
+        force: replace an earlier directory of the same kind.
+
+    Raises:
+        ArtifactError: the output exists, or the disk is full; then nothing is left behind.
+    """
+    refuse_existing(path, force=force, kind=kind)
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
+    try:
+        with disk_errors(path):
+            yield aside
+            aside.chmod(0o755)
+            flush_tree(aside)
+            if path.exists():
+                old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
+                path.replace(old / path.name)
+                aside.replace(path)
+                shutil.rmtree(old)
+            else:
+                aside.replace(path)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def flush_tree(directory: Path) -> None:
+    """Flush every file of a directory, and the directory, to the disk."""
+    for path in [*directory.rglob("*"), directory]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

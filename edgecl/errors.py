@@ -1,0 +1,96 @@
+"""Every error edgecl raises on purpose.
+
+    EdgeclError                 exit 1: a problem, where it is, and what to do next
+    ├── RecipeError             a recipe: unknown name, key or value
+    ├── TargetError             a deployment target: unknown name, key or value
+    ├── DataError               images: none found, too many unreadable, labels missing, batch larger than the data
+    ├── ShapeError              a tensor of the wrong shape
+    ├── SliceError              a slim net that is no prefix of its host
+    ├── ArtifactError           a directory or file on disk: missing, in the way, of another kind, torn or changed
+    ├── TrainingError           a run that must not go on
+    │   ├── CollapseError       the embedding lost its dimensions
+    │   └── NonFiniteError      a loss that is not a number
+    ├── ParityError             two forms of one net that disagree
+    └── DeviceError             a device or runtime that is not there
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+
+
+class EdgeclError(Exception):
+    """A problem the user can act on.
+
+    Args:
+        problem: what is wrong, with the offending name and both values; no full stop.
+        where: label -> place, each printed on a line of its own.
+        hint: what to do next.
+    """
+
+    def __init__(self, problem: str, *, where: Mapping[str, object] | None = None, hint: str | None = None):
+        self.problem = problem
+        self.where = dict(where or {})
+        self.hint = hint
+        super().__init__(str(self))
+
+    def __str__(self) -> str:
+        rows = [(label, str(place)) for label, place in self.where.items()]
+        if self.hint:
+            rows.append(("hint", self.hint))
+        pad = max((len(label) for label, _ in rows), default=0) + 1
+        return "\n".join([self.problem, *(f"  {label + ':':<{pad}} {place}" for label, place in rows)])
+
+
+class RecipeError(EdgeclError):
+    """A recipe that cannot be read: unknown name, key or value."""
+
+
+class TargetError(EdgeclError):
+    """A deployment target that cannot be read: unknown name, key or value."""
+
+
+class DataError(EdgeclError):
+    """Images that cannot be used: none found, too many unreadable, labels missing."""
+
+
+class ShapeError(EdgeclError):
+    """A tensor of the wrong shape."""
+
+
+class SliceError(EdgeclError):
+    """A slim net that is not a prefix of its host."""
+
+
+class ArtifactError(EdgeclError):
+    """A directory or file that is missing, in the way, of another kind, torn or changed."""
+
+
+class TrainingError(EdgeclError):
+    """A training run that must not go on."""
+
+
+class CollapseError(TrainingError):
+    """An embedding that lost its dimensions."""
+
+
+class NonFiniteError(TrainingError):
+    """A loss that is not a number."""
+
+
+class ParityError(EdgeclError):
+    """Two forms of one net that disagree by more than the tolerance."""
+
+
+class DeviceError(EdgeclError):
+    """A device or runtime that is not there."""
+
+
+def near_matches(name: str, known: Iterable[str]) -> str:
+    """Say which known names are close to a wrong one, for an error's hint."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    if close:
+        return "did you mean " + " or ".join(repr(match) for match in close) + "?"
+    return "known: " + ", ".join(known)

@@ -1,0 +1,1 @@
+"""What is minimised: losses, and SACL-XD as one object."""

@@ -1,0 +1,1 @@
+"""Networks: a timm backbone at a width, the slim net inside its host, and carving it out."""

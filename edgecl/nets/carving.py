@@ -1,0 +1,227 @@
+"""The slim net out of its host: from a run directory to a model directory holding a plain timm net."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from edgecl.artifacts import ModelDir, RunDir, new_directory, record_header, sha256_of_file, write_json
+from edgecl.errors import ArtifactError, SliceError
+from edgecl.nets.backbone import count_parameters, create_backbone, feature_count, recalibrate
+from edgecl.nets.heads import Encoder
+from edgecl.nets.slimming import SlimmableNet
+from edgecl.recipe import Recipe, recipe_from_tables
+
+RECALIBRATION_IMAGES = 4096
+RECALIBRATION_BATCH = 64
+
+
+def create_slimmable(recipe: Recipe) -> SlimmableNet:
+    """Build the encoder a recipe trains, with random weights.
+
+    Raises:
+        RecipeError: unknown architecture.
+        SliceError: the slim net is not a prefix of the host.
+    """
+
+    def build(width: float) -> nn.Module:
+        return Encoder(
+            recipe.host.arch,
+            width=width,
+            projector=recipe.projector.sizes,
+            stem_stride=recipe.host.stem_stride,
+        )
+
+    return SlimmableNet(build, host_width=recipe.host.width, slim_width=recipe.slim.width)
+
+
+def backbone_tensors(net: SlimmableNet, *, width: float) -> dict[str, Tensor]:
+    """Return the backbone of one width as a plain state dict: copies, named as timm names them.
+
+    Args:
+        net: host and slim net.
+        width: the slim width or the host's.
+
+    Raises:
+        SliceError: the net was not trained at this width.
+    """
+    if width not in (net.slim_width, net.host_width):
+        trained = " and ".join(f"{known:g}" for known in dict.fromkeys([net.slim_width, net.host_width]))
+        raise SliceError(
+            f"cannot carve width {width:g}: this run trained {trained}",
+            hint="each width has batch norms of its own, so only a trained width can be carved",
+        )
+    tensors = net.slim_tensors() if width == net.slim_width else net.host.state_dict()
+    prefix = "backbone."
+    return {
+        name.removeprefix(prefix): tensor.detach().clone().contiguous()
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
+
+
+def carve(
+    run: Path, *, out: Path, width: float | None = None, recalibrate_norms: bool = True, force: bool = False
+) -> dict[str, Any]:
+    """Write the slim net of a run's newest checkpoint as a model directory.
+
+    Args:
+        run: a run directory.
+        out: the model directory to write.
+        width: which trained width; None means the slim net.
+        recalibrate_norms: re-estimate batch-norm statistics on the run's own images, unaugmented. Without it the
+            carved net equals the slim net of the checkpoint bit for bit.
+        force: replace an earlier model directory.
+
+    Returns:
+        the record in model.json.
+
+    Raises:
+        ArtifactError: no run directory, no whole checkpoint in it, or the output exists.
+        SliceError: the run was not trained at this width.
+        DataError: recalibration needs the run's images and they are gone.
+    """
+    from edgecl.train.checkpoint import read_newest
+
+    run_dir = RunDir(run)
+    record = run_dir.read()
+    recipe = recipe_from_tables(record["recipe"], source=str(run_dir.record_file))
+    checkpoint = read_newest(run_dir)
+    net = create_slimmable(recipe)
+    net.load_state_dict(checkpoint.model)
+    width = recipe.slim.width if width is None else width
+    tensors = backbone_tensors(net, width=width)
+    backbone = create_backbone(recipe.host.arch, width=width, stem_stride=recipe.host.stem_stride)
+    backbone.load_state_dict(tensors)
+    if recalibrate_norms:
+        _recalibrate_on_run(backbone, record["data"]["uri"], recipe)
+    return write_model(
+        out,
+        backbone,
+        arch=recipe.host.arch,
+        width=width,
+        stem_stride=recipe.host.stem_stride,
+        classes=None,
+        preprocessing=preprocessing_of(recipe),
+        origin="pretrained",
+        made_from=checkpoint.sha256,
+        recalibrated=recalibrate_norms,
+        recipe_name=record["recipe_name"],
+        arm=recipe.arm,
+        epoch=checkpoint.epoch,
+        force=force,
+    )
+
+
+def _recalibrate_on_run(backbone: nn.Module, uri: str, recipe: Recipe) -> None:
+    from edgecl.data.loading import load_eval_images, normalise
+    from edgecl.data.sources import open_source
+
+    data = recipe.data
+    images = load_eval_images(
+        open_source(uri, split="train"),
+        resize_size=data.resize_size or data.image_size,
+        image_size=data.image_size,
+        max_bad_fraction=data.max_bad_fraction,
+        limit=RECALIBRATION_IMAGES,
+    ).images
+    recalibrate(
+        backbone,
+        (normalise(batch, data.mean, data.std) for batch in images.split(RECALIBRATION_BATCH) if len(batch) > 1),
+        device=torch.device("cpu"),
+    )
+
+
+def preprocessing_of(recipe: Recipe) -> dict[str, Any]:
+    """Return what a test image goes through, as model.json and a bundle's manifest hold it."""
+    return {
+        "image_size": recipe.data.image_size,
+        "resize_size": recipe.data.resize_size or recipe.data.image_size,
+        "mean": list(recipe.data.mean),
+        "std": list(recipe.data.std),
+        "interpolation": "bilinear",
+    }
+
+
+def write_model(
+    out: Path,
+    net: nn.Module,
+    *,
+    arch: str,
+    width: float,
+    stem_stride: int | None,
+    classes: list[str] | None,
+    preprocessing: dict[str, Any],
+    origin: str,
+    made_from: str | None,
+    recalibrated: bool = False,
+    recipe_name: str | None = None,
+    arm: str | None = None,
+    epoch: int | None = None,
+    force: bool = False,
+) -> dict[str, Any]:
+    """Write a net as a model directory: weights that timm loads, and what rebuilds the net around them.
+
+    Raises:
+        ArtifactError: the output exists, or the disk is full.
+    """
+    with new_directory(out, kind=ModelDir.KIND, force=force) as aside:
+        directory = ModelDir(aside)
+        save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in net.state_dict().items()},
+            directory.weights_file,
+        )
+        record = {
+            **record_header(ModelDir.KIND, made_from=made_from),
+            "arch": arch,
+            "width": width,
+            "stem_stride": stem_stride,
+            "classes": classes,
+            "features": feature_count(net),
+            "params": count_parameters(net),
+            "preprocessing": preprocessing,
+            "origin": origin,
+            "recalibrated": recalibrated,
+            "recipe_name": recipe_name,
+            "arm": arm,
+            "epoch": epoch,
+            "weights_sha256": sha256_of_file(directory.weights_file),
+        }
+        write_json(directory.record_file, record)
+    return record
+
+
+def load_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """Rebuild the net of a model directory, in evaluation mode.
+
+    Returns:
+        the net and its record.
+
+    Raises:
+        ArtifactError: not a model directory, or weights that do not match their hash or the net.
+    """
+    directory = ModelDir(path)
+    record = directory.read()
+    net = create_blank(record)
+    try:
+        net.load_state_dict(load_file(directory.weights_file))
+    except RuntimeError as complaint:
+        raise ArtifactError(
+            f"the weights are not those of '{record['arch']}' at width {record['width']:g}",
+            where={"file": directory.weights_file},
+        ) from complaint
+    return net.eval(), record
+
+
+def create_blank(record: dict[str, Any]) -> nn.Module:
+    """Build the net a model record describes, with random weights."""
+    return create_backbone(
+        record["arch"],
+        width=record["width"],
+        num_classes=len(record["classes"] or ()),
+        stem_stride=record["stem_stride"],
+    )

@@ -1,0 +1,91 @@
+"""How good features are: spread, redundancy, effective rank, nearest neighbours. Used while training and after."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+KNN_NEIGHBOURS = 20
+KNN_TEMPERATURE = 0.07
+
+
+def spread(z: Tensor) -> Tensor:
+    """Measure how far projections are from collapse.
+
+    Args:
+        z: (N, D) projections.
+
+    Returns:
+        () mean standard deviation per dimension of the L2-normalised projections, times sqrt(D): 1 when they
+        spread evenly over the sphere, 0 when they all agree.
+
+    Source: Chen and He 2021 (SimSiam), arXiv:2011.10566, figure 2.
+    """
+    unit = functional.normalize(z.detach().float(), dim=1)
+    return unit.std(0, correction=0).mean() * z.shape[1] ** 0.5
+
+
+def rank_me(features: Tensor) -> float:
+    """Measure how many dimensions features really use.
+
+    Args:
+        features: (N, F) features.
+
+    Returns:
+        exp of the entropy of the normalised singular values, 1..min(N, F).
+
+    Source: Garrido et al. 2023 (RankMe), arXiv:2210.02885, equation 1.
+    """
+    values = torch.linalg.svdvals(features.double())
+    p = values / values.sum().clamp(min=1e-12) + 1e-7
+    return float(torch.exp(-(p * p.log()).sum()))
+
+
+def knn_top1(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor) -> float:
+    """Classify by weighted nearest neighbours on the sphere.
+
+    Args:
+        bank: (N, F) features whose labels are known.
+        bank_labels: (N,) int64.
+        queries: (M, F) features to classify.
+        labels: (M,) int64.
+
+    Returns:
+        top-1 accuracy, percent.
+
+    Source: Wu et al. 2018, arXiv:1805.01978, section 3.4 (temperature 0.07), with k = 20 as DINO uses.
+    """
+    bank = functional.normalize(bank.float(), dim=1)
+    neighbours = min(KNN_NEIGHBOURS, len(bank))
+    classes = int(max(int(bank_labels.max()), int(labels.max()))) + 1
+    correct = 0
+    for chunk, truth in zip(queries.float().split(1024), labels.split(1024), strict=True):
+        similarity, index = (functional.normalize(chunk, dim=1) @ bank.T).topk(neighbours, dim=1)
+        votes = torch.zeros(len(chunk), classes, device=chunk.device)
+        votes.scatter_add_(1, bank_labels[index], (similarity / KNN_TEMPERATURE).exp())
+        correct += int((votes.argmax(1) == truth).sum())
+    return 100 * correct / len(labels)
+
+
+@torch.no_grad()
+def extract_features(net: torch.nn.Module, images: Tensor, *, normalise: object, batch: int = 256) -> Tensor:
+    """Run a net over uint8 images in evaluation mode.
+
+    Args:
+        net: (N, 3, H, W) float -> (N, F).
+        images: (N, 3, H, W) uint8.
+        normalise: uint8 batch -> float batch.
+        batch: images at a time.
+
+    Returns:
+        (N, F) float32 features on the CPU.
+    """
+    assert callable(normalise)
+    device = next(net.parameters()).device
+    was_training = net.training
+    net.eval()
+    try:
+        return torch.cat([net(normalise(part).to(device)).float().cpu() for part in images.split(batch)])
+    finally:
+        net.train(was_training)

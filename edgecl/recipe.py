@@ -1,0 +1,235 @@
+"""A recipe: everything that decides one training run, read from one TOML file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from edgecl.errors import RecipeError
+from edgecl.settings import (
+    Settings,
+    find_settings_file,
+    header_comment,
+    override,
+    packaged_files,
+    parse_toml,
+    validate,
+)
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+PerView = tuple[Fraction, Fraction]
+Range = tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]]
+
+
+class Host(Settings):
+    """The wide net that is trained."""
+
+    arch: str
+    """A timm architecture, e.g. mobilenetv3_large_100."""
+    width: float = Field(1.5, ge=1.0, le=4.0)
+    """Channels as a multiple of the architecture's own."""
+    stem_stride: Literal[1, 2] | None = None
+    """Stride of the first convolution; None keeps the architecture's. 1 suits images of 32 pixels."""
+
+
+class Slim(Settings):
+    """The net inside the host that will be carved out."""
+
+    width: float = Field(1.0, gt=0, le=4.0)
+    """Channels as a multiple of the architecture's own; at the host's width the host itself is the slim net."""
+    slow_start: Fraction = 0.0
+    """First fraction of the epochs in which both views go through the host only."""
+
+
+class Projector(Settings):
+    """The MLP between features and loss, thrown away after training."""
+
+    sizes: tuple[Annotated[int, Field(gt=0)], ...] = Field((2048, 2048, 2048), min_length=1)
+    """Width of each linear layer; the last is D."""
+
+
+class Loss(Settings):
+    """L = alpha L_SACL + (1 - alpha) (L_D(z_A, [z_A]) + L_D(z_B, [z_B])) / 2."""
+
+    alpha: Fraction = 0.95
+    off_diagonal: float = Field(0.0051, ge=0)
+    """Weight of the redundancy term."""
+    scale: float = Field(0.1, gt=0)
+    """Multiplies the whole loss."""
+    xd_direction: Literal["both", "slim_only"] = "both"
+    """slim_only leaves out L_D(z_A, [z_A]), which pulls the host towards the frozen slim net."""
+    swap_views: Fraction = 0.5
+    """Probability, per step, that the host sees view B and the slim net view A."""
+
+
+class Data(Settings):
+    """Which images, and in what batches."""
+
+    uri: str | None = None
+    """A data URI; None asks for --data."""
+    image_size: int = Field(224, ge=8)
+    """Height and width of a view and of a test image, pixels."""
+    canvas_size: int | None = Field(None, ge=8)
+    """Each picture is decoded whole to a square of this side before cropping, pixels; None means image_size."""
+    resize_size: int | None = Field(None, ge=8)
+    """Shorter side before the centre crop of a test image, pixels; None means image_size."""
+    batch_size: int = Field(256, ge=2)
+    """Images per step, over all processes."""
+    max_bad_fraction: Fraction = 0.01
+    """Unreadable images skipped (and named) before the run stops."""
+    cache_mib: int = Field(4096, ge=0)
+    """Keep the decoded images in memory when they fit into this."""
+    workers: int = Field(2, ge=0)
+    """Decoding threads when they do not."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    limit: int | None = Field(None, ge=2)
+    """Use only so many images, an even choice per class where there are classes; None means all."""
+
+
+class Views(Settings):
+    """How one picture becomes two views; a pair gives view A and view B."""
+
+    crop_scale: tuple[Fraction, Fraction] = (0.08, 1.0)
+    """Area of the crop as a fraction of the picture's."""
+    crop_ratio: Range = (0.75, 4 / 3)
+    """Width / height of the crop."""
+    flip: Fraction = 0.5
+    flip_vertical: Fraction = 0.0
+    jitter: Fraction = 0.8
+    """Probability of colour jitter."""
+    brightness: float = Field(0.4, ge=0)
+    contrast: float = Field(0.4, ge=0)
+    saturation: float = Field(0.2, ge=0)
+    hue: float = Field(0.1, ge=0, le=0.5)
+    grey: Fraction = 0.2
+    blur: PerView = (1.0, 0.1)
+    blur_sigma: Range = (0.1, 2.0)
+    """Standard deviation of the blur, pixels of a 224-pixel view; scaled with image_size."""
+    solarize: PerView = (0.0, 0.2)
+
+
+class Optim(Settings):
+    """The optimiser and its schedule."""
+
+    name: Literal["lars", "adamw", "sgd"] = "lars"
+    lr: float = Field(0.3, gt=0)
+    """Peak learning rate; with lr_batch, for a batch of that size, scaled linearly."""
+    lr_batch: int | None = Field(None, gt=0)
+    weight_decay: float = Field(1e-4, ge=0)
+    """Not applied to biases and norms."""
+    momentum: Fraction = 0.9
+    trust_coefficient: float = Field(0.02, gt=0)
+    """LARS's eta."""
+    trust_clip: bool = True
+    """LARS: never take a step longer than plain SGD's."""
+    warmup_epochs: float = Field(0.0, ge=0)
+    final_lr_fraction: Fraction = 0.0
+    """Learning rate at the end of the cosine, as a fraction of the peak."""
+    clip_norm: float | None = Field(None, gt=0)
+    """Gradient norm above which gradients are scaled down."""
+
+
+class Run(Settings):
+    """How long, how exact, and how often to look."""
+
+    epochs: int = Field(200, ge=1)
+    seed: int = Field(0, ge=0)
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    channels_last: bool = True
+    log_every: int = Field(10, ge=1)
+    """Steps between two records in metrics.jsonl."""
+    checkpoint_epochs: int = Field(1, ge=1)
+    """Epochs between two checkpoints."""
+    quality_epochs: int = Field(10, ge=1)
+    """Epochs between two looks at RankMe and, where there are labels, kNN."""
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Also log through these; each must be installed."""
+
+
+class Probe(Settings):
+    """How `edgecl run` judges the result."""
+
+    labels_per_class: int = Field(10, ge=1)
+    draws: int = Field(5, ge=2)
+    scratch_steps: int = Field(200, ge=1)
+    """Steps of the same net trained from scratch on the same few labels."""
+    scratch_lr: float = Field(2e-3, gt=0)
+
+
+class Recipe(Settings):
+    """One training run; two recipes differ exactly where their files do."""
+
+    host: Host
+    slim: Slim = Slim()
+    projector: Projector = Projector()
+    loss: Loss = Loss()
+    data: Data = Data()
+    views: Views = Views()
+    optim: Optim = Optim()
+    run: Run = Run()
+    probe: Probe = Probe()
+
+    @model_validator(mode="after")
+    def _slim_fits_into_host(self) -> Recipe:
+        if self.slim.width > self.host.width:
+            raise ValueError(
+                f"slim width {self.slim.width:g} is above the host's {self.host.width:g}; "
+                "the slim net is a part of the host: widen [host] width or narrow [slim] width"
+            )
+        for name in ("crop_scale", "crop_ratio", "blur_sigma"):
+            low, high = getattr(self.views, name)
+            if low > high:
+                raise ValueError(f"'views.{name}' runs from {low:g} down to {high:g}; write the smaller first")
+        if self.data.resize_size is not None and self.data.resize_size < self.data.image_size:
+            raise ValueError(
+                f"'data.resize_size' {self.data.resize_size} is below 'data.image_size' {self.data.image_size}"
+            )
+        return self
+
+    @property
+    def arm(self) -> str:
+        """Which method of the family the settings amount to."""
+        return arm_name(self.host.width, self.slim.width, self.loss.alpha)
+
+
+def arm_name(host_width: float, slim_width: float, alpha: float) -> str:
+    """Name the method that widths and alpha amount to."""
+    if host_width == slim_width:
+        return "Barlow Twins" if alpha == 1 else "XD only"
+    return "SACL only" if alpha == 1 else "SACL-XD"
+
+
+def read_recipe(name: str, assignments: list[str] | None = None) -> Recipe:
+    """Read a packaged recipe or a TOML file, with `--set` assignments applied.
+
+    Raises:
+        RecipeError: unknown name, key or value; every problem at once.
+    """
+    path = find_settings_file(name, folder="recipes", error=RecipeError, noun="recipe")
+    tables = parse_toml(path.read_text(encoding="utf-8"), source=str(path), error=RecipeError)
+    return recipe_from_tables(override(tables, assignments or [], error=RecipeError), source=str(path))
+
+
+def recipe_from_tables(tables: dict[str, Any], *, source: str) -> Recipe:
+    """Validate parsed tables, for example those of a run directory.
+
+    Raises:
+        RecipeError: unknown key or wrong value.
+    """
+    return validate(Recipe, tables, source=source, error=RecipeError)
+
+
+def recipe_name(name: str) -> str:
+    """Return the short name of a packaged recipe or of a file."""
+    return Path(name).stem if name.endswith(".toml") else name
+
+
+def list_recipes() -> list[dict[str, str]]:
+    """List the packaged recipes: name and the first line of the header."""
+    return [
+        {"name": name, "summary": header_comment(path.read_text(encoding="utf-8")).partition("\n")[0]}
+        for name, path in packaged_files("recipes").items()
+    ]

@@ -1,0 +1,59 @@
+"""The optimiser and its schedule, from timm."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.optim import Lars
+from timm.scheduler import CosineLRScheduler
+from torch import nn
+
+from edgecl.recipe import Optim
+
+
+def create_optimizer(net: nn.Module, settings: Optim, *, batch_size: int) -> torch.optim.Optimizer:
+    """Build the optimiser; biases and norms get neither weight decay nor, under LARS, a trust ratio.
+
+    Args:
+        net: what is trained.
+        settings: the recipe's [optim] table.
+        batch_size: images per step over all processes, for the linear scaling of the rate.
+    """
+    learned = [parameter for parameter in net.parameters() if parameter.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in learned if p.ndim > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in learned if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    lr = peak_rate(settings, batch_size=batch_size)
+    if settings.name == "adamw":
+        return torch.optim.AdamW(groups, lr=lr)
+    if settings.name == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=settings.momentum)
+    return Lars(
+        groups,
+        lr=lr,
+        momentum=settings.momentum,
+        trust_coeff=settings.trust_coefficient,
+        trust_clip=settings.trust_clip,
+    )
+
+
+def peak_rate(settings: Optim, *, batch_size: int) -> float:
+    """Return the learning rate at the end of the warm-up."""
+    return settings.lr * (batch_size / settings.lr_batch if settings.lr_batch else 1.0)
+
+
+def create_schedule(
+    optimizer: torch.optim.Optimizer, settings: Optim, *, batch_size: int, steps_per_epoch: int, total_steps: int
+) -> CosineLRScheduler:
+    """Build a cosine schedule after a linear warm-up, a pure function of the step."""
+    warmup_steps = min(round(settings.warmup_epochs * steps_per_epoch), total_steps - 1)
+    return CosineLRScheduler(
+        optimizer,
+        t_initial=total_steps,
+        lr_min=peak_rate(settings, batch_size=batch_size) * settings.final_lr_fraction,
+        warmup_t=warmup_steps,
+        warmup_lr_init=0.0,
+        t_in_epochs=False,
+    )
