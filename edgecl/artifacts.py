@@ -182,7 +182,11 @@ def command_line() -> str:
     """Return the command this process was started with, as one would type it again."""
     import shlex
 
-    return shlex.join(["edgecl", *sys.argv[1:]]) if Path(sys.argv[0]).stem in ("edgecl", "__main__") else "python"
+    return (
+        shlex.join(["edgecl", *sys.argv[1:]])
+        if Path(sys.argv[0]).stem in ("edgecl", "__main__")
+        else "python"
+    )
 
 
 def read_record(path: Path, *, kind: str) -> dict[str, Any]:
@@ -199,7 +203,9 @@ def read_record(path: Path, *, kind: str) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as complaint:
-        raise ArtifactError(f"'{path.name}' is not valid JSON: {complaint}", where={"file": path}) from complaint
+        raise ArtifactError(
+            f"'{path.name}' is not valid JSON: {complaint}", where={"file": path}
+        ) from complaint
     if not isinstance(record, dict) or record.get("kind") != kind:
         raise ArtifactError(f"'{path.name}' is not the record of a {kind}", where={"file": path})
     if record.get("schema", 0) > SCHEMA:
@@ -271,7 +277,9 @@ def refuse_existing(path: Path, *, force: bool, kind: str) -> None:
     if path.is_dir() and not any(path.iterdir()):
         return
     if not force:
-        raise ArtifactError(f"output '{path}' already exists", hint="choose another --out, or replace it with --force")
+        raise ArtifactError(
+            f"output '{path}' already exists", hint="choose another --out, or replace it with --force"
+        )
     if not path.is_dir() or kind_of(path) != kind:
         raise ArtifactError(
             f"--force replaces only a {kind} directory, and '{path}' is not one",

@@ -1,17 +1,17 @@
 """Every error edgecl raises on purpose.
 
-    EdgeclError                 exit 1: a problem, where it is, and what to do next
-    ├── RecipeError             a recipe: unknown name, key or value
-    ├── TargetError             a deployment target: unknown name, key or value
-    ├── DataError               images: none found, too many unreadable, labels missing, batch larger than the data
-    ├── ShapeError              a tensor of the wrong shape
-    ├── SliceError              a slim net that is no prefix of its host
-    ├── ArtifactError           a directory or file on disk: missing, in the way, of another kind, torn or changed
-    ├── TrainingError           a run that must not go on
-    │   ├── CollapseError       the embedding lost its dimensions
-    │   └── NonFiniteError      a loss that is not a number
-    ├── ParityError             two forms of one net that disagree
-    └── DeviceError             a device or runtime that is not there
+EdgeclError                 exit 1: a problem, where it is, and what to do next
+├── RecipeError             a recipe: unknown name, key or value
+├── TargetError             a deployment target: unknown name, key or value
+├── DataError               images: none found, too many unreadable, labels missing, batch larger than the data
+├── ShapeError              a tensor of the wrong shape
+├── SliceError              a slim net that is no prefix of its host
+├── ArtifactError           a directory or file on disk: missing, in the way, of another kind, torn or changed
+├── TrainingError           a run that must not go on
+│   ├── CollapseError       the embedding lost its dimensions
+│   └── NonFiniteError      a loss that is not a number
+├── ParityError             two forms of one net that disagree
+└── DeviceError             a device or runtime that is not there
 """
 
 from __future__ import annotations

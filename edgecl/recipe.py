@@ -28,7 +28,7 @@ class Host(Settings):
 
     arch: str
     """A timm architecture, e.g. mobilenetv3_large_100."""
-    width: float = Field(1.5, ge=1.0, le=4.0)
+    width: float = Field(1.5, gt=0, le=4.0)
     """Channels as a multiple of the architecture's own."""
     stem_stride: Literal[1, 2] | None = None
     """Stride of the first convolution; None keeps the architecture's. 1 suits images of 32 pixels."""
@@ -182,7 +182,9 @@ class Recipe(Settings):
         for name in ("crop_scale", "crop_ratio", "blur_sigma"):
             low, high = getattr(self.views, name)
             if low > high:
-                raise ValueError(f"'views.{name}' runs from {low:g} down to {high:g}; write the smaller first")
+                raise ValueError(
+                    f"'views.{name}' runs from {low:g} down to {high:g}; write the smaller first"
+                )
         if self.data.resize_size is not None and self.data.resize_size < self.data.image_size:
             raise ValueError(
                 f"'data.resize_size' {self.data.resize_size} is below 'data.image_size' {self.data.image_size}"

@@ -81,7 +81,9 @@ def override(tables: dict[str, Any], assignments: list[str], *, error: type[Edge
     for assignment in assignments:
         key, separator, text = assignment.partition("=")
         if not separator or not key.strip():
-            raise error(f"cannot read --set '{assignment}'", hint="write it as table.key=value, e.g. optim.lr=0.2")
+            raise error(
+                f"cannot read --set '{assignment}'", hint="write it as table.key=value, e.g. optim.lr=0.2"
+            )
         try:
             value = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:
@@ -125,7 +127,9 @@ def _describe(problem: Any, model: type[BaseModel]) -> str:
         return message
     if problem["type"] == "literal_error":
         word = str(problem["input"])
-        choices = [choice.strip("'") for choice in problem["ctx"]["expected"].replace(" or ", ", ").split(", ")]
+        choices = [
+            choice.strip("'") for choice in problem["ctx"]["expected"].replace(" or ", ", ").split(", ")
+        ]
         return f"'{key}' is {word!r}: {near_matches(word, choices)}; known: {', '.join(choices)}"
     return f"'{key}' is {problem['input']!r}: {message}"
 

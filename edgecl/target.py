@@ -41,7 +41,9 @@ class Target(Settings):
     @model_validator(mode="after")
     def _batch_within_limits(self) -> Target:
         if self.graph.dynamic_batch and self.graph.batch > self.graph.max_batch:
-            raise ValueError(f"'graph.batch' {self.graph.batch} is above 'graph.max_batch' {self.graph.max_batch}")
+            raise ValueError(
+                f"'graph.batch' {self.graph.batch} is above 'graph.max_batch' {self.graph.max_batch}"
+            )
         return self
 
 

@@ -45,7 +45,9 @@ def cross_correlation(z_a: Tensor, z_b: Tensor) -> Tensor:
     Source: Zbontar et al. 2021, arXiv:2103.03230, equation 2, with the biased variance and epsilon of batch norm.
     """
     if z_a.ndim != 2 or z_a.shape != z_b.shape:
-        raise ShapeError(f"projections must be two (N, D) tensors, got {tuple(z_a.shape)} and {tuple(z_b.shape)}")
+        raise ShapeError(
+            f"projections must be two (N, D) tensors, got {tuple(z_a.shape)} and {tuple(z_b.shape)}"
+        )
     if z_a.shape[0] < 2:
         raise ShapeError(f"a correlation needs at least 2 samples, got {z_a.shape[0]}")
     with torch.autocast(device_type=z_a.device.type, enabled=False):

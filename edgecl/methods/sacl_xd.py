@@ -73,7 +73,9 @@ class SaclXd:
         """Whether there is a distillation term."""
         return self.alpha < 1
 
-    def project(self, net: SlimmableNet, view_a: Tensor, view_b: Tensor, *, dense: bool = False) -> Projections:
+    def project(
+        self, net: SlimmableNet, view_a: Tensor, view_b: Tensor, *, dense: bool = False
+    ) -> Projections:
         """Run the passes this arm needs.
 
         Args:

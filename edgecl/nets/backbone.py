@@ -15,18 +15,6 @@ from torch import nn
 
 from edgecl.errors import RecipeError, SliceError, near_matches
 
-# Nets that carry tests: their hosts at any width contain their slim nets.
-SUPPORTED = (
-    "mobilenetv1_100",
-    "mobilenetv2_100",
-    "mobilenetv3_large_100",
-    "mobilenetv3_small_100",
-    "mobilenetv4_conv_small",
-    "efficientnet_b0",
-    "efficientnet_lite0",
-    "resnet50",
-)
-
 
 def create_backbone(
     arch: str, *, width: float = 1.0, num_classes: int = 0, stem_stride: int | None = None

@@ -109,6 +109,7 @@ def carve(
         preprocessing=preprocessing_of(recipe),
         origin="pretrained",
         made_from=checkpoint.sha256,
+        data=record["data"]["uri"],
         recalibrated=recalibrate_norms,
         recipe_name=record["recipe_name"],
         arm=recipe.arm,
@@ -131,7 +132,11 @@ def _recalibrate_on_run(backbone: nn.Module, uri: str, recipe: Recipe) -> None:
     ).images
     recalibrate(
         backbone,
-        (normalise(batch, data.mean, data.std) for batch in images.split(RECALIBRATION_BATCH) if len(batch) > 1),
+        (
+            normalise(batch, data.mean, data.std)
+            for batch in images.split(RECALIBRATION_BATCH)
+            if len(batch) > 1
+        ),
         device=torch.device("cpu"),
     )
 
@@ -158,6 +163,7 @@ def write_model(
     preprocessing: dict[str, Any],
     origin: str,
     made_from: str | None,
+    data: str | None,
     recalibrated: bool = False,
     recipe_name: str | None = None,
     arm: str | None = None,
@@ -189,6 +195,7 @@ def write_model(
             "recipe_name": recipe_name,
             "arm": arm,
             "epoch": epoch,
+            "data": data,
             "weights_sha256": sha256_of_file(directory.weights_file),
         }
         write_json(directory.record_file, record)

@@ -18,7 +18,6 @@ from torch.func import functional_call
 from edgecl.errors import SliceError
 from edgecl.nets.backbone import is_norm
 
-
 _NESTING_HINT = "this architecture changes with its width; `edgecl ls nets` lists those that nest"
 
 

@@ -55,7 +55,9 @@ def write_checkpoint(
             shutil.rmtree(path)
     tensors, scalars = _flatten(optimizer)
     with new_directory(path, kind="checkpoint") as aside:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in model.items()}, aside / _MODEL)
+        save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in model.items()}, aside / _MODEL
+        )
         save_file(tensors, aside / _OPTIMIZER)
         state = {
             "schema": SCHEMA,
@@ -133,10 +135,10 @@ def _flatten(optimizer: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, An
 
 
 def _unflatten(tensors: dict[str, Tensor], scalars: dict[str, Any]) -> dict[str, Any]:
-    state: dict[int, dict[str, Any]] = {int(index): dict(entries) for index, entries in scalars["state"].items()}
+    state: dict[int, dict[str, Any]] = {
+        int(index): dict(entries) for index, entries in scalars["state"].items()
+    }
     for name, tensor in tensors.items():
         index, _, key = name.partition(".")
         state.setdefault(int(index), {})[key] = tensor
     return {"state": state, "param_groups": scalars["groups"]}
-
-

@@ -21,7 +21,7 @@ from edgecl.data.loading import Batch, TrainingImages, load_eval_images, normali
 from edgecl.data.randomness import uniforms
 from edgecl.data.sources import ImageSource, open_source
 from edgecl.data.views import make_views, write_views_grid
-from edgecl.errors import ArtifactError, DataError, DeviceError, RecipeError
+from edgecl.errors import ArtifactError, DeviceError, RecipeError
 from edgecl.methods.sacl_xd import Losses, Passes, Projections, SaclXd
 from edgecl.nets.backbone import count_parameters
 from edgecl.nets.carving import create_slimmable
@@ -87,13 +87,7 @@ def pretrain(
         max_bad_fraction=recipe.data.max_bad_fraction,
         workers=recipe.data.workers,
         limit=recipe.data.limit,
-    )
-    if recipe.data.batch_size > len(images):
-        raise DataError(
-            f"a batch of {recipe.data.batch_size} is larger than the data: {len(images)} images",
-            where={"data": uri},
-            hint=f"lower it, e.g. --set data.batch_size={max(2, len(images) // 4)}",
-        )
+    ).to(accelerator.device)
     torch.manual_seed(recipe.run.seed)
     net = create_slimmable(recipe)
     training = Training(recipe, net=net, images=images, source=source, accelerator=accelerator)
@@ -270,10 +264,7 @@ class Training:
             progress.advance()
 
     def _views(self, batch: Batch, run_dir: RunDir) -> tuple[Tensor, Tensor]:
-        recipe, device = self.recipe, self.accelerator.device
-        batch = batch._replace(
-            canvases=batch.canvases.to(device, non_blocking=True), sizes=batch.sizes.to(device, non_blocking=True)
-        )
+        recipe = self.recipe
         view_a, view_b = make_views(
             batch,
             recipe.views,
@@ -284,7 +275,9 @@ class Training:
             epoch=self.epoch,
         )
         if self.step == 0 and self.accelerator.is_main_process:
-            write_views_grid(run_dir.views_file, batch, view_a, view_b, mean=recipe.data.mean, std=recipe.data.std)
+            write_views_grid(
+                run_dir.views_file, batch, view_a, view_b, mean=recipe.data.mean, std=recipe.data.std
+            )
         # Decided once for the global batch, so that every process swaps alike.
         draw = uniforms(recipe.run.seed, 0, numpy.array([self.step]), stream="swap-views", count=1)[0, 0]
         if draw < recipe.loss.swap_views:
@@ -312,7 +305,9 @@ class Training:
         self.optimizer.zero_grad(set_to_none=True)
         return losses, projections
 
-    def _step_record(self, losses: Losses, projections: Projections, *, images_per_s: float) -> dict[str, Any]:
+    def _step_record(
+        self, losses: Losses, projections: Projections, *, images_per_s: float
+    ) -> dict[str, Any]:
         return {
             "step": self.step,
             "epoch": self.step / self.steps_per_epoch,
@@ -417,7 +412,9 @@ def _start_run_dir(run_dir: RunDir) -> None:
     try:
         run_dir.checkpoints.mkdir(parents=True)
     except OSError as complaint:
-        raise ArtifactError(f"cannot write the run directory '{run_dir.path}': {complaint.strerror}") from complaint
+        raise ArtifactError(
+            f"cannot write the run directory '{run_dir.path}': {complaint.strerror}"
+        ) from complaint
 
 
 def _count_slim(net: SlimmableNet) -> int:
@@ -437,5 +434,3 @@ def _versions() -> dict[str, str]:
         "accelerate": accelerate.__version__,
         "numpy": numpy.__version__,
     }
-
-

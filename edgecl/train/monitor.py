@@ -77,7 +77,9 @@ class CollapseAlarm:
         where = {"run": self._run, "step": record["step"]}
         if not math.isfinite(record["loss"]):
             terms = ", ".join(
-                f"{name} {record[name]:g}" for name in ("sacl", "xd_host", "xd_slim") if record[name] is not None
+                f"{name} {record[name]:g}"
+                for name in ("sacl", "xd_host", "xd_slim")
+                if record[name] is not None
             )
             raise NonFiniteError(
                 f"the loss is {record['loss']:g} ({terms}; learning rate {record['lr']:.3g})",

@@ -45,7 +45,12 @@ def peak_rate(settings: Optim, *, batch_size: int) -> float:
 
 
 def create_schedule(
-    optimizer: torch.optim.Optimizer, settings: Optim, *, batch_size: int, steps_per_epoch: int, total_steps: int
+    optimizer: torch.optim.Optimizer,
+    settings: Optim,
+    *,
+    batch_size: int,
+    steps_per_epoch: int,
+    total_steps: int,
 ) -> CosineLRScheduler:
     """Build a cosine schedule after a linear warm-up, a pure function of the step."""
     warmup_steps = min(round(settings.warmup_epochs * steps_per_epoch), total_steps - 1)

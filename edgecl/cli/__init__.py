@@ -1,0 +1,73 @@
+"""The command line: every command in one visible list, and every error as a text, not a stack."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from edgecl import __version__
+from edgecl.cli.bench import bench_command
+from edgecl.cli.carve import carve_command
+from edgecl.cli.cost import cost_command
+from edgecl.cli.export import export_command
+from edgecl.cli.finetune import finetune_command
+from edgecl.cli.ls import ls_command
+from edgecl.cli.pretrain import pretrain_command
+from edgecl.cli.probe import probe_command
+from edgecl.cli.report import report_command
+from edgecl.cli.run import demo_command, run_command
+from edgecl.cli.verify import verify_command
+
+app = typer.Typer(
+    name="edgecl",
+    help="Train, then compile: small vision networks from unlabelled images, measured on the device that runs them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("ls")(ls_command)
+app.command("run")(run_command)
+app.command("demo")(demo_command)
+app.command("pretrain")(pretrain_command)
+app.command("carve")(carve_command)
+app.command("probe")(probe_command)
+app.command("finetune")(finetune_command)
+app.command("cost")(cost_command)
+app.command("export")(export_command)
+app.command("verify")(verify_command)
+app.command("bench")(bench_command)
+app.command("report")(report_command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"edgecl {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the stack of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    _root.debug = debug  # type: ignore[attr-defined]
+
+
+def main() -> None:
+    """Run the command line: exit 0 when done, 1 on a named error, 2 on wrong usage."""
+    from edgecl.errors import EdgeclError
+
+    try:
+        app()
+    except EdgeclError as error:
+        if getattr(_root, "debug", False):
+            raise
+        sys.stderr.write(f"edgecl: {error}\n")
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        sys.stderr.write("edgecl: interrupted\n")
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        raise SystemExit(1) from None

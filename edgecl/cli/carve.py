@@ -1,0 +1,33 @@
+"""`edgecl carve`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from edgecl.cli.options import ForceOption
+
+
+def carve_command(
+    run: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A directory that `edgecl pretrain` wrote.")],
+    out: Annotated[Path, typer.Option("--out", help="Model directory to write.")],
+    width: Annotated[
+        float | None, typer.Option("--width", help="A trained width [default: the slim net's, usually 1.0]")
+    ] = None,
+    recalibrate: Annotated[
+        bool,
+        typer.Option(
+            "--recalibrate/--no-recalibrate",
+            help="Re-estimate batch-norm statistics on the run's own images; without, a bit-for-bit copy.",
+        ),
+    ] = True,
+    force: ForceOption = False,
+) -> None:
+    """Carve the slim net out of its host: a plain timm net."""
+    from edgecl.nets.carving import carve
+
+    record = carve(run, out=out, width=width, recalibrate_norms=recalibrate, force=force)
+    typer.echo(
+        f"{record['arch']} at width {record['width']:g}: {record['params']:,} parameters, "
+        f"{record['features']} features -> {out}"
+    )

@@ -1,0 +1,41 @@
+"""`edgecl finetune`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from edgecl.cli.options import (
+    DownloadOption,
+    ForceOption,
+    LabelledOption,
+    ModelArgument,
+    SetOption,
+    TestOption,
+)
+
+
+def finetune_command(
+    model: ModelArgument,
+    data: LabelledOption,
+    out: Annotated[Path, typer.Option("--out", help="Model directory to write.")],
+    test: TestOption = None,
+    epochs: Annotated[
+        int | None, typer.Option("--epochs", min=1, help="Passes over the data [default: 20]")
+    ] = None,
+    set_: SetOption = None,
+    force: ForceOption = False,
+    download: DownloadOption = False,
+) -> None:
+    """Add a classifier and train with labels: a net that can be deployed."""
+    from edgecl.evaluate.finetune import finetune
+
+    record = finetune(
+        model, data=data, test=test, out=out, epochs=epochs, assignments=set_, force=force, download=download
+    )
+    found = record["evaluation"]
+    low, high = found["top1_ci95"]
+    typer.echo(
+        f"top-1 {found['top1']:.1f} % [{low:.1f}, {high:.1f}] on {found['n_test']} held-out images, "
+        f"{len(record['classes'])} classes -> {out}"
+    )

@@ -1,0 +1,50 @@
+"""`edgecl pretrain`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from edgecl.cli.options import (
+    DataOption,
+    DeviceOption,
+    DownloadOption,
+    ForceOption,
+    RecipeArgument,
+    ResumeOption,
+    SetOption,
+)
+
+
+def pretrain_command(
+    recipe: RecipeArgument,
+    data: DataOption = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Run directory [default: runs/RECIPE]")] = None,
+    set_: SetOption = None,
+    device: DeviceOption = "auto",
+    resume: ResumeOption = False,
+    force: ForceOption = False,
+    download: DownloadOption = False,
+) -> None:
+    """Pretrain a host and the slim net inside it from unlabelled images."""
+    from edgecl.recipe import read_recipe, recipe_name
+
+    name = recipe_name(recipe)
+    settings = read_recipe(recipe, set_)
+    out = out or Path("runs") / name
+    from edgecl.train.loop import pretrain
+
+    record = pretrain(
+        settings,
+        recipe_name=name,
+        out=out,
+        data=data,
+        device=device,
+        resume=resume,
+        force=force,
+        download=download,
+    )
+    typer.echo(
+        f"{record['arm']} on {record['data']['images']} images: {record['total_steps']} steps "
+        f"in {record['wall_s']:.0f} s; next: edgecl carve {out} --out MODEL_DIR"
+    )

@@ -1,0 +1,95 @@
+"""`edgecl run` and `edgecl demo`, which is `edgecl run demo`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from edgecl.cli.options import (
+    DataOption,
+    Device,
+    DeviceOption,
+    DownloadOption,
+    ForceOption,
+    RecipeArgument,
+    ResumeOption,
+    SetOption,
+    TargetsOption,
+    TestOption,
+)
+
+
+def run_command(
+    recipe: RecipeArgument,
+    data: DataOption = None,
+    test: TestOption = None,
+    target: TargetsOption = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Directory to write [default: runs/RECIPE]")
+    ] = None,
+    set_: SetOption = None,
+    device: DeviceOption = "auto",
+    resume: ResumeOption = False,
+    force: ForceOption = False,
+    download: DownloadOption = False,
+) -> None:
+    """Go the whole road: pretrain, carve, probe against baselines, export, verify, bench, report."""
+    _run(
+        recipe,
+        data=data,
+        test=test,
+        targets=target,
+        out=out,
+        set_=set_,
+        device=device,
+        resume=resume,
+        force=force,
+        download=download,
+    )
+
+
+def demo_command(
+    out: Annotated[Path, typer.Option("--out", help="Directory to write.")] = Path("edgecl-demo"),
+    force: ForceOption = False,
+) -> None:
+    """Go the whole road in minutes, on images that edgecl draws itself."""
+    _run("demo", out=out, force=force, device="cpu")
+
+
+def _run(
+    recipe: str,
+    *,
+    out: Path | None,
+    data: str | None = None,
+    test: str | None = None,
+    targets: list[str] | None = None,
+    set_: list[str] | None = None,
+    device: Device = "auto",
+    resume: bool = False,
+    force: bool = False,
+    download: bool = False,
+) -> None:
+    from edgecl.recipe import read_recipe, recipe_name
+
+    name = recipe_name(recipe)
+    settings = read_recipe(recipe, set_)
+    out = out or Path("runs") / name
+    from edgecl.artifacts import PipelineDir, ReportDir
+    from edgecl.cli.report import print_report
+    from edgecl.pipeline import run
+
+    record = run(
+        settings,
+        recipe_name=name,
+        out=out,
+        data=data,
+        test=test,
+        targets=targets or ["ort-cpu"],
+        device=device,
+        resume=resume,
+        force=force,
+        download=download,
+        say=lambda line: typer.echo(f"edgecl: {line}", err=True),
+    )
+    print_report(record["report"])
+    typer.echo(f"report: {ReportDir(PipelineDir(out).report).page_file}")

@@ -1,0 +1,369 @@
+"""A batch of pictures -> two augmented views, batched on the pictures' device, every sample different.
+
+The operators and their order are torchvision's (random resized crop, flip, colour jitter, greyscale, blur,
+solarise), and so are the distributions of their parameters; the tests hold both to torchvision.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from edgecl.artifacts import write_bytes
+from edgecl.data.loading import Batch
+from edgecl.data.randomness import uniforms
+from edgecl.recipe import Views
+
+Floats = NDArray[np.float64]
+Rows = NDArray[np.int64]
+
+VIEWS: tuple[Literal["a"], Literal["b"]] = ("a", "b")
+
+# Blur is stated for this side (BYOL's) and scales with the view.
+_BLUR_VIEW_SIZE = 224
+# Below this sigma the nearest neighbour weighs under 4e-6: no blur.
+_SIGMA_WITHOUT_EFFECT = 0.2
+_CROP_ATTEMPTS = 10
+_SOLARIZE_THRESHOLD = 0.5
+_GREY = (0.2989, 0.587, 0.114)  # ITU-R 601-2, as torchvision rounds it
+_ORDERS = np.array(list(itertools.permutations(range(4))))
+_TILE = 96
+_GAP = 4
+
+
+class Parameters(NamedTuple):
+    """What happens to each sample of one view."""
+
+    boxes: Floats
+    """(N, 4) crops: top, left, height, width, in whole pixels of the true picture."""
+    flip: NDArray[np.bool_]
+    flip_vertical: NDArray[np.bool_]
+    jitter: NDArray[np.bool_]
+    order: NDArray[np.int64]
+    """(N, 4) operators in the order they are applied: 0 brightness, 1 contrast, 2 saturation, 3 hue."""
+    factors: Floats
+    """(N, 4) of brightness, contrast and saturation; of hue the shift, in turns."""
+    grey: NDArray[np.bool_]
+    blur: NDArray[np.bool_]
+    sigma: Floats
+    """(N,) pixels of this view."""
+    solarize: NDArray[np.bool_]
+
+
+def make_views(
+    batch: Batch,
+    settings: Views,
+    *,
+    image_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    seed: int,
+    epoch: int,
+) -> tuple[Tensor, Tensor]:
+    """Make views A and B of every picture.
+
+    Args:
+        batch: pictures, on the device where the views are wanted.
+        settings: probabilities and strengths.
+        image_size: side of a view, pixels.
+        mean: of each channel, in 0..1.
+        std: of each channel, in 0..1.
+        seed: of the run.
+        epoch: 0-based.
+
+    Returns:
+        Twice (N, 3, image_size, image_size), normalised, on the batch's device; float32 even under autocast.
+    """
+    sizes = batch.sizes.cpu().numpy()
+    views = []
+    with torch.no_grad(), torch.autocast(batch.canvases.device.type, enabled=False):
+        pictures = batch.canvases.float().div_(255)
+        for name in VIEWS:
+            parameters = draw_parameters(
+                batch.indices, sizes, settings, view=name, image_size=image_size, seed=seed, epoch=epoch
+            )
+            view = render_view(pictures, sizes, parameters, settings, image_size=image_size)
+            views.append(_normalised(view, mean, std))
+    return views[0], views[1]
+
+
+def draw_parameters(
+    indices: Rows,
+    sizes: NDArray[np.integer[Any]],
+    settings: Views,
+    *,
+    view: Literal["a", "b"],
+    image_size: int,
+    seed: int,
+    epoch: int,
+) -> Parameters:
+    """Draw what happens to each sample: a function of (seed, epoch, index, view) and the settings alone.
+
+    Args:
+        indices: (N,) pictures.
+        sizes: (N, 2) true height and width, pixels.
+        settings: probabilities and strengths.
+        view: which of the two.
+        image_size: side of a view, pixels.
+        seed: of the run.
+        epoch: 0-based.
+    """
+
+    def draw(what: str, count: int) -> Floats:
+        return uniforms(seed, epoch, indices, stream=f"view-{view} {what}", count=count)
+
+    which = VIEWS.index(view)
+    chance = draw("chances", 6)
+    strengths = np.array([settings.brightness, settings.contrast, settings.saturation, settings.hue])
+    low = np.array([*(1 - strengths[:3]).clip(0), -strengths[3]])
+    high = np.array([*(1 + strengths[:3]), strengths[3]])
+    sigma_low, sigma_high = (sigma * image_size / _BLUR_VIEW_SIZE for sigma in settings.blur_sigma)
+    return Parameters(
+        boxes=_crop_boxes(
+            draw("crop", 2 * _CROP_ATTEMPTS + 2), sizes, settings.crop_scale, settings.crop_ratio
+        ),
+        flip=chance[:, 0] < settings.flip,
+        flip_vertical=chance[:, 1] < settings.flip_vertical,
+        jitter=chance[:, 2] < settings.jitter,
+        order=_ORDERS[(draw("order", 1)[:, 0] * len(_ORDERS)).astype(np.int64)],
+        factors=low + (high - low) * draw("factors", 4),
+        grey=chance[:, 3] < settings.grey,
+        blur=chance[:, 4] < settings.blur[which],
+        sigma=sigma_low + (sigma_high - sigma_low) * draw("sigma", 1)[:, 0],
+        solarize=chance[:, 5] < settings.solarize[which],
+    )
+
+
+def render_view(
+    pictures: Tensor,
+    sizes: NDArray[np.integer[Any]],
+    parameters: Parameters,
+    settings: Views,
+    *,
+    image_size: int,
+) -> Tensor:
+    """Apply drawn parameters.
+
+    Args:
+        pictures: (N, 3, S, S) float32 in 0..1: whole pictures, squeezed to squares.
+        sizes: (N, 2) true height and width, pixels.
+        parameters: of N samples.
+        settings: those that the parameters were drawn with.
+        image_size: side of the view, pixels.
+
+    Returns:
+        (N, 3, image_size, image_size) float32 in 0..1, a new tensor.
+    """
+    view = _crop(pictures, sizes, parameters, image_size)
+    _jitter(view, parameters, settings)
+    _change(view, np.flatnonzero(parameters.grey), lambda part: _grey(part).expand_as(part))
+    blurred = np.flatnonzero(parameters.blur & (parameters.sigma > _SIGMA_WITHOUT_EFFECT))
+    sigma = torch.from_numpy(parameters.sigma[blurred]).to(view)
+    _change(view, blurred, lambda part: _blur(part, sigma))
+    _change(
+        view,
+        np.flatnonzero(parameters.solarize),
+        lambda part: torch.where(part >= _SOLARIZE_THRESHOLD, 1 - part, part),
+    )
+    return view
+
+
+def write_views_grid(
+    path: Path | str,
+    batch: Batch,
+    view_a: Tensor,
+    view_b: Tensor,
+    mean: Sequence[float],
+    std: Sequence[float],
+    *,
+    count: int = 8,
+) -> None:
+    """Write a PNG: pictures in their true proportions above, view A below them, view B at the bottom.
+
+    Args:
+        path: of the PNG.
+        batch: pictures.
+        view_a: (N, 3, H, W) float32, normalised.
+        view_b: like view A.
+        mean: that the views were normalised with.
+        std: that the views were normalised with.
+        count: of pictures shown, the first of the batch.
+
+    Raises:
+        ArtifactError: the disk is full.
+    """
+    count = min(count, len(batch.indices))
+    side = view_a.shape[-1]
+    tile = side * max(1, math.ceil(_TILE / side))
+    step = tile + _GAP
+    page = Image.new("RGB", (count * step - _GAP, 3 * step - _GAP), "white")
+    for column in range(count):
+        height, width = (int(pixels) for pixels in batch.sizes[column])
+        shape = (max(1, tile * width // max(height, width)), max(1, tile * height // max(height, width)))
+        whole = _image(batch.canvases[column]).resize(shape, Image.Resampling.BILINEAR)
+        page.paste(whole, (column * step + (tile - shape[0]) // 2, (tile - shape[1]) // 2))
+        for row, view in enumerate((view_a, view_b), start=1):
+            part = _image(_denormalised(view[column], mean, std))
+            page.paste(part.resize((tile, tile), Image.Resampling.NEAREST), (column * step, row * step))
+    png = io.BytesIO()
+    page.save(png, format="PNG")
+    write_bytes(Path(path), png.getvalue())
+
+
+def _crop_boxes(
+    draws: Floats,
+    sizes: NDArray[np.integer[Any]],
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+) -> Floats:
+    """Draw crops as torchvision's RandomResizedCrop.get_params does, ten attempts and all."""
+    heights, widths = sizes[:, :1].astype(np.float64), sizes[:, 1:].astype(np.float64)
+    areas = heights * widths * (scale[0] + (scale[1] - scale[0]) * draws[:, :_CROP_ATTEMPTS])
+    logs = np.log(ratio)
+    ratios = np.exp(logs[0] + (logs[1] - logs[0]) * draws[:, _CROP_ATTEMPTS : 2 * _CROP_ATTEMPTS])
+    tried_w, tried_h = np.rint(np.sqrt(areas * ratios)), np.rint(np.sqrt(areas / ratios))
+    fits = (tried_w > 0) & (tried_w <= widths) & (tried_h > 0) & (tried_h <= heights)
+    rows, first = np.arange(len(sizes)), fits.argmax(axis=1)
+    picture_h, picture_w = heights[:, 0], widths[:, 0]
+    h, w = tried_h[rows, first], tried_w[rows, first]
+    top = np.floor(draws[:, -2] * (picture_h - h + 1))
+    left = np.floor(draws[:, -1] * (picture_w - w + 1))
+
+    none_fits = ~fits.any(axis=1)
+    if none_fits.any():
+        # The largest central crop of an allowed ratio.
+        central_w = np.minimum(picture_w, np.rint(picture_h * ratio[1]))
+        central_h = np.minimum(picture_h, np.rint(picture_w / ratio[0]))
+        h, w = np.where(none_fits, central_h, h), np.where(none_fits, central_w, w)
+        top = np.where(none_fits, (picture_h - h) // 2, top)
+        left = np.where(none_fits, (picture_w - w) // 2, left)
+    return np.stack([top, left, h, w], axis=1)
+
+
+def _crop(
+    pictures: Tensor, sizes: NDArray[np.integer[Any]], parameters: Parameters, image_size: int
+) -> Tensor:
+    # Crops become fractions of the picture, and so hold for the canvas whatever its side.
+    start = parameters.boxes[:, :2] / sizes
+    extent = parameters.boxes[:, 2:] / sizes
+    flips = np.stack([parameters.flip_vertical, parameters.flip], axis=1)
+    start, extent = np.where(flips, start + extent, start), np.where(flips, -extent, extent)
+    # The grid runs over -1..1 from edge to edge. (affine_grid would take three times as long.)
+    centres = (np.arange(image_size) + 0.5) / image_size
+    places = 2 * (start[:, :, None] + extent[:, :, None] * centres) - 1
+    y, x = torch.from_numpy(places.astype(np.float32)).to(pictures.device).unbind(1)
+    shape = (len(sizes), image_size, image_size)
+    grid = torch.stack((x[:, None, :].expand(shape), y[:, :, None].expand(shape)), dim=-1)
+    return F.grid_sample(pictures, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+def _jitter(view: Tensor, parameters: Parameters, settings: Views) -> None:
+    operators = (_brightness, _contrast, _saturation, _hue)
+    strengths = (settings.brightness, settings.contrast, settings.saturation, settings.hue)
+    chosen = np.flatnonzero(parameters.jitter)
+    for turn in range(4):
+        for number, (operator, strength) in enumerate(zip(operators, strengths, strict=True)):
+            rows = chosen[parameters.order[chosen, turn] == number]
+            if strength > 0 and len(rows) > 0:
+                factor = torch.from_numpy(parameters.factors[rows, number]).to(view).view(-1, 1, 1, 1)
+                _change(view, rows, partial(operator, factor=factor))
+
+
+def _change(view: Tensor, rows: Rows, operator: Callable[[Tensor], Tensor]) -> None:
+    """Replace some samples of a view, in place, by what an operator makes of them."""
+    if len(rows) == 0:
+        return
+    where = torch.from_numpy(rows).to(view.device)
+    view.index_copy_(0, where, operator(view.index_select(0, where)))
+
+
+def _brightness(part: Tensor, factor: Tensor) -> Tensor:
+    return part.mul_(factor).clamp_(0, 1)
+
+
+def _contrast(part: Tensor, factor: Tensor) -> Tensor:
+    mean = _grey(part).mean(dim=(1, 2, 3), keepdim=True)
+    return part.mul_(factor).add_(mean * (1 - factor)).clamp_(0, 1)
+
+
+def _saturation(part: Tensor, factor: Tensor) -> Tensor:
+    grey = _grey(part).mul_(1 - factor)
+    return part.mul_(factor).add_(grey).clamp_(0, 1)
+
+
+def _hue(part: Tensor, factor: Tensor) -> Tensor:
+    """Turn the hue by a fraction of a circle: to hue, chroma and minimum, and back channel by channel."""
+    red, green, blue = part.unbind(1)
+    value = torch.maximum(torch.maximum(red, green), blue)
+    low = torch.minimum(torch.minimum(red, green), blue)
+    chroma = value - low
+    scale = chroma.clamp(min=1e-12).reciprocal_()
+    sixths = torch.where(
+        value == red,
+        (green - blue).mul_(scale),
+        torch.where(value == green, (blue - red).mul_(scale).add_(2), (red - green).mul_(scale).add_(4)),
+    )
+    sixths.add_(6 * factor.view(-1, 1, 1))
+    sixths.sub_((sixths / 6).floor_(), alpha=6)
+    # Red is full within 60 degrees of 0, green of 120, blue of 240; each fades over the next 60.
+    part[:, 0] = sixths.sub(3).abs_().sub_(1)
+    part[:, 1] = sixths.sub(2).abs_().neg_().add_(2)
+    part[:, 2] = sixths.sub(4).abs_().neg_().add_(2)
+    return part.clamp_(0, 1).mul_(chroma.unsqueeze(1)).add_(low.unsqueeze(1))
+
+
+def _grey(part: Tensor) -> Tensor:
+    red, green, blue = (part[:, channel : channel + 1] for channel in range(3))
+    return (red * _GREY[0]).add_(green, alpha=_GREY[1]).add_(blue, alpha=_GREY[2])
+
+
+def _blur(part: Tensor, sigma: Tensor) -> Tensor:
+    """Blur each sample with its own sigma, mirrored at the border.
+
+    One matrix per sample mixes its rows, then its columns. For small views this is quicker than a depthwise
+    convolution, which oneDNN also plans anew for every number of samples.
+    """
+    side = part.shape[-1]
+    here, there = torch.meshgrid(*[torch.arange(side, device=part.device)] * 2, indexing="ij")
+    # A pixel is met directly and in the mirrors at 0 and side - 1; pixels on a mirror have no image in it.
+    direct = (here - there).abs()
+    nowhere = torch.full_like(direct, 2 * side)
+    low = torch.where(there == 0, nowhere, here + there)
+    high = torch.where(there == side - 1, nowhere, 2 * (side - 1) - here - there)
+    distances = torch.arange(2 * side + 1, device=part.device) / sigma.unsqueeze(1)
+    weights = torch.exp(-(distances**2) / 2)
+    # Far tails are subnormal numbers, which a processor multiplies many times slower.
+    weights = torch.where((weights < 1e-9) | (distances == distances[:, -1:]), 0.0, weights)
+    mix = weights.index_select(1, torch.stack([direct, low, high]).flatten())
+    mix = mix.view(-1, 3, side, side).sum(1, keepdim=True)
+    mix = mix / mix.sum(-1, keepdim=True)
+    return mix @ part @ mix.mT
+
+
+def _normalised(view: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    return view.sub_(_per_channel(mean, view)).div_(_per_channel(std, view))
+
+
+def _denormalised(view: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    scaled = view.float() * _per_channel(std, view) + _per_channel(mean, view)
+    return scaled.mul(255).round().clamp(0, 255).to(torch.uint8)
+
+
+def _per_channel(values: Sequence[float], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=like.device).view(3, 1, 1)
+
+
+def _image(pixels: Tensor) -> Image.Image:
+    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().cpu().numpy())

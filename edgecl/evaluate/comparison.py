@@ -1,0 +1,176 @@
+"""Is pretraining worth it? The pretrained net, the same net untrained, and the same net trained on the few labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+
+from edgecl.artifacts import ModelDir, record_header
+from edgecl.data.loading import normalise
+from edgecl.evaluate.intervals import mean_interval
+from edgecl.evaluate.labelled import Labelled, draw_few
+from edgecl.evaluate.probe import load_feature_net, probe_net, summary
+from edgecl.evaluate.supervised import Supervision, classifier_top1, train_classifier
+from edgecl.nets.backbone import create_backbone, recalibrate
+from edgecl.nets.carving import RECALIBRATION_BATCH, RECALIBRATION_IMAGES, create_blank, write_model
+
+
+def write_random(
+    out: Path, record: dict[str, Any], labelled: Labelled, *, seed: int, force: bool = False
+) -> None:
+    """Write the same net at random initialisation as a model directory, its norms recalibrated like the carved net's.
+
+    Args:
+        out: the model directory to write.
+        record: of the net to be compared.
+        labelled: its training images set the norms, as they did for the carved net.
+        seed: of the initialisation.
+        force: replace an earlier model directory.
+    """
+    torch.manual_seed(seed)
+    net = create_backbone(record["arch"], width=record["width"], stem_stride=record["stem_stride"])
+    preprocessing = record["preprocessing"]
+    images = labelled.train.images[:: max(1, len(labelled.train) // RECALIBRATION_IMAGES)][
+        :RECALIBRATION_IMAGES
+    ]
+    recalibrate(
+        net,
+        (
+            normalise(part, preprocessing["mean"], preprocessing["std"])
+            for part in images.split(RECALIBRATION_BATCH)
+            if len(part) > 1
+        ),
+        device=torch.device("cpu"),
+    )
+    write_model(
+        out,
+        net,
+        arch=record["arch"],
+        width=record["width"],
+        stem_stride=record["stem_stride"],
+        classes=None,
+        preprocessing=preprocessing,
+        origin="random",
+        made_from=None,
+        data=record["data"],
+        recalibrated=True,
+        recipe_name=record["recipe_name"],
+        force=force,
+    )
+
+
+def compare(
+    pretrained: Path,
+    random: Path,
+    labelled: Labelled,
+    *,
+    labels_per_class: int,
+    draws: int,
+    scratch_steps: int,
+    scratch_lr: float,
+    seed: int,
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Hold a pretrained net to its two baselines on the same label draws.
+
+    Args:
+        pretrained: a model directory.
+        random: the model directory of the same net at random initialisation.
+        labelled: images to learn from and held-out images.
+        labels_per_class: labels in each draw.
+        draws: label draws, at least 2; every method sees the same ones.
+        scratch_steps: steps of the net trained from scratch on a draw's labels.
+        scratch_lr: its rate.
+        seed: of the from-scratch initialisations.
+
+    Returns:
+        the comparison record, and the probe of each model directory by name.
+    """
+    rows, probes = [], {}
+    for name, path in (("pretrained", pretrained), ("random init", random)):
+        net, record = load_feature_net(path)
+        result = probe_net(
+            net,
+            labelled,
+            preprocessing=record["preprocessing"],
+            labels_per_class=labels_per_class,
+            draws=draws,
+        )
+        probes[name] = {**record_header("probe", made_from=ModelDir(path).sha256), **result}
+        rows.append(
+            {
+                "name": name,
+                "few_label_top1": result["few_label_top1"],
+                "knn_top1": result["knn_top1"],
+                "linear_top1": result["linear_top1"],
+            }
+        )
+    record = ModelDir(pretrained).read()
+    scratch = [
+        _scratch_top1(
+            record,
+            labelled,
+            per_class=labels_per_class,
+            draw=draw,
+            steps=scratch_steps,
+            lr=scratch_lr,
+            seed=seed,
+        )
+        for draw in range(draws)
+    ]
+    rows.append(
+        {
+            "name": "from scratch",
+            "few_label_top1": {**summary(scratch), "labels_per_class": labels_per_class},
+            "knn_top1": None,
+            "linear_top1": None,
+        }
+    )
+    accuracies = {row["name"]: row["few_label_top1"]["draws"] for row in rows}
+    comparison = {
+        **record_header("comparison", made_from=ModelDir(pretrained).sha256),
+        "labels_per_class": labels_per_class,
+        "draws": draws,
+        "n_test": len(labelled.test),
+        "data": labelled.train_from,
+        "test": labelled.test_from,
+        "scratch": {"steps": scratch_steps, "lr": scratch_lr, "seed": seed},
+        "rows": rows,
+        "differences": [
+            difference("pretrained", name, accuracies["pretrained"], accuracies[name])
+            for name in ("random init", "from scratch")
+        ],
+    }
+    return comparison, probes
+
+
+def difference(a: str, b: str, of_a: Sequence[float], of_b: Sequence[float]) -> dict[str, Any]:
+    """Compare two methods draw by draw.
+
+    Returns:
+        {"a", "b", "mean", "ci95", "resolved"}: percentage points a - b; resolved when the interval leaves out zero.
+    """
+    paired = [x - y for x, y in zip(of_a, of_b, strict=True)]
+    low, high = mean_interval(paired)
+    return {"a": a, "b": b, "mean": mean(paired), "ci95": [low, high], "resolved": low > 0 or high < 0}
+
+
+def _scratch_top1(
+    record: dict[str, Any], labelled: Labelled, *, per_class: int, draw: int, steps: int, lr: float, seed: int
+) -> float:
+    """Train the same net from random weights on one draw's labels and test it."""
+    torch.manual_seed(seed + draw)
+    net = create_blank({**record, "classes": list(labelled.classes)})
+    few = labelled.train.take(draw_few(labelled.train.labels, per_class=per_class, draw=draw))
+    train_classifier(
+        net,
+        few,
+        steps=steps,
+        settings=Supervision(lr=lr, seed=seed + draw, batch_size=min(64, len(few)), device="cpu"),
+        preprocessing=record["preprocessing"],
+        what=f"from scratch, draw {draw + 1}",
+    )
+    return classifier_top1(net, labelled.test, record["preprocessing"])

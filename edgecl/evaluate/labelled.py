@@ -1,0 +1,178 @@
+"""Labelled images for judging a net: a part to learn from and a held-out part."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+
+from edgecl.data.loading import EvalImages, load_eval_images, split_holdout
+from edgecl.data.randomness import permutation
+from edgecl.data.sources import ImageSource, has_test_split, open_source
+from edgecl.errors import DataError
+
+HOLDOUT = 0.2
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some labelled images.
+
+    Attributes:
+        images: (N, 3, H, W) uint8, resized and cropped.
+        labels: (N,) int64.
+    """
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, index: Tensor) -> Part:
+        """Return the images at (M,) indices."""
+        return Part(self.images[index], self.labels[index])
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """What a net is judged on.
+
+    Attributes:
+        train: to learn from.
+        test: held out; nothing is ever chosen on it.
+        classes: names by label.
+        train_from: where the images to learn from came from.
+        test_from: where the held-out images came from.
+    """
+
+    train: Part
+    test: Part
+    classes: tuple[str, ...]
+    train_from: str
+    test_from: str
+
+
+def read_labelled(
+    data: str,
+    *,
+    test: str | None,
+    preprocessing: dict[str, Any],
+    max_bad_fraction: float = 0.01,
+    limit: int | None = None,
+    download: bool = False,
+) -> Labelled:
+    """Read labelled images: the data set's own test split, another URI, or a stratified fifth held out.
+
+    Args:
+        data: a data URI with labels.
+        test: a data URI for the held-out part; its classes must be those of `data`.
+        preprocessing: of the net, as in model.json.
+        max_bad_fraction: unreadable images skipped before it is an error.
+        limit: use only so many of the images to learn from, an even choice per class.
+        download: let torchvision fetch what is not on the disk.
+
+    Raises:
+        DataError: no labels, other classes in the test part, or too many unreadable images.
+    """
+    source = _with_labels(open_source(data, split="train", download=download))
+
+    def load(source: ImageSource, limit: int | None = None) -> Part:
+        loaded = load_eval_images(
+            source,
+            resize_size=preprocessing["resize_size"],
+            image_size=preprocessing["image_size"],
+            max_bad_fraction=max_bad_fraction,
+            limit=limit,
+        )
+        return _part(loaded)
+
+    classes = source.classes or ()
+    if test is None and not has_test_split(data):
+        whole = load(source)
+        train_index, test_index = split_holdout(whole.labels.numpy(), HOLDOUT, seed=0)
+        return Labelled(
+            _limit(whole.take(torch.from_numpy(train_index)), limit),
+            whole.take(torch.from_numpy(test_index)),
+            classes,
+            train_from=f"{data} ({100 * (1 - HOLDOUT):.0f} % of it)",
+            test_from=f"{data} ({100 * HOLDOUT:.0f} % held out, stratified)",
+        )
+    held_out = _with_labels(
+        open_source(
+            test or data, split="test" if has_test_split(test or data) else "train", download=download
+        )
+    )
+    if held_out.classes != source.classes:
+        raise DataError(
+            f"the test images have other classes: {_list(held_out.classes)} against {_list(source.classes)}",
+            where={"data": data, "test": test or data},
+            hint="class folders must have the same names on both sides",
+        )
+    return Labelled(
+        load(source, limit),
+        load(held_out),
+        classes,
+        train_from=data,
+        test_from=test or f"{data} (test split)",
+    )
+
+
+def _with_labels(source: ImageSource) -> ImageSource:
+    if source.labels is None or source.classes is None:
+        raise DataError(
+            "these images have no labels",
+            where={"data": source.uri},
+            hint="put each class in a folder of its own: ROOT/CLASS/image.jpg",
+        )
+    return source
+
+
+def _part(loaded: EvalImages) -> Part:
+    assert loaded.labels is not None
+    return Part(loaded.images, loaded.labels)
+
+
+def _limit(part: Part, limit: int | None) -> Part:
+    if limit is None or limit >= len(part):
+        return part
+    from edgecl.data.loading import choose_images
+
+    return part.take(torch.from_numpy(choose_images(part.labels.numpy(), len(part), limit)))
+
+
+def _list(classes: tuple[str, ...] | None) -> str:
+    names = list(classes or ())
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def draw_few(labels: Tensor, *, per_class: int, draw: int) -> Tensor:
+    """Choose a few labelled images of each class, the same for every net that is compared.
+
+    Args:
+        labels: (N,) int64 of the images to choose from.
+        per_class: images of each class.
+        draw: which draw, 0-based; a draw is a function of this number alone.
+
+    Returns:
+        (per_class * K,) indices.
+
+    Raises:
+        DataError: a class has fewer images.
+    """
+    order = permutation(draw, 0, len(labels))
+    truth = labels.numpy()[order]
+    chosen = []
+    for label in numpy.unique(truth):
+        members = order[truth == label]
+        if len(members) < per_class:
+            raise DataError(
+                f"class {int(label)} has {len(members)} images to learn from, fewer than the {per_class} labels "
+                "per class asked for",
+                hint="lower --labels-per-class",
+            )
+        chosen.append(members[:per_class])
+    return torch.from_numpy(numpy.concatenate(chosen))

@@ -1,0 +1,138 @@
+"""How good a frozen net's features are: nearest neighbours, a linear probe, and a linear probe on few labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from torch import Tensor, nn
+
+from edgecl.artifacts import ModelDir, record_header, write_json
+from edgecl.data.loading import normalise
+from edgecl.errors import ArtifactError
+from edgecl.evaluate.intervals import mean_interval, proportion_interval
+from edgecl.evaluate.labelled import Labelled, draw_few, read_labelled
+from edgecl.evaluate.linear import fit_linear
+from edgecl.nets.carving import create_blank, load_model
+from edgecl.progress import Progress
+from edgecl.quality import extract_features, knn_top1
+
+DEFAULT_LABELS_PER_CLASS = 10
+
+
+def probe(
+    model: Path,
+    *,
+    data: str,
+    test: str | None = None,
+    labels_per_class: int | None = None,
+    seeds: int = 3,
+    download: bool = False,
+) -> dict[str, Any]:
+    """Judge the features of a model directory and write probe.json into it.
+
+    Args:
+        model: a model directory; of a fine-tuned net the features below its classifier are judged.
+        data: a data URI with labels, to learn from.
+        test: a data URI with labels, held out; None takes the data set's own test split or holds out a fifth.
+        labels_per_class: labels of the few-label probe; None takes 10.
+        seeds: draws of the few labels, at least 2.
+        download: let torchvision fetch what is not on the disk.
+
+    Returns:
+        the record in probe.json; accuracies in percent.
+
+    Raises:
+        ArtifactError: not a model directory.
+        DataError: no labels, or fewer of a class than asked for.
+    """
+    net, record = load_feature_net(model)
+    labelled = read_labelled(data, test=test, preprocessing=record["preprocessing"], download=download)
+    result = {
+        **record_header("probe", made_from=ModelDir(model).sha256),
+        **probe_net(
+            net,
+            labelled,
+            preprocessing=record["preprocessing"],
+            labels_per_class=labels_per_class or DEFAULT_LABELS_PER_CLASS,
+            draws=seeds,
+        ),
+    }
+    write_json(ModelDir(model).probe_file, result)
+    return result
+
+
+def load_feature_net(model: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """Rebuild a model directory's net without its classifier.
+
+    Raises:
+        ArtifactError: not a model directory.
+    """
+    net, record = load_model(model)
+    if not record["classes"]:
+        return net, record
+    backbone = create_blank({**record, "classes": None})
+    unexpected = backbone.load_state_dict(net.state_dict(), strict=False)
+    if unexpected.missing_keys:
+        raise ArtifactError(f"the weights lack '{unexpected.missing_keys[0]}'", where={"model": model})
+    return backbone.eval(), record
+
+
+def probe_net(
+    net: nn.Module, labelled: Labelled, *, preprocessing: dict[str, Any], labels_per_class: int, draws: int
+) -> dict[str, Any]:
+    """Judge the features of a net.
+
+    Args:
+        net: (N, 3, H, W) -> (N, F).
+        labelled: images to learn from and held-out images.
+        preprocessing: of the net, as in model.json.
+        labels_per_class: labels of the few-label probe.
+        draws: how often the few labels are drawn, at least 2.
+    """
+
+    def prepare(images: Tensor) -> Tensor:
+        return normalise(images, preprocessing["mean"], preprocessing["std"])
+
+    train, test = labelled.train, labelled.test
+    classes = len(labelled.classes)
+    # Refuse a draw that cannot be made before anything takes time.
+    draw_few(train.labels, per_class=labels_per_class, draw=0)
+    with Progress("probe", total=draws + 3, unit="fits") as progress:
+        train_features = extract_features(net, train.images, normalise=prepare)
+        test_features = extract_features(net, test.images, normalise=prepare)
+        progress.advance(note="features")
+        knn = knn_top1(train_features, train.labels, test_features, test.labels)
+        progress.advance(note="nearest neighbours")
+        linear = fit_linear(train_features, train.labels, classes=classes).top1(test_features, test.labels)
+        progress.advance(note="linear probe")
+        few = []
+        for draw in range(draws):
+            chosen = draw_few(train.labels, per_class=labels_per_class, draw=draw)
+            fitted = fit_linear(train_features[chosen], train.labels[chosen], classes=classes)
+            few.append(fitted.top1(test_features, test.labels))
+            progress.advance(note=f"few-label draw {draw + 1}")
+    return {
+        "knn_top1": knn,
+        "knn_ci95": list(proportion_interval(knn, len(test))),
+        "linear_top1": linear,
+        "linear_ci95": list(proportion_interval(linear, len(test))),
+        "few_label_top1": {**summary(few), "labels_per_class": labels_per_class},
+        "n_test": len(test),
+        "n_train": len(train),
+        "classes": classes,
+        "data": labelled.train_from,
+        "test": labelled.test_from,
+    }
+
+
+def summary(draws: Sequence[float]) -> dict[str, Any]:
+    """Return mean, standard deviation and 95 % interval of accuracies over label draws."""
+    return {
+        "mean": mean(draws),
+        "std": stdev(draws),
+        "ci95": list(mean_interval(draws)),
+        "draws": list(draws),
+    }

@@ -1,0 +1,164 @@
+"""Train a classifier with labels: what fine-tuning and the from-scratch baseline share."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from timm.scheduler import CosineLRScheduler
+from torch import Tensor, nn
+from torch.nn import functional
+
+from edgecl.data.loading import normalise
+from edgecl.data.randomness import permutation
+from edgecl.data.views import draw_parameters, render_view
+from edgecl.errors import NonFiniteError
+from edgecl.evaluate.labelled import Part
+from edgecl.progress import Progress
+from edgecl.recipe import Fraction, Views
+from edgecl.settings import Settings
+
+
+class Supervision(Settings):
+    """How a classifier is trained; every key can be set with `--set KEY=VALUE`."""
+
+    lr: float = Field(1e-3, gt=0)
+    """Peak learning rate of AdamW, after a warm-up over a tenth of the steps; then a cosine to zero."""
+    backbone_lr_fraction: Fraction = 1.0
+    """Rate of the backbone as a fraction of the classifier's; 0 freezes the backbone and its norms."""
+    weight_decay: float = Field(0.02, ge=0)
+    batch_size: int = Field(64, ge=2)
+    label_smoothing: Fraction = 0.1
+    crop_min: float = Field(0.5, gt=0, le=1)
+    """Smallest area of a training crop, as a fraction of the picture."""
+    flip: Fraction = 0.5
+    flip_vertical: Fraction = 0.0
+    jitter: Fraction = 0.0
+    """Probability of colour jitter."""
+    seed: int = Field(0, ge=0)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+def train_classifier(
+    net: nn.Module,
+    part: Part,
+    *,
+    steps: int,
+    settings: Supervision,
+    preprocessing: dict[str, Any],
+    what: str,
+) -> None:
+    """Train a net in place, on views of the images that differ at every step.
+
+    Args:
+        net: (N, 3, H, W) -> (N, K) logits, with timm's classifier.
+        part: labelled images, prepared to the net's size.
+        steps: optimiser steps.
+        settings: how.
+        preprocessing: of the net, as in model.json.
+        what: for the progress bar.
+
+    Raises:
+        NonFiniteError: the loss is not a number.
+    """
+    device = choose_device(settings.device)
+    net.to(device)
+    views = Views(
+        crop_scale=(settings.crop_min, 1.0),
+        flip=settings.flip,
+        flip_vertical=settings.flip_vertical,
+        jitter=settings.jitter,
+        grey=0.0,
+        blur=(0.0, 0.0),
+        solarize=(0.0, 0.0),
+    )
+    optimizer = _create_optimizer(net, settings)
+    schedule = CosineLRScheduler(
+        optimizer, t_initial=steps, warmup_t=min(max(1, steps // 10), steps - 1), t_in_epochs=False
+    )
+    batch = min(settings.batch_size, len(part))
+    per_epoch = max(1, len(part) // batch)
+    size = part.images.shape[-1]
+    sizes = torch.full((len(part), 2), size).numpy()
+    net.train()
+    if settings.backbone_lr_fraction == 0:
+        net.eval()
+    order = permutation(settings.seed, 0, len(part))
+    with Progress(what, total=steps, unit="steps") as progress:
+        for step in range(steps):
+            epoch, place = divmod(step, per_epoch)
+            if place == 0:
+                order = permutation(settings.seed, epoch, len(part))
+            index = order[place * batch : (place + 1) * batch]
+            drawn = draw_parameters(
+                index, sizes[index], views, view="a", image_size=size, seed=settings.seed, epoch=epoch
+            )
+            pictures = part.images[torch.from_numpy(index)].to(device).float().div_(255)
+            images = render_view(pictures, sizes[index], drawn, views, image_size=size)
+            loss = functional.cross_entropy(
+                net(_standardise(images, preprocessing)),
+                part.labels[torch.from_numpy(index)].to(device),
+                label_smoothing=settings.label_smoothing,
+            )
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            schedule.step_update(step)
+            optimizer.step()
+            if step % 20 == 0 or step == steps - 1:
+                value = float(loss.detach())
+                if not value < float("inf"):
+                    raise NonFiniteError(
+                        f"the loss is {value:g} at step {step + 1}", hint="lower the rate, e.g. --set lr=3e-4"
+                    )
+                progress.advance(0, note=f"loss {value:.3g}")
+            progress.advance()
+    net.eval().to("cpu")
+
+
+def _standardise(images: Tensor, preprocessing: dict[str, Any]) -> Tensor:
+    mean = torch.tensor(preprocessing["mean"], device=images.device).view(1, 3, 1, 1)
+    std = torch.tensor(preprocessing["std"], device=images.device).view(1, 3, 1, 1)
+    return (images - mean) / std
+
+
+def _create_optimizer(net: nn.Module, settings: Supervision) -> torch.optim.Optimizer:
+    head = {id(parameter) for parameter in net.get_classifier().parameters()}
+    groups: list[dict[str, Any]] = []
+    for in_head, rate in ((True, settings.lr), (False, settings.lr * settings.backbone_lr_fraction)):
+        if rate == 0:
+            continue
+        for decays in (True, False):
+            parameters = [
+                p for p in net.parameters() if (id(p) in head) == in_head and (p.ndim > 1) == decays
+            ]
+            groups.append(
+                {"params": parameters, "lr": rate, "weight_decay": settings.weight_decay if decays else 0.0}
+            )
+    return torch.optim.AdamW(groups)
+
+
+@torch.no_grad()
+def classifier_top1(net: nn.Module, part: Part, preprocessing: dict[str, Any]) -> float:
+    """Return the accuracy of a classifier in evaluation mode, percent."""
+    net.eval()
+    correct = 0
+    for images, labels in zip(part.images.split(256), part.labels.split(256), strict=True):
+        logits = net(normalise(images, preprocessing["mean"], preprocessing["std"]))
+        correct += int((logits.argmax(1) == labels).sum())
+    return 100 * correct / len(part)
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device a name stands for; 'auto' takes a GPU when there is one.
+
+    Raises:
+        DeviceError: no such device.
+    """
+    from edgecl.errors import DeviceError
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise DeviceError("no CUDA device is available", hint="use the device auto or cpu")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)

@@ -1,0 +1,94 @@
+"""A bundle as the device sees it: its file names, its manifest, its hashes."""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any, Dict, Union
+
+from .errors import BundleError
+from .errors import OnboardError as OnboardError  # callers find every name of a bundle here
+
+SCHEMA = 1
+KIND = "bundle"
+MANIFEST = "manifest.json"
+ONNX = "model.onnx"
+REFERENCE = "reference.npz"
+VERIFY = "verify.json"
+
+# What the device code reads from a manifest.
+_KEYS = ("runtime", "precision", "model", "input", "output", "tolerance", "files")
+
+
+def bench_name(device: str) -> str:
+    """Return the file name of a measurement on a device, given the device's name."""
+    return "bench-%s.json" % (re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") or "device")
+
+
+def sha256_of_file(path: Union[str, Path]) -> str:
+    """Return the sha256 of a file, as 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def read_manifest(bundle: Union[str, Path]) -> Dict[str, Any]:
+    """Return the manifest of a bundle directory.
+
+    Raises:
+        BundleError: no bundle, not JSON, of a newer schema, or without a key the device needs.
+    """
+    path = Path(bundle) / MANIFEST
+    if not path.is_file():
+        raise BundleError(
+            "'%s' is not a bundle directory: it has no %s" % (bundle, MANIFEST),
+            "`edgecl export` writes bundles",
+        )
+    try:
+        manifest = json.loads(path.read_bytes().decode("utf-8"))
+    except ValueError as complaint:
+        raise BundleError(
+            "'%s' is not valid JSON: %s" % (path, complaint), "export the bundle again"
+        ) from complaint
+    if not isinstance(manifest, dict) or manifest.get("kind") != KIND:
+        raise BundleError("'%s' is not the manifest of a bundle" % path, "`edgecl export` writes bundles")
+    if manifest.get("schema", 0) > SCHEMA:
+        raise BundleError(
+            "'%s' has schema %s, this runner reads up to %s" % (path, manifest["schema"], SCHEMA),
+            "use the runner that came with the bundle",
+        )
+    missing = [key for key in _KEYS if key not in manifest]
+    if missing:
+        raise BundleError("'%s' lacks %s" % (path, ", ".join(missing)), "export the bundle again")
+    return manifest
+
+
+def check_files(bundle: Union[str, Path], manifest: Dict[str, Any]) -> None:
+    """Hold every file of a bundle to the hash in its manifest.
+
+    Raises:
+        BundleError: a file is missing or changed, lies outside the bundle, or has no hash.
+    """
+    for name in (manifest["model"], REFERENCE):
+        if name not in manifest["files"]:
+            raise BundleError("the manifest holds no hash for '%s'" % name, "export the bundle again")
+    for name, expected in sorted(manifest["files"].items()):
+        if name in ("", ".", "..") or "/" in name or "\\" in name:
+            raise BundleError(
+                "the manifest names '%s', which is no plain file name inside the bundle" % name,
+                "do not run this bundle; export it again",
+            )
+        path = Path(bundle) / name
+        if not path.is_file():
+            raise BundleError(
+                "'%s' is missing from the bundle '%s'" % (name, bundle), "export the bundle again"
+            )
+        found = sha256_of_file(path)
+        if found != expected:
+            raise BundleError(
+                "'%s' does not match its hash: the manifest says %s..., the file has %s..."
+                % (name, expected[:12], found[:12]),
+                "the file changed after export; export the bundle again",
+            )

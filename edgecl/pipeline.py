@@ -1,0 +1,205 @@
+"""The whole road: recipe -> pretrain -> carve -> cost -> probe against baselines -> export, verify, bench -> report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from edgecl.artifacts import (
+    ModelDir,
+    PipelineDir,
+    RunDir,
+    read_record,
+    record_header,
+    refuse_existing,
+    write_json,
+)
+from edgecl.errors import ArtifactError, RecipeError
+from edgecl.recipe import Recipe
+
+BENCH_S = 5.0
+
+
+def run(
+    recipe: Recipe,
+    *,
+    recipe_name: str,
+    out: Path,
+    data: str | None = None,
+    test: str | None = None,
+    targets: Sequence[str] = ("ort-cpu",),
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    resume: bool = False,
+    force: bool = False,
+    download: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Take a recipe from images to a measured bundle and a report.
+
+    Args:
+        recipe: what to train and how to judge it.
+        recipe_name: for the records.
+        out: the directory to write; each stage has a folder in it.
+        data: a data URI in place of the recipe's.
+        test: a data URI of held-out labelled images; None takes the data set's own or holds out a fifth.
+        targets: what to export for; each is verified and measured here.
+        device: where to train.
+        resume: keep the stages that are done and unchanged, and go on from there.
+        force: replace an earlier output.
+        download: let torchvision fetch a data set that is not on the disk.
+        say: told what starts, one line each.
+
+    Returns:
+        the record in pipeline.json, with the report's under "report".
+
+    Raises:
+        EdgeclError: of the stage that failed; stages before it stay on the disk for `resume`.
+    """
+    uri = data or recipe.data.uri
+    if uri is None:
+        raise RecipeError(f"the recipe '{recipe_name}' names no images", hint="say which with --data URI")
+    pipeline = PipelineDir(out)
+    settings = {
+        "recipe_name": recipe_name,
+        "recipe": recipe.model_dump(mode="json"),
+        "data": uri,
+        "test": test,
+        "targets": list(targets),
+    }
+    stages = _start(pipeline, settings, resume=resume, force=force)
+
+    def stage(name: str, work: Callable[[], Any]) -> None:
+        if name in stages:
+            say(f"{name}: already done")
+            return
+        say(name)
+        started = time.monotonic()
+        work()
+        stages[name] = {"wall_s": round(time.monotonic() - started, 3)}
+        write_json(
+            pipeline.record_file,
+            {**record_header(PipelineDir.KIND, made_from=None), **settings, "stages": stages},
+        )
+
+    stage(
+        "pretrain",
+        lambda: _pretrain(recipe, pipeline, settings, device=device, resume=resume, download=download),
+    )
+    stage("carve", lambda: _carve(pipeline, force=resume))
+    stage("cost", lambda: _cost(pipeline))
+    stage("probe", lambda: _probe(recipe, pipeline, uri, test=test, download=download))
+    for target in targets:
+        stage(f"export {target}", lambda target=target: _export(pipeline, target, uri, force=resume))  # type: ignore[misc]
+    say("report")
+    from edgecl.report.report import report
+
+    # Made anew each time: it is cheap, and the stages behind it may be newer.
+    written = report([out], out=pipeline.report, force=True)
+    return {**read_record(pipeline.record_file, kind=PipelineDir.KIND), "report": written}
+
+
+def _start(
+    pipeline: PipelineDir, settings: dict[str, Any], *, resume: bool, force: bool
+) -> dict[str, dict[str, float]]:
+    """Open the output directory and return the stages that are done."""
+    if resume and pipeline.record_file.exists():
+        before = read_record(pipeline.record_file, kind=PipelineDir.KIND)
+        changed = [key for key in ("recipe", "data", "test") if before[key] != settings[key]]
+        if changed:
+            raise ArtifactError(
+                f"cannot resume '{pipeline.path}': its {' and '.join(changed)} changed",
+                hint="repeat the command it was started with, or choose another --out",
+            )
+        return dict(before["stages"])
+    refuse_existing(pipeline.path, force=force, kind=PipelineDir.KIND)
+    if pipeline.path.exists():
+        import shutil
+
+        shutil.rmtree(pipeline.path)
+    pipeline.path.mkdir(parents=True)
+    write_json(
+        pipeline.record_file, {**record_header(PipelineDir.KIND, made_from=None), **settings, "stages": {}}
+    )
+    return {}
+
+
+def _pretrain(
+    recipe: Recipe,
+    pipeline: PipelineDir,
+    settings: dict[str, Any],
+    *,
+    device: Any,
+    resume: bool,
+    download: bool,
+) -> None:
+    from edgecl.train.loop import pretrain
+
+    started = RunDir(pipeline.run).record_file.exists()
+    pretrain(
+        recipe,
+        recipe_name=settings["recipe_name"],
+        out=pipeline.run,
+        data=settings["data"],
+        device=device,
+        resume=resume and started,
+        force=True,
+        download=download,
+    )
+
+
+def _carve(pipeline: PipelineDir, *, force: bool) -> None:
+    from edgecl.nets.carving import carve
+
+    carve(pipeline.run, out=pipeline.slim, force=force)
+
+
+def _cost(pipeline: PipelineDir) -> None:
+    from edgecl.cost import cost
+
+    cost(pipeline.slim)
+
+
+def _probe(recipe: Recipe, pipeline: PipelineDir, uri: str, *, test: str | None, download: bool) -> None:
+    """Compare with the baselines where there are labels; without labels there is nothing to compare."""
+    from edgecl.data.sources import open_source
+    from edgecl.evaluate.comparison import compare, write_random
+    from edgecl.evaluate.labelled import read_labelled
+
+    if open_source(uri, split="train", download=download).labels is None:
+        return
+    record = ModelDir(pipeline.slim).read()
+    labelled = read_labelled(
+        uri,
+        test=test,
+        preprocessing=record["preprocessing"],
+        max_bad_fraction=recipe.data.max_bad_fraction,
+        limit=recipe.data.limit,
+        download=download,
+    )
+    write_random(pipeline.random, record, labelled, seed=recipe.run.seed, force=True)
+    comparison, probes = compare(
+        pipeline.slim,
+        pipeline.random,
+        labelled,
+        labels_per_class=recipe.probe.labels_per_class,
+        draws=recipe.probe.draws,
+        scratch_steps=recipe.probe.scratch_steps,
+        scratch_lr=recipe.probe.scratch_lr,
+        seed=recipe.run.seed,
+    )
+    write_json(pipeline.comparison_file, comparison)
+    for path, name in ((pipeline.slim, "pretrained"), (pipeline.random, "random init")):
+        write_json(ModelDir(path).probe_file, probes[name])
+
+
+def _export(pipeline: PipelineDir, target: str, uri: str, *, force: bool) -> None:
+    from edgecl.deploy.bench import bench
+    from edgecl.deploy.export import export
+    from edgecl.deploy.verify import verify
+
+    bundle = pipeline.bundles / Path(target).stem
+    export(pipeline.slim, target=target, out=bundle, calibration=uri, force=force)
+    verify(bundle)
+    bench(bundle, duration_s=BENCH_S)

@@ -1,0 +1,1 @@
+"""From directories to one page a person can read."""

@@ -1,0 +1,119 @@
+"""How numbers are written: percent with one decimal, milliseconds with three digits, none as an en dash."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+MISSING = "–"
+MINUS = "−"
+
+
+def finite(value: Any) -> float | None:
+    """Return a number out of a record as a float, or None for anything that is no finite number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return float(value) if math.isfinite(value) else None
+
+
+def interval_from(value: Any) -> list[float] | None:
+    """Return a record's [low, high] as two floats, or None when either is missing."""
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        return None
+    low, high = finite(value[0]), finite(value[1])
+    return None if low is None or high is None else [low, high]
+
+
+def fixed(value: float, decimals: int = 1) -> str:
+    """Write a number with so many decimals and a true minus sign."""
+    text = f"{value:,.{decimals}f}"
+    if float(text.replace(",", "")) == 0:
+        text = text.removeprefix("-")
+    return text.replace("-", MINUS)
+
+
+def percent(value: float | None) -> str:
+    """Write a percentage, 0..100, without its sign."""
+    return MISSING if value is None else fixed(value)
+
+
+def points(value: float) -> str:
+    """Write a difference of two percentages, always with its sign."""
+    text = fixed(value)
+    return text if text.startswith(MINUS) else "+" + text
+
+
+def milliseconds(value: float | None) -> str:
+    """Write a time with three significant digits."""
+    if value is None:
+        return MISSING
+    if value == 0:
+        return "0"
+    rounded = float(f"{value:.3g}")
+    decimals = max(0, 2 - math.floor(math.log10(abs(rounded))))
+    return fixed(rounded, decimals)
+
+
+def scaled(value: float | None) -> str:
+    """Write a large count with its SI prefix: 4.7 M, 156 k, 0.4 G only from 1,000 M on."""
+    if value is None:
+        return MISSING
+    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        # 999,950 reads "1.0 M", not "1,000 k".
+        if abs(value) >= limit * 0.9995:
+            size = value / limit
+            return f"{fixed(size, 1 if abs(size) < 99.95 else 0)} {unit}"
+    return fixed(value, 0)
+
+
+def megabytes(value: float | None) -> str:
+    """Write bytes as MB (10^6 bytes), without the unit."""
+    if value is None:
+        return MISSING
+    return fixed(value / 1e6, 2 if value < 1e7 else 1)
+
+
+def per_second(value: float | None) -> str:
+    """Write a rate: whole above 100, else three significant digits."""
+    if value is None:
+        return MISSING
+    return fixed(value, 0) if abs(value) >= 99.5 else milliseconds(value)
+
+
+def duration(seconds: float) -> str:
+    """Write a duration as a person says it: 42 s, 4 min 10 s, 2 h 05 min."""
+    if seconds < 60:
+        return f"{milliseconds(seconds) if seconds < 10 else fixed(seconds, 0)} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min"
+
+
+def between(interval: list[float] | None, write: Any = percent) -> str:
+    """Write an interval as [low, high], or nothing."""
+    return "" if interval is None else f"[{write(interval[0])}, {write(interval[1])}]"
+
+
+def counted(count: int, noun: str) -> str:
+    """Write a count with its noun, which takes an s: 1 thread, 2 threads."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+# What XML 1.0 cannot hold, and the surrogates that stand for undecodable bytes in a file name.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+
+
+def printable(text: object) -> str:
+    """Return text that every output can hold, with each unprintable character replaced."""
+    return _UNPRINTABLE.sub("\ufffd", str(text))
+
+
+def shortened(text: str, length: int) -> str:
+    """Cut a long name in its middle, for places with room for so many characters."""
+    if len(text) <= length:
+        return text
+    head = (length - 1) // 2
+    return text[:head] + "…" + text[len(text) - (length - 1 - head) :]

@@ -1,0 +1,178 @@
+"""From directories to one page a person can read, one text and one file of numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from edgecl.artifacts import ReportDir, new_directory, record_header, refuse_existing, write_bytes, write_json
+from edgecl.report.collect import Collection, Source, collect
+from edgecl.report.curves import MOST_POINTS, curves
+from edgecl.report.notation import finite, printable
+from edgecl.report.page import page
+from edgecl.report.rows import (
+    ORIGINS,
+    comparison_of,
+    rows_of,
+    trade_off,
+    verdict_of,
+    warnings_of,
+)
+from edgecl.report.text import markdown
+
+_STEP_KEYS = (
+    "loss",
+    "sacl",
+    "xd_host",
+    "xd_slim",
+    "diagonal",
+    "off_diagonal_rms",
+    "std",
+    "grad_norm_host",
+    "grad_norm_slim",
+    "lr",
+    "images_per_s",
+)
+_QUALITY_KEYS = ("rankme_host", "rankme_slim", "knn_top1_host", "knn_top1_slim")
+
+
+def report(dirs: Sequence[Path], *, out: Path, force: bool = False) -> dict[str, Any]:
+    """Write report.html, report.md and report.json about runs, nets, bundles and whole pipelines.
+
+    Args:
+        dirs: run, model, bundle or pipeline directories in any mix; a pipeline stands for all that it holds.
+        out: directory of the report.
+        force: replace an earlier report.
+
+    Returns:
+        The content of report.json: `verdict`, `rows`, `comparison`, `trade_off`, `runs`, `notes` and more.
+
+    Raises:
+        ArtifactError: a directory edgecl did not write, an unreadable record, or an output in the way.
+    """
+    refuse_existing(out, force=force, kind=ReportDir.KIND)
+    collection = collect([Path(path) for path in dirs])
+    record = report_record(collection)
+    views = {run.name: run.views_png for run in collection.of("run") if run.views_png}
+    text = page(record, views=views)
+    with new_directory(out, kind=ReportDir.KIND, force=force) as aside:
+        files = ReportDir(aside)
+        write_bytes(files.page_file, text.encode("utf-8"))
+        write_bytes(files.text_file, markdown(record).encode("utf-8"))
+        write_json(files.record_file, record)
+    return record
+
+
+def report_record(collection: Collection) -> dict[str, Any]:
+    """Make the content of report.json: every number the page shows, and the records behind them."""
+    rows = rows_of(collection)
+    comparisons = [comparison_of(source, collection) for source in collection.of("comparison")]
+    trade = trade_off(rows)
+    verdict, support = verdict_of(comparisons, rows, collection)
+    header = record_header("report", made_from=collection.sha256())
+    return {
+        **header,
+        "command": printable(header["command"]),
+        "title": _title(collection),
+        "verdict": verdict,
+        "support": support,
+        "rows": rows,
+        "comparison": comparisons[0] if comparisons else None,
+        "further_comparisons": comparisons[1:],
+        "trade_off": trade,
+        "runs": [_run(run) for run in collection.of("run")],
+        "notes": [*collection.notes, *warnings_of(rows, collection)],
+        "conditions": _conditions(collection),
+    }
+
+
+def _title(collection: Collection) -> str:
+    for kind in ("pipeline", "run"):
+        names = [source.record.get("recipe_name") for source in collection.of(kind)]
+        if names and names[0]:
+            return f"edgecl report: {printable(names[0])}" + (" and others" if len(set(names)) > 1 else "")
+    names = [source.name for source in collection.sources]
+    return f"edgecl report: {names[0]}" + (" and others" if len(names) > 1 else "")
+
+
+def _run(run: Source) -> dict[str, Any]:
+    record = run.record
+    total = finite(record.get("total_steps"))
+    per_epoch = finite(record.get("steps_per_epoch"))
+    lines = [*run.steps, *run.quality]
+    first = min((line["epoch"] for line in lines), default=0.0)
+    last = max((line["epoch"] for line in lines), default=1.0)
+    planned = total / per_epoch if total is not None and per_epoch else None
+    # The axis ends where the plan ends, so that an unfinished run looks unfinished; it begins at zero unless
+    # the run went on from a checkpoint so late that its own part would be a sliver.
+    epochs = max(planned or 0.0, last) or 1.0
+    return {
+        "name": run.name,
+        "arm": printable(record["arm"]) if record.get("arm") else None,
+        "recipe_name": record.get("recipe_name"),
+        "state": record.get("state"),
+        "wall_s": finite(record.get("wall_s")),
+        "steps": finite(run.steps[-1]["step"]) if run.steps else None,
+        "total_steps": total,
+        "from_epoch": float(math.floor(first)) if 0.25 * epochs < first < epochs else 0.0,
+        "epochs": epochs,
+        "steps_per_point": max(1, -(-len(run.steps) // MOST_POINTS)),
+        "curves": {**curves(run.steps, _STEP_KEYS), **curves(run.quality, _QUALITY_KEYS)},
+    }
+
+
+def _conditions(collection: Collection) -> list[dict[str, Any]]:
+    result = []
+    record_files = {
+        "run": "run.json",
+        "model": "model.json",
+        "bundle": "manifest.json",
+        "comparison": "comparison.json",
+        "pipeline": "pipeline.json",
+    }
+    for source in collection.sources:
+        maker = collection.maker_of(source)
+        files = [(record_files[source.kind], source.record, maker.name if maker else None)]
+        files += [(name, record, source.name) for name, record in sorted(source.beside.items())]
+        for name, record, made_from_name in files:
+            result.append(
+                {
+                    "title": f"{source.name}/{name}" if source.name else name,
+                    "about": _ABOUT.get(name.partition("-")[0].removesuffix(".json"), "") or _about(source),
+                    "file": printable(source.path / name),
+                    "made_from_name": made_from_name if record.get("made_from") else None,
+                    "record": _plain(record),
+                }
+            )
+    return result
+
+
+_ABOUT = {
+    "probe": "kNN, linear and few-label accuracy",
+    "cost": "MACs and parameters",
+    "evaluation": "fine-tuned accuracy",
+    "verify": "bundle against its reference outputs",
+    "bench": "latency",
+    "comparison": "pretrained, random and from scratch, side by side",
+    "pipeline": "the whole pipeline",
+    "run": "pretraining",
+    "manifest": "exported bundle",
+}
+
+
+def _about(source: Source) -> str:
+    origin = source.record.get("origin")
+    return f"{ORIGINS.get(origin, origin)} net" if isinstance(origin, str) else source.kind
+
+
+def _plain(value: Any) -> Any:
+    """Copy a record so that it can be written as strict JSON: not-a-number is null, text is printable."""
+    if isinstance(value, dict):
+        return {printable(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_plain(one) for one in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return printable(value) if isinstance(value, str) else value

@@ -1,0 +1,400 @@
+import hashlib
+import pickle
+import sys
+import types
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from edgecl.data.sources import UnreadableImage, has_test_split, list_datasets, open_source
+from edgecl.errors import DataError
+
+RED = np.zeros((4, 6, 3), dtype=np.uint8)
+RED[..., 0] = 255
+
+
+def read_one(path):
+    source = open_source(str(path.parent))
+    assert len(source) == 1
+    return np.asarray(source.read(0))
+
+
+def save(tmp_path, image, name, **options):
+    path = tmp_path / name
+    image.save(path, **options)
+    return path
+
+
+@pytest.fixture
+def gradient():
+    ramp = np.linspace(0, 255, 32).astype(np.uint8)
+    return np.stack(
+        [np.tile(ramp, (24, 1)), np.full((24, 32), 90, np.uint8), 255 - np.tile(ramp, (24, 1))], -1
+    )
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.bmp", "x.webp", "x.PNG"])
+def test_lossless_formats_give_the_exact_pixels(tmp_path, gradient, name):
+    options = {"lossless": True} if name.endswith("webp") else {}
+    np.testing.assert_array_equal(
+        read_one(save(tmp_path, Image.fromarray(gradient), name, **options)), gradient
+    )
+
+
+@pytest.mark.parametrize("name", ["x.jpg", "x.JPEG"])
+def test_jpeg_gives_nearly_the_pixels(tmp_path, gradient, name):
+    pixels = read_one(save(tmp_path, Image.fromarray(gradient), name, quality=95))
+    assert np.abs(pixels.astype(int) - gradient).mean() < 4
+
+
+def test_greyscale_has_three_equal_channels(tmp_path):
+    pixels = read_one(save(tmp_path, Image.new("L", (5, 4), 77), "x.png"))
+    assert pixels.shape == (4, 5, 3)
+    assert (pixels == 77).all()
+
+
+def test_one_bit_pictures_become_black_and_white(tmp_path):
+    assert (read_one(save(tmp_path, Image.new("1", (5, 4), 1), "x.png")) == 255).all()
+
+
+def test_palette_pictures_get_their_colours(tmp_path):
+    picture = Image.fromarray(RED).convert("P", palette=Image.Palette.ADAPTIVE)
+    np.testing.assert_array_equal(read_one(save(tmp_path, picture, "x.png")), RED)
+
+
+def test_transparent_palette_entries_become_white(tmp_path):
+    picture = Image.new("P", (2, 1))
+    picture.putpalette([255, 0, 0, 0, 0, 255])
+    picture.putpixel((1, 0), 1)
+    pixels = read_one(save(tmp_path, picture, "x.png", transparency=0))
+    assert pixels.tolist() == [[[255, 255, 255], [0, 0, 255]]]
+
+
+def test_transparency_is_laid_on_white(tmp_path):
+    pixels = read_one(save(tmp_path, Image.new("RGBA", (3, 2), (255, 0, 0, 51)), "x.png"))
+    assert pixels[0, 0].tolist() == [255, 204, 204]
+
+
+def test_grey_with_transparency_is_laid_on_white(tmp_path):
+    pixels = read_one(save(tmp_path, Image.new("LA", (3, 2), (0, 51)), "x.png"))
+    assert pixels[0, 0].tolist() == [204, 204, 204]
+
+
+def test_a_transparent_colour_becomes_white(tmp_path):
+    assert (read_one(save(tmp_path, Image.fromarray(RED), "x.png", transparency=(255, 0, 0))) == 255).all()
+
+
+def test_cmyk_becomes_rgb(tmp_path):
+    pixels = read_one(save(tmp_path, Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "x.jpg", quality=100))
+    assert np.abs(pixels.astype(int) - [255, 0, 0]).max() < 6
+
+
+def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path):
+    deep = Image.fromarray(np.array([[0, 257 * 100, 65535]], dtype=np.uint16))
+    assert read_one(save(tmp_path, deep, "x.png"))[0, :, 0].tolist() == [0, 100, 255]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_turns_the_picture_upright(tmp_path, gradient, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = save(tmp_path, Image.fromarray(gradient), "x.png", exif=exif)
+    with Image.open(path) as stored:
+        expected = np.asarray(ImageOps.exif_transpose(stored).convert("RGB"))
+    np.testing.assert_array_equal(read_one(path), expected)
+
+
+def test_true_size_counts_after_the_exif_rotation(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    save(tmp_path, Image.new("RGB", (640, 320)), "x.jpg", exif=exif)
+    image, height, width = open_source(str(tmp_path)).read_reduced(0, at_least=64)
+    assert (height, width) == (640, 320)
+    assert image.height == 2 * image.width
+
+
+def test_large_jpegs_are_decoded_at_a_reduced_scale(tmp_path):
+    save(tmp_path, Image.new("RGB", (640, 320)), "x.jpg")
+    image, _, _ = open_source(str(tmp_path)).read_reduced(0, at_least=64)
+    assert image.size == (160, 80)
+
+
+def test_broken_exif_does_not_cost_the_picture(tmp_path):
+    save(tmp_path, Image.fromarray(RED), "x.png", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01")
+    np.testing.assert_array_equal(np.asarray(open_source(str(tmp_path)).read(0)), RED)
+
+
+def bad_reason(tmp_path):
+    with pytest.raises(UnreadableImage) as caught:
+        open_source(str(tmp_path)).read(0)
+    return str(caught.value)
+
+
+def test_an_empty_file_is_unreadable(tmp_path):
+    (tmp_path / "x.jpg").touch()
+    assert bad_reason(tmp_path) == "empty file"
+
+
+def test_text_in_an_image_file_is_unreadable(tmp_path):
+    (tmp_path / "x.jpg").write_text("not found")
+    assert bad_reason(tmp_path) == "not an image of a known format"
+
+
+@pytest.mark.parametrize("name", ["x.jpg", "x.png", "x.bmp", "x.webp"])
+def test_a_truncated_file_is_unreadable(tmp_path, name):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    path = save(tmp_path, Image.fromarray(noise), name)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert bad_reason(tmp_path)
+
+
+def test_a_damaged_png_is_unreadable(tmp_path):
+    path = save(tmp_path, Image.fromarray(RED), "x.png")
+    content = bytearray(path.read_bytes())
+    content[45] ^= 0xFF
+    path.write_bytes(content)
+    assert bad_reason(tmp_path)
+
+
+def test_a_vanished_file_is_unreadable(tmp_path):
+    path = save(tmp_path, Image.fromarray(RED), "x.png")
+    source = open_source(str(tmp_path))
+    path.unlink()
+    with pytest.raises(UnreadableImage, match="the file is gone"):
+        source.read(0)
+
+
+def test_a_decompression_bomb_is_unreadable(tmp_path, monkeypatch):
+    save(tmp_path, Image.fromarray(RED), "x.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
+    assert "decompression bomb" in bad_reason(tmp_path) or "suspiciously large" in bad_reason(tmp_path)
+
+
+def test_class_folders_give_labels(write_images):
+    source = open_source(str(write_images(6, classes=("dog", "cat"))))
+    assert source.classes == ("cat", "dog")
+    assert source.labels.tolist() == [0, 0, 0, 1, 1, 1]
+
+
+def test_class_is_the_first_component_however_deep(write_images):
+    root = write_images(2, classes=("dog/small", "cat/big/old"))
+    assert open_source(str(root)).classes == ("cat", "dog")
+
+
+def test_an_image_outside_all_folders_means_no_labels(write_images):
+    root = write_images(4, classes=("dog", "cat"))
+    Image.fromarray(RED).save(root / "stray.png")
+    source = open_source(str(root))
+    assert source.labels is None
+    assert source.classes is None
+
+
+def test_a_single_sub_folder_means_no_labels(write_images):
+    assert open_source(str(write_images(4, classes=("images",)))).labels is None
+
+
+def test_a_folder_of_splits_is_an_error(write_images):
+    root = write_images(4, classes=("train", "test"))
+    with pytest.raises(DataError, match="holds the splits test and train, not classes") as caught:
+        open_source(str(root))
+    assert caught.value.hint == f"pass one of them: {root / 'train'}"
+
+
+def test_images_come_sorted_by_name(write_images):
+    root = write_images(12, classes=("b", "a/z", "a"))
+    source = open_source(str(root))
+    names = [source.describe(index) for index in range(len(source))]
+    assert names == sorted(str(path) for path in root.rglob("*.png"))
+
+
+def test_other_files_and_dot_files_are_left_out(write_images):
+    root = write_images(3)
+    (root / "readme.txt").touch()
+    (root / "._000.png").touch()
+    (root / ".trash").mkdir()
+    (root / ".trash" / "x.png").touch()
+    assert len(open_source(str(root))) == 3
+
+
+def test_a_loop_of_links_ends(write_images):
+    root = write_images(4, classes=("a", "b"))
+    (root / "a" / "loop").symlink_to(root, target_is_directory=True)
+    (root / "again").symlink_to(root / "b", target_is_directory=True)
+    source = open_source(str(root))
+    assert len(source) == 4
+    assert source.classes == ("a", "b")
+
+
+def test_a_link_to_a_folder_elsewhere_is_followed(write_images):
+    root, other = write_images(2, classes=("a",)), write_images(3, folder="elsewhere")
+    (root / "b").symlink_to(other, target_is_directory=True)
+    assert open_source(str(root)).labels.tolist() == [0, 0, 1, 1, 1]
+
+
+def test_fingerprint_changes_with_a_name(write_images):
+    root = write_images(2)
+    before = open_source(str(root)).fingerprint
+    (root / "000.png").rename(root / "renamed.png")
+    assert open_source(str(root)).fingerprint != before
+
+
+def test_fingerprint_changes_with_a_size(write_images):
+    root = write_images(2)
+    before = open_source(str(root)).fingerprint
+    with (root / "000.png").open("ab") as file:
+        file.write(b"x")
+    assert open_source(str(root)).fingerprint != before
+
+
+def test_fingerprint_does_not_depend_on_the_place(write_images):
+    one, two = write_images(2), write_images(2, folder="elsewhere")
+    assert open_source(str(one)).fingerprint == open_source(str(two)).fingerprint
+
+
+def test_an_empty_folder_is_an_error(tmp_path):
+    with pytest.raises(DataError) as caught:
+        open_source(str(tmp_path))
+    assert str(caught.value) == (
+        f"no images in the folder '{tmp_path}'\n  hint: looked for .jpg, .jpeg, .png, .webp, .bmp"
+    )
+
+
+def test_a_missing_folder_names_the_forms_of_a_uri():
+    with pytest.raises(DataError) as caught:
+        open_source("no/such/folder")
+    assert str(caught.value) == (
+        "no folder 'no/such/folder'\n"
+        "  hint: a data URI is one of: demo, FOLDER, cifar10:PATH, cifar100:PATH, fashion-mnist:PATH, "
+        "flowers102:PATH, stl10:PATH"
+    )
+
+
+def test_a_file_instead_of_a_folder_is_an_error(tmp_path):
+    path = save(tmp_path, Image.fromarray(RED), "x.png")
+    with pytest.raises(DataError, match="is a file, not a folder of images"):
+        open_source(str(path))
+
+
+def test_an_unknown_scheme_suggests_a_near_one():
+    with pytest.raises(DataError) as caught:
+        open_source("cifar-10:/data")
+    assert str(caught.value) == (
+        "unknown kind of data 'cifar-10' in 'cifar-10:/data'\n  hint: did you mean 'cifar10' or 'cifar100'?"
+    )
+
+
+def test_a_scheme_without_a_path_is_an_error():
+    with pytest.raises(DataError, match="'stl10' needs a place on disk"):
+        open_source("stl10")
+
+
+def test_a_folder_has_no_test_split(write_images):
+    with pytest.raises(DataError, match="has no test split"):
+        open_source(str(write_images(2)), split="test")
+
+
+@pytest.mark.parametrize("scheme", ["cifar10", "cifar100", "fashion-mnist", "flowers102", "stl10"])
+def test_a_set_that_is_not_on_the_disk_asks_for_download(tmp_path, scheme):
+    with pytest.raises(DataError) as caught:
+        open_source(f"{scheme}:{tmp_path}")
+    assert str(caught.value) == (
+        f"{scheme} is not there, or its files are not whole\n"
+        f"  place: {tmp_path}\n"
+        "  hint:  --download lets torchvision fetch it"
+    )
+
+
+def test_a_failed_download_is_named(tmp_path, monkeypatch):
+    def refuse(*_args, **_options):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("torchvision.datasets.STL10", refuse)
+    with pytest.raises(DataError, match="stl10 could not be fetched: no route to host"):
+        open_source(f"stl10:{tmp_path}", download=True)
+
+
+def test_a_missing_package_is_named(tmp_path, monkeypatch):
+    def refuse(*_args, **_options):
+        raise ModuleNotFoundError("No module named 'scipy'", name="scipy")
+
+    monkeypatch.setattr("torchvision.datasets.Flowers102", refuse)
+    with pytest.raises(DataError, match="needs the package 'scipy'"):
+        open_source(f"flowers102:{tmp_path}")
+
+
+@pytest.fixture
+def cifar10(tmp_path, monkeypatch):
+    """A CIFAR-10 of four images in torchvision's own layout, held to its own hashes."""
+    from torchvision.datasets import CIFAR10
+
+    folder = tmp_path / CIFAR10.base_folder
+    folder.mkdir()
+    random = np.random.default_rng(0)
+
+    def write(name, content):
+        (folder / name).write_bytes(pickle.dumps(content))
+        return [name, hashlib.md5((folder / name).read_bytes()).hexdigest()]
+
+    pixels = random.integers(0, 256, (4, 3072), dtype=np.uint8)
+    train = write("data_batch_1", {"data": pixels[:3], "labels": [2, 0, 1]})
+    test = write("test_batch", {"data": pixels[3:], "labels": [1]})
+    meta = write("batches.meta", {"label_names": ["plane", "car", "bird"]})
+    monkeypatch.setattr(CIFAR10, "train_list", [train])
+    monkeypatch.setattr(CIFAR10, "test_list", [test])
+    monkeypatch.setattr(CIFAR10, "meta", {"filename": meta[0], "key": "label_names", "md5": meta[1]})
+    return tmp_path, pixels
+
+
+def test_cifar10_gives_torchvisions_images_and_labels(cifar10):
+    root, pixels = cifar10
+    source = open_source(f"cifar10:{root}")
+    assert source.classes == ("plane", "car", "bird")
+    assert source.labels.tolist() == [2, 0, 1]
+    np.testing.assert_array_equal(np.asarray(source.read(1)), pixels[1].reshape(3, 32, 32).transpose(1, 2, 0))
+
+
+def test_cifar10_test_split_is_held_out(cifar10):
+    source = open_source(f"cifar10:{cifar10[0]}", split="test")
+    assert len(source) == 1
+    assert source.describe(0) == "cifar10 test 0"
+
+
+def test_a_changed_cifar10_file_is_never_unpickled(cifar10):
+    root, _ = cifar10
+    batch = root / "cifar-10-batches-py" / "data_batch_1"
+    batch.write_bytes(batch.read_bytes() + b"x")
+    with pytest.raises(DataError, match="its files are not whole"):
+        open_source(f"cifar10:{root}")
+
+
+@pytest.fixture
+def demo(monkeypatch):
+    def render(split, count, *, size):
+        shade = 10 if split == "train" else 200
+        return np.full((count, size, size, 3), shade, np.uint8), np.arange(count) % 2
+
+    stub = types.ModuleType("edgecl.data.demo_images")
+    stub.CLASSES, stub.TRAIN_IMAGES, stub.TEST_IMAGES, stub.SIZE, stub.render = ("a", "b"), 6, 4, 16, render
+    monkeypatch.setitem(sys.modules, "edgecl.data.demo_images", stub)
+    monkeypatch.setattr("edgecl.data.demo_images", stub, raising=False)
+
+
+@pytest.mark.usefixtures("demo")
+@pytest.mark.parametrize(("split", "count", "shade"), [("train", 6, 10), ("test", 4, 200)])
+def test_demo_gives_the_images_of_its_split(split, count, shade):
+    source = open_source("demo", split=split)
+    assert (len(source), source.classes) == (count, ("a", "b"))
+    assert (np.asarray(source.read(1)) == shade).all()
+    assert source.labels.dtype == np.int64
+
+
+@pytest.mark.parametrize(("uri", "answer"), [("demo", True), ("cifar10:/x", True), ("photos", False)])
+def test_only_named_sets_have_a_test_split(uri, answer):
+    assert has_test_split(uri) is answer
+
+
+def test_every_form_of_a_uri_is_listed():
+    assert [row["name"].partition(":")[0] for row in list_datasets()] == [
+        "demo", "FOLDER", "cifar10", "cifar100", "fashion-mnist", "flowers102", "stl10",
+    ]  # fmt: skip

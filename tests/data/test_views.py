@@ -1,0 +1,310 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms.v2 import functional as reference
+
+from edgecl.data.loading import Batch
+from edgecl.data.views import draw_parameters, make_views, render_view, write_views_grid
+from edgecl.recipe import Views
+
+PLAIN = Views(crop_scale=(1, 1), crop_ratio=(1, 1), flip=0, jitter=0, grey=0, blur=(0, 0), solarize=(0, 0))
+NO_MEAN, NO_STD = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+N, SIDE = 48, 32
+
+
+def settings(**changes):
+    return PLAIN.model_copy(update=changes)
+
+
+def pictures(count=N, side=SIDE):
+    """Smooth colours and some noise, every value in 0..255 met."""
+    random = np.random.default_rng(0)
+    coarse = torch.from_numpy(random.random((count, 3, 5, 5), dtype=np.float32))
+    smooth = torch.nn.functional.interpolate(coarse, (side, side), mode="bilinear")
+    noise = torch.from_numpy(random.normal(0, 0.05, smooth.shape).astype(np.float32))
+    return ((smooth * 1.4 - 0.2 + noise).clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def batch_of(canvases, size=None):
+    count, side = len(canvases), canvases.shape[-1]
+    sizes = torch.tensor([size or (side, side)] * count, dtype=torch.int32)
+    return Batch(np.arange(count), canvases, sizes)
+
+
+def draw(views, *, count=N, size=(SIDE, SIDE), view="a", image_size=SIDE, seed=0, epoch=0):
+    sizes = np.tile(np.array(size), (count, 1))
+    return draw_parameters(
+        np.arange(count), sizes, views, view=view, image_size=image_size, seed=seed, epoch=epoch
+    )
+
+
+def render(views, canvases=None, size=None, image_size=SIDE):
+    """Return pictures in 0..1, view A and its parameters."""
+    batch = batch_of(pictures() if canvases is None else canvases, size)
+    sizes = batch.sizes.numpy()
+    parameters = draw_parameters(
+        batch.indices, sizes, views, view="a", image_size=image_size, seed=0, epoch=0
+    )
+    scaled = batch.canvases.float() / 255
+    return scaled, render_view(scaled, sizes, parameters, views, image_size=image_size), parameters
+
+
+def each(operator, images, *columns):
+    return torch.stack([operator(image, *values) for image, *values in zip(images, *columns, strict=True)])
+
+
+def test_without_any_operator_a_view_is_the_picture():
+    before, after, _ = render(PLAIN)
+    torch.testing.assert_close(after, before, atol=1e-5, rtol=0)
+
+
+COLOUR_OPERATORS = [
+    ("brightness", 0, reference.adjust_brightness),
+    ("contrast", 1, reference.adjust_contrast),
+    ("saturation", 2, reference.adjust_saturation),
+    ("hue", 3, reference.adjust_hue),
+]
+
+
+@pytest.mark.parametrize(("name", "column", "operator"), COLOUR_OPERATORS)
+def test_colour_operators_equal_torchvisions(name, column, operator):
+    before, after, parameters = render(settings(jitter=1.0, **{name: 0.5}, **others_off(name)))
+    torch.testing.assert_close(
+        after, each(operator, before, parameters.factors[:, column]), atol=2e-4, rtol=0
+    )
+
+
+def others_off(name):
+    return {other: 0.0 for other in ("brightness", "contrast", "saturation", "hue") if other != name}
+
+
+def test_jitter_applies_its_operators_in_each_samples_own_order():
+    before, after, parameters = render(
+        settings(jitter=1.0, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)
+    )
+    operators = [operator for _, _, operator in COLOUR_OPERATORS]
+
+    def jitter(image, order, factors):
+        for number in order:
+            image = operators[number](image, factors[number])
+        return image
+
+    torch.testing.assert_close(
+        after, each(jitter, before, parameters.order, parameters.factors), atol=5e-4, rtol=0
+    )
+
+
+def test_grey_pixels_keep_their_colour_whatever_the_hue():
+    grey = torch.full((4, 3, 8, 8), 90, dtype=torch.uint8)
+    before, after, _ = render(
+        settings(jitter=1.0, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.5), grey, image_size=8
+    )
+    torch.testing.assert_close(after, before, atol=1e-6, rtol=0)
+
+
+def test_greyscale_equals_torchvisions():
+    before, after, _ = render(settings(grey=1.0))
+    torch.testing.assert_close(after, reference.rgb_to_grayscale(before, 3), atol=1e-5, rtol=0)
+
+
+def test_blur_equals_torchvisions():
+    # 224-pixel sigmas of 2.8 to 14 are 0.4 to 2 in a view of 32.
+    views = settings(blur=(1.0, 0.0), blur_sigma=(2.8, 14.0))
+    before, after, parameters = render(views)
+
+    def blur(image, sigma):
+        return reference.gaussian_blur(image, [17, 17], [sigma, sigma])
+
+    torch.testing.assert_close(after, each(blur, before, parameters.sigma.tolist()), atol=1e-4, rtol=0)
+
+
+def test_blur_of_hardly_any_width_changes_nothing():
+    before, after, _ = render(settings(blur=(1.0, 0.0), blur_sigma=(0.01, 1.0)))
+    torch.testing.assert_close(after, before, atol=1e-4, rtol=0)
+
+
+def test_solarise_equals_torchvisions():
+    before, after, _ = render(settings(solarize=(1.0, 0.0)))
+    changed = (before - 0.5).abs() > 1e-4  # rounding decides at the threshold itself
+    torch.testing.assert_close(after[changed], reference.solarize(before, 0.5)[changed], atol=1e-5, rtol=0)
+
+
+def test_flips_mirror_the_picture():
+    before, after, _ = render(settings(flip=1.0, flip_vertical=1.0))
+    torch.testing.assert_close(after, before.flip(2, 3), atol=1e-5, rtol=0)
+
+
+def test_crops_equal_torchvisions_where_nothing_is_downsampled():
+    side, crop = 32, 96  # pictures are enlarged, where antialiasing changes nothing
+    before, after, parameters = render(
+        settings(crop_scale=(0.2, 0.6), crop_ratio=(0.75, 4 / 3)), image_size=crop
+    )
+
+    def cut(image, box):
+        top, left, height, width = (int(pixels) for pixels in box)
+        return reference.resized_crop(image, top, left, height, width, [crop, crop], antialias=True)
+
+    expected = each(cut, before, parameters.boxes)
+    # torchvision repeats the crop's own edge, the grid goes on into the picture: half a source pixel.
+    edge = int(np.ceil(crop / 2 / np.sqrt(0.2 * 0.75) / side)) + 1
+    inner = slice(edge, -edge)
+    torch.testing.assert_close(after[..., inner, inner], expected[..., inner, inner], atol=1e-3, rtol=0)
+
+
+def test_a_crop_of_a_wide_picture_is_cut_in_true_proportions():
+    # A picture 64 wide and 32 high: red, green, blue and white quarters from left to right.
+    wide = np.zeros((32, 64, 3), dtype=np.uint8)
+    for quarter, colour in enumerate([(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)]):
+        wide[:, 16 * quarter : 16 * (quarter + 1)] = colour
+    squeezed = np.asarray(Image.fromarray(wide).resize((64, 64), Image.Resampling.BILINEAR))
+    canvases = torch.from_numpy(squeezed.copy()).permute(2, 0, 1).unsqueeze(0).repeat(16, 1, 1, 1)
+    _, after, parameters = render(settings(crop_scale=(0.5, 0.5)), canvases, size=(32, 64))
+    for view, (top, left, height, width) in zip(after, parameters.boxes.astype(int), strict=True):
+        assert (top, height, width) == (0, 32, 32)
+        expected = torch.from_numpy(wide[:, left : left + 32].copy()).permute(2, 0, 1) / 255
+        assert (view - expected).abs().mean() < 0.02
+
+
+@pytest.mark.parametrize("size", [(64, 64), (48, 64), (64, 48)])
+def test_crop_distribution_equals_torchvisions(size):
+    scale, ratio, count = (0.08, 1.0), (0.75, 4 / 3), 4000
+    ours = draw(settings(crop_scale=scale, crop_ratio=ratio), count=count, size=size).boxes
+    torch.manual_seed(0)
+    blank = torch.empty(3, *size)
+    theirs = np.array([RandomResizedCrop.get_params(blank, list(scale), list(ratio)) for _ in range(count)])
+    levels = np.linspace(0.05, 0.95, 10)
+    for feature, tolerance in (
+        (lambda box: box[:, 2] * box[:, 3] / (size[0] * size[1]), 0.03),
+        (lambda box: np.log(box[:, 3] / box[:, 2]), 0.03),
+        (lambda box: (box[:, 0] + box[:, 2] / 2) / size[0], 0.02),
+        (lambda box: (box[:, 1] + box[:, 3] / 2) / size[1], 0.02),
+    ):
+        np.testing.assert_allclose(
+            np.quantile(feature(ours), levels), np.quantile(feature(theirs), levels), atol=tolerance
+        )
+
+
+@pytest.mark.parametrize("size", [(10, 200), (200, 10), (50, 60)])
+def test_a_crop_that_never_fits_falls_back_to_torchvisions_central_one(size):
+    # Scale 4 is beyond every picture, so all ten attempts fail.
+    boxes = draw(settings(crop_scale=(4.0, 4.0), crop_ratio=(0.75, 4 / 3)), count=3, size=size).boxes
+    expected = RandomResizedCrop.get_params(torch.empty(3, *size), [4.0, 4.0], [0.75, 4 / 3])
+    assert boxes.astype(int).tolist() == [list(expected)] * 3
+
+
+def test_crops_stay_inside_the_picture():
+    boxes = draw(settings(crop_scale=(0.0, 1.0), crop_ratio=(0.5, 2.0)), count=5000, size=(7, 5)).boxes
+    assert boxes.min() >= 0
+    assert (boxes[:, 2:] >= 1).all()
+    assert (boxes[:, :2] + boxes[:, 2:] <= [7, 5]).all()
+
+
+def test_operators_come_at_their_rates():
+    views = Views(flip=0.5, flip_vertical=0.1, jitter=0.8, grey=0.2, blur=(1.0, 0.1), solarize=(0.0, 0.2))
+
+    def rates(view):
+        p = draw(views, count=20_000, view=view)
+        return [float(who.mean()) for who in (p.flip, p.flip_vertical, p.jitter, p.grey, p.blur, p.solarize)]
+
+    assert rates("a") == pytest.approx([0.5, 0.1, 0.8, 0.2, 1.0, 0.0], abs=0.015)
+    assert rates("b") == pytest.approx([0.5, 0.1, 0.8, 0.2, 0.1, 0.2], abs=0.015)
+
+
+def test_jitter_factors_are_uniform_over_torchvisions_ranges():
+    factors = draw(Views(brightness=0.4, contrast=1.5, saturation=0.2, hue=0.1), count=20_000).factors
+    ranges = np.array([(0.6, 1.4), (0.0, 2.5), (0.8, 1.2), (-0.1, 0.1)])
+    levels = np.array([0.0, 0.25, 0.5, 0.75, 1.0])
+    for column, (low, high) in zip(factors.T, ranges, strict=True):
+        np.testing.assert_allclose(
+            np.quantile(column, levels), low + (high - low) * levels, atol=0.02 * (high - low)
+        )
+
+
+def test_all_24_orders_of_jitter_are_equally_likely():
+    order = draw(Views(), count=24_000).order
+    counts = np.unique(order, axis=0, return_counts=True)[1]
+    assert len(counts) == 24
+    assert counts.min() > 850
+    assert counts.max() < 1150
+
+
+def test_blur_scales_with_the_view():
+    sigma = draw(Views(blur_sigma=(0.1, 2.0)), count=5000, image_size=112).sigma
+    assert sigma.min() == pytest.approx(0.05, abs=0.01)
+    assert sigma.max() == pytest.approx(1.0, abs=0.01)
+
+
+def test_the_two_views_differ():
+    view_a, view_b = views_of(Views(), range(8))
+    assert ((view_a - view_b).abs().mean(dim=(1, 2, 3)) > 1e-3).all()
+
+
+def test_another_epoch_gives_other_views():
+    assert not torch.equal(views_of(Views(), range(8))[0], views_of(Views(), range(8), epoch=1)[0])
+
+
+def views_of(views, indices, epoch=0):
+    canvases = pictures(16)
+    indices = np.array(indices)
+    batch = Batch(indices, canvases[indices], torch.full((len(indices), 2), SIDE, dtype=torch.int32))
+    return make_views(batch, views, image_size=SIDE, mean=NO_MEAN, std=NO_STD, seed=0, epoch=epoch)
+
+
+def test_a_samples_views_do_not_depend_on_its_batch():
+    whole = views_of(Views(), range(16))
+    parts = [views_of(Views(), part) for part in (range(5), range(5, 16))]
+    for number in range(2):
+        torch.testing.assert_close(
+            whole[number], torch.cat([part[number] for part in parts]), atol=1e-5, rtol=0
+        )
+
+
+def test_views_are_normalised_and_leave_the_pictures_alone():
+    mean, std = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+    batch = batch_of(pictures(4))
+    before = batch.canvases.clone()
+    view_a, _ = make_views(batch, PLAIN, image_size=SIDE, mean=mean, std=std, seed=0, epoch=0)
+    expected = reference.normalize(before / 255, list(mean), list(std))
+    torch.testing.assert_close(view_a, expected, atol=1e-4, rtol=0)
+    assert torch.equal(batch.canvases, before)
+
+
+def test_views_are_float32_and_the_same_under_autocast():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under_autocast = views_of(Views(blur_sigma=(5.0, 9.0)), range(8))
+    for view, expected in zip(under_autocast, views_of(Views(blur_sigma=(5.0, 9.0)), range(8)), strict=True):
+        assert torch.equal(view, expected)
+
+
+def test_views_have_the_asked_size_whatever_the_canvas():
+    views = make_views(
+        batch_of(pictures(3, side=40)), Views(), image_size=24, mean=NO_MEAN, std=NO_STD, seed=0, epoch=0
+    )
+    assert [view.shape for view in views] == [(3, 3, 24, 24)] * 2
+    assert all(view.dtype == torch.float32 and view.is_contiguous() for view in views)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_views_on_a_gpu_equal_those_on_the_cpu():
+    batch = batch_of(pictures(16))
+    options = {"image_size": SIDE, "mean": NO_MEAN, "std": NO_STD, "seed": 0, "epoch": 0}
+    on_gpu = make_views(batch._replace(canvases=batch.canvases.cuda()), Views(), **options)
+    for cpu, gpu in zip(make_views(batch, Views(), **options), on_gpu, strict=True):
+        differing = (cpu - gpu.cpu()).abs() > 1e-3
+        assert differing.float().mean() < 1e-3  # solarise may fall on either side of its threshold
+
+
+def test_the_grid_shows_pictures_above_their_views(tmp_path):
+    batch = batch_of(pictures(4), size=(16, 32))
+    options = {"mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2)}
+    views = make_views(batch, PLAIN, image_size=SIDE, seed=0, epoch=0, **options)
+    write_views_grid(tmp_path / "views.png", batch, *views, **options, count=3)
+    with Image.open(tmp_path / "views.png") as page:
+        pixels = np.asarray(page)
+    assert pixels.shape == (3 * 100 - 4, 3 * 100 - 4, 3)
+    assert (pixels[:20, :96] == 255).all()  # a wide picture leaves room above
+    np.testing.assert_array_equal(pixels[101:196:3, 1:96:3], pixels[201:296:3, 1:96:3])
+    expected = views[0][0].mul(0.2).add(0.5).mul(255).round().permute(1, 2, 0)
+    np.testing.assert_allclose(pixels[101:196:3, 1:96:3], expected, atol=1)

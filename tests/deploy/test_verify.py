@@ -1,0 +1,102 @@
+"""The host's `verify`: the device code's verdict, kept beside the bundle."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from edgecl.cli.verify import verify_command
+from edgecl.deploy.verify import verify
+from edgecl.errors import ArtifactError, DeviceError, ParityError
+from edgecl.onboard.bundle import sha256_of_file
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from onboard.tiny_bundle import flip_byte, make_bundle, read_manifest, write_manifest
+
+
+@pytest.fixture
+def bundle(tmp_path):
+    return make_bundle(tmp_path / "bundle")
+
+
+def kept(bundle):
+    return json.loads((bundle / "verify.json").read_text())
+
+
+def test_verdict_is_returned_and_kept(bundle):
+    record = verify(bundle)
+    assert record == kept(bundle)
+    assert list(record)[:4] == ["schema", "kind", "made_by", "made_from"]
+    assert record["kind"] == "verify"
+    assert record["made_from"] == sha256_of_file(bundle / "manifest.json")
+    assert record["ok"] is True
+
+
+def test_flipped_byte_is_an_artifact_error_and_ends_an_earlier_verdict(bundle):
+    verify(bundle)
+    flip_byte(bundle / "model.onnx")
+    with pytest.raises(ArtifactError, match=r"'model.onnx' does not match its hash") as caught:
+        verify(bundle)
+    assert caught.value.where == {"bundle": bundle}
+    assert kept(bundle)["ok"] is False
+    assert kept(bundle)["files_ok"] is False
+    assert kept(bundle)["problem"] == caught.value.problem
+
+
+def test_wrong_outputs_are_a_parity_error_with_numbers(tmp_path):
+    bundle = make_bundle(tmp_path / "bundle", shift=100.0)
+    with pytest.raises(ParityError, match=r"the largest relative difference is .*, allowed is 0.001"):
+        verify(bundle)
+    assert kept(bundle)["ok"] is False
+    assert kept(bundle)["files_ok"] is True
+    assert kept(bundle)["max_abs_difference"] == pytest.approx(100.0, rel=1e-5)
+
+
+def test_missing_runtime_is_a_device_error_and_no_verdict(bundle, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(DeviceError, match="hint:   pip install onnxruntime"):
+        verify(bundle)
+    assert not (bundle / "verify.json").exists()
+
+
+def test_a_directory_that_is_no_bundle_is_named(tmp_path):
+    with pytest.raises(ArtifactError, match=r"is not a bundle directory: it has no manifest\.json"):
+        verify(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_newer_schema_is_refused_with_both_numbers(bundle):
+    write_manifest(bundle, {**read_manifest(bundle), "schema": 99})
+    with pytest.raises(ArtifactError, match="has schema 99, this edgecl reads up to 1"):
+        verify(bundle)
+
+
+def test_verify_never_imports_torch(bundle):
+    code = "import sys; from pathlib import Path; from edgecl.deploy.verify import verify; "
+    code += "verify(Path(sys.argv[1])); import edgecl.deploy.bench; print('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(bundle)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "False"
+
+
+def run_command(*arguments):
+    app = typer.Typer()
+    app.command()(verify_command)
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_command_prints_one_json_object(bundle):
+    done = run_command(bundle, "--json")
+    assert json.loads(done.stdout) == kept(bundle)
+
+
+def test_command_prints_a_table_with_what_is_allowed(bundle):
+    done = run_command(bundle)
+    assert "largest relative difference" in done.stdout
+    assert "<= 0.001" in done.stdout
+    assert ">= 0.99" in done.stdout

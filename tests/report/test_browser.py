@@ -1,0 +1,67 @@
+"""The page in a real browser."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+
+import pytest
+
+from edgecl.report.report import report
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+# Runs in the page's frame: what sticks out of the page at this width, how much of each picture was drawn.
+PROBE = """<script>
+addEventListener("load", () => {
+  const wide = [...document.querySelectorAll("main *")].filter(
+    (one) => !one.closest("svg, thead") && one.getBoundingClientRect().right > innerWidth + 1);
+  const texts = [...document.querySelectorAll("svg.chart")].flatMap((svg) => {
+    const boxes = [...svg.querySelectorAll("text")].map(
+      (one) => [one.textContent, one.getBoundingClientRect()]);
+    const frame = svg.getBoundingClientRect();
+    const hits = [];
+    boxes.forEach(([a, p], i) => {
+      if (p.left < frame.left - 4 || p.right > frame.right + 4) hits.push(a + " leaves its picture");
+      boxes.slice(i + 1).forEach(([b, q]) => {
+        const beside = p.left >= q.right - 1 || q.left >= p.right - 1;
+        if (!beside && p.top < q.bottom - 3 && q.top < p.bottom - 3) hits.push(a + " over " + b);
+      });
+    });
+    return hits;
+  });
+  document.body.dataset.wide = wide.length;
+  document.body.dataset.texts = JSON.stringify(texts);
+});
+</script>"""
+
+
+def dump(page, tmp_path, width):
+    command = [
+        *(CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars"),
+        *("--disable-background-networking", f"--user-data-dir={tmp_path / 'profile'}"),
+        *(f"--window-size={width},1600", "--dump-dom", page.as_uri()),
+    ]
+    environment = {**os.environ, "HOME": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, timeout=120, check=True, env=environment)
+    return done.stdout.decode("utf-8")
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH")
+@pytest.mark.parametrize("width", [1200, 500])
+def test_page_renders_in_chromium_with_nothing_cut_or_overlapping(make, tmp_path, width):
+    make.pipeline(tmp_path / "demo")
+    report([tmp_path / "demo"], out=tmp_path / "report")
+    text = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+    # The page forbids scripts; the copy under test allows the one above.
+    probed = tmp_path / "probed.html"
+    probed.write_text(
+        text.replace("default-src 'none';", "").replace("</body>", PROBE + "</body>"), encoding="utf-8"
+    )
+    dom = dump(probed, tmp_path, width)
+    assert dom.count("<svg") == 12
+    assert '<table class="nets">' in dom
+    assert 'data-wide="0"' in dom
+    assert 'data-texts="[]"' in dom
