@@ -10,6 +10,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from edgecl import __version__
-from edgecl.errors import ArtifactError
+from edgecl.errors import ArtifactError, EdgeclError
 from edgecl.onboard import bundle as bundle_names
 from edgecl.onboard.bundle import sha256_of_file
 
@@ -27,6 +28,10 @@ MADE_BY = f"edgecl {__version__}"
 
 # A limit on file sizes or a quota reads to a user exactly like a full disk.
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
+_NO_PLACE = {errno.EEXIST, errno.ENOTDIR, errno.ENOENT, errno.ENAMETOOLONG, errno.EISDIR}
+# safetensors is written in Rust and names the system's error only in its text.
+_ERRNO_IN_TEXT = re.compile(r"\(os error (\d+)\)")
 
 
 class RunDir:
@@ -160,9 +165,16 @@ KINDS: tuple[type[RunDir | ModelDir | Bundle | ReportDir | PipelineDir], ...] = 
 
 
 def kind_of(path: Path) -> str | None:
-    """Return which kind of edgecl output a directory is, or None."""
+    """Return which kind of edgecl output a directory is, or None.
+
+    The record itself must say so: a user's own folder may well hold a model.json or a manifest.json.
+    """
     for kind in KINDS:
-        if (path / kind.RECORD).is_file():
+        try:
+            record = json.loads((path / kind.RECORD).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(record, dict) and record.get("kind") == kind.KIND and "schema" in record:
             return kind.KIND
     return None
 
@@ -208,7 +220,10 @@ def read_record(path: Path, *, kind: str) -> dict[str, Any]:
         ) from complaint
     if not isinstance(record, dict) or record.get("kind") != kind:
         raise ArtifactError(f"'{path.name}' is not the record of a {kind}", where={"file": path})
-    if record.get("schema", 0) > SCHEMA:
+    schema = record.get("schema", 0)
+    if not isinstance(schema, int):
+        raise ArtifactError(f"'{path.name}' has the schema {schema!r}, not a number", where={"file": path})
+    if schema > SCHEMA:
         raise ArtifactError(
             f"'{path.name}' has schema {record['schema']}, this edgecl reads up to {SCHEMA}",
             where={"file": path, "made by": record.get("made_by")},
@@ -252,18 +267,32 @@ def disk_errors(path: Path) -> Iterator[None]:
     """Turn a full disk or a refused write into a named error."""
     try:
         yield
-    except OSError as complaint:
-        if complaint.errno in _DISK_FULL:
+    except EdgeclError:
+        raise
+    except Exception as complaint:
+        code = _errno_of(complaint)
+        if code in _DISK_FULL:
             raise ArtifactError(
                 f"no room on the disk to write '{path.name}'",
                 where={"directory": path.parent},
                 hint="free some space and run the command again; nothing partial was left",
             ) from complaint
-        if complaint.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if code in _REFUSED:
             raise ArtifactError(
                 f"no permission to write '{path.name}'", where={"directory": path.parent}
             ) from complaint
+        if code in _NO_PLACE:
+            raise ArtifactError(
+                f"cannot write '{path.name}': {os.strerror(code).lower()}", where={"directory": path.parent}
+            ) from complaint
         raise
+
+
+def _errno_of(complaint: Exception) -> int:
+    if isinstance(complaint, OSError):
+        return complaint.errno or 0
+    found = _ERRNO_IN_TEXT.search(str(complaint))
+    return int(found[1]) if found else 0
 
 
 def refuse_existing(path: Path, *, force: bool, kind: str) -> None:
@@ -300,6 +329,7 @@ def new_directory(path: Path, *, kind: str, force: bool = False) -> Iterator[Pat
         ArtifactError: the output exists, or the disk is full; then nothing is left behind.
     """
     refuse_existing(path, force=force, kind=kind)
+    path = path.resolve()  # '.' and links have no name of their own to rename to
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))

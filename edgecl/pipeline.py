@@ -8,16 +8,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 from edgecl.artifacts import (
+    Bundle,
     ModelDir,
     PipelineDir,
     RunDir,
+    disk_errors,
     read_record,
     record_header,
     refuse_existing,
     write_json,
 )
-from edgecl.errors import ArtifactError, RecipeError
+from edgecl.errors import ArtifactError, RecipeError, TargetError
 from edgecl.recipe import Recipe
+from edgecl.target import read_target
 
 BENCH_S = 5.0
 
@@ -60,6 +63,7 @@ def run(
     uri = data or recipe.data.uri
     if uri is None:
         raise RecipeError(f"the recipe '{recipe_name}' names no images", hint="say which with --data URI")
+    _check_targets(targets)
     pipeline = PipelineDir(out)
     settings = {
         "recipe_name": recipe_name,
@@ -70,28 +74,39 @@ def run(
     }
     stages = _start(pipeline, settings, resume=resume, force=force)
 
-    def stage(name: str, work: Callable[[], Any]) -> None:
-        if name in stages:
+    def stage(name: str, work: Callable[[], Sequence[Path]], *, stale: bool = False) -> bool:
+        """Do a stage unless all it made is still there; return whether it was done now."""
+        made = stages.get(name, {}).get("made", [])
+        if name in stages and not stale and all((out / file).exists() for file in made):
             say(f"{name}: already done")
-            return
+            return False
         say(name)
         started = time.monotonic()
-        work()
-        stages[name] = {"wall_s": round(time.monotonic() - started, 3)}
+        written = work()
+        stages[name] = {
+            "wall_s": round(time.monotonic() - started, 3),
+            "made": [path.relative_to(out).as_posix() for path in written],
+        }
         write_json(
             pipeline.record_file,
             {**record_header(PipelineDir.KIND, made_from=None), **settings, "stages": stages},
         )
+        return True
 
-    stage(
+    # What comes later is made from what comes earlier, and is made anew with it.
+    stale = stage(
         "pretrain",
         lambda: _pretrain(recipe, pipeline, settings, device=device, resume=resume, download=download),
     )
-    stage("carve", lambda: _carve(pipeline, force=resume))
-    stage("cost", lambda: _cost(pipeline))
-    stage("probe", lambda: _probe(recipe, pipeline, uri, test=test, download=download))
+    stale = stage("carve", lambda: _carve(pipeline, force=resume), stale=stale)
+    stage("cost", lambda: _cost(pipeline), stale=stale)
+    stage("probe", lambda: _probe(recipe, pipeline, uri, test=test, download=download), stale=stale)
     for target in targets:
-        stage(f"export {target}", lambda target=target: _export(pipeline, target, uri, force=resume))  # type: ignore[misc]
+        stage(
+            f"export {target}",
+            lambda target=target: _export(pipeline, target, uri, force=resume),  # type: ignore[misc]
+            stale=stale,
+        )
     say("report")
     from edgecl.report.report import report
 
@@ -100,25 +115,40 @@ def run(
     return {**read_record(pipeline.record_file, kind=PipelineDir.KIND), "report": written}
 
 
+def _check_targets(targets: Sequence[str]) -> None:
+    """Refuse targets that cannot be exported for before hours of training, not after them."""
+    names: dict[str, str] = {}
+    for target in targets:
+        read_target(target)
+        name = Path(target).stem
+        if name in names:
+            raise TargetError(
+                f"two targets are called '{name}': '{names[name]}' and '{target}'",
+                hint="each is exported to a folder of its name; name each target once",
+            )
+        names[name] = target
+
+
 def _start(
     pipeline: PipelineDir, settings: dict[str, Any], *, resume: bool, force: bool
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, Any]]:
     """Open the output directory and return the stages that are done."""
     if resume and pipeline.record_file.exists():
         before = read_record(pipeline.record_file, kind=PipelineDir.KIND)
-        changed = [key for key in ("recipe", "data", "test") if before[key] != settings[key]]
+        changed = [key for key in ("recipe", "data", "test") if before.get(key) != settings[key]]
         if changed:
             raise ArtifactError(
                 f"cannot resume '{pipeline.path}': its {' and '.join(changed)} changed",
                 hint="repeat the command it was started with, or choose another --out",
             )
-        return dict(before["stages"])
+        return dict(before.get("stages", {}))
     refuse_existing(pipeline.path, force=force, kind=PipelineDir.KIND)
     if pipeline.path.exists():
         import shutil
 
         shutil.rmtree(pipeline.path)
-    pipeline.path.mkdir(parents=True)
+    with disk_errors(pipeline.path):
+        pipeline.path.mkdir(parents=True)
     write_json(
         pipeline.record_file, {**record_header(PipelineDir.KIND, made_from=None), **settings, "stages": {}}
     )
@@ -133,7 +163,7 @@ def _pretrain(
     device: Any,
     resume: bool,
     download: bool,
-) -> None:
+) -> list[Path]:
     from edgecl.train.loop import pretrain
 
     started = RunDir(pipeline.run).record_file.exists()
@@ -147,28 +177,33 @@ def _pretrain(
         force=True,
         download=download,
     )
+    return [RunDir(pipeline.run).record_file]
 
 
-def _carve(pipeline: PipelineDir, *, force: bool) -> None:
+def _carve(pipeline: PipelineDir, *, force: bool) -> list[Path]:
     from edgecl.nets.carving import carve
 
     carve(pipeline.run, out=pipeline.slim, force=force)
+    return [ModelDir(pipeline.slim).record_file, ModelDir(pipeline.slim).weights_file]
 
 
-def _cost(pipeline: PipelineDir) -> None:
+def _cost(pipeline: PipelineDir) -> list[Path]:
     from edgecl.cost import cost
 
     cost(pipeline.slim)
+    return [ModelDir(pipeline.slim).cost_file]
 
 
-def _probe(recipe: Recipe, pipeline: PipelineDir, uri: str, *, test: str | None, download: bool) -> None:
+def _probe(
+    recipe: Recipe, pipeline: PipelineDir, uri: str, *, test: str | None, download: bool
+) -> list[Path]:
     """Compare with the baselines where there are labels; without labels there is nothing to compare."""
     from edgecl.data.sources import open_source
     from edgecl.evaluate.comparison import compare, write_random
     from edgecl.evaluate.labelled import read_labelled
 
     if open_source(uri, split="train", download=download).labels is None:
-        return
+        return []
     record = ModelDir(pipeline.slim).read()
     labelled = read_labelled(
         uri,
@@ -192,14 +227,27 @@ def _probe(recipe: Recipe, pipeline: PipelineDir, uri: str, *, test: str | None,
     write_json(pipeline.comparison_file, comparison)
     for path, name in ((pipeline.slim, "pretrained"), (pipeline.random, "random init")):
         write_json(ModelDir(path).probe_file, probes[name])
+    return [
+        pipeline.comparison_file,
+        ModelDir(pipeline.slim).probe_file,
+        ModelDir(pipeline.random).probe_file,
+        ModelDir(pipeline.random).weights_file,
+    ]
 
 
-def _export(pipeline: PipelineDir, target: str, uri: str, *, force: bool) -> None:
+def _export(pipeline: PipelineDir, target: str, uri: str, *, force: bool) -> list[Path]:
     from edgecl.deploy.bench import bench
     from edgecl.deploy.export import export
     from edgecl.deploy.verify import verify
 
-    bundle = pipeline.bundles / Path(target).stem
-    export(pipeline.slim, target=target, out=bundle, calibration=uri, force=force)
-    verify(bundle)
-    bench(bundle, duration_s=BENCH_S)
+    bundle = Bundle(pipeline.bundles / Path(target).stem)
+    export(pipeline.slim, target=target, out=bundle.path, calibration=uri, force=force)
+    verify(bundle.path)
+    record = bench(bundle.path, duration_s=BENCH_S)
+    return [
+        bundle.record_file,
+        bundle.onnx_file,
+        bundle.reference_file,
+        bundle.verify_file,
+        bundle.bench_file(record["device"]["name"]),
+    ]

@@ -81,11 +81,10 @@ class Progress:
     def _print_line(self, now: float) -> None:
         elapsed = now - self._started
         left = elapsed / max(self._done - self._first, 1) * (self._total - self._done)
-        print(
+        sys.stderr.write(
             f"{self._what}: {self._done}/{self._total} {self._unit}, {self._rate(now)}, "
-            f"{elapsed:.0f} s gone, about {left:.0f} s left {self._note}".rstrip(),
-            file=sys.stderr,
-            flush=True,
+            f"{elapsed:.0f} s gone, about {left:.0f} s left {self._note}".rstrip()
+            + "\n"
         )
 
     def __exit__(

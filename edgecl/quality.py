@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -23,7 +25,7 @@ def spread(z: Tensor) -> Tensor:
     Source: Chen and He 2021 (SimSiam), arXiv:2011.10566, figure 2.
     """
     unit = functional.normalize(z.detach().float(), dim=1)
-    return unit.std(0, correction=0).mean() * z.shape[1] ** 0.5
+    return cast(Tensor, unit.std(0, correction=0).mean() * z.shape[1] ** 0.5)
 
 
 def rank_me(features: Tensor) -> float:

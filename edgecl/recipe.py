@@ -15,6 +15,7 @@ from edgecl.settings import (
     override,
     packaged_files,
     parse_toml,
+    read_text,
     validate,
 )
 
@@ -211,7 +212,7 @@ def read_recipe(name: str, assignments: list[str] | None = None) -> Recipe:
         RecipeError: unknown name, key or value; every problem at once.
     """
     path = find_settings_file(name, folder="recipes", error=RecipeError, noun="recipe")
-    tables = parse_toml(path.read_text(encoding="utf-8"), source=str(path), error=RecipeError)
+    tables = parse_toml(read_text(path, error=RecipeError), source=str(path), error=RecipeError)
     return recipe_from_tables(override(tables, assignments or [], error=RecipeError), source=str(path))
 
 
@@ -226,7 +227,7 @@ def recipe_from_tables(tables: dict[str, Any], *, source: str) -> Recipe:
 
 def recipe_name(name: str) -> str:
     """Return the short name of a packaged recipe or of a file."""
-    return Path(name).stem if name.endswith(".toml") else name
+    return Path(name).stem if name.endswith(".toml") or "/" in name else name
 
 
 def list_recipes() -> list[dict[str, str]]:

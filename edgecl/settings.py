@@ -33,7 +33,8 @@ def packaged_folder(name: str) -> Path:
 
 def packaged_files(folder: str) -> dict[str, Path]:
     """Return name -> path of the packaged TOML files, by name."""
-    return {path.stem: path for path in sorted(packaged_folder(folder).glob("*.toml"))}
+    files = sorted(packaged_folder(folder).glob("*.toml"), key=lambda path: path.stem)
+    return {path.stem: path for path in files}
 
 
 def find_settings_file(name: str, *, folder: str, error: type[EdgeclError], noun: str) -> Path:
@@ -51,6 +52,14 @@ def find_settings_file(name: str, *, folder: str, error: type[EdgeclError], noun
     if name not in known:
         raise error(f"unknown {noun} '{name}'", hint=near_matches(name, known))
     return known[name]
+
+
+def read_text(path: Path, *, error: type[EdgeclError]) -> str:
+    """Return the text of a settings file; a byte-order mark, as Windows editors write it, is left out."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as complaint:
+        raise error(f"not a text file: {complaint}", where={"file": path}) from complaint
 
 
 def parse_toml(text: str, *, source: str, error: type[EdgeclError]) -> dict[str, Any]:
@@ -121,16 +130,16 @@ def _describe(problem: Any, model: type[BaseModel]) -> str:
         return f"unknown key '{key}' ({near_matches(path[-1], _keys_at(model, path[:-1]))})"
     if problem["type"] == "missing":
         return f"missing key '{key}'"
-    message = problem["msg"].removeprefix("Value error, ")
+    message: str = problem["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
     if not key:
         return message
     if problem["type"] == "literal_error":
         word = str(problem["input"])
-        choices = [
-            choice.strip("'") for choice in problem["ctx"]["expected"].replace(" or ", ", ").split(", ")
-        ]
-        return f"'{key}' is {word!r}: {near_matches(word, choices)}; known: {', '.join(choices)}"
+        choices = problem["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
+        near = near_matches(word, choices)
+        suggestion = f" ({near})" if near.startswith("did") else ""
+        return f"'{key}' is {word!r}, not one of {', '.join(choices)}{suggestion}"
     return f"'{key}' is {problem['input']!r}: {message}"
 
 

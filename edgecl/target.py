@@ -7,7 +7,15 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from edgecl.errors import TargetError
-from edgecl.settings import Settings, find_settings_file, header_comment, packaged_files, parse_toml, validate
+from edgecl.settings import (
+    Settings,
+    find_settings_file,
+    header_comment,
+    packaged_files,
+    parse_toml,
+    read_text,
+    validate,
+)
 
 
 class Graph(Settings):
@@ -54,7 +62,7 @@ def read_target(name: str) -> Target:
         TargetError: unknown name, key or value; every problem at once.
     """
     path = find_settings_file(name, folder="export", error=TargetError, noun="target")
-    tables = parse_toml(path.read_text(encoding="utf-8"), source=str(path), error=TargetError)
+    tables = parse_toml(read_text(path, error=TargetError), source=str(path), error=TargetError)
     return validate(Target, tables, source=str(path), error=TargetError)
 
 

@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -181,7 +182,7 @@ def _open_demo(split: Split) -> ImageSource:
     from edgecl.data import demo_images
 
     count = demo_images.TRAIN_IMAGES if split == "train" else demo_images.TEST_IMAGES
-    pictures, labels = demo_images.render(split, count, size=demo_images.SIZE)
+    pictures, labels = _draw_demo(split, count)
     return ImageSource(
         uri="demo",
         fingerprint=_sha256(f"demo {split} {count} of {demo_images.SIZE} px"),
@@ -191,6 +192,14 @@ def _open_demo(split: Split) -> ImageSource:
         classes=tuple(demo_images.CLASSES),
         labels=labels.astype(np.int64),
     )
+
+
+@cache
+def _draw_demo(split: Split, count: int) -> tuple[NDArray[np.uint8], Labels]:
+    """Draw the demo's pictures once per process, however often they are opened."""
+    from edgecl.data import demo_images
+
+    return demo_images.render(split, count, size=demo_images.SIZE)
 
 
 def _open_torchvision(uri: str, scheme: str, root: Path, *, split: Split, download: bool) -> ImageSource:

@@ -8,6 +8,7 @@ from statistics import mean
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from edgecl.artifacts import ModelDir, record_header
 from edgecl.data.loading import normalise
@@ -16,7 +17,14 @@ from edgecl.evaluate.labelled import Labelled, draw_few
 from edgecl.evaluate.probe import load_feature_net, probe_net, summary
 from edgecl.evaluate.supervised import Supervision, classifier_top1, train_classifier
 from edgecl.nets.backbone import create_backbone, recalibrate
-from edgecl.nets.carving import RECALIBRATION_BATCH, RECALIBRATION_IMAGES, create_blank, write_model
+from edgecl.nets.carving import (
+    RECALIBRATION_BATCH,
+    RECALIBRATION_IMAGES,
+    create_blank,
+    load_backbone,
+    load_model,
+    write_model,
+)
 
 
 def write_random(
@@ -109,27 +117,28 @@ def compare(
             }
         )
     record = ModelDir(pretrained).read()
-    scratch = [
-        _scratch_top1(
-            record,
-            labelled,
-            per_class=labels_per_class,
-            draw=draw,
-            steps=scratch_steps,
-            lr=scratch_lr,
-            seed=seed,
+    for name, start in (("pretrained, fine-tuned", pretrained), ("from scratch", None)):
+        top1 = [
+            train_on_few(
+                start,
+                record,
+                labelled,
+                few=draw_few(labelled.train.labels, per_class=labels_per_class, draw=draw),
+                steps=scratch_steps,
+                settings=Supervision(lr=scratch_lr, seed=seed + draw, device="cpu"),
+                what=f"{name}, draw {draw + 1}",
+            )
+            for draw in range(draws)
+        ]
+        rows.append(
+            {
+                "name": name,
+                "few_label_top1": {**summary(top1), "labels_per_class": labels_per_class},
+                "knn_top1": None,
+                "linear_top1": None,
+            }
         )
-        for draw in range(draws)
-    ]
-    rows.append(
-        {
-            "name": "from scratch",
-            "few_label_top1": {**summary(scratch), "labels_per_class": labels_per_class},
-            "knn_top1": None,
-            "linear_top1": None,
-        }
-    )
-    accuracies = {row["name"]: row["few_label_top1"]["draws"] for row in rows}
+    draws_of = {row["name"]: row["few_label_top1"]["draws"] for row in rows}
     comparison = {
         **record_header("comparison", made_from=ModelDir(pretrained).sha256),
         "labels_per_class": labels_per_class,
@@ -140,8 +149,12 @@ def compare(
         "scratch": {"steps": scratch_steps, "lr": scratch_lr, "seed": seed},
         "rows": rows,
         "differences": [
-            difference("pretrained", name, accuracies["pretrained"], accuracies[name])
-            for name in ("random init", "from scratch")
+            difference(a, b, draws_of[a], draws_of[b])
+            for a, b in (
+                ("pretrained", "random init"),
+                ("pretrained", "from scratch"),
+                ("pretrained, fine-tuned", "from scratch"),
+            )
         ],
     }
     return comparison, probes
@@ -158,19 +171,27 @@ def difference(a: str, b: str, of_a: Sequence[float], of_b: Sequence[float]) -> 
     return {"a": a, "b": b, "mean": mean(paired), "ci95": [low, high], "resolved": low > 0 or high < 0}
 
 
-def _scratch_top1(
-    record: dict[str, Any], labelled: Labelled, *, per_class: int, draw: int, steps: int, lr: float, seed: int
+def train_on_few(
+    start: Path | None,
+    record: dict[str, Any],
+    labelled: Labelled,
+    *,
+    few: Tensor,
+    steps: int,
+    settings: Supervision,
+    what: str,
 ) -> float:
-    """Train the same net from random weights on one draw's labels and test it."""
-    torch.manual_seed(seed + draw)
+    """Train the net on a few labels, from a model directory's weights or from random ones, and test it."""
+    torch.manual_seed(settings.seed)
     net = create_blank({**record, "classes": list(labelled.classes)})
-    few = labelled.train.take(draw_few(labelled.train.labels, per_class=per_class, draw=draw))
+    if start is not None:
+        load_backbone(net, load_model(start)[0])
     train_classifier(
         net,
-        few,
+        labelled.train.take(few),
         steps=steps,
-        settings=Supervision(lr=lr, seed=seed + draw, batch_size=min(64, len(few)), device="cpu"),
+        settings=settings,
         preprocessing=record["preprocessing"],
-        what=f"from scratch, draw {draw + 1}",
+        what=what,
     )
     return classifier_top1(net, labelled.test, record["preprocessing"])

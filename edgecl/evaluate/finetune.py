@@ -12,7 +12,7 @@ from edgecl.errors import RecipeError
 from edgecl.evaluate.intervals import proportion_interval
 from edgecl.evaluate.labelled import read_labelled
 from edgecl.evaluate.supervised import Supervision, classifier_top1, train_classifier
-from edgecl.nets.carving import create_blank, load_model, write_model
+from edgecl.nets.carving import create_blank, load_backbone, load_model, write_model
 from edgecl.settings import override, validate
 
 DEFAULT_EPOCHS = 20
@@ -61,12 +61,7 @@ def finetune(
     labelled = read_labelled(data, test=test, preprocessing=preprocessing, download=download)
     torch.manual_seed(settings.seed)
     net = create_blank({**record, "classes": list(labelled.classes)})
-    weights = {
-        name: tensor
-        for name, tensor in pretrained.state_dict().items()
-        if name in net.state_dict() and net.state_dict()[name].shape == tensor.shape
-    }
-    net.load_state_dict(weights, strict=False)
+    load_backbone(net, pretrained)
     batch = min(settings.batch_size, len(labelled.train))
     train_classifier(
         net,

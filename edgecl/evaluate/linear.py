@@ -102,6 +102,6 @@ def _fit(
             loss.backward()
             return loss
 
-        solver.step(objective)  # type: ignore[arg-type]
+        solver.step(objective)
         fits.append((weight.detach().clone(), bias.detach().clone()))
     return fits

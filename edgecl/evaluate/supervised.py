@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from pydantic import Field
@@ -102,7 +102,7 @@ def train_classifier(
                 label_smoothing=settings.label_smoothing,
             )
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             schedule.step_update(step)
             optimizer.step()
             if step % 20 == 0 or step == steps - 1:
@@ -123,7 +123,7 @@ def _standardise(images: Tensor, preprocessing: dict[str, Any]) -> Tensor:
 
 
 def _create_optimizer(net: nn.Module, settings: Supervision) -> torch.optim.Optimizer:
-    head = {id(parameter) for parameter in net.get_classifier().parameters()}
+    head = {id(parameter) for parameter in cast(Any, net).get_classifier().parameters()}
     groups: list[dict[str, Any]] = []
     for in_head, rate in ((True, settings.lr), (False, settings.lr * settings.backbone_lr_fraction)):
         if rate == 0:

@@ -124,5 +124,5 @@ def _sum_over_processes(x: Tensor) -> Tensor:
         return x
     from torch.distributed.nn.functional import all_reduce
 
-    total: Tensor = all_reduce(x)  # type: ignore[no-untyped-call]
+    total: Tensor = all_reduce(x)
     return total

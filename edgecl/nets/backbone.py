@@ -9,7 +9,6 @@ from typing import Any, cast
 
 import timm
 import torch
-from timm.layers import set_layer_config
 from timm.models import is_model, list_models, model_entrypoint
 from torch import nn
 
@@ -43,13 +42,13 @@ def create_backbone(
     )
     if stem_stride is not None:
         _first_convolution(net).stride = (stem_stride, stem_stride)
-    return cast(nn.Module, net)
+    return net
 
 
 def feature_count(net: nn.Module) -> int:
     """Return F, the length of the feature vector of a backbone with num_classes=0."""
     # timm's num_features is the trunk's; MobileNetV3 and V4 pass it through one more convolution.
-    return int(getattr(net, "head_hidden_size", None) or net.num_features)
+    return int(getattr(net, "head_hidden_size", None) or cast(Any, net).num_features)
 
 
 def _create_at_width(arch: str, width: float, *, num_classes: int) -> nn.Module:
@@ -69,8 +68,7 @@ def _create_at_width(arch: str, width: float, *, num_classes: int) -> nn.Module:
                 f"timm cannot build '{arch}' at width {width:g}: its entry point has no channel multiplier",
                 hint="use a MobileNet, an EfficientNet or a ResNet, or set [host] width = 1.0",
             )
-    with set_layer_config():
-        return builder(pretrained=False, num_classes=num_classes, **settings)
+    return builder(pretrained=False, num_classes=num_classes, **settings)
 
 
 def _with_scaled_generators(entrypoint: Callable[..., nn.Module], width: float) -> Callable[..., nn.Module]:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from edgecl.artifacts import ModelDir, RunDir, new_directory, record_header, sha256_of_file, write_json
+from edgecl.artifacts import ModelDir, RunDir, new_directory, record_header, write_json
 from edgecl.errors import ArtifactError, SliceError
 from edgecl.nets.backbone import count_parameters, create_backbone, feature_count, recalibrate
 from edgecl.nets.heads import Encoder
 from edgecl.nets.slimming import SlimmableNet
+from edgecl.onboard.bundle import sha256_of_file
 from edgecl.recipe import Recipe, recipe_from_tables
 
 RECALIBRATION_IMAGES = 4096
@@ -222,6 +223,19 @@ def load_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:
             where={"file": directory.weights_file},
         ) from complaint
     return net.eval(), record
+
+
+def load_backbone(net: nn.Module, source: nn.Module) -> None:
+    """Copy every weight of a net into another of the same architecture, its classifier apart."""
+    own = net.state_dict()
+    head = {id(tensor) for tensor in cast(Any, net).get_classifier().state_dict(keep_vars=True).values()}
+    parameters = dict(net.named_parameters())
+    weights = {
+        name: tensor
+        for name, tensor in source.state_dict().items()
+        if name in own and id(parameters.get(name)) not in head
+    }
+    net.load_state_dict({**own, **weights})
 
 
 def create_blank(record: dict[str, Any]) -> nn.Module:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -179,7 +180,7 @@ class SlimmableNet(nn.Module):
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
         """Give passes that learn nothing: no gradient, batch statistics used, running statistics left alone."""
-        norms = [module for module in self.modules() if is_norm(module)]
+        norms: list[Any] = [module for module in self.modules() if is_norm(module)]
         tracked = [norm.track_running_stats for norm in norms]
         for norm in norms:
             norm.track_running_stats = False
@@ -207,12 +208,14 @@ def _common_skips(host: nn.Module, skeleton: nn.Module) -> Iterator[None]:
     ]
     before = [(block.has_skip, other.has_skip) for block, other in pairs]
     for block, other in pairs:
-        block.has_skip = other.has_skip = False
+        setattr(block, "has_skip", False)  # noqa: B010 - timm's attribute, unknown to nn.Module's types
+        setattr(other, "has_skip", False)  # noqa: B010
     try:
         yield
     finally:
         for (block, other), (block_skips, other_skips) in zip(pairs, before, strict=True):
-            block.has_skip, other.has_skip = block_skips, other_skips
+            setattr(block, "has_skip", block_skips)  # noqa: B010
+            setattr(other, "has_skip", other_skips)  # noqa: B010
 
 
 def check_nesting(

@@ -12,8 +12,9 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from edgecl.artifacts import SCHEMA, RunDir, disk_errors, new_directory, sha256_of_file, write_json
+from edgecl.artifacts import SCHEMA, RunDir, disk_errors, new_directory, write_json
 from edgecl.errors import ArtifactError
+from edgecl.onboard.bundle import sha256_of_file
 
 KEEP = 2
 
@@ -83,7 +84,7 @@ def read_newest(run_dir: RunDir) -> Checkpoint:
         problem = _problem_with(path)
         if problem is None:
             return _read(path)
-        print(f"edgecl: checkpoint {path.name} passed over: {problem}", file=sys.stderr)
+        sys.stderr.write(f"edgecl: checkpoint {path.name} passed over: {problem}\n")
     raise ArtifactError(
         f"the run directory '{run_dir.path}' has no whole checkpoint",
         hint="a run writes its first checkpoint after [run] checkpoint_epochs epochs; start it again with --force",

@@ -1,0 +1,136 @@
+"""Small real things that many tests look at, each made once: images, a run, a net carved from it, a bundle.
+
+Whoever changes one of them works on a copy.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+COLOURS = {"blue": (40, 60, 200), "green": (50, 180, 60), "red": (210, 40, 50)}
+
+TINY_RECIPE = """\
+# A net of a few thousand parameters on a few images of 32 pixels.
+#
+# Command: edgecl pretrain tiny.toml --data FOLDER
+
+[host]
+arch = "mobilenetv3_small_100"
+width = 0.75
+
+[slim]
+width = 0.5
+
+[projector]
+sizes = [16, 16]
+
+[data]
+image_size = 32
+batch_size = 16
+max_bad_fraction = 0.1
+
+[optim]
+name = "sgd"
+lr = 0.01
+
+[run]
+epochs = 1
+quality_epochs = 1
+log_every = 1
+
+[probe]
+labels_per_class = 2
+draws = 2
+scratch_steps = 2
+"""
+
+
+def write_folder(root: Path, *, per_class: int, side: int = 32, classes: dict[str, Any] = COLOURS) -> Path:
+    """Write noisy pictures that even a random net can tell apart, in class folders."""
+    random = np.random.default_rng(0)
+    for name, colour in classes.items():
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for index in range(per_class):
+            pixels = np.array(colour) + random.normal(0, 25, (side, side, 3))
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(root / name / f"{index:03}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 60 pictures of 32 pixels in 3 class folders."""
+    return write_folder(tmp_path_factory.mktemp("data") / "colours", per_class=20)
+
+
+@pytest.fixture(scope="session")
+def unlabelled_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 24 pictures without class folders."""
+    root = write_folder(tmp_path_factory.mktemp("data") / "plain", per_class=24, classes={"": (90, 90, 160)})
+    assert len(list(root.glob("*.png"))) == 24
+    return root
+
+
+@pytest.fixture(scope="session")
+def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe that trains in a second."""
+    path = tmp_path_factory.mktemp("recipe") / "tiny.toml"
+    path.write_text(TINY_RECIPE)
+    return path
+
+
+@pytest.fixture(scope="session")
+def trained_run(tmp_path_factory: pytest.TempPathFactory, image_folder: Path, recipe_file: Path) -> Path:
+    """A finished run directory of the tiny recipe."""
+    from edgecl.recipe import read_recipe
+    from edgecl.train.loop import pretrain
+
+    out = tmp_path_factory.mktemp("run") / "run"
+    pretrain(read_recipe(str(recipe_file)), recipe_name="tiny", out=out, data=str(image_folder), device="cpu")
+    return out
+
+
+@pytest.fixture(scope="session")
+def carved_model(tmp_path_factory: pytest.TempPathFactory, trained_run: Path) -> Path:
+    """The model directory carved from the run."""
+    from edgecl.nets.carving import carve
+
+    out = tmp_path_factory.mktemp("model") / "slim"
+    carve(trained_run, out=out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def exported_bundle(tmp_path_factory: pytest.TempPathFactory, carved_model: Path) -> Path:
+    """The bundle of the carved net for ort-cpu."""
+    from edgecl.deploy.export import export
+
+    out = tmp_path_factory.mktemp("bundle") / "bundle"
+    export(carved_model, target="ort-cpu", out=out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def edgecl_process() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run the command line in a process of its own, as a user does."""
+
+    def run(*words: object, **options: Any) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", **options.pop("env", {})}
+        return subprocess.run(
+            [sys.executable, "-m", "edgecl", *map(str, words)],
+            capture_output=True,
+            text=True,
+            env=environment,
+            cwd=options.pop("cwd", Path(__file__).parent.parent),
+            **options,
+        )
+
+    return run

@@ -1,0 +1,49 @@
+"""Host and slim net for the tests of slimming and carving, warmed up so that no norm is at its start."""
+
+from functools import lru_cache
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from edgecl.nets.heads import Encoder
+from edgecl.nets.slimming import SlimmableNet
+
+
+def make_slimmable(arch, *, host_width, slim_width):
+    """Build an encoder whose norms differ everywhere: between widths, channels and layers."""
+    torch.manual_seed(0)
+    net = SlimmableNet(
+        lambda width: Encoder(arch, width=width, projector=[8, 4]), host_width=host_width, slim_width=slim_width
+    )
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, tensor in net.state_dict().items():
+            if tensor.ndim == 1 and tensor.is_floating_point():
+                drawn = torch.rand(tensor.shape, generator=generator)
+                tensor.copy_(drawn + 0.5 if "var" in name or "weight" in name else 0.2 * (drawn - 0.5))
+    return net
+
+
+@pytest.fixture(scope="session")
+def slimmable():
+    """Make a SlimmableNet, once per session: tests that train one must take a small one of their own."""
+    # The large ones would fill the memory if all were kept.
+    return lru_cache(maxsize=1)(make_slimmable)
+
+
+@pytest.fixture
+def write_pictures(tmp_path):
+    """Write so many random PNGs into tmp_path/pictures."""
+
+    def write(count, *, side=48):
+        root = tmp_path / "pictures"
+        root.mkdir()
+        random = np.random.default_rng(0)
+        for index in range(count):
+            pixels = random.integers(0, 256, (side, side, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / f"{index:03}.png")
+        return root
+
+    return write

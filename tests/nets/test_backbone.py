@@ -1,0 +1,144 @@
+"""timm networks at any width."""
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch import nn
+
+from edgecl.errors import RecipeError, SliceError
+from edgecl.nets.backbone import count_parameters, create_backbone, feature_count, is_norm, recalibrate
+from edgecl.nets.catalogue import NETS, list_nets
+
+
+def shapes(net):
+    return {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
+
+
+def on_meta(arch, **settings):
+    with torch.device("meta"):
+        return create_backbone(arch, **settings)
+
+
+@pytest.mark.parametrize("arch", NETS)
+def test_width_one_is_timms_own_net(arch):
+    with torch.device("meta"):
+        own = timm.create_model(arch, num_classes=0)
+    assert shapes(on_meta(arch)) == shapes(own)
+
+
+@pytest.mark.parametrize("arch", NETS)
+def test_building_at_width_one_by_scaling_gives_timms_own_shapes(arch):
+    """The path that other widths take, at a width too close to 1 to round anywhere else."""
+    assert shapes(on_meta(arch, width=1.0000001)) == shapes(on_meta(arch))
+
+
+@pytest.mark.parametrize("arch", NETS)
+def test_width_multiplies_the_channels_of_the_trunk(arch):
+    sizes = [
+        max(module.out_channels for module in on_meta(arch, width=width).modules() if isinstance(module, nn.Conv2d))
+        for width in (0.5, 1.0, 2.0)
+    ]
+    # Some heads keep their size below 1.0.
+    assert sizes[2] == 2 * sizes[1] >= 2 * sizes[0]
+
+
+def test_scaling_leaves_timms_module_alone():
+    before = shapes(on_meta("mobilenetv3_small_100"))
+    on_meta("mobilenetv3_small_100", width=2.0)
+    assert shapes(on_meta("mobilenetv3_small_100")) == before
+    with torch.device("meta"):
+        assert shapes(timm.create_model("mobilenetv3_small_100", num_classes=0)) == before
+
+
+@pytest.mark.parametrize(("arch", "same_as"), [("mobilenetv3_small_050", 0.5), ("mobilenetv3_small_075", 0.75)])
+def test_a_scaled_net_is_timms_net_of_that_width(arch, same_as):
+    assert shapes(on_meta("mobilenetv3_small_100", width=same_as)) == shapes(on_meta(arch))
+
+
+@pytest.mark.parametrize("width", [0.5, 1.0, 1.5])
+@pytest.mark.parametrize("arch", NETS)
+def test_features_are_as_many_as_counted(arch, width):
+    net = on_meta(arch, width=width)
+    assert net(torch.zeros(2, 3, 64, 64, device="meta")).shape == (2, feature_count(net))
+
+
+@pytest.mark.parametrize(("stride", "side"), [(None, 16), (1, 32), (2, 16)])
+def test_stem_stride_sets_the_first_convolution(stride, side):
+    net = create_backbone("mobilenetv3_small_100", width=0.5, stem_stride=stride)
+    assert net.conv_stem(torch.zeros(1, 3, 32, 32)).shape[-2:] == (side, side)
+
+
+def test_classes_add_a_classifier():
+    assert on_meta("mobilenetv3_small_100", width=0.5, num_classes=7)(
+        torch.zeros(2, 3, 32, 32, device="meta")
+    ).shape == (2, 7)
+
+
+def test_an_unknown_architecture_is_named_with_its_near_match():
+    with pytest.raises(RecipeError, match="timm has no architecture 'mobilenetv3_large_10'") as caught:
+        create_backbone("mobilenetv3_large_10")
+    assert "'mobilenetv3_large_100'" in caught.value.hint
+
+
+@pytest.mark.parametrize("arch", ["densenet121", "vgg11"])
+def test_an_architecture_without_a_multiplier_is_named(arch):
+    with pytest.raises(SliceError) as caught:
+        create_backbone(arch, width=1.5)
+    assert caught.value.problem == (
+        f"timm cannot build '{arch}' at width 1.5: its entry point has no channel multiplier"
+    )
+    assert "[host] width = 1.0" in caught.value.hint
+
+
+def test_every_listed_net_is_timms():
+    assert [net["name"] for net in list_nets()] == list(NETS)
+    assert all(timm.is_model(arch) for arch in NETS)
+
+
+def test_parameters_are_counted_without_buffers():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    assert count_parameters(net) == 4 * 3 * 9 + 4 + 4 + 4
+
+
+def first_norm_net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 5, 3, bias=False), nn.BatchNorm2d(5), nn.Flatten())
+
+
+def test_recalibration_averages_the_statistics_of_the_batches():
+    net = first_norm_net()
+    batches = [torch.randn(4, 3, 6, 6) + shift for shift in (0.0, 1.0, -2.0)]
+    kernel = net[0].weight.detach().numpy().astype(np.float64)
+    means, variances = [], []
+    for batch in batches:
+        pixels = batch.numpy().astype(np.float64)
+        windows = np.lib.stride_tricks.sliding_window_view(pixels, (3, 3), axis=(2, 3))
+        outputs = np.einsum("nchwij,ocij->onhw", windows, kernel).reshape(5, -1)
+        means.append(outputs.mean(axis=1))
+        variances.append(outputs.var(axis=1, ddof=1))
+    assert recalibrate(net, batches, device=torch.device("cpu")) == 3
+    np.testing.assert_allclose(net[1].running_mean, np.mean(means, axis=0), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(net[1].running_var, np.mean(variances, axis=0), rtol=1e-4)
+
+
+def test_recalibration_forgets_the_statistics_of_before():
+    net, other = first_norm_net(), first_norm_net()
+    with torch.no_grad():
+        other[1].running_mean.fill_(100)
+        other[1].running_var.fill_(100)
+    batches = [torch.randn(4, 3, 6, 6)]
+    for each in (net, other):
+        recalibrate(each, batches, device=torch.device("cpu"))
+    assert torch.equal(net[1].running_mean, other[1].running_mean)
+    assert torch.equal(net[1].running_var, other[1].running_var)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_recalibration_changes_statistics_and_nothing_else(training):
+    net = first_norm_net().train(training)
+    before = {name: parameter.clone() for name, parameter in net.named_parameters()}
+    recalibrate(net, [torch.randn(4, 3, 6, 6)], device=torch.device("cpu"))
+    assert all(torch.equal(before[name], parameter) for name, parameter in net.named_parameters())
+    assert net.training is training
+    assert [module.momentum for module in net.modules() if is_norm(module)] == [0.1]

@@ -1,0 +1,266 @@
+"""Carving: the slim net as a plain timm net, bit for bit."""
+
+import json
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+from edgecl.artifacts import ModelDir, RunDir, record_header, write_json
+from edgecl.errors import ArtifactError, SliceError
+from edgecl.nets.backbone import count_parameters, create_backbone, feature_count
+from edgecl.nets.carving import (
+    backbone_tensors,
+    carve,
+    create_slimmable,
+    load_model,
+    preprocessing_of,
+    write_model,
+)
+from edgecl.nets.catalogue import NETS
+from edgecl.recipe import recipe_from_tables
+from edgecl.train.checkpoint import write_checkpoint
+
+SMALL = "mobilenetv3_small_100"
+
+
+@pytest.fixture
+def images():
+    return torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(2))
+
+
+def backbone_output(net, images, name):
+    """Run host or slim net in evaluation mode; return what its backbone gave."""
+    seen = []
+    encoder = net.host if name == "host" else net._skeleton[0]
+    hook = encoder.backbone.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    net.eval()
+    try:
+        with torch.no_grad():
+            (net.forward_host if name == "host" else net.forward_slim)(images)
+    finally:
+        hook.remove()
+    return seen[0]
+
+
+def carved_net(net, arch, width):
+    torch.manual_seed(99)
+    carved = create_backbone(arch, width=width)
+    carved.load_state_dict(backbone_tensors(net, width=width))
+    return carved.eval()
+
+
+@pytest.mark.parametrize("slim_width", [1.0, 0.75, 0.5])
+@pytest.mark.parametrize("arch", NETS)
+def test_carved_net_equals_slim_view(slimmable, images, arch, slim_width):
+    net = slimmable(arch, host_width=1.5, slim_width=slim_width)
+    expected = backbone_output(net, images, "slim")
+    with torch.no_grad():
+        found = carved_net(net, arch, slim_width)(images)
+    assert float(expected.std()) > 0
+    assert float((found - expected).abs().max()) == 0
+
+
+def test_carved_host_equals_host(slimmable, images):
+    net = slimmable(SMALL, host_width=1.5, slim_width=0.5)
+    with torch.no_grad():
+        found = carved_net(net, SMALL, 1.5)(images)
+    assert torch.equal(found, backbone_output(net, images, "host"))
+
+
+def test_carved_tensors_are_copies(slimmable):
+    net = slimmable(SMALL, host_width=1.5, slim_width=0.5)
+    tensors = backbone_tensors(net, width=0.5)
+    before = net.host.backbone.conv_stem.weight.detach().clone()
+    with torch.no_grad():
+        for tensor in tensors.values():
+            tensor.zero_()
+    assert torch.equal(net.host.backbone.conv_stem.weight, before)
+
+
+@pytest.mark.parametrize("width", [1.0, 0.25])
+def test_an_untrained_width_is_named(slimmable, width):
+    net = slimmable(SMALL, host_width=1.5, slim_width=0.5)
+    with pytest.raises(SliceError) as caught:
+        backbone_tensors(net, width=width)
+    assert caught.value.problem == f"cannot carve width {width:g}: this run trained 0.5 and 1.5"
+
+
+TABLES = {
+    "host": {"arch": SMALL, "width": 1.25},
+    "slim": {"width": 1.0},
+    "projector": {"sizes": [8, 4]},
+    "data": {"image_size": 32, "resize_size": 40, "batch_size": 8},
+}
+
+
+def write_run(path, *, tables=TABLES, data="nowhere"):
+    """Write a run directory with one checkpoint of an untrained net; return the net."""
+    recipe = recipe_from_tables(tables, source="test")
+    torch.manual_seed(4)
+    net = create_slimmable(recipe)
+    run_dir = RunDir(path)
+    run_dir.checkpoints.mkdir(parents=True)
+    write_checkpoint(
+        run_dir, epoch=3, step=30, model=net.state_dict(), optimizer={"state": {}, "param_groups": []}
+    )
+    record = {
+        **record_header("run", made_from=None),
+        "recipe_name": "tiny",
+        "recipe": recipe.model_dump(mode="json"),
+        "data": {"uri": str(data)},
+    }
+    write_json(run_dir.record_file, record)
+    return net
+
+
+def test_timm_loads_a_carved_file_by_itself(tmp_path, images):
+    net = write_run(tmp_path / "run")
+    carve(tmp_path / "run", out=tmp_path / "model", recalibrate_norms=False)
+    loaded = timm.create_model(
+        SMALL, num_classes=0, checkpoint_path=str(tmp_path / "model" / "weights.safetensors")
+    ).eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(images), backbone_output(net, images, "slim"))
+
+
+def test_a_model_directory_gives_the_slim_net_again(tmp_path, images):
+    net = write_run(tmp_path / "run")
+    carve(tmp_path / "run", out=tmp_path / "model", recalibrate_norms=False)
+    loaded, _ = load_model(tmp_path / "model")
+    assert not loaded.training
+    with torch.no_grad():
+        assert torch.equal(loaded(images), backbone_output(net, images, "slim"))
+
+
+def test_model_record_says_what_the_net_is(tmp_path):
+    write_run(tmp_path / "run")
+    returned = carve(tmp_path / "run", out=tmp_path / "model", recalibrate_norms=False)
+    record = json.loads((tmp_path / "model" / "model.json").read_text(encoding="utf-8"))
+    assert record == returned
+    plain = timm.create_model(SMALL, num_classes=0)
+    expected = {
+        "kind": "model",
+        "arch": SMALL,
+        "width": 1.0,
+        "stem_stride": None,
+        "classes": None,
+        "features": feature_count(plain),
+        "params": count_parameters(plain),
+        "origin": "pretrained",
+        "recalibrated": False,
+        "recipe_name": "tiny",
+        "arm": "SACL-XD",
+        "epoch": 3,
+    }
+    assert {key: record[key] for key in expected} == expected
+    assert record["preprocessing"]["image_size"] == 32
+    assert record["preprocessing"]["resize_size"] == 40
+    assert record["weights_sha256"] == ModelDir(tmp_path / "model").read()["weights_sha256"]
+
+
+def test_carving_the_host_width_gives_the_host(tmp_path, images):
+    net = write_run(tmp_path / "run")
+    record = carve(tmp_path / "run", out=tmp_path / "model", width=1.25, recalibrate_norms=False)
+    loaded, _ = load_model(tmp_path / "model")
+    assert record["width"] == 1.25
+    with torch.no_grad():
+        assert torch.equal(loaded(images), backbone_output(net, images, "host"))
+
+
+def test_stem_stride_travels_with_the_model(tmp_path):
+    write_run(tmp_path / "run", tables={**TABLES, "host": {**TABLES["host"], "stem_stride": 1}})
+    carve(tmp_path / "run", out=tmp_path / "model", recalibrate_norms=False)
+    loaded, _ = load_model(tmp_path / "model")
+    assert loaded.conv_stem.stride == (1, 1)
+
+
+def test_recalibration_changes_norm_statistics_only(tmp_path, write_pictures):
+    write_run(tmp_path / "run", data=write_pictures(12))
+    for name, recalibrated in (("plain", False), ("fresh", True)):
+        record = carve(tmp_path / "run", out=tmp_path / name, recalibrate_norms=recalibrated)
+        assert record["recalibrated"] is recalibrated
+    plain = load_file(tmp_path / "plain" / "weights.safetensors")
+    fresh = load_file(tmp_path / "fresh" / "weights.safetensors")
+    changed = {name for name in plain if not torch.equal(plain[name], fresh[name])}
+    assert changed == {name for name in plain if "running" in name or "tracked" in name}
+
+
+def test_recalibrated_statistics_are_those_of_the_unaugmented_images(tmp_path, write_pictures):
+    from edgecl.data.loading import load_eval_images, normalise
+    from edgecl.data.sources import open_source
+
+    folder = write_pictures(12)
+    write_run(tmp_path / "run", data=folder)
+    carve(tmp_path / "run", out=tmp_path / "model")
+    loaded, record = load_model(tmp_path / "model")
+    recipe = recipe_from_tables(TABLES, source="test")
+    pictures = load_eval_images(open_source(str(folder)), resize_size=40, image_size=32).images
+    with torch.no_grad():
+        outputs = loaded.conv_stem(normalise(pictures, recipe.data.mean, recipe.data.std))
+    torch.testing.assert_close(loaded.bn1.running_mean, outputs.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(loaded.bn1.running_var, outputs.var((0, 2, 3)), rtol=1e-4, atol=1e-5)
+    assert record["preprocessing"] == preprocessing_of(recipe)
+
+
+def test_a_run_without_a_checkpoint_is_named(tmp_path):
+    write_run(tmp_path / "run")
+    for path in (tmp_path / "run" / "checkpoints").iterdir():
+        for file in path.iterdir():
+            file.unlink()
+        path.rmdir()
+    with pytest.raises(ArtifactError) as caught:
+        carve(tmp_path / "run", out=tmp_path / "model")
+    assert caught.value.problem == f"the run directory '{tmp_path / 'run'}' has no whole checkpoint"
+    assert "start it again with --force" in caught.value.hint
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_directory_that_is_no_run_is_named(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ArtifactError, match=r"is not a run directory: it has no run\.json"):
+        carve(tmp_path / "empty", out=tmp_path / "model")
+
+
+def test_an_output_in_the_way_is_named(tmp_path):
+    write_run(tmp_path / "run")
+    carve(tmp_path / "run", out=tmp_path / "model", recalibrate_norms=False)
+    with pytest.raises(ArtifactError, match=f"output '{tmp_path / 'model'}' already exists"):
+        carve(tmp_path / "run", out=tmp_path / "model", recalibrate_norms=False)
+    carve(tmp_path / "run", out=tmp_path / "model", recalibrate_norms=False, force=True)
+
+
+def test_carving_an_untrained_width_leaves_nothing(tmp_path):
+    write_run(tmp_path / "run")
+    with pytest.raises(SliceError, match="cannot carve width 0.5: this run trained 1 and 1.25"):
+        carve(tmp_path / "run", out=tmp_path / "model", width=0.5)
+    assert not (tmp_path / "model").exists()
+
+
+def test_changed_weights_are_named(tmp_path):
+    write_run(tmp_path / "run")
+    carve(tmp_path / "run", out=tmp_path / "model", recalibrate_norms=False)
+    file = tmp_path / "model" / "weights.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ArtifactError, match="the weights do not match their hash"):
+        load_model(tmp_path / "model")
+
+
+def test_weights_of_another_net_are_named(tmp_path):
+    write_model(
+        tmp_path / "model",
+        create_backbone(SMALL, width=0.5),
+        arch=SMALL,
+        width=0.75,
+        stem_stride=None,
+        classes=None,
+        preprocessing={},
+        origin="random",
+        made_from=None,
+        data=None,
+    )
+    with pytest.raises(ArtifactError, match=f"the weights are not those of '{SMALL}' at width 0.75"):
+        load_model(tmp_path / "model")

@@ -1,0 +1,221 @@
+"""Recipes: the packaged ones, what a recipe refuses, and that no setting is dead."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+import edgecl
+from edgecl.errors import RecipeError
+from edgecl.recipe import Recipe, list_recipes, read_recipe, recipe_from_tables, recipe_name
+from edgecl.settings import header_comment, packaged_files, parse_toml
+
+PACKAGED = packaged_files("recipes")
+MINIMAL = '[host]\narch = "mobilenetv3_small_100"\n'
+PACKAGE = Path(edgecl.__file__).parent
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text):
+        path = tmp_path / "mine.toml"
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+def header_of(name):
+    return header_comment(PACKAGED[name].read_text(encoding="utf-8"))
+
+
+def test_recipes_of_the_issue_are_packaged():
+    assert {
+        "cifar10-smoke",
+        "sacl-xd-mobilenetv1-200",
+        "sacl-xd-mobilenetv3-large-200",
+        "sacl-xd-efficientnet-b0-200",
+        "xd-mobilenetv1-100",
+        "xd-mobilenetv3-large-100",
+        "xd-mobilenetv3-large-200",
+    } <= PACKAGED.keys()
+
+
+@pytest.mark.parametrize("name", PACKAGED)
+def test_packaged_recipe_parses(name):
+    assert isinstance(read_recipe(name), Recipe)
+
+
+@pytest.mark.parametrize("name", PACKAGED)
+def test_packaged_recipe_has_a_summary_of_one_sentence(name):
+    assert len(header_of(name).partition("\n")[0]) > 20
+
+
+@pytest.mark.parametrize("name", PACKAGED)
+@pytest.mark.parametrize("word", ["Reproduces:", "Cost:", "Command:"])
+def test_packaged_recipe_says_what_it_reproduces_costs_and_its_command(name, word):
+    assert re.search(rf"^{word} \S", header_of(name), re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", PACKAGED)
+def test_command_of_a_packaged_recipe_names_that_recipe(name):
+    command = re.search(r"^Command: (.*)", header_of(name), re.MULTILINE)[1]
+    assert re.match(rf"edgecl (demo$|demo |(run|pretrain) {re.escape(name)}( |$))", command)
+
+
+@pytest.mark.parametrize("name", PACKAGED)
+def test_name_of_a_packaged_recipe_says_its_arm(name):
+    for prefix, arm in (("sacl-xd-", "SACL-XD"), ("xd-", "XD only")):
+        if name.startswith(prefix):
+            assert read_recipe(name).arm == arm
+
+
+def test_list_gives_name_and_summary_of_each():
+    listed = list_recipes()
+    assert [entry["name"] for entry in listed] == sorted(PACKAGED)
+    assert all(entry.keys() == {"name", "summary"} and entry["summary"] for entry in listed)
+
+
+def test_unknown_name_suggests_a_near_one():
+    with pytest.raises(RecipeError) as caught:
+        read_recipe("cifar10-smok")
+    assert caught.value.problem == "unknown recipe 'cifar10-smok'"
+    assert caught.value.hint == "did you mean 'cifar10-smoke'?"
+
+
+def test_file_of_the_users_is_read(write):
+    assert read_recipe(write(MINIMAL)).host.arch == "mobilenetv3_small_100"
+
+
+def test_file_with_a_byte_order_mark_is_read(tmp_path):
+    (tmp_path / "mine.toml").write_text("\ufeff" + MINIMAL, encoding="utf-8")
+    assert read_recipe(str(tmp_path / "mine.toml")).host.width == 1.5
+
+
+def test_file_that_is_no_text_is_a_named_error(tmp_path):
+    (tmp_path / "mine.toml").write_bytes(b"\xff\xfe\x00[host]")
+    with pytest.raises(RecipeError, match=r"not a text file: .*(.|\n)*file: .*mine\.toml"):
+        read_recipe(str(tmp_path / "mine.toml"))
+
+
+def test_text_that_is_no_toml_names_the_file(write):
+    path = write("[host\n")
+    with pytest.raises(RecipeError, match="not valid TOML") as caught:
+        read_recipe(path)
+    assert caught.value.where == {"file": path}
+
+
+def test_assignments_are_applied_over_the_file(write):
+    recipe = read_recipe(write(MINIMAL), ["optim.lr=0.2", "data.batch_size=8", "loss.xd_direction=slim_only"])
+    assert (recipe.optim.lr, recipe.data.batch_size, recipe.loss.xd_direction) == (0.2, 8, "slim_only")
+
+
+def test_assignment_of_an_unknown_key_suggests_a_near_one(write):
+    with pytest.raises(RecipeError, match=r"unknown key 'optim\.lrr' \(did you mean 'lr"):
+        read_recipe(write(MINIMAL), ["optim.lrr=0.2"])
+
+
+def test_recipe_without_an_architecture_says_so(write):
+    with pytest.raises(RecipeError, match=r"missing key 'host\.arch'"):
+        read_recipe(write("[host]\nwidth = 1.5\n"))
+
+
+def test_slim_net_wider_than_its_host_is_refused_with_both_widths(write):
+    with pytest.raises(RecipeError, match=r"slim width 2 is above the host's 1\.5; .*widen \[host\] width"):
+        read_recipe(write(MINIMAL + "[slim]\nwidth = 2.0\n"))
+
+
+def test_range_written_backwards_is_refused(write):
+    with pytest.raises(RecipeError, match=r"'views\.crop_scale' runs from 0\.9 down to 0\.2"):
+        read_recipe(write(MINIMAL + "[views]\ncrop_scale = [0.9, 0.2]\n"))
+
+
+def test_resize_below_the_crop_is_refused(write):
+    with pytest.raises(RecipeError, match=r"'data\.resize_size' 32 is below 'data\.image_size' 64"):
+        read_recipe(write(MINIMAL + "[data]\nresize_size = 32\nimage_size = 64\n"))
+
+
+@pytest.mark.parametrize(
+    ("assignment", "key"),
+    [
+        ("loss.alpha=1.5", "loss.alpha"),
+        ("host.width=4.5", "host.width"),
+        ("data.batch_size=1", "data.batch_size"),
+        ("optim.lr=0", "optim.lr"),
+        ("run.epochs=0", "run.epochs"),
+        ("projector.sizes=[]", "projector.sizes"),
+        ("probe.draws=1", "probe.draws"),
+        ("views.hue=0.6", "views.hue"),
+    ],
+)
+def test_value_out_of_range_is_refused_by_key(write, assignment, key):
+    with pytest.raises(RecipeError, match=re.escape(f"'{key}' is")):
+        read_recipe(write(MINIMAL), [assignment])
+
+
+def test_mistyped_optimiser_suggests_the_near_one(write):
+    with pytest.raises(RecipeError, match=r"'optim\.name' is 'adam', not one of lars, adamw, sgd \(did you mean 'adamw'\?\)"):
+        read_recipe(write(MINIMAL), ["optim.name=adam"])
+
+
+def test_recipe_is_frozen(write):
+    with pytest.raises(ValidationError, match="frozen"):
+        read_recipe(write(MINIMAL)).run.seed = 3
+
+
+@pytest.mark.parametrize(
+    ("host", "alpha", "arm"),
+    [(1.0, 1.0, "Barlow Twins"), (1.0, 0.95, "XD only"), (1.5, 1.0, "SACL only"), (1.5, 0.95, "SACL-XD")],
+)
+def test_widths_and_alpha_name_the_arm(write, host, alpha, arm):
+    assert read_recipe(write(MINIMAL), [f"host.width={host}", f"loss.alpha={alpha}"]).arm == arm
+
+
+def test_recipe_kept_in_a_run_reads_back_equal(write):
+    recipe = read_recipe(write(MINIMAL), ["run.trackers=['wandb']", "optim.clip_norm=1.0"])
+    assert recipe_from_tables(recipe.model_dump(mode="json"), source="run.json") == recipe
+
+
+@pytest.mark.parametrize(
+    ("name", "short"),
+    [("demo", "demo"), ("mine.toml", "mine"), ("../a/mine.toml", "mine"), ("/a/mine", "mine")],
+)
+def test_short_name_holds_no_path(name, short):
+    assert recipe_name(name) == short
+
+
+def fields():
+    return [
+        (table, key) for table, field in Recipe.model_fields.items() for key in field.annotation.model_fields
+    ]
+
+
+def reads():
+    """Every (owner, attribute) that the package reads outside recipe.py, e.g. ("optim", "lr")."""
+    found = set()
+    for path in PACKAGE.rglob("*.py"):
+        if path.name != "recipe.py":
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                    owner = node.value
+                    found.add((getattr(owner, "attr", None) or getattr(owner, "id", None), node.attr))
+    return found
+
+
+READS = reads()
+
+
+@pytest.mark.parametrize(("table", "key"), fields())
+def test_no_setting_is_dead(table, key):
+    assert (table, key) in READS or ("settings", key) in READS
+
+
+def test_every_key_in_a_packaged_recipe_is_known_by_its_table():
+    known = set(fields())
+    for name, path in PACKAGED.items():
+        tables = parse_toml(path.read_text(encoding="utf-8"), source=name, error=RecipeError)
+        assert {(table, key) for table, keys in tables.items() for key in keys} <= known
