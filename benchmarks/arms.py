@@ -17,6 +17,7 @@ import torch
 
 from edgecl.artifacts import ModelDir, RunDir
 from edgecl.cost import training_cost
+from edgecl.data.loading import normalise
 from edgecl.evaluate.comparison import train_on_few, write_random
 from edgecl.evaluate.intervals import mean_interval
 from edgecl.evaluate.labelled import draw_few, read_labelled
@@ -24,7 +25,6 @@ from edgecl.evaluate.linear import fit_linear
 from edgecl.evaluate.probe import load_feature_net, probe_net
 from edgecl.evaluate.supervised import Supervision
 from edgecl.nets.carving import carve, preprocessing_of
-from edgecl.data.loading import normalise
 from edgecl.quality import extract_features
 from edgecl.recipe import read_recipe
 from edgecl.train.loop import pretrain
@@ -92,7 +92,9 @@ def main() -> None:
     place = given.out / "scratch.json"
     if not place.exists():
         record = ModelDir(given.out / "sacl-xd-seed0" / "slim").read()
-        place.write_text(json.dumps(from_scratch(record, labelled, steps=given.scratch_steps)))
+        place.write_text(
+            json.dumps(from_scratch(record, labelled, settings.views, steps=given.scratch_steps))
+        )
     scratch = json.loads(place.read_text())
     print_tables(results, scratch)
     run = RunDir(given.out / "sacl-xd-seed0" / "pretrain").read()
@@ -139,7 +141,7 @@ def judge(model: Path, labelled) -> dict:
     return {"knn_top1": found["knn_top1"], "linear_top1": found["linear_top1"], "few": few}
 
 
-def from_scratch(record: dict, labelled, *, steps: int) -> dict[str, list[float]]:
+def from_scratch(record: dict, labelled, views, *, steps: int) -> dict[str, list[float]]:
     """Train the same net from random weights on the same few labels."""
     return {
         str(per_class): [
@@ -149,7 +151,8 @@ def from_scratch(record: dict, labelled, *, steps: int) -> dict[str, list[float]
                 labelled,
                 few=draw_few(labelled.train.labels, per_class=per_class, draw=draw),
                 steps=steps,
-                settings=Supervision(lr=3e-3, seed=draw, jitter=0.8, device="cpu"),
+                settings=Supervision(lr=3e-3, seed=draw, device="cpu"),
+                views=views,
                 what=f"from scratch, {per_class} per class, draw {draw + 1}",
             )
             for draw in range(DRAWS)

@@ -222,6 +222,7 @@ def _probe(
         draws=recipe.probe.draws,
         scratch_steps=recipe.probe.scratch_steps,
         scratch_lr=recipe.probe.scratch_lr,
+        views=recipe.views,
         seed=recipe.run.seed,
     )
     write_json(pipeline.comparison_file, comparison)

@@ -156,8 +156,8 @@ class Probe(Settings):
     labels_per_class: int = Field(10, ge=1)
     draws: int = Field(5, ge=2)
     scratch_steps: int = Field(200, ge=1)
-    """Steps of the same net trained from scratch on the same few labels."""
-    scratch_lr: float = Field(2e-3, gt=0)
+    """Steps of the same net trained, from scratch and from the pretrained weights, on the same few labels."""
+    scratch_lr: float = Field(3e-3, gt=0)
 
 
 class Recipe(Settings):

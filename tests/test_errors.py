@@ -12,7 +12,9 @@ from edgecl.errors import EdgeclError, near_matches
 
 
 def classes():
-    return [item for _, item in inspect.getmembers(errors, inspect.isclass) if item.__module__ == "edgecl.errors"]
+    return [
+        item for _, item in inspect.getmembers(errors, inspect.isclass) if item.__module__ == "edgecl.errors"
+    ]
 
 
 def test_docstring_draws_every_class_below_its_parent():

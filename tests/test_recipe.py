@@ -158,7 +158,9 @@ def test_value_out_of_range_is_refused_by_key(write, assignment, key):
 
 
 def test_mistyped_optimiser_suggests_the_near_one(write):
-    with pytest.raises(RecipeError, match=r"'optim\.name' is 'adam', not one of lars, adamw, sgd \(did you mean 'adamw'\?\)"):
+    with pytest.raises(
+        RecipeError, match=r"'optim\.name' is 'adam', not one of lars, adamw, sgd \(did you mean 'adamw'\?\)"
+    ):
         read_recipe(write(MINIMAL), ["optim.name=adam"])
 
 

@@ -60,7 +60,10 @@ def test_unknown_key_suggests_a_near_one(write):
 
 
 def test_mistyped_runtime_suggests_the_near_one(write):
-    with pytest.raises(TargetError, match=r"'runtime' is 'onnxruntme', not one of onnxruntime \(did you mean 'onnxruntime'\?\)"):
+    with pytest.raises(
+        TargetError,
+        match=r"'runtime' is 'onnxruntme', not one of onnxruntime \(did you mean 'onnxruntime'\?\)",
+    ):
         read_target(write('runtime = "onnxruntme"\n'))
 
 

@@ -24,6 +24,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    # Plain help: loading rich for it would take longer than all the rest of the start.
+    rich_markup_mode=None,
 )
 app.command("ls")(ls_command)
 app.command("run")(run_command)

@@ -25,7 +25,7 @@ def cost_command(
     ] = None,
     set_: SetOption = None,
 ) -> None:
-    """Count MACs and parameters of a net, and the FLOPs of training it."""
+    """Count MACs, parameters, training FLOPs."""
     from edgecl.cli.output import print_json
 
     if table == (subject is not None):

@@ -24,7 +24,7 @@ def export_command(
     ] = None,
     force: ForceOption = False,
 ) -> None:
-    """Export a net for a target, proven against torch on real images."""
+    """Export to ONNX, proven against torch."""
     from edgecl.deploy.export import export
 
     record = export(model, target=target, out=out, calibration=calibration, force=force)

@@ -27,7 +27,7 @@ def finetune_command(
     force: ForceOption = False,
     download: DownloadOption = False,
 ) -> None:
-    """Add a classifier and train with labels: a net that can be deployed."""
+    """Add a classifier and train with labels."""
     from edgecl.evaluate.finetune import finetune
 
     record = finetune(

@@ -26,7 +26,7 @@ def pretrain_command(
     force: ForceOption = False,
     download: DownloadOption = False,
 ) -> None:
-    """Pretrain a host and the slim net inside it from unlabelled images."""
+    """Pretrain from unlabelled images."""
     from edgecl.recipe import read_recipe, recipe_name
 
     name = recipe_name(recipe)

@@ -19,7 +19,7 @@ def probe_command(
     json_: JsonOption = False,
     download: DownloadOption = False,
 ) -> None:
-    """Judge a net's frozen features: nearest neighbours, linear probe, few labels."""
+    """Judge a net's frozen features."""
     from edgecl.cli.output import print_json, print_rows
     from edgecl.evaluate.probe import probe
 

@@ -17,7 +17,7 @@ def report_command(
     json_: Annotated[bool, typer.Option("--json", help="Print report.json and nothing else.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier report.")] = False,
 ) -> None:
-    """Write report.html, report.md and report.json about runs, nets, bundles and whole pipelines."""
+    """Write one page about nets and their runs."""
     from edgecl.artifacts import ReportDir
     from edgecl.cli.output import print_json
     from edgecl.report.report import report

@@ -33,7 +33,7 @@ def run_command(
     force: ForceOption = False,
     download: DownloadOption = False,
 ) -> None:
-    """Go the whole road: pretrain, carve, probe against baselines, export, verify, bench, report."""
+    """Go the whole road, from images to report."""
     _run(
         recipe,
         data=data,
@@ -52,7 +52,7 @@ def demo_command(
     out: Annotated[Path, typer.Option("--out", help="Directory to write.")] = Path("edgecl-demo"),
     force: ForceOption = False,
 ) -> None:
-    """Go the whole road in minutes, on images that edgecl draws itself."""
+    """Go the whole road on pictures edgecl draws."""
     _run("demo", out=out, force=force, device="cpu")
 
 

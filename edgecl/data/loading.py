@@ -8,9 +8,7 @@ and nothing is distorted.
 from __future__ import annotations
 
 import os
-import sys
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,18 +23,15 @@ from torch import Tensor
 from edgecl.data.randomness import permutation
 from edgecl.data.sources import ImageSource, Labels, UnreadableImage
 from edgecl.errors import DataError
+from edgecl.progress import Progress
 
 Indices = NDArray[np.int64]
-Progress = Callable[[int, int], None]
-"""Called with (images read, images to read)."""
 
 _T = TypeVar("_T")
 
 _READ_AHEAD_BATCHES = 3
 _CHUNK = 32
 _NAMED_BAD_IMAGES = 5
-_QUIET_S = 2.0
-_PLAIN_LINE_S = 10.0
 
 
 class Batch(NamedTuple):
@@ -222,7 +217,6 @@ class TrainingImages:
         max_bad_fraction: of the pictures that may be unreadable.
         workers: decoding threads; 0 decodes in the caller's.
         limit: use only so many pictures, chosen by `choose_images`.
-        progress: told of the first decoding; None shows a bar on stderr when it takes long.
 
     Raises:
         DataError: too many pictures are unreadable.
@@ -237,7 +231,6 @@ class TrainingImages:
         max_bad_fraction: float = 0.01,
         workers: int = 2,
         limit: int | None = None,
-        progress: Progress | None = None,
     ):
         self.source = source
         self.canvas_size = canvas_size
@@ -247,7 +240,7 @@ class TrainingImages:
         self._bad = BadImages(source, total=len(self._chosen), max_bad_fraction=max_bad_fraction)
         self._cache: tuple[Tensor, Tensor] | None = None
         if 3 * canvas_size**2 * len(self._chosen) <= cache_mib * 2**20:
-            self._cache = self._read_everything(progress)
+            self._cache = self._read_everything()
 
     def __len__(self) -> int:
         """Count the pictures; of cached ones, the readable."""
@@ -363,11 +356,11 @@ class TrainingImages:
             raise
         return canvas(image, self.canvas_size), (height, width)
 
-    def _read_everything(self, progress: Progress | None) -> tuple[Tensor, Tensor]:
+    def _read_everything(self) -> tuple[Tensor, Tensor]:
         canvases = torch.empty((len(self), 3, self.canvas_size, self.canvas_size), dtype=torch.uint8)
         sizes = torch.empty((len(self), 2), dtype=torch.int32)
         readable: list[int] = []
-        for index, picture in _read_all(self._read, len(self), threads=_cores(), progress=progress):
+        for index, picture in _read_all(self._read, len(self), threads=_cores()):
             if picture is not None:
                 canvases[len(readable)] = picture[0]
                 sizes[len(readable)] = torch.tensor(picture[1])
@@ -384,7 +377,6 @@ def load_eval_images(
     image_size: int,
     max_bad_fraction: float = 0.01,
     limit: int | None = None,
-    progress: Progress | None = None,
 ) -> EvalImages:
     """Decode pictures as a net will be tested with them.
 
@@ -394,7 +386,6 @@ def load_eval_images(
         image_size: side of the crop, pixels.
         max_bad_fraction: of the pictures that may be unreadable.
         limit: use only so many pictures, chosen by `choose_images`.
-        progress: told how far it is; None shows a bar on stderr when it takes long.
 
     Raises:
         DataError: too many pictures are unreadable.
@@ -412,7 +403,7 @@ def load_eval_images(
 
     images = torch.empty((len(chosen), 3, image_size, image_size), dtype=torch.uint8)
     readable: list[int] = []
-    for index, image in _read_all(read, len(chosen), threads=_cores(), progress=progress):
+    for index, image in _read_all(read, len(chosen), threads=_cores()):
         if image is not None:
             images[len(readable)] = image
             readable.append(index)
@@ -444,9 +435,7 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
-def _read_all(
-    read: Callable[[int], _T], count: int, *, threads: int, progress: Progress | None
-) -> Iterator[tuple[int, _T | None]]:
+def _read_all(read: Callable[[int], _T], count: int, *, threads: int) -> Iterator[tuple[int, _T | None]]:
     """Read images 0 … count - 1 in order; an unreadable one gives None."""
 
     def read_some(indices: Indices) -> list[tuple[int, _T | None]]:
@@ -458,19 +447,13 @@ def _read_all(
                 pictures.append((index, None))
         return pictures
 
-    report = progress or _ProgressOnStderr("reading images")
     size = _CHUNK * threads
     parts = (np.arange(start, min(start + size, count)) for start in range(0, count, size))
-    done = 0
-    try:
+    with Progress("reading", total=count, unit="images") as progress:
         for pieces in _in_threads(read_some, parts, threads=threads, ahead=2):
             for piece in pieces:
                 yield from piece
-                done += len(piece)
-            report(done, count)
-    finally:
-        if isinstance(report, _ProgressOnStderr):
-            report.close()
+                progress.advance(len(piece))
 
 
 def _in_threads(
@@ -493,47 +476,3 @@ def _in_threads(
             yield [future.result() for future in waiting.popleft()]
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-class _ProgressOnStderr:
-    """A rich bar on a terminal, plain lines elsewhere; nothing at all in the first two seconds."""
-
-    def __init__(self, what: str):
-        self._what = what
-        self._started = self._last_line = time.monotonic()
-        self._stop: Callable[[], None] | None = None
-        self._advance: Callable[[int], None] | None = None
-
-    def __call__(self, done: int, total: int) -> None:
-        now = time.monotonic()
-        if now - self._started < _QUIET_S:
-            return
-        if not sys.stderr.isatty():
-            if self._last_line == self._started or now - self._last_line >= _PLAIN_LINE_S or done == total:
-                self._last_line = now
-                print(f"{self._what}: {done:,} of {total:,}", file=sys.stderr, flush=True)  # noqa: T201
-            return
-        if self._advance is None:
-            self._advance, self._stop = _start_bar(self._what, total)
-        self._advance(done)
-
-    def close(self) -> None:
-        if self._stop is not None:
-            self._stop()
-
-
-def _start_bar(what: str, total: int) -> tuple[Callable[[int], None], Callable[[], None]]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    )
-    task = bar.add_task(what, total=total)
-    bar.start()
-    return (lambda done: bar.update(task, completed=done)), bar.stop

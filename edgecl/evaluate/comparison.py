@@ -25,6 +25,7 @@ from edgecl.nets.carving import (
     load_model,
     write_model,
 )
+from edgecl.recipe import Views
 
 
 def write_random(
@@ -80,6 +81,7 @@ def compare(
     draws: int,
     scratch_steps: int,
     scratch_lr: float,
+    views: Views,
     seed: int,
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """Hold a pretrained net to its two baselines on the same label draws.
@@ -92,6 +94,7 @@ def compare(
         draws: label draws, at least 2; every method sees the same ones.
         scratch_steps: steps of the net trained from scratch on a draw's labels.
         scratch_lr: its rate.
+        views: how the few images are varied: as in pretraining, so that no method knows less about the pictures.
         seed: of the from-scratch initialisations.
 
     Returns:
@@ -126,6 +129,7 @@ def compare(
                 few=draw_few(labelled.train.labels, per_class=labels_per_class, draw=draw),
                 steps=scratch_steps,
                 settings=Supervision(lr=scratch_lr, seed=seed + draw, device="cpu"),
+                views=views,
                 what=f"{name}, draw {draw + 1}",
             )
             for draw in range(draws)
@@ -179,6 +183,7 @@ def train_on_few(
     few: Tensor,
     steps: int,
     settings: Supervision,
+    views: Views,
     what: str,
 ) -> float:
     """Train the net on a few labels, from a model directory's weights or from random ones, and test it."""
@@ -193,5 +198,6 @@ def train_on_few(
         settings=settings,
         preprocessing=record["preprocessing"],
         what=what,
+        views=views,
     )
     return classifier_top1(net, labelled.test, record["preprocessing"])

@@ -39,6 +39,18 @@ class Supervision(Settings):
     seed: int = Field(0, ge=0)
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
+    def views(self) -> Views:
+        """Return the variation of the images: crop, flips and colour, neither blur nor solarisation."""
+        return Views(
+            crop_scale=(self.crop_min, 1.0),
+            flip=self.flip,
+            flip_vertical=self.flip_vertical,
+            jitter=self.jitter,
+            grey=0.0,
+            blur=(0.0, 0.0),
+            solarize=(0.0, 0.0),
+        )
+
 
 def train_classifier(
     net: nn.Module,
@@ -48,6 +60,7 @@ def train_classifier(
     settings: Supervision,
     preprocessing: dict[str, Any],
     what: str,
+    views: Views | None = None,
 ) -> None:
     """Train a net in place, on views of the images that differ at every step.
 
@@ -58,21 +71,16 @@ def train_classifier(
         settings: how.
         preprocessing: of the net, as in model.json.
         what: for the progress bar.
+        views: how the images are varied, in place of the settings' own.
 
     Raises:
         NonFiniteError: the loss is not a number.
     """
     device = choose_device(settings.device)
+    views = views or settings.views()
     net.to(device)
-    views = Views(
-        crop_scale=(settings.crop_min, 1.0),
-        flip=settings.flip,
-        flip_vertical=settings.flip_vertical,
-        jitter=settings.jitter,
-        grey=0.0,
-        blur=(0.0, 0.0),
-        solarize=(0.0, 0.0),
-    )
+    # Several times faster than the default layout for the depthwise convolutions of small nets on a CPU.
+    net.to(memory_format=torch.channels_last)
     optimizer = _create_optimizer(net, settings)
     schedule = CosineLRScheduler(
         optimizer, t_initial=steps, warmup_t=min(max(1, steps // 10), steps - 1), t_in_epochs=False
@@ -97,7 +105,7 @@ def train_classifier(
             pictures = part.images[torch.from_numpy(index)].to(device).float().div_(255)
             images = render_view(pictures, sizes[index], drawn, views, image_size=size)
             loss = functional.cross_entropy(
-                net(_standardise(images, preprocessing)),
+                net(_standardise(images, preprocessing).contiguous(memory_format=torch.channels_last)),
                 part.labels[torch.from_numpy(index)].to(device),
                 label_smoothing=settings.label_smoothing,
             )
@@ -113,7 +121,7 @@ def train_classifier(
                     )
                 progress.advance(0, note=f"loss {value:.3g}")
             progress.advance()
-    net.eval().to("cpu")
+    net.eval().to("cpu").to(memory_format=torch.contiguous_format)
 
 
 def _standardise(images: Tensor, preprocessing: dict[str, Any]) -> Tensor:
@@ -135,7 +143,7 @@ def _create_optimizer(net: nn.Module, settings: Supervision) -> torch.optim.Opti
             groups.append(
                 {"params": parameters, "lr": rate, "weight_decay": settings.weight_decay if decays else 0.0}
             )
-    return torch.optim.AdamW(groups)
+    return torch.optim.AdamW(groups, fused=True)
 
 
 @torch.no_grad()

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import inspect
 import types
+import warnings
 from collections.abc import Callable
 from typing import Any, cast
 
-import timm
 import torch
-from timm.models import is_model, list_models, model_entrypoint
 from torch import nn
+
+with warnings.catch_warnings():
+    # timm scripts two functions while it is imported, which newer torch calls deprecated: not the user's business.
+    warnings.simplefilter("ignore", FutureWarning)
+    import timm
+    from timm.models import is_model, list_models, model_entrypoint
 
 from edgecl.errors import RecipeError, SliceError, near_matches
 

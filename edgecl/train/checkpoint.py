@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import sys
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -32,7 +34,7 @@ class Checkpoint:
         step: steps done.
         model: the training net's tensors by name, host and slim norms.
         optimizer: the optimiser's state dict.
-        sha256: hash of state.json, which holds the hashes of the tensors.
+        sha256: hash of state.json, which holds the hashes of the tensors and of its own content.
     """
 
     epoch: int
@@ -68,7 +70,7 @@ def write_checkpoint(
             "optimizer": scalars,
             "sha256": {name: sha256_of_file(aside / name) for name in (_MODEL, _OPTIMIZER)},
         }
-        write_json(aside / _STATE, state)
+        write_json(aside / _STATE, {**state, "own_sha256": _digest(state)})
     for old in _existing(run_dir)[:-KEEP]:
         shutil.rmtree(old)
     return path
@@ -91,6 +93,21 @@ def read_newest(run_dir: RunDir) -> Checkpoint:
     )
 
 
+def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load an optimiser's state, every tensor in the memory layout of its parameter.
+
+    Files hold contiguous tensors. A fused step walks through memory without looking at strides, and would silently
+    pair the moments of a channels-last convolution with the wrong weights.
+    """
+    optimizer.load_state_dict(state)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            entries = optimizer.state.get(parameter, {})
+            for key, value in entries.items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    entries[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value).detach()
+
+
 def has_checkpoint(run_dir: RunDir) -> bool:
     """Tell whether a run has a checkpoint, whole or not."""
     return bool(_existing(run_dir))
@@ -103,12 +120,19 @@ def _existing(run_dir: RunDir) -> list[Path]:
 def _problem_with(path: Path) -> str | None:
     try:
         state = json.loads((path / _STATE).read_text(encoding="utf-8"))
-        for name, expected in state["sha256"].items():
-            if sha256_of_file(path / name) != expected:
+        # Runs begun before state.json held its own hash can still go on.
+        if state.pop("own_sha256", None) not in (None, _digest(state)):
+            return f"{_STATE} does not match its hash"
+        for name in (_MODEL, _OPTIMIZER):
+            if sha256_of_file(path / name) != state["sha256"][name]:
                 return f"{name} does not match its hash"
-    except (OSError, ValueError, KeyError) as complaint:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as complaint:
         return f"unreadable ({complaint})"
     return None
+
+
+def _digest(state: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def _read(path: Path) -> Checkpoint:

@@ -14,6 +14,7 @@ import timm
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor
 
 from edgecl.artifacts import RunDir, record_header, refuse_existing, write_json
@@ -21,7 +22,7 @@ from edgecl.data.loading import Batch, TrainingImages, load_eval_images, normali
 from edgecl.data.randomness import uniforms
 from edgecl.data.sources import ImageSource, open_source
 from edgecl.data.views import make_views, write_views_grid
-from edgecl.errors import ArtifactError, DeviceError, RecipeError
+from edgecl.errors import ArtifactError, DeviceError, NonFiniteError, RecipeError
 from edgecl.methods.sacl_xd import Losses, Passes, Projections, SaclXd
 from edgecl.nets.backbone import count_parameters
 from edgecl.nets.carving import create_slimmable
@@ -29,7 +30,13 @@ from edgecl.nets.slimming import SlimmableNet
 from edgecl.progress import Progress
 from edgecl.quality import extract_features, knn_top1, rank_me, spread
 from edgecl.recipe import Recipe, recipe_from_tables
-from edgecl.train.checkpoint import Checkpoint, has_checkpoint, read_newest, write_checkpoint
+from edgecl.train.checkpoint import (
+    Checkpoint,
+    has_checkpoint,
+    read_newest,
+    restore_optimizer,
+    write_checkpoint,
+)
 from edgecl.train.monitor import CollapseAlarm, MetricsFile, gradient_norms
 from edgecl.train.optim import create_optimizer, create_schedule
 
@@ -80,6 +87,8 @@ def pretrain(
         refuse_existing(out, force=force, kind=RunDir.KIND)
     accelerator = _create_accelerator(recipe, device=device, out=out)
     source = open_source(uri, split="train", download=download)
+    if checkpoint:
+        _refuse_other_images(run_dir, source)
     images = TrainingImages(
         source,
         canvas_size=recipe.data.canvas_size or recipe.data.image_size,
@@ -123,8 +132,12 @@ def pretrain(
             _start_run_dir(run_dir)
         write_json(run_dir.record_file, {**record, "wall_s": before_s})
     accelerator.wait_for_everyone()
+    if recipe.run.trackers:
+        # Not before the run directory stands: trackers write into it.
+        accelerator.init_trackers("edgecl")
     started = time.monotonic()
     try:
+        record["state"] = "stopped"
         training.fit(run_dir)
         record["state"] = "done"
     finally:
@@ -191,7 +204,8 @@ class Training:
             source,
             resize_size=data.resize_size or data.image_size,
             image_size=data.image_size,
-            max_bad_fraction=data.max_bad_fraction,
+            # The whole of the data is held to what is allowed; a part of it may have more.
+            max_bad_fraction=1.0,
             limit=min(QUALITY_IMAGES, len(self.images)),
         )
         return QualityImages(loaded.images, loaded.labels)
@@ -199,7 +213,7 @@ class Training:
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go back to where a checkpoint was written."""
         self.net.load_state_dict(checkpoint.model)
-        self.optimizer.load_state_dict(checkpoint.optimizer)
+        restore_optimizer(self.optimizer, checkpoint.optimizer)
         self.epoch, self.step = checkpoint.epoch, checkpoint.step
 
     def fit(self, run_dir: RunDir) -> None:
@@ -214,6 +228,7 @@ class Training:
                     self._train_epoch(run_dir, metrics, alarm, progress)
                     self.epoch += 1
                     last = self.epoch == run.epochs
+                    self._refuse_broken_weights(run_dir)
                     if main and metrics and (last or self.epoch % run.quality_epochs == 0):
                         metrics.append(self._quality_record())
                     if main and (last or self.epoch % run.checkpoint_epochs == 0):
@@ -228,6 +243,16 @@ class Training:
         finally:
             if metrics:
                 metrics.close()
+
+    def _refuse_broken_weights(self, run_dir: RunDir) -> None:
+        """Let no checkpoint be replaced by one that cannot go on: records may be epochs apart."""
+        for name, tensor in self.net.state_dict().items():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise NonFiniteError(
+                    f"'{name}' holds numbers that are not finite after epoch {self.epoch}",
+                    where={"run": run_dir.path, "step": self.step},
+                    hint="lower [optim] lr, lengthen [optim] warmup_epochs, or train in fp32 or bf16",
+                )
 
     def _train_epoch(
         self, run_dir: RunDir, metrics: MetricsFile | None, alarm: CollapseAlarm, progress: Progress
@@ -292,6 +317,11 @@ class Training:
             projections = self.passes(view_a, view_b, dense)
         losses = self.method.losses(projections)
         self.accelerator.backward(losses.total)
+        if self.accelerator.num_processes > 1:
+            # Parameters' gradients are averaged over processes by now, those of the slices are not.
+            for part in (self.net.watched or {}).values():
+                if part.grad is not None:
+                    part.grad = self.accelerator.reduce(part.grad, reduction="mean")
         scaler = self.accelerator.scaler
         self._gradient_norms = (
             gradient_norms(self.net, self.net.watched, scale=scaler.get_scale() if scaler else 1.0)
@@ -370,9 +400,9 @@ def _create_accelerator(recipe: Recipe, *, device: str, out: Path) -> Accelerato
         mixed_precision="no" if recipe.run.precision == "fp32" else recipe.run.precision,
         log_with=list(recipe.run.trackers) or None,
         project_dir=str(out) if recipe.run.trackers else None,
+        # In a slow start the slim net's norms take no part.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=recipe.slim.slow_start > 0)],
     )
-    if recipe.run.trackers:
-        accelerator.init_trackers("edgecl")
     return accelerator
 
 
@@ -393,6 +423,16 @@ def _checkpoint_to_resume(run_dir: RunDir, recipe: Recipe) -> Checkpoint | None:
             hint="repeat the command the run was started with, or start a new run in another --out",
         )
     return read_newest(run_dir) if has_checkpoint(run_dir) else None
+
+
+def _refuse_other_images(run_dir: RunDir, source: ImageSource) -> None:
+    before = run_dir.read()["data"]
+    if before["fingerprint"] != source.fingerprint:
+        raise RecipeError(
+            "cannot resume with other images",
+            where={"run": run_dir.path, "was": before["uri"], "now": source.uri},
+            hint="name the same --data, unchanged, or start a new run in another --out",
+        )
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

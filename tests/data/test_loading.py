@@ -4,7 +4,6 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from edgecl.data import loading
 from edgecl.data.loading import (
     TrainingImages,
     canvas,
@@ -280,18 +279,12 @@ def test_holdout_of_single_images_is_an_error():
         split_holdout(np.array([0, 1]), 0.5, seed=0)
 
 
-def test_progress_is_told_and_ends_at_the_total(write_images):
-    seen = []
-    training(write_images(40), progress=lambda done, total: seen.append((done, total)))
-    assert seen[-1] == (40, 40)
-
-
 def test_quick_reading_prints_nothing(write_images, capsys):
     training(write_images(40))
     assert capsys.readouterr() == ("", "")
 
 
 def test_slow_reading_prints_plain_lines_when_stderr_is_no_terminal(write_images, capsys, monkeypatch):
-    monkeypatch.setattr(loading, "_QUIET_S", 0.0)
+    monkeypatch.setattr("edgecl.progress.PATIENCE_S", 0.0)
     training(write_images(40))
-    assert capsys.readouterr().err.splitlines()[-1] == "reading images: 40 of 40"
+    assert capsys.readouterr().err.splitlines()[-1].startswith("reading: 40/40 images")

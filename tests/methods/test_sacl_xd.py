@@ -172,7 +172,9 @@ def test_tracking_comes_back_after_a_frozen_pass_that_fails(make_net):
     net = make_net()
     with pytest.raises(RuntimeError), net.frozen():
         net.forward_host(torch.zeros(2, 5, 8, 8))
-    assert all(module.track_running_stats for module in net.modules() if hasattr(module, "track_running_stats"))
+    assert all(
+        module.track_running_stats for module in net.modules() if hasattr(module, "track_running_stats")
+    )
     assert torch.is_grad_enabled()
 
 

@@ -15,7 +15,9 @@ def make_slimmable(arch, *, host_width, slim_width):
     """Build an encoder whose norms differ everywhere: between widths, channels and layers."""
     torch.manual_seed(0)
     net = SlimmableNet(
-        lambda width: Encoder(arch, width=width, projector=[8, 4]), host_width=host_width, slim_width=slim_width
+        lambda width: Encoder(arch, width=width, projector=[8, 4]),
+        host_width=host_width,
+        slim_width=slim_width,
     )
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

@@ -233,7 +233,7 @@ def test_an_output_in_the_way_is_named(tmp_path):
 
 def test_carving_an_untrained_width_leaves_nothing(tmp_path):
     write_run(tmp_path / "run")
-    with pytest.raises(SliceError, match="cannot carve width 0.5: this run trained 1 and 1.25"):
+    with pytest.raises(SliceError, match=r"cannot carve width 0\.5: this run trained 1 and 1\.25"):
         carve(tmp_path / "run", out=tmp_path / "model", width=0.5)
     assert not (tmp_path / "model").exists()
 

@@ -183,7 +183,9 @@ def test_watched_slices_get_the_slim_passs_gradient_only(net, images):
     host = dict(net.host.named_parameters())
     for name, gradient in watched.items():
         expected = host[name].grad[net._slices[name]]
-        torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max() + 1e-6))
+        torch.testing.assert_close(
+            gradient, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max() + 1e-6)
+        )
 
 
 def test_nothing_is_watched_in_a_frozen_pass(net, images):
@@ -201,15 +203,17 @@ def test_a_slim_net_wider_than_its_host_is_named():
 
 
 def test_a_net_whose_names_change_with_width_is_named():
-    with pytest.raises(SliceError, match="cannot slice this net: 'layer1.0.downsample.0.weight'") as caught:
+    with pytest.raises(SliceError, match=r"cannot slice this net: 'layer1\.0\.downsample\.0\.weight'") as caught:
         slim_bare("resnet18")
     assert "is in one width and not in the other" in caught.value.problem
     assert caught.value.where == {"host width": "1.5", "slim width": "1"}
     assert "`edgecl ls nets`" in caught.value.hint
 
 
-@pytest.mark.parametrize("arch", ["resnext50_32x4d", "mixnet_s", "resnet50_gn"])
-@pytest.mark.parametrize("slim_width", [1.0, 0.5])
+@pytest.mark.parametrize(
+    ("arch", "slim_width"),
+    [("resnext50_32x4d", 1.0), ("mixnet_s", 1.0), ("mixnet_s", 0.5), ("resnet50_gn", 1.0)],
+)
 def test_a_net_whose_function_changes_with_width_is_named(arch, slim_width):
     with pytest.raises(SliceError, match="cannot slice") as caught:
         slim_bare(arch, slim_width=slim_width)

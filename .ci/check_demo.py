@@ -1,0 +1,31 @@
+"""Hold the demo's output to what the README promises: `python .ci/check_demo.py DEMO_DIR`."""
+
+import json
+import sys
+from pathlib import Path
+
+LIMIT_S = 300
+
+
+def main(demo: Path) -> None:
+    """Exit with a message when a promise is broken."""
+    report = json.loads((demo / "report" / "report.json").read_text(encoding="utf-8"))
+    comparison = json.loads((demo / "comparison.json").read_text(encoding="utf-8"))
+    stages = json.loads((demo / "pipeline.json").read_text(encoding="utf-8"))["stages"]
+    took_s = sum(stage["wall_s"] for stage in stages.values())
+    gain = next(d for d in comparison["differences"] if d["b"] == "random init")
+    promises = {
+        "the report is there": (demo / "report" / "report.html").stat().st_size > 10_000,
+        "the pretrained net beats random initialisation, interval clear of zero": gain["ci95"][0] > 0,
+        "at least 5 label draws": comparison["draws"] >= 5,
+        "the report has rows": bool(report["rows"]),
+        f"all stages within {LIMIT_S} s (took {took_s:.0f} s)": took_s < LIMIT_S,
+    }
+    for promise, kept in promises.items():
+        sys.stdout.write(f"{'ok' if kept else 'BROKEN'}: {promise}\n")
+    if not all(promises.values()):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

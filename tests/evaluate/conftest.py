@@ -1,0 +1,77 @@
+"""Labelled pictures in memory, and a net small enough to train in a test."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import COLOURS
+
+from edgecl.evaluate.labelled import Labelled, Part
+
+PREPROCESSING = {
+    "image_size": 8,
+    "resize_size": 8,
+    "mean": [0.5] * 3,
+    "std": [0.25] * 3,
+    "interpolation": "bilinear",
+}
+
+
+def coloured_part(per_class: int, *, seed: int, noise: float = 25, side: int = 8) -> Part:
+    """Noisy pictures of one colour per class."""
+    random = np.random.default_rng(seed)
+    labels = np.repeat(np.arange(len(COLOURS)), per_class)
+    colours = np.array(list(COLOURS.values()))[labels][:, :, None, None]
+    pixels = colours + random.normal(0, noise, (len(labels), 3, side, side))
+    return Part(torch.from_numpy(pixels.clip(0, 255).astype(np.uint8)), torch.from_numpy(labels))
+
+
+class TinyNet(torch.nn.Module):
+    """A backbone with a norm and timm's way of naming the classifier."""
+
+    def __init__(self, classes: int = 3):
+        super().__init__()
+        self.backbone = torch.nn.Sequential(
+            torch.nn.Conv2d(3, 8, 3, padding=1),
+            torch.nn.BatchNorm2d(8),
+            torch.nn.ReLU(),
+            torch.nn.AdaptiveAvgPool2d(1),
+            torch.nn.Flatten(),
+        )
+        self.classifier = torch.nn.Linear(8, classes) if classes else torch.nn.Identity()
+
+    def get_classifier(self) -> torch.nn.Module:
+        return self.classifier
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.classifier(self.backbone(images))
+
+
+@pytest.fixture
+def coloured() -> Labelled:
+    """12 pictures of each of 3 colours to learn from, 10 of each held out."""
+    return Labelled(
+        coloured_part(12, seed=0),
+        coloured_part(10, seed=1),
+        tuple(COLOURS),
+        train_from="drawn",
+        test_from="drawn too",
+    )
+
+
+@pytest.fixture
+def preprocessing() -> dict:
+    return dict(PREPROCESSING)
+
+
+@pytest.fixture
+def tiny_net() -> TinyNet:
+    torch.manual_seed(0)
+    return TinyNet()
+
+
+@pytest.fixture
+def tiny_backbone() -> TinyNet:
+    torch.manual_seed(0)
+    return TinyNet(classes=0)

@@ -1,0 +1,144 @@
+"""Labelled images: what is learned from, what is held out, and draws of few labels."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_folder
+
+from edgecl.errors import DataError
+from edgecl.evaluate.labelled import draw_few, read_labelled
+
+PREPROCESSING = {
+    "image_size": 16,
+    "resize_size": 16,
+    "mean": [0.5] * 3,
+    "std": [0.25] * 3,
+    "interpolation": "bilinear",
+}
+
+
+def read(data, **options):
+    return read_labelled(str(data), **{"test": None, "preprocessing": PREPROCESSING, **options})
+
+
+def pictures(part):
+    return {picture.numpy().tobytes() for picture in part.images}
+
+
+def test_fifth_of_each_class_is_held_out(image_folder):
+    labelled = read(image_folder)
+    assert torch.bincount(labelled.train.labels).tolist() == [16, 16, 16]
+    assert torch.bincount(labelled.test.labels).tolist() == [4, 4, 4]
+
+
+def test_no_picture_is_on_both_sides_and_none_is_lost(image_folder):
+    labelled = read(image_folder)
+    train, test = pictures(labelled.train), pictures(labelled.test)
+    assert not train & test
+    assert len(train | test) == 60
+
+
+def test_held_out_fifth_is_the_same_every_time(image_folder):
+    assert torch.equal(read(image_folder).test.images, read(image_folder).test.images)
+
+
+def test_record_says_what_was_held_out(image_folder):
+    labelled = read(image_folder)
+    assert labelled.train_from == f"{image_folder} (80 % of it)"
+    assert labelled.test_from == f"{image_folder} (20 % held out, stratified)"
+
+
+def test_labels_belong_to_their_pictures(image_folder):
+    """Blue, green and red pictures: the strongest channel says the class."""
+    labelled = read(image_folder)
+    assert labelled.classes == ("blue", "green", "red")
+    for part in (labelled.train, labelled.test):
+        assert torch.equal(2 - part.images.float().mean((2, 3)).argmax(1), part.labels)
+
+
+def test_limit_leaves_the_held_out_part_whole(image_folder):
+    whole, limited = read(image_folder), read(image_folder, limit=9)
+    assert torch.bincount(limited.train.labels).tolist() == [3, 3, 3]
+    assert torch.equal(limited.test.images, whole.test.images)
+
+
+def test_test_folder_is_used_whole_and_alone(image_folder, tmp_path):
+    other = write_folder(tmp_path / "other", per_class=3)
+    labelled = read(image_folder, test=str(other))
+    assert (len(labelled.train), len(labelled.test)) == (60, 9)
+    assert (labelled.train_from, labelled.test_from) == (str(image_folder), str(other))
+
+
+def test_test_folder_with_other_classes_is_refused_naming_both(image_folder, tmp_path):
+    other = write_folder(tmp_path / "other", per_class=2, classes={"blue": (0, 0, 200), "pink": (200, 0, 99)})
+    with pytest.raises(DataError) as caught:
+        read(image_folder, test=str(other))
+    assert caught.value.problem == "the test images have other classes: blue, pink against blue, green, red"
+    assert caught.value.where == {"data": str(image_folder), "test": str(other)}
+    assert caught.value.hint == "class folders must have the same names on both sides"
+
+
+def test_folder_without_labels_is_refused(unlabelled_folder):
+    with pytest.raises(DataError) as caught:
+        read(unlabelled_folder)
+    assert caught.value.problem == "these images have no labels"
+    assert caught.value.where == {"data": str(unlabelled_folder)}
+    assert caught.value.hint == "put each class in a folder of its own: ROOT/CLASS/image.jpg"
+
+
+def test_test_folder_without_labels_is_refused(image_folder, unlabelled_folder):
+    with pytest.raises(DataError, match="these images have no labels") as caught:
+        read(image_folder, test=str(unlabelled_folder))
+    assert caught.value.where == {"data": str(unlabelled_folder)}
+
+
+def test_unreadable_picture_keeps_the_others_with_their_labels(image_folder, tmp_path):
+    folder = shutil.copytree(image_folder, tmp_path / "copy")
+    (folder / "green" / "005.png").write_bytes(b"")
+    labelled = read(folder, max_bad_fraction=0.1)
+    assert len(labelled.train) + len(labelled.test) == 59
+    for part in (labelled.train, labelled.test):
+        assert torch.equal(2 - part.images.float().mean((2, 3)).argmax(1), part.labels)
+
+
+# --- draws ---
+
+LABELS = torch.from_numpy(np.random.default_rng(0).integers(0, 4, 200))
+
+
+def test_draw_holds_so_many_of_each_class():
+    assert torch.bincount(LABELS[draw_few(LABELS, per_class=7, draw=0)]).tolist() == [7, 7, 7, 7]
+
+
+def test_draw_holds_no_image_twice():
+    chosen = draw_few(LABELS, per_class=7, draw=0)
+    assert len(set(chosen.tolist())) == 28
+
+
+def test_draw_is_the_same_every_time():
+    assert torch.equal(draw_few(LABELS, per_class=5, draw=3), draw_few(LABELS, per_class=5, draw=3))
+
+
+def test_draws_differ():
+    draws = {tuple(sorted(draw_few(LABELS, per_class=5, draw=draw).tolist())) for draw in range(10)}
+    assert len(draws) == 10
+
+
+def test_draws_together_reach_most_images():
+    """Were they near copies of each other, an interval over draws would mean nothing."""
+    reached = {index for draw in range(40) for index in draw_few(LABELS, per_class=10, draw=draw).tolist()}
+    assert len(reached) > 0.95 * len(LABELS)
+
+
+def test_class_with_too_few_images_is_named_with_both_numbers():
+    labels = torch.tensor([0, 0, 0, 1, 1])
+    with pytest.raises(DataError) as caught:
+        draw_few(labels, per_class=3, draw=0)
+    assert caught.value.problem == (
+        "class 1 has 2 images to learn from, fewer than the 3 labels per class asked for"
+    )
+    assert caught.value.hint == "lower --labels-per-class"

@@ -1,0 +1,159 @@
+"""The probe: its record, that features are frozen, and that nothing is chosen on the test images."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+import torch
+
+import edgecl.evaluate.probe
+from edgecl.artifacts import ModelDir
+from edgecl.errors import ArtifactError, DataError
+from edgecl.evaluate.intervals import mean_interval, proportion_interval
+from edgecl.evaluate.linear import fit_linear
+from edgecl.evaluate.probe import load_feature_net, probe, probe_net
+
+
+@pytest.fixture
+def judge(tiny_backbone, coloured, preprocessing):
+    def judge(labelled=coloured, **options):
+        return probe_net(
+            tiny_backbone,
+            labelled,
+            preprocessing=preprocessing,
+            **{"labels_per_class": 2, "draws": 3, **options},
+        )
+
+    return judge
+
+
+@pytest.fixture(scope="module")
+def probed(tmp_path_factory, carved_model, image_folder):
+    model = shutil.copytree(carved_model, tmp_path_factory.mktemp("probe") / "m")
+    return model, probe(model, data=str(image_folder), labels_per_class=2)
+
+
+def test_record_has_the_keys_of_the_contract(probed):
+    _, record = probed
+    assert {"knn_top1", "linear_top1", "few_label_top1", "n_test"} <= record.keys()
+    assert {"mean", "std", "labels_per_class"} <= record["few_label_top1"].keys()
+
+
+def test_record_is_kept_in_the_model_directory(probed):
+    model, record = probed
+    assert json.loads(ModelDir(model).probe_file.read_text()) == record
+    assert record["kind"] == "probe"
+    assert record["made_from"] == ModelDir(model).sha256
+
+
+def test_probing_leaves_the_weights_alone(probed):
+    ModelDir(probed[0]).read()
+
+
+def test_counts_say_what_was_learned_from_and_tested_on(probed):
+    _, record = probed
+    assert (record["n_train"], record["n_test"], record["classes"]) == (48, 12, 3)
+
+
+def test_default_is_three_draws(probed):
+    assert len(probed[1]["few_label_top1"]["draws"]) == 3
+
+
+def test_default_is_ten_labels_per_class(tmp_path, carved_model, image_folder):
+    model = shutil.copytree(carved_model, tmp_path / "m")
+    assert probe(model, data=str(image_folder))["few_label_top1"]["labels_per_class"] == 10
+
+
+def test_colours_are_told_apart_in_percent(judge):
+    record = judge()
+    assert record["knn_top1"] > 90
+    assert record["linear_top1"] > 90
+
+
+def test_intervals_are_those_of_a_proportion(judge):
+    record = judge()
+    for name in ("knn", "linear"):
+        assert record[f"{name}_ci95"] == list(proportion_interval(record[f"{name}_top1"], 30))
+
+
+def test_few_label_summary_is_of_its_draws(judge):
+    few = judge(draws=4)["few_label_top1"]
+    assert few["mean"] == pytest.approx(sum(few["draws"]) / 4)
+    assert few["ci95"] == pytest.approx(list(mean_interval(few["draws"])))
+    assert few["labels_per_class"] == 2
+
+
+def test_few_label_probe_learns_from_the_draws_alone(judge, monkeypatch):
+    sizes = []
+
+    def watching(features, labels, *, classes):
+        sizes.append(len(labels))
+        return fit_linear(features, labels, classes=classes)
+
+    monkeypatch.setattr(edgecl.evaluate.probe, "fit_linear", watching)
+    judge(labels_per_class=4, draws=2)
+    assert sizes == [36, 12, 12]
+
+
+def test_test_images_and_labels_change_no_classifier(judge, coloured, monkeypatch):
+    """Nothing is chosen, scaled or fitted on the held-out part."""
+
+    def fits(labelled):
+        found = []
+
+        def watching(features, labels, *, classes):
+            found.append(fit_linear(features, labels, classes=classes))
+            return found[-1]
+
+        monkeypatch.setattr(edgecl.evaluate.probe, "fit_linear", watching)
+        judge(labelled)
+        return found
+
+    other = dataclasses.replace(
+        coloured.test, images=255 - coloured.test.images, labels=coloured.test.labels.flip(0)
+    )
+    before, after = fits(coloured), fits(dataclasses.replace(coloured, test=other))
+    for one, two in zip(before, after, strict=True):
+        for field in dataclasses.fields(one):
+            assert torch.equal(
+                torch.as_tensor(getattr(one, field.name)), torch.as_tensor(getattr(two, field.name))
+            )
+
+
+def test_labels_are_what_the_accuracy_comes_from(judge, coloured):
+    shuffled = dataclasses.replace(coloured.test, labels=(coloured.test.labels + 1) % 3)
+    record = judge(dataclasses.replace(coloured, test=shuffled))
+    assert record["knn_top1"] < 10
+    assert record["linear_top1"] < 10
+
+
+def test_more_labels_than_there_are_is_refused_before_anything_runs(judge, monkeypatch):
+    monkeypatch.setattr(edgecl.evaluate.probe, "extract_features", None)
+    with pytest.raises(DataError, match="class 0 has 12 images to learn from, fewer than the 13 labels"):
+        judge(labels_per_class=13)
+
+
+def test_net_is_run_in_evaluation_mode(judge, tiny_backbone):
+    before = {name: value.clone() for name, value in tiny_backbone.state_dict().items()}
+    tiny_backbone.train()
+    judge()
+    assert all(torch.equal(value, before[name]) for name, value in tiny_backbone.state_dict().items())
+
+
+def test_directory_that_is_no_model_is_refused(tmp_path, image_folder):
+    with pytest.raises(ArtifactError, match="is not a model directory"):
+        probe(tmp_path, data=str(image_folder))
+
+
+def test_unlabelled_images_are_refused(carved_model, unlabelled_folder):
+    with pytest.raises(DataError, match="these images have no labels"):
+        probe(carved_model, data=str(unlabelled_folder))
+
+
+def test_feature_net_of_a_pretrained_model_gives_its_features(carved_model):
+    net, record = load_feature_net(carved_model)
+    assert net(torch.zeros(2, 3, 32, 32)).shape == (2, record["features"])
+    assert not net.training

@@ -1,0 +1,180 @@
+"""Training a classifier: it learns, it freezes what it is told to, and it is a function of its seed."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+
+import edgecl.evaluate.supervised
+from edgecl.errors import DeviceError, NonFiniteError
+from edgecl.evaluate.labelled import Part
+from edgecl.evaluate.supervised import Supervision, choose_device, classifier_top1, train_classifier
+
+
+@pytest.fixture
+def train(tiny_net, coloured, preprocessing):
+    def train(net=tiny_net, *, steps=20, part=coloured.train, **settings):
+        train_classifier(
+            net,
+            part,
+            steps=steps,
+            settings=Supervision(**{"lr": 0.02, "batch_size": 12, "device": "cpu", **settings}),
+            preprocessing=preprocessing,
+            what="test",
+        )
+        return net
+
+    return train
+
+
+def copied(module):
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def unchanged(module, before):
+    return [name for name, value in module.state_dict().items() if torch.equal(value, before[name])]
+
+
+def test_separable_classes_are_learned(train, coloured, preprocessing):
+    assert classifier_top1(train(steps=40), coloured.test, preprocessing) == 100
+
+
+def test_untrained_net_is_near_chance(tiny_net, coloured, preprocessing):
+    assert classifier_top1(tiny_net, coloured.test, preprocessing) < 70
+
+
+def test_accuracy_is_in_percent(train, coloured, preprocessing):
+    net = train(steps=40)
+    half = coloured.test.labels.clone()
+    half[::2] = (half[::2] + 1) % 3
+    assert classifier_top1(net, Part(coloured.test.images, half), preprocessing) == 50
+
+
+def test_everything_is_trained_by_default(train, tiny_net):
+    before = copied(tiny_net)
+    train(steps=2)
+    assert unchanged(tiny_net, before) == []
+
+
+def test_frozen_backbone_is_unchanged_to_the_bit(train, tiny_net):
+    before = copied(tiny_net.backbone)
+    train(backbone_lr_fraction=0.0)
+    assert unchanged(tiny_net.backbone, before) == list(before)
+
+
+def test_classifier_on_a_frozen_backbone_learns(train, tiny_net):
+    before = copied(tiny_net.classifier)
+    train(backbone_lr_fraction=0.0)
+    assert unchanged(tiny_net.classifier, before) == []
+
+
+def test_backbone_learns_more_slowly_at_a_smaller_fraction(train, tiny_net):
+    before = copied(tiny_net)
+    moved = []
+    for fraction in (1.0, 0.01):
+        tiny_net.load_state_dict(before)
+        train(steps=4, backbone_lr_fraction=fraction)
+        weight = tiny_net.state_dict()["backbone.0.weight"]
+        moved.append(float((weight - before["backbone.0.weight"]).abs().mean()))
+    assert moved[1] < 0.05 * moved[0]
+
+
+def test_net_is_left_in_evaluation_mode(train):
+    assert not train(steps=1).training
+
+
+def test_same_seed_gives_the_same_net_to_the_bit(train, tiny_net):
+    before = copied(tiny_net)
+    first = copied(train(steps=3))
+    tiny_net.load_state_dict(before)
+    assert unchanged(train(steps=3), first) == list(first)
+
+
+def test_another_seed_gives_another_net(train, tiny_net):
+    before = copied(tiny_net)
+    first = copied(train(steps=3))
+    tiny_net.load_state_dict(before)
+    assert "backbone.0.weight" not in unchanged(train(steps=3, seed=1), first)
+
+
+def test_views_differ_from_step_to_step(train, coloured, monkeypatch):
+    """Over several epochs no batch of views comes twice, though the pictures do."""
+    seen = []
+    render = edgecl.evaluate.supervised.render_view
+
+    def watching(*words, **options):
+        seen.append(render(*words, **options))
+        return seen[-1]
+
+    monkeypatch.setattr(edgecl.evaluate.supervised, "render_view", watching)
+    train(steps=4, part=coloured.train.take(torch.arange(6)), batch_size=6)
+    assert len({view.sum().item() for view in seen}) == 4
+
+
+def test_every_picture_is_seen_in_every_epoch(train, coloured, monkeypatch):
+    seen = []
+    draw = edgecl.evaluate.supervised.draw_parameters
+
+    def watching(index, *words, **options):
+        seen.append(sorted(index.tolist()))
+        return draw(index, *words, **options)
+
+    monkeypatch.setattr(edgecl.evaluate.supervised, "draw_parameters", watching)
+    train(steps=6, batch_size=12)
+    for epoch in (seen[:3], seen[3:]):
+        assert sorted(sum(epoch, [])) == list(range(36))
+    assert seen[:3] != seen[3:]
+
+
+def test_batch_larger_than_the_data_takes_all_of_it(train, coloured):
+    train(steps=2, part=coloured.train.take(torch.arange(5)), batch_size=64)
+
+
+def test_rate_warms_up_and_then_falls_to_zero(train, monkeypatch):
+    rates = []
+    step = torch.optim.AdamW.step
+
+    def watching(self, *words, **options):
+        rates.append(self.param_groups[0]["lr"])
+        return step(self, *words, **options)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watching)
+    train(steps=20, lr=0.02)
+    assert max(rates) <= 0.02
+    assert rates[0] < 0.005
+    assert rates.index(max(rates)) <= 3
+    assert rates[-1] < 0.001
+    assert rates[3:] == sorted(rates[3:], reverse=True)
+
+
+def test_one_step_is_enough_to_run_and_it_learns_something(train, tiny_net):
+    before = copied(tiny_net)
+    assert "classifier.weight" not in unchanged(train(steps=1), before)
+
+
+def test_loss_that_is_no_number_stops_with_a_named_error(train, tiny_net):
+    with torch.no_grad():
+        tiny_net.classifier.weight.fill_(float("nan"))
+    with pytest.raises(NonFiniteError, match=r"the loss is nan at step 1(.|\n)*lower the rate"):
+        train()
+
+
+def test_cuda_that_is_not_there_is_a_named_error():
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    with pytest.raises(DeviceError, match="no CUDA device is available"):
+        choose_device("cuda")
+
+
+@pytest.mark.parametrize("key", Supervision.model_fields)
+def test_no_setting_is_dead(key):
+    tree = ast.parse(Path(edgecl.evaluate.supervised.__file__).read_text(encoding="utf-8"))
+    read = {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "settings"
+    }
+    assert key in read

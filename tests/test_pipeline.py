@@ -1,0 +1,291 @@
+"""The whole road in one real process on a tiny recipe, and what happens when it is walked again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+
+import edgecl.pipeline
+from edgecl.artifacts import Bundle, ModelDir, PipelineDir, ReportDir, RunDir, kind_of
+from edgecl.errors import ArtifactError, DataError, RecipeError, TargetError
+from edgecl.onboard.bundle import sha256_of_file
+from edgecl.pipeline import run
+from edgecl.recipe import read_recipe
+
+
+@pytest.fixture(scope="module")
+def walked(tmp_path_factory, edgecl_process, recipe_file, image_folder):
+    """`edgecl run` as a user types it."""
+    out = tmp_path_factory.mktemp("pipeline") / "out"
+    done = edgecl_process("run", recipe_file, "--data", image_folder, "--out", out)
+    assert done.returncode == 0, done.stderr
+    return out, done
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch, exported_bundle):
+    """Within this process, measure for a moment only, and do not wait for torch's exporter."""
+    import edgecl.deploy.export
+
+    def write(net, path, *, graph, shape, metadata):
+        shutil.copy(Bundle(exported_bundle).onnx_file, path)
+        return Bundle(exported_bundle).read()["output"]["shape"][1]
+
+    def bench(bundle, *, duration_s):
+        record = {"device": {"name": "here"}}
+        Bundle(bundle).bench_file("here").write_text(json.dumps(record))
+        return record
+
+    monkeypatch.setattr(edgecl.deploy.export, "write_onnx", write)
+    monkeypatch.setattr("edgecl.deploy.bench.bench", bench)
+    # The net of another run is another net: this file is not about parity.
+    monkeypatch.setattr(
+        edgecl.deploy.export,
+        "prove_parity",
+        lambda runner, images, expected, **options: {"images": len(images)},
+    )
+    monkeypatch.setattr(
+        "edgecl.deploy.verify.verify", lambda bundle: Bundle(bundle).verify_file.write_text("{}")
+    )
+    # Nor about probing,
+    chance = SimpleNamespace(top1=lambda features, labels: 33.0)
+    monkeypatch.setattr("edgecl.evaluate.probe.fit_linear", lambda features, labels, *, classes: chance)
+    # nor about reports.
+    monkeypatch.setattr("edgecl.report.report.report", lambda dirs, *, out, force: {"made": True})
+
+
+@pytest.fixture
+def out(tmp_path, walked):
+    return shutil.copytree(walked[0], tmp_path / "out")
+
+
+@pytest.fixture
+def again(out, recipe_file, image_folder):
+    """Run the same thing again in this process; return what was said."""
+
+    def again(*, assignments=None, data=image_folder, **options):
+        lines = []
+        run(
+            read_recipe(str(recipe_file), assignments),
+            recipe_name="tiny",
+            data=str(data),
+            say=lines.append,
+            **{"out": out, "resume": True, "device": "cpu", **options},
+        )
+        return lines
+
+    return again
+
+
+def hashes(directory):
+    return {
+        str(path.relative_to(directory)): sha256_of_file(path)
+        for path in directory.rglob("*")
+        if path.is_file() and "report" not in path.relative_to(directory).parts[:1]
+    }
+
+
+STAGES = ["pretrain", "carve", "cost", "probe", "export ort-cpu"]
+
+
+def test_every_stage_leaves_its_directory(walked):
+    pipeline = PipelineDir(walked[0])
+    found = [
+        kind_of(path)
+        for path in (
+            pipeline.path,
+            pipeline.run,
+            pipeline.slim,
+            pipeline.random,
+            pipeline.bundles / "ort-cpu",
+            pipeline.report,
+        )
+    ]
+    assert found == ["pipeline", "run", "model", "model", "bundle", "report"]
+
+
+def test_every_stage_leaves_its_record(walked):
+    pipeline = PipelineDir(walked[0])
+    bundle = Bundle(pipeline.bundles / "ort-cpu")
+    for path in (
+        pipeline.comparison_file,
+        ModelDir(pipeline.slim).probe_file,
+        ModelDir(pipeline.slim).cost_file,
+        ModelDir(pipeline.random).probe_file,
+        bundle.verify_file,
+    ):
+        assert json.loads(path.read_text())["schema"] == 1
+    assert len(list(bundle.path.glob("bench-*.json"))) == 1
+
+
+def test_records_form_a_chain(walked):
+    """Each record names the hash of what it was made from."""
+    pipeline = PipelineDir(walked[0])
+    slim, bundle = ModelDir(pipeline.slim), Bundle(pipeline.bundles / "ort-cpu")
+    (state,) = RunDir(pipeline.run).checkpoints.glob("epoch-*/state.json")
+    assert slim.read()["made_from"] == sha256_of_file(state)
+    assert bundle.read()["made_from"] == slim.sha256
+    assert json.loads(bundle.verify_file.read_text())["made_from"] == sha256_of_file(bundle.record_file)
+    assert json.loads(pipeline.comparison_file.read_text())["made_from"] == slim.sha256
+
+
+def test_stages_are_timed_in_order(walked):
+    stages = json.loads(PipelineDir(walked[0]).record_file.read_text())["stages"]
+    assert list(stages) == STAGES
+    assert all(stage["wall_s"] >= 0 for stage in stages.values())
+
+
+def test_progress_is_on_stderr_and_the_report_on_stdout(walked):
+    out, done = walked
+    assert [line for line in done.stderr.splitlines() if line.startswith("edgecl: ")] == [
+        f"edgecl: {stage}" for stage in [*STAGES, "report"]
+    ]
+    assert done.stdout.rstrip().endswith(f"report: {ReportDir(out / 'report').page_file}")
+    assert ReportDir(out / "report").page_file.is_file()
+
+
+def test_command_is_in_the_record(walked):
+    record = json.loads(PipelineDir(walked[0]).record_file.read_text())
+    assert record["command"].startswith("edgecl run ")
+    assert record["recipe"]["host"]["width"] == 0.75
+
+
+# --- again ---
+
+
+def test_existing_output_is_refused(again):
+    with pytest.raises(ArtifactError, match="already exists"):
+        again(resume=False)
+
+
+def test_resume_finds_every_stage_done_and_changes_nothing(again, out):
+    before = hashes(out)
+    assert again() == [*(f"{stage}: already done" for stage in STAGES), "report"]
+    assert hashes(out) == before
+
+
+@pytest.mark.parametrize(
+    ("lost", "redone"),
+    [
+        ("slim/cost.json", ["cost"]),
+        ("comparison.json", ["probe"]),
+        ("random", ["probe"]),
+        ("bundles/ort-cpu", ["export ort-cpu"]),
+        ("slim", ["carve", "cost", "probe", "export ort-cpu"]),
+    ],
+)
+def test_stage_whose_output_is_gone_is_redone_with_what_was_made_from_it(again, out, lost, redone):
+    path = out / lost
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    expected = [stage if stage in redone else f"{stage}: already done" for stage in STAGES]
+    assert again() == [*expected, "report"]
+    assert path.exists()
+
+
+def test_lost_run_is_trained_again_and_everything_after_it(again, out):
+    shutil.rmtree(out / "pretrain")
+    before = json.loads((out / "slim" / "model.json").read_text())
+    assert again() == [*STAGES, "report"]
+    after = json.loads((out / "slim" / "model.json").read_text())
+    # The same recipe, seed and images: the same weights.
+    assert after["weights_sha256"] == before["weights_sha256"]
+
+
+def test_stage_that_was_interrupted_goes_on_from_there(again, out):
+    record = json.loads((out / "pipeline.json").read_text())
+    record["stages"] = {name: record["stages"][name] for name in ("pretrain", "carve")}
+    (out / "pipeline.json").write_text(json.dumps(record))
+    shutil.rmtree(out / "bundles")
+    assert again() == ["pretrain: already done", "carve: already done", *STAGES[2:], "report"]
+
+
+def test_further_target_is_added(again, out):
+    said = again(targets=["ort-cpu", "ort-cpu-batch"])
+    assert said[-2:] == ["export ort-cpu-batch", "report"]
+    assert said[:-2] == [f"{stage}: already done" for stage in STAGES]
+    assert kind_of(out / "bundles" / "ort-cpu-batch") == "bundle"
+
+
+def test_changed_recipe_cannot_resume(again, out):
+    with pytest.raises(ArtifactError) as caught:
+        again(assignments=["optim.lr=0.02"])
+    assert caught.value.problem == f"cannot resume '{out}': its recipe changed"
+    assert caught.value.hint == "repeat the command it was started with, or choose another --out"
+
+
+def test_changed_data_cannot_resume(again, unlabelled_folder):
+    with pytest.raises(ArtifactError, match="its data changed"):
+        again(data=unlabelled_folder)
+
+
+def test_force_does_not_replace_a_folder_of_the_users(again, tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").write_bytes(b"x")
+    with pytest.raises(ArtifactError, match="--force replaces only a pipeline directory"):
+        again(out=tmp_path / "photos", resume=False, force=True)
+    assert (tmp_path / "photos" / "cat.jpg").exists()
+
+
+def test_force_starts_from_the_beginning(again, out):
+    (out / "slim" / "stray").write_text("x")
+    assert again(resume=False, force=True) == [*STAGES, "report"]
+    assert not (out / "slim" / "stray").exists()
+
+
+# --- before hours are spent ---
+
+
+@pytest.fixture
+def no_training(monkeypatch):
+    monkeypatch.setattr(edgecl.pipeline, "_pretrain", None)
+
+
+@pytest.mark.usefixtures("no_training")
+def test_unknown_target_is_refused_before_training(again, tmp_path):
+    with pytest.raises(TargetError, match="unknown target 'ort-cpuu'"):
+        again(out=tmp_path / "new", resume=False, targets=["ort-cpuu"])
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.usefixtures("no_training")
+def test_two_targets_of_one_name_are_refused_before_training(again, tmp_path):
+    (tmp_path / "ort-cpu.toml").write_text('runtime = "onnxruntime"\n')
+    with pytest.raises(TargetError, match="two targets are called 'ort-cpu'"):
+        again(out=tmp_path / "new", resume=False, targets=["ort-cpu", str(tmp_path / "ort-cpu.toml")])
+
+
+@pytest.mark.usefixtures("no_training")
+def test_recipe_without_images_asks_for_them(recipe_file, tmp_path):
+    with pytest.raises(RecipeError) as caught:
+        run(read_recipe(str(recipe_file)), recipe_name="tiny", out=tmp_path / "new")
+    assert caught.value.problem == "the recipe 'tiny' names no images"
+    assert caught.value.hint == "say which with --data URI"
+
+
+def test_failed_first_stage_can_be_resumed(again, tmp_path):
+    with pytest.raises(DataError, match="no folder"):
+        again(out=tmp_path / "new", resume=False, data=tmp_path / "nowhere")
+    with pytest.raises(DataError, match="no folder"):
+        again(out=tmp_path / "new", resume=True, data=tmp_path / "nowhere")
+
+
+def test_images_without_labels_give_no_comparison_and_no_error(again, tmp_path, unlabelled_folder):
+    said = again(out=tmp_path / "new", resume=False, data=unlabelled_folder)
+    assert said == [*STAGES, "report"]
+    assert not PipelineDir(tmp_path / "new").comparison_file.exists()
+    assert not PipelineDir(tmp_path / "new").random.exists()
+    assert again(out=tmp_path / "new", data=unlabelled_folder) == [
+        *(f"{stage}: already done" for stage in STAGES),
+        "report",
+    ]
+
+
+def test_report_without_labels_is_written(again, tmp_path, unlabelled_folder, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr("edgecl.pipeline._export", lambda *words, **options: [])
+    again(out=tmp_path / "new", resume=False, data=unlabelled_folder)
+    record = json.loads((tmp_path / "new" / "report" / "report.json").read_text())
+    assert record["comparison"] is None

@@ -1,0 +1,69 @@
+"""A run small enough to make many of: 40 pictures of 32 pixels, a narrow MobileNet, two epochs of five steps."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from edgecl.recipe import recipe_from_tables
+from edgecl.settings import override
+
+TABLES = {
+    "host": {"arch": "mobilenetv3_small_100", "width": 0.75, "stem_stride": 2},
+    "slim": {"width": 0.5},
+    "projector": {"sizes": [16, 16]},
+    "loss": {"alpha": 0.9, "off_diagonal": 0.05},
+    "data": {"image_size": 32, "batch_size": 8},
+    "optim": {"name": "adamw", "lr": 1e-3, "warmup_epochs": 0.5},
+    "run": {"epochs": 2, "log_every": 1, "quality_epochs": 1},
+}
+
+ARMS = {
+    "Barlow Twins": ["host.width=0.5", "loss.alpha=1.0"],
+    "XD only": ["host.width=0.5"],
+    "SACL only": ["loss.alpha=1.0"],
+    "SACL-XD": [],
+}
+
+
+@pytest.fixture(scope="session")
+def tables():
+    return TABLES
+
+
+@pytest.fixture(scope="session")
+def arm_settings():
+    return ARMS
+
+
+@pytest.fixture(scope="session")
+def make_recipe():
+    """Make the tiny recipe with assignments as `--set` takes them."""
+
+    def make(*assignments):
+        from edgecl.errors import RecipeError
+
+        return recipe_from_tables(override(TABLES, list(assignments), error=RecipeError), source="test")
+
+    return make
+
+
+def write_pictures(root, count, classes=()):
+    random = np.random.default_rng(0)
+    for index in range(count):
+        place = root / classes[index % len(classes)] if classes else root
+        place.mkdir(parents=True, exist_ok=True)
+        corners = random.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        Image.fromarray(corners).resize((32, 32)).save(place / f"{index:03}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """A folder of 40 pictures without labels."""
+    return write_pictures(tmp_path_factory.mktemp("data") / "plain", 40)
+
+
+@pytest.fixture(scope="session")
+def labelled_pictures(tmp_path_factory):
+    """A folder of 40 pictures in two classes."""
+    return write_pictures(tmp_path_factory.mktemp("data") / "classes", 40, ("cat", "dog"))

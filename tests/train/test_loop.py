@@ -1,0 +1,536 @@
+"""The training loop on a run of seconds: what it writes, that it repeats, resumes and stops."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from PIL import Image
+
+from edgecl.artifacts import RunDir
+from edgecl.errors import ArtifactError, CollapseError, DataError, DeviceError, NonFiniteError, RecipeError
+from edgecl.nets.backbone import count_parameters
+from edgecl.nets.heads import Encoder
+from edgecl.train import loop
+from edgecl.train.checkpoint import read_newest
+from edgecl.train.loop import pretrain
+from edgecl.train.monitor import read_metrics
+
+STEP_KEYS = {
+    "step",
+    "epoch",
+    "loss",
+    "sacl",
+    "xd_host",
+    "xd_slim",
+    "diagonal",
+    "off_diagonal_rms",
+    "std",
+    "grad_norm_host",
+    "grad_norm_slim",
+    "lr",
+    "images_per_s",
+}
+QUALITY_KEYS = {"step", "epoch", "rankme_host", "rankme_slim", "knn_top1_host", "knn_top1_slim"}
+STEPS = 5  # an epoch of 40 pictures in batches of 8
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Keep to one thread, so that sums are taken in one order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def train(recipe, out, data, **settings):
+    return pretrain(recipe, recipe_name="tiny", out=out, data=str(data), device="cpu", **settings)
+
+
+def steps_of(path):
+    return [record for record in read_metrics(path / "metrics.jsonl") if "loss" in record]
+
+
+def looks_of(path):
+    return [record for record in read_metrics(path / "metrics.jsonl") if "loss" not in record]
+
+
+def without_clock(path):
+    return [
+        {key: value for key, value in record.items() if key != "images_per_s"}
+        for record in read_metrics(path / "metrics.jsonl")
+    ]
+
+
+def same_weights(one, other):
+    one, other = (read_newest(RunDir(path)) for path in (one, other))
+    assert (one.epoch, one.step) == (other.epoch, other.step)
+    assert one.model.keys() == other.model.keys()
+    return all(torch.equal(one.model[name], other.model[name]) for name in one.model)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, make_recipe, arm_settings, pictures, labelled_pictures):
+    """One run of every arm; SACL-XD on pictures with labels."""
+    torch.set_num_threads(1)
+    root = tmp_path_factory.mktemp("runs")
+    for arm, assignments in arm_settings.items():
+        data = labelled_pictures if arm == "SACL-XD" else pictures
+        train(make_recipe(*assignments), root / arm, data)
+    return root
+
+
+ARMS = ["Barlow Twins", "XD only", "SACL only", "SACL-XD"]
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_every_step_has_every_number(runs, arm):
+    records = steps_of(runs / arm)
+    assert [record["step"] for record in records] == list(range(1, 2 * STEPS + 1))
+    absent = set()
+    if arm in ("Barlow Twins", "SACL only"):
+        absent |= {"xd_host", "xd_slim"}
+    if arm in ("Barlow Twins", "XD only"):
+        absent |= {"grad_norm_slim"}
+    for record in records:
+        assert record.keys() == STEP_KEYS
+        assert {key for key in record if record[key] is None} == absent
+        assert all(math.isfinite(record[key]) for key in STEP_KEYS - absent)
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_quality_is_looked_at_each_time_it_is_due(runs, arm):
+    records = looks_of(runs / arm)
+    assert [(record["step"], record["epoch"]) for record in records] == [(5, 1.0), (10, 2.0)]
+    for record in records:
+        assert record.keys() == QUALITY_KEYS
+        assert 1 <= record["rankme_host"] <= 40
+        if arm in ("SACL only", "SACL-XD"):
+            assert 1 <= record["rankme_slim"] <= 40
+        else:
+            assert record["rankme_slim"] is None
+
+
+def test_neighbours_are_asked_where_there_are_labels(runs):
+    for record in looks_of(runs / "SACL-XD"):
+        assert 0 <= record["knn_top1_host"] <= 100
+        assert 0 <= record["knn_top1_slim"] <= 100
+
+
+@pytest.mark.parametrize("arm", ["XD only", "SACL only"])
+def test_neighbours_are_not_asked_without_labels(runs, arm):
+    for record in looks_of(runs / arm):
+        assert record["knn_top1_host"] is None
+        assert record["knn_top1_slim"] is None
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_logged_loss_is_the_formula_of_the_logged_terms(runs, arm, make_recipe, arm_settings):
+    loss = make_recipe(*arm_settings[arm]).loss
+    for record in steps_of(runs / arm):
+        distillation = 0.0 if record["xd_slim"] is None else (record["xd_host"] + record["xd_slim"]) / 2
+        expected = loss.scale * (loss.alpha * record["sacl"] + (1 - loss.alpha) * distillation)
+        assert record["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_logged_rate_is_that_of_the_step(runs, make_recipe):
+    rates = [record["lr"] for record in steps_of(runs / "SACL-XD")]
+    warm_up = round(0.5 * STEPS)
+    for step, rate in enumerate(rates):
+        cosine = 1e-3 * (1 + math.cos(math.pi * step / (2 * STEPS))) / 2
+        assert rate == pytest.approx(1e-3 * step / warm_up if step < warm_up else cosine, abs=1e-12)
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_run_record_says_what_was_run(runs, arm, make_recipe, arm_settings):
+    record = RunDir(runs / arm).read()
+    recipe = make_recipe(*arm_settings[arm])
+    assert record["state"] == "done"
+    assert record["arm"] == arm
+    assert record["recipe"] == recipe.model_dump(mode="json")
+    assert (record["steps_per_epoch"], record["total_steps"]) == (STEPS, 2 * STEPS)
+    assert record["data"]["images"] == 40
+    assert record["made_from"] == record["data"]["fingerprint"]
+    assert record["wall_s"] > 0
+    assert {"torch", "timm", "accelerate", "numpy", "python"} <= record["versions"].keys()
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_parameters_are_those_of_plain_nets(runs, arm, make_recipe, arm_settings):
+    recipe = make_recipe(*arm_settings[arm])
+    with torch.device("meta"):
+        expected = {
+            name: count_parameters(Encoder(recipe.host.arch, width=width, projector=recipe.projector.sizes))
+            for name, width in (("host", recipe.host.width), ("slim", recipe.slim.width))
+        }
+    assert RunDir(runs / arm).read()["params"] == expected
+
+
+def test_a_grid_of_views_is_drawn(runs):
+    with Image.open(runs / "SACL-XD" / "views.png") as page:
+        assert page.format == "PNG"
+        assert page.size[0] > page.size[1] > 100
+        assert len(page.convert("RGB").getcolors(1 << 24)) > 50
+
+
+def test_training_changes_every_tensor(runs, make_recipe):
+    from edgecl.nets.carving import create_slimmable
+
+    torch.manual_seed(0)
+    start = create_slimmable(make_recipe()).state_dict()
+    end = read_newest(RunDir(runs / "SACL-XD")).model
+    assert start.keys() == end.keys()
+    assert [name for name in start if torch.equal(start[name], end[name])] == []
+
+
+def test_the_same_seed_gives_the_same_weights(runs, tmp_path, make_recipe, labelled_pictures):
+    train(make_recipe(), tmp_path / "again", labelled_pictures)
+    assert same_weights(runs / "SACL-XD", tmp_path / "again")
+    assert without_clock(runs / "SACL-XD") == without_clock(tmp_path / "again")
+
+
+def test_another_seed_gives_other_weights(runs, tmp_path, make_recipe, labelled_pictures):
+    train(make_recipe("run.seed=1"), tmp_path / "other", labelled_pictures)
+    assert not same_weights(runs / "SACL-XD", tmp_path / "other")
+
+
+def test_looking_on_the_way_changes_nothing(runs, tmp_path, make_recipe, labelled_pictures):
+    """Records, quality looks and checkpoints are observations: fewer of them, the same weights."""
+    recipe = make_recipe("run.log_every=7", "run.quality_epochs=9", "run.checkpoint_epochs=2")
+    train(recipe, tmp_path / "quiet", labelled_pictures)
+    assert [record["step"] for record in steps_of(tmp_path / "quiet")] == [7, 10]
+    assert same_weights(runs / "SACL-XD", tmp_path / "quiet")
+
+
+def test_slow_start_trains_the_host_alone_at_first(tmp_path, make_recipe, pictures):
+    train(make_recipe("slim.slow_start=0.5"), tmp_path / "slow", pictures)
+    pulls = [record["grad_norm_slim"] for record in steps_of(tmp_path / "slow")]
+    assert pulls[:STEPS] == [0.0] * STEPS
+    assert min(pulls[STEPS:]) > 0
+
+
+@pytest.mark.parametrize("swap", [0, 1])
+def test_view_swap_decides_which_net_sees_which_view(tmp_path, make_recipe, pictures, monkeypatch, swap):
+    seen, made = [], []
+    project, make_views = loop.SaclXd.project, loop.make_views
+
+    def note_project(self, net, view_a, view_b, *, dense=False):
+        seen.append((view_a.clone(), view_b.clone()))
+        return project(self, net, view_a, view_b, dense=dense)
+
+    def note_views(*positional, **named):
+        made.append(make_views(*positional, **named))
+        return made[-1]
+
+    monkeypatch.setattr(loop.SaclXd, "project", note_project)
+    monkeypatch.setattr(loop, "make_views", note_views)
+    train(make_recipe(f"loss.swap_views={swap}", "run.epochs=1"), tmp_path / "run", pictures)
+    assert len(seen) == len(made) == STEPS
+    for (host, slim), (view_a, view_b) in zip(seen, made, strict=True):
+        assert torch.equal(host, view_b if swap else view_a)
+        assert torch.equal(slim, view_a if swap else view_b)
+
+
+def test_views_are_swapped_in_about_half_of_the_steps(make_recipe):
+    import numpy as np
+
+    from edgecl.data.randomness import uniforms
+
+    draws = [uniforms(0, 0, np.array([step]), stream="swap-views", count=1)[0, 0] for step in range(1000)]
+    assert 450 < sum(draw < make_recipe().loss.swap_views for draw in draws) < 550
+
+
+SCRIPT = """
+import json, sys, warnings
+warnings.simplefilter("ignore")
+import torch
+torch.set_num_threads(1)
+from pathlib import Path
+from edgecl.recipe import recipe_from_tables
+from edgecl.train.loop import pretrain
+
+out, data, tables, resume = sys.argv[1:]
+recipe = recipe_from_tables(json.loads(tables), source="test")
+pretrain(recipe, recipe_name="tiny", out=Path(out), data=data, device="cpu", resume=resume == "resume")
+"""
+
+
+def start(recipe, out, data, resume=False, environment=None):
+    tables = json.dumps(recipe.model_dump(mode="json"))
+    environment = {
+        **os.environ,
+        **(environment or {}),
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+    }
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(out), str(data), tables, "resume" if resume else "fresh"],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_killed_and_resumed_is_uninterrupted(tmp_path, make_recipe, labelled_pictures):
+    """SIGKILL in the middle of an epoch, after the first checkpoint; the rest must come out bit for bit."""
+    recipe = make_recipe("run.epochs=40", "run.channels_last=true", "run.quality_epochs=2")
+    killed = RunDir(tmp_path / "killed")
+    process = start(recipe, killed.path, labelled_pictures)
+    deadline = time.monotonic() + 120
+    while not killed.checkpoint_file(1).is_dir() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    _, errors = process.communicate()
+    assert process.returncode == -signal.SIGKILL, errors
+    assert killed.read()["state"] == "running"
+    done = read_newest(killed).epoch
+    assert 1 <= done < 36
+
+    # The rest at the same settings, but ending sooner: the schedule is of the whole run, so the loop is cut short.
+    stop = done + 2
+    train_until(recipe, killed.path, labelled_pictures, stop, resume=True)
+    train_until(recipe, tmp_path / "whole", labelled_pictures, stop)
+    assert same_weights(killed.path, tmp_path / "whole")
+    assert without_clock(killed.path) == without_clock(tmp_path / "whole")
+
+
+def train_until(recipe, out, data, epoch, resume=False):
+    """Train until the checkpoint after so many epochs is there, as if a person pressed Ctrl-C then."""
+    wait = loop.Accelerator.wait_for_everyone
+    run_dir = RunDir(out)
+
+    def interrupt(self):
+        wait(self)
+        if run_dir.checkpoint_file(epoch).is_dir():
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.Accelerator, "wait_for_everyone", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, out, data, resume=resume)
+
+
+def test_an_interrupted_run_resumes_to_the_end(runs, tmp_path, make_recipe, labelled_pictures):
+    train_until(make_recipe(), tmp_path / "run", labelled_pictures, 1)
+    assert RunDir(tmp_path / "run").read()["state"] == "stopped"
+    record = train(make_recipe(), tmp_path / "run", labelled_pictures, resume=True)
+    assert record["state"] == "done"
+    assert same_weights(runs / "SACL-XD", tmp_path / "run")
+    assert without_clock(runs / "SACL-XD") == without_clock(tmp_path / "run")
+
+
+def test_a_run_stopped_before_its_first_checkpoint_starts_over(
+    runs, tmp_path, make_recipe, labelled_pictures
+):
+    copy = tmp_path / "run"
+    shutil.copytree(runs / "SACL-XD", copy)
+    shutil.rmtree(copy / "checkpoints")
+    train(make_recipe(), copy, labelled_pictures, resume=True)
+    assert same_weights(runs / "SACL-XD", copy)
+    assert without_clock(runs / "SACL-XD") == without_clock(copy)
+
+
+def test_resuming_a_run_that_is_done_changes_nothing(runs, tmp_path, make_recipe, labelled_pictures):
+    copy = tmp_path / "run"
+    shutil.copytree(runs / "SACL-XD", copy)
+    assert train(make_recipe(), copy, labelled_pictures, resume=True)["state"] == "done"
+    assert same_weights(runs / "SACL-XD", copy)
+    assert read_metrics(copy / "metrics.jsonl") == read_metrics(runs / "SACL-XD" / "metrics.jsonl")
+
+
+def test_a_torn_newest_checkpoint_costs_its_epochs_only(
+    runs, tmp_path, make_recipe, labelled_pictures, capsys
+):
+    copy = tmp_path / "run"
+    shutil.copytree(runs / "SACL-XD", copy)
+    (copy / "checkpoints" / "epoch-00002" / "model.safetensors").write_bytes(b"torn")
+    train(make_recipe(), copy, labelled_pictures, resume=True)
+    assert "epoch-00002 passed over" in capsys.readouterr().err
+    assert same_weights(runs / "SACL-XD", copy)
+    assert without_clock(runs / "SACL-XD") == without_clock(copy)
+
+
+def test_resuming_with_another_recipe_is_named(runs, make_recipe, labelled_pictures):
+    recipe = make_recipe("optim.lr=0.5", "slim.width=0.4")
+    with pytest.raises(RecipeError) as caught:
+        train(recipe, runs / "SACL-XD", labelled_pictures, resume=True)
+    assert caught.value.problem == (
+        "cannot resume with another recipe: slim.width was 0.5, now 0.4; optim.lr was 0.001, now 0.5"
+    )
+    assert caught.value.where == {"run": runs / "SACL-XD"}
+
+
+def test_resuming_with_other_images_is_named(runs, make_recipe, labelled_pictures, pictures):
+    with pytest.raises(RecipeError) as caught:
+        train(make_recipe(), runs / "SACL-XD", pictures, resume=True)
+    assert caught.value.problem == "cannot resume with other images"
+    assert str(labelled_pictures) in str(caught.value)
+    assert str(pictures) in str(caught.value)
+
+
+def test_resuming_where_there_is_no_run_is_named(tmp_path, make_recipe, pictures):
+    with pytest.raises(ArtifactError, match=r"is not a run directory: it has no run\.json"):
+        train(make_recipe(), tmp_path / "nowhere", pictures, resume=True)
+
+
+def test_an_output_in_the_way_is_named(runs, make_recipe, pictures):
+    with pytest.raises(ArtifactError) as caught:
+        train(make_recipe(), runs / "SACL only", pictures)
+    assert caught.value.problem == f"output '{runs / 'SACL only'}' already exists"
+    assert "--force" in caught.value.hint
+
+
+def test_force_replaces_a_run(runs, tmp_path, make_recipe, pictures):
+    copy = tmp_path / "run"
+    shutil.copytree(runs / "SACL-XD", copy)
+    (copy / "stray").write_text("", encoding="utf-8")
+    train(make_recipe("run.epochs=1"), copy, pictures, force=True)
+    assert read_newest(RunDir(copy)).epoch == 1
+    assert len(steps_of(copy)) == STEPS
+    assert not (copy / "stray").exists()
+
+
+def test_force_replaces_nothing_but_a_run(tmp_path, make_recipe, pictures):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("words", encoding="utf-8")
+    with pytest.raises(ArtifactError, match="--force replaces only a run directory"):
+        train(make_recipe(), tmp_path / "mine", pictures, force=True)
+    assert (tmp_path / "mine" / "thesis.txt").exists()
+
+
+def test_a_batch_larger_than_the_data_is_named(tmp_path, make_recipe, pictures):
+    with pytest.raises(DataError) as caught:
+        train(make_recipe("data.batch_size=64"), tmp_path / "run", pictures)
+    assert caught.value.problem == "a batch of 64 is larger than the data: 40 images"
+    assert "batch_size to 40 or less" in caught.value.hint
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_failed_start_leaves_an_earlier_run_alone(runs, tmp_path, make_recipe, pictures):
+    copy = tmp_path / "run"
+    shutil.copytree(runs / "SACL-XD", copy)
+    with pytest.raises(DataError):
+        train(make_recipe("data.batch_size=64"), copy, pictures, force=True)
+    assert same_weights(runs / "SACL-XD", copy)
+
+
+def test_no_images_named_is_an_error(tmp_path, make_recipe):
+    with pytest.raises(RecipeError, match="the recipe 'tiny' names no images") as caught:
+        pretrain(make_recipe(), recipe_name="tiny", out=tmp_path / "run", device="cpu")
+    assert "--data" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("often", "text"),
+    [
+        (1, r"the loss is nan \(sacl nan, xd_host nan, xd_slim nan; learning rate 1e\+30\)"),
+        (1000, r"' holds numbers that are not finite after epoch 1"),
+    ],
+    ids=["seen in a record", "between two records"],
+)
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path, make_recipe, pictures, often, text):
+    recipe = make_recipe(
+        "optim.lr=1e30", "optim.warmup_epochs=0.0", f"run.log_every={often}", "run.epochs=20"
+    )
+    out = tmp_path / "run"
+    with pytest.raises(NonFiniteError, match=text):
+        train(recipe, out, pictures)
+    assert RunDir(out).read()["state"] == "stopped"
+    # Nothing broken is left to resume from.
+    assert list(out.glob("checkpoints/*")) == []
+
+
+def test_a_collapse_stops_the_run(tmp_path, make_recipe, pictures, monkeypatch):
+    monkeypatch.setattr(loop, "spread", lambda z: torch.tensor(0.01))
+    with pytest.raises(CollapseError, match="the embedding collapsed"):
+        train(make_recipe(), tmp_path / "run", pictures)
+    assert len(steps_of(tmp_path / "run")) == 5
+    assert RunDir(tmp_path / "run").read()["state"] == "stopped"
+
+
+def test_unreadable_images_within_what_is_allowed_do_not_stop_a_run(tmp_path, make_recipe, pictures):
+    """The quality look uses fewer images, of which a larger fraction may be bad."""
+    folder = tmp_path / "data"
+    shutil.copytree(pictures, folder)
+    (folder / "000.png").write_bytes(b"")
+    record = train(make_recipe("data.max_bad_fraction=0.025", "run.epochs=1"), tmp_path / "run", folder)
+    assert record["data"]["images"] == 39
+    assert record["data"]["skipped"] == [str(folder / "000.png")]
+
+
+def test_bf16_trains(tmp_path, make_recipe, pictures):
+    train(make_recipe("run.precision='bf16'", "run.epochs=1"), tmp_path / "run", pictures)
+    assert all(math.isfinite(record["loss"]) for record in steps_of(tmp_path / "run"))
+
+
+def test_gradients_are_clipped(tmp_path, make_recipe, pictures, monkeypatch):
+    norms = []
+    step = torch.optim.AdamW.step
+
+    def note(self, *positional, **named):
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norms.append(float(torch.stack([gradient.norm() for gradient in gradients]).norm()))
+        return step(self, *positional, **named)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", note)
+    train(make_recipe("optim.clip_norm=0.01", "run.epochs=1"), tmp_path / "run", pictures)
+    assert len(norms) == STEPS
+    assert norms == pytest.approx([0.01] * STEPS, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["lars", "sgd"])
+def test_other_optimisers_train(tmp_path, make_recipe, pictures, name):
+    train(make_recipe(f"optim.name='{name}'", "run.epochs=1", "optim.lr=0.01"), tmp_path / "run", pictures)
+    assert all(math.isfinite(record["loss"]) for record in steps_of(tmp_path / "run"))
+
+
+def test_two_processes_train_through_a_slow_start(tmp_path, make_recipe, pictures):
+    """In the dense epochs the slim norms get no gradient, which data-parallel training must be told."""
+    recipe = make_recipe("slim.slow_start=0.5", "run.quality_epochs=2")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    running = [
+        start(recipe, tmp_path / "run", pictures, environment={**shared, "RANK": rank, "LOCAL_RANK": rank})
+        for rank in ("0", "1")
+    ]
+    for process in running:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+    record = RunDir(tmp_path / "run").read()
+    assert (record["state"], record["processes"]) == ("done", 2)
+    pulls = [step["grad_norm_slim"] for step in steps_of(tmp_path / "run")]
+    assert pulls[:STEPS] == [0.0] * STEPS
+    assert min(pulls[STEPS:]) > 0
+
+
+def test_trackers_start_once_the_run_directory_stands(tmp_path, make_recipe, pictures, monkeypatch):
+    """They write into it, and making it removes what was there before."""
+    stood = []
+    monkeypatch.setattr(loop.accelerate.utils, "is_tensorboard_available", lambda: True)
+    build = loop.Accelerator
+    monkeypatch.setattr(
+        loop, "Accelerator", lambda **settings: build(**{**settings, "log_with": None, "project_dir": None})
+    )
+    monkeypatch.setattr(
+        build,
+        "init_trackers",
+        lambda self, name: stood.append(RunDir(tmp_path / "run").record_file.is_file()),
+    )
+    train(make_recipe("run.trackers=['tensorboard']", "run.epochs=1"), tmp_path / "run", pictures)
+    assert stood == [True]
+
+
+def test_a_tracker_that_is_not_installed_is_named(tmp_path, make_recipe, pictures, monkeypatch):
+    monkeypatch.setattr(loop.accelerate.utils, "is_wandb_available", lambda: False)
+    with pytest.raises(DeviceError, match="the tracker 'wandb' is not installed") as caught:
+        train(make_recipe("run.trackers=['wandb']"), tmp_path / "run", pictures)
+    assert caught.value.hint == "pip install 'edgecl[wandb]'"
