@@ -238,7 +238,7 @@ def test_every_file_and_folder_of_the_package_is_in_the_readmes_tree():
     there = {
         f"edgecl/{path.name}{'/' if path.is_dir() else ''}"
         for path in PACKAGE.iterdir()
-        if path.name not in ("__pycache__", "_data")
+        if path.name not in ("__pycache__", "_data", "__init__.py", "py.typed")
     }
     assert there - drawn == set()
 

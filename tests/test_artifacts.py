@@ -77,9 +77,13 @@ def test_parents_of_a_directory_are_made(tmp_path):
 
 
 def test_exception_inside_leaves_nothing(tmp_path):
-    with pytest.raises(KeyboardInterrupt), new_directory(tmp_path / "out", kind="model") as aside:
-        (aside / "file").write_text("x")
-        raise KeyboardInterrupt
+    def write():
+        with new_directory(tmp_path / "out", kind="model") as aside:
+            (aside / "file").write_text("x")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write()
     assert names(tmp_path) == []
 
 
@@ -168,7 +172,7 @@ def test_force_replaces_a_directory_of_the_same_kind(tmp_path):
 @pytest.mark.parametrize("other", [kind for kind in KINDS if kind is not ModelDir])
 def test_force_refuses_a_directory_of_another_kind(tmp_path, other):
     make(tmp_path / "out", other)
-    with pytest.raises(ArtifactError, match="--force replaces only a model directory, and '.*' is not one"):
+    with pytest.raises(ArtifactError, match=r"--force replaces only a model directory, and '.*' is not one"):
         refuse_existing(tmp_path / "out", force=True, kind="model")
 
 
@@ -394,7 +398,7 @@ def test_directory_without_a_record_says_what_is_missing(tmp_path):
 
 
 def test_directory_that_is_not_there_says_so(tmp_path):
-    with pytest.raises(ArtifactError, match="'.*nowhere' is not a bundle directory"):
+    with pytest.raises(ArtifactError, match=r"'.*nowhere' is not a bundle directory"):
         Bundle(tmp_path / "nowhere").read()
 
 

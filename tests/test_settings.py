@@ -120,7 +120,7 @@ def test_assignment_of_a_bad_form_says_how_to_write_it(assignment):
 
 
 def test_assignment_below_a_value_is_refused():
-    with pytest.raises(RecipeError, match="cannot set 'name.first': 'name' is a value, not a table"):
+    with pytest.raises(RecipeError, match=r"cannot set 'name\.first': 'name' is a value, not a table"):
         override({"name": "a"}, ["name.first=b"], error=RecipeError)
 
 

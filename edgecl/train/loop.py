@@ -395,7 +395,7 @@ def _create_accelerator(recipe: Recipe, *, device: str, out: Path) -> Accelerato
             )
     # accelerate keeps the settings of the first run of a process for ever; a second run has its own.
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
-    accelerator = Accelerator(
+    return Accelerator(
         cpu=device == "cpu",
         mixed_precision="no" if recipe.run.precision == "fp32" else recipe.run.precision,
         log_with=list(recipe.run.trackers) or None,
@@ -403,7 +403,6 @@ def _create_accelerator(recipe: Recipe, *, device: str, out: Path) -> Accelerato
         # In a slow start the slim net's norms take no part.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=recipe.slim.slow_start > 0)],
     )
-    return accelerator
 
 
 def _checkpoint_to_resume(run_dir: RunDir, recipe: Recipe) -> Checkpoint | None:

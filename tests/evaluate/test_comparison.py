@@ -14,6 +14,9 @@ from edgecl.evaluate.comparison import compare, difference, write_random
 from edgecl.evaluate.intervals import mean_interval
 from edgecl.evaluate.labelled import Part, draw_few, read_labelled
 from edgecl.nets.carving import load_model
+from edgecl.recipe import Views
+
+VIEWS = Views(jitter=0.25)
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +42,7 @@ def compared(tmp_path_factory, carved_model, image_folder):
             draws=2,
             scratch_steps=7,
             scratch_lr=0.003,
+            views=VIEWS,
             seed=5,
         )
     return home, labelled, comparison, probes, trained_on
@@ -98,6 +102,7 @@ def test_trained_rows_are_trained_alike(compared):
     for number, (_, options, _) in enumerate(compared[4]):
         assert options["steps"] == 7
         assert options["settings"].lr == 0.003
+        assert options["views"] == VIEWS
         assert options["settings"].seed == 5 + number % 2
 
 

@@ -12,11 +12,12 @@ import edgecl.evaluate.supervised
 from edgecl.errors import DeviceError, NonFiniteError
 from edgecl.evaluate.labelled import Part
 from edgecl.evaluate.supervised import Supervision, choose_device, classifier_top1, train_classifier
+from edgecl.recipe import Views
 
 
 @pytest.fixture
 def train(tiny_net, coloured, preprocessing):
-    def train(net=tiny_net, *, steps=20, part=coloured.train, **settings):
+    def train(net=tiny_net, *, steps=20, part=coloured.train, views=None, **settings):
         train_classifier(
             net,
             part,
@@ -24,6 +25,7 @@ def train(tiny_net, coloured, preprocessing):
             settings=Supervision(**{"lr": 0.02, "batch_size": 12, "device": "cpu", **settings}),
             preprocessing=preprocessing,
             what="test",
+            views=views,
         )
         return net
 
@@ -125,7 +127,7 @@ def test_every_picture_is_seen_in_every_epoch(train, coloured, monkeypatch):
     monkeypatch.setattr(edgecl.evaluate.supervised, "draw_parameters", watching)
     train(steps=6, batch_size=12)
     for epoch in (seen[:3], seen[3:]):
-        assert sorted(sum(epoch, [])) == list(range(36))
+        assert sorted(index for batch in epoch for index in batch) == list(range(36))
     assert seen[:3] != seen[3:]
 
 
@@ -169,12 +171,27 @@ def test_cuda_that_is_not_there_is_a_named_error():
         choose_device("cuda")
 
 
+def test_views_are_those_of_the_settings_unless_others_are_given(train, coloured, preprocessing, monkeypatch):
+    seen = []
+    draw = edgecl.evaluate.supervised.draw_parameters
+
+    def watching(index, sizes, views, **options):
+        seen.append(views)
+        return draw(index, sizes, views, **options)
+
+    monkeypatch.setattr(edgecl.evaluate.supervised, "draw_parameters", watching)
+    train(steps=1, flip=0.125)
+    assert (seen[0].flip, seen[0].grey, seen[0].blur) == (0.125, 0, (0, 0))
+    train(steps=1, views=Views(flip=0.25))
+    assert seen[1] == Views(flip=0.25)
+
+
 @pytest.mark.parametrize("key", Supervision.model_fields)
 def test_no_setting_is_dead(key):
     tree = ast.parse(Path(edgecl.evaluate.supervised.__file__).read_text(encoding="utf-8"))
     read = {
         node.attr
         for node in ast.walk(tree)
-        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "settings"
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("settings", "self")
     }
     assert key in read

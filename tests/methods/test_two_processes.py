@@ -35,9 +35,7 @@ def encoder(width):
     return nn.Sequential(pool, nn.Flatten(), nn.Linear(12, hidden), nn.Tanh(), nn.Linear(hidden, 6, bias=False))
 
 
-def main():
-    processes = int(os.environ["WORLD_SIZE"])
-    rank = int(os.environ["RANK"])
+def main(processes, rank):
     if processes > 1:
         torch.distributed.init_process_group("gloo")
     generator = torch.Generator().manual_seed(3)
@@ -66,7 +64,9 @@ def main():
         torch.distributed.destroy_process_group()
 
 
-main()
+if os.environ["RANK"] == "0":
+    main(1, 0)
+main(2, int(os.environ["RANK"]))
 """
 
 ARMS = ["Barlow Twins", "XD only", "SACL only", "SACL-XD", "SACL-XD slim_only", "SACL-XD dense"]
@@ -81,22 +81,22 @@ def results(tmp_path_factory):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
 
-    def start(rank, processes):
+    def start(rank):
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
             "RANK": str(rank),
-            "WORLD_SIZE": str(processes),
+            "WORLD_SIZE": "2",
             "OMP_NUM_THREADS": "1",
         }
         command = [sys.executable, str(script), str(folder)]
         return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
-    running = [start(0, 2), start(1, 2), start(0, 1)]
+    running = [start(0), start(1)]
     for process in running:
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
     return {name: load_file(folder / f"{name}.safetensors") for name in ("2-0", "2-1", "1-0")}
 

@@ -503,7 +503,7 @@ def test_two_processes_train_through_a_slow_start(tmp_path, make_recipe, picture
         for rank in ("0", "1")
     ]
     for process in running:
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
     record = RunDir(tmp_path / "run").read()
     assert (record["state"], record["processes"]) == ("done", 2)
