@@ -7,7 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import prod
+from math import ceil, prod
 from pathlib import Path
 from typing import Any
 
@@ -147,8 +147,12 @@ def training_cost(recipe: Recipe, *, images: int) -> TrainingCost:
         for width in dict.fromkeys([recipe.host.width, recipe.slim.width])
     }
     flops = {width: forward_cost(net, (1, 3, size, size)).training_flops for width, net in backbones.items()}
+    # The loop starts slowly for whole epochs.
+    dense_epochs = ceil(recipe.slim.slow_start * recipe.run.epochs)
     units = forward_units(
-        arm=recipe.arm, xd_direction=recipe.loss.xd_direction, slow_start=recipe.slim.slow_start
+        arm=recipe.arm,
+        xd_direction=recipe.loss.xd_direction,
+        slow_start=dense_epochs / recipe.run.epochs,
     )
     heads = {
         width: 2 * sum(layer.weight.numel() for layer in _linears(feature_count(net), recipe))

@@ -65,6 +65,14 @@ def run(
         raise RecipeError(f"the recipe '{recipe_name}' names no images", hint="say which with --data URI")
     _check_targets(targets)
     pipeline = PipelineDir(out)
+    if not resume:
+        refuse_existing(out, force=force, kind=PipelineDir.KIND)
+    from edgecl.evaluate.labelled import check_labelled
+
+    # Labels that cannot be used are better refused now than after hours of training.
+    labelled_data = check_labelled(
+        uri, test=test, per_class=recipe.probe.labels_per_class, limit=recipe.data.limit, download=download
+    )
     settings = {
         "recipe_name": recipe_name,
         "recipe": recipe.model_dump(mode="json"),
@@ -100,7 +108,11 @@ def run(
     )
     stale = stage("carve", lambda: _carve(pipeline, force=resume), stale=stale)
     stage("cost", lambda: _cost(pipeline), stale=stale)
-    stage("probe", lambda: _probe(recipe, pipeline, uri, test=test, download=download), stale=stale)
+    stage(
+        "probe",
+        lambda: _probe(recipe, pipeline, uri, test=test, labelled_data=labelled_data, download=download),
+        stale=stale,
+    )
     for target in targets:
         stage(
             f"export {target}",
@@ -195,14 +207,19 @@ def _cost(pipeline: PipelineDir) -> list[Path]:
 
 
 def _probe(
-    recipe: Recipe, pipeline: PipelineDir, uri: str, *, test: str | None, download: bool
+    recipe: Recipe,
+    pipeline: PipelineDir,
+    uri: str,
+    *,
+    test: str | None,
+    labelled_data: bool,
+    download: bool,
 ) -> list[Path]:
     """Compare with the baselines where there are labels; without labels there is nothing to compare."""
-    from edgecl.data.sources import open_source
     from edgecl.evaluate.comparison import compare, write_random
     from edgecl.evaluate.labelled import read_labelled
 
-    if open_source(uri, split="train", download=download).labels is None:
+    if not labelled_data:
         return []
     record = ModelDir(pipeline.slim).read()
     labelled = read_labelled(

@@ -33,7 +33,7 @@ LAYERS = [
     ["deploy"],
     ["nets"],
     ["data"],
-    ["train.checkpoint"],
+    ["checkpoint"],
     ["artifacts"],
     ["recipe", "target"],
     ["settings"],
@@ -84,8 +84,6 @@ def part_of(module):
 
     A checkpoint is what training leaves on the disk. Carving reads it, so it stands low, apart from its folder.
     """
-    if module == "edgecl.train.checkpoint":
-        return "train.checkpoint"
     return module.split(".")[1] if "." in module else "__init__"
 
 
@@ -169,7 +167,18 @@ def test_command_files_import_only_what_is_light_at_the_top(path):
             tops |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             tops.add(node.module if node.module.startswith("edgecl") else node.module.partition(".")[0])
-    light = {"typer", "pathlib", "typing", "contextlib", "json", "sys", "collections", "__future__", "edgecl"}
+    light = {
+        "typer",
+        "pathlib",
+        "typing",
+        "contextlib",
+        "json",
+        "os",
+        "sys",
+        "collections",
+        "__future__",
+        "edgecl",
+    }
     assert {name for name in tops if not name.startswith("edgecl.cli.")} <= light
 
 

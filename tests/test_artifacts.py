@@ -276,7 +276,7 @@ def write_large_model(path):
 def write_large_checkpoint(path):
     import torch
 
-    from edgecl.train.checkpoint import write_checkpoint
+    from edgecl.checkpoint import write_checkpoint
 
     class Run(RunDir):
         def checkpoint_file(self, epoch):

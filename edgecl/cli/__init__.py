@@ -1,5 +1,6 @@
 """The command line: every command in one visible list, and every error as a text, not a stack."""
 
+import os
 import sys
 from typing import Annotated
 
@@ -61,6 +62,9 @@ def main() -> None:
     """Run the command line: exit 0 when done, 1 on a named error, 2 on wrong usage."""
     from edgecl.errors import EdgeclError
 
+    # OpenMP threads of torch's build wait for each other by spinning for milliseconds; where another program has one
+    # of the cores, training then slows down tenfold or more. A short spin costs nothing on a quiet machine.
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     try:
         app()
     except EdgeclError as error:

@@ -9,9 +9,9 @@ import numpy
 import torch
 from torch import Tensor
 
-from edgecl.data.loading import EvalImages, load_eval_images, split_holdout
+from edgecl.data.loading import EvalImages, choose_images, load_eval_images, split_holdout
 from edgecl.data.randomness import permutation
-from edgecl.data.sources import ImageSource, has_test_split, open_source
+from edgecl.data.sources import ImageSource, Split, has_test_split, open_source
 from edgecl.errors import DataError
 
 HOLDOUT = 0.2
@@ -99,19 +99,10 @@ def read_labelled(
             whole.take(torch.from_numpy(test_index)),
             classes,
             train_from=f"{data} ({100 * (1 - HOLDOUT):.0f} % of it)",
-            test_from=f"{data} ({100 * HOLDOUT:.0f} % held out, stratified)",
+            test_from=f"{data} ({100 * HOLDOUT:.0f} % held out, stratified; a net pretrained on this folder has seen "
+            "these images, without labels)",
         )
-    held_out = _with_labels(
-        open_source(
-            test or data, split="test" if has_test_split(test or data) else "train", download=download
-        )
-    )
-    if held_out.classes != source.classes:
-        raise DataError(
-            f"the test images have other classes: {_list(held_out.classes)} against {_list(source.classes)}",
-            where={"data": data, "test": test or data},
-            hint="class folders must have the same names on both sides",
-        )
+    held_out = _open_test(test or data, source, download=download)
     return Labelled(
         load(source, limit),
         load(held_out),
@@ -119,6 +110,42 @@ def read_labelled(
         train_from=data,
         test_from=test or f"{data} (test split)",
     )
+
+
+def check_labelled(
+    data: str, *, test: str | None, per_class: int, limit: int | None = None, download: bool = False
+) -> bool:
+    """Look at labels before anything takes time: no image is decoded.
+
+    Returns:
+        whether the images have labels at all.
+
+    Raises:
+        DataError: other classes in the test part, or fewer images of a class than labels asked for.
+    """
+    source = open_source(data, split="train", download=download)
+    if source.labels is None:
+        return False
+    if test is not None or has_test_split(data):
+        _open_test(test or data, source, download=download)
+        part = source.labels
+    else:
+        part = source.labels[split_holdout(source.labels, HOLDOUT, seed=0)[0]]
+    part = part[choose_images(part, len(part), limit)]
+    draw_few(torch.from_numpy(part), per_class=per_class, draw=0)
+    return True
+
+
+def _open_test(test: str, source: ImageSource, *, download: bool) -> ImageSource:
+    split: Split = "test" if has_test_split(test) else "train"
+    held_out = _with_labels(open_source(test, split=split, download=download))
+    if held_out.classes != source.classes:
+        raise DataError(
+            f"the test images have other classes: {_list(held_out.classes)} against {_list(source.classes)}",
+            where={"data": source.uri, "test": test},
+            hint="class folders must have the same names on both sides",
+        )
+    return held_out
 
 
 def _with_labels(source: ImageSource) -> ImageSource:
@@ -139,8 +166,6 @@ def _part(loaded: EvalImages) -> Part:
 def _limit(part: Part, limit: int | None) -> Part:
     if limit is None or limit >= len(part):
         return part
-    from edgecl.data.loading import choose_images
-
     return part.take(torch.from_numpy(choose_images(part.labels.numpy(), len(part), limit)))
 
 

@@ -82,8 +82,15 @@ def train_classifier(
     # Several times faster than the default layout for the depthwise convolutions of small nets on a CPU.
     net.to(memory_format=torch.channels_last)
     optimizer = _create_optimizer(net, settings)
+    warmup_steps = min(max(1, steps // 10), steps - 1)
     schedule = CosineLRScheduler(
-        optimizer, t_initial=steps, warmup_t=min(max(1, steps // 10), steps - 1), t_in_epochs=False
+        optimizer,
+        t_initial=steps - warmup_steps,
+        warmup_t=warmup_steps,
+        # Not zero: the first step shall move something.
+        warmup_lr_init=min(group["lr"] for group in optimizer.param_groups) / (warmup_steps + 1),
+        warmup_prefix=True,
+        t_in_epochs=False,
     )
     batch = min(settings.batch_size, len(part))
     per_epoch = max(1, len(part) // batch)

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from edgecl.artifacts import ModelDir, RunDir, new_directory, record_header, write_json
+from edgecl.checkpoint import read_newest
 from edgecl.errors import ArtifactError, SliceError
 from edgecl.nets.backbone import count_parameters, create_backbone, feature_count, recalibrate
 from edgecl.nets.heads import Encoder
@@ -86,8 +87,6 @@ def carve(
         SliceError: the run was not trained at this width.
         DataError: recalibration needs the run's images and they are gone.
     """
-    from edgecl.train.checkpoint import read_newest
-
     run_dir = RunDir(run)
     record = run_dir.read()
     recipe = recipe_from_tables(record["recipe"], source=str(run_dir.record_file))

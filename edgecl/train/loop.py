@@ -18,6 +18,13 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor
 
 from edgecl.artifacts import RunDir, record_header, refuse_existing, write_json
+from edgecl.checkpoint import (
+    Checkpoint,
+    has_checkpoint,
+    read_newest,
+    restore_optimizer,
+    write_checkpoint,
+)
 from edgecl.data.loading import Batch, TrainingImages, load_eval_images, normalise
 from edgecl.data.randomness import uniforms
 from edgecl.data.sources import ImageSource, open_source
@@ -30,13 +37,6 @@ from edgecl.nets.slimming import SlimmableNet
 from edgecl.progress import Progress
 from edgecl.quality import extract_features, knn_top1, rank_me, spread
 from edgecl.recipe import Recipe, recipe_from_tables
-from edgecl.train.checkpoint import (
-    Checkpoint,
-    has_checkpoint,
-    read_newest,
-    restore_optimizer,
-    write_checkpoint,
-)
 from edgecl.train.monitor import CollapseAlarm, MetricsFile, gradient_norms
 from edgecl.train.optim import create_optimizer, create_schedule
 

@@ -10,11 +10,14 @@ from typing import Any
 
 from torch import Tensor
 
+from edgecl.artifacts import write_bytes
 from edgecl.errors import CollapseError, NonFiniteError
 from edgecl.nets.slimming import SlimmableNet
 
 # Below a tenth of an even spread the projections agree on almost every dimension (METHOD section 4, row 11).
 COLLAPSE_SPREAD = 0.1
+# A net with a large mean looks collapsed to the spread, but its views still agree beyond the mean.
+COLLAPSE_DIAGONAL = 0.3
 # Records in a row: early steps pass through narrow states and recover.
 COLLAPSE_PATIENCE = 5
 
@@ -29,7 +32,7 @@ class MetricsFile:
 
     def __init__(self, path: Path, *, after_step: int = 0):
         kept = [record for record in read_metrics(path) if record["step"] <= after_step] if after_step else []
-        path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        write_bytes(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
         self._file = path.open("a", encoding="utf-8")
 
     def append(self, record: dict[str, Any]) -> None:
@@ -86,14 +89,19 @@ class CollapseAlarm:
                 where=where,
                 hint="lower [optim] lr, lengthen [optim] warmup_epochs, or train in fp32 or bf16",
             )
-        self._low = self._low + 1 if record["std"] < COLLAPSE_SPREAD else 0
+        self._low = self._low + 1 if _looks_collapsed(record) else 0
         if self._low >= COLLAPSE_PATIENCE:
             raise CollapseError(
                 f"the embedding collapsed: the spread of the projections was {record['std']:.3g}, below "
-                f"{COLLAPSE_SPREAD:g}, in {self._low} records in a row (1 is an even spread)",
+                f"{COLLAPSE_SPREAD:g} (1 is an even spread), and the diagonal of the correlation "
+                f"{record['diagonal']:.3g}, in {self._low} records in a row",
                 where=where,
                 hint="lower [optim] lr, raise [loss] off_diagonal, or use milder [views]",
             )
+
+
+def _looks_collapsed(record: dict[str, Any]) -> bool:
+    return bool(record["std"] < COLLAPSE_SPREAD and record["diagonal"] < COLLAPSE_DIAGONAL)
 
 
 def gradient_norms(net: SlimmableNet, watched: dict[str, Tensor], *, scale: float) -> dict[str, float | None]:

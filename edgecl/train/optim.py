@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from timm.optim import Lars
+from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 
@@ -25,21 +25,22 @@ def create_optimizer(net: nn.Module, settings: Optim, *, batch_size: int) -> tor
         {"params": [p for p in learned if p.ndim > 1], "weight_decay": settings.weight_decay},
         {"params": [p for p in learned if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    lr = peak_rate(settings, batch_size=batch_size)
-    if settings.name == "adamw":
+    chosen: dict[str, dict[str, Any]] = {
         # One kernel for all tensors: small nets have hundreds of tiny ones.
-        return torch.optim.AdamW(groups, lr=lr, fused=True)
-    if settings.name == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=settings.momentum)
-    # Left to itself, timm's LARS drops the trust ratio, too, of a group without weight decay.
-    groups[0]["always_adapt"] = True
-    return Lars(
-        groups,
-        lr=lr,
-        momentum=settings.momentum,
-        trust_coeff=settings.trust_coefficient,
-        trust_clip=settings.trust_clip,
-    )
+        "adamw": {"opt": "adamw", "fused": True},
+        # timm's "sgd" is Nesterov's.
+        "sgd": {"opt": "momentum", "momentum": settings.momentum},
+        "lars": {
+            "opt": "lars",
+            "momentum": settings.momentum,
+            "trust_coeff": settings.trust_coefficient,
+            "trust_clip": settings.trust_clip,
+        },
+    }
+    if settings.name == "lars":
+        # Left to itself, timm's LARS drops the trust ratio, too, of a group without weight decay.
+        groups[0]["always_adapt"] = True
+    return create_optimizer_v2(groups, lr=peak_rate(settings, batch_size=batch_size), **chosen[settings.name])
 
 
 def peak_rate(settings: Optim, *, batch_size: int) -> float:
@@ -55,13 +56,16 @@ def create_schedule(
     steps_per_epoch: int,
     total_steps: int,
 ) -> CosineLRScheduler:
-    """Build a cosine schedule after a linear warm-up, a pure function of the step."""
+    """Build a schedule: a linear warm-up to the peak, then a cosine; a pure function of the step."""
     warmup_steps = min(round(settings.warmup_epochs * steps_per_epoch), total_steps - 1)
+    peak = peak_rate(settings, batch_size=batch_size)
     return CosineLRScheduler(
         optimizer,
-        t_initial=total_steps,
-        lr_min=peak_rate(settings, batch_size=batch_size) * settings.final_lr_fraction,
+        t_initial=total_steps - warmup_steps,
+        lr_min=peak * settings.final_lr_fraction,
         warmup_t=warmup_steps,
-        warmup_lr_init=0.0,
+        # Not zero: the first step shall move something.
+        warmup_lr_init=peak / (warmup_steps + 1),
+        warmup_prefix=True,
         t_in_epochs=False,
     )

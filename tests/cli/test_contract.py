@@ -320,9 +320,9 @@ def test_carve_without_recalibration_is_the_slim_view_to_the_bit(edgecl, tmp_pat
     from safetensors.torch import load_file
 
     from edgecl.artifacts import RunDir
+    from edgecl.checkpoint import read_newest
     from edgecl.nets.carving import create_slimmable
     from edgecl.recipe import recipe_from_tables
-    from edgecl.train.checkpoint import read_newest
 
     code, out, _ = edgecl("carve", trained_run, "--out", tmp_path / "m", "--no-recalibrate")
     assert code == 0

@@ -49,7 +49,10 @@ def test_held_out_fifth_is_the_same_every_time(image_folder):
 def test_record_says_what_was_held_out(image_folder):
     labelled = read(image_folder)
     assert labelled.train_from == f"{image_folder} (80 % of it)"
-    assert labelled.test_from == f"{image_folder} (20 % held out, stratified)"
+    assert labelled.test_from == (
+        f"{image_folder} (20 % held out, stratified; a net pretrained on this folder has seen these images, "
+        "without labels)"
+    )
 
 
 def test_labels_belong_to_their_pictures(image_folder):

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from edgecl.artifacts import ModelDir, RunDir, record_header, write_json
+from edgecl.checkpoint import write_checkpoint
 from edgecl.errors import ArtifactError, SliceError
 from edgecl.nets.backbone import count_parameters, create_backbone, feature_count
 from edgecl.nets.carving import (
@@ -20,7 +21,6 @@ from edgecl.nets.carving import (
 )
 from edgecl.nets.catalogue import NETS
 from edgecl.recipe import recipe_from_tables
-from edgecl.train.checkpoint import write_checkpoint
 
 SMALL = "mobilenetv3_small_100"
 

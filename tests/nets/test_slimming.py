@@ -203,7 +203,9 @@ def test_a_slim_net_wider_than_its_host_is_named():
 
 
 def test_a_net_whose_names_change_with_width_is_named():
-    with pytest.raises(SliceError, match=r"cannot slice this net: 'layer1\.0\.downsample\.0\.weight'") as caught:
+    with pytest.raises(
+        SliceError, match=r"cannot slice this net: 'layer1\.0\.downsample\.0\.weight'"
+    ) as caught:
         slim_bare("resnet18")
     assert "is in one width and not in the other" in caught.value.problem
     assert caught.value.where == {"host width": "1.5", "slim width": "1"}

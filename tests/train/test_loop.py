@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 
 from edgecl.artifacts import RunDir
+from edgecl.checkpoint import read_newest
 from edgecl.errors import ArtifactError, CollapseError, DataError, DeviceError, NonFiniteError, RecipeError
 from edgecl.nets.backbone import count_parameters
 from edgecl.nets.heads import Encoder
 from edgecl.train import loop
-from edgecl.train.checkpoint import read_newest
 from edgecl.train.loop import pretrain
 from edgecl.train.monitor import read_metrics
 
@@ -145,8 +145,9 @@ def test_logged_rate_is_that_of_the_step(runs, make_recipe):
     rates = [record["lr"] for record in steps_of(runs / "SACL-XD")]
     warm_up = round(0.5 * STEPS)
     for step, rate in enumerate(rates):
-        cosine = 1e-3 * (1 + math.cos(math.pi * step / (2 * STEPS))) / 2
-        assert rate == pytest.approx(1e-3 * step / warm_up if step < warm_up else cosine, abs=1e-12)
+        line = 1e-3 * (step + 1) / (warm_up + 1)
+        cosine = 1e-3 * (1 + math.cos(math.pi * (step - warm_up) / (2 * STEPS - warm_up))) / 2
+        assert rate == pytest.approx(line if step < warm_up else cosine, abs=1e-12)
 
 
 @pytest.mark.parametrize("arm", ARMS)

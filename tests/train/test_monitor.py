@@ -12,13 +12,14 @@ from edgecl.nets.carving import create_slimmable
 from edgecl.train.monitor import CollapseAlarm, MetricsFile, gradient_norms, read_metrics
 
 
-def record(step=1, *, loss=1.0, std=0.9, xd_host=0.5):
+def record(step=1, *, loss=1.0, std=0.9, diagonal=0.9, xd_host=0.5):
     return {
         "step": step,
         "loss": loss,
         "sacl": loss,
         "xd_host": xd_host,
         "xd_slim": 0.5,
+        "diagonal": diagonal,
         "std": std,
         "lr": 0.1,
     }
@@ -47,12 +48,12 @@ def test_terms_that_an_arm_lacks_are_not_named(alarm):
 
 def test_a_spread_that_stays_low_stops_the_run(alarm, tmp_path):
     for step in range(1, 5):
-        alarm.check(record(step, std=0.05))
+        alarm.check(record(step, std=0.05, diagonal=0.1))
     with pytest.raises(CollapseError) as caught:
-        alarm.check(record(5, std=0.04))
+        alarm.check(record(5, std=0.04, diagonal=0.02))
     assert caught.value.problem == (
-        "the embedding collapsed: the spread of the projections was 0.04, below 0.1, "
-        "in 5 records in a row (1 is an even spread)"
+        "the embedding collapsed: the spread of the projections was 0.04, below 0.1 (1 is an even spread), "
+        "and the diagonal of the correlation 0.02, in 5 records in a row"
     )
     assert caught.value.where == {"run": tmp_path, "step": 5}
     assert "raise [loss] off_diagonal" in caught.value.hint
@@ -60,7 +61,12 @@ def test_a_spread_that_stays_low_stops_the_run(alarm, tmp_path):
 
 def test_a_spread_that_recovers_goes_on(alarm):
     for step in range(40):
-        alarm.check(record(step, std=0.5 if step % 5 == 4 else 0.01))
+        alarm.check(record(step, std=0.5 if step % 5 == 4 else 0.01, diagonal=0.0))
+
+
+def test_a_large_mean_is_no_collapse_while_the_views_agree(alarm):
+    for step in range(40):
+        alarm.check(record(step, std=0.01, diagonal=0.9))
 
 
 def test_metrics_that_are_no_numbers_become_null(tmp_path):

@@ -66,9 +66,9 @@ def test_rates_are_a_line_and_then_a_cosine(name):
     found = rates(settings, batch_size=8)
     peak, floor = 0.2, 0.02
     for step in (0, 1, 5, 19):
-        assert found[step] == pytest.approx(peak * step / 20)
+        assert found[step] == pytest.approx(peak * (step + 1) / 21)
     for step in (20, 50, 75, 99):
-        expected = floor + (peak - floor) * (1 + math.cos(math.pi * step / 100)) / 2
+        expected = floor + (peak - floor) * (1 + math.cos(math.pi * (step - 20) / 80)) / 2
         assert found[step] == pytest.approx(expected)
 
 
@@ -81,13 +81,13 @@ def test_rates_without_warm_up_start_at_the_peak():
 
 def test_a_fraction_of_an_epoch_can_warm_up():
     found = rates(Optim(name="sgd", lr=0.4, warmup_epochs=0.5))
-    assert found[:5] == pytest.approx([0.0, 0.08, 0.16, 0.24, 0.32])
+    assert found[:5] == pytest.approx([0.4 * (step + 1) / 6 for step in range(5)])
 
 
 def test_warm_up_longer_than_the_run_still_ends():
     found = rates(Optim(name="sgd", lr=0.4, warmup_epochs=50.0), total_steps=10)
     assert all(math.isfinite(rate) for rate in found)
-    assert found[:9] == pytest.approx([0.4 * step / 9 for step in range(9)])
+    assert found[:9] == pytest.approx([0.4 * (step + 1) / 10 for step in range(9)])
 
 
 def test_the_rate_of_a_step_does_not_hang_on_the_steps_before():

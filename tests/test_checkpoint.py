@@ -10,9 +10,9 @@ from torch import nn
 
 import edgecl
 from edgecl.artifacts import RunDir
+from edgecl.checkpoint import has_checkpoint, read_newest, restore_optimizer, write_checkpoint
 from edgecl.errors import ArtifactError
 from edgecl.recipe import Optim
-from edgecl.train.checkpoint import has_checkpoint, read_newest, restore_optimizer, write_checkpoint
 from edgecl.train.optim import create_optimizer
 
 

@@ -71,8 +71,9 @@ def write_checkpoint(
             "sha256": {name: sha256_of_file(aside / name) for name in (_MODEL, _OPTIMIZER)},
         }
         write_json(aside / _STATE, {**state, "own_sha256": _digest(state)})
-    for old in _existing(run_dir)[:-KEEP]:
-        shutil.rmtree(old)
+    # Old checkpoints, and what a killed process left half written.
+    for old in [*_existing(run_dir)[:-KEEP], *run_dir.checkpoints.glob(".epoch-*")]:
+        shutil.rmtree(old, ignore_errors=True)
     return path
 
 
