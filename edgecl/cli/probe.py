@@ -15,7 +15,7 @@ def probe_command(
         int | None,
         typer.Option("--labels-per-class", min=1, help="Labels of the few-label probe [default: 10]"),
     ] = None,
-    seeds: Annotated[int, typer.Option("--seeds", min=2, help="Draws of the few labels.")] = 3,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Draws of the few labels.")] = 3,
     json_: JsonOption = False,
     download: DownloadOption = False,
 ) -> None:
@@ -48,5 +48,5 @@ def probe_command(
     print_rows(f"{model}: top-1 % on {record['n_test']} held-out images", ["", "top-1", "95 %", "from"], rows)
 
 
-def _interval(bounds: list[float]) -> str:
-    return f"[{bounds[0]:.1f}, {bounds[1]:.1f}]"
+def _interval(bounds: list[float] | None) -> str:
+    return "–" if bounds is None else f"[{bounds[0]:.1f}, {bounds[1]:.1f}]"

@@ -120,7 +120,7 @@ def compare(
             }
         )
     record = ModelDir(pretrained).read()
-    for name, start in (("pretrained, fine-tuned", pretrained), ("from scratch", None)):
+    for name, start in (("fine-tuned", pretrained), ("from scratch", None)):
         top1 = [
             train_on_few(
                 start,
@@ -157,7 +157,7 @@ def compare(
             for a, b in (
                 ("pretrained", "random init"),
                 ("pretrained", "from scratch"),
-                ("pretrained, fine-tuned", "from scratch"),
+                ("fine-tuned", "from scratch"),
             )
         ],
     }

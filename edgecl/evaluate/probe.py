@@ -38,7 +38,7 @@ def probe(
         data: a data URI with labels, to learn from.
         test: a data URI with labels, held out; None takes the data set's own test split or holds out a fifth.
         labels_per_class: labels of the few-label probe; None takes 10.
-        seeds: draws of the few labels, at least 2.
+        seeds: draws of the few labels; one alone has no interval.
         download: let torchvision fetch what is not on the disk.
 
     Returns:
@@ -90,7 +90,7 @@ def probe_net(
         labelled: images to learn from and held-out images.
         preprocessing: of the net, as in model.json.
         labels_per_class: labels of the few-label probe.
-        draws: how often the few labels are drawn, at least 2.
+        draws: how often the few labels are drawn.
     """
 
     def prepare(images: Tensor) -> Tensor:
@@ -129,10 +129,11 @@ def probe_net(
 
 
 def summary(draws: Sequence[float]) -> dict[str, Any]:
-    """Return mean, standard deviation and 95 % interval of accuracies over label draws."""
+    """Return mean, standard deviation and 95 % interval of accuracies over label draws; one draw has no interval."""
+    several = len(draws) > 1
     return {
         "mean": mean(draws),
-        "std": stdev(draws),
-        "ci95": list(mean_interval(draws)),
+        "std": stdev(draws) if several else 0.0,
+        "ci95": list(mean_interval(draws)) if several else None,
         "draws": list(draws),
     }

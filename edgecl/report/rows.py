@@ -359,6 +359,7 @@ def verdict_of(
 _CALLED = {
     "pretrained": "the pretrained net",
     "random init": "its random initialisation",
+    "fine-tuned": "the pretrained net, fine-tuned on these labels,",
     "from scratch": "the same net trained from scratch",
 }
 

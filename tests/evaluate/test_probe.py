@@ -14,7 +14,7 @@ from edgecl.artifacts import ModelDir
 from edgecl.errors import ArtifactError, DataError
 from edgecl.evaluate.intervals import mean_interval, proportion_interval
 from edgecl.evaluate.linear import fit_linear
-from edgecl.evaluate.probe import load_feature_net, probe, probe_net
+from edgecl.evaluate.probe import load_feature_net, probe, probe_net, summary
 
 
 @pytest.fixture
@@ -157,3 +157,7 @@ def test_feature_net_of_a_pretrained_model_gives_its_features(carved_model):
     net, record = load_feature_net(carved_model)
     assert net(torch.zeros(2, 3, 32, 32)).shape == (2, record["features"])
     assert not net.training
+
+
+def test_one_draw_has_a_mean_and_no_interval():
+    assert summary([50.0]) == {"mean": 50.0, "std": 0.0, "ci95": None, "draws": [50.0]}
