@@ -11,18 +11,16 @@ import torch
 from torch import Tensor
 
 from edgecl.artifacts import ModelDir, record_header
-from edgecl.data.loading import normalise
 from edgecl.evaluate.intervals import mean_interval
 from edgecl.evaluate.labelled import Labelled, draw_few
 from edgecl.evaluate.probe import load_feature_net, probe_net, summary
 from edgecl.evaluate.supervised import Supervision, classifier_top1, train_classifier
-from edgecl.nets.backbone import create_backbone, recalibrate
+from edgecl.nets.backbone import create_backbone
 from edgecl.nets.carving import (
-    RECALIBRATION_BATCH,
-    RECALIBRATION_IMAGES,
     create_blank,
     load_backbone,
     load_model,
+    recalibrate_on,
     write_model,
 )
 from edgecl.recipe import Views
@@ -43,18 +41,7 @@ def write_random(
     torch.manual_seed(seed)
     net = create_backbone(record["arch"], width=record["width"], stem_stride=record["stem_stride"])
     preprocessing = record["preprocessing"]
-    images = labelled.train.images[:: max(1, len(labelled.train) // RECALIBRATION_IMAGES)][
-        :RECALIBRATION_IMAGES
-    ]
-    recalibrate(
-        net,
-        (
-            normalise(part, preprocessing["mean"], preprocessing["std"])
-            for part in images.split(RECALIBRATION_BATCH)
-            if len(part) > 1
-        ),
-        device=torch.device("cpu"),
-    )
+    recalibrate_on(net, labelled.train.images, preprocessing)
     write_model(
         out,
         net,

@@ -119,7 +119,7 @@ def carve(
 
 
 def _recalibrate_on_run(backbone: nn.Module, uri: str, recipe: Recipe) -> None:
-    from edgecl.data.loading import load_eval_images, normalise
+    from edgecl.data.loading import load_eval_images
     from edgecl.data.sources import open_source
 
     data = recipe.data
@@ -131,11 +131,19 @@ def _recalibrate_on_run(backbone: nn.Module, uri: str, recipe: Recipe) -> None:
         max_bad_fraction=1.0,
         limit=RECALIBRATION_IMAGES,
     ).images
+    recalibrate_on(backbone, images, preprocessing_of(recipe))
+
+
+def recalibrate_on(net: nn.Module, images: Tensor, preprocessing: dict[str, Any]) -> None:
+    """Re-estimate a net's batch norms on (N, 3, H, W) uint8 images, at most RECALIBRATION_IMAGES spread over them."""
+    from edgecl.data.loading import normalise
+
+    chosen = images[:: max(1, len(images) // RECALIBRATION_IMAGES)][:RECALIBRATION_IMAGES]
     recalibrate(
-        backbone,
+        net,
         (
-            normalise(batch, data.mean, data.std)
-            for batch in images.split(RECALIBRATION_BATCH)
+            normalise(batch, preprocessing["mean"], preprocessing["std"])
+            for batch in chosen.split(RECALIBRATION_BATCH)
             if len(batch) > 1
         ),
         device=torch.device("cpu"),
