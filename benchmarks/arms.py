@@ -175,7 +175,7 @@ def print_tables(results: dict[str, list[dict]], scratch: dict[str, list[float]]
         "linear",
         *(f"{n}/class" for n in LABELS_PER_CLASS),
         "train s",
-        "train PFLOP",
+        "train TFLOP",
     ]
     print("\n| " + " | ".join(head) + " |\n|" + " --- |" * len(head))
     for arm, runs in results.items():
@@ -183,7 +183,7 @@ def print_tables(results: dict[str, list[dict]], scratch: dict[str, list[float]]
         cells += [spread([run[key] for run in runs]) for key in ("knn_top1", "linear_top1")]
         cells += [spread([statistics.mean(run["few"][str(n)]) for run in runs]) for n in LABELS_PER_CLASS]
         cells.append(f"{statistics.mean(run['wall_s'] for run in runs):.0f}" if "wall_s" in runs[0] else "–")
-        cells.append(f"{runs[0]['training_flops'] / 1e15:.2f}" if "training_flops" in runs[0] else "–")
+        cells.append(f"{runs[0]['training_flops'] / 1e12:.2f}" if "training_flops" in runs[0] else "–")
         print("| " + " | ".join(cells) + " |")
     cells = [
         "from scratch",
