@@ -75,12 +75,18 @@ class ModelDir:
         self.evaluation_file = self.path / "evaluation.json"
 
     def read(self) -> dict[str, Any]:
-        """Return the model's record, once the weights have been held to their hash.
+        """Return the model's record, once it and the weights have been held to their hashes.
 
         Raises:
             ArtifactError: not a model directory, or the weights changed since it was written.
         """
         record = read_record(self.record_file, kind=self.KIND)
+        if record.get("sha256") != bundle_names.digest_of_record(record):
+            raise ArtifactError(
+                f"'{self.RECORD}' does not match the hash of its own content",
+                where={"file": self.record_file},
+                hint="the file changed after it was written; carve or fine-tune it again",
+            )
         if not self.weights_file.is_file():
             raise ArtifactError("the model's weights are missing", where={"file": self.weights_file})
         found = sha256_of_file(self.weights_file)
@@ -244,6 +250,13 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     write_bytes(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
 
 
+def write_sealed(path: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """Write a record with the hash of its own content, and return it so."""
+    sealed = {**record, "sha256": bundle_names.digest_of_record(record)}
+    write_json(path, sealed)
+    return sealed
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file aside, flush it to the disk and rename it.
 
@@ -301,8 +314,9 @@ def refuse_existing(path: Path, *, force: bool, kind: str) -> None:
     Raises:
         ArtifactError: the output exists and may not be replaced.
     """
-    if not path.exists():
-        return
+    with disk_errors(path):
+        if not path.exists():
+            return
     if path.is_dir() and not any(path.iterdir()):
         return
     if not force:

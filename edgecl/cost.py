@@ -231,11 +231,11 @@ def cost_of_recipe(recipe: Recipe, *, recipe_name: str, images: int | None = Non
 
 
 def _images_of(recipe: Recipe) -> int:
-    if recipe.data.uri is None:
-        return IMAGENET_IMAGES
-    from edgecl.data.sources import open_source
+    found = IMAGENET_IMAGES
+    if recipe.data.uri is not None:
+        from edgecl.data.sources import open_source
 
-    found = len(open_source(recipe.data.uri, split="train"))
+        found = len(open_source(recipe.data.uri, split="train"))
     return min(found, recipe.data.limit or found)
 
 

@@ -82,6 +82,12 @@ def run(
     }
     stages = _start(pipeline, settings, resume=resume, force=force)
 
+    def save() -> None:
+        write_json(
+            pipeline.record_file,
+            {**record_header(PipelineDir.KIND, made_from=None), **settings, "stages": stages},
+        )
+
     def stage(name: str, work: Callable[[], Sequence[Path]], *, stale: bool = False) -> bool:
         """Do a stage unless all it made is still there; return whether it was done now."""
         made = stages.get(name, {}).get("made", [])
@@ -95,10 +101,7 @@ def run(
             "wall_s": round(time.monotonic() - started, 3),
             "made": [path.relative_to(out).as_posix() for path in written],
         }
-        write_json(
-            pipeline.record_file,
-            {**record_header(PipelineDir.KIND, made_from=None), **settings, "stages": stages},
-        )
+        save()
         return True
 
     # What comes later is made from what comes earlier, and is made anew with it.
@@ -114,11 +117,15 @@ def run(
         stale=stale,
     )
     for target in targets:
-        stage(
+        before = stages.get(f"export {target}", {}).get("target")
+        settings_now = read_target(target).model_dump(mode="json")
+        if stage(
             f"export {target}",
             lambda target=target: _export(pipeline, target, uri, force=resume),  # type: ignore[misc]
-            stale=stale,
-        )
+            stale=stale or before != settings_now,
+        ):
+            stages[f"export {target}"]["target"] = settings_now
+            save()
     say("report")
     from edgecl.report.report import report
 
@@ -216,6 +223,7 @@ def _probe(
     download: bool,
 ) -> list[Path]:
     """Compare with the baselines where there are labels; without labels there is nothing to compare."""
+    from edgecl.cost import cost
     from edgecl.evaluate.comparison import compare, write_random
     from edgecl.evaluate.labelled import read_labelled
 
@@ -245,6 +253,7 @@ def _probe(
     write_json(pipeline.comparison_file, comparison)
     for path, name in ((pipeline.slim, "pretrained"), (pipeline.random, "random init")):
         write_json(ModelDir(path).probe_file, probes[name])
+    cost(pipeline.random)
     return [
         pipeline.comparison_file,
         ModelDir(pipeline.slim).probe_file,

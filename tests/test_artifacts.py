@@ -459,3 +459,18 @@ def test_model_without_its_weights_is_refused(tmp_path, carved_model):
     (model / "weights.safetensors").unlink()
     with pytest.raises(ArtifactError, match="the model's weights are missing"):
         ModelDir(model).read()
+
+
+def test_model_whose_description_changed_is_refused(tmp_path, carved_model):
+    model = shutil.copytree(carved_model, tmp_path / "m")
+    record = json.loads((model / "model.json").read_text())
+    record["preprocessing"]["mean"][0] += 0.1
+    (model / "model.json").write_text(json.dumps(record))
+    with pytest.raises(ArtifactError) as caught:
+        ModelDir(model).read()
+    assert caught.value.problem == "'model.json' does not match the hash of its own content"
+
+
+def test_name_too_long_for_the_disk_is_a_named_error(tmp_path):
+    with pytest.raises(ArtifactError):
+        refuse_existing(tmp_path / ("x" * 300), force=False, kind="model")

@@ -206,3 +206,8 @@ def test_a_model_is_counted_at_its_own_size(tmp_path):
     assert found["macs"] > 2 * forward_cost(create_backbone(SMALL, width=0.5), (1, 3, 32, 32)).macs
     assert found["made_from"] == model.sha256
     assert torch.is_grad_enabled()
+
+
+def test_a_limit_on_the_images_is_priced_where_the_recipe_names_none():
+    found = cost_of_recipe(recipe(data={"image_size": 32, "limit": 500}), recipe_name="test")
+    assert found["training"]["images"] == 500

@@ -289,3 +289,14 @@ def test_report_without_labels_is_written(again, tmp_path, unlabelled_folder, mo
     again(out=tmp_path / "new", resume=False, data=unlabelled_folder)
     record = json.loads((tmp_path / "new" / "report" / "report.json").read_text())
     assert record["comparison"] is None
+
+
+def test_changed_target_file_is_exported_for_anew(again, out, tmp_path):
+    target = tmp_path / "mine.toml"
+    target.write_text('# mine\nruntime = "onnxruntime"\n[graph]\nbatch = 4\n')
+    again(targets=[str(target)])
+    assert f"export {target}: already done" in again(targets=[str(target)])
+    target.write_text('# mine\nruntime = "onnxruntime"\n[graph]\nbatch = 2\n')
+    assert f"export {target}" in again(targets=[str(target)])
+    manifest = json.loads((out / "bundles" / "mine" / "manifest.json").read_text())
+    assert manifest["input"]["shape"][0] == 2

@@ -1,5 +1,6 @@
 """The command line: every command in one visible list, and every error as a text, not a stack."""
 
+import errno
 import os
 import sys
 from typing import Annotated
@@ -18,6 +19,9 @@ from edgecl.cli.probe import probe_command
 from edgecl.cli.report import report_command
 from edgecl.cli.run import demo_command, run_command
 from edgecl.cli.verify import verify_command
+
+# What a shell reports of a program that Ctrl-C ended.
+INTERRUPTED = 130
 
 app = typer.Typer(
     name="edgecl",
@@ -66,14 +70,26 @@ def main() -> None:
     # of the cores, training then slows down tenfold or more. A short spin costs nothing on a quiet machine.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
     except EdgeclError as error:
         if getattr(_root, "debug", False):
             raise
         sys.stderr.write(f"edgecl: {error}\n")
         raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        sys.stderr.write("edgecl: interrupted\n")
-        raise SystemExit(130) from None
     except BrokenPipeError:
+        raise SystemExit(1) from None
+    except SystemExit as stop:
+        # typer turns Ctrl-C into this exit before anyone can catch it.
+        if stop.code == INTERRUPTED:
+            sys.stderr.write(
+                "edgecl: interrupted; pretrain and run go on from their checkpoint with --resume\n"
+            )
+        raise
+    except OSError as complaint:
+        if complaint.errno != errno.ENOSPC:
+            raise
+        sys.stderr.write("edgecl: no room on the disk for the output\n")
         raise SystemExit(1) from None

@@ -8,6 +8,7 @@ and nothing is distorted.
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -204,6 +205,13 @@ class BadImages:
         )
 
 
+def say_skipped(names: Sequence[str], uri: str) -> None:
+    """Name on stderr the pictures that could not be read and are left out."""
+    if names:
+        named = ", ".join(names[:_NAMED_BAD_IMAGES]) + (" …" if len(names) > _NAMED_BAD_IMAGES else "")
+        sys.stderr.write(f"edgecl: {len(names)} unreadable images of '{uri}' left out: {named}\n")
+
+
 class TrainingImages:
     """All pictures of a source as canvases: in memory where they fit, else decoded as batches are asked for.
 
@@ -366,6 +374,7 @@ class TrainingImages:
                 sizes[len(readable)] = torch.tensor(picture[1])
                 readable.append(index)
         self._bad.check()
+        say_skipped(self._bad.names, self.source.uri)
         self._chosen = self._chosen[readable]
         return canvases[: len(readable)], sizes[: len(readable)]
 

@@ -168,6 +168,14 @@ def open_source(uri: str, *, split: Split = "train", download: bool = False) -> 
     raise DataError(f"no folder '{uri}'", hint="a data URI is one of: " + ", ".join(_SUMMARIES))
 
 
+def absolute_uri(uri: str) -> str:
+    """Return a data URI that means the same from any working directory, for records that others read later."""
+    scheme, separator, path = uri.partition(":")
+    if separator and scheme in _TORCHVISION:
+        return f"{scheme}:{Path(path).absolute()}"
+    return uri if uri == "demo" else str(Path(uri).absolute())
+
+
 def has_test_split(uri: str) -> bool:
     """Say whether a data URI comes with held-out images of its own."""
     return uri == "demo" or uri.partition(":")[0] in _TORCHVISION

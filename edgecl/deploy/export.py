@@ -15,7 +15,7 @@ from edgecl.artifacts import (
     new_directory,
     record_header,
     refuse_existing,
-    write_json,
+    write_sealed,
 )
 from edgecl.data.loading import load_eval_images, normalise
 from edgecl.data.sources import open_source
@@ -153,5 +153,4 @@ def _write_bundle(
         "files": {path.name: sha256_of_file(path) for path in (bundle.onnx_file, bundle.reference_file)},
         "size_bytes": {path.name: path.stat().st_size for path in (bundle.onnx_file, bundle.reference_file)},
     }
-    write_json(bundle.record_file, manifest)
-    return manifest
+    return write_sealed(bundle.record_file, manifest)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from edgecl.artifacts import ModelDir, record_header, refuse_existing, write_json
+from edgecl.data.sources import absolute_uri
 from edgecl.errors import RecipeError
 from edgecl.evaluate.intervals import proportion_interval
 from edgecl.evaluate.labelled import read_labelled
@@ -82,7 +83,7 @@ def finetune(
         preprocessing=preprocessing,
         origin="finetuned",
         made_from=ModelDir(model).sha256,
-        data=data,
+        data=absolute_uri(data),
         recipe_name=record["recipe_name"],
         arm=record["arm"],
         force=force,

@@ -9,7 +9,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from edgecl.data.loading import EvalImages, choose_images, load_eval_images, split_holdout
+from edgecl.data.loading import EvalImages, choose_images, load_eval_images, say_skipped, split_holdout
 from edgecl.data.randomness import permutation
 from edgecl.data.sources import ImageSource, Split, has_test_split, open_source
 from edgecl.errors import DataError
@@ -88,6 +88,7 @@ def read_labelled(
             max_bad_fraction=max_bad_fraction,
             limit=limit,
         )
+        say_skipped(loaded.skipped, source.uri)
         return _part(loaded)
 
     classes = source.classes or ()

@@ -134,6 +134,7 @@ def summary(draws: Sequence[float]) -> dict[str, Any]:
     return {
         "mean": mean(draws),
         "std": stdev(draws) if several else 0.0,
-        "ci95": list(mean_interval(draws)) if several else None,
+        # An accuracy ends at 0 and 100, whatever two or three draws suggest.
+        "ci95": [min(max(end, 0.0), 100.0) for end in mean_interval(draws)] if several else None,
         "draws": list(draws),
     }

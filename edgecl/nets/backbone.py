@@ -61,10 +61,8 @@ def _create_at_width(arch: str, width: float, *, num_classes: int) -> nn.Module:
     settings: dict[str, Any] = {}
     if arch.startswith(("resnet", "wide_resnet", "resnext")):
         # ResNet entry points take their channels as arguments.
-        settings = {
-            "channels": tuple(_round_to_8(channels * width) for channels in (64, 128, 256, 512)),
-            "stem_width": _round_to_8(64 * width),
-        }
+        # The stem is left as it is: a plain one has no width of its own to set.
+        settings = {"channels": tuple(_round_to_8(channels * width) for channels in (64, 128, 256, 512))}
         builder: Callable[..., nn.Module] = entrypoint
     else:
         builder = _with_scaled_generators(entrypoint, width)

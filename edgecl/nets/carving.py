@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from edgecl.artifacts import ModelDir, RunDir, new_directory, record_header, write_json
+from edgecl.artifacts import ModelDir, RunDir, new_directory, record_header, write_sealed
 from edgecl.checkpoint import read_newest
-from edgecl.errors import ArtifactError, SliceError
+from edgecl.errors import ArtifactError, RecipeError, SliceError
 from edgecl.nets.backbone import count_parameters, create_backbone, feature_count, recalibrate
 from edgecl.nets.heads import Encoder
 from edgecl.nets.slimming import SlimmableNet
@@ -38,7 +38,25 @@ def create_slimmable(recipe: Recipe) -> SlimmableNet:
             stem_stride=recipe.host.stem_stride,
         )
 
-    return SlimmableNet(build, host_width=recipe.host.width, slim_width=recipe.slim.width)
+    net = SlimmableNet(build, host_width=recipe.host.width, slim_width=recipe.slim.width)
+    _try_image_size(net, recipe)
+    return net
+
+
+def _try_image_size(net: SlimmableNet, recipe: Recipe) -> None:
+    """Run one blank picture: some nets, transformers among them, take one size only."""
+    size = recipe.data.image_size
+    net.eval()
+    try:
+        with torch.no_grad():
+            net.forward_slim(torch.zeros(1, 3, size, size))
+    except (RuntimeError, AssertionError, ValueError) as complaint:
+        raise RecipeError(
+            f"'{recipe.host.arch}' does not take pictures of {size} x {size}: {str(complaint).splitlines()[0]}",
+            hint="set [data] image_size to a size the net takes, or choose another net",
+        ) from complaint
+    finally:
+        net.train()
 
 
 def backbone_tensors(net: SlimmableNet, *, width: float) -> dict[str, Tensor]:
@@ -129,7 +147,7 @@ def _recalibrate_on_run(backbone: nn.Module, uri: str, recipe: Recipe) -> None:
         image_size=data.image_size,
         # The run held the whole of the data to what is allowed; a part of it may have more.
         max_bad_fraction=1.0,
-        limit=RECALIBRATION_IMAGES,
+        limit=min(RECALIBRATION_IMAGES, data.limit or RECALIBRATION_IMAGES),
     ).images
     recalibrate_on(backbone, images, preprocessing_of(recipe))
 
@@ -207,8 +225,7 @@ def write_model(
             "data": data,
             "weights_sha256": sha256_of_file(directory.weights_file),
         }
-        write_json(directory.record_file, record)
-    return record
+        return write_sealed(directory.record_file, record)
 
 
 def load_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:

@@ -34,6 +34,12 @@ def sha256_of_file(path: Union[str, Path]) -> str:
     return digest.hexdigest()
 
 
+def digest_of_record(record: Dict[str, Any]) -> str:
+    """Return the sha256 of a JSON record's content, its own "sha256" apart."""
+    content = {key: value for key, value in record.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode("ascii")).hexdigest()
+
+
 def read_manifest(bundle: Union[str, Path]) -> Dict[str, Any]:
     """Return the manifest of a bundle directory.
 
@@ -66,11 +72,16 @@ def read_manifest(bundle: Union[str, Path]) -> Dict[str, Any]:
 
 
 def check_files(bundle: Union[str, Path], manifest: Dict[str, Any]) -> None:
-    """Hold every file of a bundle to the hash in its manifest.
+    """Hold the manifest to its own hash, and every other file of a bundle to the hash in the manifest.
 
     Raises:
         BundleError: a file is missing or changed, lies outside the bundle, or has no hash.
     """
+    if manifest.get("sha256") != digest_of_record(manifest):
+        raise BundleError(
+            "'%s' does not match the hash of its own content" % MANIFEST,
+            "the file changed after export; export the bundle again",
+        )
     for name in (manifest["model"], REFERENCE):
         if name not in manifest["files"]:
             raise BundleError("the manifest holds no hash for '%s'" % name, "export the bundle again")

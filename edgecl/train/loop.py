@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,9 +26,9 @@ from edgecl.checkpoint import (
     restore_optimizer,
     write_checkpoint,
 )
-from edgecl.data.loading import Batch, TrainingImages, load_eval_images, normalise
+from edgecl.data.loading import Batch, TrainingImages, load_eval_images, normalise, say_skipped
 from edgecl.data.randomness import uniforms
-from edgecl.data.sources import ImageSource, open_source
+from edgecl.data.sources import ImageSource, absolute_uri, open_source
 from edgecl.data.views import make_views, write_views_grid
 from edgecl.errors import ArtifactError, DeviceError, NonFiniteError, RecipeError
 from edgecl.methods.sacl_xd import Losses, Passes, Projections, SaclXd
@@ -108,7 +109,7 @@ def pretrain(
         "recipe": recipe.model_dump(mode="json"),
         "arm": recipe.arm,
         "data": {
-            "uri": uri,
+            "uri": absolute_uri(uri),
             "images": len(images),
             "fingerprint": source.fingerprint,
             "skipped": list(images.skipped),
@@ -127,7 +128,10 @@ def pretrain(
     before_s = 0.0
     if accelerator.is_main_process:
         if checkpoint:
-            before_s = float(run_dir.read()["wall_s"])
+            earlier = run_dir.read()
+            before_s = float(earlier["wall_s"])
+            record["resumed_with"] = record["command"]
+            record["command"] = earlier["command"]
         else:
             _start_run_dir(run_dir)
         write_json(run_dir.record_file, {**record, "wall_s": before_s})
@@ -138,13 +142,24 @@ def pretrain(
     started = time.monotonic()
     try:
         record["state"] = "stopped"
-        training.fit(run_dir)
+        training.fit(
+            run_dir,
+            # A run that is killed keeps the time up to its last checkpoint.
+            on_checkpoint=lambda: write_json(
+                run_dir.record_file,
+                {**record, "state": "running", "wall_s": round(before_s + time.monotonic() - started, 3)},
+            ),
+        )
         record["state"] = "done"
     finally:
         accelerator.end_training()
         if accelerator.is_main_process:
             record["wall_s"] = round(before_s + time.monotonic() - started, 3)
             record["data"]["skipped"] = list(images.skipped)
+            if not images.is_cached:
+                # Met on the way; images held in memory were counted without them.
+                record["data"]["images"] = len(images) - len(images.skipped)
+                say_skipped(images.skipped, uri)
             write_json(run_dir.record_file, record)
     return record
 
@@ -216,7 +231,7 @@ class Training:
         restore_optimizer(self.optimizer, checkpoint.optimizer)
         self.epoch, self.step = checkpoint.epoch, checkpoint.step
 
-    def fit(self, run_dir: RunDir) -> None:
+    def fit(self, run_dir: RunDir, *, on_checkpoint: Callable[[], None]) -> None:
         """Train to the last epoch, with metrics and checkpoints on the way."""
         main = self.accelerator.is_main_process
         metrics = MetricsFile(run_dir.metrics_file, after_step=self.step) if main else None
@@ -239,6 +254,7 @@ class Training:
                             model=self.net.state_dict(),
                             optimizer=self.optimizer.state_dict(),
                         )
+                        on_checkpoint()
                     self.accelerator.wait_for_everyone()
         finally:
             if metrics:

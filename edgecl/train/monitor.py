@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from edgecl.artifacts import write_bytes
+from edgecl.artifacts import disk_errors, write_bytes
 from edgecl.errors import CollapseError, NonFiniteError
 from edgecl.nets.slimming import SlimmableNet
 
@@ -33,6 +33,7 @@ class MetricsFile:
     def __init__(self, path: Path, *, after_step: int = 0):
         kept = [record for record in read_metrics(path) if record["step"] <= after_step] if after_step else []
         write_bytes(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
+        self._path = path
         self._file = path.open("a", encoding="utf-8")
 
     def append(self, record: dict[str, Any]) -> None:
@@ -41,8 +42,9 @@ class MetricsFile:
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in record.items()
         }
-        self._file.write(json.dumps(tidy) + "\n")
-        self._file.flush()
+        with disk_errors(self._path):
+            self._file.write(json.dumps(tidy) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
         """Flush the file to the disk and close it."""

@@ -16,7 +16,7 @@ from conftest import write_folder
 from PIL import Image
 
 import edgecl.deploy.export
-from edgecl.artifacts import Bundle, ModelDir
+from edgecl.artifacts import Bundle, ModelDir, write_sealed
 from edgecl.deploy.export import export
 from edgecl.deploy.verify import verify
 from edgecl.errors import ArtifactError, DataError, ParityError, TargetError
@@ -254,7 +254,7 @@ def test_directory_that_is_no_model_is_refused(tmp_path, trained_run):
 def test_model_that_names_no_images_asks_for_them(tmp_path, carved_model):
     model = shutil.copytree(carved_model, tmp_path / "m")
     record = json.loads((model / "model.json").read_text())
-    (model / "model.json").write_text(json.dumps({**record, "data": None}))
+    write_sealed(model / "model.json", {**record, "data": None})
     with pytest.raises(DataError) as caught:
         export(model, target="ort-cpu", out=tmp_path / "b")
     assert caught.value.problem == "this model does not say which images it was made from"
@@ -264,7 +264,7 @@ def test_model_that_names_no_images_asks_for_them(tmp_path, carved_model):
 def test_images_that_are_gone_are_named(tmp_path, carved_model):
     model = shutil.copytree(carved_model, tmp_path / "m")
     record = json.loads((model / "model.json").read_text())
-    (model / "model.json").write_text(json.dumps({**record, "data": f"{tmp_path}/gone"}))
+    write_sealed(model / "model.json", {**record, "data": f"{tmp_path}/gone"})
     with pytest.raises(DataError, match=f"no folder '{tmp_path}/gone'"):
         export(model, target="ort-cpu", out=tmp_path / "b")
 

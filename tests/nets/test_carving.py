@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from edgecl.artifacts import ModelDir, RunDir, record_header, write_json
 from edgecl.checkpoint import write_checkpoint
-from edgecl.errors import ArtifactError, SliceError
+from edgecl.errors import ArtifactError, RecipeError, SliceError
 from edgecl.nets.backbone import count_parameters, create_backbone, feature_count
 from edgecl.nets.carving import (
     backbone_tensors,
@@ -264,3 +264,11 @@ def test_weights_of_another_net_are_named(tmp_path):
     )
     with pytest.raises(ArtifactError, match=f"the weights are not those of '{SMALL}' at width 0.75"):
         load_model(tmp_path / "model")
+
+
+def test_a_net_that_takes_one_size_only_is_refused_by_name():
+    recipe = recipe_from_tables(
+        {"host": {"arch": "vit_tiny_patch16_224", "width": 1.0}, "data": {"image_size": 32}}, source="test"
+    )
+    with pytest.raises(RecipeError, match=r"'vit_tiny_patch16_224' does not take pictures of 32 x 32"):
+        create_slimmable(recipe)

@@ -131,3 +131,22 @@ def test_differences_are_relative_to_the_largest_output():
     assert found["mean_abs_difference"] == pytest.approx(2.1 / 4)
     assert found["max_relative_difference"] == 1 / 8
     assert found["top1_agreement"] == 0.5
+
+
+@pytest.mark.parametrize("place", [0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95])
+def test_a_flipped_bit_anywhere_in_the_manifest_is_found(tmp_path, place):
+    bundle = make_bundle(tmp_path / "bundle")
+    path = bundle / "manifest.json"
+    content = bytearray(path.read_bytes())
+    content[int(place * len(content))] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(BundleError):
+        verify(bundle)
+
+
+def test_an_edited_tolerance_is_no_way_round_the_check(tmp_path):
+    bundle = make_bundle(tmp_path / "bundle")
+    path = bundle / "manifest.json"
+    path.write_text(path.read_text().replace("0.001", "0.9"))
+    with pytest.raises(BundleError, match=r"'manifest\.json' does not match the hash of its own content"):
+        verify(bundle)

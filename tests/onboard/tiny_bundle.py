@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from edgecl.onboard.bundle import sha256_of_file
+from edgecl.onboard.bundle import digest_of_record, sha256_of_file
 
 SIDE, FEATURES = 8, 6
 
@@ -81,7 +81,8 @@ def read_manifest(bundle: Path) -> dict[str, Any]:
 
 
 def write_manifest(bundle: Path, manifest: dict[str, Any]) -> None:
-    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    sealed = {**manifest, "sha256": digest_of_record(manifest)}
+    (bundle / "manifest.json").write_text(json.dumps(sealed))
 
 
 def flip_byte(path: Path) -> None:

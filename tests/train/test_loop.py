@@ -456,7 +456,9 @@ def test_a_collapse_stops_the_run(tmp_path, make_recipe, pictures, monkeypatch):
     assert RunDir(tmp_path / "run").read()["state"] == "stopped"
 
 
-def test_unreadable_images_within_what_is_allowed_do_not_stop_a_run(tmp_path, make_recipe, pictures):
+def test_unreadable_images_within_what_is_allowed_do_not_stop_a_run(
+    tmp_path, make_recipe, pictures, capsys
+):
     """The quality look uses fewer images, of which a larger fraction may be bad."""
     folder = tmp_path / "data"
     shutil.copytree(pictures, folder)
@@ -464,6 +466,27 @@ def test_unreadable_images_within_what_is_allowed_do_not_stop_a_run(tmp_path, ma
     record = train(make_recipe("data.max_bad_fraction=0.025", "run.epochs=1"), tmp_path / "run", folder)
     assert record["data"]["images"] == 39
     assert record["data"]["skipped"] == [str(folder / "000.png")]
+    assert "1 unreadable images" in capsys.readouterr().err
+
+
+def test_images_are_counted_alike_whether_held_in_memory_or_not(tmp_path, make_recipe, pictures):
+    folder = tmp_path / "data"
+    shutil.copytree(pictures, folder)
+    (folder / "000.png").write_bytes(b"")
+    recipe = make_recipe("data.max_bad_fraction=0.025", "run.epochs=1", "data.cache_mib=0")
+    assert train(recipe, tmp_path / "run", folder)["data"]["images"] == 39
+
+
+def test_a_resumed_run_keeps_its_first_command_and_adds_its_time(
+    runs, tmp_path, make_recipe, labelled_pictures
+):
+    train_until(make_recipe(), tmp_path / "run", labelled_pictures, 1)
+    record_file = tmp_path / "run" / "run.json"
+    record = json.loads(record_file.read_text())
+    record_file.write_text(json.dumps({**record, "command": "edgecl first", "wall_s": 1000.0}))
+    resumed = train(make_recipe(), tmp_path / "run", labelled_pictures, resume=True)
+    assert resumed["command"] == "edgecl first"
+    assert resumed["wall_s"] > 1000
 
 
 def test_bf16_trains(tmp_path, make_recipe, pictures):
