@@ -456,9 +456,7 @@ def test_a_collapse_stops_the_run(tmp_path, make_recipe, pictures, monkeypatch):
     assert RunDir(tmp_path / "run").read()["state"] == "stopped"
 
 
-def test_unreadable_images_within_what_is_allowed_do_not_stop_a_run(
-    tmp_path, make_recipe, pictures, capsys
-):
+def test_unreadable_images_within_what_is_allowed_do_not_stop_a_run(tmp_path, make_recipe, pictures, capsys):
     """The quality look uses fewer images, of which a larger fraction may be bad."""
     folder = tmp_path / "data"
     shutil.copytree(pictures, folder)
