@@ -292,7 +292,7 @@ def test_wheel_holds_every_packaged_settings_file(wheel, folder):
 
 def test_wheel_holds_every_module_and_what_lies_beside_it(wheel):
     there = {
-        path.relative_to(REPOSITORY).as_posix()
+        path.relative_to(PACKAGE.parent).as_posix()
         for path in PACKAGE.rglob("*")
         if path.is_file() and "__pycache__" not in path.parts and "_data" not in path.parts
     }
