@@ -67,19 +67,21 @@ def forward_cost(net: nn.Module, shape: tuple[int, ...]) -> ForwardCost:
             warnings.simplefilter("ignore")
             from fvcore.nn import FlopCountAnalysis
 
-            image = torch.zeros(shape)
-            plain = _quiet(FlopCountAnalysis(net, image))
-            whole = _quiet(FlopCountAnalysis(net, image))
+            analysis = _quiet(FlopCountAnalysis(net, torch.zeros(shape)))
             for name in _ELEMENTWISE:
                 for spelling in (f"aten::{name}", f"aten::{name}_"):
-                    whole.set_op_handle(spelling, _elements_out(name))
-            whole.set_op_handle("aten::mean", _elements_in("mean"))
-            macs = int(plain.total())
+                    analysis.set_op_handle(spelling, _elements_out(name))
+            analysis.set_op_handle("aten::mean", _elements_in("mean"))
+            counted = {name: int(count) for name, count in analysis.by_operator().items()}
+            by_operator = {
+                name: count for name, count in counted.items() if name not in (*_ELEMENTWISE, "mean")
+            }
+            macs = sum(by_operator.values())
             return ForwardCost(
                 macs=macs,
-                elementwise=int(whole.total()) - macs,
-                by_operator={name: int(count) for name, count in plain.by_operator().items()},
-                uncounted={name: int(count) for name, count in whole.unsupported_ops().items()},
+                elementwise=sum(counted.values()) - macs,
+                by_operator=by_operator,
+                uncounted={name: int(count) for name, count in analysis.unsupported_ops().items()},
             )
     finally:
         net.train(was_training)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -71,7 +72,9 @@ def knn_top1(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor)
 
 
 @torch.no_grad()
-def extract_features(net: torch.nn.Module, images: Tensor, *, normalise: object, batch: int = 256) -> Tensor:
+def extract_features(
+    net: torch.nn.Module, images: Tensor, *, normalise: Callable[[Tensor], Tensor], batch: int = 256
+) -> Tensor:
     """Run a net over uint8 images in evaluation mode.
 
     Args:
@@ -83,7 +86,6 @@ def extract_features(net: torch.nn.Module, images: Tensor, *, normalise: object,
     Returns:
         (N, F) float32 features on the CPU.
     """
-    assert callable(normalise)
     device = next(net.parameters()).device
     was_training = net.training
     net.eval()

@@ -13,7 +13,7 @@ from torch.nn import functional
 from edgecl.data.loading import normalise
 from edgecl.data.randomness import permutation
 from edgecl.data.views import draw_parameters, render_view
-from edgecl.errors import NonFiniteError
+from edgecl.errors import DeviceError, NonFiniteError
 from edgecl.evaluate.labelled import Part
 from edgecl.progress import Progress
 from edgecl.recipe import Fraction, Views
@@ -170,8 +170,6 @@ def choose_device(name: str) -> torch.device:
     Raises:
         DeviceError: no such device.
     """
-    from edgecl.errors import DeviceError
-
     if name == "cuda" and not torch.cuda.is_available():
         raise DeviceError("no CUDA device is available", hint="use the device auto or cpu")
     if name == "auto":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -460,8 +461,6 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def _start_run_dir(run_dir: RunDir) -> None:
-    import shutil
-
     if run_dir.path.exists():
         shutil.rmtree(run_dir.path)
     try:
