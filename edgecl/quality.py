@@ -46,6 +46,11 @@ def rank_me(features: Tensor) -> float:
 
 
 def knn_top1(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor) -> float:
+    """Return the accuracy of `knn_correct`, percent."""
+    return 100 * float(knn_correct(bank, bank_labels, queries, labels).double().mean())
+
+
+def knn_correct(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor) -> Tensor:
     """Classify by weighted nearest neighbours on the sphere.
 
     Args:
@@ -55,20 +60,20 @@ def knn_top1(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor)
         labels: (M,) int64.
 
     Returns:
-        top-1 accuracy, percent.
+        (M,) bool, which queries were given their label.
 
     Source: Wu et al. 2018, arXiv:1805.01978, section 3.4 (temperature 0.07), with k = 20 as DINO uses.
     """
     bank = functional.normalize(bank.float(), dim=1)
     neighbours = min(KNN_NEIGHBOURS, len(bank))
     classes = int(max(int(bank_labels.max()), int(labels.max()))) + 1
-    correct = 0
+    correct = []
     for chunk, truth in zip(queries.float().split(1024), labels.split(1024), strict=True):
         similarity, index = (functional.normalize(chunk, dim=1) @ bank.T).topk(neighbours, dim=1)
         votes = torch.zeros(len(chunk), classes, device=chunk.device)
         votes.scatter_add_(1, bank_labels[index], (similarity / KNN_TEMPERATURE).exp())
-        correct += int((votes.argmax(1) == truth).sum())
-    return 100 * correct / len(labels)
+        correct.append(votes.argmax(1) == truth)
+    return torch.cat(correct)
 
 
 @torch.no_grad()

@@ -1,12 +1,14 @@
-"""A target: the runtime and the limits a net is exported for, read from one TOML file."""
+"""A target: a kind of device, its runtime, and the limits a net is exported for, read from one TOML file."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import re
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from edgecl.errors import TargetError
+from edgecl.onboard.devices import DEVICES
 from edgecl.settings import (
     Settings,
     find_settings_file,
@@ -17,11 +19,26 @@ from edgecl.settings import (
     validate,
 )
 
+Precision = Literal["fp32", "fp16", "int8"]
+PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
+Runtime = Literal["onnxruntime", "openvino", "tensorrt", "tensorrt_rtx"]
+Int8Form = Literal["int8-trt", "int8-trt-fp16", "int8-cpu"]
+ComputeCapability = Literal["SM75", "SM80", "SM86", "SM89", "SM120", "SM121"]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+_SPECIFIER = re.compile(r"(>=|<=|==|<|>)(\d+(?:\.\d+)*)")
+
 
 class Graph(Settings):
     """The form of the ONNX graph."""
 
-    opset: int = Field(18, ge=18, le=24)
+    opset: int = Field(17, ge=13, le=22)
+    hard_swish: Literal["keep", "hard_sigmoid", "clip"] = "hard_sigmoid"
+    """As one HardSwish node (opset 14 and later), as HardSigmoid and Mul, or as Add, Clip and Mul."""
+    int8: Int8Form = "int8-trt"
+    """Which form of explicit quantisation the runtime takes."""
+    image_size: int | None = Field(None, ge=8)
+    """Height and width of the input in pixels; the net's own where it is not said."""
     batch: int = Field(1, ge=1)
     """Images per inference when the batch is static, and the size that is measured."""
     dynamic_batch: bool = False
@@ -29,41 +46,159 @@ class Graph(Settings):
     max_batch: int = Field(64, ge=1)
 
 
+class Build(Settings):
+    """How a TensorRT engine is built."""
+
+    workspace_mib: int = Field(1024, ge=16)
+    """Most scratch memory of the builder; on the device also bounded by half of what is free."""
+    optimization_level: int = Field(3, ge=0, le=5)
+    """0 builds fast, 5 searches long; from TensorRT 8.6."""
+    tf32: bool = True
+    """Let fp32 layers use TF32 where the GPU has it."""
+    dla_core: int | None = Field(None, ge=0)
+    """Run on this DLA core, and on the GPU what DLA cannot."""
+    compute_capabilities: tuple[ComputeCapability, ...] = ()
+    """What a TensorRT-RTX engine is compiled for."""
+
+
+class Quantization(Settings):
+    """How INT8 is made and judged."""
+
+    calibration_images: int = Field(256, ge=1)
+    holdout_images: int = Field(256, ge=1)
+    """Images apart from those that calibrate, on which the methods are compared."""
+    methods: tuple[Literal["minmax", "entropy", "percentile"], ...] = ("minmax", "entropy", "percentile")
+    """Tried in this order; the one that keeps most accuracy on the held-out images is taken."""
+    max_loss_points: float = Field(1.0, ge=0)
+    """Most points of top-1 (of kNN top-1 for a net without classifier) that INT8 may cost."""
+    min_cosine: Fraction = 0.98
+    """Least mean cosine similarity with the fp32 features, for a net without classifier."""
+    max_kept_fraction: Fraction = 0.5
+    """Largest share of the quantised nodes that may be kept in higher precision to stay within the budget."""
+
+
 class Tolerance(Settings):
     """How far the exported net may be from torch, on real images."""
 
     max_relative_difference: float = Field(1e-3, gt=0)
     """Largest absolute difference of an output, divided by the largest absolute output of torch."""
-    top1_agreement: Annotated[float, Field(ge=0, le=1)] = 0.99
+    top1_agreement: Fraction = 0.99
     """Fraction of images with the same largest output."""
+    mean_cosine: Fraction = 0.999
+    """Mean cosine similarity of the outputs."""
+
+
+class Tolerances(Settings):
+    """One tolerance per precision."""
+
+    fp32: Tolerance = Tolerance()
+    fp16: Tolerance = Tolerance(max_relative_difference=3e-2, top1_agreement=0.95)
+    # Loose: what INT8 may cost is the verdict's to say. This holds off a wrong graph.
+    int8: Tolerance = Tolerance(max_relative_difference=1.0, top1_agreement=0.5, mean_cosine=0.9)
 
 
 class Target(Settings):
     """One kind of device and runtime."""
 
-    runtime: Literal["onnxruntime"]
-    precision: Literal["fp32"] = "fp32"
+    runtime: Runtime
+    versions: str = ""
+    """Versions of the runtime it is for, such as '>=10.3,<10.8'; any where it is empty."""
+    device: str = "cpu"
+    """A kind of device; see `edgecl.onboard.devices`."""
+    precisions: tuple[Precision, ...] = ("fp32",)
+    """What is exported, the preferred one first."""
     graph: Graph = Graph()
-    tolerance: Tolerance = Tolerance()
+    build: Build = Build()
+    quantization: Quantization = Quantization()
+    tolerance: Tolerances = Tolerances()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _device_has_precisions(cls, tables: Any) -> Any:
+        # Before pydantic compares with the precisions edgecl makes: what the device lacks matters more to the user.
+        if not isinstance(tables, dict) or tables.get("device", "cpu") not in DEVICES:
+            return tables
+        device = DEVICES[tables.get("device", "cpu")]
+        asked = tables.get("precisions", ())
+        for precision in asked if isinstance(asked, list | tuple) else ():
+            if precision in ("int8", "fp8", "fp4", "int4") and precision not in device.precisions:
+                raise ValueError(
+                    f"'precisions' asks for {precision}, which {device.title} cannot compute; "
+                    f"it has {', '.join(device.precisions)}"
+                )
+            if precision == "fp8":
+                raise ValueError("'precisions' asks for fp8, which edgecl does not make; take int8 or fp16")
+        return tables
 
     @model_validator(mode="after")
-    def _batch_within_limits(self) -> Target:
-        if self.graph.dynamic_batch and self.graph.batch > self.graph.max_batch:
-            raise ValueError(
-                f"'graph.batch' {self.graph.batch} is above 'graph.max_batch' {self.graph.max_batch}"
-            )
+    def _consistent(self) -> Target:
+        graph = self.graph
+        if self.device not in DEVICES:
+            raise ValueError(f"'device' is '{self.device}'; there are {', '.join(DEVICES)}")
+        if not self.precisions or len(set(self.precisions)) < len(self.precisions):
+            raise ValueError("'precisions' must name one or more precisions, each once")
+        for part in filter(None, (part.strip() for part in self.versions.split(","))):
+            if not _SPECIFIER.fullmatch(part):
+                raise ValueError(f"'versions' has '{part}'; write it as in '>=10.3,<10.8'")
+        if graph.dynamic_batch and graph.batch > graph.max_batch:
+            raise ValueError(f"'graph.batch' {graph.batch} is above 'graph.max_batch' {graph.max_batch}")
+        if graph.hard_swish == "keep" and graph.opset < 14:
+            raise ValueError(f"'graph.hard_swish' = 'keep' needs opset 14, 'graph.opset' is {graph.opset}")
+        if graph.int8 == "int8-trt-fp16" and graph.opset < 19:
+            raise ValueError(f"'graph.int8' = 'int8-trt-fp16' needs opset 19, 'graph.opset' is {graph.opset}")
+        if self.runtime.startswith("tensorrt") and "int8" in self.precisions and graph.int8 == "int8-cpu":
+            raise ValueError(f"'{self.runtime}' refuses 'graph.int8' = 'int8-cpu'; take 'int8-trt'")
+        self._check_dla()
+        if self.runtime == "tensorrt_rtx" and not self.build.compute_capabilities:
+            raise ValueError("'build.compute_capabilities' is empty; name what to compile for, e.g. 'SM86'")
         return self
+
+    def _check_dla(self) -> None:
+        core, device = self.build.dla_core, DEVICES[self.device]
+        if core is None:
+            return
+        if device.dla_cores is None:
+            raise ValueError(
+                f"'build.dla_core' = {core}, but not every module of '{self.device}' has DLA; name the module as "
+                "'device', such as 'jetson-agx-orin'"
+            )
+        if core >= device.dla_cores:
+            raise ValueError(
+                f"'build.dla_core' = {core}, but {device.title} has {device.dla_cores} DLA cores"
+            )
+        if self.graph.dynamic_batch:
+            raise ValueError("'build.dla_core' needs a static batch; set 'graph.dynamic_batch' = false")
+        if self.precisions == ("fp32",):
+            raise ValueError("'build.dla_core' needs fp16 or int8; DLA does not compute fp32")
+
+    def tolerance_of(self, precision: Precision) -> Tolerance:
+        """Return the tolerance of a precision."""
+        tolerance: Tolerance = getattr(self.tolerance, precision)
+        return tolerance
 
 
 def read_target(name: str) -> Target:
-    """Read a packaged target or a TOML file.
+    """Read a packaged target or a TOML file; an alias is followed.
 
     Raises:
         TargetError: unknown name, key or value; every problem at once.
     """
+    return _read(name)[1]
+
+
+def target_name(name: str) -> str:
+    """Return what a target is called once aliases are followed, such as 'jetson-orin-jp6' for 'jetson'."""
+    return _read(name)[0]
+
+
+def _read(name: str, *, from_alias: str | None = None) -> tuple[str, Target]:
     path = find_settings_file(name, folder="export", error=TargetError, noun="target")
     tables = parse_toml(read_text(path, error=TargetError), source=str(path), error=TargetError)
-    return validate(Target, tables, source=str(path), error=TargetError)
+    if set(tables) == {"alias"} and isinstance(tables["alias"], str):
+        if from_alias:
+            raise TargetError(f"'{from_alias}' is an alias of '{name}', which is an alias itself")
+        return _read(tables["alias"], from_alias=name)
+    return path.stem, validate(Target, tables, source=str(path), error=TargetError)
 
 
 def list_targets() -> list[dict[str, str]]:

@@ -6,7 +6,7 @@ import pytest
 
 from edgecl.errors import TargetError
 from edgecl.settings import header_comment, packaged_files
-from edgecl.target import Target, list_targets, read_target
+from edgecl.target import Target, list_targets, read_target, target_name
 
 PACKAGED = packaged_files("export")
 
@@ -33,7 +33,7 @@ def test_packaged_target_has_a_summary(name):
 
 def test_ort_cpu_is_static_float32_at_opset_18():
     target = read_target("ort-cpu")
-    assert (target.runtime, target.precision) == ("onnxruntime", "fp32")
+    assert (target.runtime, target.precisions) == ("onnxruntime", ("fp32",))
     assert (target.graph.opset, target.graph.batch, target.graph.dynamic_batch) == (18, 1, False)
 
 
@@ -62,7 +62,8 @@ def test_unknown_key_suggests_a_near_one(write):
 def test_mistyped_runtime_suggests_the_near_one(write):
     with pytest.raises(
         TargetError,
-        match=r"'runtime' is 'onnxruntme', not one of onnxruntime \(did you mean 'onnxruntime'\?\)",
+        match=r"'runtime' is 'onnxruntme', not one of onnxruntime, openvino, tensorrt, tensorrt_rtx "
+        r"\(did you mean 'onnxruntime'\?\)",
     ):
         read_target(write('runtime = "onnxruntme"\n'))
 
@@ -76,3 +77,82 @@ def test_batch_above_its_limit_is_refused_with_both(write):
 def test_several_problems_are_reported_at_once(write):
     with pytest.raises(TargetError, match=r"missing key 'runtime'; .*'graph\.opset' is 9"):
         read_target(write("[graph]\nopset = 9\n"))
+
+
+def test_jetson_is_an_alias_of_orin_with_jetpack_6():
+    assert target_name("jetson") == "jetson-orin-jp6"
+    assert read_target("jetson") == read_target("jetson-orin-jp6")
+
+
+def test_alias_of_an_alias_is_refused(write):
+    with pytest.raises(TargetError, match=r"is an alias of 'jetson', which is an alias itself"):
+        read_target(write('alias = "jetson"\n'))
+
+
+def test_nano_target_has_no_int8_opset_13_and_no_hard_swish_node():
+    target = read_target("jetson-nano-jp4")
+    assert "int8" not in target.precisions
+    assert target.graph.opset == 13
+    assert target.graph.hard_swish != "keep"
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        (
+            'runtime = "tensorrt"\ndevice = "jetson-nano"\nprecisions = ["int8"]\n',
+            r"'precisions' asks for int8, which Jetson Nano cannot compute; it has fp32, fp16",
+        ),
+        (
+            'runtime = "tensorrt"\ndevice = "jetson-orin"\nprecisions = ["fp8"]\n',
+            r"'precisions' asks for fp8, which any Jetson Orin cannot compute; it has fp32, fp16, int8",
+        ),
+        (
+            'runtime = "tensorrt"\ndevice = "jetson-thor"\nprecisions = ["fp8"]\n',
+            r"'precisions' asks for fp8, which edgecl does not make; take int8 or fp16",
+        ),
+        (
+            'runtime = "tensorrt"\ndevice = "jetson-orin-nano"\nprecisions = ["fp16"]\n[build]\ndla_core = 0\n',
+            r"'build\.dla_core' = 0, but Jetson Orin Nano has 0 DLA cores",
+        ),
+        (
+            'runtime = "tensorrt"\ndevice = "jetson-orin"\nprecisions = ["fp16"]\n[build]\ndla_core = 0\n',
+            r"not every module of 'jetson-orin' has DLA; name the module as 'device'",
+        ),
+        (
+            'runtime = "tensorrt"\ndevice = "jetson-agx-orin"\nprecisions = ["fp16"]\n[build]\ndla_core = 1\n'
+            "[graph]\ndynamic_batch = true\n",
+            r"'build\.dla_core' needs a static batch",
+        ),
+        (
+            'runtime = "tensorrt"\ndevice = "gpu"\nprecisions = ["int8"]\n[graph]\nint8 = "int8-cpu"\n',
+            r"'tensorrt' refuses 'graph\.int8' = 'int8-cpu'; take 'int8-trt'",
+        ),
+        (
+            'runtime = "tensorrt"\n[graph]\nopset = 13\nhard_swish = "keep"\n',
+            r"'graph\.hard_swish' = 'keep' needs opset 14, 'graph\.opset' is 13",
+        ),
+        (
+            'runtime = "tensorrt"\n[graph]\nopset = 17\nint8 = "int8-trt-fp16"\n',
+            r"needs opset 19, 'graph\.opset' is 17",
+        ),
+        (
+            'runtime = "tensorrt"\nversions = "10.3"\n',
+            r"'versions' has '10\.3'; write it as in '>=10\.3,<10\.8'",
+        ),
+        (
+            'runtime = "tensorrt"\ndevice = "jetson"\n',
+            r"'device' is 'jetson'; there are cpu, gpu, jetson-nano",
+        ),
+        ('runtime = "tensorrt_rtx"\n', r"'build\.compute_capabilities' is empty"),
+        ('runtime = "onnxruntime"\nprecisions = ["fp32", "fp32"]\n', r"each once"),
+    ],
+)
+def test_target_that_its_device_cannot_serve_is_refused(write, text, complaint):
+    with pytest.raises(TargetError, match=complaint):
+        read_target(write(text))
+
+
+def test_dla_of_a_module_that_has_it_is_accepted(write):
+    text = 'runtime = "tensorrt"\ndevice = "jetson-agx-orin"\nprecisions = ["fp16"]\n[build]\ndla_core = 1\n'
+    assert read_target(write(text)).build.dla_core == 1

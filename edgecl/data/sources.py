@@ -6,7 +6,7 @@ import hashlib
 import os
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -82,6 +82,17 @@ class ImageSource:
     def describe(self, index: int) -> str:
         """Name an image as a person would look for it: its path, or 'cifar10 train 17'."""
         return self.namer(index)
+
+    def take(self, indices: NDArray[np.int64]) -> ImageSource:
+        """Return a source of the images at (M,) indices, in that order."""
+        return replace(
+            self,
+            fingerprint=_sha256(f"{self.fingerprint} {indices.tolist()}"),
+            length=len(indices),
+            opener=lambda index: self.opener(int(indices[index])),
+            namer=lambda index: self.namer(int(indices[index])),
+            labels=None if self.labels is None else self.labels[indices],
+        )
 
     def read(self, index: int) -> Image.Image:
         """Decode one image to RGB, the right way up, transparent parts white.

@@ -177,6 +177,26 @@ class SlimmableNet(nn.Module):
         outputs: Tensor = functional_call(self._skeleton[0], tensors, (images,))
         return outputs
 
+    def forward_slim_part(
+        self, part: str, images: Tensor, *, replaced: dict[str, Tensor] | None = None
+    ) -> Tensor:
+        """Run one part of the slim net inside the host, such as its 'backbone'.
+
+        Args:
+            part: name of the submodule.
+            images: what it takes.
+            replaced: tensors to put in place of the host's, by their name within the part.
+        """
+        prefix = f"{part}."
+        tensors = {
+            name.removeprefix(prefix): tensor
+            for name, tensor in self.slim_tensors().items()
+            if name.startswith(prefix)
+        }
+        net = (self._skeleton[0] if self.has_slim else self.host).get_submodule(part)
+        outputs: Tensor = functional_call(net, {**tensors, **(replaced or {})}, (images,))
+        return outputs
+
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
         """Give passes that learn nothing: no gradient, batch statistics used, running statistics left alone."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from edgecl.evaluate.intervals import mean_interval, proportion_interval
+from edgecl.intervals import mean_interval, proportion_interval
 
 
 def test_mean_interval_of_one_to_five():

@@ -1,0 +1,51 @@
+"""Kinds of device and the software of each JetPack."""
+
+from __future__ import annotations
+
+import pytest
+
+from edgecl.onboard.devices import DEVICES, device_of_module, jetpack_of_l4t
+
+
+@pytest.mark.parametrize(
+    ("module", "kind"),
+    [
+        ("NVIDIA Jetson Nano Developer Kit", "jetson-nano"),
+        ("NVIDIA Jetson Xavier NX Developer Kit", "jetson-xavier"),
+        ("Jetson-AGX Xavier", "jetson-xavier"),
+        ("NVIDIA Jetson Orin Nano Engineering Reference Developer Kit Super", "jetson-orin-nano"),
+        ("NVIDIA Jetson Orin NX Engineering Reference Developer Kit", "jetson-orin-nx"),
+        ("NVIDIA Jetson AGX Orin Developer Kit", "jetson-agx-orin"),
+        ("NVIDIA Jetson AGX Thor Developer Kit", "jetson-thor"),
+        ("Raspberry Pi 5 Model B Rev 1.0", None),
+    ],
+)
+def test_module_of_the_device_tree_has_its_kind(module, kind):
+    assert device_of_module(module) == kind
+
+
+@pytest.mark.parametrize(
+    ("l4t", "jetpack", "tensorrt"),
+    [
+        ("32.7.1", "4.6.1", "8.2"),
+        ("35.4.1", "5.1", "8.5"),
+        ("36.3.0", "6.0", "8.6"),
+        ("36.4.3", "6.1", "10.3"),
+        ("36.5.0", "6.1", "10.3"),
+        ("38.2.0", "7.0", "10.13"),
+        ("39.2.1", "7.2", "10.16"),
+    ],
+)
+def test_l4t_release_names_its_jetpack(l4t, jetpack, tensorrt):
+    found = jetpack_of_l4t(l4t)
+    assert (found.jetpack, found.tensorrt) == (jetpack, tensorrt)
+
+
+@pytest.mark.parametrize("l4t", ["", "R36", "21.5", "36"])
+def test_unknown_release_is_none(l4t):
+    assert jetpack_of_l4t(l4t) is None
+
+
+def test_only_what_has_dla_says_so():
+    cores = {name: device.dla_cores for name, device in DEVICES.items() if device.dla_cores != 0}
+    assert cores == {"jetson-xavier": 2, "jetson-orin-nx": 1, "jetson-agx-orin": 2, "jetson-orin": None}
