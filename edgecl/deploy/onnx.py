@@ -1,4 +1,4 @@
-"""A torch net -> an ONNX file at the target's opset, with its preprocessing in the file's metadata."""
+"""A torch net -> ONNX at the target's opset and forms, with its preprocessing in the model's metadata."""
 
 from __future__ import annotations
 
@@ -16,30 +16,29 @@ import torch
 from torch import nn
 
 from edgecl.artifacts import MADE_BY
+from edgecl.deploy.graph import portable
 from edgecl.errors import ParityError
 from edgecl.target import Graph
 
 INPUT = "input"
 OUTPUT = "output"
+# The oldest that torch's exporter writes; everything else is rewritten from it.
+EXPORTED_OPSET = 18
 
 
-def write_onnx(
-    net: nn.Module, path: Path, *, graph: Graph, shape: tuple[int, int, int], metadata: dict[str, Any]
-) -> int:
-    """Export a net in evaluation mode to one ONNX file.
+def onnx_from_net(
+    net: nn.Module, *, graph: Graph, shape: tuple[int, int, int], metadata: dict[str, Any]
+) -> onnx.ModelProto:
+    """Export a net in evaluation mode at the target's opset and forms, weights inside.
 
     Args:
         net: (N, 3, H, W) float32 -> (N, F) or (N, K).
-        path: the file to write; weights inside it.
-        graph: opset and batch.
+        graph: opset, forms and batch.
         shape: (3, H, W) of the input.
-        metadata: written into the file, each value as JSON.
-
-    Returns:
-        the length of an output vector.
+        metadata: written into the model, each value as JSON.
 
     Raises:
-        ParityError: the exporter wrote another opset than asked for.
+        ParityError: the exporter wrote another opset than asked for, or an operator that has no form there.
     """
     # A batch of one would be taken for a constant where the batch shall be dynamic.
     example = torch.zeros((max(graph.batch, 2) if graph.dynamic_batch else graph.batch, *shape))
@@ -49,29 +48,49 @@ def write_onnx(
             net.eval(),
             (example,),
             dynamo=True,
-            opset_version=graph.opset,
+            opset_version=EXPORTED_OPSET,
             input_names=[INPUT],
             output_names=[OUTPUT],
             dynamic_shapes=dynamic,
             verbose=False,
         )
     assert program is not None
-    model = program.model_proto
-    written = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
-    if written != graph.opset:
-        raise ParityError(f"torch exported opset {written}, the target asks for {graph.opset}")
-    model.producer_name, _, model.producer_version = MADE_BY.partition(" ")
+    exported = program.model_proto
+    written = next(entry.version for entry in exported.opset_import if entry.domain in ("", "ai.onnx"))
+    if written != EXPORTED_OPSET:
+        raise ParityError(f"torch exported opset {written}, edgecl asked for {EXPORTED_OPSET}")
     # The exporter notes source lines of the machine it ran on in every node; they say nothing to a device.
-    for node in model.graph.node:
+    for node in exported.graph.node:
         del node.metadata_props[:]
         node.doc_string = ""
-    del model.metadata_props[:]
+    del exported.metadata_props[:]
+    model = portable(exported, opset=graph.opset, hard_swish=graph.hard_swish)
+    model.producer_name, _, model.producer_version = MADE_BY.partition(" ")
     for key, value in metadata.items():
         entry = model.metadata_props.add()
         entry.key, entry.value = f"edgecl.{key}", json.dumps(value)
+    return model
+
+
+def save_onnx(model: onnx.ModelProto, path: Path) -> None:
+    """Check a model in full and write it to one file."""
     onnx.checker.check_model(model, full_check=True)
     path.write_bytes(model.SerializeToString())
+
+
+def output_length(model: onnx.ModelProto) -> int:
+    """Return the length of a model's output vector."""
     return int(model.graph.output[0].type.tensor_type.shape.dim[1].dim_value)
+
+
+def with_any_batch(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a copy that takes any batch; the portable forms hold no batch but in the input's and output's shape."""
+    free = onnx.ModelProto()
+    free.CopyFrom(model)
+    del free.graph.value_info[:]
+    for value in (*free.graph.input, *free.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_param = "N"
+    return free
 
 
 @contextlib.contextmanager

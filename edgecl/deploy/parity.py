@@ -1,43 +1,66 @@
-"""The exported net held to torch on real images, before a bundle is written."""
+"""The parity ladder: slim view, torch, ONNX in each precision, each rung held to the one it was made from."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy
+import onnx
+import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
-from edgecl.errors import ParityError
-from edgecl.onboard.runners import Runner
-from edgecl.onboard.verify import compare, run_all
+from edgecl.artifacts import RunDir
+from edgecl.checkpoint import read_newest
+from edgecl.deploy.accuracy import cosines
+from edgecl.deploy.onnx import with_any_batch
+from edgecl.errors import ArtifactError, ParityError
+from edgecl.nets.carving import create_slimmable
+from edgecl.nets.folding import fold_batch_norm
+from edgecl.onboard.verify import compare
+from edgecl.recipe import recipe_from_tables
 from edgecl.target import Tolerance
 
 Array = NDArray[numpy.float32]
+Layers = dict[str, Array]
+
+# Every layer's output of every image is held in memory at once.
+LAYER_IMAGES = 4
 
 
-def prove_parity(
-    runner: Runner, images: Array, expected: Array, *, form: dict[str, Any], tolerance: Tolerance
-) -> dict[str, Any]:
-    """Run the exported net with the code that runs it on devices, and hold it to torch's outputs.
+def rung(source: str, form: str, found: Array, expected: Array) -> dict[str, Any]:
+    """Compare the outputs of one form of a net with those of the form it was made from.
 
     Args:
-        runner: has loaded the exported net.
-        images: (N, 3, H, W) after preprocessing.
-        expected: (N, F) torch's outputs.
-        form: the manifest's "input".
-        tolerance: the target's.
-
-    Returns:
-        {"images", "max_abs_difference", "mean_abs_difference", "max_relative_difference", "top1_agreement"}.
+        source: what the form was made from.
+        form: what is compared.
+        found: (N, F) outputs of the form.
+        expected: (N, F) outputs of its source.
 
     Raises:
-        ParityError: another shape, or further from torch than the tolerance allows; NaN is further than anything.
+        ParityError: another shape, or values that are not finite.
     """
-    found = run_all(runner, images, form)
     if found.shape != expected.shape:
-        raise ParityError(f"the exported net gives outputs {found.shape}, torch {expected.shape}")
-    parity: dict[str, Any] = {"images": len(images), **compare(found, expected)}
-    difference, agreement = parity["max_relative_difference"], parity["top1_agreement"]
+        raise ParityError(f"{form} gives outputs {found.shape}, {source} gives {expected.shape}")
+    if not numpy.isfinite(found).all():
+        raise ParityError(
+            f"{form} gives values that are not finite, {source} gives finite ones",
+            hint="an activation left the range of the format; keep it in fp32",
+        )
+    return {
+        "from": source,
+        "to": form,
+        "images": len(found),
+        **compare(found, expected),
+        "mean_cosine": float(cosines(torch.from_numpy(found), torch.from_numpy(expected)).mean()),
+        "first_diverging_layer": None,
+    }
+
+
+def breaches(step: dict[str, Any], tolerance: Tolerance) -> list[str]:
+    """Say in which ways a rung leaves a tolerance; NaN leaves every one."""
+    difference, agreement = step["max_relative_difference"], step["top1_agreement"]
     problems = []
     if not difference <= tolerance.max_relative_difference:
         problems.append(
@@ -47,9 +70,127 @@ def prove_parity(
         problems.append(
             f"the largest output agrees on {agreement:.1%}, required {tolerance.top1_agreement:.1%}"
         )
+    if not step["mean_cosine"] >= tolerance.mean_cosine:
+        problems.append(
+            f"the mean cosine similarity is {step['mean_cosine']:.4g}, required {tolerance.mean_cosine:g}"
+        )
+    return problems
+
+
+def hold(step: dict[str, Any], tolerance: Tolerance) -> None:
+    """Refuse a rung outside its tolerance.
+
+    Raises:
+        ParityError: naming the first layer that leaves the tolerance, where it is known.
+    """
+    problems = breaches(step, tolerance)
     if problems:
+        layer = step["first_diverging_layer"]
         raise ParityError(
-            f"the exported net disagrees with torch on {len(images)} images: " + "; ".join(problems),
+            f"{step['to']} disagrees with {step['from']} on {step['images']} images: " + "; ".join(problems),
+            where={"first layer outside": layer} if layer else {},
             hint="no bundle was written; a wider [tolerance] in the target is for differences you can explain",
         )
-    return parity
+
+
+def first_outside(found: Layers, expected: Layers, tolerance: Tolerance) -> str | None:
+    """Return the first layer whose largest difference, over the layer's largest output, leaves the tolerance."""
+    for name, values in expected.items():
+        if name not in found:
+            continue
+        scale = float(numpy.abs(values).max()) or 1.0
+        if not float(numpy.abs(found[name] - values).max()) / scale <= tolerance.max_relative_difference:
+            return name
+    return None
+
+
+def torch_layers(net: nn.Module, images: Tensor) -> Layers:
+    """Return the output of every convolution and linear layer, batch norms folded, in the order they run.
+
+    Args:
+        net: in evaluation mode.
+        images: (N, 3, H, W).
+    """
+    folded = fold_batch_norm(net)
+    layers: Layers = {}
+
+    def keep(name: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            layers[name] = output.detach().numpy().copy()
+
+        return hook
+
+    hooks = [
+        module.register_forward_hook(keep(name))
+        for name, module in folded.named_modules()
+        if isinstance(module, nn.Conv2d | nn.Linear)
+    ]
+    with torch.no_grad():
+        folded(images)
+    for hook in hooks:
+        hook.remove()
+    return layers
+
+
+def onnx_layers(model: onnx.ModelProto, images: Array, *, names: list[str]) -> Layers:
+    """Return the output of every convolution and linear layer of a model, under the names of torch's layers.
+
+    Args:
+        model: in any form.
+        images: (N, 3, H, W).
+        names: of the layers in the order they run; where their number differs, ONNX's own names are used.
+    """
+    import onnxruntime
+
+    shown = with_any_batch(model)
+    tensors = [node.output[0] for node in model.graph.node if node.op_type in ("Conv", "Gemm", "MatMul")]
+    outputs = {value.name for value in shown.graph.output}
+    shown.graph.output.extend(onnx.ValueInfoProto(name=name) for name in tensors if name not in outputs)
+    onnxruntime.set_default_logger_severity(3)
+    session = onnxruntime.InferenceSession(shown.SerializeToString(), providers=["CPUExecutionProvider"])
+    values = session.run(tensors, {session.get_inputs()[0].name: images})
+    if len(names) != len(tensors):
+        names = tensors
+    return {
+        name: numpy.asarray(value, dtype=numpy.float32) for name, value in zip(names, values, strict=True)
+    }
+
+
+def slim_view_rung(net: nn.Module, record: dict[str, Any], run: Path, images: Tensor) -> dict[str, Any]:
+    """Compare a carved net with the slim view inside its host.
+
+    Where carving re-estimated the statistics of the batch norms, the slim view is given these, so that what is
+    compared is everything else.
+
+    Raises:
+        ArtifactError: the net was not carved from this run's newest checkpoint.
+        ParityError: the carved net computes something else.
+    """
+    run_dir = RunDir(run)
+    checkpoint = read_newest(run_dir)
+    if record["made_from"] != checkpoint.sha256:
+        raise ArtifactError(
+            "this model was not carved from this run's newest checkpoint",
+            where={
+                "run": run,
+                "model made from": str(record["made_from"])[:12],
+                "checkpoint": checkpoint.sha256[:12],
+            },
+            hint="name the run that `edgecl carve` read; a fine-tuned net has no slim view",
+        )
+    recipe = recipe_from_tables(run_dir.read()["recipe"], source=str(run_dir.record_file))
+    slimmable = create_slimmable(recipe)
+    slimmable.load_state_dict(checkpoint.model)
+    slimmable.eval()
+    own = net.state_dict()
+    statistics = {name: own[name] for name in own if name.endswith(("running_mean", "running_var"))}
+    with torch.no_grad():
+        if record["width"] == recipe.slim.width:
+            seen = slimmable.forward_slim_part(
+                "backbone", images, replaced=statistics if record["recalibrated"] else None
+            )
+        else:
+            seen = slimmable.host.get_submodule("backbone")(images)
+        carved = net(images)
+    form = "carved torch net" + (" (batch norms re-estimated)" if record["recalibrated"] else "")
+    return rung("slim view in its host", form, carved.numpy(), seen.numpy())

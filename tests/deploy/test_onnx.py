@@ -24,7 +24,7 @@ def opset_of(model):
 
 @pytest.fixture(scope="module")
 def static(exported_bundle):
-    return onnx.load(Bundle(exported_bundle).onnx_file)
+    return onnx.load(Bundle(exported_bundle).onnx_file())
 
 
 def session(path):
@@ -61,7 +61,7 @@ def test_static_batch_is_a_constant(static):
 
 
 def test_static_batch_refuses_another(exported_bundle):
-    net = session(Bundle(exported_bundle).onnx_file)
+    net = session(Bundle(exported_bundle).onnx_file())
     with pytest.raises(Exception, match="Got: 2 Expected: 1"):
         net.run(None, {"input": np.zeros((2, 3, 32, 32), np.float32)})
 
@@ -87,7 +87,7 @@ def test_dynamic_batch_takes_any_and_computes_what_torch_computes(dynamic_file, 
 def test_weights_are_inside_the_file(static, exported_bundle):
     assert not any(tensor.external_data for tensor in static.graph.initializer)
     assert not list(exported_bundle.glob("*.data"))
-    size = Bundle(exported_bundle).onnx_file.stat().st_size
+    size = Bundle(exported_bundle).onnx_file().stat().st_size
     assert size > 4 * load_model_params(exported_bundle)
 
 
@@ -111,7 +111,7 @@ def test_file_says_that_edgecl_made_it(static):
 
 
 def test_file_holds_no_path_of_this_machine(exported_bundle, dynamic_file):
-    for path in (Bundle(exported_bundle).onnx_file, dynamic_file):
+    for path in (Bundle(exported_bundle).onnx_file(), dynamic_file):
         content = path.read_bytes()
         for trace in (b"/work", b"site-packages", b".py", b"/home", b"/tmp", b"/root", b"stack_trace"):
             assert trace not in content

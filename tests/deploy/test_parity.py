@@ -1,101 +1,160 @@
-"""Parity: the exported net held to torch, with numbers and with sentences."""
+"""The ladder: numbers and sentences of a rung, and the first layer that leaves the tolerance."""
 
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import pytest
+import torch
+from onnx import numpy_helper
 
-from edgecl.deploy.parity import prove_parity
-from edgecl.errors import ParityError
-from edgecl.target import Tolerance
+from edgecl.deploy.onnx import onnx_from_net
+from edgecl.deploy.parity import (
+    breaches,
+    first_outside,
+    hold,
+    onnx_layers,
+    rung,
+    slim_view_rung,
+    torch_layers,
+)
+from edgecl.errors import ArtifactError, ParityError
+from edgecl.nets.carving import carve, load_model
+from edgecl.target import Graph, Tolerance
 
-FORM = {"name": "input", "shape": [1, 3, 4, 4], "dtype": "float32", "dynamic_batch": True, "max_batch": 4}
-STATIC = {**FORM, "shape": [4, 3, 4, 4], "dynamic_batch": False}
-IMAGES = np.random.default_rng(0).normal(size=(10, 3, 4, 4)).astype(np.float32)
-
-
-def torch_would_say(images):
-    return images.reshape(len(images), -1)[:, :6].copy()
-
-
-class Runner:
-    """A net whose every output is off by so much."""
-
-    def __init__(self, change=lambda outputs: outputs):
-        self.change = change
-        self.batches = []
-
-    def run(self, images):
-        self.batches.append(len(images))
-        return self.change(torch_would_say(images))
+EXPECTED = np.random.default_rng(0).normal(size=(10, 6)).astype(np.float32)
+STRICT = Tolerance(max_relative_difference=1e-3, top1_agreement=0.99, mean_cosine=0.999)
 
 
-def prove(runner, *, form=FORM, tolerance=None):
-    return prove_parity(
-        runner, IMAGES, torch_would_say(IMAGES), form=form, tolerance=tolerance or Tolerance()
-    )
+def test_equal_outputs_have_no_difference():
+    step = rung("torch", "ONNX", EXPECTED.copy(), EXPECTED)
+    assert (step["from"], step["to"], step["images"]) == ("torch", "ONNX", 10)
+    assert step["max_abs_difference"] == step["mean_abs_difference"] == step["max_relative_difference"] == 0
+    assert step["top1_agreement"] == 1
+    assert step["mean_cosine"] == pytest.approx(1)
+    hold(step, STRICT)
 
 
-def test_equal_outputs_differ_by_nothing():
-    assert prove(Runner()) == {
-        "images": 10,
-        "max_abs_difference": 0,
-        "mean_abs_difference": 0,
-        "max_relative_difference": 0,
-        "top1_agreement": 1,
-    }
+def test_numbers_of_a_rung_are_those_of_their_definitions():
+    found = EXPECTED.copy()
+    found[3, EXPECTED[3].argmin()] = EXPECTED[3].max() + 1
+    step = rung("torch", "ONNX", found, EXPECTED)
+    difference = np.abs(found - EXPECTED)
+    assert step["max_abs_difference"] == pytest.approx(difference.max())
+    assert step["mean_abs_difference"] == pytest.approx(difference.mean())
+    assert step["max_relative_difference"] == pytest.approx(difference.max() / np.abs(EXPECTED).max())
+    assert step["top1_agreement"] == pytest.approx(0.9)
+    norms = np.linalg.norm(found, axis=1) * np.linalg.norm(EXPECTED, axis=1)
+    assert step["mean_cosine"] == pytest.approx(((found * EXPECTED).sum(1) / norms).mean())
 
 
-def test_differences_are_counted_as_they_are():
-    found = prove(Runner(lambda outputs: outputs + 0.001), tolerance=Tolerance(max_relative_difference=0.1))
-    assert found["max_abs_difference"] == pytest.approx(0.001, rel=1e-3)
-    assert found["mean_abs_difference"] == pytest.approx(0.001, rel=1e-3)
-    assert found["max_relative_difference"] == pytest.approx(
-        0.001 / np.abs(torch_would_say(IMAGES)).max(), rel=1e-3
-    )
-
-
-def test_difference_above_the_tolerance_is_an_error_with_both_numbers():
+def test_rung_outside_its_tolerance_is_refused_with_numbers_and_layer():
+    step = rung("carved torch net", "ONNX fp32", EXPECTED + 0.01, EXPECTED)
+    step["first_diverging_layer"] = "blocks.1.conv_pw"
     with pytest.raises(ParityError) as caught:
-        prove(Runner(lambda outputs: outputs * 1.01))
-    assert caught.value.problem == (
-        "the exported net disagrees with torch on 10 images: "
-        "the largest relative difference is 0.01, allowed 0.001"
+        hold(step, STRICT)
+    assert caught.value.problem.startswith(
+        "ONNX fp32 disagrees with carved torch net on 10 images: the largest relative difference is 0.0"
     )
-    assert caught.value.hint.startswith("no bundle was written; ")
+    assert "allowed 0.001" in caught.value.problem
+    assert caught.value.where == {"first layer outside": "blocks.1.conv_pw"}
+    assert "no bundle was written" in caught.value.hint
 
 
-def test_disagreement_on_the_largest_output_is_an_error_of_its_own():
-    def swap(outputs):
-        outputs[:2] = np.roll(outputs[:2], 1, axis=1)
-        return outputs
-
-    with pytest.raises(ParityError, match=r"the largest output agrees on \d+\.0%, required 99\.0%"):
-        prove(Runner(swap), tolerance=Tolerance(max_relative_difference=100))
+def test_agreement_below_the_tolerance_is_a_breach_of_its_own():
+    step = rung("torch", "ONNX", EXPECTED[:, ::-1].copy(), EXPECTED)
+    assert len(breaches(step, STRICT)) == 3
+    assert "the largest output agrees on" in breaches(step, STRICT)[1]
+    assert "the mean cosine similarity is" in breaches(step, STRICT)[2]
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_one_output_that_is_no_number_is_an_error(bad):
-    def spoil(outputs):
-        outputs[0, 0] = bad
-        return outputs
-
-    with pytest.raises(ParityError, match="disagrees with torch"):
-        prove(Runner(spoil), tolerance=Tolerance(max_relative_difference=1e9, top1_agreement=0))
+def test_values_that_are_not_finite_are_refused():
+    found = EXPECTED.copy()
+    found[0, 0] = np.inf
+    with pytest.raises(ParityError, match="fp16 gives values that are not finite"):
+        rung("fp32", "fp16", found, EXPECTED)
 
 
-def test_another_shape_is_an_error_with_both():
-    with pytest.raises(ParityError, match=r"gives outputs \(10, 5\), torch \(10, 6\)"):
-        prove(Runner(lambda outputs: outputs[:, :5]))
+def test_other_shape_is_refused():
+    with pytest.raises(ParityError, match=r"ONNX gives outputs \(10, 5\), torch gives \(10, 6\)"):
+        rung("torch", "ONNX", EXPECTED[:, :5], EXPECTED)
 
 
-def test_dynamic_batches_stay_within_the_limit():
-    runner = Runner()
-    prove(runner)
-    assert runner.batches == [4, 4, 2]
+# --- layer by layer ---
 
 
-def test_static_batches_are_filled_up_and_the_filling_is_not_compared():
-    runner = Runner()
-    assert prove(runner, form=STATIC)["images"] == 10
-    assert runner.batches == [4, 4, 4]
+@pytest.fixture(scope="module")
+def net(carved_model):
+    return load_model(carved_model)[0]
+
+
+@pytest.fixture(scope="module")
+def model(net):
+    return onnx_from_net(net, graph=Graph(), shape=(3, 32, 32), metadata={})
+
+
+IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def test_every_layer_of_onnx_computes_what_torch_computes(net, model):
+    in_torch = torch_layers(net, IMAGES)
+    in_onnx = onnx_layers(model, IMAGES.numpy(), names=list(in_torch))
+    assert in_onnx.keys() == in_torch.keys()
+    assert len(in_torch) > 30
+    assert first_outside(in_onnx, in_torch, Tolerance(max_relative_difference=1e-4)) is None
+
+
+def test_layer_that_was_changed_is_the_first_outside(net, model):
+    in_torch = torch_layers(net, IMAGES)
+    names = list(in_torch)
+    changed = onnx.ModelProto()
+    changed.CopyFrom(model)
+    place = 20
+    convolution = [node for node in changed.graph.node if node.op_type == "Conv"][place]
+    weight = next(tensor for tensor in changed.graph.initializer if tensor.name == convolution.input[1])
+    weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * 1.5, weight.name))
+    found = onnx_layers(changed, IMAGES.numpy(), names=names)
+    assert first_outside(found, in_torch, STRICT) == names[place]
+
+
+def test_layers_keep_onnxs_names_where_their_number_differs(model):
+    found = onnx_layers(model, IMAGES.numpy(), names=["only one"])
+    assert "only one" not in found
+    assert len(found) > 30
+
+
+# --- the slim view ---
+
+
+@pytest.fixture(scope="module")
+def plain_model(trained_run, tmp_path_factory):
+    out = tmp_path_factory.mktemp("plain") / "slim"
+    carve(trained_run, out=out, recalibrate_norms=False)
+    return out
+
+
+def test_carved_net_equals_the_slim_view_bit_for_bit(plain_model, trained_run):
+    net, record = load_model(plain_model)
+    step = slim_view_rung(net, record, trained_run, IMAGES)
+    assert step["max_abs_difference"] == 0
+    assert step["to"] == "carved torch net"
+
+
+def test_carved_net_with_new_statistics_equals_the_slim_view_given_them(carved_model, trained_run):
+    net, record = load_model(carved_model)
+    step = slim_view_rung(net, record, trained_run, IMAGES)
+    assert step["max_abs_difference"] == 0
+    assert step["to"] == "carved torch net (batch norms re-estimated)"
+
+
+def test_slim_view_shows_a_weight_that_was_changed(plain_model, trained_run):
+    net, record = load_model(plain_model)
+    with torch.no_grad():
+        next(net.parameters()).mul_(1.01)
+    assert slim_view_rung(net, record, trained_run, IMAGES)["max_abs_difference"] > 0
+
+
+def test_another_run_is_refused(plain_model, trained_run):
+    net, record = load_model(plain_model)
+    with pytest.raises(ArtifactError, match="this model was not carved from this run's newest checkpoint"):
+        slim_view_rung(net, {**record, "made_from": "0" * 64}, trained_run, IMAGES)

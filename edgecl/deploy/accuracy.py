@@ -1,0 +1,239 @@
+"""How good a net is in each precision: one set of images with known answers, run through every form of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy
+import onnx
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from edgecl.data.loading import load_eval_images, normalise, say_skipped, split_holdout
+from edgecl.data.randomness import permutation
+from edgecl.data.sources import Split, has_test_split, open_source
+from edgecl.deploy.onnx import with_any_batch
+from edgecl.errors import DataError, DeviceError
+from edgecl.intervals import proportion_interval
+from edgecl.quality import knn_correct
+
+Array = NDArray[numpy.float32]
+Run = Callable[[Array], Array]
+Metric = Literal["top1", "knn_top1", "mean_cosine"]
+
+METRICS: dict[Metric, str] = {
+    "top1": "top-1",
+    "knn_top1": "kNN top-1",
+    "mean_cosine": "mean cosine similarity with fp32",
+}
+BATCH = 32
+# Enough for an interval of half a point; more would take longer than they tell.
+MOST_IMAGES = 10_000
+MOST_UNLABELLED = 512
+# Of a folder without a test split: the same fifth that `probe` and `finetune` hold out.
+HOLDOUT = 0.2
+# Any readable pictures will do here; the verbs that learn from images hold them to the recipe's limit.
+MAX_BAD_FRACTION = 0.5
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What one form of a net gives.
+
+    Attributes:
+        queries: (N, F) outputs for the judged images.
+        bank: (M, F) outputs for the images whose labels are known, of a net without classifier.
+    """
+
+    queries: Tensor
+    bank: Tensor | None
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Images on which the forms of one net are compared.
+
+    Attributes:
+        metric: top1 for a classifier, knn_top1 for features where images have labels, else mean_cosine.
+        images: (N, 3, H, W) uint8.
+        labels: (N,) int64, or None.
+        bank: (M, 3, H, W) uint8 with known labels for kNN, or None.
+        bank_labels: (M,) int64, or None.
+        preprocessing: of the net.
+        data: where the images come from.
+    """
+
+    metric: Metric
+    images: Tensor
+    labels: Tensor | None
+    bank: Tensor | None
+    bank_labels: Tensor | None
+    preprocessing: dict[str, Any]
+    data: str
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def halves(self) -> tuple[Judge, Judge]:
+        """Split the judged images in two: one to search on, one to report on."""
+        order = torch.from_numpy(permutation(0, 0, len(self), stream="halves"))
+        return self._take(order[: len(self) // 2]), self._take(order[len(self) // 2 :])
+
+    def first(self, count: int) -> Judge:
+        """Return a judge of so many images, an even choice."""
+        return self._take(torch.arange(0, len(self), max(1, len(self) // count))[:count])
+
+    def _take(self, index: Tensor) -> Judge:
+        labels = None if self.labels is None else self.labels[index]
+        return replace(self, images=self.images[index], labels=labels)
+
+    def outputs(self, run: Run) -> Outputs:
+        """Run a form of the net over the images."""
+        bank = None if self.bank is None else self._run(run, self.bank)
+        return Outputs(self.queries(run), bank)
+
+    def queries(self, run: Run) -> Tensor:
+        """Return the (N, F) outputs for the judged images alone."""
+        return self._run(run, self.images)
+
+    def _run(self, run: Run, images: Tensor) -> Tensor:
+        mean, std = self.preprocessing["mean"], self.preprocessing["std"]
+        parts = [run(normalise(part, mean, std).numpy()) for part in images.split(BATCH)]
+        return torch.from_numpy(numpy.concatenate(parts))
+
+    def scores(self, outputs: Outputs, fp32: Outputs) -> Tensor:
+        """Return (N,) one number per image: right or wrong in percent, or the cosine similarity with fp32."""
+        if self.metric == "mean_cosine":
+            return cosines(outputs.queries, fp32.queries)
+        assert self.labels is not None
+        if self.metric == "top1":
+            correct = outputs.queries.argmax(1) == self.labels
+        else:
+            assert outputs.bank is not None
+            assert self.bank_labels is not None
+            correct = knn_correct(outputs.bank, self.bank_labels, outputs.queries, self.labels)
+        return 100 * correct.double()
+
+    def accuracy(self, outputs: Outputs, fp32: Outputs) -> dict[str, Any]:
+        """Return what a manifest says about the accuracy of one precision."""
+        scores = self.scores(outputs, fp32)
+        value = float(scores.mean())
+        interval = None if self.metric == "mean_cosine" else list(proportion_interval(value, len(scores)))
+        return {
+            "metric": self.metric,
+            "value": value,
+            "ci95": interval,
+            "n": len(scores),
+            "data": self.data,
+            "mean_cosine": float(cosines(outputs.queries, fp32.queries).mean()),
+        }
+
+
+def cosines(found: Tensor, expected: Tensor) -> Tensor:
+    """Return the (N,) cosine similarities of (N, F) outputs; of two zero vectors, 1."""
+    found, expected = found.double(), expected.double()
+    both_zero = (found.norm(dim=1) == 0) & (expected.norm(dim=1) == 0)
+    return torch.where(both_zero, 1.0, torch.nn.functional.cosine_similarity(found, expected, dim=1))
+
+
+def open_judge(
+    record: dict[str, Any],
+    *,
+    uri: str | None,
+    fallback: str,
+    preprocessing: dict[str, Any],
+    download: bool = False,
+) -> Judge:
+    """Gather the images on which precisions are judged.
+
+    Args:
+        record: of the model.
+        uri: labelled images as the user named them, or None: then the held-out part of `fallback`.
+        fallback: the images the net was made from.
+        preprocessing: of the net, at the size it is exported for.
+        download: let torchvision fetch what is not on the disk.
+
+    Raises:
+        DataError: other classes than the net's, no labels where the user named images for their labels, or too
+            few images.
+    """
+    named = uri or fallback
+    split: Split = "test" if has_test_split(named) else "train"
+    source = open_source(named, split=split, download=download)
+    classes = record["classes"]
+    usable = source.labels is not None and (classes is None or list(source.classes or ()) == list(classes))
+    if uri and not usable:
+        raise DataError(
+            "these images have no labels"
+            if source.labels is None
+            else f"these images have other classes than the net: {len(source.classes or ())} against {len(classes)}",
+            where={"eval": uri},
+            hint="put each class in a folder of its own, named as the net's classes: ROOT/CLASS/image.jpg",
+        )
+    if source.labels is not None and not uri and split == "train":
+        source = source.take(split_holdout(source.labels, HOLDOUT, seed=0)[1])
+    loaded = load_eval_images(
+        source,
+        resize_size=preprocessing["resize_size"],
+        image_size=preprocessing["image_size"],
+        max_bad_fraction=MAX_BAD_FRACTION,
+        limit=MOST_IMAGES if usable else MOST_UNLABELLED,
+    )
+    say_skipped(loaded.skipped, named)
+    images, labels = loaded.images, loaded.labels if usable else None
+    held_out = "" if uri or split == "test" else " (held out)" if source.labels is not None else ""
+    bank = bank_labels = None
+    metric: Metric = "mean_cosine" if labels is None else "top1" if classes else "knn_top1"
+    if metric == "knn_top1":
+        assert labels is not None
+        known, asked = (torch.from_numpy(part) for part in split_holdout(labels.numpy(), 0.5, seed=1))
+        bank, bank_labels, images, labels = images[known], labels[known], images[asked], labels[asked]
+    if len(images) < 2:
+        raise DataError(f"{len(images)} images are too few to judge a precision on", where={"eval": named})
+    return Judge(metric, images, labels, bank, bank_labels, preprocessing, f"{named}{held_out}")
+
+
+def runner_of(model: onnx.ModelProto, *, runtime: str, form: str = "fp32") -> Run:
+    """Return a function that runs a model on any batch, on one thread.
+
+    Args:
+        model: in any form.
+        runtime: 'openvino' runs it there; everything else on ONNX Runtime.
+        form: of the model. ONNX Runtime computes the forms for TensorRT as they are written, unoptimised: it would
+            quantise biases as well, which flips roundings.
+    """
+    data = with_any_batch(model).SerializeToString()
+    if runtime == "openvino":
+        return _openvino(data)
+    import onnxruntime
+
+    onnxruntime.set_default_logger_severity(3)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    if form.startswith("int8-trt"):
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+
+    def run(images: Array) -> Array:
+        return numpy.asarray(session.run(None, {name: images})[0])
+
+    return run
+
+
+def _openvino(data: bytes) -> Run:
+    try:
+        import openvino
+    except ImportError as complaint:
+        raise DeviceError("openvino is not installed", hint="pip install openvino") from complaint
+    core = openvino.Core()
+    settings = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32"}
+    compiled = core.compile_model(core.read_model(data), "CPU", settings)
+
+    def run(images: Array) -> Array:
+        return numpy.asarray(compiled(images)[0])
+
+    return run

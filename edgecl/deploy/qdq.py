@@ -1,0 +1,364 @@
+"""Graphs with explicit quantisation while they are written: what TensorRT takes, and what ONNX Runtime fuses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy
+import onnx
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+
+from edgecl.deploy.graph import Names
+from edgecl.deploy.scales import asymmetric_scale, representable, symmetric_scale, weight_scales
+from edgecl.deploy.structure import WEIGHTED, Links, attribute, baseline_keep, clips_at_zero
+from edgecl.errors import DataError
+
+Array = NDArray[Any]
+Ranges = Mapping[str, tuple[float, float]]
+
+_BIAS_STEPS = 2.0**30
+
+
+class Draft:
+    """A quantised graph while it is written, node after node.
+
+    Args:
+        model: the graph it is made from.
+        ranges: tensor -> (least, largest).
+        chosen: names of weighted nodes to quantise.
+        keep: names of nodes that must not be.
+    """
+
+    def __init__(self, model: onnx.ModelProto, ranges: Ranges, *, chosen: set[str], keep: set[str]) -> None:
+        self.model, self.ranges, self.chosen, self.keep = model, ranges, chosen, keep
+        self.links = Links(model.graph)
+        self.names = Names(model.graph)
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants = dict(self.links.constants)
+        self.dequantised: dict[str, str] = {}
+        """Tensor -> what its Q/DQ pair gives; one pair serves all readers."""
+        self._uncast = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "Cast"}
+
+    def write(self) -> onnx.ModelProto:
+        """Return the quantised model."""
+        for node in self.model.graph.node:
+            self.write_node(node)
+        written = onnx.ModelProto()
+        written.CopyFrom(self.model)
+        graph = written.graph
+        for part in (graph.node, graph.initializer, graph.value_info):
+            del part[:]
+        graph.node.extend(self.nodes)
+        read = {name for node in self.nodes for name in node.input}
+        graph.initializer.extend(tensor for name, tensor in self.constants.items() if name in read)
+        return written
+
+    def write_node(self, node: onnx.NodeProto) -> None:
+        """Append what becomes of a node."""
+        raise NotImplementedError
+
+    def append(self, kind: str, inputs: Sequence[str], output: str, *, name: str, **attributes: Any) -> str:
+        """Append a node of a kind, and return its output."""
+        self.nodes.append(
+            helper.make_node(kind, list(inputs), [output], name=self.names.node(name), **attributes)
+        )
+        return output
+
+    def append_with(self, node: onnx.NodeProto, inputs: Mapping[int, str]) -> onnx.NodeProto:
+        """Append a copy of a node that reads other tensors at some places."""
+        changed = onnx.NodeProto()
+        changed.CopyFrom(node)
+        for place, name in inputs.items():
+            changed.input[place] = name
+        self.nodes.append(changed)
+        return changed
+
+    def constant(self, wish: str, values: Array) -> str:
+        """Add a constant under a new name."""
+        name = self.names.tensor(wish)
+        self.constants[name] = numpy_helper.from_array(numpy.asarray(values), name)
+        return name
+
+    def values(self, name: str) -> Array:
+        """Return a constant's values."""
+        return numpy_helper.to_array(self.constants[name])
+
+    def range_of(self, tensor: str) -> tuple[float, float]:
+        """Return a tensor's range; a cast changes the type and not the values."""
+        tensor = self._uncast.get(tensor, tensor)
+        if tensor not in self.ranges:
+            raise DataError(
+                f"tensor '{tensor}' has no range", hint="calibrate the very graph that is quantised"
+            )
+        least, largest = self.ranges[tensor]
+        if not (numpy.isfinite(least) and numpy.isfinite(largest) and least <= largest):
+            raise DataError(f"tensor '{tensor}' has the range {least} to {largest}")
+        return float(least), float(largest)
+
+    def pair(
+        self, tensor: str, scale: str, zero: str, *, axis: int | None = None, back: str | None = None
+    ) -> str:
+        """Append QuantizeLinear and DequantizeLinear behind a tensor.
+
+        Args:
+            tensor: what is quantised.
+            scale, zero: names of constants.
+            axis: of the channels that have a scale each.
+            back: the scale to come back with, where it is another one.
+        """
+        attributes = {} if axis is None else {"axis": axis}
+        codes = self.append(
+            "QuantizeLinear",
+            [tensor, scale, zero],
+            self.names.tensor(f"{tensor}_quantized"),
+            name=f"{tensor}_QuantizeLinear",
+            **attributes,
+        )
+        return self.append(
+            "DequantizeLinear",
+            [codes, back or scale, zero],
+            self.names.tensor(f"{tensor}_dequantized"),
+            name=f"{tensor}_DequantizeLinear",
+            **attributes,
+        )
+
+
+class TensorrtDraft(Draft):
+    """Symmetric S8 on inputs only; the scales have the type of what they scale."""
+
+    def write_node(self, node: onnx.NodeProto) -> None:
+        """Put pairs before a convolution or matrix product, and before the skip of a residual sum."""
+        changed: dict[int, str] = {}
+        skip = None if node.name in self.keep else self.links.skip_input(node, self.chosen)
+        if node.name in self.chosen:
+            dtype = self.values(node.input[1]).dtype
+            changed = {0: self._activation(node.input[0], dtype), 1: self._weights(node)}
+        elif skip is not None:
+            # The sum has the type of the convolution that it is fused into.
+            fused = self.links.maker[node.input[1 - skip]]
+            changed = {skip: self._activation(node.input[skip], self.values(fused.input[1]).dtype)}
+        self.append_with(node, changed)
+
+    def _activation(self, tensor: str, dtype: Any) -> str:
+        if tensor not in self.dequantised:
+            scale = symmetric_scale(*self.range_of(tensor), dtype=dtype)
+            self.dequantised[tensor] = self.pair(
+                tensor,
+                self.constant(f"{tensor}_scale", scale),
+                self.constant(f"{tensor}_zero_point", numpy.zeros((), numpy.int8)),
+            )
+        return self.dequantised[tensor]
+
+    def _weights(self, node: onnx.NodeProto) -> str:
+        tensor, axis = node.input[1], _channel_axis(node)
+        # The same weights as rows of one node and columns of another have two sets of scales.
+        key = f"{tensor}:{axis}"
+        if key not in self.dequantised:
+            weights = self.values(tensor)
+            scale = weight_scales(weights, axis=axis, dtype=weights.dtype)
+            self.dequantised[key] = self.pair(
+                tensor,
+                self.constant(f"{tensor}_scale", scale),
+                self.constant(f"{tensor}_zero_point", numpy.zeros(scale.shape, numpy.int8)),
+                axis=axis,
+            )
+        return self.dequantised[key]
+
+
+class CpuDraft(Draft):
+    """Asymmetric U8 activations on both sides of every operator that ONNX Runtime has an integer kernel for."""
+
+    def __init__(self, model: onnx.ModelProto, ranges: Ranges, *, chosen: set[str], keep: set[str]) -> None:
+        super().__init__(model, ranges, chosen=chosen, keep=keep)
+        self._grid: dict[str, tuple[Array, Array]] = {}
+        """Tensor -> its scale and zero point."""
+        self._integer: set[str] = set()
+        """Tensors that an integer kernel makes."""
+        self._absorbed: set[str] = set()
+        """Outputs of activations that saturation computes."""
+        self._entrances = set(baseline_keep(model, "int8-cpu")) - keep
+
+    def write_node(self, node: onnx.NodeProto) -> None:
+        """Append a node between pairs where it has an integer kernel and integer inputs, else as it is."""
+        if node.output[0] in self._absorbed:
+            return
+        kind, inside = node.op_type, [name in self._integer for name in self.links.activations(node)]
+        if node.name in self.chosen and kind == "Conv":
+            self._finish(node, self._weighted(node))
+        elif node.name in self.chosen:
+            # The classifier's outputs are ranked: there is nothing to gain from rounding them.
+            self._weighted(node)
+        elif node.name in self._entrances and self._leads_to_chosen(node):
+            self._finish(node, self._leave(node))
+        elif node.name in self.keep or not any(inside):
+            self._leave(node)
+        elif kind == "HardSigmoid" and attribute(node, "alpha", 0.2) > 0:
+            self._write_hard_sigmoid(node)
+        elif (kind == "Add" and all(inside)) or kind == "Mul":
+            self._finish(node, self.append_with(node, self._operands(node)))
+        elif kind == "Sigmoid" or (
+            kind in ("GlobalAveragePool", "AveragePool") and self._read_by_nodes(node)
+        ):
+            self._finish(node, self.append_with(node, {0: self._activation(node.input[0])}))
+        elif kind == "MaxPool" or (kind == "Flatten" and self._read_by_chosen(node)):
+            self._grid[node.output[0]] = self._grid_of(node.input[0])
+            self._finish(node, self.append_with(node, {0: self._activation(node.input[0])}))
+        else:
+            self._leave(node)
+
+    def _leave(self, node: onnx.NodeProto) -> onnx.NodeProto:
+        """Append a node in float32; it reads what integer kernels made after the pair, so that they can be fused."""
+        inputs = enumerate(node.input)
+        return self.append_with(
+            node, {place: self._activation(name) for place, name in inputs if name in self._integer}
+        )
+
+    def _finish(self, node: onnx.NodeProto, written: onnx.NodeProto) -> None:
+        """Quantise the output of a node, and leave a clip out that saturation computes."""
+        tensor, outputs = node.output[0], self.links.outputs
+        readers = self.links.readers[tensor]
+        if tensor in outputs:
+            return
+        if len(readers) == 1 and clips_at_zero(readers[0], self.constants):
+            # The end of the net is not quantised: nothing saturates there.
+            if readers[0].output[0] in outputs:
+                return
+            tensor = readers[0].output[0]
+            self._absorbed.add(tensor)
+            written.output[0] = tensor
+        self._activation(tensor)
+        self._integer.add(tensor)
+
+    def _read_by_nodes(self, node: onnx.NodeProto) -> bool:
+        """Tell whether anything but the end of the net reads a pool: features are not to be rounded twice."""
+        readers = self.links.readers[node.output[0]]
+        return any(reader.op_type != "Flatten" or self._read_by_chosen(reader) for reader in readers)
+
+    def _read_by_chosen(self, node: onnx.NodeProto) -> bool:
+        return any(reader.name in self.chosen for reader in self.links.readers[node.output[0]])
+
+    def _leads_to_chosen(self, node: onnx.NodeProto) -> bool:
+        """Tell whether one of the next weighted nodes is quantised."""
+        seen: set[str] = set()
+        ahead = list(node.output)
+        while ahead:
+            for reader in self.links.readers[ahead.pop()]:
+                if reader.name in self.chosen:
+                    return True
+                if reader.op_type not in WEIGHTED and reader.name not in seen:
+                    seen.add(reader.name)
+                    ahead += reader.output
+        return False
+
+    def _grid_of(self, tensor: str) -> tuple[Array, Array]:
+        if tensor not in self._grid:
+            least, largest = self.range_of(tensor)
+            maker = self.links.maker.get(tensor)
+            if maker is not None and clips_at_zero(maker, self.constants):
+                least = 0.0
+            self._grid[tensor] = asymmetric_scale(least, largest)
+        return self._grid[tensor]
+
+    def _activation(self, tensor: str) -> str:
+        if tensor not in self.dequantised:
+            scale, zero = self._grid_of(tensor)
+            self.dequantised[tensor] = self.pair(
+                tensor,
+                self.constant(f"{tensor}_scale", scale),
+                self.constant(f"{tensor}_zero_point", zero),
+            )
+        return self.dequantised[tensor]
+
+    def _weighted(self, node: onnx.NodeProto) -> onnx.NodeProto:
+        """Append a convolution or matrix product with S8 weights and an int32 bias."""
+        tensor, axis = node.input[1], _channel_axis(node)
+        weights = self.values(tensor).astype(numpy.float64)
+        step = float(self._grid_of(node.input[0])[0])
+        biased = len(node.input) > 2 and bool(node.input[2])
+        bias = self.values(node.input[2]).astype(numpy.float64).reshape(-1) if biased else None
+        scale = weight_scales(weights, axis=axis)
+        if bias is not None:
+            # A bias far larger than the weights of its channel must still fit into int32.
+            scale = representable(numpy.maximum(scale, numpy.abs(bias) / (step * _BIAS_STEPS)), numpy.float32)
+        shape = [-1 if place == axis else 1 for place in range(weights.ndim)]
+        codes = numpy.clip(numpy.rint(weights / scale.astype(numpy.float64).reshape(shape)), -128, 127)
+        wish = f"{node.name}_weight"
+        changed = {
+            0: self._activation(node.input[0]),
+            1: self._constant_codes(wish, codes.astype(numpy.int8), scale, axis=axis),
+        }
+        if bias is not None:
+            bias_scale = (numpy.float32(step) * scale).astype(numpy.float32)
+            steps = numpy.rint(bias / bias_scale.astype(numpy.float64)).astype(numpy.int32)
+            changed[2] = self._constant_codes(f"{node.name}_bias", steps, bias_scale, axis=0)
+        return self.append_with(node, changed)
+
+    def _constant_codes(self, wish: str, codes: Array, scale: Array, *, axis: int | None = None) -> str:
+        """Add integers and the DequantizeLinear that reads them."""
+        attributes = {} if axis is None else {"axis": axis}
+        return self.append(
+            "DequantizeLinear",
+            [
+                self.constant(f"{wish}_quantized", codes),
+                self.constant(f"{wish}_scale", scale),
+                self.constant(f"{wish}_zero_point", numpy.zeros(scale.shape, codes.dtype)),
+            ],
+            self.names.tensor(f"{wish}_dequantized"),
+            name=f"{wish}_DequantizeLinear",
+            **attributes,
+        )
+
+    def _operands(self, node: onnx.NodeProto) -> dict[int, str]:
+        """Return the quantised operands of a sum or product; a constant is exact as one step of its own size."""
+        changed = {}
+        for place, name in enumerate(node.input):
+            if name not in self.constants:
+                changed[place] = self._activation(name)
+                continue
+            scale, zero = asymmetric_scale(float(self.values(name).min()), float(self.values(name).max()))
+            codes = numpy.clip(numpy.rint(self.values(name) / scale) + zero, 0, 255).astype(numpy.uint8)
+            wish = self.names.tensor(f"{node.output[0]}_operand")
+            changed[place] = self.append(
+                "DequantizeLinear",
+                [
+                    self.constant(f"{wish}_quantized", codes),
+                    self.constant(f"{wish}_scale", scale),
+                    self.constant(f"{wish}_zero_point", zero),
+                ],
+                self.names.tensor(f"{wish}_dequantized"),
+                name=f"{wish}_DequantizeLinear",
+            )
+        return changed
+
+    def _write_hard_sigmoid(self, node: onnx.NodeProto) -> None:
+        """Say clip(alpha x + beta, 0, 1) as one integer sum.
+
+        It is alpha clip(x + beta / alpha, 0, 1 / alpha): saturation does the clip, and coming back from integers with
+        another scale than going there does the product with alpha.
+        """
+        alpha, beta = attribute(node, "alpha", 0.2), attribute(node, "beta", 0.5)
+        tensor = node.output[0]
+        zero = numpy.zeros((), numpy.uint8)
+        offset = self._constant_codes(
+            f"{tensor}_offset", numpy.asarray(1, numpy.uint8), numpy.asarray(beta / alpha, numpy.float32)
+        )
+        lifted = self.append(
+            "Add",
+            [self._activation(node.input[0]), offset],
+            self.names.tensor(f"{tensor}_lifted"),
+            name=node.name,
+        )
+        self.dequantised[tensor] = self.pair(
+            lifted,
+            self.constant(f"{tensor}_scale", numpy.asarray(1 / alpha / 255, numpy.float32)),
+            self.constant(f"{tensor}_zero_point", zero),
+            back=self.constant(f"{tensor}_unit_scale", numpy.asarray(1 / 255, numpy.float32)),
+        )
+        self._integer.add(tensor)
+
+
+def _channel_axis(node: onnx.NodeProto) -> int:
+    """Return the axis of a node's weights that counts its outputs."""
+    return 0 if node.op_type == "Conv" or attribute(node, "transB", 0) else 1

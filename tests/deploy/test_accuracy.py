@@ -1,0 +1,104 @@
+"""The judge: which images it takes, and its numbers against independent ones."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from edgecl.deploy.accuracy import Judge, Outputs, cosines, open_judge, runner_of
+from edgecl.deploy.onnx import onnx_from_net
+from edgecl.errors import DataError
+from edgecl.nets.carving import load_model
+from edgecl.target import Graph
+
+PREPROCESSING = {"image_size": 8, "resize_size": 8, "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
+
+
+def test_classifier_is_judged_on_the_fifth_that_is_held_out(image_folder):
+    record = {"classes": ["blue", "green", "red"]}
+    judge = open_judge(record, uri=None, fallback=str(image_folder), preprocessing=PREPROCESSING)
+    assert judge.metric == "top1"
+    assert len(judge) == 12
+    assert judge.labels.bincount().tolist() == [4, 4, 4]
+    assert judge.data.endswith("(held out)")
+
+
+def test_classifier_is_judged_on_all_that_the_user_names(image_folder):
+    record = {"classes": ["blue", "green", "red"]}
+    judge = open_judge(record, uri=str(image_folder), fallback="demo", preprocessing=PREPROCESSING)
+    assert (judge.metric, len(judge)) == ("top1", 60)
+
+
+def test_features_are_judged_by_neighbours_with_known_labels(image_folder):
+    judge = open_judge({"classes": None}, uri=str(image_folder), fallback="demo", preprocessing=PREPROCESSING)
+    assert judge.metric == "knn_top1"
+    assert (len(judge), len(judge.bank)) == (30, 30)
+    both = torch.cat([judge.images, judge.bank]).flatten(1)
+    assert len(torch.unique(both, dim=0)) == 60
+
+
+def test_images_without_labels_are_judged_by_similarity(unlabelled_folder):
+    judge = open_judge(
+        {"classes": ["a", "b"]}, uri=None, fallback=str(unlabelled_folder), preprocessing=PREPROCESSING
+    )
+    assert (judge.metric, judge.labels, len(judge)) == ("mean_cosine", None, 24)
+
+
+def test_images_named_for_their_labels_must_have_them(unlabelled_folder):
+    with pytest.raises(DataError, match="these images have no labels"):
+        open_judge(
+            {"classes": None}, uri=str(unlabelled_folder), fallback="demo", preprocessing=PREPROCESSING
+        )
+
+
+def test_images_of_other_classes_are_refused(image_folder):
+    with pytest.raises(DataError, match="these images have other classes than the net: 3 against 2"):
+        open_judge(
+            {"classes": ["a", "b"]}, uri=str(image_folder), fallback="demo", preprocessing=PREPROCESSING
+        )
+
+
+def test_top1_is_the_percentage_of_right_answers():
+    labels = torch.tensor([0, 1, 2, 3])
+    logits = torch.eye(4)
+    logits[3] = logits[0]
+    judge = Judge(
+        "top1", torch.zeros(4, 3, 8, 8, dtype=torch.uint8), labels, None, None, PREPROCESSING, "test"
+    )
+    found = judge.accuracy(Outputs(logits, None), Outputs(torch.eye(4), None))
+    assert found["value"] == 75
+    assert found["ci95"][0] < 75 < found["ci95"][1]
+    assert found["mean_cosine"] == pytest.approx(0.75)
+
+
+def test_images_are_normalised_before_they_are_run():
+    seen = []
+
+    def run(images):
+        seen.append(images)
+        return images.reshape(len(images), -1)
+
+    pixels = torch.full((3, 3, 8, 8), 255, dtype=torch.uint8)
+    Judge("mean_cosine", pixels, None, None, None, PREPROCESSING, "test").outputs(run)
+    assert np.allclose(seen[0], (1 - 0.5) / 0.25)
+
+
+def test_cosine_of_two_zero_vectors_is_one_and_of_one_is_zero():
+    zero, one = torch.zeros(1, 3), torch.ones(1, 3)
+    assert float(cosines(zero, zero)) == 1
+    assert float(cosines(zero, one)) == 0
+    assert float(cosines(-one, one)) == pytest.approx(-1)
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_model_of_one_image_is_run_on_any_number(carved_model, runtime):
+    if runtime == "openvino":
+        pytest.importorskip("openvino", reason="openvino is not installed")
+    net, _ = load_model(carved_model)
+    model = onnx_from_net(net, graph=Graph(batch=1), shape=(3, 32, 32), metadata={})
+    images = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = net(images).numpy()
+    found = runner_of(model, runtime=runtime)(images.numpy())
+    assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
