@@ -1,54 +1,166 @@
-"""`python -m edgecl.onboard`: verify or measure a bundle on this device; one JSON object on stdout."""
+"""`python3 onboard.pyz VERB`: check, build, verify or measure a bundle on this device; one JSON object on stdout."""
 
 import argparse
 import json
+import os
 import sys
+from pathlib import Path
 from typing import Any, Dict, List, Optional
 
-from .errors import OnboardError
+from .bundle import MANIFEST
+from .errors import BundleError, DeviceError, OnboardError
+
+RUNTIMES = ("ort", "onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "trtexec")
 
 
 def main(arguments: Optional[List[str]] = None) -> int:
-    """Run one verb and return its exit status: 0 done, 1 a named error, 2 usage.
+    """Run one verb and return its exit status: 0 done, 1 a named error or a failed check, 2 usage.
 
-    stdout carries one JSON object: the record, or `{"error": {"name", "problem", "hint", "record"}}`.
-    stderr carries progress, and the error in words.
+    stdout, or the file of --out, gets one JSON object: the record, or
+    `{"error": {"name", "problem", "hint", "record"}}`. stderr gets progress, and the error in words.
     """
-    parser = argparse.ArgumentParser(prog="edgecl.onboard", description=__doc__)
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB")
-    verbs.required = True  # no argument of add_subparsers before Python 3.7
-    bench = verbs.add_parser("bench", help="measure latency")
-    bench.add_argument("bundle", metavar="BUNDLE")
-    bench.add_argument("--duration-s", type=float, default=10.0, help="seconds to sample for (default 10)")
-    bench.add_argument("--threads", type=int, help="threads to compute with (default: every core available)")
-    verify = verbs.add_parser("verify", help="check hashes and reference outputs")
-    verify.add_argument("bundle", metavar="BUNDLE")
+    if arguments is None:
+        arguments = sys.argv[1:]
+    if arguments[:1] == ["remote"]:  # the other end of `edgecl ... --host`; nothing for people
+        from .remote import serve
+
+        return serve(arguments[1:])
+    parser = _parser()
     options = parser.parse_args(arguments)
+    options.bundle = options.bundle or _beside()
+    if options.bundle is None and options.verb != "doctor":
+        parser.error("the following arguments are required: BUNDLE")
+    status = 0
     try:
         record = _run(options)
+        if options.verb == "doctor" and not record["ok"]:
+            status = 1
     except OnboardError as error:
         print("edgecl: %s" % error.problem, file=sys.stderr)
         if error.hint:
             print("  hint: %s" % error.hint, file=sys.stderr)
         about: Dict[str, Any] = {"name": error.name, "problem": error.problem, "hint": error.hint}
         about["record"] = getattr(error, "record", None)
-        print(json.dumps({"error": about}, allow_nan=False))
+        record, status = {"error": about}, 1
+    text = json.dumps(record, allow_nan=False)
+    if options.out is None:
+        print(text)
+        return status
+    try:
+        write_whole(Path(options.out), text + "\n")
+    except OSError as complaint:
+        print("edgecl: cannot write '%s': %s" % (options.out, complaint.strerror), file=sys.stderr)
         return 1
-    print(json.dumps(record, allow_nan=False))
-    return 0
+    return status
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file aside, flush it to the disk and rename it: a reader sees all of it or none."""
+    aside = path.with_name("%s.%d.part" % (path.name, os.getpid()))
+    try:
+        with aside.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    finally:
+        if aside.exists():
+            aside.unlink()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="onboard.pyz", description=__doc__)
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB")
+    verbs.required = True  # no argument of add_subparsers before Python 3.7
+    doctor = verbs.add_parser("doctor", help="say what would fail, and how to fix it")
+    doctor.add_argument(
+        "--target", metavar="FILE", help="a target as JSON, where no bundle says what it needs"
+    )
+    build = verbs.add_parser("build", help="build TensorRT engines, to be found by verify and bench")
+    verify = verbs.add_parser("verify", help="check hashes and reference outputs")
+    bench = verbs.add_parser("bench", help="measure latency, and energy where the board tells")
+    for verb in (build, verify, bench):
+        verb.add_argument(
+            "--precision",
+            action="append",
+            choices=("fp32", "fp16", "int8"),
+            help="repeatable (default: %s)" % ("the bundle's own" if verb is bench else "all of the bundle"),
+        )
+    for verb in (verify, bench):
+        verb.add_argument("--runtime", choices=RUNTIMES, help="instead of the one the bundle is made for")
+    bench.add_argument("--duration-s", type=float, default=10.0, help="seconds to sample for (default 10)")
+    bench.add_argument("--threads", type=int, help="threads to compute with (default: every core available)")
+    bench.add_argument("--no-power", action="store_true", help="do not read the power rails")
+    for verb in (doctor, build, verify, bench):
+        verb.add_argument(
+            "bundle",
+            metavar="BUNDLE",
+            nargs="?",
+            help="its directory (default: where onboard.pyz lies, if a bundle is there)",
+        )
+        verb.add_argument("--out", metavar="FILE", help="write the JSON object here instead of printing it")
+    return parser
+
+
+def _beside() -> Optional[str]:
+    """Return the directory of the zip file this code runs from, where that is a bundle's."""
+    archive = getattr(globals().get("__loader__"), "archive", None)
+    if archive is None:
+        return None
+    directory = Path(archive).resolve().parent
+    return str(directory) if (directory / MANIFEST).is_file() else None
 
 
 def _run(options: argparse.Namespace) -> Dict[str, Any]:
+    if options.verb == "doctor":  # the one verb that works without NumPy: it tells that it is missing
+        from .doctor import doctor
+
+        return doctor(options.bundle, target=_read_target(options.target))
+    _need_numpy()
     if options.verb == "verify":
         from .verify import verify
 
-        return verify(options.bundle)
+        return verify(options.bundle, precisions=options.precision, runtime=options.runtime)
     from .bench import PROGRESS, bench
 
     def report(line: str) -> None:
         print(PROGRESS + line, file=sys.stderr, flush=True)
 
-    return bench(options.bundle, duration_s=options.duration_s, threads=options.threads, report=report)
+    if options.verb == "build":
+        from .engine import build
+
+        return build(options.bundle, precisions=options.precision, report=report)
+    return bench(
+        options.bundle,
+        precisions=options.precision,
+        runtime=options.runtime,
+        duration_s=options.duration_s,
+        threads=options.threads,
+        power=not options.no_power,
+        report=report,
+    )
+
+
+def _need_numpy() -> None:
+    try:
+        import numpy  # noqa: F401
+    except ImportError as complaint:
+        raise DeviceError(
+            "NumPy cannot be imported by %s: %s" % (sys.executable, complaint),
+            "sudo apt install python3-numpy",
+        ) from complaint
+
+
+def _read_target(path: Optional[str]) -> Optional[Dict[str, Any]]:
+    if path is None:
+        return None
+    try:
+        target = json.loads(Path(path).read_bytes().decode("utf-8"))
+    except (OSError, ValueError) as complaint:
+        raise BundleError("cannot read the target '%s': %s" % (path, complaint)) from complaint
+    if not isinstance(target, dict) or "runtime" not in target:
+        raise BundleError("'%s' is not a target as JSON: it has no runtime" % path)
+    return target
 
 
 if __name__ == "__main__":

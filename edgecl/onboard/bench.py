@@ -1,23 +1,35 @@
-"""Measure the latency of a bundle's net on this device."""
+"""Measure the latency and energy of a bundle's nets on this device."""
 
+import contextlib
 import math
 import os
+import shlex
+import sys
+import threading
 import time
 from pathlib import Path
-from typing import Any, Dict, Optional, Union
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Union
 
 import numpy as np
 
-from .bundle import check_files, read_manifest
-from .clock import Report, measure
+from .bundle import check_files, choose_precision, read_manifest
+from .clock import BLOCK_S, Measurement, Report, measure_interleaved
 from .errors import DeviceError
-from .passport import available_cores, read_passport
+from .passport import add_state_after, available_cores, read_passport
+from .power import PowerMeter
 from .reference import read_reference
-from .runners import open_runner
-from .statistics import drift, summarise
+from .runners import Runner, full_name, open_runner
+from .statistics import drift, ratio_interval, summarise
+from .throttle import ThrottleWatch
 
 # Median of the last quarter of the samples over that of the first, above which the device slowed down.
 DRIFT = 1.03
+# Power monitors average over tenths of a second: with one, blocks are so long that little of the net before is in
+# what they tell.
+METERED_BLOCK_S = 2.0
+LOOK_EVERY_S = 1.0
+HIGHEST_FIRST = ("fp32", "fp16", "int8")
+TRTEXEC = "trtexec"
 
 PROGRESS = "bench: "
 """Begins a line of progress on stderr."""
@@ -26,29 +38,60 @@ PROGRESS = "bench: "
 ENVIRONMENT = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
+class _Task(NamedTuple):
+    """One mode of one net."""
+
+    precision: str
+    mode: str
+
+    def __str__(self) -> str:
+        return "%s, %s" % self
+
+
+class _Session(NamedTuple):
+    """What one way of measuring hands to the record."""
+
+    runtime: str
+    device: Dict[str, Any]
+    measurements: List[Dict[str, Any]]
+    ratios: List[Dict[str, Any]]
+
+
 def bench(
     bundle: Union[str, Path],
     *,
+    precisions: Optional[Sequence[str]] = None,
+    runtime: Optional[str] = None,
     duration_s: float = 10.0,
     threads: Optional[int] = None,
+    power: bool = True,
     report: Optional[Report] = None,
 ) -> Dict[str, Any]:
     """Time one inference after another, in this process, on the bundle's own reference images.
 
+    Several precisions, and several modes of one, are measured in turn, A B A B, in one session. 'trtexec' measures
+    in processes of its own, one after another, on images of its own.
+
     Args:
         bundle: the directory; its files are held to their hashes first.
-        duration_s: seconds to sample for, > 0; see `clock.measure` for how warm-up and sampling end.
+        precisions: which to measure; the bundle's default one where None.
+        runtime: to measure with, 'trtexec' for a bundle for TensorRT too; the manifest's where None.
+        duration_s: seconds to sample each mode of each precision for, > 0; see `clock.measure_interleaved` for how
+            warm-up and sampling end.
         threads: how many to compute with, >= 1; every core this process may run on where None.
+        power: sample the power of the module beside the run, where it tells it.
         report: called about once a second with a line on how far it is.
 
     Returns:
-        The record without its header: latency_ms, throughput_per_s (images), runtime, precision, batch,
-        threads, device, samples, warmup_samples, warmup_s, steady, duration_s, marks and the conditions.
-        `marks` names what casts doubt: 'unsteady' (warm-up never settled), 'drift' (the last quarter of the
-        samples over 3 % slower than the first).
+        The record without its header: runtime, batch, threads, device (the passport), measurements, ratios,
+        throttle, power, marks and the conditions. Each measurement has precision, form, mode, headline (the first
+        mode of its runner), latency_ms, cov, throughput_per_s (images), samples, warmup_samples, warmup_s,
+        steady, duration_s, drift, marks, settings, engine and energy. Its marks name what casts doubt:
+        'unsteady' (warm-up never settled), 'drift' (the last quarter of the samples over 3 % slower than the
+        first). The marks of the session are those of `throttle`. Where energy is None, power's reason says why.
 
     Raises:
-        BundleError: a file is missing or changed, or not what the manifest says.
+        BundleError: a file is missing or changed, not what the manifest says, or no such precision.
         DeviceError: the runtime is not there or cannot load the net; a duration or number of threads out of
             range.
     """
@@ -58,40 +101,269 @@ def bench(
         raise DeviceError("cannot run on %d threads" % threads, "ask for 1 or more")
     manifest = read_manifest(bundle)
     check_files(bundle, manifest)
+    chosen = [choose_precision(manifest, name)[0] for name in dict.fromkeys(precisions or (None,))]
+    runtime = full_name(runtime or manifest["runtime"])
+    if runtime == TRTEXEC and manifest["runtime"] != "tensorrt":
+        raise DeviceError(
+            "trtexec measures bundles for 'tensorrt', this one is for '%s'" % manifest["runtime"],
+            "leave out --runtime, or export for a TensorRT target",
+        )
+    threads = threads or available_cores()
+    say = report or (lambda line: None)
+    started_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    watch = ThrottleWatch()
+    with _metered(power, say) as meter:
+        if runtime == TRTEXEC:
+            session = _measure_with_trtexec(
+                bundle, manifest, chosen, duration_s=duration_s, watch=watch, meter=meter, say=say
+            )
+        else:
+            session = _measure_here(
+                bundle,
+                manifest,
+                chosen,
+                runtime=runtime,
+                duration_s=duration_s,
+                threads=threads,
+                watch=watch,
+                meter=meter,
+                say=say,
+            )
+        throttle = watch.stop()
+        source = {"source": meter.source, "rails": list(meter.rails), "reason": meter.reason}
+    add_state_after(session.device)
+    return {
+        "runtime": session.runtime,
+        "batch": manifest["input"]["shape"][0],
+        "threads": threads,
+        "device": session.device,
+        "started_at": started_at,
+        "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
+        "duration_asked_s": duration_s,
+        "command": _command(),
+        "measurements": session.measurements,
+        "ratios": session.ratios,
+        "throttle": throttle,
+        "power": source,
+        "marks": throttle["marks"],
+    }
+
+
+def _command() -> str:
+    """Return the command of this process as a line for a shell."""
+    program = Path(sys.argv[0]).name
+    words = [program] if program != "__main__.py" else ["-m", str(__package__)]
+    return " ".join(shlex.quote(word) for word in [Path(sys.executable).name] + words + sys.argv[1:])
+
+
+@contextlib.contextmanager
+def _metered(power: bool, say: Report) -> Iterator[PowerMeter]:
+    """Sample power for a while, the idle baseline first."""
+    meter = PowerMeter()
+    if not power:
+        meter.reason = "not asked for"
+        yield meter
+        return
+    with meter:
+        if meter.source:
+            say("measuring idle power")
+            meter.measure_idle()
+        yield meter
+
+
+def _measure_here(
+    bundle: Union[str, Path],
+    manifest: Dict[str, Any],
+    precisions: Sequence[str],
+    *,
+    runtime: str,
+    duration_s: float,
+    threads: int,
+    watch: ThrottleWatch,
+    meter: PowerMeter,
+    say: Report,
+) -> _Session:
+    """Measure every mode of every precision in turn, in this process."""
     images, _ = read_reference(bundle, manifest)
     batch = manifest["input"]["shape"][0]
-    threads = threads or available_cores()
-    runner = open_runner(bundle, manifest, threads=threads)
-    about = runner.describe()
-    device = read_passport(threads=threads, versions=about["versions"])  # the load before ours
-    runner.bind(images[np.arange(batch) % len(images)])
-    started_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    seen = measure(
-        runner.run_once,
-        duration_s=duration_s,
-        max_warmup_s=min(max(3 * duration_s, 5.0), 60.0),
-        report=report,
-    )
-    record = summarise(seen.samples_s, batch)
-    change = drift(seen.samples_s)
-    marks = [] if seen.steady else ["unsteady"]
+    bound = images[np.arange(batch) % len(images)]
+    with contextlib.ExitStack() as opened:
+        runners: Dict[str, Runner] = {}
+        for precision in precisions:
+            say("loading %s" % precision)
+            runner = open_runner(
+                bundle, manifest, precision=precision, runtime=runtime, threads=threads, report=say
+            )
+            opened.callback(runner.close)
+            runner.bind(bound)
+            runners[precision] = runner
+        abouts = {precision: runner.describe() for precision, runner in runners.items()}
+        about = abouts[precisions[0]]
+        device = read_passport(threads=threads, versions=about["versions"])  # the load before ours
+        headlines = {precision: runner.modes()[0] for precision, runner in runners.items()}
+        # The precisions of one mode side by side: these are compared.
+        modes = list(dict.fromkeys(mode for runner in runners.values() for mode in runner.modes()))
+        tasks = [_Task(name, mode) for mode in modes for name in runners if mode in runners[name].modes()]
+        watch.start()
+        seen = measure_interleaved(
+            [(str(task), _run_once(runners[task.precision], task.mode)) for task in tasks],
+            duration_s=duration_s,
+            max_warmup_s=min(max(3 * duration_s, 5.0), 60.0),
+            block_s=METERED_BLOCK_S if meter.source else BLOCK_S,
+            report=say,
+            between=watch.sample,
+        )
+    measurements = []
+    for task in tasks:
+        measured = seen[str(task)]
+        measurement = _measurement(manifest, task, abouts[task.precision], batch)
+        measurement.update(
+            headline=task.mode == headlines[task.precision],
+            **summarise(measured.samples_s, batch),
+            warmup_samples=measured.warmup_samples,
+            warmup_s=round(measured.warmup_s, 3),
+            steady=measured.steady,
+            duration_s=round(measured.duration_s, 3),
+            energy=meter.energy_of(
+                [(block.begin_s, block.end_s) for block in measured.blocks], len(measured.samples_s)
+            ),
+        )
+        _mark_drift(measurement, measured.samples_s)
+        if not measured.steady:
+            measurement["marks"].insert(0, "unsteady")
+        measurements.append(measurement)
+    return _Session(about["runtime"], device, measurements, _ratios(tasks, seen))
+
+
+def _run_once(runner: Runner, mode: str) -> Callable[[], Optional[float]]:
+    run_once = runner.run_once
+    return lambda: run_once(mode)
+
+
+def _ratios(tasks: Sequence[_Task], seen: Dict[str, Measurement]) -> List[Dict[str, Any]]:
+    """Return by how much each precision is faster than each higher one, mode by mode, from their paired blocks."""
+    ratios = []
+    ordered = sorted(tasks, key=lambda task: HIGHEST_FIRST.index(task.precision))
+    for mode in dict.fromkeys(task.mode for task in tasks):
+        same = [task for task in ordered if task.mode == mode]
+        for i, a in enumerate(same):
+            for b in same[i + 1 :]:
+                blocks_a, blocks_b = _samples_of_blocks(seen[str(a)]), _samples_of_blocks(seen[str(b)])
+                ratio, interval = ratio_interval(blocks_a, blocks_b)
+                ratios.append(
+                    {
+                        "a": a.precision,
+                        "b": b.precision,
+                        "mode": mode,
+                        "p50_ratio": round(ratio, 5),
+                        "ci95": [round(end, 5) for end in interval] if interval else None,
+                        "rounds": len(blocks_a),
+                    }
+                )
+    return ratios
+
+
+def _samples_of_blocks(seen: Measurement) -> List[Sequence[float]]:
+    return [seen.samples_s[block.first : block.first + block.runs] for block in seen.blocks]
+
+
+def _measurement(manifest: Dict[str, Any], task: _Task, about: Dict[str, Any], batch: int) -> Dict[str, Any]:
+    """Return what a measurement's record says before there are numbers."""
+    return {
+        "precision": task.precision,
+        "form": manifest["precisions"][task.precision]["form"],
+        "mode": task.mode,
+        "marks": list(about.get("marks", ())),
+        "settings": about["settings"],
+        "engine": about.get("engine"),
+    }
+
+
+def _mark_drift(measurement: Dict[str, Any], samples_s: Sequence[float]) -> None:
+    change = drift(samples_s)
+    measurement["drift"] = change
     if change is not None and change > DRIFT:
-        marks.append("drift")
-    record.update(
-        runtime=about["runtime"],
-        precision=about["precision"],
-        batch=batch,
-        threads=threads,
-        device=device,
-        warmup_samples=seen.warmup_samples,
-        warmup_s=round(seen.warmup_s, 3),
-        steady=seen.steady,
-        duration_s=round(seen.duration_s, 3),
-        duration_asked_s=duration_s,
-        drift=change,
-        marks=marks,
-        settings=about["settings"],
-        environment={name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
-        started_at=started_at,
+        measurement["marks"].append("drift")
+
+
+def _measure_with_trtexec(
+    bundle: Union[str, Path],
+    manifest: Dict[str, Any],
+    precisions: Sequence[str],
+    *,
+    duration_s: float,
+    watch: ThrottleWatch,
+    meter: PowerMeter,
+    say: Report,
+) -> _Session:
+    """Measure one precision after another with trtexec, which keeps no sample of one beside one of another."""
+    from .trtexec import measure_with_trtexec
+
+    batch = manifest["input"]["shape"][0]
+    measurements: List[Dict[str, Any]] = []
+    device: Optional[Dict[str, Any]] = None
+    runtime = ""
+    watch.start()
+    for precision in precisions:
+        with _looking(watch):
+            found = measure_with_trtexec(
+                bundle, manifest, precision=precision, duration_s=duration_s, report=say
+            )
+        about = found["describe"]
+        runtime = about["runtime"]
+        if device is None:
+            device = read_passport(threads=None, versions=about["versions"])
+        for place, (mode, seen) in enumerate(found["modes"].items()):
+            measurement = _measurement(manifest, _Task(precision, mode), about, batch)
+            measurement.update(headline=place == 0, **_summary(seen, batch))
+            _mark_drift(measurement, seen["samples_s"] or ())
+            measurement["marks"] += seen["marks"]
+            measurements.append(measurement)
+            window = seen["window"]
+            runs = measurement["samples"]
+            measurement["energy"] = meter.energy_of([window], runs) if window and runs else None
+    assert device is not None
+    return _Session(runtime, device, measurements, [])
+
+
+def _summary(seen: Dict[str, Any], batch: int) -> Dict[str, Any]:
+    """Return the numbers of one run of trtexec, as `summarise` names them; what it does not tell is None."""
+    samples_s = seen["samples_s"]
+    if samples_s is not None:
+        numbers = summarise(samples_s, batch)
+    else:
+        latency = dict.fromkeys(
+            ("p50", "ci95_p50", "p90", "ci95_p90", "p99", "ci95_p99", "mean", "std", "min")
+        )
+        latency.update((name, value) for name, value in seen["latency_ms"].items() if name in latency)
+        numbers = {"latency_ms": latency, "cov": None, "samples": None}
+    per_s = seen["throughput_per_s"]
+    return dict(
+        numbers,
+        # trtexec keeps the queue full: more than one over the latency.
+        throughput_per_s=round(batch * per_s, 3) if per_s is not None else None,
+        warmup_samples=None,
+        warmup_s=None,
+        steady=None,
+        duration_s=seen["duration_s"],
+        enqueue_p50_ms=seen["enqueue_p50_ms"],
+        command=seen["command"],
     )
-    return record
+
+
+@contextlib.contextmanager
+def _looking(watch: ThrottleWatch) -> Iterator[None]:
+    """Look at the device once a second while another process measures."""
+    done = threading.Event()
+
+    def look() -> None:
+        while not done.wait(LOOK_EVERY_S):
+            watch.sample()
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()

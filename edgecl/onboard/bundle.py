@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Any, Dict, Union
+from typing import Any, Dict, Optional, Sequence, Tuple, Union
 
 from .errors import BundleError
 from .errors import OnboardError as OnboardError  # callers find every name of a bundle here
@@ -12,17 +12,50 @@ from .errors import OnboardError as OnboardError  # callers find every name of a
 SCHEMA = 1
 KIND = "bundle"
 MANIFEST = "manifest.json"
-ONNX = "model.onnx"
 REFERENCE = "reference.npz"
 VERIFY = "verify.json"
+ONBOARD = "onboard.pyz"
+README = "README.txt"
+TRTEXEC = "trtexec.sh"
 
-# What the device code reads from a manifest.
-_KEYS = ("runtime", "precision", "model", "input", "output", "tolerance", "files")
+# What the device code reads from a manifest, and from each of its precisions.
+_KEYS = ("runtime", "precision", "precisions", "input", "output", "files")
+_PRECISION_KEYS = ("model", "form", "tolerance")
 
 
-def bench_name(device: str) -> str:
-    """Return the file name of a measurement on a device, given the device's name."""
-    return "bench-%s.json" % (re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") or "device")
+def onnx_name(precision: str) -> str:
+    """Return the file name of the net in a precision."""
+    return "model.onnx" if precision == "fp32" else "model.%s.onnx" % precision
+
+
+def slug(text: str) -> str:
+    """Return a text as a part of a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "device"
+
+
+def bench_name(device: str, runtime: str, precisions: Sequence[str], threads: int, batch: int) -> str:
+    """Return the file name of a measurement; another device, runtime, precision, thread count or batch, another file."""
+    return "bench-%s-%s-%s-%dt-b%d.json" % (slug(device), slug(runtime), "+".join(precisions), threads, batch)
+
+
+def engine_name(precision: str, made_for: str) -> str:
+    """Return the file name of an engine built in a precision for a device and version."""
+    return "engine-%s-%s.plan" % (precision, slug(made_for))
+
+
+def choose_precision(manifest: Dict[str, Any], precision: Optional[str] = None) -> Tuple[str, Dict[str, Any]]:
+    """Return a precision of a bundle, the bundle's default where None, with what the manifest says about it.
+
+    Raises:
+        BundleError: the bundle does not hold that precision.
+    """
+    chosen = precision or manifest["precision"]
+    if chosen not in manifest["precisions"]:
+        raise BundleError(
+            "the bundle holds no %s net; it has %s" % (chosen, ", ".join(manifest["precisions"])),
+            "export it again with --precision %s" % chosen,
+        )
+    return chosen, manifest["precisions"][chosen]
 
 
 def sha256_of_file(path: Union[str, Path]) -> str:
@@ -66,6 +99,9 @@ def read_manifest(bundle: Union[str, Path]) -> Dict[str, Any]:
             "use the runner that came with the bundle",
         )
     missing = [key for key in _KEYS if key not in manifest]
+    if not missing:
+        for name, about in manifest["precisions"].items():
+            missing += ["%s of %s" % (key, name) for key in _PRECISION_KEYS if key not in about]
     if missing:
         raise BundleError("'%s' lacks %s" % (path, ", ".join(missing)), "export the bundle again")
     return manifest
@@ -82,7 +118,7 @@ def check_files(bundle: Union[str, Path], manifest: Dict[str, Any]) -> None:
             "'%s' does not match the hash of its own content" % MANIFEST,
             "the file changed after export; export the bundle again",
         )
-    for name in (manifest["model"], REFERENCE):
+    for name in [about["model"] for about in manifest["precisions"].values()] + [REFERENCE]:
         if name not in manifest["files"]:
             raise BundleError("the manifest holds no hash for '%s'" % name, "export the bundle again")
     for name, expected in sorted(manifest["files"].items()):

@@ -1,10 +1,16 @@
-"""What this device is: processor, board, memory, clocks' governor, load, versions."""
+"""What this device is: board, module, processor, power mode, clocks, temperatures, fan, memory, load, versions.
 
+All of it is read from files that anybody may read; nothing is started, and no library is loaded for it.
+"""
+
+import json
 import os
 import platform
 import re
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Union
+from typing import Any, Dict, List, Mapping, Optional, Tuple, Union
+
+from .devices import device_of_module, jetpack_of_l4t
 
 # Arm's numbers for its cores (the "CPU part" of /proc/cpuinfo), for implementer 0x41, and NVIDIA's own, 0x4e.
 _CORES = {
@@ -59,6 +65,8 @@ def read_passport(
         cores: how many cores the process may run on, if not this process.
     """
     root = Path(root)
+    l4t = _l4t(root)
+    jetpack = jetpack_of_l4t(l4t) if l4t else None
     cpuinfo = _text(root / "proc/cpuinfo") or ""
     board = _text(root / "proc/device-tree/model") or _text(root / "sys/firmware/devicetree/base/model")
     cpu_model = _cpu_model(cpuinfo)
@@ -66,6 +74,9 @@ def read_passport(
     return {
         "name": board or _short(cpu_model) or machine,
         "board": board,
+        "module": _module(root),
+        "kind": device_of_module(board) if board else None,
+        "gpu": _gpu_names(root),
         "cpu_model": cpu_model,
         "machine": machine,
         "cores": cores or available_cores(),
@@ -78,16 +89,72 @@ def read_passport(
         "memory_available_mib": _memory_mib(root, "MemAvailable"),
         "os": _os_name(root),
         "kernel": _text(root / "proc/sys/kernel/osrelease"),
-        "l4t": _l4t(root),
+        "l4t": l4t,
+        "jetpack": jetpack.jetpack if jetpack else None,
+        "tensorrt": versions.get("tensorrt") or _tensorrt(root),
+        "cuda": _cuda(root),
+        "driver": _driver(root),
+        "power_mode": _power_mode(root),
+        "clocks": {"before": read_clocks(root), "after": None},
+        "temperatures_c": {"before": read_temperatures(root), "after": None},
+        "fan": _fan(root),
         "python": platform.python_version(),
         "versions": dict(versions),
     }
 
 
-def _text(path: Path) -> Optional[str]:
-    """Return a file's text without the zero byte of the device tree, or None where there is none."""
+def add_state_after(passport: Dict[str, Any], root: Union[str, Path] = "/") -> None:
+    """Complete a passport with the clocks and temperatures of now."""
+    passport["clocks"]["after"] = read_clocks(root)
+    passport["temperatures_c"]["after"] = read_temperatures(root)
+
+
+def read_clocks(root: Union[str, Path] = "/") -> Dict[str, Any]:
+    """Return the clocks at this moment, in MHz; what is not told is None.
+
+    Returns:
+        cpu: mhz of each core, the least min_mhz and largest max_mhz they may take, and locked: each core has one.
+        gpu: mhz, min_mhz, max_mhz, locked.
+        emc_mhz: of the memory, which some systems tell to root only.
+        locked: True where both are, as after `jetson_clocks`; None where neither is told.
+    """
+    root = Path(root)
+    cpu, gpu = _cpu_clocks(root), _gpu_clocks(root)
+    told = [one["locked"] for one in (cpu, gpu) if one]
+    return {"cpu": cpu, "gpu": gpu, "emc_mhz": _emc_mhz(root), "locked": all(told) if told else None}
+
+
+def read_temperatures(root: Union[str, Path] = "/") -> Dict[str, float]:
+    """Return the temperature of each thermal zone in degrees Celsius; a zone that is switched off has none."""
+    found: Dict[str, float] = {}
+    for zone in thermal_zones(root):
+        degrees = _number(zone / "temp")
+        name = _text(zone / "type") or zone.name
+        if degrees is None or name.startswith("PMIC"):  # a constant 100 on Jetson Nano and TX2
+            continue
+        found[name if name not in found else "%s (%s)" % (name, zone.name)] = round(degrees / 1000, 1)
+    return found
+
+
+def thermal_zones(root: Union[str, Path]) -> List[Path]:
+    """Return the folders of the thermal zones, in the order of their numbers."""
+    zones = Path(root).glob("sys/class/thermal/thermal_zone*")
+    return sorted(zones, key=lambda zone: (len(zone.name), zone.name))
+
+
+def gpu_folder(root: Union[str, Path]) -> Optional[Path]:
+    """Return the folder that tells the clock of a Jetson's GPU."""
+    for pattern in ("gpu-gpc-*", "*.gpu", "*gpu*", "*ga10b*", "*gv11b*", "*gp10b*", "*gm20b*"):
+        found = sorted(Path(root).glob("sys/class/devfreq/" + pattern))
+        if found:
+            return found[0]
+    return None
+
+
+def _text(path: Path, between: str = "") -> Optional[str]:
+    """Return a file's text, or None where there is none; `between` replaces the zero bytes of a device tree."""
     try:
-        return path.read_bytes().decode("utf-8", "replace").replace("\x00", "").strip() or None
+        return path.read_bytes().decode("utf-8", "replace").replace("\x00", between).strip() or None
     except OSError:
         return None
 
@@ -117,6 +184,136 @@ def _short(cpu_model: Optional[str]) -> Optional[str]:
     """Return a processor's name without trade marks and nominal clock."""
     name = re.sub(r"\((R|TM)\)|\bCPU\b|@.*", " ", cpu_model or "", flags=re.IGNORECASE)
     return " ".join(name.split()) or None
+
+
+def _number(path: Path) -> Optional[int]:
+    text = _text(path)
+    return int(text) if text and re.match(r"-?\d+$", text) else None
+
+
+def _module(root: Path) -> Optional[str]:
+    """Return the part number of a Jetson's module, such as 'p3767-0005', which its board's name may not tell."""
+    text = _text(root / "proc/device-tree/compatible", "\n")
+    found = re.search(r"\+(p\d{4}-\d{4})", text or "")  # carrier board + module
+    return found.group(1) if found else None
+
+
+def _gpu_names(root: Path) -> Optional[List[str]]:
+    """Return the names of the GPUs of NVIDIA's driver for PCs and servers."""
+    names = []
+    for path in sorted((root / "proc/driver/nvidia/gpus").glob("*/information")):
+        names += re.findall(r"^Model:\s*(.+?)\s*$", _text(path) or "", re.MULTILINE)
+    return names or None
+
+
+def _tensorrt(root: Path) -> Optional[str]:
+    """Return the version in the name of the installed library; loading it would take its memory too."""
+    versions = []
+    for folder in (
+        "usr/lib/aarch64-linux-gnu",
+        "usr/lib/x86_64-linux-gnu",
+        "usr/lib64",
+        "usr/local/tensorrt/lib",
+    ):
+        for path in (root / folder).glob("libnvinfer.so.*"):
+            numbers = path.name[len("libnvinfer.so.") :].split(".")
+            if len(numbers) >= 3 and all(number.isdigit() for number in numbers):
+                versions.append(tuple(int(number) for number in numbers))
+    return ".".join(str(number) for number in max(versions)) if versions else None
+
+
+def _cuda(root: Path) -> Optional[str]:
+    try:
+        about = json.loads(_text(root / "usr/local/cuda/version.json") or "{}")
+        version = about.get("cuda", {}).get("version")
+    except (ValueError, AttributeError):
+        version = None
+    if version:
+        return str(version)
+    found = re.search(r"CUDA Version (\S+)", _text(root / "usr/local/cuda/version.txt") or "")  # CUDA 10
+    return found.group(1) if found else None
+
+
+def _driver(root: Path) -> Optional[str]:
+    text = _text(root / "proc/driver/nvidia/version") or ""
+    found = re.search(r"^NVRM version:.*?\s(\d+\.\d+(?:\.\d+)?)\s", text, re.MULTILINE)
+    return found.group(1) if found else _text(root / "sys/module/nvidia/version")
+
+
+def _power_mode(root: Path) -> Optional[Dict[str, Any]]:
+    """Return the power mode of a Jetson: its id, and its name as the board's own table has it."""
+    found = re.search(r"pmode:(\d+)", _text(root / "var/lib/nvpmodel/status") or "")
+    if not found:
+        return None
+    number = int(found.group(1))
+    # The number means another mode on another board: only this board's table names it. Where none is chosen, the
+    # tables of all boards must agree.
+    tables = [root / "etc/nvpmodel.conf"]
+    if not tables[0].is_file():
+        tables = sorted((root / "etc/nvpmodel").glob("*.conf"))
+    names = set()
+    for table in tables:
+        modes = re.findall(r"^\s*<\s*POWER_MODEL\s+ID=(\d+)\s+NAME=(\S+)", _text(table) or "", re.MULTILINE)
+        names |= {name.rstrip(">") for mode, name in modes if int(mode) == number}
+    return {"id": number, "name": names.pop() if len(names) == 1 else None}
+
+
+def _cpu_clocks(root: Path) -> Optional[Dict[str, Any]]:
+    folders = (root / "sys/devices/system/cpu").glob("cpu[0-9]*/cpufreq")
+    current: List[Optional[float]] = []
+    limits: List[Tuple[int, int]] = []
+    for folder in sorted(folders, key=lambda folder: int(folder.parent.name[3:])):
+        least, most = _number(folder / "scaling_min_freq"), _number(folder / "scaling_max_freq")
+        if least is not None and most is not None:
+            current.append(_mhz(_number(folder / "scaling_cur_freq"), 1e3))
+            limits.append((least, most))
+    if not limits:
+        return None
+    return {
+        "mhz": current,
+        "min_mhz": _mhz(min(least for least, _ in limits), 1e3),
+        "max_mhz": _mhz(max(most for _, most in limits), 1e3),
+        "locked": all(least == most for least, most in limits),
+    }
+
+
+def _gpu_clocks(root: Path) -> Optional[Dict[str, Any]]:
+    folder = gpu_folder(root)
+    if folder is None:
+        return None
+    current, least, most = (_number(folder / ("%s_freq" % which)) for which in ("cur", "min", "max"))
+    return {
+        "mhz": _mhz(current, 1e6),
+        "min_mhz": _mhz(least, 1e6),
+        "max_mhz": _mhz(most, 1e6),
+        "locked": least is not None and least == most,
+    }
+
+
+def _mhz(clock: Optional[int], unit: float) -> Optional[float]:
+    return None if clock is None else round(clock / unit, 3)
+
+
+def _emc_mhz(root: Path) -> Optional[float]:
+    for place in ("bpmp/debug/clk/emc/rate", "clk/emc/clk_rate", "tegra_bwmgr/emc_rate"):
+        clock = _number(root / "sys/kernel/debug" / place)
+        if clock is not None:
+            return _mhz(clock, 1e6)
+    return None
+
+
+def _fan(root: Path) -> Optional[Dict[str, Optional[int]]]:
+    """Return the fan's duty, 0 to 255, and its speed in turns per minute."""
+    found: Dict[str, Optional[int]] = {"pwm": None, "rpm": None}
+    monitors = "sys/class/hwmon/hwmon*/"
+    for key, patterns in (
+        ("pwm", (monitors + "pwm1", "sys/devices/pwm-fan/cur_pwm")),
+        ("rpm", (monitors + "rpm", monitors + "fan1_input", "sys/devices/pwm-fan/rpm_measured")),
+    ):
+        paths = [path for pattern in patterns for path in sorted(root.glob(pattern))]
+        numbers = [number for number in (_number(path) for path in paths) if number is not None]
+        found[key] = numbers[0] if numbers else None
+    return found if any(number is not None for number in found.values()) else None
 
 
 def _load(root: Path) -> Optional[float]:

@@ -1,63 +1,63 @@
 """Hold a bundle to its hashes and its reference outputs."""
 
 from pathlib import Path
-from typing import Any, Dict, Union
+from typing import Any, Dict, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
-from .bundle import check_files, read_manifest
+from .bundle import check_files, choose_precision, read_manifest
 from .errors import DisagreementError
 from .passport import available_cores
 from .reference import read_reference
 from .runners import Runner, open_runner
 
 
-def verify(bundle: Union[str, Path]) -> Dict[str, Any]:
-    """Check every file's hash, then run the reference images and compare with torch's outputs.
+def verify(
+    bundle: Union[str, Path],
+    *,
+    precisions: Optional[Sequence[str]] = None,
+    runtime: Optional[str] = None,
+) -> Dict[str, Any]:
+    """Check every file's hash, then run the reference images in each precision and compare with torch's outputs.
+
+    Args:
+        bundle: the directory.
+        precisions: which to run; all that the bundle holds where None.
+        runtime: to run them with; the manifest's where None.
 
     Returns:
-        ok and files_ok, both True; max_abs_difference and mean_abs_difference in units of the output;
-        max_relative_difference, the largest absolute difference over torch's largest absolute output;
-        top1_agreement, the fraction of images with the same largest output; images, tolerance, runtime and
-        precision.
+        ok and files_ok, both True; runtime; images, how many; precisions: for each its ok, max_abs_difference and
+        mean_abs_difference in units of the output, max_relative_difference, the largest absolute difference
+        over torch's largest absolute output, top1_agreement, the fraction of images with the same largest
+        output, mean_cosine, the mean cosine similarity of the outputs, and the tolerance they are held to.
 
     Raises:
         BundleError: a file is missing or changed, or not what the manifest says.
-        DisagreementError: a difference above the manifest's tolerance; its `record` says ok False.
+        DisagreementError: a difference above the manifest's tolerance; its `record` holds every precision's
+            numbers.
         DeviceError: the runtime is not there, or cannot load the net.
     """
     manifest = read_manifest(bundle)
     check_files(bundle, manifest)
     images, expected = read_reference(bundle, manifest)
-    runner = open_runner(bundle, manifest, threads=available_cores())
-    found = run_all(runner, images, manifest["input"])
-    about = runner.describe()
-    tolerance = manifest["tolerance"]
-    record: Dict[str, Any] = {"ok": False, "files_ok": True, "images": len(images), "tolerance": tolerance}
-    record.update(runtime=about["runtime"], precision=about["precision"])
-    if found.shape != expected.shape or not np.isfinite(found).all():
-        what = (
-            "has shape %s" % (found.shape,)
-            if found.shape != expected.shape
-            else "holds values that are not finite"
-        )
-        raise DisagreementError(
-            "the net's output %s; torch gave finite values of shape %s" % (what, expected.shape),
-            "export the bundle again",
-            record,
-        )
-    record.update(compare(found, expected))
-    breaches = []
-    relative, allowed = record["max_relative_difference"], tolerance["max_relative_difference"]
-    if not relative <= allowed:
-        breaches.append("the largest relative difference is %.3g, allowed is %.3g" % (relative, allowed))
-    agreement, required = record["top1_agreement"], tolerance["top1_agreement"]
-    if not agreement >= required:
-        breaches.append("top-1 agreement is %.4g, required is %.4g" % (agreement, required))
-    if breaches:
+    chosen = [choose_precision(manifest, name) for name in precisions or list(manifest["precisions"])]
+    record: Dict[str, Any] = {"ok": False, "files_ok": True, "images": len(images), "precisions": {}}
+    problems = []
+    for name, about in chosen:
+        runner = open_runner(bundle, manifest, precision=name, runtime=runtime, threads=available_cores())
+        try:
+            found = run_all(runner, images, manifest["input"])
+            record["runtime"] = runner.describe()["runtime"]
+        finally:
+            runner.close()
+        numbers, problem = _judge(found, expected, about["tolerance"])
+        record["precisions"][name] = numbers
+        if problem:
+            problems.append("%s %s" % (name, problem))
+    if problems:
         raise DisagreementError(
             "%s disagrees with torch on %d reference images: %s"
-            % (about["runtime"], len(images), "; ".join(breaches)),
+            % (record["runtime"], len(images), "; ".join(problems)),
             "this runtime computes another result than the one the bundle was exported with; "
             "try another version of it, or export the bundle again",
             record,
@@ -66,9 +66,37 @@ def verify(bundle: Union[str, Path]) -> Dict[str, Any]:
     return record
 
 
+def _judge(
+    found: np.ndarray, expected: np.ndarray, tolerance: Dict[str, float]
+) -> Tuple[Dict[str, Any], Optional[str]]:
+    """Return the numbers of a precision, and in words what is wrong with them, if anything."""
+    numbers: Dict[str, Any] = {"ok": False}
+    problems = []
+    if found.shape != expected.shape:
+        problems.append("has outputs of shape %s, torch's have %s" % (found.shape, expected.shape))
+    elif not np.isfinite(found).all():
+        problems.append("has outputs that are not finite")
+    else:
+        numbers.update(compare(found, expected))
+        relative, allowed = numbers["max_relative_difference"], tolerance["max_relative_difference"]
+        if not relative <= allowed:
+            problems.append(
+                "has a largest relative difference of %.3g, allowed is %.3g" % (relative, allowed)
+            )
+        agreement, required = numbers["top1_agreement"], tolerance["top1_agreement"]
+        if not agreement >= required:
+            problems.append("has a top-1 agreement of %.4g, required is %.4g" % (agreement, required))
+        cosine, least = numbers["mean_cosine"], tolerance.get("mean_cosine", 0.0)
+        if not cosine >= least:
+            problems.append("has a mean cosine similarity of %.4g, required is %.4g" % (cosine, least))
+    numbers.update(ok=not problems, tolerance=tolerance)
+    return numbers, " and ".join(problems) or None
+
+
 def compare(found: np.ndarray, expected: np.ndarray) -> Dict[str, float]:
     """Return how far outputs (N, F) are from torch's, all finite."""
-    difference = np.abs(found.astype(np.float64) - expected.astype(np.float64))
+    found, expected = found.astype(np.float64), expected.astype(np.float64)
+    difference = np.abs(found - expected)
     largest, scale = float(difference.max()), float(np.abs(expected).max())
     return {
         "max_abs_difference": largest,
@@ -76,7 +104,16 @@ def compare(found: np.ndarray, expected: np.ndarray) -> Dict[str, float]:
         # Torch's outputs are all zero only for a dead net: then any difference counts whole.
         "max_relative_difference": largest / scale if scale > 0 else largest,
         "top1_agreement": float(np.mean(found.argmax(axis=1) == expected.argmax(axis=1))),
+        "mean_cosine": float(np.mean(_cosines(found, expected))),
     }
+
+
+def _cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Return the cosine similarity of each row (N,): 1 for two rows of zeros, 0 for one."""
+    lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    both_zero = ~a.any(axis=1) & ~b.any(axis=1)
+    cosines = np.einsum("nf,nf->n", a, b) / np.where(lengths > 0, lengths, 1.0)
+    return np.where(both_zero, 1.0, np.minimum(cosines, 1.0))
 
 
 def run_all(runner: Runner, images: np.ndarray, form: Dict[str, Any]) -> np.ndarray:

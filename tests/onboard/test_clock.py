@@ -4,7 +4,7 @@ import gc
 
 import pytest
 
-from edgecl.onboard.clock import measure
+from edgecl.onboard.clock import measure, measure_interleaved
 
 
 class FakeNet:
@@ -76,10 +76,10 @@ def test_a_slow_net_warms_up_on_fewer_runs():
     assert 30 <= seen.warmup_samples <= 40
 
 
-def test_sampling_goes_on_to_a_thousand_samples():
+def test_sampling_goes_on_to_1024_samples():
     seen = FakeNet(lambda now: 1 / 128).measure(duration_s=2.0)
-    assert len(seen.samples_s) == 1000
-    assert seen.duration_s == 1000 / 128
+    assert len(seen.samples_s) == 1024
+    assert seen.duration_s == 1024 / 128
 
 
 def test_sampling_goes_on_to_the_asked_duration():
@@ -87,13 +87,13 @@ def test_sampling_goes_on_to_the_asked_duration():
     assert len(seen.samples_s) == 4096
 
 
-def test_a_net_too_slow_for_a_thousand_samples_is_cut_off_at_six_durations():
+def test_a_net_too_slow_for_1024_samples_is_cut_off_at_six_durations():
     seen = FakeNet(lambda now: 0.25).measure(duration_s=5.0)
     assert len(seen.samples_s) == 120
     assert seen.duration_s == 30.0
 
 
-def test_a_short_duration_still_leaves_ten_seconds_for_a_thousand_samples():
+def test_a_short_duration_still_leaves_ten_seconds_for_1024_samples():
     seen = FakeNet(lambda now: 0.25).measure(duration_s=0.5)
     assert seen.duration_s == 10.0
 
@@ -101,12 +101,12 @@ def test_a_short_duration_still_leaves_ten_seconds_for_a_thousand_samples():
 def test_garbage_collection_rests_while_measuring_and_returns():
     collecting = []
     net = FakeNet(lambda now: 1 / 128)
-    measure(
-        lambda: (net.run_once(), collecting.append(gc.isenabled())),
-        duration_s=1.0,
-        max_warmup_s=1.0,
-        timer=net.timer,
-    )
+
+    def run_once():
+        net.run_once()
+        collecting.append(gc.isenabled())
+
+    measure(run_once, duration_s=1.0, max_warmup_s=1.0, timer=net.timer)
     assert not any(collecting)
     assert gc.isenabled()
 
@@ -124,3 +124,141 @@ def test_progress_is_told_once_a_second_between_runs():
     assert lines[0] == "warming up: 1 s, 129 runs, 128 runs/s"
     assert "measuring: 1 s, 129 runs, 128 runs/s, 9 s left" in lines
     assert len(lines) == 2 + 9
+
+
+class FakeDevice:
+    """Several nets on one device, whose time only they move; it writes down who ran when."""
+
+    def __init__(self, **latencies):
+        self.latencies = latencies
+        self.now = 0.0
+        self.log = []
+
+    def task(self, name, *, device_timed=False):
+        def run_once():
+            start = self.now
+            self.now += self.latencies[name](start)
+            self.log.append((start, name))
+            return (self.now - start) / 2 if device_timed else None
+
+        return name, run_once
+
+    def measure(self, tasks, **settings):
+        settings = {"duration_s": 10.0, "max_warmup_s": 30.0, **settings}
+        return measure_interleaved(tasks, timer=lambda: self.now, **settings)
+
+
+def two_nets(a=1 / 256, b=1 / 128):
+    return FakeDevice(a=lambda now: a, b=lambda now: b)
+
+
+def test_tasks_alternate_in_blocks_and_every_sample_lies_in_one():
+    device = two_nets()
+    seen = device.measure([device.task("a"), device.task("b")])
+    assert list(seen) == ["a", "b"]
+    order = sorted((block.begin_s, name) for name in seen for block in seen[name].blocks)
+    assert [name for _, name in order] == ["a", "b"] * 20
+    for name, latency in (("a", 1 / 256), ("b", 1 / 128)):
+        blocks = seen[name].blocks
+        assert [block.first for block in blocks] == [sum(b.runs for b in blocks[:i]) for i in range(20)]
+        assert sum(block.runs for block in blocks) == len(seen[name].samples_s)
+        assert all(block.end_s - block.begin_s == block.runs * latency for block in blocks)
+        assert set(seen[name].samples_s) == {latency}
+        assert seen[name].duration_s == 10.0
+
+
+def test_runs_right_after_a_switch_are_not_recorded():
+    """Each net is ten times as slow for the three runs after another ran."""
+    device = FakeDevice(a=lambda now: 0.0, b=lambda now: 0.0)
+
+    def slow_after_switch(name):
+        def latency(now):
+            return 1 / 128 * (10 if [ran for _, ran in device.log[-3:]] != [name] * 3 else 1)
+
+        return latency
+
+    device.latencies = {name: slow_after_switch(name) for name in "ab"}
+    seen = device.measure([device.task("a"), device.task("b")])
+    assert set(seen["a"].samples_s) == set(seen["b"].samples_s) == {1 / 128}
+
+
+def test_each_task_is_warmed_up_for_itself():
+    device = FakeDevice(a=lambda now: 1 / 128, b=lambda now: 0.001 * (1 + now))
+    seen = device.measure([device.task("a"), device.task("b")], max_warmup_s=5.0)
+    assert (seen["a"].steady, seen["b"].steady) == (True, False)
+    assert seen["a"].warmup_s < 3
+    assert seen["b"].warmup_s >= 5
+
+
+def test_a_change_of_the_device_meets_all_tasks_alike():
+    """The device slows down by half midway; the ratio of the medians still is that of the nets."""
+    device = FakeDevice(
+        a=lambda now: (1 if now < 15 else 1.5) / 256, b=lambda now: (1 if now < 15 else 1.5) / 128
+    )
+    seen = device.measure([device.task("a"), device.task("b")])
+    for one, other in zip(seen["a"].blocks, seen["b"].blocks, strict=True):
+        assert other.begin_s - one.end_s < 0.06
+    slow = {
+        name: sum(sample > sorted(seen[name].samples_s)[0] for sample in seen[name].samples_s)
+        for name in seen
+    }
+    assert slow["a"] / len(seen["a"].samples_s) == pytest.approx(
+        slow["b"] / len(seen["b"].samples_s), abs=0.05
+    )
+
+
+def test_seconds_that_the_device_measured_are_taken_and_time_still_passes():
+    device = two_nets()
+    seen = device.measure([device.task("a", device_timed=True), device.task("b")])
+    assert set(seen["a"].samples_s) == {1 / 512}
+    assert seen["a"].duration_s == 10.0
+    assert set(seen["b"].samples_s) == {1 / 128}
+
+
+def test_interleaving_goes_on_until_the_slowest_has_1024_samples():
+    device = two_nets(a=1 / 1024, b=1 / 64)
+    seen = device.measure([device.task("a"), device.task("b")], duration_s=4.0)
+    assert 1024 <= len(seen["b"].samples_s) <= 1024 + 32
+    assert len(seen["a"].blocks) == len(seen["b"].blocks)
+
+
+def test_slow_tasks_are_cut_off_and_switches_cost_them_one_run():
+    device = two_nets(a=0.25, b=0.5)
+    seen = device.measure([device.task("a"), device.task("b")], duration_s=5.0)
+    for name in "ab":
+        assert 30.0 <= seen[name].duration_s < 30.0 + 2.0
+        assert all(block.end_s - block.begin_s == 2.0 for block in seen[name].blocks)
+    runs = sum(name == "b" for _, name in device.log)
+    assert runs == len(seen["b"].samples_s) + seen["b"].warmup_samples + len(seen["b"].blocks)
+
+
+def test_a_short_measurement_still_has_ten_rounds():
+    device = two_nets(a=1 / 8192, b=1 / 4096)
+    seen = device.measure([device.task("a"), device.task("b")], duration_s=0.5)
+    assert len(seen["a"].blocks) >= 10
+
+
+def test_the_device_is_looked_at_between_blocks_only():
+    device = two_nets()
+    looks = []
+    seen = device.measure([device.task("a"), device.task("b")], between=lambda: looks.append(device.now))
+    assert len(looks) == 41
+    for block in (*seen["a"].blocks, *seen["b"].blocks):
+        assert not any(block.begin_s < look < block.end_s for look in looks)
+
+
+def test_a_lone_task_is_one_block_unless_there_is_something_to_look_at():
+    net = FakeNet(lambda now: 1 / 128)
+    assert [block.runs for block in net.measure().blocks] == [1280]
+    device = two_nets()
+    seen = device.measure([device.task("a")], between=lambda: None)
+    assert len(seen["a"].blocks) == 20
+
+
+def test_progress_of_several_tasks_names_the_one_that_warms_up():
+    lines = []
+    device = two_nets()
+    device.measure([device.task("a"), device.task("b")], report=lines.append)
+    assert lines[0] == "warming up a: 1 s, 257 runs, 256 runs/s"
+    assert any(line.startswith("warming up b: 1 s") for line in lines)
+    assert any(line.startswith("measuring: 10 s") and line.endswith("10 s left") for line in lines)

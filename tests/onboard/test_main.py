@@ -2,11 +2,8 @@
 
 import ast
 import json
-import subprocess
 import sys
-import zipapp
 from pathlib import Path
-from shutil import copytree, ignore_patterns
 
 import pytest
 
@@ -17,6 +14,14 @@ from .tiny_bundle import flip_byte, make_bundle
 
 ONBOARD = Path(edgecl.onboard.__file__).parent
 FILES = sorted(ONBOARD.rglob("*.py"))
+# Each runtime in its own files.
+RUNTIMES = {
+    "ort.py": {"onnxruntime"},
+    "openvino.py": {"openvino"},
+    "tensorrt.py": {"tensorrt"},
+    "engine.py": {"tensorrt"},
+    "power.py": {"jtop"},
+}
 NEWER_THAN_3_6 = {"dataclasses", "contextvars", "graphlib", "zoneinfo", "tomllib", "__future__"}
 
 
@@ -33,8 +38,7 @@ def test_file_keeps_the_grammar_of_python_3_6(path):
 @pytest.mark.parametrize("path", FILES, ids=[path.relative_to(ONBOARD).as_posix() for path in FILES])
 def test_file_imports_the_standard_library_numpy_and_its_runtime_only(path):
     allowed = (set(sys.stdlib_module_names) - NEWER_THAN_3_6) | {"numpy"}
-    if path.parent.name == "runners":
-        allowed.add("onnxruntime")
+    allowed |= RUNTIMES.get(path.name, set())
     found, depth = set(), len(path.relative_to(ONBOARD).parts)
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -69,6 +73,7 @@ def test_an_error_is_json_on_stdout_and_words_on_stderr(bundle, capsys):
         (["--duration-s", "0"], "cannot measure for 0.0 s"),
         (["--duration-s", "nan"], "cannot measure for nan s"),
         (["--threads", "0"], "cannot run on 0 threads"),
+        (["--precision", "int8"], "the bundle holds no int8 net; it has fp32"),
     ],
 )
 def test_values_out_of_range_are_named(bundle, capsys, arguments, problem):
@@ -76,18 +81,75 @@ def test_values_out_of_range_are_named(bundle, capsys, arguments, problem):
     assert json.loads(capsys.readouterr().out)["error"]["problem"] == problem
 
 
-@pytest.mark.parametrize("arguments", [[], ["paint"], ["bench"], ["bench", "b", "--threads", "x"]])
+def test_out_writes_the_record_whole_and_prints_nothing(bundle, tmp_path, capsys):
+    assert main(["verify", str(bundle), "--out", str(tmp_path / "record.json")]) == 0
+    assert json.loads((tmp_path / "record.json").read_text())["ok"] is True
+    assert capsys.readouterr().out == ""
+    assert [path.name for path in tmp_path.iterdir() if path.name != "bundle"] == ["record.json"]
+
+
+def test_out_takes_an_error_too(bundle, tmp_path):
+    flip_byte(bundle / "model.onnx")
+    assert main(["verify", str(bundle), "--out", str(tmp_path / "record.json")]) == 1
+    assert json.loads((tmp_path / "record.json").read_text())["error"]["name"] == "bundle"
+
+
+def test_out_that_cannot_be_written_is_told(bundle, tmp_path, capsys):
+    assert main(["verify", str(bundle), "--out", str(tmp_path / "nowhere/record.json")]) == 1
+    assert "nowhere/record.json': No such file or directory" in capsys.readouterr().err
+
+
+def test_precisions_and_runtime_are_passed_on(tmp_path, capsys):
+    bundle = make_bundle(tmp_path / "two", precisions=("fp32", "fp16"))
+    assert main(["verify", str(bundle)]) == 0
+    assert list(json.loads(capsys.readouterr().out)["precisions"]) == ["fp32", "fp16"]
+    assert main(["verify", str(bundle), "--precision", "fp16", "--runtime", "ort"]) == 0
+    assert list(json.loads(capsys.readouterr().out)["precisions"]) == ["fp16"]
+
+
+def test_build_of_a_bundle_without_engines_says_so(bundle, capsys):
+    assert main(["build", str(bundle)]) == 1
+    problem = json.loads(capsys.readouterr().out)["error"]["problem"]
+    assert problem == "the bundle is for 'onnxruntime': there is no engine to build"
+
+
+def test_doctor_exits_1_where_a_check_fails(bundle, capsys):
+    assert main(["doctor", str(bundle)]) == 0
+    assert json.loads(capsys.readouterr().out)["ok"] is True
+    (bundle / "model.onnx").unlink()
+    assert main(["doctor", str(bundle)]) == 1
+    assert json.loads(capsys.readouterr().out)["ok"] is False
+
+
+def test_doctor_takes_a_target_as_json(tmp_path, capsys):
+    file = tmp_path / "target.json"
+    file.write_text('{"runtime": "onnxruntime", "versions": ">=99"}')
+    assert main(["doctor", "--target", str(file)]) == 1
+    checks = {check["name"]: check for check in json.loads(capsys.readouterr().out)["checks"]}
+    assert checks["onnxruntime"]["found"].endswith("; the target is for >=99")
+    file.write_text("[]")
+    assert main(["doctor", "--target", str(file)]) == 1
+    assert "is not a target as JSON" in json.loads(capsys.readouterr().out)["error"]["problem"]
+
+
+def test_remote_is_not_for_people(capsys):
+    assert main(["remote", "please"]) == 2
+    assert capsys.readouterr().err == "edgecl: `remote` is for `edgecl --host` only\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["paint"],
+        ["bench"],
+        ["bench", "b", "--threads", "x"],
+        ["verify", "b", "--precision", "fp64"],
+        ["verify", "b", "--runtime", "caffe"],
+    ],
+)
 def test_wrong_usage_exits_2(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code == 2
     assert "usage:" in capsys.readouterr().err
-
-
-def test_it_runs_as_a_zip_application_without_edgecl(bundle, tmp_path):
-    copytree(ONBOARD, tmp_path / "app" / "onboard", ignore=ignore_patterns("__pycache__"))
-    zipapp.create_archive(tmp_path / "app", tmp_path / "onboard.pyz", main="onboard.__main__:main")
-    command = [sys.executable, str(tmp_path / "onboard.pyz"), "verify", str(bundle)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert done.stderr == ""
-    assert json.loads(done.stdout)["ok"] is True

@@ -1,6 +1,7 @@
 """A real bundle of a tiny net, made without torch: Conv, Relu, GlobalAveragePool, Flatten."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,15 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from edgecl.onboard.bundle import digest_of_record, sha256_of_file
+from edgecl.onboard.bundle import digest_of_record, onnx_name, sha256_of_file
 
 SIDE, FEATURES = 8, 6
+TOLERANCES = {
+    "fp32": {"max_relative_difference": 1e-3, "top1_agreement": 0.99},
+    "fp16": {"max_relative_difference": 2e-2, "top1_agreement": 0.97},
+    "int8": {"max_relative_difference": 0.5, "top1_agreement": 0.8},
+}
+FORMS = {"fp32": "fp32", "fp16": "fp16", "int8": "int8-cpu"}
 
 
 def expected_outputs(images: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
@@ -20,14 +27,18 @@ def expected_outputs(images: np.ndarray, weight: np.ndarray, bias: np.ndarray) -
     return np.maximum(maps, 0).mean(axis=(2, 3)).astype(np.float32)
 
 
-def make_bundle(
-    path: Path, *, batch: int = 1, dynamic: bool = False, images: int = 5, shift: float = 0.0
-) -> Path:
-    """Write a bundle; `shift` is added to the first reference output, so that the net disagrees with it."""
-    path.mkdir(parents=True)
-    draw = np.random.default_rng(0)
-    weight = draw.normal(size=(FEATURES, 3, 3, 3)).astype(np.float32)
-    bias = draw.normal(size=FEATURES).astype(np.float32)
+def rounded(weight: np.ndarray, precision: str) -> np.ndarray:
+    """A weight as a precision can hold it, in float32: every file of the bundle computes something else."""
+    if precision == "fp16":
+        return weight.astype(np.float16).astype(np.float32)
+    if precision == "int8":
+        scale = np.abs(weight).max() / 127
+        return (np.round(weight / scale) * scale).astype(np.float32)
+    return weight
+
+
+def tiny_net(weight: np.ndarray, bias: np.ndarray, *, batch: int | str) -> onnx.ModelProto:
+    """The net as ONNX, opset 13."""
     graph = helper.make_graph(
         [
             helper.make_node("Conv", ["input", "weight", "bias"], ["maps"]),
@@ -36,30 +47,69 @@ def make_bundle(
             helper.make_node("Flatten", ["pooled"], ["output"]),
         ],
         "tiny",
-        [
-            helper.make_tensor_value_info(
-                "input", TensorProto.FLOAT, ["N" if dynamic else batch, 3, SIDE, SIDE]
-            )
-        ],
-        [helper.make_tensor_value_info("output", TensorProto.FLOAT, ["N" if dynamic else batch, FEATURES])],
+        [helper.make_tensor_value_info("input", TensorProto.FLOAT, [batch, 3, SIDE, SIDE])],
+        [helper.make_tensor_value_info("output", TensorProto.FLOAT, [batch, FEATURES])],
         [numpy_helper.from_array(weight, "weight"), numpy_helper.from_array(bias, "bias")],
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=7)
-    onnx.save(model, path / "model.onnx")
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=7)
+
+
+def make_bundle(
+    path: Path,
+    *,
+    batch: int = 1,
+    dynamic: bool = False,
+    images: int = 5,
+    shift: float = 0.0,
+    precisions: Sequence[str] = ("fp32",),
+    runtime: str = "onnxruntime",
+    target_name: str = "ort-cpu",
+) -> Path:
+    """Write a bundle.
+
+    Args:
+        path: the directory to make.
+        batch: images per inference.
+        dynamic: take any batch up to 2.
+        images: how many reference images.
+        shift: added to the first reference output, so that the net disagrees with it.
+        precisions: the files it holds, the default one first. All are float32 nets of nearly the same weights.
+        runtime: what its manifest names.
+        target_name: what its manifest names.
+    """
+    path.mkdir(parents=True)
+    draw = np.random.default_rng(0)
+    weight = draw.normal(size=(FEATURES, 3, 3, 3)).astype(np.float32)
+    bias = draw.normal(size=FEATURES).astype(np.float32)
+    for precision in precisions:
+        net = tiny_net(rounded(weight, precision), bias, batch="N" if dynamic else batch)
+        onnx.save(net, path / onnx_name(precision))
     inputs = draw.normal(size=(images, 3, SIDE, SIDE)).astype(np.float32)
     outputs = expected_outputs(inputs, weight, bias)
     outputs[0, 0] += shift
     np.savez(path / "reference.npz", inputs=inputs, outputs=outputs)
+    names = [onnx_name(precision) for precision in precisions] + ["reference.npz"]
     manifest = {
         "schema": 1,
         "kind": "bundle",
         "made_by": "edgecl test",
         "made_from": None,
         "command": "python",
-        "target_name": "ort-cpu",
-        "runtime": "onnxruntime",
-        "precision": "fp32",
-        "model": "model.onnx",
+        "target_name": target_name,
+        "target": {"runtime": runtime, "versions": "", "device": "cpu", "precisions": list(precisions)},
+        "runtime": runtime,
+        "precision": precisions[0],
+        "precisions": {
+            precision: {
+                "model": onnx_name(precision),
+                "form": FORMS[precision],
+                "opset": 13,
+                "tolerance": TOLERANCES[precision],
+                "verdict": None,
+                "accuracy": None,
+            }
+            for precision in precisions
+        },
         "input": {
             "name": "input",
             "shape": [batch, 3, SIDE, SIDE],
@@ -68,8 +118,8 @@ def make_bundle(
             "max_batch": 2 if dynamic else batch,
         },
         "output": {"name": "output", "shape": [batch, FEATURES]},
-        "tolerance": {"max_relative_difference": 1e-3, "top1_agreement": 0.99},
-        "files": {name: sha256_of_file(path / name) for name in ("model.onnx", "reference.npz")},
+        "files": {name: sha256_of_file(path / name) for name in names},
+        "size_bytes": {name: (path / name).stat().st_size for name in names},
     }
     write_manifest(path, manifest)
     return path

@@ -2,10 +2,11 @@
 
 import sys
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any, Dict, List, Optional
 
 import numpy as np
 
+from ..bundle import choose_precision
 from ..errors import BundleError, DeviceError
 
 PROVIDER = "CPUExecutionProvider"
@@ -15,18 +16,22 @@ class OrtRunner:
     """One session on a given number of threads, optimised for this processor as it is loaded.
 
     Args:
-        model_file: the ONNX file.
-        manifest: of its bundle.
+        bundle: the directory.
+        manifest: of that bundle.
+        precision: one that the bundle holds.
         threads: to compute one operator with; operators run one after another.
 
     Raises:
-        DeviceError: onnxruntime is not installed, or cannot load the file.
+        DeviceError: onnxruntime is not installed, cannot load the file, or would run it elsewhere than asked.
         BundleError: the file's input or output is not the one of the manifest.
     """
 
     RUNTIME = "onnxruntime"
+    MODES = ("inference",)
 
-    def __init__(self, model_file: Path, manifest: Dict[str, Any], *, threads: int) -> None:
+    def __init__(self, bundle: Path, manifest: Dict[str, Any], *, precision: str, threads: int) -> None:
+        precision, about = choose_precision(manifest, precision)
+        model_file = bundle / about["model"]
         try:
             import onnxruntime
         except ImportError as complaint:
@@ -43,7 +48,7 @@ class OrtRunner:
         # The default, said aloud: idle threads spin. Faster alone on a machine, slower on a busy one.
         options.add_session_config_entry("session.intra_op.allow_spinning", "1")
         try:
-            self._session = onnxruntime.InferenceSession(
+            self._session: Any = onnxruntime.InferenceSession(
                 str(model_file), sess_options=options, providers=[PROVIDER]
             )
         except Exception as complaint:  # onnxruntime's own classes share no other base
@@ -52,18 +57,25 @@ class OrtRunner:
                 "the file is whole: install a newer onnxruntime, or export the bundle for this one",
             ) from complaint
         self._version = str(onnxruntime.__version__)
+        found = self._session.get_providers()
+        if found != [PROVIDER]:
+            raise DeviceError(
+                "onnxruntime %s would run '%s' on %s, asked for was %s"
+                % (self._version, model_file.name, ", ".join(found) or "nothing", PROVIDER),
+                "install an onnxruntime that has %s" % PROVIDER,
+            )
         self._threads = threads
-        self._precision = manifest["precision"]
+        self._precision = precision
         self._input = manifest["input"]["name"]
         self._output = manifest["output"]["name"]
         for kind, name, values in (
             ("input", self._input, self._session.get_inputs()),
             ("output", self._output, self._session.get_outputs()),
         ):
-            found = [value.name for value in values]
-            if found != [name]:
+            names = [value.name for value in values]
+            if names != [name]:
                 raise BundleError(
-                    "'%s' has the %ss %s, the manifest says '%s'" % (model_file.name, kind, found, name),
+                    "'%s' has the %ss %s, the manifest says '%s'" % (model_file.name, kind, names, name),
                     "export the bundle again",
                 )
         self._binding: Any = None
@@ -90,9 +102,14 @@ class OrtRunner:
         self._binding.bind_cpu_input(self._input, np.ascontiguousarray(images))
         self._binding.bind_output(self._output)
 
-    def run_once(self) -> None:
+    def modes(self) -> List[str]:
+        """Return what can be timed."""
+        return list(self.MODES)
+
+    def run_once(self, mode: str = MODES[0]) -> Optional[float]:
         """Run the bound batch; the outputs are complete when this returns."""
         self._session.run_with_iobinding(self._binding)
+        return None  # the clock times the call
 
     def describe(self) -> Dict[str, Any]:
         """Return what runs, for the record."""
@@ -109,4 +126,10 @@ class OrtRunner:
                 "intra_op_spinning": True,
                 "input": "bound",
             },
+            "engine": None,
         }
+
+    def close(self) -> None:
+        """Let go of the session and its memory."""
+        self._binding = None
+        self._session = None

@@ -1,0 +1,503 @@
+"""What a net costs in energy: the module's power rails, sampled by a process of their own beside the run.
+
+Three sources, in this order: the INA3221 monitors that Linux shows under /sys, NVIDIA's tegrastats, and jtop
+where the user has it. All read only, none needs root.
+
+The sampler is another Python process, not a thread: a thread would take the interpreter's lock from the
+measured loop, and a fork would carry a CUDA context that does not survive it. It is started as
+`python -c "import this module"` with the folder or the archive that this module was loaded from on its path,
+so it needs no file of the package unpacked, no verb of the command line, and neither NumPy nor site-packages.
+It writes to a file that has no name, so nothing is left behind, the run never waits for it, and what a killed
+sampler saw is still there. It ends when its standard input closes, which the kernel does for it when the
+measuring process ends, however that happens.
+
+Times are seconds of CLOCK_MONOTONIC (`time.monotonic()`; on Linux also `time.perf_counter()`), the one clock
+that two processes read alike.
+"""
+
+import importlib
+import importlib.util
+import json
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
+
+# The rails whose sum is the whole module, by their names; the first set that a board has whole is taken.
+# Rails beside them, such as VDD_SOC or VDDQ_VDD2_1V8AO, are fed from these and would count twice; VIN of
+# Thor is the carrier board.
+TOTALS: Tuple[Tuple[str, ...], ...] = (
+    ("VDD_IN",),  # Orin Nano, Orin NX, Xavier NX, TX2
+    ("POM_5V_IN",),  # Nano
+    ("VDD_GPU_SOC", "VDD_CPU_CV", "VIN_SYS_5V0"),  # AGX Orin
+    ("VDD_GPU", "VDD_CPU_SOC_MSS", "VIN_SYS_5V0"),  # Thor
+    ("GPU", "CPU", "SOC", "CV", "VDDRQ", "SYS5V"),  # AGX Xavier
+)
+
+RATE_HZ = 20.0
+TEGRASTATS_MS = 50
+"""tegrastats and jtop are asked for the same rate; what came is in the record."""
+IDLE_S = 3.0
+FIRST_SAMPLE_S = 5.0
+"""So long may a source take to its first sample before the next source is tried."""
+LONGEST_S = 6 * 3600.0
+"""A sampler ends after this, whatever else fails."""
+GAP_S = 1.0
+"""Without a sample for so long there is no energy: what happened in between is not known."""
+SAMPLES = 3
+"""Fewer within all windows together are too few for an energy."""
+
+Sample = Tuple[float, float]  # seconds, watts
+Window = Tuple[float, float]  # from, to, seconds
+
+
+class Rail(NamedTuple):
+    """One supply: its name, and the files to multiply, [mV, mA] or [mW]."""
+
+    name: str
+    files: Tuple[str, ...]
+
+
+def find_rails(root: Union[str, Path] = "/") -> List[Rail]:
+    """Return every rail that an INA3221 monitor shows, of new kernels (hwmon) or of JetPack 4's (iio)."""
+    drivers = Path(root) / "sys/bus/i2c/drivers"
+    rails = []
+    for label in sorted(drivers.glob("ina3221/*/hwmon/hwmon*/in*_label")):
+        number = label.name[len("in") : -len("_label")]
+        files = [str(label.with_name(name % number)) for name in ("in%s_input", "curr%s_input")]
+        rails.append((_text(label), files))
+    for label in sorted(drivers.glob("ina3221x/*/iio:device*/rail_name_*")):
+        number = label.name[len("rail_name_") :]
+        rails.append((_text(label), [str(label.with_name("in_power%s_input" % number))]))
+    return [Rail(name, tuple(files)) for name, files in rails if name and _watts(files) is not None]
+
+
+def module_rails(names: Sequence[str]) -> Optional[Tuple[str, ...]]:
+    """Return which of these rails add up to the whole module, or None where edgecl knows no such set."""
+    for total in TOTALS:
+        if all(names.count(name) == 1 for name in total):
+            return total
+    return None
+
+
+# 'VDD_IN 3951mW/3951mW' (now/mean), 'POM_5V_IN 3842/3842' (JetPack 4, no unit), 'VDD_GPU 6330mW/6330mW/6330mW'
+# (now/mean/most, JetPack 7.2), 'VDD_GPU -392mW/-392mW' (an offset of the monitor). Not 'RAM 3162/30536MB'.
+_TEGRASTATS_RAIL = re.compile(
+    r"(?<![\w@])([A-Z][A-Z0-9_]*) (-?\d+)(mW)?((?:/-?\d+(?:mW)?){0,2})(?=\s|$)",
+)
+
+
+def rails_of_tegrastats(line: str) -> Dict[str, float]:
+    """Return the rails of one line of tegrastats: name -> watts at that moment, not the mean beside it."""
+    found = {}
+    for name, now, unit, others in _TEGRASTATS_RAIL.findall(line):
+        if unit or others:  # 'VIC_FREQ 115' and 'APE 150' are clocks
+            found[name] = int(now) / 1e3
+    return found
+
+
+class PowerMeter:
+    """Samples the power of the module from `start` to `stop`; says nothing where there is no meter.
+
+    Args:
+        root: where /sys and /usr lie.
+        rate_hz: samples per second to ask for, >= 10 to be of use.
+        sources: which to try, in this order.
+
+    `source` is 'ina3221', 'tegrastats', 'jtop', or None with the cause in `reason`; `rails` are those summed.
+
+        with PowerMeter() as meter:
+            meter.measure_idle()
+            start = time.monotonic(); ...; end = time.monotonic()
+            record["energy"] = meter.energy(start, end, inferences)
+    """
+
+    def __init__(
+        self,
+        root: Union[str, Path] = "/",
+        *,
+        rate_hz: float = RATE_HZ,
+        sources: Sequence[str] = ("ina3221", "tegrastats", "jtop"),
+    ) -> None:
+        self.source: Optional[str] = None
+        self.rails: Tuple[str, ...] = ()
+        self.reason: Optional[str] = "not started"
+        self._root = Path(root)
+        self._interval_s = 1.0 / rate_hz
+        self._sources = tuple(sources)
+        self._process: Optional["subprocess.Popen[bytes]"] = None
+        self._samples_file: Any = None
+        self._errors_file: Any = None
+        self._idle: Optional[Window] = None
+
+    def __enter__(self) -> "PowerMeter":
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self) -> bool:
+        """Start to sample with the first source that gives a sample; return whether there is one."""
+        reasons = []
+        finders: Dict[str, Callable[[], Dict[str, Any]]] = {
+            "ina3221": self._find_ina3221,
+            "tegrastats": self._find_tegrastats,
+            "jtop": self._find_jtop,
+        }
+        for source in self._sources:
+            found = finders[source]()
+            if "reason" not in found:
+                self._start_sampler(dict(found, source=source))
+                found = self._wait_for_first()
+            if "reason" not in found:
+                self.source, self.rails, self.reason = source, self._rails_found, None
+                return True
+            self.stop()
+            reasons.append("%s: %s" % (source, found["reason"]))
+        self.reason = "; ".join(reasons)
+        return False
+
+    def measure_idle(self, seconds: float = IDLE_S) -> None:
+        """Wait so long and take that as the idle baseline; at once where there is no meter."""
+        if self.source is None:
+            return
+        start = time.monotonic()
+        time.sleep(seconds)
+        self._idle = (start, time.monotonic())
+
+    def energy(self, window_start: float, window_end: float, inferences: int) -> Optional[Dict[str, Any]]:
+        """Return the energy of one measured window; see `energy_of`."""
+        return self.energy_of([(window_start, window_end)], inferences)
+
+    def energy_of(self, windows: Sequence[Window], inferences: int) -> Optional[Dict[str, Any]]:
+        """Return the energy of measured windows, such as the blocks of one precision among others.
+
+        Args:
+            windows: (from, to) in seconds of `time.monotonic()`, after `start`.
+            inferences: how many ran in all of them together, >= 1.
+
+        Returns:
+            rails, the names summed; idle_w, mean power of the idle baseline, or None without one; load_w, mean
+            power within the windows; j_per_inference, all of the module's energy; j_per_inference_above_idle,
+            what the idle module would not have used, or None; samples within the windows, rate_hz, source.
+            None where there is no meter or it did not see the windows whole: `reason` says why.
+        """
+        if self.source is None or self._samples_file is None:
+            return None
+        samples = self._samples_until(max(end for _, end in windows))
+        loads = [self._integrate(samples, window) for window in windows]
+        known = [load for load in loads if load is not None]
+        if len(known) < len(loads):
+            return None
+        joules, seconds = sum(known), sum(end - start for start, end in windows)
+        count = sum(1 for at, _ in samples if any(start <= at <= end for start, end in windows))
+        if count < SAMPLES:
+            self.reason = "%d samples within %.2f s are too few" % (count, seconds)
+            return None
+        idle_w = None
+        if self._idle is not None:
+            idle_j = self._integrate(samples, self._idle)
+            idle_w = None if idle_j is None else idle_j / (self._idle[1] - self._idle[0])
+        return {
+            "rails": list(self.rails),
+            "idle_w": None if idle_w is None else round(idle_w, 4),
+            "load_w": round(joules / seconds, 4),
+            "j_per_inference": _significant(joules / inferences),
+            "j_per_inference_above_idle": (
+                None if idle_w is None else _significant((joules - idle_w * seconds) / inferences)
+            ),
+            "samples": count,
+            "rate_hz": round(count / seconds, 2),
+            "source": self.source,
+        }
+
+    def stop(self) -> None:
+        """End the sampler, within seconds, and forget its samples."""
+        process, self._process = self._process, None
+        if process is not None:
+            assert process.stdin is not None
+            process.stdin.close()
+            try:
+                process.wait(timeout=1)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        for file in (self._samples_file, self._errors_file):
+            if file is not None:
+                file.close()
+        self._samples_file = self._errors_file = None
+
+    # --- sources: settings for the sampler, or {"reason"} ---
+
+    def _find_ina3221(self) -> Dict[str, Any]:
+        rails = find_rails(self._root)
+        if not rails:
+            return {"reason": "no power monitor under %s" % (self._root / "sys/bus/i2c/drivers")}
+        total = module_rails([rail.name for rail in rails])
+        if total is None:
+            return {"reason": _unknown([rail.name for rail in rails])}
+        self._rails_found = total
+        files = {rail.name: rail.files for rail in rails}
+        return {"rails": [files[name] for name in total], "interval_s": self._interval_s}
+
+    def _find_tegrastats(self) -> Dict[str, Any]:
+        program = str(self._root / "usr/bin/tegrastats")
+        if not os.access(program, os.X_OK):
+            return {"reason": "there is no %s" % program}
+        line = _first_line([program, "--interval", "100"])
+        if line is None:
+            return {"reason": "%s printed nothing within %g s" % (program, FIRST_SAMPLE_S)}
+        names = list(rails_of_tegrastats(line))
+        total = module_rails(names)
+        if total is None:
+            return {"reason": _unknown(names)}
+        self._rails_found = total
+        interval_ms = max(TEGRASTATS_MS, int(round(1000 * self._interval_s)))
+        return {"program": [program, "--interval", str(interval_ms)], "rails": total}
+
+    def _find_jtop(self) -> Dict[str, Any]:
+        if importlib.util.find_spec("jtop") is None:
+            return {"reason": "jetson-stats is not installed"}
+        self._rails_found = ("total of jtop",)
+        return {"interval_s": self._interval_s}
+
+    # --- the sampler ---
+
+    def _start_sampler(self, settings: Dict[str, Any]) -> None:
+        # The folder or archive that holds the outermost package: as many steps up as the name has parts.
+        home = Path(os.path.abspath(__file__)).parents[__name__.count(".")]  # noqa: PTH100 (a link stays)
+        code = "import sys; sys.path.insert(0, sys.argv[1]); import importlib; " + (
+            "sys.exit(importlib.import_module(sys.argv[2]).sample_until_closed(sys.argv[3]))"
+        )
+        # jtop is a package the user installed; the other sources need the standard library only.
+        flags = [] if settings["source"] == "jtop" else ["-I", "-S"]
+        settings = dict(settings, longest_s=LONGEST_S, parent=os.getpid())
+        self._samples_file = tempfile.TemporaryFile()
+        self._errors_file = tempfile.TemporaryFile()
+        self._process = subprocess.Popen(
+            [sys.executable] + flags + ["-B", "-c", code, str(home), __name__, json.dumps(settings)],
+            stdin=subprocess.PIPE,
+            stdout=self._samples_file,
+            stderr=self._errors_file,
+        )
+
+    def _wait_for_first(self) -> Dict[str, Any]:
+        assert self._process is not None
+        until = time.monotonic() + FIRST_SAMPLE_S
+        while time.monotonic() < until:
+            if self._samples():
+                return {}
+            if self._process.poll() is not None:
+                return {"reason": "the sampler ended: %s" % self._last_words()}
+            time.sleep(0.02)
+        return {"reason": "no sample within %g s" % FIRST_SAMPLE_S}
+
+    def _samples(self) -> List[Sample]:
+        """Return the samples so far; a line that is being written is left out."""
+        file = self._samples_file.fileno()
+        text = os.pread(file, os.fstat(file).st_size, 0).decode("ascii", "replace")  # moves no position
+        lines = text[: text.rfind("\n") + 1].splitlines()
+        return [(float(line.split()[0]), float(line.split()[1])) for line in lines]
+
+    def _samples_until(self, end: float) -> List[Sample]:
+        """Return the samples so far, after waiting a little for one behind `end`."""
+        assert self._process is not None
+        until = time.monotonic() + GAP_S
+        while True:
+            samples = self._samples()
+            if samples and samples[-1][0] >= end:
+                return samples
+            if time.monotonic() >= until or self._process.poll() is not None:
+                return samples
+            time.sleep(0.01)
+
+    def _integrate(self, samples: List[Sample], window: Window) -> Optional[float]:
+        found = integrate(samples, window)
+        if isinstance(found, str):
+            assert self._process is not None
+            ended = self._process.poll() is not None
+            self.reason = "the sampler ended: %s; %s" % (self._last_words(), found) if ended else found
+            return None
+        return found
+
+    def _last_words(self) -> str:
+        assert self._process is not None
+        file = self._errors_file.fileno()
+        lines = os.pread(file, 65536, 0).decode("utf-8", "replace").strip().splitlines()
+        if lines:
+            return lines[-1]
+        status = self._process.returncode
+        if status is not None and status < 0:
+            return "killed by %s" % signal.Signals(-status).name
+        return "exit status %s" % status
+
+
+def integrate(samples: Sequence[Sample], window: Window) -> Union[float, str]:
+    """Return the joules within a window by trapezoids, or why they are not known.
+
+    At the ends the nearest sample within the window holds: a sample beyond them may belong to another load, such
+    as the next precision's. A window with fewer than SAMPLES takes straight lines from those around it.
+    """
+    start, end = window
+    if not end > start:
+        return "the window of %.3f s is empty" % (end - start)
+    points = [sample for sample in samples if start <= sample[0] <= end]
+    around = [sample for sample in samples if sample[0] < start][-1:]
+    around += points + [sample for sample in samples if sample[0] > end][:1]
+    times = [start] + [at for at, _ in around] + [end]
+    gaps = [(abs(times[i] - times[i - 1]), min(times[i - 1 : i + 1])) for i in range(1, len(times))]
+    longest, at = max(gaps)
+    if longest > GAP_S:
+        return "no sample for %.2f s, from %.2f s after the window began" % (longest, at - start)
+    if len(points) < SAMPLES:
+        points = around
+    if points[0][0] > start:
+        points = [(start, points[0][1])] + points
+    if points[-1][0] < end:
+        points = points + [(end, points[-1][1])]
+    joules = 0.0
+    for i in range(1, len(points)):
+        (t_0, w_0), (t_1, w_1) = points[i - 1], points[i]
+        left, right = max(t_0, start), min(t_1, end)
+        slope = (w_1 - w_0) / (t_1 - t_0) if t_1 > t_0 else 0.0
+        joules += (right - left) * (w_0 + slope * ((left + right) / 2 - t_0))
+    return joules
+
+
+def sample_until_closed(settings_json: str) -> int:
+    """Write 'seconds watts' to standard output until standard input closes; the sampler's whole life.
+
+    Args:
+        settings_json: source; rails, files to multiply or names to sum; interval_s or program; longest_s; parent.
+    """
+    settings = json.loads(settings_json)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the measuring process, which then closes us
+    until = time.monotonic() + settings["longest_s"]
+
+    def closed(wait_s: float) -> bool:
+        readable = select.select([sys.stdin.fileno()], [], [], max(0.0, wait_s))[0]
+        # Nothing is ever written to us: readable means closed. A forked sibling may hold the other end open
+        # after the parent is gone, so the parent itself is looked at too.
+        return bool(readable) or os.getppid() != settings["parent"] or time.monotonic() > until
+
+    if settings["source"] == "ina3221":
+        _sample_files(settings["rails"], settings["interval_s"], closed)
+    elif settings["source"] == "tegrastats":
+        return _sample_tegrastats(settings["program"], settings["rails"], closed)
+    else:
+        _sample_jtop(settings["interval_s"], closed)
+    return 0
+
+
+def _sample_files(rails: List[List[str]], interval_s: float, closed: Callable[[float], bool]) -> None:
+    due = time.monotonic()
+    while True:
+        begin = time.monotonic()
+        watts = [_watts(files) for files in rails]
+        end = time.monotonic()
+        known = [value for value in watts if value is not None]
+        if len(known) == len(watts):  # a monitor that is busy fails now and then; a gap shows in the energy
+            _write((begin + end) / 2, sum(known))
+        due = max(due + interval_s, end)
+        if closed(due - end):
+            return
+
+
+def _sample_tegrastats(program: List[str], rails: List[str], closed: Callable[[float], bool]) -> int:
+    process = subprocess.Popen(program, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    pending = b""
+    try:
+        while not closed(0.0):
+            ready = select.select([process.stdout.fileno(), sys.stdin.fileno()], [], [], 0.5)[0]
+            if process.stdout.fileno() not in ready:
+                continue
+            block = os.read(process.stdout.fileno(), 65536)
+            now = time.monotonic()
+            if not block:
+                print("%s ended" % program[0], file=sys.stderr)
+                return 1
+            lines = (pending + block).split(b"\n")
+            pending = lines.pop()
+            for line in lines[-1:]:  # lines that came together cannot be told apart in time
+                found = rails_of_tegrastats(line.decode("ascii", "replace"))
+                if all(name in found for name in rails):
+                    _write(now, sum(found[name] for name in rails))
+        return 0
+    finally:
+        process.terminate()
+        try:
+            process.wait(timeout=1)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def _sample_jtop(interval_s: float, closed: Callable[[float], bool]) -> None:
+    jtop = importlib.import_module("jtop").jtop
+    with jtop(interval=interval_s) as board:
+        while not closed(0.0) and board.ok():
+            _write(time.monotonic(), board.power["tot"]["power"] / 1e3)
+
+
+def _write(at: float, watts: float) -> None:
+    os.write(1, ("%.6f %.4f\n" % (at, watts)).encode("ascii"))  # whole lines, at once
+
+
+def _watts(files: Sequence[str]) -> Optional[float]:
+    """Return the power of a rail: mV x mA, or mW; None where a file does not give a number now."""
+    product = 1.0
+    for path in files:
+        try:
+            product *= int(_text(path) or "")
+        except ValueError:
+            return None
+    return product / (1e6 if len(files) == 2 else 1e3)
+
+
+def _text(path: Union[str, Path]) -> Optional[str]:
+    try:
+        return Path(path).read_bytes().decode("ascii", "replace").strip()
+    except OSError:
+        return None
+
+
+def _first_line(program: List[str]) -> Optional[str]:
+    """Return the first line a program prints, within a few seconds, and end it."""
+    try:
+        process = subprocess.Popen(program, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+    except OSError:
+        return None
+    assert process.stdout is not None
+    text, until = b"", time.monotonic() + FIRST_SAMPLE_S
+    try:
+        while b"\n" not in text and time.monotonic() < until:
+            if not select.select([process.stdout.fileno()], [], [], 0.2)[0]:
+                continue
+            block = os.read(process.stdout.fileno(), 65536)
+            if not block:
+                break
+            text += block
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+    return text.split(b"\n")[0].decode("ascii", "replace") if b"\n" in text else None
+
+
+def _unknown(names: Sequence[str]) -> str:
+    if not names:
+        return "it shows no power rails"
+    return "edgecl does not know which of the rails %s make up the whole module" % ", ".join(
+        sorted(set(names))
+    )
+
+
+def _significant(value: float) -> float:
+    return float("%.5g" % round(value, 9))  # not the last bit of a difference

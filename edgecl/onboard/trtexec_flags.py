@@ -1,0 +1,355 @@
+"""The exact command lines of NVIDIA's trtexec for each version of TensorRT, and a script of them.
+
+trtexec's defaults turned round between TensorRT 10.16 and 11.0 (CUDA graph, spinning and leaving transfers out
+became the default), and its flags come and go. So every flag that decides a number is said, for the version at
+hand, and the command is part of the record.
+
+Source: NVIDIA/TensorRT, samples/common/sampleOptions.cpp of 8.2 to 11.1.
+"""
+
+import math
+import re
+import shlex
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+
+from .bundle import engine_name
+from .errors import DeviceError
+
+# What can be timed; the first is the headline.
+MODES = ("compute, CUDA graph", "compute", "with transfers, CUDA graph", "with transfers")
+
+DURATION_S = 60.0
+WARMUP_S = 2.0
+ITERATIONS = 1024
+OLDEST = (8, 2)
+
+ON_JETSON = "/usr/src/tensorrt/bin/trtexec"
+
+# Versions from which a command line differs.
+_MEMORY_POOLS = (8, 4)  # before: --workspace
+_SKIP_INFERENCE = (
+    8,
+    6,
+)  # before: --buildOnly; also --infStreams, several percentiles, the optimisation level
+_STRONGLY_TYPED = (10, 12)  # weak typing is deprecated; precision flags conflict with --stronglyTyped
+_OPPOSITE = (11, 0)  # no precision flags, no --stronglyTyped, the opposite switches
+_FP16_SCALES = (10, 0)  # Q/DQ with fp16 scales: strongly typed from the start
+_NO_DLA = (10, 8)  # until 11.4
+_DLA_AGAIN = (11, 4)
+_CHANGES = (_MEMORY_POOLS, _SKIP_INFERENCE, _FP16_SCALES, _NO_DLA, _STRONGLY_TYPED, _OPPOSITE, _DLA_AGAIN)
+
+Version = Tuple[int, ...]
+
+
+# --- versions ---
+
+
+def version_numbers(text: str) -> Version:
+    """Return '10.3.0' as (10, 3, 0).
+
+    Raises:
+        DeviceError: not a version.
+    """
+    if not re.match(r"\d+(\.\d+)*$", text):
+        raise DeviceError("'%s' is no version of TensorRT" % text, "write it as in '10.3' or '>=10.3,<10.8'")
+    return tuple(int(part) for part in text.split("."))
+
+
+def is_within(version: str, versions: str) -> bool:
+    """Say whether a version lies in a range such as '>=10.3,<10.8'; an empty range holds all."""
+    number = version_numbers(version)
+    return all(_holds(number, sign, bound) for sign, bound in _bounds(versions))
+
+
+def _bounds(versions: str) -> List[Tuple[str, Version]]:
+    bounds = []
+    for part in filter(None, (part.strip() for part in versions.split(","))):
+        sign = (re.match(r"[<>=]*", part) or [""])[0]
+        bounds.append((sign or "==", version_numbers(part[len(sign) :])))
+    return bounds
+
+
+def _holds(number: Version, sign: str, bound: Version) -> bool:
+    number = number[: len(bound)] if sign in ("==", "<=") else number  # 10.3.0 is ==10.3, and <=10.3
+    longest = max(len(number), len(bound))
+    left, right = (value + (0,) * (longest - len(value)) for value in (number, bound))
+    return {
+        "==": left == right,
+        ">=": left >= right,
+        "<=": left <= right,
+        ">": left > right,
+        "<": left < right,
+    }[sign]
+
+
+def _starts(versions: str) -> List[Version]:
+    """Return the lowest version of a range, and every version in it from which command lines may differ.
+
+    Raises:
+        DeviceError: the whole range is older than 8.2.
+    """
+    bounds = _bounds(versions)
+
+    def held(version: Version) -> bool:
+        return all(_holds(version, sign, bound) for sign, bound in bounds)
+
+    lowest = max([bound for sign, bound in bounds if sign in ("==", ">=", ">")] or [OLDEST])
+    if lowest <= OLDEST:
+        if not held(OLDEST):
+            raise DeviceError(
+                "edgecl knows trtexec from TensorRT 8.2 on, not %s" % versions,
+                "JetPack 4.6.1 and later have 8.2: update the board",
+            )
+        lowest = OLDEST
+    return [lowest] + [at for at in _CHANGES if at > lowest and held(at)]
+
+
+# --- command lines ---
+
+
+class Net(NamedTuple):
+    """What is built: an ONNX file of a bundle, and how.
+
+    input is the manifest's (name, shape, dynamic_batch, max_batch), build the target's (workspace_mib,
+    optimization_level, tf32, dla_core), precision fp32, fp16 or int8, form that of the graph, model the file.
+    """
+
+    input: Dict[str, Any]
+    build: Dict[str, Any]
+    precision: str
+    form: str
+    model: str
+
+
+def command_lines(
+    version: str,
+    *,
+    manifest_input: Dict[str, Any],
+    build: Dict[str, Any],
+    precision: str,
+    form: str,
+    model: str,
+    plan: str,
+) -> Dict[str, List[str]]:
+    """Return the commands that build an engine and time it in the headline mode.
+
+    Args:
+        version: '10.3.0', or a range such as '>=10.3,<10.8', of which the lowest version counts.
+        manifest_input: name, shape, dynamic_batch and max_batch.
+        build: workspace_mib, optimization_level, tf32 and dla_core of a target.
+        precision: fp32, fp16 or int8.
+        form: of the graph; the precision flags of weakly typed versions follow from it.
+        model: path of the ONNX file, as it is to stand in the command.
+        plan: path of the engine.
+
+    Returns:
+        build and bench, each a program and its arguments.
+
+    Raises:
+        DeviceError: a version before 8.2, or one without DLA where DLA is asked for.
+    """
+    net = Net(manifest_input, build, precision, form, model)
+    times, layers = _beside(plan, "times"), _beside(plan, "layers")
+    return {
+        "build": build_command(version, net, plan),
+        "bench": bench_command(version, net, plan, times=times, layers=layers),
+    }
+
+
+def build_command(version: str, net: Net, plan: str) -> List[str]:
+    """Return the command that builds an engine; see `command_lines`."""
+    number = _starts(version)[0]
+    command = ["trtexec", "--onnx=" + net.model, "--saveEngine=" + plan]
+    if number >= _OPPOSITE:
+        pass  # the types of the graph decide
+    elif number >= _STRONGLY_TYPED or (net.form == "int8-trt-fp16" and number >= _FP16_SCALES):
+        command.append("--stronglyTyped")
+    elif net.form.startswith("int8"):
+        command += ["--int8", "--fp16"]
+    elif net.form == "fp16":
+        command.append("--fp16")
+    if not net.build.get("tf32", True):
+        command.append("--noTF32")
+    pools = "workspace:%d" % net.build["workspace_mib"]
+    dla = _dla_flags(number, net)
+    if dla:
+        command += dla + ["--allowGPUFallback"]
+        if number >= _DLA_AGAIN:
+            command.append("--adjustForDLA")
+        pools += ",dlaSRAM:1,dlaLocalDRAM:1024,dlaGlobalDRAM:512"
+    if number >= _MEMORY_POOLS:
+        command.append("--memPoolSize=" + pools)
+    else:
+        command.append("--workspace=%d" % net.build["workspace_mib"])
+    if net.input["dynamic_batch"]:
+        for name, batch in (("min", 1), ("opt", net.input["shape"][0]), ("max", net.input["max_batch"])):
+            command.append("--%sShapes=%s" % (name, _shape(net, batch)))
+    if number >= _SKIP_INFERENCE:
+        command.append("--builderOptimizationLevel=%d" % net.build["optimization_level"])
+    command.append("--profilingVerbosity=detailed")
+    command.append("--skipInference" if number >= _SKIP_INFERENCE else "--buildOnly")
+    return command
+
+
+def bench_command(
+    version: str,
+    net: Net,
+    plan: str,
+    *,
+    mode: str = MODES[0],
+    duration_s: float = DURATION_S,
+    times: str,
+    layers: Optional[str] = None,
+) -> List[str]:
+    """Return the command that times an engine in one of MODES.
+
+    Args:
+        version: as for `command_lines`.
+        net: what the engine was built from.
+        plan: the engine.
+        mode: one of MODES.
+        duration_s: rounded up to whole seconds.
+        times: JSON file to write, one entry per run.
+        layers: JSON file to write about the engine's layers, or None.
+    """
+    number = _starts(version)[0]
+    several = number >= _SKIP_INFERENCE
+    command = ["trtexec", "--loadEngine=" + plan] + _dla_flags(number, net)
+    if net.input["dynamic_batch"]:  # a static net refuses to be told its shape
+        command.append("--shapes=" + _shape(net, net.input["shape"][0]))
+    command += [
+        "--warmUp=%d" % round(1000 * WARMUP_S),
+        "--duration=%d" % max(1, math.ceil(duration_s)),
+        "--iterations=%d" % ITERATIONS,
+        "--avgRuns=100",
+        "--percentile=" + ("50,90,95,99" if several else "99"),
+        "--infStreams=1" if several else "--streams=1",
+        "--useSpinWait",
+    ]
+    # Since 11.0 the first of each pair is the default and does nothing; the second did not exist before.
+    if "CUDA graph" in mode:
+        command.append("--useCudaGraph")
+    elif number >= _OPPOSITE:
+        command.append("--noCudaGraph")
+    if "transfers" not in mode:
+        command.append("--noDataTransfers")
+    elif number >= _OPPOSITE:
+        command.append("--includeDataTransfers")
+    command += ["--separateProfileRun", "--exportTimes=" + times]
+    return command + (["--exportLayerInfo=" + layers] if layers is not None else [])
+
+
+def _dla_flags(number: Version, net: Net) -> List[str]:
+    core = net.build.get("dla_core")
+    if core is None or net.precision == "fp32":
+        return []  # DLA does not compute fp32
+    if _NO_DLA <= number < _DLA_AGAIN:
+        raise DeviceError(
+            "TensorRT %s has no DLA; 8.2 to 10.7 have it, and 11.4 on AGX Orin" % _dotted(number),
+            "leave 'build.dla_core' out of the target",
+        )
+    return ["--useDLACore=%d" % core]
+
+
+def _shape(net: Net, batch: int) -> str:
+    sides = [batch] + list(net.input["shape"][1:])
+    return "%s:%s" % (net.input["name"], "x".join(str(side) for side in sides))
+
+
+def _beside(plan: str, what: str) -> str:
+    return "%s.%s.json" % (plan[: -len(".plan")] if plan.endswith(".plan") else plan, what)
+
+
+# --- the script of a bundle ---
+
+# The words between @ are filled in.
+_SCRIPT_HEAD = r"""#!/bin/sh
+# Build an engine of this bundle with NVIDIA's trtexec, and time it in @MODES@ ways, @SECONDS@ s each.
+# For TensorRT @VERSIONS@. Every flag that decides a number is said: defaults differ between versions.
+#
+#   sh trtexec.sh                 @DEFAULT@, the bundle's default
+#   sh trtexec.sh PRECISION       one of @NAMES@
+#   TRTEXEC=PATH sh trtexec.sh    where it is not @TRTEXEC@
+set -e
+cd "$(dirname "$0")"
+TRTEXEC="${TRTEXEC:-@TRTEXEC@}"
+precision="${1:-@DEFAULT@}"
+if ! command -v "$TRTEXEC" >/dev/null; then
+    echo "there is no $TRTEXEC; set TRTEXEC to where it is (package libnvinfer-bin)" >&2
+    exit 1
+fi
+
+# It calls 8.2.1 'TensorRT v8201' and 10.3.0 'TensorRT v100300'.
+version="$("$TRTEXEC" --help 2>&1 | sed -n 's/.*\[TensorRT v\([0-9]*\)\].*/\1/p' | head -n 1)"
+case "$version" in
+    ????) version="${version%???}0${version#?}" ;;
+    "") echo "$TRTEXEC does not say its version" >&2; exit 1 ;;
+esac
+"""
+
+_SCRIPT_TAIL = """\
+*)
+    echo "this bundle has no precision '$precision'; it has @NAMES@" >&2
+    exit 2
+    ;;
+esac
+"""
+
+
+def script(manifest: Dict[str, Any]) -> str:
+    """Return a shell script that builds and times each precision of a bundle, for every version of its target."""
+    versions, names = manifest["target"]["versions"], list(manifest["precisions"])
+    branches: List[Tuple[Version, Dict[str, List[str]]]] = []
+    for start in _starts(versions):
+        bodies = {name: _script_body(_dotted(start), manifest, name) for name in names}
+        if not branches or bodies != branches[-1][1]:
+            branches.append((start, bodies))
+    filled = {
+        "TRTEXEC": ON_JETSON,
+        "DEFAULT": manifest["precision"],
+        "VERSIONS": versions or "8.2 and later",
+        "NAMES": ", ".join(names),
+        "MODES": str(len(MODES)),
+        "SECONDS": "%g" % DURATION_S,
+    }
+    head, tail = _SCRIPT_HEAD, _SCRIPT_TAIL
+    for word, text in filled.items():
+        head, tail = (part.replace("@%s@" % word, text) for part in (head, tail))
+    lines: List[str] = []
+    for start, _ in reversed(branches):
+        keyword = "elif" if lines else "if"
+        lines.append('%s [ "$version" -ge %d ]; then since=%s' % (keyword, _digits(start), _dotted(start)))
+    lines += ["else", '    echo "this bundle is for TensorRT %s; $TRTEXEC is older" >&2' % filled["VERSIONS"]]
+    lines += ["    exit 1", "fi", "", 'case "$since $precision" in']
+    for start, bodies in branches:
+        for name, body in bodies.items():
+            lines += ['"%s %s")' % (_dotted(start), name)] + ["    " + line for line in body] + ["    ;;"]
+    return head + "\n".join(lines) + "\n" + tail
+
+
+def _script_body(version: str, manifest: Dict[str, Any], precision: str) -> List[str]:
+    about, plan = manifest["precisions"][precision], engine_name(precision, "trtexec")
+    net = Net(manifest["input"], manifest["target"]["build"], precision, about["form"], about["model"])
+    try:
+        lines = _shell(build_command(version, net, plan))
+        for mode in MODES:
+            times = _beside(plan, "times-" + re.sub("[^a-z]+", "-", mode.lower()))
+            lines.append("echo %s" % shlex.quote("== %s, %s" % (precision, mode)))
+            lines += _shell(bench_command(version, net, plan, mode=mode, times=times))
+        return lines
+    except DeviceError as error:
+        return ["echo %s >&2" % shlex.quote(error.problem), "exit 1"]
+
+
+def _shell(command: Sequence[str]) -> List[str]:
+    words = ['"$TRTEXEC"'] + ["    " + shlex.quote(word) for word in command[1:]]
+    return [word + " \\" for word in words[:-1]] + words[-1:]
+
+
+def _digits(number: Version) -> int:
+    major, minor, patch = (tuple(number) + (0, 0))[:3]
+    return 10000 * major + 100 * minor + patch
+
+
+def _dotted(number: Version) -> str:
+    return ".".join(str(part) for part in number)

@@ -1,0 +1,183 @@
+"""A program that takes trtexec's flags as one version of it does, writes its files and prints its log.
+
+Which flags a version takes is written down here on its own, from the sources of trtexec, and not from edgecl.
+"""
+
+import sys
+from pathlib import Path
+
+EVERYWHERE = [
+    "onnx",
+    "saveEngine",
+    "loadEngine",
+    "shapes",
+    "minShapes",
+    "optShapes",
+    "maxShapes",
+    "warmUp",
+    "duration",
+    "iterations",
+    "avgRuns",
+    "percentile",
+    "useSpinWait",
+    "useCudaGraph",
+    "noDataTransfers",
+    "separateProfileRun",
+    "exportTimes",
+    "exportLayerInfo",
+    "noTF32",
+    "profilingVerbosity",
+    "timingCacheFile",
+    "device",
+    "help",
+]
+UNTIL_8_3 = ["workspace", "buildOnly", "streams", "fp16", "int8", "useDLACore", "allowGPUFallback"]
+UNTIL_8_5 = ["memPoolSize", "buildOnly", "streams", "fp16", "int8", "useDLACore", "allowGPUFallback"]
+FROM_8_6 = [
+    "memPoolSize",
+    "skipInference",
+    "infStreams",
+    "builderOptimizationLevel",
+    "useDLACore",
+    "allowGPUFallback",
+]
+FLAGS = {
+    "8.2.1": EVERYWHERE + UNTIL_8_3,
+    "8.5.2": EVERYWHERE + UNTIL_8_5,
+    "8.6.2": EVERYWHERE + FROM_8_6 + ["fp16", "int8"],
+    "10.3.0": EVERYWHERE + FROM_8_6 + ["fp16", "int8", "stronglyTyped"],
+    "10.13.3": EVERYWHERE + FROM_8_6 + ["fp16", "int8", "stronglyTyped"],
+    "11.1.0": EVERYWHERE + FROM_8_6 + ["noCudaGraph", "includeDataTransfers", "noSpinWait"],
+    "11.4.1": EVERYWHERE + FROM_8_6 + ["noCudaGraph", "includeDataTransfers", "noSpinWait", "adjustForDLA"],
+}
+
+_PROGRAM = """\
+#!%(python)s -S
+import json, os, signal, sys, time
+VERSION, FLAGS, FAULT, COMPUTE_MS, QUERY = %(version)r, %(flags)r, %(fault)r, %(compute_ms)r, %(query)r
+HERE = os.path.dirname(os.path.abspath(__file__))
+major, minor, patch = (int(part) for part in VERSION.split("."))
+BANNER = ("[TensorRT v%%d%%d%%02d]" %% (major, minor, patch) if major < 9 else
+          "[TensorRT v%%d%%02d%%02d] [b26]" %% (major, minor, patch))
+
+def say(kind, text):
+    print("[11/20/2026-10:00:00] [%%s] %%s" %% (kind, text), flush=True)
+
+def end(word, status):
+    print("&&&& %%s TensorRT.trtexec %%s # %%s" %% (word, BANNER, " ".join(sys.argv)), flush=True)
+    sys.exit(status)
+
+print("&&&& RUNNING TensorRT.trtexec %%s # %%s" %% (BANNER, " ".join(sys.argv)), flush=True)
+with open(os.path.join(HERE, "calls.jsonl"), "a") as calls:
+    calls.write(json.dumps(sys.argv[1:]) + "\\n")
+options = dict((word[2:].split("=", 1) + [None])[:2] for word in sys.argv[1:])
+unknown = [word for word in sys.argv[1:] if word[2:].split("=")[0] not in FLAGS]
+if unknown:
+    say("E", "Unknown option: %%s " %% unknown[0].replace("=", " ", 1))
+    print("=== Model Options ===")
+    end("FAILED", 1)
+if "help" in options:
+    print("=== Model Options ===")
+    end("PASSED", 0)
+say("I", "TensorRT version: " + VERSION)
+if "stronglyTyped" in options and ("fp16" in options or "int8" in options):
+    say("E", "Invalid usage, setting int8/fp16/bf16 mode is not allowed if graph is strongly typed.")
+    end("FAILED", 1)
+if major == 8 and minor < 6 and "," in (options.get("percentile") or ""):
+    say("E", "--percentile takes one number here")
+    end("FAILED", 1)
+if "onnx" in options:
+    open(options["onnx"], "rb").close()
+    if FAULT == "parse":
+        for line in ("[TRT] ModelImporter.cpp:726: While parsing node number 12 [HardSwish]:", "Parsing model failed",
+                     "Failed to create engine from model or file.", "Engine set up failed"):
+            say("E", line)
+        end("FAILED", 1)
+    if FAULT == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    with open(options["saveEngine"], "wb") as plan:
+        plan.write(b"plan of " + VERSION.encode())
+    say("I", "Engine built in 1.5 sec.")
+    end("PASSED", 0)
+if open(options["loadEngine"], "rb").read() != b"plan of " + VERSION.encode():
+    say("E", "Error[1]: [stdArchiveReader.cpp::StdArchiveReader::40] Version tag does not match.")
+    say("E", "Engine deserialization failed")
+    end("FAILED", 1)
+if FAULT == "hang":
+    time.sleep(60)
+graph = "noCudaGraph" not in options if major >= 11 else "useCudaGraph" in options
+transfers = "includeDataTransfers" in options if major >= 11 else "noDataTransfers" not in options
+if FAULT == "capture" and graph:
+    say("W", "The CUDA graph capture on the stream has failed.")
+say("I", "Starting inference")
+time.sleep(0.02)
+begin = time.monotonic()
+count = int(options["iterations"])
+time.sleep(0.05)
+seconds = time.monotonic() - begin
+at, queries = 0.0, []
+for i in range(count):
+    compute = COMPUTE_MS[i %% len(COMPUTE_MS)] + (0.0 if graph else 0.5)
+    enqueue = 0.01 if graph else 0.9 * compute
+    h2d, d2h = (0.25, 0.125) if transfers else (0.0, 0.0)
+    values = [at, at + enqueue, at, at + h2d, at + h2d, at + h2d + compute, at + h2d + compute,
+              at + h2d + compute + d2h, h2d, compute, d2h, h2d + compute + d2h]
+    queries.append(dict(zip(QUERY, values)))
+    at += h2d + compute + d2h
+if FAULT != "no times":
+    with open(options["exportTimes"], "w") as file:
+        file.write(json.dumps(queries)[: -30 if FAULT == "torn times" else None])
+if "exportLayerInfo" in options:
+    half = {"Name": "a", "LayerType": "CaskConvolution", "Inputs": [{"Format/Datatype": "Half"}],
+            "Outputs": [{"Format/Datatype": "Half"}], "Weights": {"Type": "Half", "Count": 9}}
+    single = dict(half, Inputs=[{"Format/Datatype": "Float"}], Outputs=[{"Format/Datatype": "Float"}],
+                  Weights={"Type": "Float", "Count": 9})
+    with open(options["exportLayerInfo"], "w") as file:
+        json.dump({"Layers": [half, half, single], "Bindings": []}, file)
+if FAULT != "silent":
+    say("I", "Warmup completed 73 queries over 2000 ms")
+    say("I", "Timing trace has %%d queries over %%g s" %% (count, seconds))
+    say("I", "=== Performance summary ===")
+    say("I", "Throughput: 500.5 qps")
+    spread = "min = %%g ms, max = %%g ms, mean = %%g ms, median = %%g ms, "
+    spread += "percentile(90%%%%) = 2.25 ms, percentile(99%%%%) = 2.5 ms"
+    for name, start in (("Latency", 2.0 if transfers else 1.5), ("Enqueue Time", 0.1), ("GPU Compute Time", 1.5)):
+        say("I", "%%s: " %% name + spread %% (start, start + 2, start + 1, start + 0.5))
+end("PASSED", 0)
+"""
+
+QUERY = [
+    "startEnqMs",
+    "endEnqMs",
+    "startH2dMs",
+    "endH2dMs",
+    "startComputeMs",
+    "endComputeMs",
+    "startD2hMs",
+    "endD2hMs",
+    "h2dMs",
+    "computeMs",
+    "d2hMs",
+    "latencyMs",
+]
+
+
+def make_trtexec(
+    folder: Path, version: str, *, fault: str = "", compute_ms: tuple[float, ...] = (2.0, 2.01)
+) -> Path:
+    """Write the program; `fault` is what goes wrong, `compute_ms` what the queries take, in turn."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "trtexec"
+    path.write_text(
+        _PROGRAM
+        % {
+            "python": sys.executable,
+            "version": version,
+            "flags": FLAGS[version],
+            "fault": fault,
+            "compute_ms": compute_ms,
+            "query": QUERY,
+        }
+    )
+    path.chmod(0o755)
+    return path

@@ -1,0 +1,362 @@
+"""Whole measurements: of real nets on the processor, of the fake GPU's modes, and of a fake trtexec."""
+
+import functools
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import edgecl.onboard.bench
+from edgecl.onboard import clock, trtexec
+from edgecl.onboard.bench import bench
+from edgecl.onboard.errors import BundleError, DeviceError
+from edgecl.onboard.power import PowerMeter
+from edgecl.onboard.runners.ort import OrtRunner
+from edgecl.onboard.throttle import ThrottleWatch
+
+from .engine_bundle import install, make_engine_bundle
+from .fake_trtexec import make_trtexec
+from .recorded.boards import BOARDS
+from .test_throttle import CALM, COOLING, OC
+from .tiny_bundle import make_bundle, read_manifest, write_manifest
+
+ALL = ("fp16", "fp32", "int8")
+MODES = ["compute, CUDA graph", "compute", "with transfers, CUDA graph", "with transfers"]
+
+
+@pytest.fixture(autouse=True)
+def quick_warm_up(monkeypatch):
+    """Windows of milliseconds: what is tested here is the record."""
+    monkeypatch.setattr(clock, "WINDOW_S", 0.01)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """A record of three precisions in turn, and the lines told."""
+    bundle = make_bundle(tmp_path_factory.mktemp("bench") / "bundle", precisions=ALL)
+    lines = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(clock, "WINDOW_S", 0.01)
+        record = bench(bundle, precisions=ALL, duration_s=0.3, threads=1, report=lines.append)
+    return record, lines
+
+
+def plant(root, files):
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+def test_record_is_json_and_begins_with_its_conditions(measured):
+    record, _ = measured
+    assert json.loads(json.dumps(record, allow_nan=False)) == record
+    assert record["runtime"].startswith("onnxruntime ")
+    assert (record["batch"], record["threads"], record["duration_asked_s"]) == (1, 1, 0.3)
+    assert record["device"]["threads"] == 1
+    assert record["device"]["clocks"]["after"] is not None
+    assert record["device"]["temperatures_c"]["after"] is not None
+    assert record["command"].split()
+    assert record["throttle"]["looks"] >= 30
+    assert record["marks"] == record["throttle"]["marks"]
+
+
+def test_every_precision_has_its_measurement(measured):
+    measurements = measured[0]["measurements"]
+    assert [one["precision"] for one in measurements] == ["fp16", "fp32", "int8"]
+    assert [one["form"] for one in measurements] == ["fp16", "fp32", "int8-cpu"]
+    for one in measurements:
+        assert (one["mode"], one["headline"], one["engine"]) == ("inference", True, None)
+        assert one["samples"] >= 1024
+        assert one["duration_s"] >= 0.3
+        assert one["warmup_samples"] >= 1
+        assert isinstance(one["steady"], bool)
+        assert ("unsteady" in one["marks"]) is not one["steady"]
+        latency = one["latency_ms"]
+        assert 0 < latency["min"] <= latency["p50"] <= latency["p90"] <= latency["p99"]
+        for name in ("p50", "p90", "p99"):
+            low, high = latency["ci95_" + name]
+            assert low <= latency[name] <= high
+        assert one["throughput_per_s"] == pytest.approx(1e3 / latency["mean"], rel=0.01)
+        assert one["cov"] == pytest.approx(latency["std"] / latency["mean"], rel=0.01)
+        assert one["settings"]["intra_op_num_threads"] == 1
+
+
+def test_ratios_are_of_a_higher_to_a_lower_precision_from_paired_rounds(measured):
+    ratios = measured[0]["ratios"]
+    assert [(one["a"], one["b"]) for one in ratios] == [("fp32", "fp16"), ("fp32", "int8"), ("fp16", "int8")]
+    for one in ratios:
+        assert one["mode"] == "inference"
+        assert one["rounds"] >= 10
+        assert one["ci95"][0] <= one["p50_ratio"] <= one["ci95"][1]
+
+
+def test_progress_tells_each_step(measured):
+    assert measured[1][:3] == ["loading fp16", "loading fp32", "loading int8"]
+
+
+def test_energy_that_cannot_be_measured_has_a_reason(measured, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        edgecl.onboard.bench, "PowerMeter", functools.partial(PowerMeter, root=tmp_path / "bare")
+    )
+    record = bench(make_bundle(tmp_path / "bundle"), duration_s=0.05, threads=1)
+    assert record["measurements"][0]["energy"] is None
+    assert record["power"]["source"] is None
+    assert "there is no" in record["power"]["reason"]
+
+
+def test_default_precision_alone_has_no_ratio(tmp_path):
+    record = bench(make_bundle(tmp_path / "b", precisions=ALL), duration_s=0.05, threads=1, power=False)
+    assert [one["precision"] for one in record["measurements"]] == ["fp16"]
+    assert record["ratios"] == []
+    assert record["power"] == {"source": None, "rails": [], "reason": "not asked for"}
+
+
+def test_a_precision_named_twice_is_measured_once(tmp_path):
+    bundle = make_bundle(tmp_path / "b", precisions=ALL)
+    record = bench(bundle, precisions=["int8", "int8"], duration_s=0.05, threads=1, power=False)
+    assert [one["precision"] for one in record["measurements"]] == ["int8"]
+
+
+def test_openvino_measures_a_bundle_for_onnxruntime(tmp_path):
+    record = bench(make_bundle(tmp_path / "b"), runtime="openvino", duration_s=0.05, threads=1, power=False)
+    assert record["runtime"].startswith("openvino ")
+    assert record["measurements"][0]["settings"]["inference_precision"] == "f32"
+
+
+def test_energy_is_sampled_beside_the_run(tmp_path, monkeypatch):
+    board = BOARDS["orin-nano"]
+    root = plant(tmp_path / "root", board.files)
+    monkeypatch.setattr(edgecl.onboard.bench, "PowerMeter", functools.partial(PowerMeter, root=root))
+    lines = []
+    record = bench(make_bundle(tmp_path / "b"), duration_s=1.0, threads=1, report=lines.append)
+    assert lines[0] == "measuring idle power"
+    measurement = record["measurements"][0]
+    energy = measurement["energy"]
+    assert energy["rails"] == record["power"]["rails"] == list(board.rails)
+    assert energy["source"] == record["power"]["source"] == "ina3221"
+    assert energy["load_w"] == energy["idle_w"] == pytest.approx(board.sysfs_w, abs=1e-3)
+    expected = board.sysfs_w * measurement["duration_s"] / measurement["samples"]
+    assert energy["j_per_inference"] == pytest.approx(expected, rel=0.01)
+
+
+def test_throttling_marks_the_session(tmp_path, monkeypatch):
+    root = plant(tmp_path / "root", {**CALM, COOLING + "0/cur_state": "1"})
+    monkeypatch.setattr(edgecl.onboard.bench, "ThrottleWatch", functools.partial(ThrottleWatch, root=root))
+    runs = []
+
+    class Counting(OrtRunner):
+        """Draws over-current while it runs."""
+
+        def run_once(self, mode="inference"):
+            if not runs:
+                (root / (OC + "oc2_event_cnt")).write_text("4")
+            runs.append(1)
+            return super().run_once(mode)
+
+    monkeypatch.setattr("edgecl.onboard.runners.ort.OrtRunner", Counting)
+    record = bench(make_bundle(tmp_path / "b"), duration_s=0.05, threads=1, power=False)
+    assert runs
+    assert record["marks"] == [
+        "throttled: oc2 (average over-current) counted 4",
+        "throttled: cooling device cpu-throttle-alert (cooling_device0) at state 1",
+    ]
+
+
+class Scripted:
+    """A runner whose seconds come from a list, as a GPU's events would tell them."""
+
+    closed = 0
+
+    def __init__(self, seconds):
+        self.seconds, self.runs = seconds, 0
+
+    def bind(self, images):
+        self.bound = images
+
+    def modes(self):
+        return ["compute"]
+
+    def run_once(self, mode):
+        self.runs += 1
+        return self.seconds(self.runs)
+
+    def describe(self):
+        about = {"runtime": "scripted 1.0", "versions": {"scripted": "1.0"}, "settings": {}}
+        return {**about, "engine": {"sha256": "e"}}
+
+    def close(self):
+        Scripted.closed += 1
+
+
+def test_a_net_that_never_settles_and_slows_down_is_marked(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        edgecl.onboard.bench, "open_runner", lambda *_, **__: Scripted(lambda n: 0.001 * 1.0001**n)
+    )
+    monkeypatch.setattr(clock, "STEADY", 0.0)
+    monkeypatch.setattr(clock, "LONGEST_S", 0.5)
+    monkeypatch.setattr(
+        edgecl.onboard.bench,
+        "measure_interleaved",
+        lambda tasks, **settings: clock.measure_interleaved(
+            tasks, **{**settings, "max_warmup_s": 0.1, "min_samples": 4000}
+        ),
+    )
+    closed = Scripted.closed
+    record = bench(make_bundle(tmp_path / "b"), duration_s=0.05, threads=1, power=False)
+    measurement = record["measurements"][0]
+    assert measurement["steady"] is False
+    assert measurement["drift"] > 1.03
+    assert measurement["marks"] == ["unsteady", "drift"]
+    assert measurement["engine"] == {"sha256": "e"}
+    assert Scripted.closed == closed + 1
+
+
+def test_ratio_is_how_many_times_as_fast_the_lower_precision_is(tmp_path, monkeypatch):
+    seconds = {"fp32": 0.004, "int8": 0.001}
+    monkeypatch.setattr(
+        edgecl.onboard.bench,
+        "open_runner",
+        lambda *_, precision, **__: Scripted(lambda n: seconds[precision]),
+    )
+    bundle = make_bundle(tmp_path / "b", precisions=("int8", "fp32"))
+    record = bench(bundle, precisions=["int8", "fp32"], duration_s=0.05, threads=1, power=False)
+    assert record["ratios"] == [
+        {
+            "a": "fp32",
+            "b": "int8",
+            "mode": "compute",
+            "p50_ratio": 4.0,
+            "ci95": [4.0, 4.0],
+            "rounds": record["ratios"][0]["rounds"],
+        }
+    ]
+    assert [one["latency_ms"]["p50"] for one in record["measurements"]] == [1.0, 4.0]
+
+
+def test_a_runner_is_closed_when_the_next_cannot_be_opened(tmp_path, monkeypatch):
+    closed = []
+    monkeypatch.setattr(OrtRunner, "close", lambda self: closed.append(self._precision))
+    bundle = make_bundle(tmp_path / "b", precisions=("fp32", "fp16"))
+    manifest = read_manifest(bundle)
+    manifest["precisions"]["fp16"]["model"] = "reference.npz"
+    write_manifest(bundle, manifest)
+    with pytest.raises(BundleError, match=r"'reference\.npz' is not a whole ONNX file"):
+        bench(bundle, precisions=["fp32", "fp16"], duration_s=0.05, threads=1, power=False)
+    assert closed == ["fp32"]
+
+
+def test_every_mode_of_tensorrt_is_measured_and_compared(tmp_path, monkeypatch):
+    install(monkeypatch, "10.3.0")
+    bundle = make_engine_bundle(tmp_path / "b")
+    lines = []
+    record = bench(bundle, precisions=["fp32", "fp16"], duration_s=0.05, power=False, report=lines.append)
+    assert record["runtime"] == "tensorrt 10.3.0"
+    assert record["device"]["tensorrt"] == "10.3.0"
+    found = [(one["mode"], one["precision"], one["headline"]) for one in record["measurements"]]
+    assert found == [(mode, name, mode == MODES[0]) for mode in MODES for name in ("fp32", "fp16")]
+    assert [(one["a"], one["b"], one["mode"]) for one in record["ratios"]] == [
+        ("fp32", "fp16", mode) for mode in MODES
+    ]
+    for one in record["measurements"]:
+        assert len(one["engine"]["sha256"]) == 64
+    assert any("building" in line for line in lines)
+
+
+@pytest.fixture
+def trtexec_bundle(tmp_path, monkeypatch):
+    """A bundle for TensorRT on a machine with a trtexec whose queries take 2 ms and a little."""
+    monkeypatch.setattr(
+        trtexec, "find_trtexec", lambda root="/": str(make_trtexec(tmp_path / "bin", "10.3.0"))
+    )
+    return make_engine_bundle(tmp_path / "b")
+
+
+def test_trtexec_measures_every_mode_of_every_precision(trtexec_bundle):
+    record = bench(
+        trtexec_bundle, precisions=["fp16", "int8"], runtime="trtexec", duration_s=1.0, threads=2, power=False
+    )
+    json.dumps(record, allow_nan=False)
+    assert record["runtime"] == "trtexec 10.3.0"
+    assert record["device"]["tensorrt"] == "10.3.0"
+    found = [(one["precision"], one["mode"], one["headline"]) for one in record["measurements"]]
+    assert found == [(name, mode, mode == MODES[0]) for name in ("fp16", "int8") for mode in MODES]
+    assert record["ratios"] == []
+    headline = record["measurements"][0]
+    assert 2.0 <= headline["latency_ms"]["p50"] <= 2.01
+    assert headline["latency_ms"]["ci95_p50"][0] <= headline["latency_ms"]["p50"]
+    assert headline["samples"] > 1
+    assert headline["steady"] is headline["warmup_s"] is None
+    assert headline["command"].startswith("trtexec --loadEngine=")
+    assert "--useCudaGraph" in headline["command"]
+    assert len(headline["engine"]["sha256"]) == 64
+
+
+def test_trtexec_without_samples_gives_what_it_printed(tmp_path, trtexec_bundle, monkeypatch):
+    measure = trtexec.measure_with_trtexec
+
+    def without_samples(*words, **settings):
+        found = measure(*words, modes=MODES[:1], **settings)
+        printed = {"p50": 2.0, "p90": 2.2, "p99": 2.4, "mean": 2.1, "min": 1.9, "max": 3.0}
+        found["modes"][MODES[0]].update(
+            samples_s=None, latency_ms=printed, marks=["summary only"], window=None
+        )
+        return found
+
+    monkeypatch.setattr(trtexec, "measure_with_trtexec", without_samples)
+    record = bench(trtexec_bundle, runtime="trtexec", duration_s=1.0, power=False)
+    (measurement,) = record["measurements"]
+    latency = {"p50": 2.0, "p90": 2.2, "p99": 2.4, "mean": 2.1, "min": 1.9, "std": None}
+    assert measurement["latency_ms"] == {**latency, **dict.fromkeys(["ci95_p50", "ci95_p90", "ci95_p99"])}
+    assert measurement["marks"] == ["summary only"]
+    assert measurement["samples"] is measurement["drift"] is measurement["energy"] is None
+
+
+def test_trtexec_is_for_bundles_for_tensorrt(tmp_path):
+    with pytest.raises(
+        DeviceError, match="trtexec measures bundles for 'tensorrt', this one is for 'onnxruntime'"
+    ):
+        bench(make_bundle(tmp_path / "b"), runtime="trtexec", duration_s=1.0)
+
+
+@pytest.mark.parametrize("duration_s", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_duration_out_of_range_is_named(tmp_path, duration_s):
+    with pytest.raises(DeviceError, match=f"cannot measure for {duration_s} s"):
+        bench(tmp_path, duration_s=duration_s)
+
+
+def test_no_threads_are_refused(tmp_path):
+    with pytest.raises(DeviceError, match="cannot run on 0 threads"):
+        bench(tmp_path, threads=0)
+
+
+def test_a_precision_the_bundle_lacks_is_refused_before_anything_is_loaded(tmp_path):
+    lines = []
+    with pytest.raises(BundleError, match="the bundle holds no int8 net; it has fp32"):
+        bench(make_bundle(tmp_path / "b"), precisions=["fp32", "int8"], report=lines.append)
+    assert lines == []
+
+
+def test_a_batch_is_filled_with_the_reference_images(tmp_path, monkeypatch):
+    bound = []
+    bind = OrtRunner.bind
+    monkeypatch.setattr(OrtRunner, "bind", lambda self, images: (bound.append(images), bind(self, images)))
+    bundle = make_bundle(tmp_path / "b", batch=8, images=3)
+    record = bench(bundle, duration_s=0.05, threads=1, power=False)
+    assert record["batch"] == 8
+    latency = record["measurements"][0]["latency_ms"]
+    assert record["measurements"][0]["throughput_per_s"] == pytest.approx(8e3 / latency["mean"], rel=0.01)
+    with np.load(bundle / "reference.npz") as arrays:
+        np.testing.assert_array_equal(bound[0], arrays["inputs"][[0, 1, 2, 0, 1, 2, 0, 1]])
+
+
+@pytest.mark.parametrize(
+    ("program", "words"), [("onboard.pyz", "onboard.pyz"), ("/x/onboard/__main__.py", "-m edgecl.onboard")]
+)
+def test_the_whole_command_is_in_the_record(tmp_path, monkeypatch, program, words):
+    monkeypatch.setattr(sys, "argv", [program, "bench", "a bundle", "--threads", "1"])
+    record = bench(make_bundle(tmp_path / "b"), duration_s=0.05, threads=1, power=False)
+    assert record["command"] == f"{Path(sys.executable).name} {words} bench 'a bundle' --threads 1"

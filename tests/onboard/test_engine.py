@@ -1,0 +1,509 @@
+"""What is asked of each version of TensorRT, against a fake that has the attributes of that version and no others."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import onnx
+import pytest
+
+import edgecl
+from edgecl.onboard.bundle import sha256_of_file
+from edgecl.onboard.engine import build, build_plan, import_runtime, is_strongly_typed
+from edgecl.onboard.errors import BundleError, DeviceError
+from onboard.engine_bundle import install, make_engine_bundle, net
+from onboard.tiny_bundle import flip_byte, make_bundle, read_manifest, write_manifest
+
+VERSIONS = ["8.2.1.8", "8.5.2.2", "8.6.2.3", "10.3.0.30", "10.16.2.10", "11.4.1.9"]
+MIB = 1 << 20
+INPUT = {"name": "input", "shape": [1, 3, 8, 8], "dynamic_batch": False, "max_batch": 1}
+BUILD = {"workspace_mib": 256, "optimization_level": 5, "tf32": True, "dla_core": None}
+
+
+@pytest.fixture
+def make(tmp_path):
+    """Build the plan of a precision with the TensorRT that is installed."""
+
+    def make(precision, *, form=None, build=BUILD, input_form=INPUT, **options):
+        form = form or {"int8": "int8-trt"}.get(precision, precision)
+        file = tmp_path / f"{form}.onnx"
+        onnx.save(net(form, batch="N" if input_form["dynamic_batch"] else 1), file)
+        return build_plan(
+            file,
+            runtime="tensorrt",
+            precision=precision,
+            form=form,
+            build=build,
+            input_form=input_form,
+            **options,
+        )
+
+    return make
+
+
+# --- the calls of each version, whole ---
+
+
+def test_calls_of_8_2(monkeypatch, make):
+    fake, _ = install(monkeypatch, "8.2.1.8")
+    make("fp16", free_bytes=300 * MIB)
+    assert fake.calls == [
+        "create_network(1)",
+        "parse_from_file",
+        "set_flag(FP16)",
+        f"max_workspace_size = {150 * MIB}",
+        "set_flag(TF32)",
+        "profiling_verbosity = ProfilingVerbosity.DETAILED",
+        "set_timing_cache(0 bytes, False) -> True",
+        "build_serialized_network",
+    ]
+
+
+def test_calls_of_8_6_int8(monkeypatch, make):
+    fake, _ = install(monkeypatch, "8.6.2.3")
+    make("int8", timing_cache=b"old")
+    assert fake.calls == [
+        "create_network(1)",
+        "parse_from_file",
+        "set_flag(INT8)",
+        "set_flag(FP16)",
+        f"set_memory_pool_limit(WORKSPACE, {256 * MIB})",
+        "builder_optimization_level = 5",
+        "set_flag(TF32)",
+        "profiling_verbosity = ProfilingVerbosity.DETAILED",
+        "set_timing_cache(3 bytes, False) -> True",
+        "build_serialized_network",
+    ]
+
+
+@pytest.mark.parametrize(("version", "flag"), [("10.16.2.10", 2), ("11.4.1.9", 1)])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_calls_of_a_strongly_typed_build(monkeypatch, make, version, flag, precision):
+    fake, _ = install(monkeypatch, version)
+    make(precision, build={**BUILD, "tf32": False})
+    assert fake.calls == [
+        f"create_network({flag})",
+        "parse_from_file",
+        f"set_memory_pool_limit(WORKSPACE, {256 * MIB})",
+        "builder_optimization_level = 5",
+        "clear_flag(TF32)",
+        "profiling_verbosity = ProfilingVerbosity.DETAILED",
+        "set_timing_cache(0 bytes, False) -> True",
+        "build_serialized_network",
+    ]
+
+
+@pytest.mark.parametrize("version", ["8.2.1.8", "8.5.2.2", "8.6.2.3", "10.3.0.30"])
+def test_weakly_typed_versions_get_builder_flags(monkeypatch, make, version):
+    install(monkeypatch, version)
+    assert [make(name).settings["flags"] for name in ("fp32", "fp16", "int8")] == [
+        [],
+        ["FP16"],
+        ["INT8", "FP16"],
+    ]
+
+
+def test_int8_without_fast_fp16_gets_the_int8_flag_alone(monkeypatch, make):
+    fake, _ = install(monkeypatch, "8.6.2.3")
+    fake.behaviour.fast["fp16"] = False
+    assert make("int8").settings["flags"] == ["INT8"]
+
+
+@pytest.mark.parametrize(
+    ("runtime", "version", "form", "typed"),
+    [
+        ("tensorrt", (8, 2, 1), "fp16", False),
+        ("tensorrt", (10, 3, 0), "int8-trt", False),
+        ("tensorrt", (10, 3, 0), "int8-trt-fp16", True),
+        ("tensorrt", (10, 11, 0), "fp16", False),
+        ("tensorrt", (10, 12, 0), "fp16", True),
+        ("tensorrt", (11, 4, 1), "fp32", True),
+        ("tensorrt_rtx", (1, 7, 1), "fp16", True),
+    ],
+)
+def test_which_builds_are_strongly_typed(runtime, version, form, typed):
+    assert is_strongly_typed(runtime, version, form) == typed
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_dynamic_batch_gets_a_profile(monkeypatch, make, version):
+    fake, _ = install(monkeypatch, version)
+    make("fp16", input_form={"name": "input", "shape": [4, 3, 8, 8], "dynamic_batch": True, "max_batch": 16})
+    assert "set_shape(input, [1, 3, 8, 8], [4, 3, 8, 8], [16, 3, 8, 8])" in fake.calls
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_one_logger_serves_all_builds(monkeypatch, make, version):
+    fake, _ = install(monkeypatch, version)
+    make("fp32")
+    make("fp16")
+    assert len(fake.loggers) == 1
+
+
+def test_timing_cache_of_another_device_is_replaced(monkeypatch, make):
+    fake, _ = install(monkeypatch, "10.3.0.30")
+    fake.behaviour.timing_cache_fits = False
+    assert make("fp32", timing_cache=b"old").timing_cache == b"timings"
+    calls = [call for call in fake.calls if call.startswith("set_timing_cache")]
+    assert calls == ["set_timing_cache(3 bytes, False) -> False", "set_timing_cache(0 bytes, False) -> True"]
+
+
+# --- DLA ---
+
+
+def test_dla_core_is_chosen_with_the_gpu_as_fallback(monkeypatch, make):
+    fake, _ = install(monkeypatch, "8.5.2.2")
+    fake.behaviour.dla_cores = 2
+    assert make("fp16", build={**BUILD, "dla_core": 1}).settings["dla_core"] == 1
+    for call in ("default_device_type = DeviceType.DLA", "DLA_core = 1", "set_flag(GPU_FALLBACK)"):
+        assert call in fake.calls
+
+
+def test_dla_core_that_is_not_there(monkeypatch, make):
+    install(monkeypatch, "10.3.0.30")
+    with pytest.raises(DeviceError) as caught:
+        make("fp16", build={**BUILD, "dla_core": 0})
+    assert caught.value.problem == (
+        "asked for DLA core 0, but TensorRT 10.3.0.30 finds 0 DLA cores on this device"
+    )
+    assert "Orin Nano and Thor have none" in caught.value.hint
+
+
+def test_fp32_of_a_bundle_for_dla_runs_on_the_gpu(monkeypatch, make):
+    fake, _ = install(monkeypatch, "8.5.2.2")
+    fake.behaviour.dla_cores = 1
+    assert make("fp32", build={**BUILD, "dla_core": 0}).settings["dla_core"] is None
+    assert not [call for call in fake.calls if "DLA" in call]
+
+
+# --- asked for and not to be had ---
+
+
+@pytest.mark.parametrize(("precision", "other"), [("fp16", "fp32"), ("int8", "fp16")])
+def test_a_gpu_without_a_fast_precision(monkeypatch, make, precision, other):
+    fake, _ = install(monkeypatch, "8.2.1.8")
+    fake.behaviour.fast[precision] = False
+    with pytest.raises(DeviceError) as caught:
+        make(precision)
+    assert caught.value.problem == (
+        f"asked for {precision}, but this GPU cannot compute it fast: TensorRT 8.2.1.8 says so"
+    )
+    assert caught.value.hint.endswith(f"--precision {other}")
+    assert "build_serialized_network" not in fake.calls
+
+
+@pytest.mark.parametrize("version", ["10.16.2.10", "11.4.1.9"])
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_a_graph_in_another_precision(monkeypatch, make, version, precision):
+    install(monkeypatch, version)
+    with pytest.raises(DeviceError) as caught:
+        make(precision, form="fp32")
+    assert caught.value.problem == (
+        f"asked for {precision} and not delivered: no convolution or matrix product of 'fp32.onnx' is {precision} "
+        "(fp32 100 %)"
+    )
+
+
+def test_int8_of_a_graph_without_quantisation_is_refused_on_old_versions_too(monkeypatch, make):
+    install(monkeypatch, "8.2.1.8")
+    with pytest.raises(DeviceError, match="asked for int8 and not delivered: no convolution"):
+        make("int8", form="fp32")
+
+
+def test_a_builder_flag_that_is_not_kept(monkeypatch, make):
+    fake, _ = install(monkeypatch, "8.5.2.2")
+    fake.behaviour.kept_flags = False
+    with pytest.raises(
+        DeviceError, match=r"TensorRT 8\.5\.2\.2 has no builder flag FP16, or does not keep it"
+    ):
+        make("fp16")
+
+
+@pytest.mark.parametrize(("version", "form"), [("8.6.2.3", "int8-trt-fp16"), ("11.4.1.9", "int8-cpu")])
+def test_a_form_that_the_version_does_not_take(monkeypatch, make, version, form):
+    install(monkeypatch, version)
+    with pytest.raises(
+        DeviceError, match=f"TensorRT {version} takes no graph of the form '{form}'"
+    ) as caught:
+        make("int8", form=form)
+    assert "int8 = 'int8-trt'" in caught.value.hint
+
+
+def test_fp16_scales_build_in_10_3_strongly_typed(monkeypatch, make):
+    fake, _ = install(monkeypatch, "10.3.0.30")
+    assert make("int8", form="int8-trt-fp16").settings["flags"] == []
+    assert fake.calls[0] == "create_network(2)"
+
+
+# --- parsing and building that fail ---
+
+
+def test_node_that_an_old_version_does_not_know_is_named(monkeypatch, make):
+    fake, _ = install(monkeypatch, "8.2.1.8")
+    text = "In node 4 (importModel): UNSUPPORTED_NODE: No importer registered for op: HardSwish"
+    fake.behaviour.unparsed = (4, "", "", text)
+    with pytest.raises(DeviceError) as caught:
+        make("fp16")
+    assert caught.value.problem == f"TensorRT 8.2.1.8 cannot read 'fp16.onnx': node 4 (HardSwish): {text}"
+    assert caught.value.hint == (
+        "this version has no HardSwish: export with [graph] hard_swish = 'hard_sigmoid' in the target"
+    )
+
+
+def test_node_that_a_later_version_refuses_is_named(monkeypatch, make):
+    fake, _ = install(monkeypatch, "10.3.0.30")
+    fake.behaviour.unparsed = (7, "conv_q", "QuantizeLinear", "Non-zero zero point is not supported.")
+    with pytest.raises(
+        DeviceError, match=r"node 7 'conv_q' \(QuantizeLinear\): Non-zero zero point"
+    ) as caught:
+        make("int8")
+    assert "symmetric INT8" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("said", "hint"),
+    [
+        ("Error Code 2: OutOfMemory (no further information)", "lower build.workspace_mib in the target (it is 256)"),
+        ("Requested amount of GPU memory (1073741824 bytes) could not be allocated.", "add swap"),
+        ("Could not find any implementation for node conv.", "raise build.workspace_mib in the target (it is 256)"),
+        ("DLA validation failed", "export the bundle without build.dla_core"),
+        ("Internal error", "take another precision"),
+    ],
+)  # fmt: skip
+def test_build_that_fails_says_what_tensorrt_said_and_what_to_do(monkeypatch, make, said, hint):
+    fake, _ = install(monkeypatch, "10.3.0.30")
+    fake.behaviour.failure = said
+    with pytest.raises(DeviceError) as caught:
+        make("fp16")
+    assert caught.value.problem == f"TensorRT 10.3.0.30 cannot build an fp16 engine from 'fp16.onnx': {said}"
+    assert hint in caught.value.hint
+
+
+def test_messages_of_an_earlier_failure_are_not_told_again(monkeypatch, make):
+    fake, _ = install(monkeypatch, "10.3.0.30")
+    fake.behaviour.failure = "the first"
+    with pytest.raises(DeviceError, match="the first"):
+        make("fp16")
+    fake.behaviour.failure = "the second"
+    with pytest.raises(DeviceError, match=r"'fp16\.onnx': the second$"):
+        make("fp16")
+
+
+def test_builder_that_cannot_be_made_without_a_gpu(monkeypatch, make):
+    fake, _ = install(monkeypatch, "10.3.0.30")
+
+    def refuse(logger):
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    monkeypatch.setattr(fake, "Builder", refuse)
+    with pytest.raises(DeviceError, match=r"cannot make a builder: pybind11::init\(\)") as caught:
+        make("fp16")
+    assert "needs a GPU" in caught.value.hint
+
+
+def test_graph_with_another_input_than_the_manifest_says(monkeypatch, make):
+    install(monkeypatch, "10.3.0.30")
+    with pytest.raises(
+        BundleError, match=r"has the inputs \['input'\] and outputs \['output'\], the manifest says"
+    ):
+        make("fp16", input_form={**INPUT, "name": "images"})
+
+
+def test_missing_runtime_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    with pytest.raises(DeviceError, match="the runtime 'tensorrt' cannot be imported by") as caught:
+        import_runtime("tensorrt")
+    assert "python3-libnvinfer" in caught.value.hint
+
+
+# --- the verb ---
+
+
+def test_build_builds_every_precision_and_says_what_came_out(monkeypatch, tmp_path):
+    _, cuda = install(monkeypatch, "10.3.0.30")
+    bundle = make_engine_bundle(tmp_path / "bundle")
+    said = []
+    record = json.loads(json.dumps(build(bundle, report=said.append)))
+    assert record["ok"] is True
+    assert record["runtime"] == "tensorrt 10.3.0.30"
+    shares = {name: about["shares"] for name, about in record["precisions"].items()}
+    assert shares == {"fp16": {"fp16": 1.0}, "fp32": {"fp32": 1.0}, "int8": {"int8": 1.0}}
+    assert all((bundle / about["file"]).is_file() for about in record["precisions"].values())
+    assert [line.split(";")[0] for line in said if line.startswith("building")] == [
+        f"building an {name} engine with TensorRT 10.3.0.30" for name in ("fp16", "fp32", "int8")
+    ]
+    assert cuda.live() == 0
+    assert {about["cached"] for about in build(bundle)["precisions"].values()} == {True}
+
+
+def test_build_refuses_a_bundle_without_engines(tmp_path):
+    with pytest.raises(BundleError, match="the bundle is for 'onnxruntime': there is no engine to build"):
+        build(make_bundle(tmp_path / "bundle"))
+
+
+def test_build_checks_the_files_first(monkeypatch, tmp_path):
+    fake, _ = install(monkeypatch, "10.3.0.30")
+    bundle = make_engine_bundle(tmp_path / "bundle")
+    flip_byte(bundle / "model.fp16.onnx")
+    with pytest.raises(BundleError, match=r"'model\.fp16\.onnx' does not match its hash"):
+        build(bundle)
+    assert fake.calls == []
+
+
+# --- Python 3.6, as on a Nano ---
+
+
+def python36():
+    """Return a Python 3.6 that has NumPy and onnxruntime, or None."""
+    candidates = [os.environ.get("EDGECL_PYTHON36"), shutil.which("python3.6")]
+    for python in filter(None, candidates):
+        words = [python, "-c", "import numpy, onnxruntime, sys; sys.exit(sys.version_info[:2] != (3, 6))"]
+        if subprocess.run(words, capture_output=True).returncode == 0:
+            return python
+    return None
+
+
+ON_A_NANO = """
+import json, sys
+from onboard.fake_cudart import FakeCudart
+from onboard.fake_tensorrt import FakeTensorrt
+from edgecl.onboard import cudart
+cuda = FakeCudart(version=10020, gpu=b"NVIDIA Tegra X1", capability=(5, 3))
+cudart.open_libraries = lambda: iter([("libcudart.so.10.2", cuda)])
+sys.modules["tensorrt"] = fake = FakeTensorrt("8.2.1.8", cuda)
+import numpy as np
+from edgecl.onboard.bundle import read_manifest
+from edgecl.onboard.engine import build
+from edgecl.onboard.runners import open_runner
+bundle = sys.argv[1]
+record = build(bundle, precisions=["fp16"])
+runner = open_runner(bundle, read_manifest(bundle), precision="fp16", threads=1)
+reference = np.load(bundle + "/reference.npz")
+images = reference["inputs"][:1]
+difference = float(np.abs(runner.run(images) - reference["outputs"][:1]).max())
+runner.bind(images)
+seconds = {mode: runner.run_once(mode) for mode in runner.modes()}
+about = runner.describe()
+runner.close()
+print(json.dumps({"calls": fake.calls, "difference": difference, "seconds": seconds, "engine": record["precisions"],
+                  "settings": about["settings"], "versions": about["versions"], "live": cuda.live()}))
+"""
+
+
+def test_tensorrt_8_2_under_python_3_6(tmp_path):
+    python = python36()
+    if python is None:
+        pytest.skip("no Python 3.6 with NumPy and onnxruntime; name one in EDGECL_PYTHON36")
+    bundle = make_engine_bundle(tmp_path / "bundle")
+    # onnxruntime of that age reads file versions up to 8.
+    model = net("fp32", batch=1)
+    model.ir_version, model.opset_import[0].version = 7, 13
+    onnx.save(model, bundle / "model.fp16.onnx")
+    manifest = read_manifest(bundle)
+    manifest["files"]["model.fp16.onnx"] = sha256_of_file(bundle / "model.fp16.onnx")
+    write_manifest(bundle, manifest)
+    repository = Path(__file__).parents[2]
+    done = subprocess.run(
+        [python, "-c", ON_A_NANO, str(bundle)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": f"{repository}{os.pathsep}{repository / 'tests'}"},
+    )
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout.splitlines()[-1])
+    assert seen["difference"] < 1e-3
+    assert seen["calls"][:8] == [
+        "create_network(1)",
+        "parse_from_file",
+        "set_flag(FP16)",
+        f"max_workspace_size = {256 * MIB}",
+        "clear_flag(TF32)",
+        "profiling_verbosity = ProfilingVerbosity.DETAILED",
+        "set_timing_cache(0 bytes, False) -> True",
+        "build_serialized_network",
+    ]
+    assert "execute_async_v2" in seen["calls"]
+    assert "execute_async_v3" not in seen["calls"]
+    assert seen["engine"]["fp16"]["shares"] == {"fp16": 1.0}
+    assert "engine-fp16-nvidia-tegra-x1-sm53-8mp-tensorrt-8-2-1-8-" in seen["engine"]["fp16"]["file"]
+    assert seen["versions"]["cuda_runtime"] == "10.2"
+    assert seen["seconds"] == {
+        "compute, CUDA graph": pytest.approx(0.003),
+        "compute": pytest.approx(0.004),
+        "with transfers, CUDA graph": pytest.approx(0.005),
+        "with transfers": pytest.approx(0.006),
+    }
+    assert seen["live"] == 0
+
+
+# --- the official API ---
+
+
+def repaired_stubs(target):
+    """Copy the official stubs, with the few lines that are no Python replaced; return how many those were."""
+    found = importlib.util.find_spec("tensorrt_stubs")
+    if found is None or importlib.util.find_spec("mypy") is None:
+        pytest.skip("tensorrt-stubs or mypy is not installed")
+    packages = Path(found.origin).parents[1]
+    for name in ("tensorrt", "tensorrt_bindings"):
+        shutil.copytree(packages / name, target / name)
+    file = target / "tensorrt_bindings" / "tensorrt.pyi"
+    lines = file.read_text(encoding="utf-8").splitlines()
+    for count in range(20):
+        try:
+            ast.parse("\n".join(lines))
+        except SyntaxError as error:
+            line = lines[error.lineno - 1]
+            indent, _, rest = line.partition("def ")
+            lines[error.lineno - 1] = (
+                f"{indent}def {rest.partition('(')[0]}(self, *args: typing.Any) -> typing.Any:"
+            )
+            continue
+        file.write_text("\n".join(lines), encoding="utf-8")
+        return count
+    pytest.fail("the stubs hold more than 20 lines that are no Python")
+
+
+def type_check(tmp_path, *files):
+    settings = tmp_path / "mypy.ini"
+    settings.write_text(
+        "[mypy]\nstrict = True\nwarn_unreachable = True\nuntyped_calls_exclude = torch\n"
+        "[mypy-tensorrt.*,tensorrt_bindings.*]\nignore_errors = True\n"
+        "[mypy-onnx.*,onnxruntime.*,openvino.*]\nignore_missing_imports = True\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--config-file", settings, "--cache-dir", tmp_path / "cache", *files],
+        capture_output=True,
+        text=True,
+        cwd=Path(edgecl.__file__).parents[1],
+        env={**os.environ, "MYPYPATH": str(tmp_path / "stubs")},
+    )
+    assert "crash" not in done.stderr.lower(), done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_code_type_checks_against_the_official_stubs(tmp_path):
+    repaired_stubs(tmp_path / "stubs")
+    onboard = Path(edgecl.__file__).parent / "onboard"
+    files = [onboard / "engine.py", onboard / "runners" / "tensorrt.py"]
+    complaints = [
+        line
+        for line in type_check(tmp_path, *files).splitlines()
+        if "tensorrt.py:" in line or "engine.py:" in line
+    ]
+    assert not complaints
+    # The check can fail: a call that the API does not have is found.
+    wrong = onboard / "engine.py"
+    text = wrong.read_text(encoding="utf-8")
+    broken = tmp_path / "broken"
+    shutil.copytree(onboard, broken / "onboard", ignore=shutil.ignore_patterns("__pycache__"))
+    (broken / "onboard" / "engine.py").write_text(text.replace("config.clear_flag", "config.clear_the_flag"))
+    assert 'has no attribute "clear_the_flag"' in type_check(tmp_path, broken / "onboard" / "engine.py")

@@ -1,0 +1,217 @@
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from edgecl.onboard.errors import DeviceError
+from edgecl.onboard.layers import (
+    check_delivered,
+    count_precisions,
+    is_matrix_layer,
+    layers_of_engine,
+    layers_of_log,
+    precision_of,
+    precision_of_layer,
+    precision_shares,
+    read_layers,
+)
+
+# In the form of TensorRT 8, whose inspector writes formats in words, as its documentation shows it.
+INT8_CONVOLUTION = {
+    "Name": "conv_a + relu_a",
+    "LayerType": "CaskConvolution",
+    "Inputs": [
+        {
+            "Name": "x",
+            "Dimensions": [16, 512, 28, 28],
+            "Format/Datatype": "Thirty-two wide channel vectorized row major Int8 format.",
+        }
+    ],
+    "Outputs": [
+        {"Name": "y", "Format/Datatype": "Thirty-two wide channel vectorized row major Int8 format."}
+    ],
+    "ParameterType": "Convolution",
+    "Weights": {"Type": "Int8", "Count": 131072},
+    "Bias": {"Type": "Float", "Count": 256},
+    "TacticName": "sm80_xmma_fprop_implicit_gemm_interleaved_i8i8_i8i32_f32",
+}
+REFORMAT = {
+    "Name": "Reformatting CopyNode for Input Tensor 0 to conv_a",
+    "LayerType": "Reformat",
+    "Inputs": [{"Name": "x", "Location": "Device", "Format/Datatype": "Row major linear FP16 format"}],
+    "Outputs": [{"Name": "x2", "Format/Datatype": "Channel major FP16 format where channel % 4 == 0"}],
+}
+
+# One message of the verbose log of TensorRT for RTX 1.7, shortened: what it makes of an fp16 and of an int8 net.
+LOG = """\
+Layers:
+Name: __myl_CastConc_myl0_0, LayerType: kgen, Inputs: [ { Name: input, Dimensions: [1,3,64,64], Datatype: Float, \
+Format: (Linear) Row major linear format }], Constants: [ { Name: c, Dimensions: [1,61,64,64], Datatype: Half, \
+Format: (NHWC) Channel major format }], Outputs: [ { Name: x, Dimensions: [1,64,64,64], Datatype: Half, Format: \
+(NHWC) Channel major format }], TacticName: __myl_CastConc_0xb1, StreamId: 0, Metadata:
+Name: __myl_CorrMulAddMinMaxMul_myl0_1, LayerType: runtime_fusion, Inputs: [ { Name: x, Datatype: Half, Format: \
+(NHWC) Channel major format }], Constants: [ { Name: w, Datatype: Half }], Outputs: [ { Name: y, Datatype: Half }], \
+TacticName: , StreamId: 0, Metadata: [ONNX Layer: node_Conv_507]
+Name: node_Conv_510_myl0_2, LayerType: correlation, Inputs: [ { Name: y, Datatype: Int8, Format: (NHWC) Channel }], \
+Constants: [ { Name: w, Datatype: Int8 }, { Name: b, Datatype: Float }], Outputs: [ { Name: z, Datatype: Float }], \
+TacticName: __myelin_CASK_STUB, StreamId: 0, Metadata: [ONNX Layer: node_Conv_510]
+
+I/O Tensors:
+ Name: input, IOMode: Input, DataType: Float"""
+
+
+@pytest.mark.parametrize(
+    ("text", "precision"),
+    [
+        ("Half", "fp16"),
+        ("Float", "fp32"),
+        ("Int8", "int8"),
+        ("BFloat16", "bf16"),
+        ("FP8", "fp8"),
+        ("Row major linear FP16 format", "fp16"),
+        ("Row major linear FP32", "fp32"),
+        ("Channel major FP16 format where channel % 8 == 0", "fp16"),
+        ("Four wide channel vectorized row major Int8 format", "int8"),
+        ("Half(64,1:8,64,64)", "fp16"),
+        ("Int32", None),
+        ("Row major linear INT8", "int8"),
+        ("N/A due to dynamic shapes", None),
+        ("Bool", None),
+        ("", None),
+    ],
+)
+def test_precision_of_a_type_or_format(text, precision):
+    assert precision_of(text) == precision
+
+
+def test_weights_tell_where_dynamic_shapes_hide_the_formats():
+    hidden = [{"Format/Datatype": "N/A due to dynamic shapes"}]
+    layer = {"LayerType": "CaskConvolution", "Inputs": hidden, "Outputs": hidden, "Weights": {"Type": "Half"}}
+    assert precision_of_layer(layer) == "fp16"
+
+
+def test_a_layer_that_quantises_its_output_does_not_compute_in_int8():
+    layer = {"LayerType": "kgen", "Inputs": [{"Datatype": "Half"}], "Outputs": [{"Datatype": "Int8"}]}
+    assert precision_of_layer(layer) == "fp16"
+
+
+def test_int8_inputs_mean_int8_whatever_the_output():
+    layer = {"LayerType": "correlation", "Inputs": [{"Datatype": "Int8"}], "Outputs": [{"Datatype": "Float"}]}
+    assert precision_of_layer(layer) == "int8"
+
+
+def test_moving_layers_do_not_count():
+    assert count_precisions([INT8_CONVOLUTION, REFORMAT]) == {"int8": 1}
+    assert precision_shares([INT8_CONVOLUTION, REFORMAT]) == {"int8": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "matrix"),
+    [
+        ("correlation", "a", True),
+        ("gemm", "a", True),
+        ("CONVOLUTION", "a", True),
+        ("CaskGemmMatrixMultiply", "a", True),
+        ("runtime_fusion", "__myl_CorrMulAdd_myl0_1", True),
+        ("kgen", "__myl_MulAddMinMaxMul_myl0_6", False),
+        ("kgen", "__myl_CastConc_myl0_0", False),
+        ("Reformat", "Reformatting CopyNode for conv_a", False),
+        ("PointWise", "PWN(conv_gate)", False),
+    ],
+)
+def test_convolutions_and_matrix_products_are_recognised(kind, name, matrix):
+    assert is_matrix_layer({"Name": name, "LayerType": kind}) == matrix
+
+
+def test_log_of_a_builder_lists_the_layers():
+    layers = layers_of_log(["something else", LOG])
+    assert [precision_of_layer(layer) for layer in layers] == ["fp32", "fp16", "int8"]
+    assert precision_shares(layers) == {"fp16": 0.5, "int8": 0.5}
+
+
+def test_log_without_layers_lists_none():
+    assert layers_of_log(["Engine generation completed in 0.2 seconds."]) == []
+
+
+# --- the inspector ---
+
+
+def engine_that_says(whole, *single):
+    inspector = SimpleNamespace(
+        get_engine_information=lambda form: whole, get_layer_information=lambda index, form: single[index]
+    )
+    return SimpleNamespace(create_engine_inspector=lambda: inspector, num_layers=len(single))
+
+
+TRT = SimpleNamespace(LayerInformationFormat=SimpleNamespace(JSON="json"))
+
+
+def test_inspector_with_details():
+    text = json.dumps({"Layers": [INT8_CONVOLUTION, REFORMAT], "Bindings": ["x", "y"]})
+    assert layers_of_engine(TRT, engine_that_says(text)) == [INT8_CONVOLUTION, REFORMAT]
+
+
+def test_inspector_with_names_only_says_no_precision():
+    layers = layers_of_engine(TRT, engine_that_says('{"Layers": ["conv_a + relu_a", "fc"], "Bindings": []}'))
+    assert count_precisions(layers) == {"unknown": 2}
+    assert precision_shares(layers) == {}
+    assert check_delivered({}, "fp16") is False
+
+
+def test_invalid_json_of_the_whole_engine_is_read_layer_by_layer():
+    broken = '{"Layers": [{"Name": "a "quoted" name"}]}'
+    layers = layers_of_engine(
+        TRT, engine_that_says(broken, json.dumps(INT8_CONVOLUTION), '{"Name": "a "b""}')
+    )
+    assert count_precisions(layers) == {"int8": 1, "unknown": 1}
+
+
+def test_one_layer_is_a_list_of_one():
+    assert read_layers('"conv_a"') == ["conv_a"]
+
+
+def test_a_version_without_inspector_says_nothing():
+    assert layers_of_engine(TRT, SimpleNamespace()) == []
+
+
+# --- delivered or not ---
+
+
+@pytest.mark.parametrize(
+    ("shares", "asked", "expected"),
+    [
+        ({"fp16": 0.97, "fp32": 0.03}, "fp16", 1.0),
+        ({"fp16": 0.25, "fp32": 0.75}, "fp16", 1.0),
+        ({"int8": 0.3, "fp16": 0.7}, "int8", 0.4),
+        ({"fp32": 1.0}, "fp32", 1.0),
+        ({"fp16": 1.0}, "fp32", 1.0),
+    ],
+)
+def test_delivered(shares, asked, expected):
+    assert check_delivered(shares, asked, expected=expected) is True
+
+
+@pytest.mark.parametrize(
+    ("shares", "asked", "expected"),
+    [
+        ({"fp32": 1.0}, "fp16", 1.0),
+        ({"fp16": 0.24, "fp32": 0.76}, "fp16", 1.0),
+        ({"fp16": 1.0}, "int8", 0.4),
+        ({"int8": 0.09, "fp16": 0.91}, "int8", 0.4),
+    ],
+)
+def test_not_delivered(shares, asked, expected):
+    with pytest.raises(DeviceError, match=f"asked for {asked} and not delivered"):
+        check_delivered(shares, asked, expected=expected)
+
+
+def test_not_delivered_says_what_was():
+    with pytest.raises(DeviceError) as caught:
+        check_delivered({"fp16": 0.95, "int8": 0.05}, "int8", expected=0.4, maker="TensorRT 10.3.0")
+    assert caught.value.problem == (
+        "asked for int8 and not delivered: TensorRT 10.3.0 computes 5 % of the convolutions and matrix products in it, "
+        "the graph asks for 40 % (fp16 95 %, int8 5 %)"
+    )
+    assert "such as fp16" in caught.value.hint

@@ -1,0 +1,635 @@
+"""trtexec: command lines per version, the script, its logs, and runs of a program that takes one version's flags."""
+
+import hashlib
+import json
+import shlex
+import subprocess
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgecl.onboard import trtexec
+from edgecl.onboard.errors import BundleError, DeviceError
+from edgecl.onboard.trtexec_flags import MODES, Net, bench_command, build_command, is_within
+
+from .fake_trtexec import FLAGS, QUERY, make_trtexec
+
+RECORDED = Path(__file__).parent / "recorded"
+STATIC = {"name": "input", "shape": [1, 3, 224, 224], "dynamic_batch": False, "max_batch": 1}
+DYNAMIC = {"name": "input", "shape": [16, 3, 96, 96], "dynamic_batch": True, "max_batch": 64}
+BUILD = {"workspace_mib": 1024, "optimization_level": 5, "tf32": True, "dla_core": None}
+
+
+def lines(version, precision="fp16", form=None, build=BUILD, manifest_input=STATIC):
+    return trtexec.command_lines(
+        version,
+        manifest_input=manifest_input,
+        build=build,
+        precision=precision,
+        form=form or precision,
+        model=f"model.{precision}.onnx",
+        plan="e.plan",
+    )
+
+
+def bench(version, mode, manifest_input=STATIC):
+    net = Net(manifest_input, BUILD, "fp16", "fp16", "model.onnx")
+    return bench_command(version, net, "e.plan", mode=mode, duration_s=59.5, times="t.json")
+
+
+# --- exact commands ---
+
+
+@pytest.mark.parametrize(
+    ("version", "precision", "form", "expected"),
+    [
+        ("8.2.1", "fp16", "fp16", "--fp16 --workspace=1024 --profilingVerbosity=detailed --buildOnly"),
+        ("8.2.1", "fp32", "fp32", "--workspace=1024 --profilingVerbosity=detailed --buildOnly"),
+        (
+            "8.5.2",
+            "int8",
+            "int8-trt",
+            "--int8 --fp16 --memPoolSize=workspace:1024 --profilingVerbosity=detailed --buildOnly",
+        ),
+        (
+            "8.6.2",
+            "fp16",
+            "fp16",
+            "--fp16 --memPoolSize=workspace:1024 --builderOptimizationLevel=5 --profilingVerbosity=detailed "
+            "--skipInference",
+        ),
+        (
+            "10.3.0",
+            "int8",
+            "int8-trt",
+            "--int8 --fp16 --memPoolSize=workspace:1024 --builderOptimizationLevel=5 --profilingVerbosity=detailed "
+            "--skipInference",
+        ),
+        (
+            "10.3.0",
+            "int8",
+            "int8-trt-fp16",  # fp16 scales are for strongly typed networks
+            "--stronglyTyped --memPoolSize=workspace:1024 --builderOptimizationLevel=5 "
+            "--profilingVerbosity=detailed --skipInference",
+        ),
+        (
+            "10.16.2",
+            "fp16",
+            "fp16",
+            "--stronglyTyped --memPoolSize=workspace:1024 --builderOptimizationLevel=5 "
+            "--profilingVerbosity=detailed --skipInference",
+        ),
+        (
+            "11.1.0",
+            "int8",
+            "int8-trt-fp16",
+            "--memPoolSize=workspace:1024 --builderOptimizationLevel=5 --profilingVerbosity=detailed --skipInference",
+        ),
+    ],
+)
+def test_build_command_of_each_version(version, precision, form, expected):
+    head = ["trtexec", f"--onnx=model.{precision}.onnx", "--saveEngine=e.plan"]
+    assert lines(version, precision, form)["build"] == head + expected.split()
+
+
+OLD = "--duration=60 --iterations=1024 --avgRuns=100 --percentile=99 --streams=1 --useSpinWait"
+NEW = "--duration=60 --iterations=1024 --avgRuns=100 --percentile=50,90,95,99 --infStreams=1 --useSpinWait"
+
+
+@pytest.mark.parametrize(
+    ("version", "mode", "expected"),
+    [
+        ("8.2.1", "compute, CUDA graph", OLD + " --useCudaGraph --noDataTransfers"),
+        ("8.5.2", "compute", OLD + " --noDataTransfers"),
+        ("8.6.2", "with transfers", NEW),
+        ("10.3.0", "compute, CUDA graph", NEW + " --useCudaGraph --noDataTransfers"),
+        ("10.3.0", "with transfers, CUDA graph", NEW + " --useCudaGraph"),
+        ("10.16.2", "with transfers", NEW),
+        # From 11.0 on the defaults are the other way round.
+        ("11.0.0", "compute, CUDA graph", NEW + " --useCudaGraph --noDataTransfers"),
+        ("11.0.0", "compute", NEW + " --noCudaGraph --noDataTransfers"),
+        ("11.0.0", "with transfers, CUDA graph", NEW + " --useCudaGraph --includeDataTransfers"),
+        ("11.4.1", "with transfers", NEW + " --noCudaGraph --includeDataTransfers"),
+    ],
+)
+def test_bench_command_of_each_version_and_mode(version, mode, expected):
+    expected = ["trtexec", "--loadEngine=e.plan", "--warmUp=2000", *expected.split()]
+    assert bench(version, mode) == [*expected, "--separateProfileRun", "--exportTimes=t.json"]
+
+
+def test_command_lines_time_the_headline_mode_and_export_the_layers():
+    expected = bench("10.3", MODES[0])[:-1]
+    assert lines("10.3")["bench"] == [
+        *expected,
+        "--exportTimes=e.times.json",
+        "--exportLayerInfo=e.layers.json",
+    ]
+
+
+def test_the_lowest_version_of_a_range_counts():
+    assert lines(">=10.3,<10.8") == lines("10.3.0")
+    assert lines(">=10.13,<12") == lines("10.13.3")
+    assert lines("") == lines("8.2.1")
+    assert lines(">=8.0,<8.3") == lines("8.2.1")
+
+
+def test_shapes_are_said_only_where_the_batch_is_dynamic():
+    static, dynamic = lines("10.3"), lines("10.3", manifest_input=DYNAMIC)
+    assert not [word for command in static.values() for word in command if "hapes" in word]
+    assert [word for word in dynamic["build"] if "hapes" in word] == [
+        "--minShapes=input:1x3x96x96",
+        "--optShapes=input:16x3x96x96",
+        "--maxShapes=input:64x3x96x96",
+    ]
+    assert [word for word in dynamic["bench"] if "hapes" in word] == ["--shapes=input:16x3x96x96"]
+
+
+def test_tf32_is_switched_off_where_the_target_says_so():
+    assert "--noTF32" in lines("10.3", "fp32", build={**BUILD, "tf32": False})["build"]
+    assert "--noTF32" not in lines("10.3", "fp32")["build"]
+
+
+def test_dla_gets_its_core_its_memory_and_the_gpu_for_the_rest():
+    build = {**BUILD, "dla_core": 1}
+    command = lines("8.5", "int8", "int8-trt", build)
+    pools = "--memPoolSize=workspace:1024,dlaSRAM:1,dlaLocalDRAM:1024,dlaGlobalDRAM:512"
+    assert command["build"][3:8] == ["--int8", "--fp16", "--useDLACore=1", "--allowGPUFallback", pools]
+    assert command["bench"][2] == "--useDLACore=1"
+    assert lines("8.2", build=build)["build"][5:7] == ["--allowGPUFallback", "--workspace=1024"]
+    assert "--adjustForDLA" in lines("11.4.1", build=build)["build"]
+    assert lines("10.3", "fp32", build=build) == lines("10.3", "fp32")  # DLA computes no fp32
+
+
+@pytest.mark.parametrize("version", ["10.8", ">=10.12,<11", "11.3.1"])
+def test_dla_is_refused_for_versions_without_it(version):
+    with pytest.raises(
+        DeviceError, match=r"^TensorRT 1[\d.]+ has no DLA; 8\.2 to 10\.7 have it, and 11\.4 on AGX Orin$"
+    ):
+        lines(version, build={**BUILD, "dla_core": 0})
+
+
+@pytest.mark.parametrize("version", ["8.0.1", ">=7,<8.2", "<8.2"])
+def test_versions_before_8_2_are_refused(version):
+    with pytest.raises(DeviceError, match="edgecl knows trtexec from TensorRT 8.2 on, not " + version):
+        lines(version)
+
+
+def test_a_version_that_is_none_is_named():
+    with pytest.raises(DeviceError, match="'ten' is no version of TensorRT"):
+        lines("ten")
+
+
+@pytest.mark.parametrize("version", FLAGS)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("precision", "form"), [("fp32", "fp32"), ("fp16", "fp16"), ("int8", "int8-trt")])
+@pytest.mark.parametrize("manifest_input", [STATIC, DYNAMIC], ids=["static", "dynamic"])
+def test_every_flag_is_one_that_the_version_has(version, mode, precision, form, manifest_input):
+    build = {**BUILD, "tf32": False, "dla_core": None if version == "10.13.3" or version == "11.1.0" else 0}
+    net = Net(manifest_input, build, precision, form, "m.onnx")
+    commands = [
+        build_command(version, net, "e"),
+        bench_command(version, net, "e", mode=mode, times="t", layers="l"),
+    ]
+    used = [word[2:].partition("=")[0] for command in commands for word in command[1:]]
+    assert set(used) <= set(FLAGS[version])
+    assert all(len(set(command)) == len(command) for command in commands)
+
+
+@pytest.mark.parametrize(
+    ("version", "versions", "within"),
+    [
+        ("10.3.0", ">=10.3,<10.8", True),
+        ("10.8.0", ">=10.3,<10.8", False),
+        ("8.2.1", ">=10.3,<10.8", False),
+        ("10.3.0", "==10.3", True),
+        ("10.3.1", "<=10.3", True),
+        ("11.0.0", "<11", False),
+        ("10.3.0", ">10.3", False),
+        ("9.3.0", "", True),
+    ],
+)
+def test_a_version_lies_within_a_range_or_not(version, versions, within):
+    assert is_within(version, versions) is within
+
+
+# --- logs ---
+
+
+@pytest.mark.parametrize(
+    ("text", "version"),
+    [
+        ("&&&& RUNNING TensorRT.trtexec [TensorRT v8201] # trtexec", "8.2.1"),
+        ("&&&& RUNNING TensorRT.trtexec [TensorRT v8601]", "8.6.1"),
+        ("&&&& RUNNING TensorRT.trtexec [TensorRT v100001] # ./trtexec", "10.0.1"),
+        ("&&&& RUNNING TensorRT.trtexec [TensorRT v100300] [b26] #", "10.3.0"),
+        ("&&&& RUNNING TensorRT.trtexec [TensorRT v101602] [b10]", "10.16.2"),
+        ("&&&& RUNNING TensorRT.trtexec [TensorRT v110100] [b106]", "11.1.0"),
+        ("&&&& RUNNING TensorRT.trtexec [TensorRT v11.1.0.106] [b48]", "11.1.0"),
+        ("[11/20/2026-10:00:01] [I] TensorRT version: 8.2.1", "8.2.1"),
+        ("trtexec: command not found", None),
+    ],
+)
+def test_version_of_a_banner(text, version):
+    assert trtexec.version_of_banner(text) == version
+
+
+def test_summary_of_8_2_with_one_percentile():
+    log = (RECORDED / "trtexec-8.2.txt").read_text()
+    summary = trtexec.read_summary(log)
+    assert summary["GPU Compute Time"] == {
+        "min": 26.7461,
+        "max": 28.9746,
+        "mean": 27.0132,
+        "median": 27.0029,
+        "p99": 27.4805,
+    }
+    assert summary["Latency"]["median"] == 27.1309
+    assert summary["End-to-End Host Latency"]["median"] == 27.1419
+    assert summary["Throughput"] == {"qps": 36.9018}
+    assert "coefficient of variance" not in summary
+    assert trtexec.marks_of(log, summary, None) == ["summary only"]
+
+
+def test_summary_of_10_3_with_its_warnings():
+    log = (RECORDED / "trtexec-10.3.txt").read_text()
+    summary = trtexec.read_summary(log)
+    assert summary["GPU Compute Time"]["p90"] == 1.05615
+    assert summary["GPU Compute Time"]["p50"] == summary["GPU Compute Time"]["median"] == 0.958008
+    assert summary["coefficient of variance"] == {"percent": 6.1}
+    assert trtexec.marks_of(log, summary, None) == [
+        "summary only",
+        "unstable",
+        "enqueue bound",
+    ]
+
+
+def test_summary_of_11_1_whose_warning_lies_under_our_threshold():
+    log = (RECORDED / "trtexec-11.1.txt").read_text()
+    summary = trtexec.read_summary(log)
+    assert summary["Enqueue Time"]["min"] == 0.00463867
+    assert summary["coefficient of variance"] == {"percent": 1.92523}
+    assert trtexec.marks_of(log, summary, None) == ["summary only"]
+
+
+def test_throughput_with_an_exponent():
+    assert trtexec.read_summary("[I] Throughput: 1.29477e+08 qps")["Throughput"] == {"qps": 1.29477e8}
+
+
+def test_times_of_the_older_versions_have_no_enqueue(tmp_path):
+    path = tmp_path / "t.json"
+    path.write_text('[{"startInMs": 1, "inMs": 0, "computeMs": 2.5, "latencyMs": 2.75, "endToEndMs": 3}]')
+    times = trtexec.read_times(path)
+    assert {name: list(values) for name, values in times.items()} == {"compute": [2.5], "latency": [2.75]}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{}", "[1]", '[{"computeMs": 1}]', '[{"computeMs": NaN, "latencyMs": 1}]', '[{"computeMs":'],
+)
+def test_a_file_without_times_is_none(tmp_path, text):
+    (tmp_path / "t.json").write_text(text)
+    assert trtexec.read_times(tmp_path / "t.json") is None
+    assert trtexec.read_times(tmp_path / "absent.json") is None
+
+
+def times_of(compute_ms, enqueue_ms):
+    count = len(compute_ms)
+    return {
+        "compute": np.array(compute_ms),
+        "latency": np.array(compute_ms),
+        "enqueue": np.full(count, enqueue_ms),
+    }
+
+
+@pytest.mark.parametrize(
+    ("compute_ms", "enqueue_ms", "marks"),
+    [
+        ([1.0] * 50 + [1.04] * 50, 0.1, []),  # 1.96 %
+        ([1.0] * 50 + [1.06] * 50, 0.1, ["unstable"]),  # 2.9 %
+        ([1.0] * 9, 0.79, []),
+        ([1.0] * 9, 0.81, ["enqueue bound"]),
+    ],
+)
+def test_marks_follow_the_thresholds(compute_ms, enqueue_ms, marks):
+    assert trtexec.marks_of("", {}, times_of(compute_ms, enqueue_ms)) == marks
+
+
+# --- running it ---
+
+
+@pytest.fixture
+def bundle(tmp_path):
+    path = tmp_path / "bundle with space"
+    path.mkdir()
+    for name in ("model.onnx", "model.fp16.onnx", "model.int8.onnx"):
+        (path / name).write_bytes(name.encode())
+    return path
+
+
+def manifest_of(versions=">=10.3,<10.8", int8="int8-trt", **build):
+    forms = {
+        "fp16": ("model.fp16.onnx", "fp16"),
+        "int8": ("model.int8.onnx", int8),
+        "fp32": ("model.onnx", "fp32"),
+    }
+    return {
+        "precision": "fp16",
+        "precisions": {name: {"model": model, "form": form} for name, (model, form) in forms.items()},
+        "input": STATIC,
+        "target": {"versions": versions, "build": {**BUILD, **build}},
+    }
+
+
+def calls(program):
+    return [json.loads(line) for line in (program.parent / "calls.jsonl").read_text().splitlines()]
+
+
+def measure(bundle, program, manifest=None, **settings):
+    return trtexec.measure_with_trtexec(
+        bundle, manifest or manifest_of(), trtexec=str(program), duration_s=1.0, root=bundle, **settings
+    )
+
+
+@pytest.mark.parametrize("version", ["8.2.1", "8.6.2", "10.3.0", "11.1.0"])
+def test_each_mode_is_measured_from_the_exported_times(tmp_path, bundle, version):
+    program = make_trtexec(tmp_path / "bin", version)
+    said = []
+    record = measure(bundle, program, manifest_of(versions=""), report=said.append)
+    assert list(record["modes"]) == list(MODES)
+    median_ms = {mode: 1e3 * np.median(about["samples_s"]) for mode, about in record["modes"].items()}
+    expected = {
+        MODES[0]: 2.005,
+        MODES[1]: 2.505,
+        MODES[2]: 2.38,
+        MODES[3]: 2.88,
+    }  # graph off +0.5, transfers +0.375
+    assert median_ms == pytest.approx(expected)
+    assert {len(about["samples_s"]) for about in record["modes"].values()} == {1024}
+    assert [about["marks"] for about in record["modes"].values()] == [
+        [],
+        ["enqueue bound"],
+        [],
+        ["enqueue bound"],
+    ]
+    assert record["modes"][MODES[0]]["enqueue_p50_ms"] == pytest.approx(0.01, abs=1e-5)
+    assert record["modes"][MODES[0]]["throughput_per_s"] == 500.5
+    describe = record["describe"]
+    assert describe["runtime"] == "trtexec " + version
+    assert describe["precision"] == "fp16"
+    assert describe["engine"]["layers"] == {"fp16": 2, "fp32": 1}
+    plan = bundle / describe["engine"]["file"]
+    assert describe["engine"]["sha256"] == hashlib.sha256(plan.read_bytes()).hexdigest()
+    assert said == [
+        "fp16: building an engine with trtexec",
+        *(f"fp16, {m}: timing with trtexec" for m in MODES),
+    ]
+
+
+def test_the_recorded_commands_hold_no_path_of_this_machine(tmp_path, bundle):
+    record = measure(bundle, make_trtexec(tmp_path / "bin", "10.3.0"), modes=MODES[:1])
+    plan = record["describe"]["engine"]["file"]
+    settings, mode = record["describe"]["settings"], record["modes"][MODES[0]]
+    assert settings["build"] == shlex.join(lines("10.3")["build"]).replace("e.plan", "engine.plan")
+    expected = shlex.join(bench("10.3", MODES[0])).replace("e.plan", plan).replace("t.json", "times.json")
+    assert (
+        mode["command"]
+        == expected.replace("--duration=60", "--duration=1") + " --exportLayerInfo=layers.json"
+    )
+    assert str(tmp_path) not in json.dumps({**record, "modes": {**mode, "samples_s": None}})
+
+
+def test_the_window_of_the_timed_runs_lies_within_the_run(tmp_path, bundle):
+    record = measure(bundle, make_trtexec(tmp_path / "bin", "10.3.0"), modes=MODES[:2])
+    first, second = (about["window"] for about in record["modes"].values())
+    duration_s = record["modes"][MODES[0]]["duration_s"]
+    assert duration_s >= 0.05
+    assert first[1] - first[0] == pytest.approx(duration_s)
+    assert first[1] <= second[0]
+
+
+def test_an_engine_is_built_once_for_a_model_version_and_device(tmp_path, bundle):
+    program = make_trtexec(tmp_path / "bin", "10.3.0")
+
+    def builds():
+        return Counter(any(word.startswith("--onnx=") for word in call) for call in calls(program))[True]
+
+    first = measure(bundle, program, modes=MODES[:1])["describe"]["engine"]
+    assert first["build_s"] > 0
+    again = measure(bundle, program, modes=MODES[:1])["describe"]["engine"]
+    assert (again["file"], again["build_s"], builds()) == (first["file"], None, 1)
+    measure(bundle, program, manifest_of(workspace_mib=64), modes=MODES[:1])
+    assert builds() == 2
+    (bundle / "model.fp16.onnx").write_bytes(b"another net")
+    measure(bundle, program, modes=MODES[:1])
+    assert builds() == 3
+    board = bundle / "proc/device-tree/model"  # root is the bundle here
+    board.parent.mkdir(parents=True)
+    board.write_bytes(b"NVIDIA Jetson Orin Nano\0")
+    measure(bundle, program, modes=MODES[:1])
+    assert builds() == 4
+
+
+def test_an_engine_that_no_longer_loads_is_built_again(tmp_path, bundle):
+    program = make_trtexec(tmp_path / "bin", "10.3.0")
+    plan = bundle / measure(bundle, program, modes=MODES[:1])["describe"]["engine"]["file"]
+    plan.write_bytes(b"of another driver")
+    record = measure(bundle, program, modes=MODES[:1])
+    assert plan.read_bytes() == b"plan of 10.3.0"
+    assert record["describe"]["engine"]["build_s"] > 0
+
+
+def test_another_precision_takes_its_own_file(tmp_path, bundle):
+    program = make_trtexec(tmp_path / "bin", "10.3.0")
+    assert measure(bundle, program, precision="int8", modes=MODES[:1])["describe"]["precision"] == "int8"
+    assert "--onnx=%s" % (bundle / "model.int8.onnx") in calls(program)[1]
+    with pytest.raises(BundleError, match="the bundle holds no bf16 net"):
+        measure(bundle, program, precision="bf16")
+
+
+@pytest.mark.parametrize("fault", ["no times", "torn times"])
+def test_without_exported_times_the_summary_is_read_and_marked(tmp_path, bundle, fault):
+    record = measure(
+        bundle, make_trtexec(tmp_path / "bin", "10.3.0", fault=fault), modes=(MODES[0], MODES[3])
+    )
+    compute, transfers = record["modes"].values()
+    assert compute["samples_s"] is None
+    assert compute["marks"] == ["summary only"]
+    assert compute["latency_ms"] == {"p50": 2.0, "p90": 2.25, "p99": 2.5, "mean": 2.5, "min": 1.5, "max": 3.5}
+    assert transfers["latency_ms"]["p50"] == 2.5  # of Latency, not of GPU Compute Time
+    assert compute["enqueue_p50_ms"] == 0.6
+
+
+def test_unstable_times_a_lost_graph_and_a_foreign_version_are_marked(tmp_path, bundle):
+    program = make_trtexec(tmp_path / "bin", "11.1.0", fault="capture", compute_ms=(1.0, 1.0, 1.2))
+    (about,) = measure(bundle, program, modes=MODES[:1])["modes"].values()
+    assert about["marks"] == ["outside the target's versions", "unstable", "no CUDA graph"]
+
+
+def test_a_build_that_fails_says_trtexecs_own_words_and_leaves_nothing(tmp_path, bundle):
+    before = sorted(path.name for path in bundle.iterdir())
+    with pytest.raises(DeviceError) as caught:
+        measure(bundle, make_trtexec(tmp_path / "bin", "8.5.2", fault="parse"), manifest_of(versions=""))
+    assert caught.value.problem == (
+        "trtexec failed with exit status 1: Parsing model failed; Failed to create engine from model or file.; "
+        "Engine set up failed"
+    )
+    assert caught.value.hint.startswith(f"run it by hand: {tmp_path}/bin/trtexec '--onnx=")
+    assert sorted(path.name for path in bundle.iterdir()) == before
+
+
+def test_a_flag_that_the_version_lacks_is_named(tmp_path, bundle, monkeypatch):
+    monkeypatch.setitem(FLAGS, "10.3.0", [flag for flag in FLAGS["10.3.0"] if flag != "profilingVerbosity"])
+    with pytest.raises(DeviceError, match=r"^trtexec 10\.3\.0 does not know --profilingVerbosity$"):
+        measure(bundle, make_trtexec(tmp_path / "bin", "10.3.0"))
+
+
+def test_a_build_killed_for_memory_says_so(tmp_path, bundle):
+    with pytest.raises(DeviceError, match=r"^trtexec was killed by SIGKILL$") as caught:
+        measure(bundle, make_trtexec(tmp_path / "bin", "8.2.1", fault="killed"), manifest_of(versions=""))
+    assert "'build.workspace_mib'" in caught.value.hint
+
+
+def test_a_run_that_hangs_is_ended(tmp_path, bundle, monkeypatch):
+    monkeypatch.setattr(trtexec, "RUN_LIMIT_S", -0.5)
+    with pytest.raises(DeviceError, match=r"^trtexec did not end within 0\.5 s$"):
+        measure(bundle, make_trtexec(tmp_path / "bin", "10.3.0", fault="hang"))
+
+
+def test_a_run_that_reports_nothing_is_an_error(tmp_path, bundle):
+    program = make_trtexec(tmp_path / "bin", "10.3.0", fault="silent")
+    program.write_text(program.read_text().replace("json.dumps(queries)", '"[]"'))
+    with pytest.raises(DeviceError, match=r"^trtexec reported no times$"):
+        measure(bundle, program)
+
+
+# --- finding it ---
+
+
+@pytest.fixture
+def bare(monkeypatch, tmp_path):
+    monkeypatch.delenv("TRTEXEC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+
+
+@pytest.mark.usefixtures("bare")
+def test_trtexec_is_found_where_jetpack_puts_it(tmp_path):
+    program = make_trtexec(tmp_path / "usr/src/tensorrt/bin", "8.5.2")
+    assert trtexec.find_trtexec(tmp_path) == str(program)
+    assert trtexec.trtexec_version(str(program)) == "8.5.2"
+
+
+@pytest.mark.usefixtures("bare")
+def test_trtexec_is_found_by_its_variable_and_on_the_path(tmp_path, monkeypatch):
+    program = make_trtexec(tmp_path / "bin", "10.3.0")
+    monkeypatch.setenv("PATH", str(program.parent))
+    assert trtexec.find_trtexec() == str(program)
+    monkeypatch.setenv("TRTEXEC", str(program))
+    assert trtexec.find_trtexec(tmp_path / "elsewhere") == str(program)
+    monkeypatch.setenv("TRTEXEC", "/no/such/trtexec")
+    with pytest.raises(DeviceError, match=r"^TRTEXEC is '/no/such/trtexec', which is no program$"):
+        trtexec.find_trtexec()
+
+
+@pytest.mark.usefixtures("bare")
+def test_a_missing_trtexec_says_where_it_is_and_how_it_gets_there(tmp_path):
+    with pytest.raises(DeviceError, match=r"^there is no trtexec on this device$") as caught:
+        trtexec.find_trtexec(tmp_path)
+    assert caught.value.hint.startswith(
+        "on a Jetson it is /usr/src/tensorrt/bin/trtexec, from the package libnvinfer-bin "
+        "(`sudo apt install libnvinfer-bin`)"
+    )
+
+
+def test_a_program_that_is_no_trtexec_is_named(tmp_path):
+    other = tmp_path / "other"
+    other.write_text("#!/bin/sh\necho usage: other FILE\n")
+    other.chmod(0o755)
+    with pytest.raises(DeviceError, match=rf"^'{other}' does not say its version, but: usage: other FILE$"):
+        trtexec.trtexec_version(str(other))
+    with pytest.raises(DeviceError, match=rf"^'{tmp_path}' cannot be started"):
+        trtexec.trtexec_version(str(tmp_path))
+
+
+# --- the script ---
+
+
+def run_script(bundle, manifest, program, *arguments):
+    path = bundle / "trtexec.sh"
+    path.write_text(trtexec.script(manifest))
+    return subprocess.run(
+        ["sh", str(path), *arguments],
+        env={"TRTEXEC": str(program), "PATH": "/usr/bin:/bin"},
+        cwd="/",
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("version", "versions"),
+    [
+        ("8.2.1", ">=8.2,<8.3"),
+        ("10.3.0", ">=10.0,<12"),
+        ("10.13.3", ">=10.13,<12"),
+        ("11.1.0", ">=10.13,<12"),
+        ("8.6.2", ""),
+        ("11.4.1", ""),
+    ],
+)
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_script_runs_the_commands_of_the_version_that_is_there(
+    tmp_path, bundle, version, versions, precision
+):
+    program = make_trtexec(tmp_path / "bin", version)
+    manifest = manifest_of(versions=versions)
+    done = run_script(bundle, manifest, program, *([] if precision == "fp16" else [precision]))
+    assert done.returncode == 0, done.stdout + done.stderr
+    about = manifest["precisions"][precision]
+    net = Net(STATIC, BUILD, precision, about["form"], about["model"])
+    plan = f"engine-{precision}-trtexec.plan"
+    ran = calls(program)
+    assert ran[0] == ["--help"]
+    assert ran[1] == build_command(version, net, plan)[1:]
+    for mode, call in zip(MODES, ran[2:], strict=True):
+        times = next(word for word in call if word.startswith("--exportTimes="))[len("--exportTimes=") :]
+        assert call == bench_command(version, net, plan, mode=mode, times=times)[1:]
+        assert len(trtexec.read_times(bundle / times)["compute"]) == 1024
+    assert len({call[-1] for call in ran[2:]}) == 4
+
+
+def test_script_of_one_version_has_one_branch():
+    assert trtexec.script(manifest_of(">=10.3,<10.8")).count("--saveEngine") == 3
+    assert trtexec.script(manifest_of(">=10.0,<12")).count("--saveEngine") == 9
+
+
+def test_script_refuses_an_older_version_and_an_unknown_precision(tmp_path, bundle):
+    done = run_script(bundle, manifest_of(), make_trtexec(tmp_path / "a", "8.2.1"))
+    assert done.returncode == 1
+    assert "this bundle is for TensorRT >=10.3,<10.8;" in done.stderr
+    done = run_script(bundle, manifest_of(), make_trtexec(tmp_path / "b", "10.3.0"), "fp8")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "this bundle has no precision 'fp8'; it has fp16, int8, fp32\n",
+    )
+    done = run_script(bundle, manifest_of(), tmp_path / "no trtexec")
+    assert done.returncode == 1
+    assert "set TRTEXEC to where it is (package libnvinfer-bin)" in done.stderr
+
+
+def test_script_stops_at_a_build_that_fails(tmp_path, bundle):
+    program = make_trtexec(tmp_path / "bin", "10.3.0", fault="parse")
+    assert run_script(bundle, manifest_of(), program).returncode == 1
+    assert len(calls(program)) == 2
+
+
+def test_script_says_where_a_version_has_no_dla(tmp_path, bundle):
+    manifest = manifest_of(">=10.3,<11", dla_core=0)
+    done = run_script(bundle, manifest, make_trtexec(tmp_path / "new", "10.13.3"))
+    assert (done.returncode, done.stderr.partition(";")[0]) == (1, "TensorRT 10.12 has no DLA")
+    assert run_script(bundle, manifest, make_trtexec(tmp_path / "old", "10.3.0")).returncode == 0
+
+
+def test_exported_times_have_the_keys_that_are_read():
+    assert {"computeMs", "latencyMs", "startEnqMs", "endEnqMs"} <= set(QUERY)
