@@ -1,7 +1,7 @@
 """`edgecl finetune`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -21,7 +21,12 @@ def finetune_command(
     out: Annotated[Path, typer.Option("--out", help="Model directory to write.")],
     test: TestOption = None,
     epochs: Annotated[
-        int | None, typer.Option("--epochs", min=1, help="Passes over the data [default: 20]")
+        int | None,
+        typer.Option("--epochs", min=1, help="Passes over the data [default: 20, with --quantize 3]"),
+    ] = None,
+    quantize: Annotated[
+        Literal["int8"] | None,
+        typer.Option("--quantize", help="Train the net as the int8 net it will be, from its own classifier."),
     ] = None,
     set_: SetOption = None,
     force: ForceOption = False,
@@ -31,11 +36,24 @@ def finetune_command(
     from edgecl.evaluate.finetune import finetune
 
     record = finetune(
-        model, data=data, test=test, out=out, epochs=epochs, assignments=set_, force=force, download=download
+        model,
+        data=data,
+        test=test,
+        out=out,
+        epochs=epochs,
+        quantize=quantize,
+        assignments=set_,
+        force=force,
+        download=download,
     )
     found = record["evaluation"]
     low, high = found["top1_ci95"]
+    before = (
+        f"float {found['float_top1']:.1f} %, int8 calibrated {found['calibrated_top1']:.1f} %, trained as int8: "
+        if quantize
+        else ""
+    )
     typer.echo(
-        f"top-1 {found['top1']:.1f} % [{low:.1f}, {high:.1f}] on {found['n_test']} held-out images, "
+        f"{before}top-1 {found['top1']:.1f} % [{low:.1f}, {high:.1f}] on {found['n_test']} held-out images, "
         f"{len(record['classes'])} classes -> {out}"
     )

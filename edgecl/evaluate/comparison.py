@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from edgecl.artifacts import ModelDir, record_header
-from edgecl.evaluate.intervals import mean_interval
 from edgecl.evaluate.labelled import Labelled, draw_few
 from edgecl.evaluate.probe import load_feature_net, probe_net, summary
 from edgecl.evaluate.supervised import Supervision, classifier_top1, train_classifier
+from edgecl.intervals import mean_interval
 from edgecl.nets.backbone import create_backbone
 from edgecl.nets.carving import (
     create_blank,

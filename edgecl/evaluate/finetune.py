@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from edgecl.artifacts import ModelDir, record_header, refuse_existing, write_json
+from edgecl.data.loading import normalise
 from edgecl.data.sources import absolute_uri
-from edgecl.errors import RecipeError
-from edgecl.evaluate.intervals import proportion_interval
-from edgecl.evaluate.labelled import read_labelled
-from edgecl.evaluate.supervised import Supervision, classifier_top1, train_classifier
+from edgecl.errors import ArtifactError, DataError, RecipeError
+from edgecl.evaluate.labelled import Labelled, Part, read_labelled
+from edgecl.evaluate.supervised import (
+    QuantisedSupervision,
+    Supervision,
+    classifier_top1,
+    train_classifier,
+)
+from edgecl.intervals import proportion_interval
 from edgecl.nets.carving import create_blank, load_backbone, load_model, write_model
+from edgecl.nets.fake_quant import learning_scales, quantise_net
 from edgecl.settings import override, validate
 
 DEFAULT_EPOCHS = 20
+DEFAULT_QUANTISED_EPOCHS = 3
+# Spread over the images to learn from.
+CALIBRATION_IMAGES = 512
 
 
 def finetune(
@@ -26,19 +38,25 @@ def finetune(
     out: Path,
     test: str | None = None,
     epochs: int | None = None,
+    quantize: str | None = None,
     assignments: list[str] | None = None,
     force: bool = False,
     download: bool = False,
 ) -> dict[str, Any]:
     """Add a classifier to a model directory's net, train both, and write a new model directory.
 
+    With `quantize` the net is trained as the int8 net it will be: batch norms folded, everything a convolution reads
+    rounded to int8. A classifier that the net has is kept; a net without one first gets it, by this function's own
+    defaults, and `epochs` and `assignments` are of the quantised part.
+
     Args:
         model: a model directory.
         data: a data URI with labels.
         out: the model directory to write.
         test: a data URI with labels, held out; None takes the data set's own test split or holds out a fifth.
-        epochs: passes over the data; None takes 20.
-        assignments: `KEY=VALUE` of Supervision.
+        epochs: passes over the data; None takes 20, or 3 with `quantize`.
+        quantize: "int8", or None to train in float.
+        assignments: `KEY=VALUE` of Supervision, with `quantize` of QuantisedSupervision.
         force: replace an earlier model directory.
         download: let torchvision fetch what is not on the disk.
 
@@ -46,32 +64,45 @@ def finetune(
         the record in model.json, with the accuracy under "evaluation".
 
     Raises:
-        ArtifactError: not a model directory, or the output exists.
-        DataError: no labels.
-        RecipeError: unknown key or value.
+        ArtifactError: not a model directory, a net that is quantised already, or the output exists.
+        DataError: no labels, or other classes than those of the classifier to quantise.
+        RecipeError: unknown key or value, or a net that cannot be quantised.
     """
-    settings = validate(
-        Supervision,
+    if quantize not in (None, "int8"):
+        raise RecipeError(f"cannot quantise to '{quantize}'", hint="the one precision to train for is int8")
+    settings: Supervision = validate(
+        QuantisedSupervision if quantize else Supervision,
         override({}, assignments or [], error=RecipeError),
         source="--set",
         error=RecipeError,
     )
     refuse_existing(out, force=force, kind=ModelDir.KIND)
-    pretrained, record = load_model(model)
+    net, record = load_model(model)
+    if record.get("quantization"):
+        raise ArtifactError(
+            "this net is quantised already",
+            where={"model": model},
+            hint="start from the float net that it was made from",
+        )
     preprocessing = record["preprocessing"]
     labelled = read_labelled(data, test=test, preprocessing=preprocessing, download=download)
     torch.manual_seed(settings.seed)
-    net = create_blank({**record, "classes": list(labelled.classes)})
-    load_backbone(net, pretrained)
-    batch = min(settings.batch_size, len(labelled.train))
-    train_classifier(
-        net,
-        labelled.train,
-        steps=(epochs or DEFAULT_EPOCHS) * max(1, len(labelled.train) // batch),
-        settings=settings,
-        preprocessing=preprocessing,
-        what="finetune",
-    )
+    quantised: dict[str, Any] = {}
+    if isinstance(settings, QuantisedSupervision):
+        epochs = epochs or DEFAULT_QUANTISED_EPOCHS
+        if not record["classes"]:
+            plain = Supervision(seed=settings.seed, device=settings.device)
+            net = _with_classifier(net, record, labelled, epochs=DEFAULT_EPOCHS, settings=plain)
+        elif record["classes"] != list(labelled.classes):
+            raise DataError(
+                f"the net tells other classes apart: {_few(record['classes'])} against {_few(labelled.classes)}",
+                where={"model": model, "data": data},
+                hint="fine-tune to these classes without --quantize first",
+            )
+        net, quantised = _quantised(net, labelled, preprocessing, epochs=epochs, settings=settings)
+    else:
+        epochs = epochs or DEFAULT_EPOCHS
+        net = _with_classifier(net, record, labelled, epochs=epochs, settings=settings)
     top1 = classifier_top1(net, labelled.test, preprocessing)
     written = write_model(
         out,
@@ -86,18 +117,81 @@ def finetune(
         data=absolute_uri(data),
         recipe_name=record["recipe_name"],
         arm=record["arm"],
+        quantization=quantised.pop("quantization", None),
         force=force,
     )
     evaluation = {
         **record_header("evaluation", made_from=ModelDir(out).sha256),
         "top1": top1,
         "top1_ci95": list(proportion_interval(top1, len(labelled.test))),
+        **quantised,
         "n_test": len(labelled.test),
         "n_train": len(labelled.train),
         "data": labelled.train_from,
         "test": labelled.test_from,
-        "epochs": epochs or DEFAULT_EPOCHS,
+        "epochs": epochs,
         "settings": settings.model_dump(mode="json"),
     }
     write_json(ModelDir(out).evaluation_file, evaluation)
     return {**written, "evaluation": evaluation}
+
+
+def _with_classifier(
+    pretrained: nn.Module, record: dict[str, Any], labelled: Labelled, *, epochs: int, settings: Supervision
+) -> nn.Module:
+    """Return the net with a new classifier, both trained."""
+    net = create_blank({**record, "classes": list(labelled.classes)})
+    load_backbone(net, pretrained)
+    train_classifier(
+        net,
+        labelled.train,
+        steps=_steps(epochs, labelled.train, settings),
+        settings=settings,
+        preprocessing=record["preprocessing"],
+        what="finetune",
+    )
+    return net
+
+
+def _quantised(
+    net: nn.Module,
+    labelled: Labelled,
+    preprocessing: dict[str, Any],
+    *,
+    epochs: int,
+    settings: QuantisedSupervision,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Return the net quantised and trained on, and what the records say of it."""
+    images = labelled.train.images[:: max(1, len(labelled.train) // CALIBRATION_IMAGES)][:CALIBRATION_IMAGES]
+    quantised, kept = quantise_net(
+        net, normalise(images, preprocessing["mean"], preprocessing["std"]), keep=settings.keep
+    )
+    before = {
+        "float": classifier_top1(net, labelled.test, preprocessing),
+        "calibrated": classifier_top1(quantised, labelled.test, preprocessing),
+    }
+    with learning_scales(quantised) if settings.learn_scales else contextlib.nullcontext():
+        train_classifier(
+            quantised,
+            labelled.train,
+            steps=_steps(epochs, labelled.train, settings),
+            settings=settings,
+            preprocessing=preprocessing,
+            what="finetune int8",
+        )
+    return quantised, {
+        "quantization": {"precision": "int8", "keep": kept, "learnt": settings.learn_scales},
+        **{f"{state}_top1": top1 for state, top1 in before.items()},
+        **{
+            f"{state}_top1_ci95": list(proportion_interval(top1, len(labelled.test)))
+            for state, top1 in before.items()
+        },
+    }
+
+
+def _steps(epochs: int, part: Part, settings: Supervision) -> int:
+    return epochs * max(1, len(part) // min(settings.batch_size, len(part)))
+
+
+def _few(names: list[str] | tuple[str, ...]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

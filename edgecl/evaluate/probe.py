@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from edgecl.artifacts import ModelDir, record_header, write_json
 from edgecl.data.loading import normalise
 from edgecl.errors import ArtifactError
-from edgecl.evaluate.intervals import mean_interval, proportion_interval
 from edgecl.evaluate.labelled import Labelled, draw_few, read_labelled
 from edgecl.evaluate.linear import fit_linear
+from edgecl.intervals import mean_interval, proportion_interval
 from edgecl.nets.carving import create_blank, load_model
 from edgecl.progress import Progress
 from edgecl.quality import extract_features, knn_top1

@@ -52,6 +52,19 @@ class Supervision(Settings):
         )
 
 
+class QuantisedSupervision(Supervision):
+    """How a quantised classifier is trained on: gently, since it has been trained before."""
+
+    lr: float = Field(5e-4, gt=0)
+    """Peak learning rate of AdamW; of a scale it is the relative change per step."""
+    crop_min: float = Field(0.7, gt=0, le=1)
+    """Smallest area of a training crop, as a fraction of the picture."""
+    learn_scales: bool = True
+    """Train the scales beside the weights; else they stay as calibrated."""
+    keep: tuple[str, ...] | None = None
+    """Modules that stay float, with all they hold; by default the first convolution, gates and the classifier."""
+
+
 def train_classifier(
     net: nn.Module,
     part: Part,

@@ -13,6 +13,8 @@ from edgecl.artifacts import ModelDir, RunDir, new_directory, record_header, wri
 from edgecl.checkpoint import read_newest
 from edgecl.errors import ArtifactError, RecipeError, SliceError
 from edgecl.nets.backbone import count_parameters, create_backbone, feature_count, recalibrate
+from edgecl.nets.fake_quant import insert_fake_quant
+from edgecl.nets.folding import fold_batch_norm
 from edgecl.nets.heads import Encoder
 from edgecl.nets.slimming import SlimmableNet
 from edgecl.onboard.bundle import sha256_of_file
@@ -195,9 +197,14 @@ def write_model(
     recipe_name: str | None = None,
     arm: str | None = None,
     epoch: int | None = None,
+    quantization: dict[str, Any] | None = None,
     force: bool = False,
 ) -> dict[str, Any]:
     """Write a net as a model directory: weights that timm loads, and what rebuilds the net around them.
+
+    Args:
+        quantization: of a net with fake quantisers: its "precision", and under "keep" the modules that stayed float.
+            Its weights are those of the folded net and the scales.
 
     Raises:
         ArtifactError: the output exists, or the disk is full.
@@ -222,6 +229,7 @@ def write_model(
             "recipe_name": recipe_name,
             "arm": arm,
             "epoch": epoch,
+            "quantization": quantization,
             "data": data,
             "weights_sha256": sha256_of_file(directory.weights_file),
         }
@@ -229,7 +237,7 @@ def write_model(
 
 
 def load_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:
-    """Rebuild the net of a model directory, in evaluation mode.
+    """Rebuild the net of a model directory, in evaluation mode; a quantised net with its fake quantisers.
 
     Returns:
         the net and its record.
@@ -244,7 +252,8 @@ def load_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:
         net.load_state_dict(load_file(directory.weights_file))
     except RuntimeError as complaint:
         raise ArtifactError(
-            f"the weights are not those of '{record['arch']}' at width {record['width']:g}",
+            f"the weights are not those of '{record['arch']}' at width {record['width']:g}"
+            + (", quantised as the record says" if record.get("quantization") else ""),
             where={"file": directory.weights_file},
         ) from complaint
     return net.eval(), record
@@ -264,10 +273,14 @@ def load_backbone(net: nn.Module, source: nn.Module) -> None:
 
 
 def create_blank(record: dict[str, Any]) -> nn.Module:
-    """Build the net a model record describes, with random weights."""
-    return create_backbone(
+    """Build the net a model record describes, with random weights; a quantised net with scales of 1."""
+    net = create_backbone(
         record["arch"],
         width=record["width"],
         num_classes=len(record["classes"] or ()),
         stem_stride=record["stem_stride"],
     )
+    quantization = record.get("quantization")
+    if quantization is None:
+        return net
+    return insert_fake_quant(fold_batch_norm(net), keep=quantization["keep"])

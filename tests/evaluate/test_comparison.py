@@ -11,8 +11,8 @@ import torch
 import edgecl.evaluate.comparison
 from edgecl.artifacts import ModelDir
 from edgecl.evaluate.comparison import compare, difference, write_random
-from edgecl.evaluate.intervals import mean_interval
 from edgecl.evaluate.labelled import Part, draw_few, read_labelled
+from edgecl.intervals import mean_interval
 from edgecl.nets.carving import load_model
 from edgecl.recipe import Views
 

@@ -8,17 +8,20 @@ import shutil
 import pytest
 import timm
 import torch
+from conftest import write_folder
 from safetensors.torch import load_file
 
 from edgecl.artifacts import ModelDir
+from edgecl.cost import cost
 from edgecl.errors import ArtifactError, DataError, RecipeError
 from edgecl.evaluate.finetune import finetune
-from edgecl.evaluate.intervals import proportion_interval
 from edgecl.evaluate.labelled import read_labelled
 from edgecl.evaluate.probe import load_feature_net, probe
 from edgecl.evaluate.supervised import classifier_top1
+from edgecl.intervals import proportion_interval
 from edgecl.nets.backbone import create_backbone
 from edgecl.nets.carving import load_model, write_model
+from edgecl.nets.fake_quant import FakeQuant
 
 
 @pytest.fixture(scope="module")
@@ -138,3 +141,151 @@ def test_unlabelled_images_are_refused(tmp_path, plain_model, unlabelled_folder)
     with pytest.raises(DataError, match="these images have no labels"):
         finetune(plain_model, data=str(unlabelled_folder), out=tmp_path / "m")
     assert list(tmp_path.iterdir()) == []
+
+
+# --- quantised ---
+
+
+@pytest.fixture(scope="module")
+def quantised(tmp_path_factory, tuned, image_folder):
+    """The fine-tuned net trained on as int8, and the record returned."""
+    out = tmp_path_factory.mktemp("quantised") / "m"
+    record = finetune(
+        tuned[0],
+        data=str(image_folder),
+        out=out,
+        epochs=1,
+        quantize="int8",
+        assignments=["batch_size=16", "device=cpu"],
+    )
+    return out, record
+
+
+def test_quantised_model_loads_as_it_was_trained(quantised, image_folder):
+    out, record = quantised
+    net, model = load_model(out)
+    held_out = read_labelled(str(image_folder), test=None, preprocessing=model["preprocessing"]).test
+    assert record["evaluation"]["top1"] == classifier_top1(net, held_out, model["preprocessing"])
+    scales = [module.scale for module in net.modules() if isinstance(module, FakeQuant)]
+    assert scales
+    assert not any((scale == 1).any() for scale in scales)
+
+
+def test_record_says_how_the_net_is_quantised(quantised, tuned):
+    out, record = quantised
+    model = ModelDir(out).read()
+    assert model["quantization"]["precision"] == "int8"
+    assert model["quantization"]["learnt"] is True
+    assert {"conv_stem", "classifier", "blocks.0.0.se"} <= set(model["quantization"]["keep"])
+    assert model["arch"] == "mobilenetv3_small_100"
+    assert model["made_from"] == ModelDir(tuned[0]).sha256
+    assert ModelDir(tuned[0]).read()["quantization"] is None
+    assert record["evaluation"]["settings"]["lr"] == 5e-4
+
+
+def test_evaluation_compares_float_calibrated_and_trained(quantised, tuned):
+    evaluation = json.loads(ModelDir(quantised[0]).evaluation_file.read_text())
+    assert evaluation["float_top1"] == tuned[1]["evaluation"]["top1"]
+    for state in ("float_top1", "calibrated_top1", "top1"):
+        assert evaluation[f"{state}_ci95"] == list(proportion_interval(evaluation[state], 12))
+
+
+def test_quantised_training_starts_from_the_nets_own_classifier(quantised, tuned):
+    before, after = (load_file(ModelDir(path).weights_file) for path in (tuned[0], quantised[0]))
+    moved = (after["classifier.weight"] - before["classifier.weight"]).abs().max()
+    assert 0 < moved < 0.01
+    assert not any("running_mean" in name for name in after)
+
+
+def test_scales_stay_as_calibrated_where_they_are_not_learnt(tmp_path, tuned, image_folder):
+    scales = []
+    for rate in ("1e-9", "1e-3"):
+        out = tmp_path / rate
+        finetune(
+            tuned[0],
+            data=str(image_folder),
+            out=out,
+            epochs=1,
+            quantize="int8",
+            assignments=[f"lr={rate}", "learn_scales=false", 'keep=["conv_stem"]', "device=cpu"],
+        )
+        weights = load_file(ModelDir(out).weights_file)
+        scales.append({name: tensor for name, tensor in weights.items() if name.endswith("scale")})
+    assert "blocks.0.0.se.conv_reduce.weight_quantiser.scale" in scales[0]
+    assert all(torch.equal(scales[1][name], tensor) for name, tensor in scales[0].items())
+    record = ModelDir(out).read()
+    assert record["quantization"] == {"precision": "int8", "keep": ["conv_stem"], "learnt": False}
+
+
+def test_net_without_a_classifier_gets_one_first(tmp_path, plain_model, image_folder, monkeypatch):
+    monkeypatch.setattr("edgecl.evaluate.finetune.DEFAULT_EPOCHS", 1)
+    record = finetune(
+        plain_model,
+        data=str(image_folder),
+        out=tmp_path / "m",
+        epochs=1,
+        quantize="int8",
+        assignments=["device=cpu"],
+    )
+    assert record["classes"] == ["blue", "green", "red"]
+    assert load_model(tmp_path / "m")[0].classifier.out_features == 3
+
+
+def test_probe_and_cost_take_a_quantised_net(tmp_path, quantised, tuned, image_folder):
+    model = shutil.copytree(quantised[0], tmp_path / "m")
+    assert probe(model, data=str(image_folder), labels_per_class=2, seeds=2)["n_test"] == 12
+    features, _ = load_feature_net(model)
+    assert any(isinstance(module, FakeQuant) for module in features.modules())
+    counted, plain = cost(model), cost(shutil.copytree(tuned[0], tmp_path / "plain"))
+    for operator in ("conv", "linear"):
+        assert counted["by_operator"][operator] == plain["by_operator"][operator]
+    # Folded, a norm's weight and bias are one bias.
+    norms = sum(
+        tensor.numel()
+        for name, tensor in load_file(ModelDir(tuned[0]).weights_file).items()
+        if name.endswith("running_mean")
+    )
+    assert counted["params"] == ModelDir(model).read()["params"] == plain["params"] - norms
+
+
+def test_quantised_net_is_not_trained_a_second_time(tmp_path, quantised, image_folder):
+    for quantize in ("int8", None):
+        with pytest.raises(ArtifactError) as caught:
+            finetune(quantised[0], data=str(image_folder), out=tmp_path / "m", quantize=quantize)
+        assert caught.value.problem == "this net is quantised already"
+        assert caught.value.hint == "start from the float net that it was made from"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_classes_are_refused_before_anything_is_trained(tmp_path, tuned):
+    data = write_folder(tmp_path / "data", per_class=5, classes={"cat": (9, 9, 9), "dog": (99, 99, 99)})
+    with pytest.raises(DataError) as caught:
+        finetune(tuned[0], data=str(data), out=tmp_path / "m", quantize="int8")
+    assert caught.value.problem == "the net tells other classes apart: blue, green, red against cat, dog"
+    assert caught.value.hint == "fine-tune to these classes without --quantize first"
+
+
+def test_other_precision_is_refused(tmp_path, tuned, image_folder):
+    with pytest.raises(RecipeError, match="cannot quantise to 'int4'"):
+        finetune(tuned[0], data=str(image_folder), out=tmp_path / "m", quantize="int4")
+
+
+def test_settings_of_quantised_training_are_not_those_of_float(tmp_path, tuned, image_folder):
+    with pytest.raises(RecipeError, match="unknown key 'learn_scales'"):
+        finetune(tuned[0], data=str(image_folder), out=tmp_path / "m", assignments=["learn_scales=false"])
+
+
+def test_command_line_trains_as_int8_and_prints_all_three_accuracies(
+    tmp_path, tuned, image_folder, edgecl_process
+):
+    done = edgecl_process(
+        "finetune",
+        tuned[0],
+        *("--data", image_folder, "--out", tmp_path / "m", "--quantize", "int8", "--epochs", 1),
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(ModelDir(tmp_path / "m").evaluation_file.read_text())
+    assert done.stdout.startswith(
+        f"float {found['float_top1']:.1f} %, int8 calibrated {found['calibrated_top1']:.1f} %, trained as int8: "
+        f"top-1 {found['top1']:.1f} % ["
+    )

@@ -12,9 +12,9 @@ import torch
 import edgecl.evaluate.probe
 from edgecl.artifacts import ModelDir
 from edgecl.errors import ArtifactError, DataError
-from edgecl.evaluate.intervals import mean_interval, proportion_interval
 from edgecl.evaluate.linear import fit_linear
 from edgecl.evaluate.probe import load_feature_net, probe, probe_net, summary
+from edgecl.intervals import mean_interval, proportion_interval
 
 
 @pytest.fixture

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import ast
+import copy
 from pathlib import Path
 
 import pytest
 import torch
 
+import edgecl.evaluate.finetune
 import edgecl.evaluate.supervised
+from edgecl.data.loading import normalise
 from edgecl.errors import DeviceError, NonFiniteError
 from edgecl.evaluate.labelled import Part
-from edgecl.evaluate.supervised import Supervision, choose_device, classifier_top1, train_classifier
+from edgecl.evaluate.supervised import (
+    QuantisedSupervision,
+    Supervision,
+    choose_device,
+    classifier_top1,
+    train_classifier,
+)
+from edgecl.nets.fake_quant import FakeQuant, learning_scales, quantise_net
 from edgecl.recipe import Views
 
 
@@ -195,3 +205,50 @@ def test_no_setting_is_dead(key):
         if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("settings", "self")
     }
     assert key in read
+
+
+# --- training a quantised net ---
+
+
+@pytest.fixture
+def badly_calibrated(train, tiny_net, coloured, preprocessing):
+    """Make a quantised net that knew its classes until its int8 steps were so many times as wide."""
+
+    def make(factor):
+        train(steps=40)
+        images = normalise(coloured.train.images, preprocessing["mean"], preprocessing["std"])
+        quantised, _ = quantise_net(tiny_net, images, keep=[])
+        assert classifier_top1(quantised, coloured.test, preprocessing) == 100
+        for module in quantised.modules():
+            if isinstance(module, FakeQuant):
+                module.scale.mul_(factor)
+        assert classifier_top1(quantised, coloured.test, preprocessing) < 70
+        return quantised
+
+    return make
+
+
+def test_learnt_scales_repair_steps_that_are_too_narrow(train, badly_calibrated, coloured, preprocessing):
+    """Which the weights alone cannot: nearly everything is clipped."""
+    net = badly_calibrated(1 / 30)
+    before = copied(net)
+    fixed = copy.deepcopy(net)
+    with learning_scales(net):
+        train(net, steps=150)
+    train(fixed, steps=150)
+    assert classifier_top1(net, coloured.test, preprocessing) == 100
+    assert classifier_top1(fixed, coloured.test, preprocessing) < 70
+    assert unchanged(net, before) == []
+
+
+def test_gradients_reach_the_weights_through_the_rounding(train, badly_calibrated, coloured, preprocessing):
+    net = badly_calibrated(200)
+    before = copied(net)
+    train(net, steps=150)
+    assert classifier_top1(net, coloured.test, preprocessing) == 100
+    assert [name.rpartition(".")[2] for name in unchanged(net, before)] == ["scale"] * 4
+
+
+@pytest.mark.parametrize("key", QuantisedSupervision.model_fields.keys() - Supervision.model_fields.keys())
+def test_no_setting_of_quantised_training_is_dead(key):
+    assert f"settings.{key}" in Path(edgecl.evaluate.finetune.__file__).read_text(encoding="utf-8")

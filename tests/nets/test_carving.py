@@ -7,7 +7,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 
-from edgecl.artifacts import ModelDir, RunDir, record_header, write_json
+from edgecl.artifacts import ModelDir, RunDir, record_header, write_json, write_sealed
 from edgecl.checkpoint import write_checkpoint
 from edgecl.errors import ArtifactError, RecipeError, SliceError
 from edgecl.nets.backbone import count_parameters, create_backbone, feature_count
@@ -20,6 +20,7 @@ from edgecl.nets.carving import (
     write_model,
 )
 from edgecl.nets.catalogue import NETS
+from edgecl.nets.fake_quant import quantise_net
 from edgecl.recipe import recipe_from_tables
 
 SMALL = "mobilenetv3_small_100"
@@ -272,3 +273,76 @@ def test_a_net_that_takes_one_size_only_is_refused_by_name():
     )
     with pytest.raises(RecipeError, match=r"'vit_tiny_patch16_224' does not take pictures of 32 x 32"):
         create_slimmable(recipe)
+
+
+# --- quantised nets ---
+
+
+@pytest.fixture
+def quantised(tmp_path):
+    """Write a quantised net with a classifier; return its directory and the net."""
+    torch.manual_seed(0)
+    net, kept = quantise_net(
+        create_backbone(SMALL, width=0.5, num_classes=2), torch.randn(4, 3, 64, 64), keep=["conv_stem"]
+    )
+    write_model(
+        tmp_path / "quantised",
+        net,
+        arch=SMALL,
+        width=0.5,
+        stem_stride=1,
+        classes=["cat", "dog"],
+        preprocessing={},
+        origin="finetuned",
+        made_from=None,
+        data=None,
+        quantization={"precision": "int8", "keep": kept, "learnt": False},
+    )
+    return tmp_path / "quantised", net
+
+
+def test_quantised_net_is_rebuilt_with_its_scales(quantised, images):
+    path, net = quantised
+    net.conv_stem.stride = (1, 1)
+    loaded, record = load_model(path)
+    assert not loaded.training
+    assert record["quantization"]["keep"] == ["conv_stem"]
+    with torch.no_grad():
+        assert torch.equal(loaded(images), net(images))
+
+
+def test_weights_of_a_quantised_net_do_not_pass_for_those_of_another_choice(quantised):
+    path, _ = quantised
+    file = path / "model.json"
+    record = json.loads(file.read_text())
+    record["quantization"]["keep"] = ["conv_stem", "conv_head"]
+    record.pop("sha256")
+    write_sealed(file, record)
+    with pytest.raises(
+        ArtifactError, match=f"the weights are not those of '{SMALL}' at width 0.5, quantised"
+    ):
+        load_model(path)
+
+
+def test_record_of_a_version_that_knew_no_quantised_nets_loads(tmp_path, images):
+    torch.manual_seed(0)
+    net = create_backbone(SMALL, width=0.5).eval()
+    write_model(
+        tmp_path / "model",
+        net,
+        arch=SMALL,
+        width=0.5,
+        stem_stride=None,
+        classes=None,
+        preprocessing={},
+        origin="random",
+        made_from=None,
+        data=None,
+    )
+    file = tmp_path / "model" / "model.json"
+    record = json.loads(file.read_text())
+    assert record.pop("quantization") is None
+    record.pop("sha256")
+    write_sealed(file, record)
+    with torch.no_grad():
+        assert torch.equal(load_model(tmp_path / "model")[0](images), net(images))
