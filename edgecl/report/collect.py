@@ -14,6 +14,7 @@ from typing import Any
 
 from edgecl.artifacts import KINDS, SCHEMA, Bundle, ModelDir, PipelineDir, RunDir, kind_of, read_record
 from edgecl.errors import ArtifactError
+from edgecl.onboard import bundle as bundle_names
 from edgecl.onboard.bundle import sha256_of_file
 from edgecl.report.notation import counted, finite, printable
 
@@ -176,8 +177,7 @@ def _read(kind: str, path: Path, notes: list[str]) -> Source:
         model = ModelDir(path)
         files = [model.probe_file, model.cost_file, model.evaluation_file]
     else:
-        bundle = Bundle(path)
-        files = [bundle.verify_file, *sorted(path.glob("bench-*.json"))]
+        files = [path / bundle_names.VERIFY, *sorted(path.glob("bench-*.json"))]
     # A fine-tuned net's evaluation may be written with the net, and then names what the net was made from.
     fitting = {None, source.sha256, record.get("weights_sha256"), record.get("made_from")}
     for file in files:

@@ -55,6 +55,16 @@ def milliseconds(value: float | None) -> str:
     return fixed(rounded, decimals)
 
 
+def scientific(value: float | None) -> str:
+    """Write a small difference with two digits: 3.4e−7."""
+    if value is None:
+        return MISSING
+    if value == 0:
+        return "0"
+    digits, _, exponent = f"{value:.1e}".partition("e")
+    return f"{digits}e{int(exponent)}".replace("-", MINUS)
+
+
 def scaled(value: float | None) -> str:
     """Write a large count with its SI prefix: 4.7 M, 156 k, 0.4 G only from 1,000 M on."""
     if value is None:

@@ -6,15 +6,28 @@ Every word that came out of a record or a path goes through `_e`; only markup wr
 from __future__ import annotations
 
 import base64
-import html
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from edgecl.report import figures
-from edgecl.report.notation import MISSING, counted, duration, finite, fixed, percent, points, printable
-from edgecl.report.rows import conditions_of_row, net_of_row, row_label
-from edgecl.report.text import COLUMNS, cells_of_row, comparison_rows, few_label_heading
+from edgecl.report.bundle_sections import bundle_sections
+from edgecl.report.figures.curves import curve_figure
+from edgecl.report.figures.dots import comparison_figure, difference_figure
+from edgecl.report.figures.drawing import BLUE, INK, MUTED, ORANGE, PURPLE
+from edgecl.report.figures.scatter import scatter_figure
+from edgecl.report.markup import captioned
+from edgecl.report.markup import escaped as _e
+from edgecl.report.notation import MISSING, counted, duration, finite, fixed, percent, points
+from edgecl.report.rows import conditions_of_row, is_rejected, net_of_row
+from edgecl.report.text import (
+    Table,
+    cells_of_row,
+    comparison_rows,
+    heading_of,
+    heading_with_unit,
+    label_in,
+    tables_of,
+)
 
 # Nothing may be fetched and nothing may run, whatever a name on the page looks like.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -30,9 +43,10 @@ def page(record: dict[str, Any], *, views: Mapping[str, bytes]) -> str:
     """
     sections = [
         _head(record),
-        _table(record),
+        _tables(record),
         _comparisons(record),
         _scatter(record),
+        bundle_sections(record),
         _runs(record),
         _views(views, record),
         _conditions(record),
@@ -48,17 +62,15 @@ def page(record: dict[str, Any], *, views: Mapping[str, bytes]) -> str:
     )
 
 
-def _e(text: object) -> str:
-    return html.escape(printable(text), quote=True)
-
-
 def _head(record: dict[str, Any]) -> str:
-    support = " ".join(_e(sentence) for sentence in record["support"])
+    sentences = record["support"]
+    support = f'<p class="support">{" ".join(map(_e, sentences))}</p>\n' if sentences else ""
+    if len(sentences) > 4:
+        items = "".join(f"<li>{_e(sentence)}</li>" for sentence in sentences)
+        support = f'<ul class="support">{items}</ul>\n'
     return (
         f"<header>\n<h1>{_e(record['title'])}</h1>\n"
-        f'<p class="verdict">{_unbroken(record["verdict"])}</p>\n'
-        + (f'<p class="support">{support}</p>\n' if support else "")
-        + "</header>"
+        f'<p class="verdict">{_unbroken(record["verdict"])}</p>\n' + support + "</header>"
     )
 
 
@@ -70,45 +82,54 @@ def _unbroken(sentence: str) -> str:
     return f'{start}<span class="nowrap">[{inside}]</span>{after}' if bracket and end else text
 
 
-def _table(record: dict[str, Any]) -> str:
-    if not record["rows"]:
+def _tables(record: dict[str, Any]) -> str:
+    tables = tables_of(record)
+    if not tables:
         return _notes(record)
+    return (
+        "<section>\n<h2>Accuracy, latency and size</h2>\n"
+        '<p class="lead">Accuracies are on held-out pictures; brackets are 95 % intervals; '
+        "– is not measured.</p>\n"
+        + "".join(
+            (f"<h3>{_e(table.title)}</h3>\n" if len(tables) > 1 else "") + _table(table, record)
+            for table in tables
+        )
+        + f"{_notes(record)}</section>"
+    )
+
+
+def _table(table: Table, record: dict[str, Any]) -> str:
     groups: list[tuple[str, int]] = []
-    for group, _, _ in COLUMNS:
+    for _, group, _, _ in table.columns:
         if groups and groups[-1][0] == group:
             groups[-1] = (group, groups[-1][1] + 1)
         else:
             groups.append((group, 1))
-    few = few_label_heading(record)
-    headings = [few if heading == "few-label" else heading for _, heading, _ in COLUMNS]
-    labels = [
-        f"{few if heading == 'few-label' else heading}, {unit}" if unit in ("%", "ms") else heading
-        for _, heading, unit in COLUMNS
-    ]
+    headings = [heading_of(column, record) for column in table.columns]
+    labels = [heading_with_unit(column, record).replace(" %", ", %") for column in table.columns]
+    labels = [label.replace(" ms", ", ms") for label in labels]
     top = "".join(
         f'<th colspan="{span}" scope="colgroup"><span>{_e(group)}</span></th>' for group, span in groups
     )
     second = "".join(f'<th scope="col">{_e(heading)}</th>' for heading in headings)
     body = []
-    for row in record["rows"]:
-        about = "".join(
-            f"<small>{_e(part).replace(' thread', '&nbsp;thread').replace('batch ', 'batch&nbsp;')}</small>"
-            for part in (net_of_row(row), conditions_of_row(row))
-            if part
-        )
+    for row in table.rows:
+        about = net_of_row(row) if table.name == "nets" else conditions_of_row(row)
+        small = _e(about).replace(" thread", "&nbsp;thread").replace("batch ", "batch&nbsp;")
         cells = "".join(
             f'<td data-label="{_e(label)}"{" class=missing" if value == MISSING else ""}>'
-            f"<span>{_e(value)}{f'<small>{_e(interval)}</small>' if interval else ''}</span></td>"
-            for label, (value, interval) in zip(labels, cells_of_row(row), strict=True)
+            f"<span>{_e(value)}{f'<small>{_e(beside)}</small>' if beside else ''}</span></td>"
+            for label, (value, beside) in zip(labels, cells_of_row(row, table.columns), strict=True)
         )
-        body.append(f'<tr><th scope="row">{_e(row_label(row, record["rows"]))}{about}</th>{cells}</tr>')
+        rejected = ' class="rejected"' if table.name == "bundles" and is_rejected(row) else ""
+        body.append(
+            f'<tr{rejected}><th scope="row">{_e(label_in(table, row, record))}'
+            f"{f'<small>{small}</small>' if small else ''}</th>{cells}</tr>"
+        )
     return (
-        "<section>\n<h2>Accuracy, latency and size</h2>\n"
-        '<p class="lead">Accuracies are top-1 on held-out pictures; brackets are 95 % intervals; '
-        "– is not measured.</p>\n"
-        f'<table class="nets">\n<thead>\n<tr class="groups"><th></th>{top}</tr>\n'
+        f'<table class="rows {table.name}">\n<thead>\n<tr class="groups"><th></th>{top}</tr>\n'
         f'<tr><th scope="col">net</th>{second}</tr>\n</thead>\n'
-        "<tbody>\n" + "\n".join(body) + f"\n</tbody>\n</table>\n{_notes(record)}</section>"
+        "<tbody>\n" + "\n".join(body) + "\n</tbody>\n</table>\n"
     )
 
 
@@ -139,13 +160,13 @@ def _comparison(comparison: dict[str, Any], prefix: str) -> str:
         f"test data {comparison['test']}" if comparison["test"] else "",
     ]
     lead = "; ".join(part for part in about if part)
-    left = figures.comparison_figure(comparison, prefix=prefix + "a")
-    right = figures.difference_figure(comparison, prefix=prefix + "d")
+    left = comparison_figure(comparison, prefix=prefix + "a")
+    right = difference_figure(comparison, prefix=prefix + "d")
     charts = ""
     if left:
-        charts += _figure(left, "Mean and 95 % interval; each faint dot is one draw of labels.")
+        charts += captioned(left, "Mean and 95 % interval; each faint dot is one draw of labels.")
     if right:
-        charts += _figure(
+        charts += captioned(
             right,
             "Differences draw by draw, so that what all arms share cancels out; "
             "a hollow dot is not resolved: its interval reaches zero.",
@@ -185,10 +206,6 @@ def _interval(interval: Sequence[float]) -> str:
     return f"[{percent(interval[0])}, {percent(interval[1])}]"
 
 
-def _figure(svg: str, caption: str) -> str:
-    return f"<figure>{svg}<figcaption>{_e(caption)}</figcaption></figure>\n"
-
-
 def _scatter(record: dict[str, Any]) -> str:
     trade = record["trade_off"]
     if not trade:
@@ -198,7 +215,18 @@ def _scatter(record: dict[str, Any]) -> str:
         "Up and to the left is better. Bars are 95 % intervals; "
         "filled dots and the dashed line are the Pareto front."
     )
-    hollow = any(index not in group["front"] for group in trade["groups"] for index in group["rows"])
+    shown = [rows[index] for group in trade["groups"] for index in group["rows"]]
+    precisions = {row["precision"] for row in shown if not is_rejected(row)}
+    if len(precisions) > 1:
+        shapes = {"fp32": "circles are fp32", "fp16": "squares fp16", "int8": "diamonds int8"}
+        caption += f" {', '.join(words for key, words in shapes.items() if key in precisions).capitalize()}."
+    if any(map(is_rejected, shown)):
+        caption += " A cross is a precision whose verdict is rejected: it is on no front."
+    hollow = any(
+        index not in group["front"] and not is_rejected(rows[index])
+        for group in trade["groups"]
+        for index in group["rows"]
+    )
     if hollow:
         caption += " A hollow dot is beaten in both by another net."
     groups = trade["groups"]
@@ -210,23 +238,25 @@ def _scatter(record: dict[str, Any]) -> str:
         caption += f" One front for each way of timing ({named})."
     else:
         caption += f" Timed on {_group_in_words(groups[0])}."
-    svg = figures.scatter_figure(rows, trade, prefix="scatter")
+    svg = scatter_figure(rows, trade, prefix="scatter")
     return (
         "<section>\n<h2>Accuracy against latency</h2>\n"
-        f'<div class="single">\n{_figure(svg, caption)}</div>\n</section>'
+        f'<div class="single">\n{captioned(svg, caption)}</div>\n</section>'
     )
 
 
 def _group_in_words(group: dict[str, Any]) -> str:
     parts = [
         group["device"] or "an unnamed device",
+        group["power_mode"] or "",
+        group["mode"] if group["mode"] not in (None, "inference") else "",
         f"batch {group['batch']}" if group["batch"] else "",
         counted(group["threads"], "thread") if isinstance(group["threads"], int) else "",
     ]
     return ", ".join(part for part in parts if part)
 
 
-_HOST, _SLIM = figures.ORANGE, figures.BLUE
+_HOST, _SLIM = ORANGE, BLUE
 
 
 def _runs(record: dict[str, Any]) -> str:
@@ -270,19 +300,19 @@ def _panels(run: dict[str, Any], prefix: str) -> Iterator[str]:
     panels: list[tuple[list[tuple[str, str, Any]], dict[str, Any]]] = [
         (
             series(
-                ("loss", "total", figures.INK),
-                ("sacl", "SACL", figures.PURPLE),
+                ("loss", "total", INK),
+                ("sacl", "SACL", PURPLE),
                 ("xd_host", "XD host", _HOST),
                 ("xd_slim", "XD slim", _SLIM),
             ),
             {"title": "Loss terms", "log": True},
         ),
         (
-            series(("diagonal", "diagonal", figures.PURPLE)),
+            series(("diagonal", "diagonal", PURPLE)),
             {"title": "Diagonal of C", "unit": "mean, goal 1", "limits": (0.0, 1.0), "reference": 1.0},
         ),
         (
-            series(("off_diagonal_rms", "off-diagonal", figures.PURPLE)),
+            series(("off_diagonal_rms", "off-diagonal", PURPLE)),
             {"title": "Off-diagonal of C", "unit": "RMS, goal 0", "limits": (0.0, None)},
         ),
         (
@@ -294,7 +324,7 @@ def _panels(run: dict[str, Any], prefix: str) -> Iterator[str]:
             {"title": "kNN top-1", "unit": "%"},
         ),
         (
-            series(("std", "std", figures.PURPLE)),
+            series(("std", "std", PURPLE)),
             {"title": "Spread", "unit": "1 spread, 0 collapsed", "limits": (0.0, 1.0), "reference": 1.0},
         ),
         (
@@ -302,18 +332,18 @@ def _panels(run: dict[str, Any], prefix: str) -> Iterator[str]:
             {"title": "Gradient norm", "log": True},
         ),
         (
-            series(("lr", "lr", figures.MUTED)),
+            series(("lr", "lr", MUTED)),
             {"title": "Learning rate", "limits": (0.0, None)},
         ),
         (
-            series(("images_per_s", "images/s", figures.MUTED)),
+            series(("images_per_s", "images/s", MUTED)),
             {"title": "Throughput", "unit": "images/s", "limits": (0.0, None)},
         ),
     ]
     for place, (lines, how) in enumerate(panels):
         if lines:
             unit = f" {_e(how.pop('unit'))}" if "unit" in how else ""
-            svg = figures.curve_figure(lines, x_range=x_range, prefix=f"{prefix}p{place}", **how)
+            svg = curve_figure(lines, x_range=x_range, prefix=f"{prefix}p{place}", **how)
             yield f"<figcaption><b>{_e(how['title'])}</b>{unit}</figcaption>{svg}"
 
 

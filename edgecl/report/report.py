@@ -9,17 +9,14 @@ from typing import Any
 
 from edgecl.artifacts import ReportDir, new_directory, record_header, refuse_existing, write_bytes, write_json
 from edgecl.report.collect import Collection, Source, collect
+from edgecl.report.comparison import comparison_of
 from edgecl.report.curves import MOST_POINTS, curves
 from edgecl.report.notation import finite, printable
 from edgecl.report.page import page
-from edgecl.report.rows import (
-    ORIGINS,
-    comparison_of,
-    rows_of,
-    trade_off,
-    verdict_of,
-    warnings_of,
-)
+from edgecl.report.pareto import trade_off
+from edgecl.report.precisions import bundle_record
+from edgecl.report.rows import ORIGINS, rows_of
+from edgecl.report.sentences import verdict_of, warnings_of
 from edgecl.report.text import markdown
 
 _STEP_KEYS = (
@@ -70,7 +67,8 @@ def report_record(collection: Collection) -> dict[str, Any]:
     rows = rows_of(collection)
     comparisons = [comparison_of(source, collection) for source in collection.of("comparison")]
     trade = trade_off(rows)
-    verdict, support = verdict_of(comparisons, rows, collection)
+    bundles = [bundle_record(bundle) for bundle in collection.of("bundle")]
+    verdict, support = verdict_of(comparisons, rows, bundles, collection)
     header = record_header("report", made_from=collection.sha256())
     return {
         **header,
@@ -79,6 +77,7 @@ def report_record(collection: Collection) -> dict[str, Any]:
         "verdict": verdict,
         "support": support,
         "rows": rows,
+        "bundles": bundles,
         "comparison": comparisons[0] if comparisons else None,
         "further_comparisons": comparisons[1:],
         "trade_off": trade,

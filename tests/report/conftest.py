@@ -219,6 +219,45 @@ class Maker:
             )
         return path
 
+    def precision(
+        self,
+        name: str,
+        *,
+        accuracy: dict[str, Any] | None = None,
+        verdict: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """One entry of a manifest's precisions."""
+        scale = {"fp32": 1.0, "fp16": 700.0, "int8": 40_000.0}[name]
+        return {
+            "model": "model.onnx" if name == "fp32" else f"model.{name}.onnx",
+            "form": {"int8": "int8-cpu"}.get(name, name),
+            "opset": 18,
+            "tolerance": {"max_relative_difference": 1e-3, "top1_agreement": 0.99},
+            "parity": {
+                "images": 16,
+                "max_abs_difference": 2.1e-6 * scale,
+                "mean_abs_difference": 3.4e-7 * scale,
+                "max_relative_difference": 8.8e-7 * scale,
+                "top1_agreement": 1.0 if name != "int8" else 0.9375,
+                "mean_cosine": 1.0 - 1e-8 * scale,
+                "images_from": "demo",
+            },
+            "verdict": verdict,
+            "accuracy": accuracy,
+        }
+
+    def top1(
+        self, value: float, *, metric: str = "top1", data: str = "demo", half: float = 1.2
+    ) -> dict[str, Any]:
+        """An accuracy as export measures it on a precision's file."""
+        return {
+            "metric": metric,
+            "value": value,
+            "ci95": [value - half, value + half],
+            "n": 2000,
+            "data": data,
+        }
+
     def bundle(
         self,
         path: Path,
@@ -229,8 +268,14 @@ class Maker:
         device: str = "build-box",
         threads: int = 1,
         ok: bool = True,
+        precisions: dict[str, dict[str, Any]] | None = None,
+        ladder: list[dict[str, Any]] | None = None,
+        target: str = "ort-cpu",
+        runtime: str = "onnxruntime",
         **more: Any,
     ) -> Path:
+        precisions = precisions or {"fp32": self.precision("fp32")}
+        sizes = {"fp32": 934_210, "fp16": 470_113, "int8": 265_902}
         model_sha = sha256_of_file(model / "model.json") if model else "c0ffee" + "0" * 58
         net = {
             "arch": "mobilenetv1_100",
@@ -245,12 +290,12 @@ class Maker:
         record_file = write(
             path / "manifest.json",
             {
-                **header("bundle", model_sha, f"edgecl export {model} --target ort-cpu --out {path}"),
-                "target_name": "ort-cpu",
-                "target": {"runtime": "onnxruntime", "precision": "fp32", "graph": {"opset": 18, "batch": 1}},
-                "runtime": "onnxruntime",
-                "precision": "fp32",
-                "model": "model.onnx",
+                **header("bundle", model_sha, f"edgecl export {model} --target {target} --out {path}"),
+                "target_name": target,
+                "target": {"runtime": runtime, "precisions": list(precisions), "graph": {"opset": 18}},
+                "runtime": runtime,
+                "precision": next(iter(precisions)),
+                "precisions": precisions,
                 "net": net,
                 "input": {
                     "name": "input",
@@ -261,17 +306,12 @@ class Maker:
                 },
                 "output": {"name": "output", "shape": [1, 256]},
                 "preprocessing": PREPROCESSING,
-                "tolerance": {"max_relative_difference": 1e-3, "top1_agreement": 0.99},
-                "parity": {
-                    "images": 16,
-                    "max_abs_difference": 2.1e-6,
-                    "mean_abs_difference": 3.4e-7,
-                    "max_relative_difference": 8.8e-7,
-                    "top1_agreement": 1.0,
-                    "images_from": "demo",
-                },
-                "files": {"model.onnx": "a" * 64, "reference.npz": "b" * 64},
-                "size_bytes": {"model.onnx": 934_210},
+                "classes": None,
+                "ladder": ladder or [],
+                "files": {about["model"]: "a" * 64 for about in precisions.values()}
+                | {"reference.npz": "b" * 64},
+                "size_bytes": {about["model"]: sizes[name] for name, about in precisions.items()},
+                "versions": {"onnx": "1.23.2"},
                 **more,
             },
         )
@@ -282,25 +322,83 @@ class Maker:
                 **header("verify", sha, f"edgecl verify {path}"),
                 "ok": ok,
                 "files_ok": True,
-                "max_abs_difference": 1.9e-6,
-                "max_relative_difference": 8e-7,
-                "top1_agreement": 1.0,
+                "runtime": "onnxruntime 1.31.1 CPUExecutionProvider",
                 "images": 16,
+                "precisions": {
+                    name: {"ok": ok, "max_abs_difference": 1.9e-6, "top1_agreement": 1.0}
+                    for name in precisions
+                },
             },
         )
         if p50 is not None:
             self.bench(path, p50=p50, p99=p99, device=device, threads=threads)
         return path
 
+    def measurement(
+        self,
+        precision: str,
+        p50: float,
+        *,
+        p99: float | None = None,
+        mode: str = "inference",
+        headline: bool = True,
+        steady: bool = True,
+        marks: list[str] | None = None,
+        joules: float | None = None,
+        share: float = 0.015,
+    ) -> dict[str, Any]:
+        """One entry of a bench record's measurements."""
+        return {
+            "precision": precision,
+            "form": precision,
+            "mode": mode,
+            "headline": headline,
+            "latency_ms": {
+                "p50": p50,
+                "p90": p50 * 1.12,
+                "p99": p99,
+                "mean": p50 * 1.03,
+                "std": p50 * 0.05,
+                "min": p50 * 0.97,
+                "ci95_p50": [p50 * (1 - share), p50 * (1 + share)],
+            },
+            "throughput_per_s": 1000 / (p50 * 1.03),
+            "samples": 20_000,
+            "warmup_samples": 600,
+            "warmup_s": 0.4,
+            "steady": steady,
+            "duration_s": 10.0,
+            "drift": 1.0,
+            "marks": marks or [],
+            "settings": {},
+            "engine": None,
+            "energy": None
+            if joules is None
+            else {
+                "rails": ["VDD_IN"],
+                "idle_w": 4.31,
+                "load_w": 7.92,
+                "j_per_inference": joules,
+                "samples": 612,
+                "rate_hz": 10.2,
+                "source": "ina3221",
+            },
+        }
+
     def bench(
         self,
         bundle: Path,
         *,
-        p50: float,
-        p99: float | None,
+        p50: float = 0.412,
+        p99: float | None = None,
         device: str,
         threads: int = 1,
         steady: bool = True,
+        measurements: list[dict[str, Any]] | None = None,
+        ratios: list[dict[str, Any]] | None = None,
+        marks: list[str] | None = None,
+        runtime: str = "onnxruntime 1.31.1 CPUExecutionProvider",
+        power_mode: str | None = None,
     ) -> Path:
         return write(
             bundle / f"bench-{device}.json",
@@ -310,16 +408,7 @@ class Maker:
                     sha256_of_file(bundle / "manifest.json"),
                     f"edgecl bench {bundle} --threads {threads}",
                 ),
-                "latency_ms": {
-                    "p50": p50,
-                    "p90": p50 * 1.12,
-                    "p99": p99,
-                    "mean": p50 * 1.03,
-                    "ci95_p50": [p50 * 0.985, p50 * 1.015],
-                },
-                "throughput_per_s": 1000 / (p50 * 1.03),
-                "runtime": "onnxruntime",
-                "precision": "fp32",
+                "runtime": runtime,
                 "batch": 1,
                 "threads": threads,
                 "device": {
@@ -334,15 +423,98 @@ class Maker:
                     "os": "Linux 6.1",
                     "python": "3.11.7",
                     "versions": {"onnxruntime": "1.24.0", "numpy": "2.4.6"},
+                    "power_mode": power_mode,
                 },
-                "samples": 20_000,
-                "warmup_samples": 600,
-                "steady": steady,
-                "warmup_s": 0.4,
-                "duration_s": 10.0,
                 "started_at": "2026-11-22T05:00:00+00:00",
+                "environment": {},
+                "duration_asked_s": 10.0,
+                "measurements": measurements or [self.measurement("fp32", p50, p99=p99, steady=steady)],
+                "ratios": ratios or [],
+                "throttle": {},
+                "marks": marks or [],
             },
         )
+
+    def compiled(
+        self, path: Path, *, model: Path | None, reject: bool = False, device: str = "Orin Nano"
+    ) -> Path:
+        """A bundle of three precisions for a Jetson, judged, timed in turns in four modes, with a ladder."""
+        words = (
+            "rejected because it costs 5.1 points of top-1 for 4 % of speed"
+            if reject
+            else "kept: loses 0.4 points of top-1 within the budget of 1.0, and is 1.37x as fast as fp32"
+        )
+        bundle = self.bundle(
+            path,
+            model=model,
+            p50=None,
+            target="jetson-orin-jp6",
+            runtime="tensorrt",
+            precisions={
+                "fp16": self.precision("fp16", accuracy=self.top1(76.9)),
+                "fp32": self.precision("fp32", accuracy=self.top1(77.0)),
+                "int8": self.precision(
+                    "int8",
+                    accuracy=self.top1(71.9 if reject else 76.6),
+                    verdict={
+                        "kept": not reject,
+                        "words": words,
+                        "kept_nodes": [] if reject else ["conv_stem"],
+                    },
+                ),
+            },
+            ladder=self.ladder(),
+        )
+        modes = ("compute, CUDA graph", "compute", "with transfers, CUDA graph", "with transfers")
+        measurements = [
+            self.measurement(
+                precision,
+                p50 * (1 + 0.12 * place),
+                p99=p50 * (1.2 + 0.12 * place),
+                mode=mode,
+                headline=place == 0,
+                joules=p50 * 0.008 if place == 0 else None,
+                marks=["drift"] if (precision, place) == ("fp32", 0) else [],
+            )
+            for precision, p50 in (("fp32", 1.37), ("fp16", 0.71), ("int8", 0.68 if reject else 0.52))
+            for place, mode in enumerate(modes)
+        ]
+        self.bench(
+            bundle,
+            device=device,
+            measurements=measurements,
+            ratios=[
+                {"a": "fp32", "b": "fp16", "p50_ratio": 1.93, "ci95": [1.91, 1.95]},
+                {"a": "fp16", "b": "int8", "p50_ratio": 1.37, "ci95": [1.35, 1.39]},
+            ],
+            runtime="tensorrt 10.3.0",
+            power_mode="MAXN_SUPER",
+        )
+        return bundle
+
+    def ladder(self) -> list[dict[str, Any]]:
+        steps = ("slim view", "carved torch", "ONNX fp32", "fp16", "int8")
+        return [
+            {
+                "from": steps[place],
+                "to": steps[place + 1],
+                "max_abs_difference": difference,
+                "mean_abs_difference": difference / 6,
+                "max_relative_difference": difference / 2.4,
+                "top1_agreement": agreement,
+                "mean_cosine": 1 - difference / 50,
+                "images": 64,
+                "first_diverging_layer": layer,
+            }
+            for place, (difference, agreement, layer) in enumerate(
+                [
+                    (0.0, 1.0, None),
+                    (2.1e-6, 1.0, None),
+                    (1.4e-3, 1.0, None),
+                    (0.31, 0.953, "blocks.2.0.conv_dw"),
+                ]
+            )
+        ]
 
     def comparison(self, path: Path, *, pretrained: list[float] | None = None) -> Path:
         draws = {

@@ -48,20 +48,40 @@ def dump(page, tmp_path, width):
     return done.stdout.decode("utf-8")
 
 
+def probed(out, tmp_path, width):
+    """Return the page as the browser has it, with what sticks out of it and what overlaps in its pictures."""
+    text = (out / "report.html").read_text(encoding="utf-8")
+    # The page forbids scripts; the copy under test allows the one above.
+    copy = tmp_path / "probed.html"
+    copy.write_text(
+        text.replace("default-src 'none';", "").replace("</body>", PROBE + "</body>"), encoding="utf-8"
+    )
+    return dump(copy, tmp_path, width)
+
+
 @pytest.mark.browser
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH")
 @pytest.mark.parametrize("width", [1200, 500])
 def test_page_renders_in_chromium_with_nothing_cut_or_overlapping(make, tmp_path, width):
     make.pipeline(tmp_path / "demo")
     report([tmp_path / "demo"], out=tmp_path / "report")
-    text = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
-    # The page forbids scripts; the copy under test allows the one above.
-    probed = tmp_path / "probed.html"
-    probed.write_text(
-        text.replace("default-src 'none';", "").replace("</body>", PROBE + "</body>"), encoding="utf-8"
-    )
-    dom = dump(probed, tmp_path, width)
+    dom = probed(tmp_path / "report", tmp_path, width)
     assert dom.count("<svg") == 12
-    assert '<table class="nets">' in dom
+    assert '<table class="rows nets">' in dom
+    assert 'data-wide="0"' in dom
+    assert 'data-texts="[]"' in dom
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH")
+@pytest.mark.parametrize("width", [1200, 920, 500])
+def test_tables_of_precisions_modes_and_parity_fit_the_page(make, tmp_path, width):
+    for name, reject in (("kept", False), ("rejected", True)):
+        net = make.model(tmp_path / f"net-{name}", top1=77.2, draws=None)
+        make.compiled(tmp_path / name, model=net, reject=reject)
+    nets = [tmp_path / f"net-{name}" for name in ("kept", "rejected")]
+    report([*nets, tmp_path / "kept", tmp_path / "rejected"], out=tmp_path / "report")
+    dom = probed(tmp_path / "report", tmp_path, width)
+    assert dom.count("<table") == 2 + 2 * 3
     assert 'data-wide="0"' in dom
     assert 'data-texts="[]"' in dom
