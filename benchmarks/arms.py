@@ -19,11 +19,11 @@ from edgecl.artifacts import ModelDir, RunDir
 from edgecl.cost import training_cost
 from edgecl.data.loading import normalise
 from edgecl.evaluate.comparison import train_on_few, write_random
-from edgecl.evaluate.intervals import mean_interval
 from edgecl.evaluate.labelled import draw_few, read_labelled
 from edgecl.evaluate.linear import fit_linear
 from edgecl.evaluate.probe import load_feature_net, probe_net
 from edgecl.evaluate.supervised import Supervision
+from edgecl.intervals import mean_interval
 from edgecl.nets.carving import carve, preprocessing_of
 from edgecl.quality import extract_features
 from edgecl.recipe import read_recipe

@@ -14,7 +14,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,7 @@ class ModelDir:
 
 
 class Bundle:
-    """The directory a device gets: ONNX, manifest, reference inputs and outputs."""
+    """The directory a device gets: ONNX, manifest, reference inputs and outputs, and the code that runs them."""
 
     KIND = bundle_names.KIND
     RECORD = bundle_names.MANIFEST
@@ -114,13 +114,21 @@ class Bundle:
     def __init__(self, path: Path | str):
         self.path = Path(path)
         self.record_file = self.path / bundle_names.MANIFEST
-        self.onnx_file = self.path / bundle_names.ONNX
         self.reference_file = self.path / bundle_names.REFERENCE
         self.verify_file = self.path / bundle_names.VERIFY
+        self.onboard_file = self.path / bundle_names.ONBOARD
+        self.readme_file = self.path / bundle_names.README
+        self.trtexec_file = self.path / bundle_names.TRTEXEC
 
-    def bench_file(self, device: str) -> Path:
+    def onnx_file(self, precision: str = "fp32") -> Path:
+        """Return the net in a precision."""
+        return self.path / bundle_names.onnx_name(precision)
+
+    def bench_file(
+        self, device: str, *, runtime: str, precisions: Sequence[str], threads: int, batch: int
+    ) -> Path:
         """Return the record of a measurement on a device."""
-        return self.path / bundle_names.bench_name(device)
+        return self.path / bundle_names.bench_name(device, runtime, precisions, threads, batch)
 
     def read(self) -> dict[str, Any]:
         """Return the manifest, unchecked against the files it names; `verify` does that.

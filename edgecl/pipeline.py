@@ -121,7 +121,7 @@ def run(
         settings_now = read_target(target).model_dump(mode="json")
         if stage(
             f"export {target}",
-            lambda target=target: _export(pipeline, target, uri, force=resume),  # type: ignore[misc]
+            lambda target=target: _export(pipeline, target, uri, force=resume, say=say),  # type: ignore[misc]
             stale=stale or before != settings_now,
         ):
             stages[f"export {target}"]["target"] = settings_now
@@ -262,19 +262,28 @@ def _probe(
     ]
 
 
-def _export(pipeline: PipelineDir, target: str, uri: str, *, force: bool) -> list[Path]:
+def _export(
+    pipeline: PipelineDir, target: str, uri: str, *, force: bool, say: Callable[[str], None]
+) -> list[Path]:
+    """Export, verify, and measure where this machine has the target's runtime; a board's it measures later."""
     from edgecl.deploy.bench import bench
-    from edgecl.deploy.export import export
+    from edgecl.deploy.export import export, runs_here
     from edgecl.deploy.verify import verify
 
     bundle = Bundle(pipeline.bundles / Path(target).stem)
-    export(pipeline.slim, target=target, out=bundle.path, calibration=uri, force=force)
-    verify(bundle.path)
-    record = bench(bundle.path, duration_s=BENCH_S)
-    return [
-        bundle.record_file,
-        bundle.onnx_file,
-        bundle.reference_file,
-        bundle.verify_file,
-        bundle.bench_file(record["device"]["name"]),
-    ]
+    here = runs_here(read_target(target))
+    manifest = export(
+        pipeline.slim,
+        target=target,
+        out=bundle.path,
+        calibration=uri,
+        force=force,
+        say=lambda line: say(f"export {target}: {line}"),
+    )
+    verify(bundle.path, runtime=None if here else "onnxruntime")
+    made = [bundle.record_file, bundle.verify_file, *(bundle.path / name for name in manifest["files"])]
+    if not here:
+        say(f"export {target}: measured on the device, e.g. `edgecl bench {bundle.path} --host USER@BOARD`")
+        return made
+    bench(bundle.path, precisions=list(manifest["precisions"]), duration_s=BENCH_S)
+    return [*made, *sorted(bundle.path.glob("bench-*.json"))]

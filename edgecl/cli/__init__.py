@@ -11,12 +11,13 @@ from edgecl import __version__
 from edgecl.cli.bench import bench_command
 from edgecl.cli.carve import carve_command
 from edgecl.cli.cost import cost_command
+from edgecl.cli.doctor import doctor_command
 from edgecl.cli.export import export_command
 from edgecl.cli.finetune import finetune_command
 from edgecl.cli.ls import ls_command
 from edgecl.cli.pretrain import pretrain_command
 from edgecl.cli.probe import probe_command
-from edgecl.cli.report import report_command
+from edgecl.cli.report import ReportCommand, report_command
 from edgecl.cli.run import demo_command, run_command
 from edgecl.cli.verify import verify_command
 
@@ -43,7 +44,8 @@ app.command("cost")(cost_command)
 app.command("export")(export_command)
 app.command("verify")(verify_command)
 app.command("bench")(bench_command)
-app.command("report")(report_command)
+app.command("doctor")(doctor_command)
+app.command("report", cls=ReportCommand)(report_command)
 
 
 def _print_version(wanted: bool) -> None:

@@ -1,54 +1,111 @@
 """`edgecl bench`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from edgecl.cli.device_options import HostOption, PrecisionOption, RuntimeOption, split_precisions
+from edgecl.cli.options import JsonOption
+
+# What a mark of a measurement means.
+_MARKS = {
+    "unsteady": "it never became steady while warming up",
+    "drift": "the last quarter ran over 3 % slower than the first",
+    "unstable": "trtexec calls it unstable: it varies by over 2.5 %",
+    "enqueue bound": "the processor could hardly start work as fast as the GPU did it",
+    "no CUDA graph": "without a CUDA graph, which this trtexec did not make",
+    "summary only": "from trtexec's summary, since it wrote no times",
+}
 
 
 def bench_command(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A directory that `edgecl export` wrote.")],
+    precision: PrecisionOption = None,
+    runtime: RuntimeOption = None,
+    host: HostOption = None,
     duration_s: Annotated[
         float,
         typer.Option(
             "--duration-s",
             min=0.001,
-            help="Seconds to sample for, once warm; at least 1,000 runs where the net allows.",
+            help="Seconds to sample each precision for, once warm; at least 1,024 runs where the net allows. "
+            "60 for numbers to publish.",
         ),
     ] = 10.0,
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, help="Threads to compute with [default: every core]")
     ] = None,
-    json_: Annotated[bool, typer.Option("--json", help="Print the record as one JSON object.")] = False,
+    json_: JsonOption = False,
 ) -> None:
-    """Measure a bundle's latency on this machine."""
-    from edgecl.cli.output import print_json, print_rows, status_line
+    """Measure a bundle's latency, and its energy where a board tells, on this machine or on a board."""
+    from edgecl.cli.output import print_json, status_line
     from edgecl.deploy.bench import bench
 
+    precisions = split_precisions(precision)
     with status_line() as report:
-        record = bench(bundle, duration_s=duration_s, threads=threads, report=report)
+        record = bench(
+            bundle,
+            precisions=precisions,
+            runtime=runtime,
+            duration_s=duration_s,
+            threads=threads,
+            host=host,
+            report=report,
+        )
     if json_:
         print_json(record)
-        return
-    latency, device = record["latency_ms"], record["device"]
-    rows = []
-    for name in ("p50", "p90", "p99"):
-        interval = latency[f"ci95_{name}"]
-        shown = (
-            f"{latency[name]:.4g} ms  [{interval[0]:.4g}, {interval[1]:.4g}]"
-            if interval
-            else "under 1,000 runs"
-        )
-        rows.append((name, shown))
-    rows += [
-        ("mean", f"{latency['mean']:.4g} ms"),
-        ("throughput", f"{record['throughput_per_s']:.4g} images/s at batch {record['batch']}"),
-        ("runtime", f"{record['runtime']}, {record['precision']}"),
-        ("threads", record["threads"]),
-        ("device", f"{device['name']}, {device['cores']} cores, load {device['load_1m']} before"),
-        ("samples", f"{record['samples']} in {record['duration_s']:.1f} s"),
-        ("warm-up", f"{record['warmup_samples']} runs in {record['warmup_s']:.1f} s"),
-    ]
-    if record["marks"]:
-        rows.append(("doubtful", ", ".join(record["marks"])))
-    print_rows(f"{bundle}: latency [95 % interval]", ["", ""], rows)
+    else:
+        _print_record(bundle, record)
+
+
+def _print_record(bundle: Path, record: dict[str, Any]) -> None:
+    from edgecl.cli.output import print_rows
+
+    device = record["device"]
+    print_rows(
+        f"{bundle} on {device['name']}: latency in ms",
+        ["precision", "mode", "p50 [95 % interval]", "p90", "p99", "images/s", "J/inference", "runs"],
+        [
+            (
+                one["precision"],
+                one["mode"],
+                *(_quantile(one["latency_ms"], name) for name in ("p50", "p90", "p99")),
+                _rate(one["throughput_per_s"]),
+                f"{one['energy']['j_per_inference']:.3g}" if one.get("energy") else "–",
+                "–" if one["samples"] is None else f"{one['samples']:,}",
+            )
+            for one in record["measurements"]
+        ],
+    )
+    for ratio in record.get("ratios") or []:
+        low, high = ratio["ci95"] or (None, None)
+        interval = f" [{low:.3g}, {high:.3g}]" if low is not None else ""
+        typer.echo(f"{ratio['b']} is {ratio['p50_ratio']:.3g}{interval} times as fast as {ratio['a']}")
+    typer.echo(f"{record['runtime']}, threads: {record['threads']}, batch: {record['batch']}")
+    rails = next((one["energy"]["rails"] for one in record["measurements"] if one.get("energy")), None)
+    if rails:
+        typer.echo(f"energy of the whole module: {' + '.join(rails)}")
+    for mark in record["marks"]:
+        typer.echo(f"doubtful: {_words(mark)}")
+    for one in record["measurements"]:
+        for mark in one["marks"]:
+            if mark not in record["marks"]:
+                typer.echo(f"doubtful: {one['precision']}, {one['mode']}: {_words(mark)}")
+
+
+def _words(mark: str) -> str:
+    return _MARKS.get(mark, mark)
+
+
+def _quantile(latency: dict[str, Any], name: str) -> str:
+    if latency.get(name) is None:
+        return "too few runs"
+    interval = latency.get(f"ci95_{name}") if name == "p50" else None
+    return f"{latency[name]:.4g}" + (f" [{interval[0]:.4g}, {interval[1]:.4g}]" if interval else "")
+
+
+def _rate(per_second: float | None) -> str:
+    if per_second is None:
+        return "–"
+    return f"{per_second:,.0f}" if per_second >= 1000 else f"{per_second:.4g}"

@@ -1,36 +1,101 @@
 """`edgecl export`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from edgecl.cli.options import ForceOption, ModelArgument
+from edgecl.cli.device_options import split_precisions
+from edgecl.cli.options import DownloadOption, ForceOption, JsonOption, ModelArgument
 
 
 def export_command(
     model: ModelArgument,
     target: Annotated[
-        str, typer.Option("--target", metavar="NAME", help="A packaged target or a TOML file.")
+        str,
+        typer.Option(
+            "--target", metavar="NAME", help="A packaged target (`edgecl ls targets`) or a TOML file."
+        ),
     ],
     out: Annotated[Path, typer.Option("--out", help="Bundle to write.")],
+    precision: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--precision",
+            metavar="P[,P]",
+            help="fp32, fp16, int8, the preferred one first. Repeatable. [default: the target's]",
+        ),
+    ] = None,
     calibration: Annotated[
         str | None,
         typer.Option(
             "--calibration",
             metavar="URI",
-            help="Real images to compare on [default: those the net was made from]",
+            help="Real images to calibrate and compare on [default: those the net was made from]",
         ),
     ] = None,
+    eval_: Annotated[
+        str | None,
+        typer.Option(
+            "--eval",
+            metavar="URI",
+            help="Labelled images to judge the precisions on [default: what is held out of the net's own]",
+        ),
+    ] = None,
+    run: Annotated[
+        Path | None,
+        typer.Option(
+            "--run", metavar="RUN_DIR", help="Compare with the slim view in this run's host as well."
+        ),
+    ] = None,
+    json_: JsonOption = False,
     force: ForceOption = False,
+    download: DownloadOption = False,
 ) -> None:
-    """Export to ONNX, proven against torch."""
+    """Export to ONNX in every precision, proven against torch."""
+    from edgecl.cli.output import print_json
     from edgecl.deploy.export import export
 
-    record = export(model, target=target, out=out, calibration=calibration, force=force)
-    parity = record["parity"]
-    typer.echo(
-        f"{record['target_name']}: {record['runtime']} {record['precision']}, opset {record['target']['graph']['opset']}, "
-        f"{record['size_bytes']['model.onnx'] / 1e6:.2f} MB; against torch on {parity['images']} images: largest "
-        f"relative difference {parity['max_relative_difference']:.2g}, agreement {parity['top1_agreement']:.1%} -> {out}"
+    record = export(
+        model,
+        target=target,
+        out=out,
+        precisions=split_precisions(precision),
+        calibration=calibration,
+        eval_uri=eval_,
+        run=run,
+        force=force,
+        download=download,
+        say=lambda line: typer.echo(f"edgecl: {line}", err=True),
     )
+    if json_:
+        print_json(record)
+    else:
+        _print_bundle(record, out)
+
+
+def _print_bundle(record: dict[str, Any], out: Path) -> None:
+    from edgecl.cli.output import print_rows
+
+    rows = []
+    for name, about in record["precisions"].items():
+        parity, accuracy = about["parity"], about["accuracy"]
+        rows.append(
+            [
+                f"{name} (default)" if name == record["precision"] else name,
+                about["form"],
+                f"{record['size_bytes'][about['model']] / 1e6:.2f}",
+                f"{parity['max_relative_difference']:.2g}",
+                f"{parity['top1_agreement']:.1%}",
+                "–" if accuracy is None else f"{accuracy['value']:.4g} {accuracy['metric']}",
+            ]
+        )
+    print_rows(
+        f"{record['target_name']}: {record['runtime']}, opset {record['target']['graph']['opset']}",
+        ["precision", "form", "MB", "largest difference", "agreement", "accuracy"],
+        rows,
+    )
+    for name, about in {**record["precisions"], **record.get("left_out", {})}.items():
+        if about["verdict"]:
+            typer.echo(f"{name}: {about['verdict']['words']}")
+    typer.echo(f"-> {out}")

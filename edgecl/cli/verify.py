@@ -5,31 +5,46 @@ from typing import Annotated
 
 import typer
 
+from edgecl.cli.device_options import HostOption, PrecisionOption, RuntimeOption, split_precisions
+from edgecl.cli.options import JsonOption
+
 
 def verify_command(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A directory that `edgecl export` wrote.")],
-    json_: Annotated[bool, typer.Option("--json", help="Print the record as one JSON object.")] = False,
+    precision: PrecisionOption = None,
+    runtime: RuntimeOption = None,
+    host: HostOption = None,
+    json_: JsonOption = False,
 ) -> None:
-    """Check a bundle: every file's hash, and the reference outputs."""
-    from edgecl.cli.output import print_json, print_rows
+    """Check a bundle, here or on a board: every file's hash, and the reference outputs in every precision."""
+    from edgecl.cli.output import print_json, print_rows, status_line
     from edgecl.deploy.verify import verify
 
-    record = verify(bundle)
+    precisions = split_precisions(precision)
+    with status_line() as report:
+        record = verify(bundle, precisions=precisions, runtime=runtime, host=host, report=report)
     if json_:
         print_json(record)
         return
-    tolerance = record["tolerance"]
-    print_rows(
-        f"{bundle}: verified with {record['runtime']} ({record['precision']})",
-        ["check", "found", "allowed"],
-        [
-            ("hashes", "match", "match"),
+    rows = []
+    for name, found in record["precisions"].items():
+        allowed = found["tolerance"]
+        rows += [
             (
+                name,
                 "largest relative difference",
-                f"{record['max_relative_difference']:.2g}",
-                f"<= {tolerance['max_relative_difference']:.2g}",
+                f"{found['max_relative_difference']:.2g}",
+                f"<= {allowed['max_relative_difference']:.2g}",
             ),
-            ("top-1 agreement", f"{record['top1_agreement']:.4g}", f">= {tolerance['top1_agreement']:.4g}"),
-            ("images", record["images"], ""),
-        ],
+            (
+                name,
+                "top-1 agreement",
+                f"{found['top1_agreement']:.4g}",
+                f">= {allowed['top1_agreement']:.4g}",
+            ),
+        ]
+    print_rows(
+        f"{bundle}: hashes match; {record['runtime']} against torch on {record['images']} real images",
+        ["precision", "check", "found", "allowed"],
+        rows,
     )

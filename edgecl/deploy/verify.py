@@ -1,29 +1,39 @@
-"""Hold a bundle to its hashes and reference outputs on this machine."""
+"""Hold a bundle to its hashes and reference outputs, on this machine or on a board over ssh."""
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from edgecl.artifacts import Bundle, record_header, write_json
-from edgecl.errors import ArtifactError, DeviceError, EdgeclError, ParityError
+from edgecl.deploy.process import error_from_onboard
+from edgecl.deploy.remote import run_on_board
+from edgecl.errors import ArtifactError
 from edgecl.onboard import errors as onboard_errors
 from edgecl.onboard.bundle import sha256_of_file
 from edgecl.onboard.errors import OnboardError
 
-_ERRORS: dict[str, type[EdgeclError]] = {
-    onboard_errors.BundleError.name: ArtifactError,
-    onboard_errors.DisagreementError.name: ParityError,
-    onboard_errors.DeviceError.name: DeviceError,
-}
 
-
-def verify(bundle: Path) -> dict[str, Any]:
+def verify(
+    bundle: Path,
+    *,
+    precisions: Sequence[str] | None = None,
+    runtime: str | None = None,
+    host: str | None = None,
+    ssh_options: Sequence[str] = (),
+    report: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
     """Check a bundle's files and outputs with the code that runs on devices, and keep the verdict beside it.
 
     Args:
         bundle: the directory; `verify.json` is written into it, for a failed check too.
+        precisions: which to run; all that the bundle holds where None.
+        runtime: to run them with; the bundle's own where None.
+        host: USER@BOARD[:PORT] to verify on, by `edgecl.deploy.remote`; this machine where None.
+        ssh_options: further arguments for `ssh`.
+        report: called with a line on how far a board is.
 
     Returns:
         The record; see `edgecl.onboard.verify.verify` for its numbers.
@@ -31,15 +41,23 @@ def verify(bundle: Path) -> dict[str, Any]:
     Raises:
         ArtifactError: not a bundle, or a file is missing or changed.
         ParityError: outputs further from torch's than the manifest allows.
-        DeviceError: the runtime is not installed, or cannot load the net.
+        DeviceError: the runtime is not installed or cannot load the net, or the board cannot be reached or used.
     """
-    from edgecl.onboard.verify import verify as verify_onboard
-
     directory = Bundle(bundle)
     directory.read()
     header = record_header("verify", made_from=sha256_of_file(directory.record_file))
     try:
-        found = verify_onboard(bundle)
+        if host is None:
+            from edgecl.onboard.verify import verify as verify_onboard
+
+            found = verify_onboard(bundle, precisions=precisions, runtime=runtime)
+        else:
+            arguments = [] if runtime is None else ["--runtime", runtime]
+            for precision in precisions or ():
+                arguments += ["--precision", precision]
+            found = run_on_board(
+                host, "verify", arguments, bundle=bundle, ssh_options=ssh_options, report=report
+            )
     except OnboardError as error:
         if error.name != onboard_errors.DeviceError.name:  # without a runtime there is no verdict
             verdict = {
@@ -50,12 +68,8 @@ def verify(bundle: Path) -> dict[str, Any]:
             }
             with contextlib.suppress(ArtifactError):  # the verdict matters more than its record
                 write_json(directory.verify_file, {**header, **verdict})
-        raise error_from_onboard(error.name, error.problem, error.hint, bundle=bundle) from error
+        where = {"bundle": bundle} if host is None else {"bundle": bundle, "board": host}
+        raise error_from_onboard(error, where=where) from error
     record = {**header, **found}
     write_json(directory.verify_file, record)
     return record
-
-
-def error_from_onboard(name: str, problem: str, hint: str | None, *, bundle: Path) -> EdgeclError:
-    """Return the host's error for one of the device code's, with the same text."""
-    return _ERRORS.get(name, EdgeclError)(problem, where={"bundle": bundle}, hint=hint)

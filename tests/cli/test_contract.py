@@ -21,11 +21,12 @@ OPTIONS = {
     "pretrain": ("--data --out --set --device --resume --force", "--download"),
     "carve": ("--out --width --recalibrate --no-recalibrate --force", ""),
     "probe": ("--data --test --labels-per-class --seeds --json", "--download"),
-    "finetune": ("--data --test --out --epochs --set --force", "--download"),
+    "finetune": ("--data --test --out --epochs --quantize --set --force", "--download"),
     "cost": ("--json --table", "--images --set"),
-    "export": ("--target --out --calibration --force", ""),
-    "verify": ("--json", ""),
-    "bench": ("--duration-s --threads --json", ""),
+    "export": ("--target --out --precision --calibration --eval --force", "--run --json --download"),
+    "verify": ("--host --json", "--precision --runtime"),
+    "bench": ("--precision --runtime --host --duration-s --threads --json", ""),
+    "doctor": ("--host --target --json", ""),
     "report": ("--out --json", "--force"),
 }
 DEFAULTS = {
@@ -114,6 +115,9 @@ def test_done_is_0(edgecl):
         ["carve"],
         ["bench"],
         ["bench", "x", "--duration-s", "0"],
+        ["bench", "x", "--precision", "fp64"],
+        ["bench", "x", "--runtime", "caffe"],
+        ["doctor", "x", "--target", "jetson"],
         ["probe", "x", "--data", "y", "--seeds", "one"],
         ["cost"],
         ["cost", "demo", "--table"],
@@ -141,6 +145,12 @@ def test_wrong_usage_is_2_and_says_so_on_stderr(edgecl, words):
         (["export", "DIR", "--target", "ort", "--out", "x"], "edgecl: unknown target 'ort'"),
         (["verify", "DIR"], "edgecl: 'DIR' is not a bundle directory: it has no manifest.json"),
         (["bench", "DIR"], "edgecl: 'DIR' is not a bundle directory: it has no manifest.json"),
+        (["doctor", "DIR"], "edgecl: 'DIR' is not a bundle directory: it has no manifest.json"),
+        (["doctor", "--target", "jetsno"], "edgecl: unknown target 'jetsno'"),
+        (
+            ["doctor", "--host", "a@b;touch x"],
+            "edgecl: --host 'a@b;touch x' is not of the form USER@BOARD[:PORT]",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
@@ -259,16 +269,19 @@ def test_verify_prints_one_json_value(edgecl_process, tmp_path, exported_bundle)
 def test_bench_prints_one_json_value_with_the_keys_of_the_contract(edgecl_process, tmp_path, exported_bundle):
     bundle = shutil.copytree(exported_bundle, tmp_path / "b")
     record = one_json(edgecl_process("bench", bundle, "--duration-s", "0.1", "--json").stdout)
-    assert {
-        "latency_ms",
-        "throughput_per_s",
-        "runtime",
-        "precision",
-        "device",
-        "samples",
-        "warmup_samples",
-    } <= record.keys()
-    assert {"p50", "p90", "p99", "mean", "ci95_p50"} <= record["latency_ms"].keys()
+    assert {"runtime", "device", "threads", "batch", "measurements", "marks"} <= record.keys()
+    (measured,) = record["measurements"]
+    keys = {"precision", "mode", "latency_ms", "throughput_per_s", "samples", "warmup_samples"}
+    assert keys <= measured.keys()
+    assert {"p50", "p90", "p99", "mean", "ci95_p50"} <= measured["latency_ms"].keys()
+
+
+def test_doctor_prints_one_json_value_and_its_exit_code_is_the_verdict(edgecl):
+    code, out, _ = edgecl("doctor", "--target", "jetson-nano-jp4", "--json")
+    record = one_json(out)
+    assert {"ok", "device", "checks"} == record.keys()
+    assert (record["ok"], code) == (False, 1)
+    assert edgecl("doctor", "--target", "ort-cpu")[0] == 0
 
 
 def test_report_prints_one_json_value(edgecl_process, tmp_path, trained_run):

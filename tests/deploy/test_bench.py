@@ -10,10 +10,11 @@ import typer
 from typer.testing import CliRunner
 
 import edgecl.deploy.bench
+import edgecl.deploy.process
 from edgecl.cli.bench import bench_command
 from edgecl.deploy.bench import bench
 from edgecl.errors import ArtifactError, DeviceError
-from edgecl.onboard.bundle import bench_name, sha256_of_file
+from edgecl.onboard.bundle import sha256_of_file, slug
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from onboard.tiny_bundle import flip_byte, make_bundle
@@ -21,10 +22,13 @@ from onboard.tiny_bundle import flip_byte, make_bundle
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """A bundle, its record, and the lines told while measuring it for a moment in a real process."""
-    bundle = make_bundle(tmp_path_factory.mktemp("bench") / "bundle")
+    """A bundle, its record, and the lines told while measuring two precisions for a moment in a real process."""
+    bundle = make_bundle(tmp_path_factory.mktemp("bench") / "bundle", precisions=("fp32", "int8"))
     lines = []
-    return bundle, bench(bundle, duration_s=0.2, threads=1, report=lines.append), lines
+    record = bench(
+        bundle, precisions=["fp32", "int8"], runtime="ort", duration_s=0.2, threads=1, report=lines.append
+    )
+    return bundle, record, lines
 
 
 @pytest.fixture
@@ -32,26 +36,31 @@ def bundle(tmp_path):
     return make_bundle(tmp_path / "bundle")
 
 
-def test_record_begins_with_its_header_and_is_kept_under_the_devices_name(measured):
+def test_record_begins_with_its_header_and_is_kept_under_what_was_measured(measured):
     bundle, record, _ = measured
     assert list(record)[:5] == ["schema", "kind", "made_by", "made_from", "command"]
     assert record["kind"] == "bench"
     assert record["made_from"] == sha256_of_file(bundle / "manifest.json")
-    assert json.loads((bundle / bench_name(record["device"]["name"])).read_text()) == record
+    name = f"bench-{slug(record['device']['name'])}-onnxruntime-fp32+int8-1t-b1.json"
+    assert json.loads((bundle / name).read_text()) == record
 
 
 def test_record_holds_the_numbers_of_the_contract(measured):
     _, record, _ = measured
-    latency = record["latency_ms"]
-    assert 0 < latency["p50"] <= latency["p90"] <= latency["p99"]
-    assert latency["ci95_p50"][0] <= latency["p50"] <= latency["ci95_p50"][1]
-    assert latency["mean"] > 0
-    assert record["throughput_per_s"] == pytest.approx(1e3 / latency["mean"], rel=0.01)
-    assert record["samples"] >= 1000
-    assert record["warmup_samples"] >= 1
-    assert isinstance(record["steady"], bool)
-    assert record["duration_s"] >= 0.2
-    assert record["precision"] == "fp32"
+    assert [(one["precision"], one["headline"]) for one in record["measurements"]] == [
+        ("fp32", True),
+        ("int8", True),
+    ]
+    for one in record["measurements"]:
+        latency = one["latency_ms"]
+        assert 0 < latency["p50"] <= latency["p90"] <= latency["p99"]
+        assert latency["ci95_p50"][0] <= latency["p50"] <= latency["ci95_p50"][1]
+        assert one["throughput_per_s"] == pytest.approx(1e3 / latency["mean"], rel=0.01)
+        assert one["samples"] >= 1000
+        assert isinstance(one["steady"], bool)
+    (ratio,) = record["ratios"]
+    assert (ratio["a"], ratio["b"]) == ("fp32", "int8")
+    assert record["duration_asked_s"] == 0.2
     assert record["batch"] == 1
     assert record["runtime"].startswith("onnxruntime ")
 
@@ -59,8 +68,10 @@ def test_record_holds_the_numbers_of_the_contract(measured):
 def test_record_holds_the_conditions(measured):
     _, record, _ = measured
     assert record["threads"] == record["device"]["threads"] == 1
+    assert "edgecl.onboard" not in record["command"]
+    assert " -m edgecl.onboard bench " in record["onboard_command"]
     assert record["environment"]["OMP_NUM_THREADS"] == "1"
-    assert record["settings"]["intra_op_num_threads"] == 1
+    assert record["measurements"][0]["settings"]["intra_op_num_threads"] == 1
     assert set(record["device"]) >= {
         "name",
         "cpu_model",
@@ -77,8 +88,8 @@ def test_record_holds_the_conditions(measured):
 
 def test_progress_is_passed_on_without_its_mark(measured):
     _, _, lines = measured
-    assert lines
-    assert lines[0].startswith("warming up: ")
+    assert any(line.startswith("warming up fp32") for line in lines)
+    assert not any(line.startswith("bench: ") for line in lines)
 
 
 def test_measuring_process_imports_no_torch_and_nothing_else_of_edgecl(bundle):
@@ -114,7 +125,7 @@ def test_relative_path_is_the_callers(bundle, monkeypatch):
 
 
 def in_place_of_the_device_code(monkeypatch, code):
-    monkeypatch.setattr(edgecl.deploy.bench, "_ONBOARD", [sys.executable, "-c", code])
+    monkeypatch.setattr(edgecl.deploy.process, "_ONBOARD", [sys.executable, "-c", code])
 
 
 def test_killed_process_is_reported_with_its_signal(bundle, monkeypatch):
@@ -136,6 +147,40 @@ def test_process_with_half_an_answer_is_reported(bundle, monkeypatch):
     in_place_of_the_device_code(monkeypatch, "print('{\"latency_ms\": ')")
     with pytest.raises(DeviceError, match="ended with exit status 0 and no record"):
         bench(bundle)
+
+
+def test_precision_that_the_bundle_lacks_is_named_before_anything_runs(bundle, monkeypatch):
+    in_place_of_the_device_code(monkeypatch, "raise SystemExit('it ran')")
+    with pytest.raises(ArtifactError, match="the bundle holds no int8 net; it has fp32") as caught:
+        bench(bundle, precisions=["int8"])
+    assert caught.value.hint == "export it again with --precision int8"
+
+
+def test_record_of_something_else_is_refused_and_names_no_file(bundle, monkeypatch):
+    answer = '{"measurements": [{"precision": "../../x"}], "runtime": "ort", "device": {"name": "d"}}'
+    in_place_of_the_device_code(monkeypatch, f"print({answer!r})")
+    with pytest.raises(DeviceError, match=r"the record is of \.\./\.\./x, which the bundle does not hold"):
+        bench(bundle)
+    assert sorted(path.name for path in bundle.iterdir()) == ["manifest.json", "model.onnx", "reference.npz"]
+
+
+def test_progress_cannot_move_the_terminals_cursor(bundle, monkeypatch):
+    code = "import sys; sys.stderr.write('bench: \\x1b[2Jall is well\\n'); raise SystemExit('\\x1b]0;x\\x07 ended')"
+    in_place_of_the_device_code(monkeypatch, code)
+    lines = []
+    with pytest.raises(DeviceError) as caught:
+        bench(bundle, report=lines.append)
+    assert lines == ["[2Jall is well"]
+    assert caught.value.where["it said"] == "]0;x ended"
+
+
+def test_options_reach_the_device_code(bundle, monkeypatch):
+    in_place_of_the_device_code(monkeypatch, "import sys; raise SystemExit(' '.join(sys.argv[1:]))")
+    with pytest.raises(DeviceError) as caught:
+        bench(bundle, precisions=["fp32"], runtime="trtexec", duration_s=2.5, threads=2, power=False)
+    assert caught.value.where["it said"] == (
+        f"bench {bundle} --duration-s 2.5 --precision fp32 --runtime trtexec --no-power --threads 2"
+    )
 
 
 def test_missing_runtime_is_a_device_error(bundle, monkeypatch):
@@ -163,23 +208,54 @@ def run_command(monkeypatch, record, *arguments):
 
 def test_command_prints_one_json_object_and_progress_apart(measured, monkeypatch):
     bundle, record, _ = measured
-    done, asked = run_command(monkeypatch, record, bundle, "--duration-s", "3", "--threads", "2", "--json")
+    done, asked = run_command(
+        monkeypatch,
+        record,
+        *(bundle, "--duration-s", "3", "--threads", "2", "--json", "--precision", "fp32,int8"),
+        *("--runtime", "ort", "--host", "me@board"),
+    )
     assert json.loads(done.stdout) == record
     assert done.stderr == "measuring: 1 s\n"
     assert (asked["bundle"], asked["duration_s"], asked["threads"]) == (bundle, 3.0, 2)
+    assert (asked["precisions"], asked["runtime"], asked["host"]) == (["fp32", "int8"], "ort", "me@board")
 
 
-def test_command_prints_a_table_with_intervals_and_doubts(measured, monkeypatch):
+def test_command_prints_a_row_per_precision_and_mode_with_doubts_in_words(measured, monkeypatch):
     bundle, record, _ = measured
-    latency = {**record["latency_ms"], "p50": 1.25, "ci95_p50": [1.2, 1.3], "p99": None, "ci95_p99": None}
-    done, asked = run_command(monkeypatch, {**record, "latency_ms": latency, "marks": ["drift"]}, bundle)
-    assert "1.25 ms  [1.2, 1.3]" in done.stdout
-    assert "under 1,000 runs" in done.stdout
-    assert "drift" in done.stdout
-    assert (asked["duration_s"], asked["threads"]) == (10.0, None)
+    monkeypatch.setenv("COLUMNS", "200")
+    first, second = record["measurements"]
+    latency = {**first["latency_ms"], "p50": 1.25, "ci95_p50": [1.2, 1.3], "p99": None, "ci95_p99": None}
+    energy = {"rails": ["VDD_IN"], "j_per_inference": 0.01234, "idle_w": 4.0, "load_w": 9.0}
+    changed = {
+        **record,
+        "measurements": [
+            {**first, "latency_ms": latency, "energy": energy, "marks": ["drift"]},
+            {**second, "energy": None, "marks": [], "samples": None, "throughput_per_s": None},
+        ],
+        "ratios": [{"a": "fp32", "b": "int8", "p50_ratio": 2.5, "ci95": [2.4, 2.6]}],
+        "marks": ["throttled: GPU clock below its lock of 1020 MHz in 5 % of 60 looks"],
+    }
+    done, asked = run_command(monkeypatch, changed, bundle)
+    assert "1.25 [1.2, 1.3]" in done.stdout
+    assert "too few runs" in done.stdout
+    assert "0.0123" in done.stdout
+    assert "int8 is 2.5 [2.4, 2.6] times as fast as fp32" in done.stdout
+    assert "energy of the whole module: VDD_IN" in done.stdout
+    assert "doubtful: throttled: GPU clock below its lock of 1020 MHz in 5 % of 60 looks" in done.stdout
+    assert "doubtful: fp32, inference: the last quarter ran over 3 % slower than the first" in done.stdout
+    assert (asked["duration_s"], asked["threads"], asked["precisions"]) == (10.0, None, None)
 
 
-@pytest.mark.parametrize("arguments", [["--threads", "0"], ["--duration-s", "-1"], ["--threads", "x"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--threads", "0"],
+        ["--duration-s", "-1"],
+        ["--threads", "x"],
+        ["--precision", "fp64"],
+        ["--runtime", "x"],
+    ],
+)
 def test_wrong_usage_exits_2(bundle, monkeypatch, arguments):
     done, _ = run_command(monkeypatch, {}, bundle, *arguments)
     assert done.exit_code == 2

@@ -10,16 +10,18 @@ import sys
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from conftest import write_folder
 from PIL import Image
 
-import edgecl.deploy.export
+import edgecl.deploy.accuracy
+import edgecl.deploy.forms
 from edgecl.artifacts import Bundle, ModelDir, write_sealed
 from edgecl.deploy.export import export
 from edgecl.deploy.verify import verify
-from edgecl.errors import ArtifactError, DataError, ParityError, TargetError
+from edgecl.errors import ArtifactError, DataError, DeviceError, ParityError, TargetError
 from edgecl.nets.carving import load_model
 from edgecl.onboard.bundle import sha256_of_file
 
@@ -36,14 +38,12 @@ max_batch = 4
 
 @pytest.fixture
 def quick_onnx(monkeypatch, exported_bundle):
-    """Stand in for torch's exporter, which takes seconds: the file it wrote for the same net."""
-    outputs = Bundle(exported_bundle).read()["output"]["shape"][1]
+    """Stand in for torch's exporter, which takes seconds: the model it wrote for the same net."""
 
-    def write(net, path, *, graph, shape, metadata):
-        shutil.copy(Bundle(exported_bundle).onnx_file, path)
-        return outputs
+    def read(net, *, graph, shape, metadata):
+        return onnx.load(Bundle(exported_bundle).onnx_file())
 
-    monkeypatch.setattr(edgecl.deploy.export, "write_onnx", write)
+    monkeypatch.setattr(edgecl.deploy.forms, "onnx_from_net", read)
 
 
 @pytest.fixture
@@ -51,21 +51,24 @@ def manifest(exported_bundle):
     return Bundle(exported_bundle).read()
 
 
-def test_bundle_holds_net_manifest_and_reference_only(exported_bundle):
-    assert {path.name for path in exported_bundle.iterdir()} == {
-        "manifest.json",
-        "model.onnx",
-        "reference.npz",
-    }
+FILES = {"README.txt", "model.onnx", "onboard.pyz", "reference.npz"}
+
+
+def test_bundle_holds_net_manifest_reference_and_what_runs_them(exported_bundle):
+    assert {path.name for path in exported_bundle.iterdir()} == {"manifest.json", *FILES}
+
+
+def test_readme_is_ten_lines_that_name_the_net_and_the_verbs(exported_bundle):
+    lines = (exported_bundle / "README.txt").read_text().splitlines()
+    assert len(lines) == 10
+    assert lines[0].startswith("mobilenetv3_small_100 at width 0.5, features, for ort-cpu")
+    for verb in ("doctor", "build", "verify", "bench"):
+        assert sum(f"python3 onboard.pyz {verb}" in line for line in lines) == 1
 
 
 def test_manifest_holds_the_hash_and_size_of_every_file(exported_bundle, manifest):
-    assert manifest["files"] == {
-        name: sha256_of_file(exported_bundle / name) for name in ("model.onnx", "reference.npz")
-    }
-    assert manifest["size_bytes"] == {
-        name: (exported_bundle / name).stat().st_size for name in ("model.onnx", "reference.npz")
-    }
+    assert manifest["files"] == {name: sha256_of_file(exported_bundle / name) for name in FILES}
+    assert manifest["size_bytes"] == {name: (exported_bundle / name).stat().st_size for name in FILES}
 
 
 def test_manifest_names_the_model_it_was_made_from(carved_model, manifest):
@@ -99,12 +102,16 @@ def test_preprocessing_is_the_same_in_model_manifest_and_onnx(carved_model, expo
 
 
 def test_parity_is_recorded_with_its_images(image_folder, manifest):
-    parity = manifest["parity"]
-    assert parity["images"] == 60
-    assert parity["images_from"] == str(image_folder)
+    parity = manifest["precisions"]["fp32"]["parity"]
+    assert manifest["ladder"] == [parity]
+    assert (parity["from"], parity["to"]) == ("carved torch net", "ONNX fp32")
+    # A fifth of the 60 is held out for judging.
+    assert parity["images"] == 48
+    assert manifest["images_from"] == str(image_folder)
     assert 0 <= parity["mean_abs_difference"] <= parity["max_abs_difference"]
     assert 0 <= parity["max_relative_difference"] <= 1e-3
     assert parity["top1_agreement"] >= 0.99
+    assert parity["first_diverging_layer"] is None
 
 
 def test_reference_is_real_images_and_what_torch_says_of_them(carved_model, exported_bundle, manifest):
@@ -153,51 +160,196 @@ def test_one_flipped_byte_is_found(tmp_path, exported_bundle, name):
         verify(bundle)
 
 
-def test_target_file_of_the_users_decides_the_form(
-    tmp_path, carved_model, exported_bundle, dynamic_file, monkeypatch
-):
-    """The exporter itself is tried in test_onnx.py; here its file for any batch stands in."""
+def test_target_file_of_the_users_decides_the_form(tmp_path, carved_model, dynamic_file, monkeypatch):
+    """The exporter itself is tried in test_onnx.py; here its model for any batch stands in."""
     asked_for = []
 
-    def write(net, path, *, graph, shape, metadata):
-        asked_for.append(graph.model_dump())
-        shutil.copy(dynamic_file, path)
-        return Bundle(exported_bundle).read()["output"]["shape"][1]
+    def read(net, *, graph, shape, metadata):
+        asked_for.append(graph)
+        return onnx.load(dynamic_file)
 
-    monkeypatch.setattr(edgecl.deploy.export, "write_onnx", write)
+    monkeypatch.setattr(edgecl.deploy.forms, "onnx_from_net", read)
     (tmp_path / "mine.toml").write_text(TARGET)
     found = export(carved_model, target=str(tmp_path / "mine.toml"), out=tmp_path / "b")
     assert found["target_name"] == "mine"
-    assert asked_for == [{"opset": 18, "batch": 2, "dynamic_batch": True, "max_batch": 4}]
-    assert found["target"]["graph"] == asked_for[0]
+    graph = asked_for[0]
+    assert (graph.batch, graph.dynamic_batch, graph.max_batch) == (2, True, 4)
+    assert found["target"]["graph"] == graph.model_dump()
     assert (found["input"]["shape"][0], found["input"]["max_batch"]) == (2, 4)
     assert found["input"]["dynamic_batch"] is True
+    assert verify(tmp_path / "b")["ok"] is True
+
+
+# --- several precisions ---
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory, carved_model):
+    """A net fine-tuned on pictures it tells apart, and the pictures."""
+    from edgecl.evaluate.finetune import finetune
+
+    root = tmp_path_factory.mktemp("classifier")
+    folder = write_folder(root / "pictures", per_class=60)
+    finetune(carved_model, data=str(folder), out=root / "model", epochs=3, assignments=["lr=0.003"])
+    return root / "model", folder
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory, classifier):
+    out = tmp_path_factory.mktemp("three") / "b"
+    model, _ = classifier
+    told = []
+    export(model, target="ort-cpu", precisions=["int8", "fp16"], out=out, say=told.append)
+    return out, told
+
+
+def test_bundle_holds_what_was_asked_for_and_fp32_to_fall_back_on(three):
+    manifest = Bundle(three[0]).read()
+    assert list(manifest["precisions"]) == ["int8", "fp16", "fp32"]
+    assert {about["form"] for about in manifest["precisions"].values()} == {"int8-cpu", "fp16", "fp32"}
+    for name, about in manifest["precisions"].items():
+        assert about["model"] == ("model.onnx" if name == "fp32" else f"model.{name}.onnx")
+        assert manifest["files"][about["model"]] == sha256_of_file(three[0] / about["model"])
+
+
+def test_every_precision_is_judged_on_the_held_out_images(three, classifier):
+    manifest = Bundle(three[0]).read()
+    for about in manifest["precisions"].values():
+        assert (about["accuracy"]["metric"], about["accuracy"]["n"]) == ("top1", 36)
+        assert about["accuracy"]["data"] == f"{classifier[1]} (held out)"
+        low, high = about["accuracy"]["ci95"]
+        assert low <= about["accuracy"]["value"] <= high
+    assert manifest["precisions"]["fp32"]["accuracy"]["mean_cosine"] == pytest.approx(1)
+
+
+def test_accuracy_of_int8_is_that_of_its_file(three, classifier):
+    """Counted again by hand, from the file in the bundle and the pictures."""
+    from edgecl.data.loading import load_eval_images, normalise, split_holdout
+    from edgecl.data.sources import open_source
+
+    bundle, (model, folder) = three[0], classifier
+    preprocessing = ModelDir(model).read()["preprocessing"]
+    source = open_source(str(folder))
+    source = source.take(split_holdout(source.labels, 0.2, seed=0)[1])
+    loaded = load_eval_images(source, resize_size=32, image_size=32)
+    images = normalise(loaded.images, preprocessing["mean"], preprocessing["std"]).numpy()
+    session = onnxruntime.InferenceSession(
+        str(bundle / "model.int8.onnx"), providers=["CPUExecutionProvider"]
+    )
+    right = [
+        session.run(None, {"input": image[None]})[0].argmax() == label
+        for image, label in zip(images, loaded.labels.tolist(), strict=True)
+    ]
+    manifest = Bundle(bundle).read()
+    assert manifest["precisions"]["int8"]["accuracy"]["value"] == pytest.approx(100 * np.mean(right))
+
+
+def test_verdict_says_what_int8_costs_and_how_fast_it_is(three):
+    manifest = Bundle(three[0]).read()
+    verdict = manifest["precisions"]["int8"]["verdict"]
+    assert verdict["method"] in verdict["methods"]
+    assert set(verdict["methods"]) == {"minmax", "entropy", "percentile"}
+    assert verdict["calibration_images"] + verdict["holdout_images"] == 144
+    assert verdict["speed"]["against"] == "fp16"
+    assert verdict["speed"]["ratio"] > 0
+    assert verdict["words"].startswith("kept" if verdict["kept"] else "rejected")
+    assert manifest["precision"] == ("int8" if verdict["kept"] else "fp16")
+
+
+def test_ladder_goes_from_torch_to_int8(three):
+    ladder = Bundle(three[0]).read()["ladder"]
+    assert [(step["from"], step["to"]) for step in ladder] == [
+        ("carved torch net", "ONNX fp32"),
+        ("ONNX fp32", "ONNX fp16"),
+        ("ONNX fp32", "ONNX int8"),
+    ]
+    fp32, fp16, int8 = (step["max_abs_difference"] for step in ladder)
+    assert fp32 < fp16 < int8
+
+
+def test_bundle_of_three_verifies_and_says_so_of_each(three, tmp_path):
+    bundle = shutil.copytree(three[0], tmp_path / "b")
+    found = verify(bundle)
+    assert found["ok"] is True
+    assert {name: about["ok"] for name, about in found["precisions"].items()} == dict.fromkeys(
+        ["int8", "fp16", "fp32"], True
+    )
+
+
+def test_progress_is_told(three):
+    assert three[1][0] == "fp32: exporting"
+    assert "verifying the bundle" in three[1]
+
+
+def test_too_few_images_to_calibrate_on_are_refused(tmp_path, carved_model):
+    with pytest.raises(DataError) as caught:
+        export(carved_model, target="jetson", out=tmp_path / "b")
+    assert caught.value.problem == "INT8 needs at least 64 images to calibrate on, there are 48"
+    assert caught.value.hint == (
+        "name more with --calibration URI, or leave INT8 out, e.g. --precision fp16,fp32"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_precision_the_device_lacks_is_refused(tmp_path, carved_model):
+    with pytest.raises(
+        TargetError, match="asks for int8, which Jetson Nano cannot compute; it has fp32, fp16"
+    ):
+        export(carved_model, target="jetson-nano-jp4", precisions=["int8"], out=tmp_path / "b")
+
+
+def test_unknown_precision_is_refused(tmp_path, carved_model):
+    with pytest.raises(TargetError, match="'fp17'"):
+        export(carved_model, target="ort-cpu", precisions=["fp17"], out=tmp_path / "b")
+
+
+def test_jetson_bundle_verifies_here_by_its_onnx_files_and_carries_trtexec(tmp_path, classifier):
+    out = tmp_path / "b"
+    manifest = export(classifier[0], target="jetson", out=out)
+    assert manifest["target_name"] == "jetson-orin-jp6"
+    assert list(manifest["precisions"]) == ["fp16", "int8", "fp32"]
+    int8 = manifest["precisions"]["int8"]
+    assert (int8["form"], int8["opset"]) == ("int8-trt", 17)
+    assert int8["verdict"]["speed"] is None
+    script = (out / "trtexec.sh").read_text()
+    for about in manifest["precisions"].values():
+        assert f"--onnx={about['model']}" in script
+    assert verify(out, runtime="onnxruntime")["ok"] is True
+    with pytest.raises(DeviceError, match="tensorrt"):
+        verify(out)
+
+
+def test_slim_view_is_the_ladders_first_rung(tmp_path, carved_model, trained_run):
+    manifest = export(carved_model, target="ort-cpu", out=tmp_path / "b", run=trained_run)
+    assert manifest["ladder"][0]["from"] == "slim view in its host"
+    assert manifest["ladder"][0]["max_abs_difference"] == 0
+
+
+def test_target_decides_the_size_of_the_input(tmp_path, carved_model):
+    (tmp_path / "large.toml").write_text('runtime = "onnxruntime"\n[graph]\nopset = 17\nimage_size = 48\n')
+    manifest = export(carved_model, target=str(tmp_path / "large.toml"), out=tmp_path / "b")
+    assert manifest["input"]["shape"] == [1, 3, 48, 48]
+    assert manifest["preprocessing"]["image_size"] == 48
     assert verify(tmp_path / "b")["ok"] is True
 
 
 # --- what goes wrong leaves nothing ---
 
 
-class BrokenRunner:
-    """A runtime that computes another result than torch."""
+def scaled(factor):
+    """A way to run models that gives another result than the model's."""
 
-    def __init__(self, factor):
-        self.factor = factor
+    def runner_of(model, *, runtime, form="fp32"):
+        run = edgecl.deploy.accuracy.runner_of(model, runtime=runtime, form=form)
+        return lambda images: run(images) * np.float32(factor)
 
-    def __call__(self, *words, **options):
-        from edgecl.onboard.runners import open_runner
-
-        self.inner = open_runner(*words, **options)
-        return self
-
-    def run(self, images):
-        return self.inner.run(images) * self.factor
+    return runner_of
 
 
 @pytest.mark.usefixtures("quick_onnx")
 def test_net_that_disagrees_with_torch_leaves_no_bundle(tmp_path, carved_model, monkeypatch):
-    monkeypatch.setattr(edgecl.deploy.export, "open_runner", BrokenRunner(np.float32(1.01)))
-    with pytest.raises(ParityError, match="the exported net disagrees with torch on 60 images"):
+    monkeypatch.setattr(edgecl.deploy.forms, "runner_of", scaled(1.01))
+    with pytest.raises(ParityError, match="ONNX fp32 disagrees with carved torch net on 48 images"):
         export(carved_model, target="ort-cpu", out=tmp_path / "b")
     assert list(tmp_path.iterdir()) == []
 
@@ -208,7 +360,7 @@ def test_net_that_disagrees_with_torch_leaves_the_earlier_bundle(
 ):
     bundle = shutil.copytree(exported_bundle, tmp_path / "b")
     before = sha256_of_file(bundle / "manifest.json")
-    monkeypatch.setattr(edgecl.deploy.export, "open_runner", BrokenRunner(np.float32(np.nan)))
+    monkeypatch.setattr(edgecl.deploy.forms, "runner_of", scaled(np.nan))
     with pytest.raises(ParityError):
         export(carved_model, target="ort-cpu", out=bundle, force=True)
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
@@ -226,8 +378,9 @@ def test_weights_of_another_net_in_the_onnx_file_are_found(tmp_path, carved_mode
             parameter.mul_(1.1)
     keys = ("arch", "width", "stem_stride", "classes", "preprocessing", "origin", "made_from", "data")
     write_model(tmp_path / "m", net, **{key: record[key] for key in keys})
-    with pytest.raises(ParityError, match="disagrees with torch"):
+    with pytest.raises(ParityError, match="disagrees with carved torch net") as caught:
         export(tmp_path / "m", target="ort-cpu", out=tmp_path / "b", calibration=str(image_folder))
+    assert caught.value.where == {"first layer outside": "conv_stem"}
     assert not (tmp_path / "b").exists()
 
 
@@ -283,8 +436,8 @@ def test_odd_pictures_will_do_to_compare_on(tmp_path, carved_model):
     Image.fromarray(random.integers(0, 256, (33, 31, 3), dtype=np.uint8)).convert("P").save(odd / "p.bmp")
     Image.new("RGB", (1, 1)).save(odd / "dot.png")
     found = export(carved_model, target="ort-cpu", out=tmp_path / "b", calibration=str(odd))
-    assert found["parity"]["images"] == 5
-    assert found["parity"]["images_from"] == str(odd)
+    assert found["ladder"][0]["images"] == 5
+    assert found["images_from"] == str(odd)
 
 
 @pytest.mark.usefixtures("quick_onnx")
@@ -292,4 +445,4 @@ def test_broken_picture_among_good_ones_does_not_stop_an_export(tmp_path, carved
     folder = write_folder(tmp_path / "pictures", per_class=3)
     (folder / "red" / "000.png").write_bytes(b"")
     found = export(carved_model, target="ort-cpu", out=tmp_path / "b", calibration=str(folder))
-    assert found["parity"]["images"] == 8
+    assert found["ladder"][0]["images"] == 5

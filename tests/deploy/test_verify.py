@@ -49,11 +49,19 @@ def test_flipped_byte_is_an_artifact_error_and_ends_an_earlier_verdict(bundle):
 
 def test_wrong_outputs_are_a_parity_error_with_numbers(tmp_path):
     bundle = make_bundle(tmp_path / "bundle", shift=100.0)
-    with pytest.raises(ParityError, match=r"the largest relative difference is .*, allowed is 0.001"):
+    with pytest.raises(ParityError, match=r"fp32 has a largest relative difference of .*, allowed is 0.001"):
         verify(bundle)
     assert kept(bundle)["ok"] is False
     assert kept(bundle)["files_ok"] is True
-    assert kept(bundle)["max_abs_difference"] == pytest.approx(100.0, rel=1e-5)
+    assert kept(bundle)["precisions"]["fp32"]["max_abs_difference"] == pytest.approx(100.0, rel=1e-5)
+
+
+def test_one_precision_of_several_can_be_asked(tmp_path):
+    bundle = make_bundle(tmp_path / "bundle", precisions=("fp16", "fp32"))
+    assert list(verify(bundle)["precisions"]) == ["fp16", "fp32"]
+    assert list(verify(bundle, precisions=["fp32"], runtime="ort")["precisions"]) == ["fp32"]
+    with pytest.raises(ArtifactError, match="the bundle holds no int8 net; it has fp16, fp32"):
+        verify(bundle, precisions=["int8"])
 
 
 def test_missing_runtime_is_a_device_error_and_no_verdict(bundle, monkeypatch):

@@ -1,0 +1,46 @@
+"""`edgecl doctor`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from edgecl.cli.device_options import HostOption
+from edgecl.cli.options import JsonOption
+
+
+def doctor_command(
+    bundle: Annotated[
+        Path | None, typer.Argument(metavar="BUNDLE", help="A bundle the device shall run.")
+    ] = None,
+    host: HostOption = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            "--target", metavar="NAME", help="A target the device shall be fit for, without a bundle."
+        ),
+    ] = None,
+    json_: JsonOption = False,
+) -> None:
+    """Say what would fail on this machine or on a board before it does, and how to mend it."""
+    from edgecl.cli.output import print_json, status_line
+    from edgecl.deploy.doctor import doctor
+
+    if bundle is not None and target is not None:
+        raise typer.BadParameter("give BUNDLE, which has its own target, or --target", param_hint="--target")
+    with status_line() as report:
+        record = doctor(bundle, target=target, host=host, report=report)
+    if json_:
+        print_json(record)
+    else:
+        device = record["device"]
+        about = [device["name"], device["os"], f"JetPack {device['jetpack']}" if device["jetpack"] else None]
+        typer.echo(", ".join(part for part in about if part))
+        width = max(len(check["name"]) for check in record["checks"])
+        for check in record["checks"]:
+            status = "FAIL" if check["status"] == "fail" else check["status"]
+            typer.echo(f"{status:<4}  {check['name']:<{width}}  {check['found']}")
+            if check["fix"]:
+                typer.echo(f"{'':<{width + 8}}-> {check['fix']}")
+    if not record["ok"]:
+        raise typer.Exit(1)
