@@ -2,12 +2,11 @@
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
-from .bundle import MANIFEST
+from .bundle import MANIFEST, write_whole
 from .errors import BundleError, DeviceError, OnboardError
 
 RUNTIMES = ("ort", "onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "trtexec")
@@ -47,25 +46,11 @@ def main(arguments: Optional[List[str]] = None) -> int:
         print(text)
         return status
     try:
-        write_whole(Path(options.out), text + "\n")
+        write_whole(Path(options.out), (text + "\n").encode("utf-8"))
     except OSError as complaint:
         print("edgecl: cannot write '%s': %s" % (options.out, complaint.strerror), file=sys.stderr)
         return 1
     return status
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file aside, flush it to the disk and rename it: a reader sees all of it or none."""
-    aside = path.with_name("%s.%d.part" % (path.name, os.getpid()))
-    try:
-        with aside.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    finally:
-        if aside.exists():
-            aside.unlink()
 
 
 def _parser() -> argparse.ArgumentParser:

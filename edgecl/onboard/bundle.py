@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any, Dict, Optional, Sequence, Tuple, Union
@@ -56,6 +57,20 @@ def choose_precision(manifest: Dict[str, Any], precision: Optional[str] = None) 
             "export it again with --precision %s" % chosen,
         )
     return chosen, manifest["precisions"][chosen]
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file aside, flush it to the disk and rename it: a reader sees all of it or none."""
+    aside = path.with_name("%s.%d.part" % (path.name, os.getpid()))
+    try:
+        with aside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    finally:
+        if aside.exists():
+            aside.unlink()
 
 
 def sha256_of_file(path: Union[str, Path]) -> str:

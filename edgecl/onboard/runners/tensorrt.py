@@ -2,14 +2,13 @@
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 
 from .. import cudart
-from ..bundle import choose_precision, engine_name, sha256_of_file, slug
+from ..bundle import choose_precision, engine_name, sha256_of_file, slug, write_whole
 from ..engine import TITLES, Report, build_plan, import_runtime, log_of
 from ..errors import BundleError, DeviceError
 from ..layers import check_delivered, layers_of_engine, precision_shares, summarise
@@ -191,10 +190,10 @@ class TensorrtRunner:
             report("built in %.0f s: %s" % (built.seconds, _words(record["layers"])))
         try:
             plan_file.parent.mkdir(exist_ok=True)
-            _write(plan_file, built.plan)
-            _write(plan_file.with_suffix(".json"), json.dumps(record, sort_keys=True).encode("ascii"))
+            write_whole(plan_file, built.plan)
+            write_whole(plan_file.with_suffix(".json"), json.dumps(record, sort_keys=True).encode("ascii"))
             if built.timing_cache:
-                _write(cache_file, built.timing_cache)
+                write_whole(cache_file, built.timing_cache)
         except OSError as complaint:
             record["file"] = None
             self._say("the engine is not kept: %s" % complaint, report)
@@ -487,20 +486,6 @@ class TensorrtRunner:
                 DeviceError
             ):  # after a failure on the GPU every call fails; what failed first is what counts
                 continue
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write aside and rename: what is read as an engine is whole."""
-    aside = path.with_name("%s.%d.part" % (path.name, os.getpid()))
-    try:
-        with aside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    finally:
-        if aside.exists():
-            aside.unlink()
 
 
 def _words(layers: Dict[str, int]) -> str:
