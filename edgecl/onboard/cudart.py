@@ -4,7 +4,7 @@ import ctypes
 import glob
 import sys
 from pathlib import Path
-from typing import Any, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 
@@ -71,7 +71,7 @@ class Cudart:
     """
 
     def __init__(self) -> None:
-        tried = []
+        tried: Dict[str, List[str]] = {}
         for path, library in open_libraries():
             self._library = library
             self.path = path
@@ -80,7 +80,7 @@ class Cudart:
             status = int(self._library.cudaGetDeviceCount(ctypes.byref(count)))
             if status == 0 and count.value > 0:
                 return
-            tried.append("%s: %s" % (path, self._words(status or NO_DEVICE)))
+            tried.setdefault(self._words(status or NO_DEVICE), []).append(path)
         if not tried:
             raise DeviceError(
                 "no CUDA runtime found: %s do not load, nor is one in %s"
@@ -88,7 +88,11 @@ class Cudart:
                 "on a Jetson: sudo apt install nvidia-jetpack; elsewhere: pip install nvidia-cuda-runtime",
             )
         raise DeviceError(
-            "no GPU that CUDA can use: " + "; ".join(tried),
+            "no GPU that CUDA can use: "
+            + "; ".join(
+                paths[0] + (" and %d more" % (len(paths) - 1) if len(paths) > 1 else "") + ": " + words
+                for words, paths in tried.items()
+            ),
             "on a Jetson add yourself to the group 'video'; in a container start it with --runtime nvidia; "
             "elsewhere update the GPU driver",
         )

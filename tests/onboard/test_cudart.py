@@ -109,6 +109,12 @@ def test_every_runtime_that_failed_is_named(monkeypatch):
     )
 
 
+def test_runtimes_that_fail_alike_are_counted(monkeypatch):
+    use(monkeypatch, *(FakeCudart(version=13000, device_status=35) for _ in range(3)))
+    with pytest.raises(DeviceError, match=r"libcudart\.so\.\S+ and 2 more: error 35, CUDA driver version"):
+        Cudart()
+
+
 # --- calls ---
 
 
