@@ -210,13 +210,16 @@ def entropy_threshold(counts: NDArray[numpy.float64]) -> int:
 
     Returns:
         the number of bins, LEVELS to B in steps of 16: where the clipped histogram, with what was cut added to its last
-        bin, and the same in LEVELS steps differ least.
+        bin, and the same in LEVELS steps differ least. Half of the values at least stay inside: a tensor that
+        never comes near zero, such as a gate, has nothing to lose in its first bins.
     """
     counts = counts.copy()
     counts[0] = counts[1]
     best, least = len(counts), math.inf
     beyond = counts[::-1].cumsum()[::-1]
     for bins in range(LEVELS, len(counts) + 1, _THRESHOLD_STEP):
+        if bins < len(counts) and beyond[bins] > beyond[0] / 2:
+            continue
         inside = counts[:bins]
         clipped = inside.copy()
         if bins < len(counts):

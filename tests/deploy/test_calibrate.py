@@ -241,3 +241,17 @@ def test_images_of_another_size_are_refused():
 def test_unknown_method_is_refused_with_the_known_ones():
     with pytest.raises(DataError, match=r"no calibration method 'mse'\n.*minmax, entropy, percentile"):
         calibrate(make_net(), make_images(), method="mse")
+
+
+def test_tensor_that_never_comes_near_zero_keeps_a_range():
+    """Such as the gates of squeeze-and-excitation: the first bins of its histogram are empty."""
+    counts = np.zeros(2048)
+    counts[1900:] = 100.0
+    assert entropy_threshold(counts) > 1900
+    seen = module._Seen()
+    values = np.random.default_rng(0).uniform(0.5, 0.55, size=(8, 4096)).astype(np.float32)
+    seen.widen("gate", values)
+    seen.count(values)
+    for least, largest in (seen.minmax(), seen.percentile(), seen.entropy()):
+        assert 0.5 <= least < 0.505
+        assert 0.52 < largest <= 0.55
