@@ -131,12 +131,19 @@ class Bundle:
         return self.path / bundle_names.bench_name(device, runtime, precisions, threads, batch)
 
     def read(self) -> dict[str, Any]:
-        """Return the manifest, unchecked against the files it names; `verify` does that.
+        """Return the manifest, held to its own hash; `verify` holds the files to theirs.
 
         Raises:
-            ArtifactError: not a bundle.
+            ArtifactError: not a bundle, or the manifest changed since it was written.
         """
-        return read_record(self.record_file, kind=self.KIND)
+        record = read_record(self.record_file, kind=self.KIND)
+        if record.get("sha256") != bundle_names.digest_of_record(record):
+            raise ArtifactError(
+                f"'{self.RECORD}' does not match the hash of its own content",
+                where={"file": self.record_file},
+                hint="the file changed after export; export the bundle again",
+            )
+        return record
 
 
 class ReportDir:
@@ -186,7 +193,7 @@ def kind_of(path: Path) -> str | None:
     for kind in KINDS:
         try:
             record = json.loads((path / kind.RECORD).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             continue
         if isinstance(record, dict) and record.get("kind") == kind.KIND and "schema" in record:
             return kind.KIND
@@ -228,7 +235,7 @@ def read_record(path: Path, *, kind: str) -> dict[str, Any]:
         raise ArtifactError(problem, hint=_HOW_TO_MAKE.get(kind))
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as complaint:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as complaint:
         raise ArtifactError(
             f"'{path.name}' is not valid JSON: {complaint}", where={"file": path}
         ) from complaint

@@ -31,10 +31,10 @@ def test_packaged_target_has_a_summary(name):
     assert len(header_comment(PACKAGED[name].read_text(encoding="utf-8")).partition("\n")[0]) > 20
 
 
-def test_ort_cpu_is_static_float32_at_opset_18():
+def test_ort_cpu_is_static_float32_at_opset_15():
     target = read_target("ort-cpu")
     assert (target.runtime, target.precisions) == ("onnxruntime", ("fp32",))
-    assert (target.graph.opset, target.graph.batch, target.graph.dynamic_batch) == (18, 1, False)
+    assert (target.graph.opset, target.graph.batch, target.graph.dynamic_batch) == (15, 1, False)
 
 
 def test_list_gives_name_and_summary_of_each():
@@ -129,7 +129,7 @@ def test_nano_target_has_no_int8_opset_13_and_no_hard_swish_node():
             r"'tensorrt' refuses 'graph\.int8' = 'int8-cpu'; take 'int8-trt'",
         ),
         (
-            'runtime = "tensorrt"\n[graph]\nopset = 13\nhard_swish = "keep"\n',
+            'runtime = "tensorrt"\ndevice = "gpu"\n[graph]\nopset = 13\nhard_swish = "keep"\n',
             r"'graph\.hard_swish' = 'keep' needs opset 14, 'graph\.opset' is 13",
         ),
         (
@@ -144,8 +144,24 @@ def test_nano_target_has_no_int8_opset_13_and_no_hard_swish_node():
             'runtime = "tensorrt"\ndevice = "jetson"\n',
             r"'device' is 'jetson'; there are cpu, gpu, jetson-nano",
         ),
-        ('runtime = "tensorrt_rtx"\n', r"'build\.compute_capabilities' is empty"),
+        ('runtime = "tensorrt_rtx"\ndevice = "gpu"\n', r"'build\.compute_capabilities' is empty"),
         ('runtime = "onnxruntime"\nprecisions = ["fp32", "fp32"]\n', r"each once"),
+        (
+            'runtime = "onnxruntime"\ndevice = ["cpu"]\n',
+            r"'device' is \['cpu'\]: input should be a valid string",
+        ),
+        ('runtime = "tensorrt"\n', r"'tensorrt' needs a GPU; set 'device'"),
+        ('runtime = "tensorrt_rtx"\ndevice = "jetson-orin"\n', r"not on 'jetson-orin'"),
+        ('runtime = "tensorrt"\ndevice = "gpu"\nversions = ">=12,<11"\n', r"holds no version"),
+        (
+            'runtime = "tensorrt"\ndevice = "jetson-nano"\nversions = ">=8.2,<8.3"\n[graph]\nopset = 17\n',
+            r"'graph\.opset' is 17, TensorRT 8\.2 reads up to 13",
+        ),
+        (
+            'runtime = "onnxruntime"\nprecisions = ["int8"]\n[graph]\nopset = 17\nint8 = "int8-trt"\n',
+            r"take 'graph\.int8' = 'int8-cpu'",
+        ),
+        ('runtime = "onnxruntime"\n[quantization]\nmethods = []\n', r"'quantization\.methods'"),
     ],
 )
 def test_target_that_its_device_cannot_serve_is_refused(write, text, complaint):

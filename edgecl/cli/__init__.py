@@ -2,7 +2,9 @@
 
 import errno
 import os
+import signal
 import sys
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -23,6 +25,9 @@ from edgecl.cli.verify import verify_command
 
 # What a shell reports of a program that Ctrl-C ended.
 INTERRUPTED = 130
+# ... and of one that SIGTERM ended.
+TERMINATED = 143
+RESUMABLE = ("pretrain", "run", "demo")
 
 app = typer.Typer(
     name="edgecl",
@@ -56,21 +61,30 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
+    context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show the stack of an error.")] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
     _root.debug = debug  # type: ignore[attr-defined]
+    _root.verb = context.invoked_subcommand  # type: ignore[attr-defined]
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    """End as an exception, so that processes here and on boards are stopped and partial files removed."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one shall not break that off
+    raise SystemExit(TERMINATED)
 
 
 def main() -> None:
-    """Run the command line: exit 0 when done, 1 on a named error, 2 on wrong usage."""
+    """Run the command line: exit 0 when done, 1 on a named error, 2 on wrong usage, 130 and 143 on SIGINT and SIGTERM."""
     from edgecl.errors import EdgeclError
 
     # OpenMP threads of torch's build wait for each other by spinning for milliseconds; where another program has one
     # of the cores, training then slows down tenfold or more. A short spin costs nothing on a quiet machine.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    before = signal.signal(signal.SIGTERM, _terminate)
     try:
         try:
             app()
@@ -86,12 +100,16 @@ def main() -> None:
     except SystemExit as stop:
         # typer turns Ctrl-C into this exit before anyone can catch it.
         if stop.code == INTERRUPTED:
-            sys.stderr.write(
-                "edgecl: interrupted; pretrain and run go on from their checkpoint with --resume\n"
-            )
+            hint = "; pretrain and run go on from their checkpoint with --resume"
+            resumable = getattr(_root, "verb", None) in RESUMABLE
+            sys.stderr.write(f"edgecl: interrupted{hint if resumable else ''}\n")
+        elif stop.code == TERMINATED:
+            sys.stderr.write("edgecl: terminated\n")
         raise
     except OSError as complaint:
         if complaint.errno != errno.ENOSPC:
             raise
         sys.stderr.write("edgecl: no room on the disk for the output\n")
         raise SystemExit(1) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)

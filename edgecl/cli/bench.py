@@ -11,10 +11,12 @@ from edgecl.cli.options import JsonOption
 # What a mark of a measurement means.
 _MARKS = {
     "unsteady": "it never became steady while warming up",
+    "noisy": "a tenth of the runs took over 1.25 times the median: other work on the machine",
     "drift": "the last quarter ran over 3 % slower than the first",
     "unstable": "trtexec calls it unstable: it varies by over 2.5 %",
     "enqueue bound": "the processor could hardly start work as fast as the GPU did it",
     "no CUDA graph": "without a CUDA graph, which this trtexec did not make",
+    "precision not checked": "the engine does not tell what its layers compute in",
     "summary only": "from trtexec's summary, since it wrote no times",
 }
 

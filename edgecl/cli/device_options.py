@@ -12,6 +12,11 @@ RuntimeOption = Annotated[
     Literal["ort", "openvino", "tensorrt", "tensorrt_rtx", "trtexec"] | None,
     typer.Option("--runtime", help="Instead of the one the bundle is made for."),
 ]
+# trtexec tells how long a net takes, not what it answers.
+VerifyRuntimeOption = Annotated[
+    Literal["ort", "openvino", "tensorrt", "tensorrt_rtx"] | None,
+    typer.Option("--runtime", help="Instead of the one the bundle is made for."),
+]
 HostOption = Annotated[
     str | None,
     typer.Option(
@@ -28,4 +33,6 @@ def split_precisions(words: list[str] | None) -> list[str] | None:
     for name in names:
         if name not in ("fp32", "fp16", "int8"):
             raise typer.BadParameter(f"'{name}' is not fp32, fp16 or int8", param_hint="--precision")
+    if words and not names:
+        raise typer.BadParameter("names no precision", param_hint="--precision")
     return list(dict.fromkeys(names)) or None

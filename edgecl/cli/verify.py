@@ -5,14 +5,14 @@ from typing import Annotated
 
 import typer
 
-from edgecl.cli.device_options import HostOption, PrecisionOption, RuntimeOption, split_precisions
+from edgecl.cli.device_options import HostOption, PrecisionOption, VerifyRuntimeOption, split_precisions
 from edgecl.cli.options import JsonOption
 
 
 def verify_command(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A directory that `edgecl export` wrote.")],
     precision: PrecisionOption = None,
-    runtime: RuntimeOption = None,
+    runtime: VerifyRuntimeOption = None,
     host: HostOption = None,
     json_: JsonOption = False,
 ) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -169,7 +169,7 @@ def open_judge(
         raise DataError(
             "these images have no labels"
             if source.labels is None
-            else f"these images have other classes than the net: {len(source.classes or ())} against {len(classes)}",
+            else f"these images have other classes than the net: {_only_in(source.classes or (), classes)}",
             where={"eval": uri},
             hint="put each class in a folder of its own, named as the net's classes: ROOT/CLASS/image.jpg",
         )
@@ -194,6 +194,13 @@ def open_judge(
     if len(images) < 2:
         raise DataError(f"{len(images)} images are too few to judge a precision on", where={"eval": named})
     return Judge(metric, images, labels, bank, bank_labels, preprocessing, f"{named}{held_out}")
+
+
+def _only_in(found: Sequence[str], own: Sequence[str]) -> str:
+    more, fewer = sorted(set(found) - set(own)), sorted(set(own) - set(found))
+    parts = [f"'{more[0]}' and {len(more) - 1} more are not the net's"] if more else []
+    parts += [f"'{fewer[0]}' and {len(fewer) - 1} more are missing"] if fewer else []
+    return "; ".join(parts) or "in another order"
 
 
 def runner_of(model: onnx.ModelProto, *, runtime: str, form: str = "fp32") -> Run:

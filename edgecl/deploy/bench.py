@@ -10,7 +10,7 @@ from edgecl.artifacts import Bundle, record_header, write_json
 from edgecl.deploy.process import error_from_onboard, run_here
 from edgecl.deploy.remote import run_on_board
 from edgecl.errors import DeviceError
-from edgecl.onboard.bundle import choose_precision, sha256_of_file
+from edgecl.onboard.bundle import choose_precision, read_manifest, sha256_of_file
 from edgecl.onboard.errors import OnboardError
 from edgecl.onboard.passport import available_cores
 
@@ -61,8 +61,9 @@ def bench(
     arguments += [] if runtime is None else ["--runtime", runtime]
     arguments += [] if power else ["--no-power"]
     try:
+        held = read_manifest(bundle)  # by the device's rules, before anything is copied or started
         for precision in precisions or ():
-            choose_precision(manifest, precision)
+            choose_precision(held, precision)
         if host is None:
             threads = available_cores() if threads is None else threads
             arguments += ["--threads", str(threads)]

@@ -18,6 +18,7 @@ from edgecl.artifacts import (
     Bundle,
     ModelDir,
     new_directory,
+    read_record,
     record_header,
     refuse_existing,
     write_bytes,
@@ -104,12 +105,16 @@ def export(
             hint="name real images for the comparison with --calibration URI",
         )
     preprocessing = _preprocessing(record["preprocessing"], chosen.graph.image_size)
-    images, labels = _read_images(uri, chosen, record, preprocessing, download=download)
+    tested_on = _tested_on(ModelDir(model))
+    # Images named to judge on leave all of the others to calibrate on.
+    images, labels = _read_images(
+        uri, chosen, record, preprocessing, hold_out=not (eval_uri or tested_on), download=download
+    )
     judge = None
-    if "int8" in chosen.precisions or len(chosen.precisions) > 1 or eval_uri:
+    if len(chosen.precisions) > 1 or "int8" in chosen.precisions or eval_uri:
         judge = open_judge(
             record,
-            uri=eval_uri,
+            uri=eval_uri or tested_on,
             fallback=uri if record["data"] is None else record["data"],
             preprocessing=preprocessing,
             download=download,
@@ -148,6 +153,14 @@ def export(
         return _finish(bundle, manifest, target=chosen, say=say)
 
 
+def _tested_on(model: ModelDir) -> str | None:
+    """Return the held-out images that fine-tuning was given, which the net has not seen."""
+    if not model.evaluation_file.exists():
+        return None
+    uri: str | None = read_record(model.evaluation_file, kind="evaluation").get("test_uri")
+    return uri
+
+
 def _with_precisions(target: Target, precisions: Sequence[str] | None, *, source: str) -> Target:
     if precisions is None:
         return target
@@ -164,7 +177,13 @@ def _preprocessing(own: dict[str, Any], image_size: int | None) -> dict[str, Any
 
 
 def _read_images(
-    uri: str, target: Target, record: dict[str, Any], preprocessing: dict[str, Any], *, download: bool
+    uri: str,
+    target: Target,
+    record: dict[str, Any],
+    preprocessing: dict[str, Any],
+    *,
+    hold_out: bool,
+    download: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Read real images to compare and to calibrate on, none of them from what is held out for the judge.
 
@@ -176,7 +195,8 @@ def _read_images(
     if "int8" in target.precisions:
         wanted = max(wanted, settings.calibration_images + settings.holdout_images)
     source = open_source(uri, split="train", download=download)
-    if source.labels is not None and not has_test_split(uri):
+    source_length = len(source)
+    if hold_out and source.labels is not None and not has_test_split(uri):
         stay = split_holdout(source.labels, HOLDOUT, seed=0)[0]
         source = source.take(stay)
     loaded = load_eval_images(
@@ -187,10 +207,17 @@ def _read_images(
         limit=wanted,
     )
     say_skipped(loaded.skipped, uri)
+    aside = " beside the fifth that is held out" if hold_out and len(source) < source_length else ""
+    if len(loaded.images) < REFERENCE_IMAGES:
+        raise DataError(
+            f"a bundle needs {REFERENCE_IMAGES} real images, there are {len(loaded.images)}{aside}",
+            where={"data": uri},
+            hint="name more with --calibration URI; they need no labels",
+        )
     if "int8" in target.precisions and len(loaded.images) < LEAST_CALIBRATION_IMAGES:
         raise DataError(
             f"INT8 needs at least {LEAST_CALIBRATION_IMAGES} images to calibrate on, "
-            f"there are {len(loaded.images)}",
+            f"there are {len(loaded.images)}{aside}",
             where={"data": uri},
             hint="name more with --calibration URI, or leave INT8 out, e.g. --precision "
             + (",".join(name for name in target.precisions if name != "int8") or "fp32"),
@@ -235,7 +262,9 @@ def _write_forms(
             "opset": next(
                 entry.version for entry in form.model.opset_import if entry.domain in ("", "ai.onnx")
             ),
-            "tolerance": target.tolerance_of(precision).model_dump(mode="json"),
+            "tolerance": target.tolerance_of(precision, features=manifest["classes"] is None).model_dump(
+                mode="json"
+            ),
             "parity": form.parity,
             "accuracy": form.accuracy,
             "verdict": form.verdict,

@@ -26,7 +26,7 @@ from edgecl.deploy.parity import (
     torch_layers,
 )
 from edgecl.nets.fake_quant import without_fake_quant
-from edgecl.target import Precision, Target
+from edgecl.target import PRECISIONS, Precision, Target
 
 Array = NDArray[numpy.float32]
 
@@ -99,6 +99,8 @@ def make_forms(
     metadata = {**preprocessing, "classes": record["classes"], "arch": record["arch"]}
     shape = (3, images.shape[2], images.shape[3])
     plain = float_net(net, record)
+    features = record["classes"] is None
+    tolerances = {name: target.tolerance_of(name, features=features) for name in PRECISIONS}
     fp32 = onnx_from_net(plain, graph=target.graph, shape=shape, metadata=metadata)
     seen, few = images[:PARITY_IMAGES], images[:LAYER_IMAGES]
     in_torch = torch_layers(plain, few)
@@ -106,8 +108,8 @@ def make_forms(
     fp32_layers = onnx_layers(fp32, few.numpy(), names=names)
     fp32_outputs = _run_all(fp32, "fp32", seen, target)
     step = rung("carved torch net", "ONNX fp32", fp32_outputs, torch_outputs(plain, seen))
-    step["first_diverging_layer"] = first_outside(fp32_layers, in_torch, target.tolerance.fp32)
-    hold(step, target.tolerance.fp32)
+    step["first_diverging_layer"] = first_outside(fp32_layers, in_torch, tolerances["fp32"])
+    hold(step, tolerances["fp32"])
     forms: dict[Precision, Form] = {"fp32": Form(fp32, "fp32", step, {})}
     steps = [step]
     if "fp16" in target.precisions:
@@ -128,16 +130,18 @@ def make_forms(
             )
             if target.graph.int8 == "int8-trt-fp16":
                 model, _ = half(model, images=seen.numpy())
-            features = record["classes"] is None
             verdict = judge_trained(model, fp32, target=target, judge=judge, features=features, say=say)
         else:
-            model, verdict = _quantise(fp32, images, labels, target=target, judge=judge, say=say)
+            model, verdict = _quantise(
+                fp32, images, labels, target=target, judge=judge, features=features, say=say
+            )
+        verdict["trained_for_int8"] = bool(record.get("quantization"))
         forms["int8"] = Form(model, target.graph.int8, {}, {}, verdict=verdict)
     smaller: tuple[Precision, ...] = ("fp16", "int8")
     for precision in smaller:
         if precision not in forms:
             continue
-        form, tolerance = forms[precision], target.tolerance_of(precision)
+        form, tolerance = forms[precision], tolerances[precision]
         outputs = _run_all(form.model, form.form, seen, target)
         step = rung("ONNX fp32", f"ONNX {precision}", outputs, fp32_outputs)
         layers = onnx_layers(form.model, few.numpy(), names=names)
@@ -170,6 +174,7 @@ def _quantise(
     *,
     target: Target,
     judge: Judge | None,
+    features: bool,
     say: Callable[[str], None],
 ) -> tuple[onnx.ModelProto, dict[str, Any]]:
     settings = target.quantization
@@ -182,5 +187,6 @@ def _quantise(
         holdout=images[holdout].numpy(),
         holdout_labels=None if labels is None else labels[holdout],
         judge=judge,
+        features=features,
         say=say,
     )

@@ -22,6 +22,8 @@ Array = NDArray[numpy.float32]
 
 # On which what overflows fp16 is looked for, each time a graph is quantised.
 FP16_IMAGES = 16
+# Half of them to search on, half to report on; with fewer, a point of accuracy is less than one image.
+LEAST_JUDGED = 200
 
 
 def make_int8(
@@ -32,6 +34,7 @@ def make_int8(
     holdout: Array,
     holdout_labels: Tensor | None,
     judge: Judge | None,
+    features: bool,
     say: Say,
 ) -> tuple[onnx.ModelProto, dict[str, Any]]:
     """Quantise a net after training and find what must stay in higher precision.
@@ -43,6 +46,7 @@ def make_int8(
         holdout: (M, 3, H, W) others, on which the methods are compared.
         holdout_labels: (M,) of a classifier, or None: then the methods are compared by cosine similarity.
         judge: the images of the verdict, or None where nothing can be judged.
+        features: the net has no classifier.
         say: told how far it is.
 
     Returns:
@@ -83,8 +87,9 @@ def make_int8(
     def keep(kept: Collection[str]) -> onnx.ModelProto:
         return quantise(fp32, form=form, ranges=ranges[method], keep=kept, images=few)
 
-    if judge is None:
-        return keep(()), {**unjudged("no images to judge on"), **chosen}
+    obstacle = obstacle_to_judging(judge, features=features)
+    if judge is None or obstacle:
+        return keep(()), {**unjudged(obstacle or ""), **chosen}
     model, verdict = search_int8(
         keep,
         quantisable(fp32, form),
@@ -92,10 +97,21 @@ def make_int8(
         fp32=run_fp32,
         open_run=open_run,
         settings=settings,
-        features=holdout_labels is None,
+        features=features,
         say=say,
     )
     return model, {**verdict, **chosen}
+
+
+def obstacle_to_judging(judge: Judge | None, *, features: bool) -> str | None:
+    """Say why no verdict can be had from a judge, or None."""
+    if judge is None:
+        return "no images to judge on"
+    if judge.metric == "mean_cosine" and not features:
+        return "no images labelled with the net's classes; name some with --eval URI"
+    if len(judge) < LEAST_JUDGED:
+        return f"{len(judge)} images are too few for a verdict, {LEAST_JUDGED} are needed; name more with --eval URI"
+    return None
 
 
 def judge_trained(
@@ -109,8 +125,9 @@ def judge_trained(
 ) -> dict[str, Any]:
     """Return the verdict of a net whose scales were trained: there is nothing to choose and nothing to search."""
     chosen = {"form": target.graph.int8, "method": "trained"}
-    if judge is None:
-        return {**unjudged("no images to judge on"), **chosen}
+    obstacle = obstacle_to_judging(judge, features=features)
+    if judge is None or obstacle:
+        return {**unjudged(obstacle or ""), **chosen}
     verdict = search_int8(
         lambda kept: model,
         [],

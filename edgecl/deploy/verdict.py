@@ -18,6 +18,7 @@ Quantise = Callable[[Collection[str]], onnx.ModelProto]
 Open = Callable[[onnx.ModelProto], Run]
 Say = Callable[[str], None]
 
+WAY_OUT = "`edgecl finetune --quantize int8` trains a classifier for INT8"
 # How many images tell which nodes hurt.
 SENSITIVITY_IMAGES = 32
 
@@ -162,6 +163,8 @@ def conclude(verdict: dict[str, Any], *, speed: dict[str, Any] | None, higher: s
     Returns:
         the verdict with "words" and "speed".
     """
+    if "budget" not in verdict:  # of `unjudged`
+        return {**verdict, "speed": speed}
     cost = _cost(verdict)
     faster = None if speed is None else speed["ratio"]
     pace = (
@@ -182,9 +185,8 @@ def conclude(verdict: dict[str, Any], *, speed: dict[str, Any] | None, higher: s
     elif within:
         words = f"rejected because it is slower: {pace}; {cost}"
     else:
-        words = (
-            f"rejected because it costs too much: {cost}, for {pace}; "
-            "`edgecl finetune --quantize int8` trains the net for INT8"
+        words = f"rejected because it costs too much: {cost}, for {pace}; " + (
+            "it was trained for INT8 already" if verdict.get("trained_for_int8") else WAY_OUT
         )
     return {**verdict, "kept": within and not slower, "speed": speed, "words": words}
 
@@ -198,6 +200,8 @@ def _cost(verdict: dict[str, Any]) -> str:
             f"{verdict['loss_points']:.2f} points of {METRICS[verdict['metric']]} lost [{low:.2f}, {high:.2f}], "
             f"{budget['max_loss_points']:g} allowed"
         )
+        if low <= budget["max_loss_points"] < high:
+            parts[-1] += " (more images would tell better)"
     if budget["min_cosine"] is not None:
         parts.append(
             f"cosine similarity with fp32 {verdict['mean_cosine']:.4f}, at least {budget['min_cosine']:g}"

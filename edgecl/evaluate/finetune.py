@@ -129,6 +129,7 @@ def finetune(
         "n_train": len(labelled.train),
         "data": labelled.train_from,
         "test": labelled.test_from,
+        "test_uri": absolute_uri(test) if test else None,
         "epochs": epochs,
         "settings": settings.model_dump(mode="json"),
     }

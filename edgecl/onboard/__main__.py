@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any, Dict, List, Optional
@@ -9,14 +10,15 @@ from typing import Any, Dict, List, Optional
 from .bundle import MANIFEST, write_whole
 from .errors import BundleError, DeviceError, OnboardError
 
-RUNTIMES = ("ort", "onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "trtexec")
+RUNTIMES = ("ort", "onnxruntime", "openvino", "tensorrt", "tensorrt_rtx")
 
 
 def main(arguments: Optional[List[str]] = None) -> int:
     """Run one verb and return its exit status: 0 done, 1 a named error or a failed check, 2 usage.
 
     stdout, or the file of --out, gets one JSON object: the record, or
-    `{"error": {"name", "problem", "hint", "record"}}`. stderr gets progress, and the error in words.
+    `{"error": {"name", "problem", "hint", "record"}}`. stderr gets progress, the doctor's checks and the error
+    in words.
     """
     if arguments is None:
         arguments = sys.argv[1:]
@@ -26,14 +28,20 @@ def main(arguments: Optional[List[str]] = None) -> int:
         return serve(arguments[1:])
     parser = _parser()
     options = parser.parse_args(arguments)
-    options.bundle = options.bundle or _beside()
+    if options.bundle is None and getattr(options, "target", None) is None:
+        options.bundle = _beside()
     if options.bundle is None and options.verb != "doctor":
         parser.error("the following arguments are required: BUNDLE")
+    refused = None if options.out is None else _why_not_into(Path(options.out))
+    if refused:  # now, not after minutes of measuring
+        print("edgecl: cannot write '%s': %s" % (options.out, refused), file=sys.stderr)
+        return 1
     status = 0
     try:
         record = _run(options)
-        if options.verb == "doctor" and not record["ok"]:
-            status = 1
+        if options.verb == "doctor":
+            print("\n".join(_in_words(record)), file=sys.stderr, flush=True)
+            status = 0 if record["ok"] else 1
     except OnboardError as error:
         print("edgecl: %s" % error.problem, file=sys.stderr)
         if error.hint:
@@ -72,7 +80,12 @@ def _parser() -> argparse.ArgumentParser:
             help="repeatable (default: %s)" % ("the bundle's own" if verb is bench else "all of the bundle"),
         )
     for verb in (verify, bench):
-        verb.add_argument("--runtime", choices=RUNTIMES, help="instead of the one the bundle is made for")
+        verb.add_argument(
+            "--runtime",
+            # trtexec tells how long a net takes, not what it answers.
+            choices=RUNTIMES if verb is verify else (*RUNTIMES, "trtexec"),
+            help="instead of the one the bundle is made for",
+        )
     bench.add_argument("--duration-s", type=float, default=10.0, help="seconds to sample for (default 10)")
     bench.add_argument("--threads", type=int, help="threads to compute with (default: every core available)")
     bench.add_argument("--no-power", action="store_true", help="do not read the power rails")
@@ -94,6 +107,30 @@ def _beside() -> Optional[str]:
         return None
     directory = Path(archive).resolve().parent
     return str(directory) if (directory / MANIFEST).is_file() else None
+
+
+def _why_not_into(file: Path) -> Optional[str]:
+    """Return why a file cannot be written, as far as that shows beforehand."""
+    folder = file.parent
+    if not folder.is_dir():
+        return "there is no folder '%s'" % folder
+    if file.is_dir():
+        return "it is a folder"
+    return None if os.access(str(folder), os.W_OK) else "the folder '%s' is not yours to write to" % folder
+
+
+def _in_words(record: Dict[str, Any]) -> List[str]:
+    """Return what a doctor found as `edgecl doctor` prints it: the device, and a line per check, its fix below it."""
+    device, checks = record["device"], record["checks"]
+    about = [device["name"], device["os"], device["jetpack"] and "JetPack %s" % device["jetpack"]]
+    lines = [", ".join(part for part in about if part)]
+    width = max(len(one["name"]) for one in checks)
+    for one in checks:
+        status = "FAIL" if one["status"] == "fail" else one["status"]
+        lines.append("%-4s  %-*s  %s" % (status, width, one["name"], one["found"]))
+        if one["fix"]:
+            lines.append("%*s-> %s" % (width + 8, "", one["fix"]))
+    return lines
 
 
 def _run(options: argparse.Namespace) -> Dict[str, Any]:

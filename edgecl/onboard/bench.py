@@ -21,9 +21,12 @@ from .reference import read_reference
 from .runners import Runner, full_name, open_runner
 from .statistics import drift, ratio_interval, summarise
 from .throttle import ThrottleWatch
+from .trtexec_flags import is_within
 
 # Median of the last quarter of the samples over that of the first, above which the device slowed down.
 DRIFT = 1.03
+# The 90th percentile over the median, above which something else took part in the run.
+NOISE = 1.25
 # Power monitors average over tenths of a second: with one, blocks are so long that little of the net before is in
 # what they tell.
 METERED_BLOCK_S = 2.0
@@ -87,8 +90,10 @@ def bench(
         throttle, power, marks and the conditions. Each measurement has precision, form, mode, headline (the first
         mode of its runner), latency_ms, cov, throughput_per_s (images), samples, warmup_samples, warmup_s,
         steady, duration_s, drift, marks, settings, engine and energy. Its marks name what casts doubt:
-        'unsteady' (warm-up never settled), 'drift' (the last quarter of the samples over 3 % slower than the
-        first). The marks of the session are those of `throttle`. Where energy is None, power's reason says why.
+        'unsteady' (warm-up never settled), 'noisy' (p90 over 1.25 times p50), 'drift' (the last quarter of the
+        samples over 3 % slower than the first). The marks of the session are those of `throttle`, and a busy
+        machine, more threads than cores, a runtime the target is not for. Where energy is None, power's
+        reason says why.
 
     Raises:
         BundleError: a file is missing or changed, not what the manifest says, or no such precision.
@@ -145,8 +150,25 @@ def bench(
         "ratios": session.ratios,
         "throttle": throttle,
         "power": source,
-        "marks": throttle["marks"],
+        "marks": throttle["marks"] + _marks_of_conditions(session.device, manifest, runtime, threads),
     }
+
+
+def _marks_of_conditions(
+    device: Dict[str, Any], manifest: Dict[str, Any], runtime: str, threads: int
+) -> List[str]:
+    """Return what of the device casts doubt on a whole session, in words."""
+    marks = []
+    load, cores = device["load_1m"], device["cores"]
+    if load is not None and load > cores:
+        marks.append("busy: a load of %.1f on %d cores before the run" % (load, cores))
+    if threads > cores and runtime != TRTEXEC:
+        marks.append("%d threads on %d cores" % (threads, cores))
+    versions = manifest.get("target", {}).get("versions", "")
+    version = device["versions"].get(runtime)
+    if version and runtime == manifest["runtime"] and not is_within(version, versions):
+        marks.append("%s %s, and the target is for %s" % (runtime, version, versions))
+    return marks
 
 
 def _command() -> str:
@@ -228,7 +250,7 @@ def _measure_here(
                 [(block.begin_s, block.end_s) for block in measured.blocks], len(measured.samples_s)
             ),
         )
-        _mark_drift(measurement, measured.samples_s)
+        _mark_drift_and_noise(measurement, measured.samples_s)
         if not measured.steady:
             measurement["marks"].insert(0, "unsteady")
         measurements.append(measurement)
@@ -279,7 +301,10 @@ def _measurement(manifest: Dict[str, Any], task: _Task, about: Dict[str, Any], b
     }
 
 
-def _mark_drift(measurement: Dict[str, Any], samples_s: Sequence[float]) -> None:
+def _mark_drift_and_noise(measurement: Dict[str, Any], samples_s: Sequence[float]) -> None:
+    latency = measurement["latency_ms"]
+    if latency["p90"] > NOISE * latency["p50"]:
+        measurement["marks"].append("noisy")
     change = drift(samples_s)
     measurement["drift"] = change
     if change is not None and change > DRIFT:
@@ -316,7 +341,7 @@ def _measure_with_trtexec(
         for place, (mode, seen) in enumerate(found["modes"].items()):
             measurement = _measurement(manifest, _Task(precision, mode), about, batch)
             measurement.update(headline=place == 0, **_summary(seen, batch))
-            _mark_drift(measurement, seen["samples_s"] or ())
+            _mark_drift_and_noise(measurement, seen["samples_s"] or ())
             measurement["marks"] += seen["marks"]
             measurements.append(measurement)
             window = seen["window"]

@@ -4,8 +4,9 @@ import hashlib
 import json
 import os
 import re
+from functools import partial
 from pathlib import Path
-from typing import Any, Dict, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Optional, Sequence, Tuple, Union
 
 from .errors import BundleError
 from .errors import OnboardError as OnboardError  # callers find every name of a bundle here
@@ -22,6 +23,9 @@ TRTEXEC = "trtexec.sh"
 # What the device code reads from a manifest, and from each of its precisions.
 _KEYS = ("runtime", "precision", "precisions", "input", "output", "files")
 _PRECISION_KEYS = ("model", "form", "tolerance")
+_PRECISIONS = ("fp32", "fp16", "int8")
+# A manifest of edgecl nests a dozen deep; reading one may not depend on how much of Python's stack is left.
+_DEEPEST = 50
 
 
 def onnx_name(precision: str) -> str:
@@ -92,7 +96,8 @@ def read_manifest(bundle: Union[str, Path]) -> Dict[str, Any]:
     """Return the manifest of a bundle directory.
 
     Raises:
-        BundleError: no bundle, not JSON, of a newer schema, or without a key the device needs.
+        BundleError: no bundle, not JSON, of a newer schema, without a key the device needs, or with another kind of
+            value than it needs there.
     """
     path = Path(bundle) / MANIFEST
     if not path.is_file():
@@ -102,24 +107,164 @@ def read_manifest(bundle: Union[str, Path]) -> Dict[str, Any]:
         )
     try:
         manifest = json.loads(path.read_bytes().decode("utf-8"))
+        too_deep = _is_deeper(manifest, _DEEPEST)
     except ValueError as complaint:
         raise BundleError(
             "'%s' is not valid JSON: %s" % (path, complaint), "export the bundle again"
         ) from complaint
+    except RecursionError:
+        too_deep = True
+    if too_deep:
+        raise BundleError(
+            "'%s' is nested more than %d deep, which no bundle is" % (path, _DEEPEST),
+            "export the bundle again",
+        )
     if not isinstance(manifest, dict) or manifest.get("kind") != KIND:
         raise BundleError("'%s' is not the manifest of a bundle" % path, "`edgecl export` writes bundles")
-    if manifest.get("schema", 0) > SCHEMA:
+    _check_manifest(path, manifest)
+    return manifest
+
+
+def _is_deeper(value: Any, limit: int) -> bool:
+    level = [value]
+    for _ in range(limit + 1):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, (dict, list))
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+    return bool(level)
+
+
+def _check_manifest(path: Path, manifest: Dict[str, Any]) -> None:
+    """Hold what the device code reads from a manifest to the form it relies on.
+
+    A hash tells that a manifest was not changed by accident; whoever writes one can seal what they like.
+    """
+
+    def expect(name: str, found: Any, fits: Callable[[Any], bool], expected: str) -> None:
+        if not fits(found):
+            raise BundleError(
+                "'%s': '%s' is %s, expected %s" % (path, name, _shown(found), expected),
+                "export the bundle again",
+            )
+
+    expect("schema", manifest.get("schema"), _is_count, "a whole number")
+    if manifest["schema"] > SCHEMA:
         raise BundleError(
             "'%s' has schema %s, this runner reads up to %s" % (path, manifest["schema"], SCHEMA),
             "use the runner that came with the bundle",
         )
     missing = [key for key in _KEYS if key not in manifest]
     if not missing:
-        for name, about in manifest["precisions"].items():
+        precisions = manifest["precisions"]
+        expect("precisions", precisions, _is_filled_object, "an object of precisions")
+        for name, about in precisions.items():
+            expect(
+                "precisions",
+                name,
+                lambda found: found in _PRECISIONS,
+                "names out of " + ", ".join(_PRECISIONS),
+            )
+            expect("precisions.%s" % name, about, _is_object, "an object")
             missing += ["%s of %s" % (key, name) for key in _PRECISION_KEYS if key not in about]
     if missing:
         raise BundleError("'%s' lacks %s" % (path, ", ".join(missing)), "export the bundle again")
-    return manifest
+
+    expect("runtime", manifest["runtime"], _is_text, "the name of a runtime")
+    expect(
+        "precision",
+        manifest["precision"],
+        lambda found: _is_text(found) and found in precisions,
+        "one of its precisions, %s" % ", ".join(precisions),
+    )
+    for name, about in precisions.items():
+        for key in ("model", "form"):
+            expect("precisions.%s.%s" % (name, key), about[key], _is_text, "a text")
+        where, tolerance = "precisions.%s.tolerance" % name, about["tolerance"]
+        expect(where, tolerance, _is_object, "an object")
+        for key in ("max_relative_difference", "top1_agreement"):
+            expect("%s.%s" % (where, key), tolerance.get(key), _is_number, "a number")
+        if "mean_cosine" in tolerance:
+            expect(where + ".mean_cosine", tolerance["mean_cosine"], _is_number, "a number")
+        engines = about.get("engines")
+        expect(
+            "precisions.%s.engines" % name,
+            engines,
+            lambda found: not found or (_is_object(found) and all(map(_is_object, found.values()))),
+            "an object of objects",
+        )
+    for name, rank, sides in (
+        ("input", 4, "[batch, channels, height, width]"),
+        ("output", 2, "[batch, features]"),
+    ):
+        form = manifest[name]
+        expect(name, form, _is_object, "an object")
+        expect(name + ".name", form.get("name"), _is_text, "a text")
+        expect(
+            name + ".shape",
+            form.get("shape"),
+            partial(_is_shape, rank),
+            "%s, whole numbers from 1" % sides,
+        )
+    form = manifest["input"]
+    expect(
+        "input.dynamic_batch",
+        form.get("dynamic_batch"),
+        lambda found: isinstance(found, bool),
+        "true or false",
+    )
+    expect("input.max_batch", form.get("max_batch"), _is_count, "a whole number from 1")
+    expect("files", manifest["files"], _is_object, "an object of names and hashes")
+    for name, digest in manifest["files"].items():
+        expect("files", name, str.isprintable, "names of files")
+        expect("files.%s" % name, digest, _is_text, "a hash")
+    target = manifest.get("target")
+    expect("target", target, lambda found: found is None or _is_object(found), "an object")
+    if target:
+        expect("target.runtime", target.get("runtime"), _is_text, "the name of a runtime")
+        expect(
+            "target.build",
+            target.get("build"),
+            lambda found: found is None or _is_object(found),
+            "an object",
+        )
+
+
+def _is_object(found: Any) -> bool:
+    return isinstance(found, dict)
+
+
+def _is_filled_object(found: Any) -> bool:
+    return isinstance(found, dict) and bool(found)
+
+
+def _is_text(found: Any) -> bool:
+    return isinstance(found, str)
+
+
+def _is_number(found: Any) -> bool:
+    # Neither NaN nor infinite: JSON as records write it has no such numbers.
+    return isinstance(found, (int, float)) and not isinstance(found, bool) and abs(found) < 1e300
+
+
+def _is_count(found: Any) -> bool:
+    return isinstance(found, int) and not isinstance(found, bool) and 1 <= found < 1 << 31
+
+
+def _is_shape(rank: int, found: Any) -> bool:
+    return isinstance(found, list) and len(found) == rank and all(map(_is_count, found))
+
+
+def _shown(found: Any) -> str:
+    """Return a value as an error names it: in JSON's words, and short."""
+    if found is None:
+        return "missing"
+    if isinstance(found, str):
+        return repr(found) if len(found) <= 60 else repr(found[:57]) + "..."
+    text = json.dumps(found)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def check_files(bundle: Union[str, Path], manifest: Dict[str, Any]) -> None:

@@ -23,9 +23,9 @@ from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Se
 
 import numpy as np
 
-from .bundle import choose_precision, engine_name, sha256_of_file
+from .bundle import choose_precision, engine_name, sha256_of_file, write_whole
 from .errors import DeviceError
-from .layers import count_precisions
+from .layers import Layer, check_delivered, count_precisions, precision_shares, read_layers
 from .trtexec_flags import (
     DURATION_S,
     ITERATIONS,
@@ -49,6 +49,9 @@ _INSTALL = (
 # Both are trtexec's own ideas; 2.5 % is ours, its threshold changes with the version.
 UNSTABLE_PERCENT = 2.5
 ENQUEUE_BOUND = 0.8
+
+NOT_CHECKED = "precision not checked"
+"""The mark of an engine whose layers do not tell what they compute in."""
 
 BUILD_LIMIT_S = 3600.0
 RUN_LIMIT_S = 600.0
@@ -208,14 +211,17 @@ def measure_with_trtexec(
         report: called with a line on what begins.
 
     Returns:
-        describe: as a runner's; engine holds file, sha256, build_s (None for one built before) and layers.
+        describe: as a runner's; engine holds file, sha256, build_s (None for one built before), layers and
+        precision_checked: whether they said enough to hold the engine to the precision; where they did not,
+        every mode has the mark 'precision not checked'.
         modes: name -> samples_s (`array` of seconds per inference; None with the mark 'summary only', where
         latency_ms holds the summary's percentiles instead), throughput_per_s as trtexec counts it (inferences),
         enqueue_p50_ms, duration_s, window ((from, to) of `time.monotonic()` around the timed runs, None where
         the log came in one piece), marks and command.
 
     Raises:
-        DeviceError: no trtexec, or it fails: its own words are in the problem.
+        DeviceError: no trtexec, or it fails: its own words are in the problem. Or the engine does not compute in
+            the precision; it is deleted then.
         BundleError: the bundle does not hold that precision.
     """
     bundle = Path(bundle)
@@ -227,7 +233,8 @@ def measure_with_trtexec(
     say = report or (lambda line: None)
     marks = [] if is_within(version, versions) else ["outside the target's versions"]
     measured: Dict[str, Any] = {}
-    layers: Any = None
+    layers: List[Layer] = []
+    checked = False
     with tempfile.TemporaryDirectory(prefix="edgecl-trtexec-") as scratch:
         home = bundle if os.access(str(bundle), os.W_OK) else Path(scratch)
 
@@ -246,16 +253,29 @@ def measure_with_trtexec(
             except DeviceError:
                 if build_s is not None:
                     raise
-                plan.unlink()  # one built before: a driver or a board may have changed under it
+                _forget(plan)  # one built before: a driver or a board may have changed under it
+                layers, checked = [], False
                 plan, build_words, build_s = build()
                 run = _run_whole([program] + command[1:], limit_s=RUN_LIMIT_S + duration_s)
-            layers = layers or _layers_of(info)
+            if not checked:
+                layers = _layers_of(info)
+                checked = _check_precision(layers, precision, about, plan, maker="trtexec %s" % version)
             words = [word.replace(str(plan), plan.name).replace(scratch + "/", "") for word in command]
             measured[mode] = dict(_measured(run, times, mode), command=command_text(words))
             measured[mode]["marks"] = marks + measured[mode]["marks"]
             if times.exists():
                 times.unlink()
-        engine = {"file": plan.name, "sha256": sha256_of_file(plan), "build_s": build_s, "layers": layers}
+        if not checked:
+            say("%s: the engine does not tell the precision of its layers" % precision)
+            for found in measured.values():
+                found["marks"].append(NOT_CHECKED)
+        engine = {
+            "file": plan.name,
+            "sha256": sha256_of_file(plan),
+            "build_s": build_s,
+            "layers": count_precisions(layers) if layers else None,
+            "precision_checked": checked,
+        }
     return {
         "describe": {
             "runtime": "trtexec %s" % version,
@@ -290,7 +310,10 @@ def _engine(
     key = hashlib.sha256("\n".join(told).encode("utf-8")).hexdigest()
     plan = home.resolve() / engine_name(net.precision, "trtexec-%s-%s" % (version, key[:12]))
     if plan.is_file():
-        return plan, words, None
+        problem = _problem_of(plan)
+        if not problem:
+            return plan, words, None
+        say("building '%s' again: %s" % (plan.name, problem))
     part = plan.with_name(plan.name + ".part")
     say("%s: building an engine with trtexec" % net.precision)
     try:
@@ -298,11 +321,48 @@ def _engine(
         run = _run_whole([program] + command[1:], limit_s=BUILD_LIMIT_S)
         if not part.is_file():
             raise DeviceError("trtexec built no engine and named no error", "run it by hand: trtexec.sh")
+        record = {"sha256": sha256_of_file(part), "size_bytes": part.stat().st_size}
         part.replace(plan)
+        write_whole(_record_of(plan), json.dumps(record, sort_keys=True).encode("ascii"))
     finally:
         if part.exists():
             part.unlink()
     return plan, words, round(run.seconds, 3)
+
+
+def _record_of(plan: Path) -> Path:
+    return plan.with_suffix(".json")
+
+
+def _problem_of(plan: Path) -> str:
+    """Return what is wrong with an engine that was kept, which is nothing where it is as it was built."""
+    try:
+        expected = json.loads(_record_of(plan).read_bytes().decode("ascii"))["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return "its record is missing or damaged"
+    return "" if sha256_of_file(plan) == expected else "the file changed since it was built"
+
+
+def _forget(plan: Path) -> None:
+    for path in (plan, _record_of(plan)):
+        if path.exists():
+            path.unlink()
+
+
+def _check_precision(
+    layers: Sequence[Layer], precision: str, about: Dict[str, Any], plan: Path, *, maker: str
+) -> bool:
+    """Hold an engine to its precision, as `check_delivered` does; one that does not deliver it is deleted."""
+    expected = 1.0
+    verdict = about.get("verdict") or {}
+    if precision == "int8" and verdict.get("candidates"):
+        # Nodes that int8 would harm stay in a wider type.
+        expected -= len(verdict.get("kept_nodes") or ()) / verdict["candidates"]
+    try:
+        return check_delivered(precision_shares(layers), precision, expected=expected, maker=maker)
+    except DeviceError:
+        _forget(plan)
+        raise
 
 
 def _gpu(root: Path) -> str:
@@ -341,13 +401,13 @@ def _measured(run: "_Run", times_file: Path, mode: str) -> Dict[str, Any]:
     return found
 
 
-def _layers_of(info: Path) -> Optional[Dict[str, int]]:
-    """Return how many of the engine's layers compute in which precision, as far as the file tells."""
+def _layers_of(info: Path) -> List[Layer]:
+    """Return the engine's layers as trtexec wrote them, or none where it wrote none that can be read."""
     try:
-        layers = json.loads(info.read_bytes().decode("utf-8", "replace"))["Layers"]
-        return count_precisions(layers)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        layers = read_layers(info.read_bytes().decode("utf-8", "replace"))
+    except (OSError, ValueError):
+        return []
+    return layers if all(isinstance(layer, (str, dict)) for layer in layers) else []
 
 
 class _Run(NamedTuple):

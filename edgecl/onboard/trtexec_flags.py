@@ -280,11 +280,17 @@ if ! command -v "$TRTEXEC" >/dev/null; then
 fi
 
 # It calls 8.2.1 'TensorRT v8201' and 10.3.0 'TensorRT v100300'.
-version="$("$TRTEXEC" --help 2>&1 | sed -n 's/.*\[TensorRT v\([0-9]*\)\].*/\1/p' | head -n 1)"
+version="$("$TRTEXEC" --help 2>&1 | sed -n 's/.*\[TensorRT v\([0-9.]*\)\].*/\1/p' | head -n 1)"
 case "$version" in
+    *.*) version="$(echo "$version" | awk -F. '{ print 10000 * $1 + 100 * $2 + $3 }')" ;;
     ????) version="${version%???}0${version#?}" ;;
     "") echo "$TRTEXEC does not say its version" >&2; exit 1 ;;
 esac
+refuse() {
+    found="$((version / 10000)).$((version / 100 % 100)).$((version % 100))"
+    echo "this bundle is for TensorRT @VERSIONS@; $TRTEXEC is $found, which is $1: export a bundle for it" >&2
+    exit 1
+}
 """
 
 _SCRIPT_TAIL = """\
@@ -315,12 +321,15 @@ def script(manifest: Dict[str, Any]) -> str:
     head, tail = _SCRIPT_HEAD, _SCRIPT_TAIL
     for word, text in filled.items():
         head, tail = (part.replace("@%s@" % word, text) for part in (head, tail))
-    lines: List[str] = []
-    for start, _ in reversed(branches):
-        keyword = "elif" if lines else "if"
+    lines = [
+        '[ "$version" %s %d ] || refuse %s' % (sign, digits, word)
+        for bound in _bounds(versions)
+        for sign, digits, word in _limits(*bound)
+    ]
+    for place, (start, _) in enumerate(reversed(branches)):
+        keyword = "elif" if place else "if"
         lines.append('%s [ "$version" -ge %d ]; then since=%s' % (keyword, _digits(start), _dotted(start)))
-    lines += ["else", '    echo "this bundle is for TensorRT %s; $TRTEXEC is older" >&2' % filled["VERSIONS"]]
-    lines += ["    exit 1", "fi", "", 'case "$since $precision" in']
+    lines += ["else", "    refuse older", "fi", "", 'case "$since $precision" in']
     for start, bodies in branches:
         for name, body in bodies.items():
             lines += ['"%s %s")' % (_dotted(start), name)] + ["    " + line for line in body] + ["    ;;"]
@@ -335,7 +344,10 @@ def _script_body(version: str, manifest: Dict[str, Any], precision: str) -> List
         for mode in MODES:
             times = _beside(plan, "times-" + re.sub("[^a-z]+", "-", mode.lower()))
             lines.append("echo %s" % shlex.quote("== %s, %s" % (precision, mode)))
-            lines += _shell(bench_command(version, net, plan, mode=mode, times=times))
+            command = bench_command(
+                version, net, plan, mode=mode, times=times, layers=_beside(plan, "layers")
+            )
+            lines += _shell(command)
         return lines
     except DeviceError as error:
         return ["echo %s >&2" % shlex.quote(error.problem), "exit 1"]
@@ -344,6 +356,18 @@ def _script_body(version: str, manifest: Dict[str, Any], precision: str) -> List
 def _shell(command: Sequence[str]) -> List[str]:
     words = ['"$TRTEXEC"'] + ["    " + shlex.quote(word) for word in command[1:]]
     return [word + " \\" for word in words[:-1]] + words[-1:]
+
+
+def _limits(sign: str, bound: Version) -> List[Tuple[str, int, str]]:
+    """Return what a bound asks of `_digits`: the shell's comparison, the number, and what a version is if not."""
+    beyond = _digits(bound[:2] + (bound[2] + 1,) if len(bound) > 2 else bound[:-1] + (bound[-1] + 1,))
+    return {
+        "==": [("-ge", _digits(bound), "older"), ("-lt", beyond, "newer")],
+        ">=": [("-ge", _digits(bound), "older")],
+        "<=": [("-lt", beyond, "newer")],  # 10.3.1 is <=10.3
+        ">": [("-gt", _digits(bound), "older")],
+        "<": [("-lt", _digits(bound), "newer")],
+    }[sign]
 
 
 def _digits(number: Version) -> int:

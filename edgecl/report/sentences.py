@@ -24,6 +24,8 @@ from edgecl.report.rows import ACCURACIES, Row, is_rejected, is_timed, row_label
 # What a measurement says against itself.
 _MARKS = {
     "unsteady": "the latency never became steady, so its percentiles are not to be relied on",
+    "precision not checked": "the engine does not tell what its layers compute in",
+    "noisy": "a tenth of the runs took over 1.25 times the median, so something else ran on the machine",
     "drift": "the latency rose while it was measured, so the device may have throttled",
     "throttled": "the device throttled while it was measured, so cooler or better powered it is faster",
 }

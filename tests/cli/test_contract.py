@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import typer
+from onboard.tiny_bundle import make_bundle, read_manifest, write_manifest
 
 from edgecl.cli import app, main
 
@@ -116,6 +120,7 @@ def test_done_is_0(edgecl):
         ["bench"],
         ["bench", "x", "--duration-s", "0"],
         ["bench", "x", "--precision", "fp64"],
+        ["export", "x", "--target", "ort-cpu", "--out", "y", "--precision", ""],
         ["bench", "x", "--runtime", "caffe"],
         ["doctor", "x", "--target", "jetson"],
         ["probe", "x", "--data", "y", "--seeds", "one"],
@@ -382,3 +387,101 @@ def test_run_without_a_checkpoint_cannot_be_carved(edgecl, tmp_path, trained_run
     code, _, err = edgecl("carve", run, "--out", tmp_path / "m")
     assert code == 1
     assert err.startswith(f"edgecl: the run directory '{run}' has no whole checkpoint\n")
+
+
+# --- manifests that lie ---
+
+
+@pytest.mark.parametrize(
+    ("verb", "changed", "problem"),
+    [
+        (
+            "verify",
+            {"precisions": ["fp32"]},
+            """'precisions' is ["fp32"], expected an object of precisions""",
+        ),
+        ("bench", {"precisions": ["fp32"]}, """'precisions' is ["fp32"], expected an object of precisions"""),
+        (
+            "verify",
+            {"input": {"name": "input"}},
+            "'input.shape' is missing, expected [batch, channels, height, ",
+        ),
+        (
+            "bench",
+            {"input": {"name": "input"}},
+            "'input.shape' is missing, expected [batch, channels, height, ",
+        ),
+    ],
+)
+def test_sealed_manifest_of_another_form_is_a_named_error(edgecl, tmp_path, verb, changed, problem):
+    bundle = make_bundle(tmp_path / "b")
+    write_manifest(bundle, {**read_manifest(bundle), **changed})
+    code, out, err = edgecl(verb, bundle)
+    assert (code, out) == (1, "")
+    assert f"manifest.json': {problem}" in err.splitlines()[0]
+    assert err.splitlines()[-1].split(maxsplit=1) == ["hint:", "export the bundle again"]
+    assert "Traceback" not in err
+
+
+def test_verify_does_not_offer_trtexec_which_gives_no_outputs(edgecl, tmp_path):
+    code, _, err = edgecl("verify", tmp_path, "--runtime", "trtexec")
+    assert code == 2
+    assert "'trtexec' is not one of 'ort', 'openvino', 'tensorrt', 'tensorrt_rtx'" in " ".join(err.split())
+
+
+def test_doctor_says_each_check_once(edgecl_process):
+    done = edgecl_process("doctor")
+    assert (done.stdout + done.stderr).count("NumPy") == 1
+
+
+# --- signals ---
+
+
+def children_of(pid):
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize(
+    ("number", "code", "last"),
+    [(signal.SIGTERM, 143, "edgecl: terminated"), (signal.SIGINT, 130, "edgecl: interrupted")],
+)
+def test_signal_ends_the_measuring_process_too(tmp_path, number, code, last):
+    bundle = make_bundle(tmp_path / "b")
+    with subprocess.Popen(
+        [sys.executable, "-m", "edgecl", "bench", bundle, "--duration-s", "60"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    ) as process:
+        assert process.stderr.readline()  # it measures
+        measuring = children_of(process.pid)
+        assert measuring
+        process.send_signal(number)
+        err = process.communicate(timeout=30)[1]
+    assert process.returncode == code
+    assert err.splitlines()[-1] == last
+    assert not any(map(is_running, measuring))
+    assert not list(bundle.glob("bench-*"))
+
+
+@pytest.mark.parametrize("verb", ["pretrain", "run", "bench"])
+def test_interrupted_training_says_how_to_go_on_and_nothing_else_does(edgecl, monkeypatch, verb):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("edgecl.recipe.read_recipe", interrupted)
+    monkeypatch.setattr("edgecl.deploy.bench.bench", interrupted)
+    code, _, err = edgecl(verb, "x")
+    assert code == 130
+    hint = "; pretrain and run go on from their checkpoint with --resume" if verb != "bench" else ""
+    assert err == f"edgecl: interrupted{hint}\n"

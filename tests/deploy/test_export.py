@@ -189,7 +189,7 @@ def classifier(tmp_path_factory, carved_model):
     from edgecl.evaluate.finetune import finetune
 
     root = tmp_path_factory.mktemp("classifier")
-    folder = write_folder(root / "pictures", per_class=60)
+    folder = write_folder(root / "pictures", per_class=340)
     finetune(carved_model, data=str(folder), out=root / "model", epochs=3, assignments=["lr=0.003"])
     return root / "model", folder
 
@@ -215,7 +215,7 @@ def test_bundle_holds_what_was_asked_for_and_fp32_to_fall_back_on(three):
 def test_every_precision_is_judged_on_the_held_out_images(three, classifier):
     manifest = Bundle(three[0]).read()
     for about in manifest["precisions"].values():
-        assert (about["accuracy"]["metric"], about["accuracy"]["n"]) == ("top1", 36)
+        assert (about["accuracy"]["metric"], about["accuracy"]["n"]) == ("top1", 204)
         assert about["accuracy"]["data"] == f"{classifier[1]} (held out)"
         low, high = about["accuracy"]["ci95"]
         assert low <= about["accuracy"]["value"] <= high
@@ -249,7 +249,7 @@ def test_verdict_says_what_int8_costs_and_how_fast_it_is(three):
     verdict = manifest["precisions"]["int8"]["verdict"]
     assert verdict["method"] in verdict["methods"]
     assert set(verdict["methods"]) == {"minmax", "entropy", "percentile"}
-    assert verdict["calibration_images"] + verdict["holdout_images"] == 144
+    assert (verdict["calibration_images"], verdict["holdout_images"]) == (256, 256)
     assert verdict["speed"]["against"] == "fp16"
     assert verdict["speed"]["ratio"] > 0
     assert verdict["words"].startswith("kept" if verdict["kept"] else "rejected")
@@ -284,11 +284,58 @@ def test_progress_is_told(three):
 def test_too_few_images_to_calibrate_on_are_refused(tmp_path, carved_model):
     with pytest.raises(DataError) as caught:
         export(carved_model, target="jetson", out=tmp_path / "b")
-    assert caught.value.problem == "INT8 needs at least 64 images to calibrate on, there are 48"
+    assert (
+        caught.value.problem
+        == "INT8 needs at least 64 images to calibrate on, there are 48 beside the fifth that is held out"
+    )
     assert caught.value.hint == (
         "name more with --calibration URI, or leave INT8 out, e.g. --precision fp16,fp32"
     )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_too_few_images_for_a_reference_are_refused(tmp_path, carved_model):
+    folder = write_folder(tmp_path / "pictures", per_class=6)
+    with pytest.raises(DataError, match="a bundle needs 16 real images, there are 15 beside the fifth"):
+        export(carved_model, target="ort-cpu", out=tmp_path / "b", calibration=str(folder))
+
+
+def test_images_that_fine_tuning_held_out_are_judged_on(tmp_path, classifier, carved_model):
+    from edgecl.evaluate.finetune import finetune
+
+    test = write_folder(tmp_path / "test", per_class=4)
+    finetune(carved_model, data=str(classifier[1]), test=str(test), out=tmp_path / "m", epochs=1)
+    manifest = export(tmp_path / "m", target="ort-cpu", precisions=["fp32", "fp16"], out=tmp_path / "b")
+    accuracy = manifest["precisions"]["fp32"]["accuracy"]
+    assert (accuracy["data"], accuracy["n"]) == (str(test), 12)
+
+
+def test_few_images_give_no_verdict(tmp_path, classifier):
+    few = write_folder(tmp_path / "few", per_class=5)
+    manifest = export(
+        classifier[0], target="jetson", eval_uri=str(few), precisions=["int8"], out=tmp_path / "b"
+    )
+    assert manifest["precision"] == "fp32"
+    assert manifest["precisions"]["int8"]["verdict"]["words"] == (
+        "not judged: 15 images are too few for a verdict, 200 are needed; name more with --eval URI"
+    )
+
+
+def test_classifier_without_labelled_images_is_not_judged(tmp_path, classifier):
+    other = write_folder(tmp_path / "other", per_class=60, classes={"x": (1, 2, 3), "y": (200, 1, 9)})
+    model = shutil.copytree(classifier[0], tmp_path / "m")
+    record = json.loads((model / "model.json").read_text())
+    write_sealed(model / "model.json", {**record, "data": str(other)})
+    manifest = export(model, target="jetson", precisions=["int8"], out=tmp_path / "b")
+    assert manifest["precisions"]["int8"]["verdict"]["words"].startswith(
+        "not judged: no images labelled with the net's classes"
+    )
+
+
+def test_features_are_not_held_to_which_of_them_is_largest(exported_bundle):
+    manifest = Bundle(exported_bundle).read()
+    assert manifest["classes"] is None
+    assert manifest["precisions"]["fp32"]["tolerance"]["top1_agreement"] == 0
 
 
 def test_precision_the_device_lacks_is_refused(tmp_path, carved_model):
@@ -435,14 +482,17 @@ def test_odd_pictures_will_do_to_compare_on(tmp_path, carved_model):
     Image.fromarray(random.integers(0, 256, (40, 40, 4), dtype=np.uint8), "CMYK").save(odd / "cmyk.jpg")
     Image.fromarray(random.integers(0, 256, (33, 31, 3), dtype=np.uint8)).convert("P").save(odd / "p.bmp")
     Image.new("RGB", (1, 1)).save(odd / "dot.png")
+    for index in range(11):
+        Image.fromarray(random.integers(0, 256, (9, 9 + index), dtype=np.uint8)).save(odd / f"{index}.png")
     found = export(carved_model, target="ort-cpu", out=tmp_path / "b", calibration=str(odd))
-    assert found["ladder"][0]["images"] == 5
+    assert found["ladder"][0]["images"] == 16
     assert found["images_from"] == str(odd)
 
 
 @pytest.mark.usefixtures("quick_onnx")
 def test_broken_picture_among_good_ones_does_not_stop_an_export(tmp_path, carved_model):
-    folder = write_folder(tmp_path / "pictures", per_class=3)
+    folder = write_folder(tmp_path / "pictures", per_class=10)
     (folder / "red" / "000.png").write_bytes(b"")
     found = export(carved_model, target="ort-cpu", out=tmp_path / "b", calibration=str(folder))
-    assert found["ladder"][0]["images"] == 5
+    # Of 30 a fifth is held out; one of the rest is broken.
+    assert found["ladder"][0]["images"] == 23

@@ -32,7 +32,7 @@ def session(path):
 
 
 def test_opset_is_the_targets(static):
-    assert opset_of(static) == 18
+    assert opset_of(static) == 15
 
 
 def test_another_opset_is_written_when_asked_for(dynamic_file):

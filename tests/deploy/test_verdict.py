@@ -168,6 +168,27 @@ def test_rejected_net_is_told_the_way_out():
     assert "for +40 % speed against fp16; `edgecl finetune --quantize int8`" in found["words"]
 
 
+def test_verdict_whose_interval_crosses_the_budget_says_so():
+    net = Net({"conv": 1.2})
+    verdict = net.search(
+        judge(), max_loss_points=net.search(judge())[1]["loss_points"] + 0.1, max_kept_fraction=0
+    )[1]
+    assert "(more images would tell better)" in conclude(verdict, speed=None, higher="fp16")["words"]
+
+
+def test_net_trained_for_int8_is_not_sent_there_again():
+    verdict = verdict_of(Net({f"conv{place}": 2.0 for place in range(10)}), max_kept_fraction=0.0)
+    words = conclude({**verdict, "trained_for_int8": True}, speed=None, higher="fp16")["words"]
+    assert words.endswith("; it was trained for INT8 already")
+
+
+def test_unjudged_net_stays_unjudged_whatever_its_speed():
+    found = conclude(
+        unjudged("no images"), speed={"against": "fp32", "ratio": 2.0, "ci95": None}, higher="fp32"
+    )
+    assert (found["kept"], found["words"]) == (False, "not judged: no images")
+
+
 def test_net_nobody_judged_is_not_kept():
     assert unjudged("no images") == {
         "kept": False,

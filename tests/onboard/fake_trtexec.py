@@ -95,11 +95,15 @@ if "onnx" in options:
         end("FAILED", 1)
     if FAULT == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
+    # The types of the graph, which the name of the file tells, or what the flags allow; both agree here.
+    name = os.path.basename(options["onnx"])
+    kind = "Int8" if "int8" in name else "Half" if "fp16" in name else "Float"
     with open(options["saveEngine"], "wb") as plan:
-        plan.write(b"plan of " + VERSION.encode())
+        plan.write(("plan of %%s in %%s" %% (VERSION, kind)).encode())
     say("I", "Engine built in 1.5 sec.")
     end("PASSED", 0)
-if open(options["loadEngine"], "rb").read() != b"plan of " + VERSION.encode():
+plan = open(options["loadEngine"], "rb").read()
+if not plan.startswith(b"plan of " + VERSION.encode()):  # a byte changed further on goes unnoticed
     say("E", "Error[1]: [stdArchiveReader.cpp::StdArchiveReader::40] Version tag does not match.")
     say("E", "Engine deserialization failed")
     end("FAILED", 1)
@@ -127,13 +131,14 @@ for i in range(count):
 if FAULT != "no times":
     with open(options["exportTimes"], "w") as file:
         file.write(json.dumps(queries)[: -30 if FAULT == "torn times" else None])
-if "exportLayerInfo" in options:
-    half = {"Name": "a", "LayerType": "CaskConvolution", "Inputs": [{"Format/Datatype": "Half"}],
-            "Outputs": [{"Format/Datatype": "Half"}], "Weights": {"Type": "Half", "Count": 9}}
-    single = dict(half, Inputs=[{"Format/Datatype": "Float"}], Outputs=[{"Format/Datatype": "Float"}],
-                  Weights={"Type": "Float", "Count": 9})
+if "exportLayerInfo" in options and FAULT != "no layers":
+    def layer(kind):
+        return {"Name": "a", "LayerType": "CaskConvolution", "Inputs": [{"Format/Datatype": kind}],
+                "Outputs": [{"Format/Datatype": kind}], "Weights": {"Type": kind, "Count": 9}}
+    kind = {"only float": "Float", "only half": "Half"}.get(FAULT, plan.decode().rpartition(" ")[2])
+    layers = [layer(kind), layer(kind), layer("Half" if FAULT == "only half" else "Float")]
     with open(options["exportLayerInfo"], "w") as file:
-        json.dump({"Layers": [half, half, single], "Bindings": []}, file)
+        json.dump({"Layers": ["a", "b"] if FAULT == "only names" else layers, "Bindings": []}, file)
 if FAULT != "silent":
     say("I", "Warmup completed 73 queries over 2000 ms")
     say("I", "Timing trace has %%d queries over %%g s" %% (count, seconds))

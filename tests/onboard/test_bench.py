@@ -10,7 +10,7 @@ import pytest
 
 import edgecl.onboard.bench
 from edgecl.onboard import clock, trtexec
-from edgecl.onboard.bench import bench
+from edgecl.onboard.bench import _marks_of_conditions, bench
 from edgecl.onboard.errors import BundleError, DeviceError
 from edgecl.onboard.power import PowerMeter
 from edgecl.onboard.runners.ort import OrtRunner
@@ -61,7 +61,9 @@ def test_record_is_json_and_begins_with_its_conditions(measured):
     assert record["device"]["temperatures_c"]["after"] is not None
     assert record["command"].split()
     assert record["throttle"]["looks"] >= 30
-    assert record["marks"] == record["throttle"]["marks"]
+    throttled = record["throttle"]["marks"]
+    assert record["marks"][: len(throttled)] == throttled
+    assert all(mark.startswith("busy: a load of ") for mark in record["marks"][len(throttled) :])
 
 
 def test_every_precision_has_its_measurement(measured):
@@ -160,10 +162,22 @@ def test_throttling_marks_the_session(tmp_path, monkeypatch):
     monkeypatch.setattr("edgecl.onboard.runners.ort.OrtRunner", Counting)
     record = bench(make_bundle(tmp_path / "b"), duration_s=0.05, threads=1, power=False)
     assert runs
-    assert record["marks"] == [
+    assert record["marks"][:2] == [
         "throttled: oc2 (average over-current) counted 4",
         "throttled: cooling device cpu-throttle-alert (cooling_device0) at state 1",
     ]
+
+
+def test_conditions_that_cast_doubt_are_marked():
+    device = {"load_1m": 4.9, "cores": 2, "versions": {"tensorrt": "8.5.2"}}
+    manifest = {"runtime": "tensorrt", "target": {"versions": ">=10.3,<10.8"}}
+    assert _marks_of_conditions(device, manifest, "tensorrt", 3) == [
+        "busy: a load of 4.9 on 2 cores before the run",
+        "3 threads on 2 cores",
+        "tensorrt 8.5.2, and the target is for >=10.3,<10.8",
+    ]
+    fine = {"load_1m": 0.5, "cores": 2, "versions": {"tensorrt": "10.3.0.26"}}
+    assert _marks_of_conditions(fine, manifest, "tensorrt", 2) == []
 
 
 class Scripted:
@@ -210,7 +224,7 @@ def test_a_net_that_never_settles_and_slows_down_is_marked(tmp_path, monkeypatch
     measurement = record["measurements"][0]
     assert measurement["steady"] is False
     assert measurement["drift"] > 1.03
-    assert measurement["marks"] == ["unsteady", "drift"]
+    assert measurement["marks"] == ["unsteady", "noisy", "drift"]
     assert measurement["engine"] == {"sha256": "e"}
     assert Scripted.closed == closed + 1
 

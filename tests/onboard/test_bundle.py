@@ -111,3 +111,122 @@ def test_an_edited_manifest_is_found(bundle):
     (bundle / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(BundleError, match=r"'manifest\.json' does not match the hash of its own content"):
         check(bundle)
+
+
+REMOVED = object()
+
+
+def reseal(bundle, place, value):
+    """Put a value into the manifest, or take one out, and seal it again: its hash is right, its form is not."""
+    manifest = read_manifest(bundle)
+    *outer, last = place
+    inside = manifest
+    for key in outer:
+        inside = inside[key]
+    if value is REMOVED:
+        del inside[last]
+    else:
+        inside[last] = value
+    write_manifest(bundle, manifest)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "problem"),
+    [
+        (["schema"], "1", "'schema' is '1', expected a whole number"),
+        (["schema"], True, "'schema' is true, expected a whole number"),
+        (["schema"], REMOVED, "'schema' is missing, expected a whole number"),
+        (["runtime"], 7, "'runtime' is 7, expected the name of a runtime"),
+        (["precision"], "int8", "'precision' is 'int8', expected one of its precisions, fp16, fp32"),
+        (["precision"], ["fp16"], """'precision' is ["fp16"], expected one of its precisions, fp16, fp32"""),
+        (["precisions"], ["fp32"], """'precisions' is ["fp32"], expected an object of precisions"""),
+        (["precisions"], {}, "'precisions' is {}, expected an object of precisions"),
+        (
+            ["precisions", "../../evil"],
+            {},
+            "'precisions' is '../../evil', expected names out of fp32, fp16, int8",
+        ),
+        (["precisions", "fp32"], "model.onnx", "'precisions.fp32' is 'model.onnx', expected an object"),
+        (["precisions", "fp32", "model"], ["m"], """'precisions.fp32.model' is ["m"], expected a text"""),
+        (["precisions", "fp32", "form"], None, "'precisions.fp32.form' is missing, expected a text"),
+        (
+            ["precisions", "fp16", "tolerance"],
+            {},
+            "'precisions.fp16.tolerance.max_relative_difference' is missing, expected a number",
+        ),
+        (["precisions", "fp16", "tolerance"], 0.5, "'precisions.fp16.tolerance' is 0.5, expected an object"),
+        (
+            ["precisions", "fp16", "tolerance", "top1_agreement"],
+            "0.9",
+            "'precisions.fp16.tolerance.top1_agreement' is '0.9', expected a number",
+        ),
+        (
+            ["precisions", "fp16", "tolerance", "max_relative_difference"],
+            float("inf"),
+            "'precisions.fp16.tolerance.max_relative_difference' is Infinity, expected a number",
+        ),
+        (
+            ["precisions", "fp32", "tolerance", "mean_cosine"],
+            None,
+            "'precisions.fp32.tolerance.mean_cosine' is missing, expected a number",
+        ),
+        (
+            ["precisions", "fp32", "engines"],
+            ["e"],
+            """'precisions.fp32.engines' is ["e"], expected an object of objects""",
+        ),
+        (["input"], [1, 3, 8, 8], "'input' is [1, 3, 8, 8], expected an object"),
+        (
+            ["input", "shape"],
+            REMOVED,
+            "'input.shape' is missing, expected [batch, channels, height, width], whole numbers from 1",
+        ),
+        (
+            ["input", "shape"],
+            [1, 3, "8", 8],
+            """'input.shape' is [1, 3, "8", 8], expected [batch, channels, height, width], whole numbers from 1""",
+        ),
+        (
+            ["input", "shape"],
+            [0, 3, 8, 8],
+            "'input.shape' is [0, 3, 8, 8], expected [batch, channels, height, width], whole numbers from 1",
+        ),
+        (["input", "name"], 1, "'input.name' is 1, expected a text"),
+        (["input", "dynamic_batch"], REMOVED, "'input.dynamic_batch' is missing, expected true or false"),
+        (["input", "max_batch"], 0, "'input.max_batch' is 0, expected a whole number from 1"),
+        (["output", "shape"], [1], "'output.shape' is [1], expected [batch, features], whole numbers from 1"),
+        (["files"], ["model.onnx"], """'files' is ["model.onnx"], expected an object of names and hashes"""),
+        (["files", "model.onnx"], None, "'files.model.onnx' is missing, expected a hash"),
+        (["files", "a\0b"], "0", "'files' is 'a\\x00b', expected names of files"),
+        (["target"], "ort-cpu", "'target' is 'ort-cpu', expected an object"),
+        (["target", "runtime"], REMOVED, "'target.runtime' is missing, expected the name of a runtime"),
+        (["target", "build"], [], "'target.build' is [], expected an object"),
+    ],
+)
+def test_a_sealed_manifest_of_another_form_is_refused_with_key_found_and_expected(
+    bundle, place, value, problem
+):
+    reseal(bundle, place, value)
+    with pytest.raises(BundleError) as caught:
+        verify(bundle)
+    assert caught.value.problem == f"'{bundle / 'manifest.json'}': {problem}"
+    assert caught.value.hint == "export the bundle again"
+
+
+@pytest.mark.parametrize("depth", [60, 200_000])
+def test_a_manifest_nested_without_end_is_refused(bundle, depth):
+    path = bundle / "manifest.json"
+    path.write_text(
+        path.read_text().replace('"made_from": null', '"made_from": ' + "[" * depth + "]" * depth)
+    )
+    with pytest.raises(
+        BundleError, match=r"manifest\.json' is nested more than 50 deep, which no bundle is$"
+    ):
+        verify(bundle)
+
+
+def test_what_is_found_is_told_in_short(bundle):
+    reseal(bundle, ["precisions"], ["x" * 500])
+    with pytest.raises(BundleError) as caught:
+        verify(bundle)
+    assert len(caught.value.problem) < len(str(bundle)) + 200

@@ -2,15 +2,17 @@
 
 import ast
 import json
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 import edgecl.onboard
+from edgecl.deploy.onboard_zip import write_onboard
 from edgecl.onboard.__main__ import main
 
-from .tiny_bundle import flip_byte, make_bundle
+from .tiny_bundle import flip_byte, make_bundle, read_manifest, write_manifest
 
 ONBOARD = Path(edgecl.onboard.__file__).parent
 FILES = sorted(ONBOARD.rglob("*.py"))
@@ -94,9 +96,30 @@ def test_out_takes_an_error_too(bundle, tmp_path):
     assert json.loads((tmp_path / "record.json").read_text())["error"]["name"] == "bundle"
 
 
-def test_out_that_cannot_be_written_is_told(bundle, tmp_path, capsys):
-    assert main(["verify", str(bundle), "--out", str(tmp_path / "nowhere/record.json")]) == 1
-    assert "nowhere/record.json': No such file or directory" in capsys.readouterr().err
+@pytest.mark.parametrize("verb", ["doctor", "verify", "bench"])
+def test_out_that_cannot_be_written_is_told_before_anything_runs(bundle, tmp_path, capsys, verb):
+    flip_byte(bundle / "model.onnx")  # would be told, were the bundle looked at
+    assert main([verb, str(bundle), "--out", str(tmp_path / "nowhere/record.json")]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err == (
+        f"edgecl: cannot write '{tmp_path}/nowhere/record.json': there is no folder '{tmp_path}/nowhere'\n"
+    )
+    assert main([verb, str(bundle), "--out", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == f"edgecl: cannot write '{tmp_path}': it is a folder\n"
+
+
+@pytest.mark.parametrize("verb", ["verify", "bench", "build"])
+def test_a_sealed_manifest_of_another_form_is_a_named_error(bundle, capsys, verb):
+    write_manifest(bundle, {**read_manifest(bundle), "precisions": ["fp32"]})
+    assert main([verb, str(bundle)]) == 1
+    printed = capsys.readouterr()
+    error = json.loads(printed.out)["error"]
+    assert (error["name"], error["hint"]) == ("bundle", "export the bundle again")
+    assert error["problem"].endswith(
+        """manifest.json': 'precisions' is ["fp32"], expected an object of precisions"""
+    )
+    assert printed.err == f"edgecl: {error['problem']}\n  hint: export the bundle again\n"
 
 
 def test_precisions_and_runtime_are_passed_on(tmp_path, capsys):
@@ -132,6 +155,45 @@ def test_doctor_takes_a_target_as_json(tmp_path, capsys):
     assert "is not a target as JSON" in json.loads(capsys.readouterr().out)["error"]["problem"]
 
 
+def test_doctor_tells_its_checks_in_words_on_stderr(tmp_path, capsys):
+    file = tmp_path / "target.json"
+    file.write_text('{"runtime": "onnxruntime", "versions": ">=99"}')
+    assert main(["doctor", "--target", str(file)]) == 1
+    printed = capsys.readouterr()
+    record = json.loads(printed.out)
+    lines = printed.err.splitlines()
+    assert lines[0].startswith(record["device"]["name"])
+    words = [line.split() for line in lines[1:]]
+    for check in record["checks"]:
+        status = {"ok": "ok", "warn": "warn", "fail": "FAIL"}[check["status"]]
+        at = words.index([status, *check["name"].split(), *check["found"].split()])
+        if check["fix"]:
+            assert lines[at + 2].startswith("        ")
+            assert lines[at + 2].lstrip() == f"-> {check['fix']}"
+    fixes = sum(bool(check["fix"]) for check in record["checks"])
+    assert len(lines) == 1 + len(record["checks"]) + fixes
+
+
+def test_doctor_with_a_target_leaves_the_bundle_it_lies_in_alone(bundle, tmp_path):
+    write_onboard(bundle / "onboard.pyz")
+    file = tmp_path / "target.json"
+    file.write_text('{"runtime": "onnxruntime", "versions": ">=99"}')
+
+    def names(*words):
+        done = subprocess.run(
+            [sys.executable, bundle / "onboard.pyz", "doctor", *words],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return {check["name"]: check["found"] for check in json.loads(done.stdout)["checks"]}
+
+    assert "bundle" in names()
+    found = names("--target", file)
+    assert "bundle" not in found
+    assert found["onnxruntime"].endswith("; the target is for >=99")
+
+
 def test_remote_is_not_for_people(capsys):
     assert main(["remote", "please"]) == 2
     assert capsys.readouterr().err == "edgecl: `remote` is for `edgecl --host` only\n"
@@ -146,6 +208,7 @@ def test_remote_is_not_for_people(capsys):
         ["bench", "b", "--threads", "x"],
         ["verify", "b", "--precision", "fp64"],
         ["verify", "b", "--runtime", "caffe"],
+        ["verify", "b", "--runtime", "trtexec"],
     ],
 )
 def test_wrong_usage_exits_2(arguments, capsys):
@@ -153,3 +216,12 @@ def test_wrong_usage_exits_2(arguments, capsys):
         main(arguments)
     assert caught.value.code == 2
     assert "usage:" in capsys.readouterr().err
+
+
+def test_trtexec_is_offered_where_it_can_do_the_work(bundle, capsys):
+    assert main(["bench", str(bundle), "--runtime", "trtexec"]) == 1
+    problem = json.loads(capsys.readouterr().out)["error"]["problem"]
+    assert problem == "trtexec measures bundles for 'tensorrt', this one is for 'onnxruntime'"
+    with pytest.raises(SystemExit):
+        main(["verify", str(bundle), "--runtime", "trtexec"])
+    assert "invalid choice: 'trtexec'" in capsys.readouterr().err

@@ -435,9 +435,102 @@ def test_an_engine_that_no_longer_loads_is_built_again(tmp_path, bundle):
     program = make_trtexec(tmp_path / "bin", "10.3.0")
     plan = bundle / measure(bundle, program, modes=MODES[:1])["describe"]["engine"]["file"]
     plan.write_bytes(b"of another driver")
+    plan.with_suffix(".json").write_text(
+        json.dumps({"sha256": hashlib.sha256(plan.read_bytes()).hexdigest()})
+    )
     record = measure(bundle, program, modes=MODES[:1])
-    assert plan.read_bytes() == b"plan of 10.3.0"
+    assert plan.read_bytes() == b"plan of 10.3.0 in Half"
     assert record["describe"]["engine"]["build_s"] > 0
+    assert len([call for call in calls(program) if call[0].startswith("--loadEngine")]) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("plan", "the file changed since it was built"),
+        ("no record", "its record is missing or damaged"),
+        ("torn record", "its record is missing or damaged"),
+    ],
+)
+def test_a_kept_engine_that_changed_is_built_again(tmp_path, bundle, change, words):
+    program = make_trtexec(tmp_path / "bin", "10.3.0")
+    engine = measure(bundle, program, modes=MODES[:1])["describe"]["engine"]
+    plan = bundle / engine["file"]
+    record = plan.with_suffix(".json")
+    assert json.loads(record.read_text())["sha256"] == engine["sha256"]
+    if change == "plan":
+        content = bytearray(plan.read_bytes())
+        content[-1] ^= 1  # where trtexec itself does not see it
+        plan.write_bytes(bytes(content))
+    elif change == "no record":
+        record.unlink()
+    else:
+        record.write_text(record.read_text()[:-9])
+    said = []
+    again = measure(bundle, program, modes=MODES[:1], report=said.append)["describe"]["engine"]
+    assert said[0] == f"building '{plan.name}' again: {words}"
+    assert again["build_s"] > 0
+    assert again["sha256"] == engine["sha256"] == hashlib.sha256(plan.read_bytes()).hexdigest()
+    assert json.loads(record.read_text())["sha256"] == engine["sha256"]
+
+
+@pytest.mark.parametrize(
+    ("precision", "fault", "seen"),
+    [
+        ("fp16", "only float", "fp32 100 %"),
+        ("int8", "only float", "fp32 100 %"),
+        ("int8", "only half", "fp16 100 %"),
+    ],
+)
+@pytest.mark.parametrize("kept", [False, True], ids=["built", "kept"])
+def test_an_engine_in_another_precision_is_refused_and_deleted(
+    tmp_path, bundle, precision, fault, seen, kept
+):
+    before = sorted(path.name for path in bundle.iterdir())
+    if kept:  # by an edgecl that did not look
+        measure(bundle, make_trtexec(tmp_path / "bin", "10.3.0"), precision=precision, modes=MODES[:1])
+    program = make_trtexec(tmp_path / "bin", "10.3.0", fault=fault)
+    with pytest.raises(DeviceError) as caught:
+        measure(bundle, program, precision=precision)
+    assert caught.value.problem == (
+        f"asked for {precision} and not delivered: trtexec 10.3.0 computes 0 % of the convolutions and matrix "
+        f"products in it, the graph asks for 100 % ({seen})"
+    )
+    assert sorted(path.name for path in bundle.iterdir()) == before
+    assert calls(program)[-1][0].startswith("--loadEngine")  # in the first mode: the others are not run
+    assert len(calls(program)) == (5 if kept else 3)
+
+
+def test_int8_is_held_to_the_nodes_that_are_not_left_wider(tmp_path, bundle):
+    manifest = manifest_of()
+    program = make_trtexec(tmp_path / "bin", "10.3.0")
+    text = program.read_text()
+    program.write_text(text.replace("layers = [layer(kind),", 'layers = 5 * [layer("Half")] + [layer(kind),'))
+    assert program.read_text() != text  # now 2 of 8 are int8
+    measure(bundle, program, manifest, precision="int8", modes=MODES[:1])
+    program.write_text(text.replace("layers = [layer(kind),", 'layers = 7 * [layer("Half")] + [layer(kind),'))
+    with pytest.raises(DeviceError, match=r"computes 20 % of .* asks for 100 % \("):
+        measure(bundle, program, manifest, precision="int8", modes=MODES[:1])
+    manifest["precisions"]["int8"]["verdict"] = {"kept_nodes": ["a", "b"], "candidates": 4}
+    measure(bundle, program, manifest, precision="int8", modes=MODES[:1])
+
+
+def test_fp32_is_what_any_engine_delivers(tmp_path, bundle):
+    record = measure(bundle, make_trtexec(tmp_path / "bin", "10.3.0"), precision="fp32", modes=MODES[:1])
+    assert record["describe"]["engine"]["precision_checked"] is True
+    assert record["describe"]["engine"]["layers"] == {"fp32": 3}
+    assert record["modes"][MODES[0]]["marks"] == []
+
+
+@pytest.mark.parametrize(("fault", "layers"), [("only names", {"unknown": 2}), ("no layers", None)])
+def test_layers_that_do_not_tell_their_precision_are_marked(tmp_path, bundle, fault, layers):
+    program = make_trtexec(tmp_path / "bin", "10.3.0", fault=fault)
+    said = []
+    record = measure(bundle, program, modes=(MODES[0], MODES[2]), report=said.append)
+    assert record["describe"]["engine"]["precision_checked"] is False
+    assert record["describe"]["engine"]["layers"] == layers
+    assert [about["marks"] for about in record["modes"].values()] == [["precision not checked"]] * 2
+    assert said[-1] == "fp16: the engine does not tell the precision of its layers"
 
 
 def test_another_precision_takes_its_own_file(tmp_path, bundle):
@@ -594,9 +687,11 @@ def test_script_runs_the_commands_of_the_version_that_is_there(
     assert ran[1] == build_command(version, net, plan)[1:]
     for mode, call in zip(MODES, ran[2:], strict=True):
         times = next(word for word in call if word.startswith("--exportTimes="))[len("--exportTimes=") :]
-        assert call == bench_command(version, net, plan, mode=mode, times=times)[1:]
+        layers = f"engine-{precision}-trtexec.layers.json"
+        assert call == bench_command(version, net, plan, mode=mode, times=times, layers=layers)[1:]
+        assert len(json.loads((bundle / layers).read_text())["Layers"]) == 3
         assert len(trtexec.read_times(bundle / times)["compute"]) == 1024
-    assert len({call[-1] for call in ran[2:]}) == 4
+    assert len({tuple(call) for call in ran[2:]}) == len(list(bundle.glob("*.times-*.json"))) == 4
 
 
 def test_script_of_one_version_has_one_branch():
@@ -604,10 +699,49 @@ def test_script_of_one_version_has_one_branch():
     assert trtexec.script(manifest_of(">=10.0,<12")).count("--saveEngine") == 9
 
 
-def test_script_refuses_an_older_version_and_an_unknown_precision(tmp_path, bundle):
-    done = run_script(bundle, manifest_of(), make_trtexec(tmp_path / "a", "8.2.1"))
-    assert done.returncode == 1
-    assert "this bundle is for TensorRT >=10.3,<10.8;" in done.stderr
+@pytest.mark.parametrize(
+    ("version", "versions", "word"),
+    [
+        ("8.2.1", ">=10.3,<10.8", "older"),
+        ("10.13.3", ">=10.3,<10.8", "newer"),
+        ("11.1.0", ">=10.3,<10.8", "newer"),
+        ("11.1.0", ">=10.13,<=10", "newer"),
+        ("10.13.3", "==10.3", "newer"),
+        ("8.6.2", "==10.3", "older"),
+        ("8.2.1", ">8.2.1", "older"),
+        ("8.6.2", ">8.2.1", None),
+        ("10.3.0", "==10.3", None),
+        ("10.13.3", ">=10.3,<=10.13", None),
+        ("10.13.3", ">=10.3,<=10.13.2", "newer"),
+        ("10.13.3", "<11", None),
+        ("11.1.0", "<11", "newer"),
+    ],
+)
+def test_script_refuses_a_version_outside_the_range_at_either_end(tmp_path, bundle, version, versions, word):
+    program = make_trtexec(tmp_path / "bin", version)
+    done = run_script(bundle, manifest_of(versions), program)
+    assert is_within(version, versions) is (word is None)
+    if word is None:
+        assert done.returncode == 0, done.stdout + done.stderr
+        return
+    assert (done.returncode, done.stderr) == (
+        1,
+        f"this bundle is for TensorRT {versions}; {program} is {version}, which is {word}: export a bundle for it\n",
+    )
+    assert calls(program) == [["--help"]]
+
+
+def test_script_reads_a_version_that_is_written_with_dots(tmp_path, bundle):
+    program = make_trtexec(tmp_path / "bin", "11.1.0")
+    text = program.read_text()
+    program.write_text(
+        text.replace('print("&&&& RUNNING', 'BANNER = "[TensorRT v11.1.0.106] [b48]"\nprint("&&&& RUNNING')
+    )
+    assert "is 11.1.0, which is newer" in run_script(bundle, manifest_of(), program).stderr
+    assert run_script(bundle, manifest_of(">=10.13,<12"), program).returncode == 0
+
+
+def test_script_refuses_an_unknown_precision_and_a_missing_trtexec(tmp_path, bundle):
     done = run_script(bundle, manifest_of(), make_trtexec(tmp_path / "b", "10.3.0"), "fp8")
     assert (done.returncode, done.stderr) == (
         2,

@@ -183,3 +183,30 @@ def test_an_edited_tolerance_is_no_way_round_the_check(tmp_path):
     path.write_text(path.read_text().replace("0.001", "0.9"))
     with pytest.raises(BundleError, match=r"'manifest\.json' does not match the hash of its own content"):
         verify(bundle)
+
+
+@pytest.mark.parametrize("kind", ["empty", "bare array"])
+def test_reference_that_is_no_archive_is_refused(tmp_path, kind):
+    bundle = make_bundle(tmp_path / "bundle")
+    (bundle / "reference.npz").write_bytes(b"")
+    if kind == "bare array":
+        with (bundle / "reference.npz").open("wb") as file:
+            np.save(file, np.zeros((2, 3, 8, 8), np.float32))
+    rehash(bundle)
+    with pytest.raises(BundleError, match=r"holds no reference inputs and outputs: it is no archive$"):
+        verify(bundle)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "why"),
+    [
+        (np.full((1, 6), np.nan, np.float32), "some are not finite"),
+        (np.zeros((1, 0), np.float32), "there are none"),
+    ],
+)
+def test_reference_that_no_net_can_be_held_to_is_refused(tmp_path, outputs, why):
+    bundle = make_bundle(tmp_path / "bundle")
+    np.savez(bundle / "reference.npz", inputs=np.zeros((1, 3, 8, 8), np.float32), outputs=outputs)
+    rehash(bundle)
+    with pytest.raises(BundleError, match=f"outputs that no net can be held to: {why}$"):
+        verify(bundle)
