@@ -175,6 +175,8 @@ def test_command_files_import_only_what_is_light_at_the_top(path):
         "contextlib",
         "json",
         "errno",
+        "signal",
+        "types",
         "os",
         "sys",
         "collections",
