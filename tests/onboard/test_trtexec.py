@@ -273,6 +273,57 @@ def test_summary_of_11_1_whose_warning_lies_under_our_threshold():
     assert trtexec.marks_of(log, summary, None) == ["summary only"]
 
 
+# Lines that trtexec printed on other people's machines, as they published them.
+PUBLISHED = {
+    # OE4T/meta-tegra, pull request 952: AGX Xavier.
+    "v8400": (
+        "[03/11/2022-14:57:03] [I] GPU Compute Time: min = 0.375977 ms, max = 0.403564 ms, mean = 0.388221 ms, "
+        "median = 0.388443 ms, percentile(99%) = 0.393188 ms",
+        {"min": 0.375977, "max": 0.403564, "mean": 0.388221, "median": 0.388443, "p99": 0.393188},
+    ),
+    # NVIDIA/TensorRT, issue 4177, of the time of 10.x.
+    "10.x": (
+        "[10/03/2024-10:47:59] [I] GPU Compute Time: min = 5.34595 ms, max = 13.3388 ms, mean = 7.58404 ms, median = "
+        "7.14139 ms, percentile(90%) = 10.2881 ms, percentile(95%) = 10.8175 ms, percentile(99%) = 12.9485 ms",
+        {
+            "min": 5.34595,
+            "max": 13.3388,
+            "mean": 7.58404,
+            "median": 7.14139,
+            "p90": 10.2881,
+            "p95": 10.8175,
+            "p99": 12.9485,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("version", PUBLISHED)
+def test_published_lines_are_read_to_the_last_digit(version):
+    line, expected = PUBLISHED[version]
+    assert trtexec.read_summary(line)["GPU Compute Time"] == expected
+
+
+@pytest.mark.parametrize(
+    ("banner", "version"),
+    [
+        (
+            "&&&& PASSED TensorRT.trtexec [TensorRT v8400] # trtexec --loadEngine=mnist16.trt --batch=16",
+            "8.4.0",
+        ),
+        (
+            "&&&& RUNNING TensorRT.trtexec [TensorRT v100200] # trtexec.exe --loadEngine=FM_P_D_fp16.engine",
+            "10.2.0",
+        ),
+        ("TensorRT.trtexec [TensorRT v110000] [b114]", "11.0.0"),
+        ("TensorRT.trtexec [TensorRT v110100] [b106]", "11.1.0"),
+        ("[03/28/2024-07:10:12] [I] TensorRT version: 8.6.3", "8.6.3"),
+    ],
+)
+def test_published_banners_give_the_version(banner, version):
+    assert trtexec.version_of_banner(banner) == version
+
+
 def test_throughput_with_an_exponent():
     assert trtexec.read_summary("[I] Throughput: 1.29477e+08 qps")["Throughput"] == {"qps": 1.29477e8}
 
