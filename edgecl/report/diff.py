@@ -239,6 +239,9 @@ def _differing(old: Row, new: Row) -> list[dict[str, Any]]:
     a, b = ((row.get("verdict") or {}).get("state") for row in (old, new))
     if a != b:
         found.append({"condition": "verdict", "old": a, "new": b, "breaks_timing": False})
+    a, b = ((row.get("accuracy") or {}).get("data") for row in (old, new))
+    if a and b and a != b:
+        found.append({"condition": "test images", "old": a, "new": b, "breaks_timing": False})
     return found
 
 

@@ -135,6 +135,17 @@ def test_other_version_or_power_mode_is_named_and_compared(make, tmp_path):
     assert record["broken"] == 0
 
 
+def test_accuracies_of_different_pictures_are_named(make, tmp_path):
+    bundles = []
+    for name, data in (("old", "held-out/"), ("new", "train/")):
+        precisions = {"fp32": make.precision("fp32", accuracy={**make.top1(77.0), "data": data})}
+        bundles.append(make.bundle(tmp_path / name, model=None, p50=None, precisions=precisions))
+    record = diff(*bundles, rules=parse_rules("top1<-0.5"))
+    assert record["rows"][0]["differ"] == [
+        {"condition": "test images", "old": "held-out/", "new": "train/", "breaks_timing": False}
+    ]
+
+
 def test_verdict_that_changed_is_named(make, tmp_path):
     old = make.compiled(tmp_path / "old", model=None)
     new = make.compiled(tmp_path / "new", model=None, reject=True)
