@@ -90,8 +90,10 @@ def bench(
         raise DeviceError(
             f"the record is of {', '.join(measured)}, which the bundle does not hold", where=where
         )
+    mode = (record["device"].get("power_mode") or {}).get("name")
     file = directory.bench_file(
-        record["device"]["name"],
+        # The same board in another power mode is another measurement.
+        " ".join(filter(None, [record["device"]["name"], mode])),
         runtime="trtexec" if runtime == "trtexec" else record["runtime"].split()[0],
         precisions=measured,
         threads=record["threads"],

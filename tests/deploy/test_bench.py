@@ -1,6 +1,7 @@
 """The host's `bench`: a real process that measures, and what becomes of one that fails."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -218,6 +219,19 @@ def test_command_prints_one_json_object_and_progress_apart(measured, monkeypatch
     assert done.stderr == "measuring: 1 s\n"
     assert (asked["bundle"], asked["duration_s"], asked["threads"]) == (bundle, 3.0, 2)
     assert (asked["precisions"], asked["runtime"], asked["host"]) == (["fp32", "int8"], "ort", "me@board")
+
+
+def test_another_power_mode_is_another_file(measured, tmp_path, monkeypatch):
+    bundle = shutil.copytree(measured[0], tmp_path / "b")
+    names = set()
+    for mode in ("15W", "MAXN"):
+        device = {**measured[1]["device"], "name": "Jetson Orin Nano", "power_mode": {"id": 0, "name": mode}}
+        record = {**measured[1], "device": device}
+        monkeypatch.setattr("edgecl.deploy.bench.run_here", lambda verb, record=record, **options: record)
+        before = set(bundle.glob("bench-*.json"))
+        bench(bundle)
+        names |= {path.name.split("-onnxruntime")[0] for path in set(bundle.glob("bench-*.json")) - before}
+    assert names == {"bench-jetson-orin-nano-15w", "bench-jetson-orin-nano-maxn"}
 
 
 def test_command_prints_a_row_per_precision_and_mode_with_doubts_in_words(measured, monkeypatch):
