@@ -11,6 +11,7 @@ import os
 # "bit for bit" means something, and nets this small are slower with two.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,6 +21,9 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+
+# A shell that starts pytest in the background has it ignore Ctrl-C, and the processes that tests start with it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 COLOURS = {"blue": (40, 60, 200), "green": (50, 180, 60), "red": (210, 40, 50)}
 
