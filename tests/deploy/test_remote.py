@@ -307,6 +307,10 @@ def test_ctrl_c_ends_the_run_on_the_board(board, bundle):
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=60)
     assert process.returncode == 130
+    for _ in range(100):  # the board's end is told, and takes its moment
+        if not processes_naming(str(run)) and not board.left_of_runs():
+            break
+        time.sleep(0.05)
     assert processes_naming(str(run)) == []
     assert board.left_of_runs() == []
     assert not list(bundle.glob("bench-*"))
