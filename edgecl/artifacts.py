@@ -81,12 +81,11 @@ class ModelDir:
             ArtifactError: not a model directory, or the weights changed since it was written.
         """
         record = read_record(self.record_file, kind=self.KIND)
-        if record.get("sha256") != bundle_names.digest_of_record(record):
-            raise ArtifactError(
-                f"'{self.RECORD}' does not match the hash of its own content",
-                where={"file": self.record_file},
-                hint="the file changed after it was written; carve or fine-tune it again",
-            )
+        check_seal(
+            record,
+            {"file": self.record_file},
+            hint="the file changed after it was written; carve or fine-tune it again",
+        )
         if not self.weights_file.is_file():
             raise ArtifactError("the model's weights are missing", where={"file": self.weights_file})
         found = sha256_of_file(self.weights_file)
@@ -137,12 +136,9 @@ class Bundle:
             ArtifactError: not a bundle, or the manifest changed since it was written.
         """
         record = read_record(self.record_file, kind=self.KIND)
-        if record.get("sha256") != bundle_names.digest_of_record(record):
-            raise ArtifactError(
-                f"'{self.RECORD}' does not match the hash of its own content",
-                where={"file": self.record_file},
-                hint="the file changed after export; export the bundle again",
-            )
+        check_seal(
+            record, {"file": self.record_file}, hint="the file changed after export; export the bundle again"
+        )
         return record
 
 
@@ -263,6 +259,17 @@ _HOW_TO_MAKE = {
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON file so that a reader sees the old one or the new one, never a part."""
     write_bytes(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
+
+
+def check_seal(record: dict[str, Any], where: dict[str, object], *, hint: str) -> None:
+    """Hold a record that `write_sealed` wrote to its own hash.
+
+    Raises:
+        ArtifactError: it changed since.
+    """
+    if record.get("sha256") != bundle_names.digest_of_record(record):
+        name = {ModelDir.KIND: ModelDir.RECORD, Bundle.KIND: Bundle.RECORD}[record["kind"]]
+        raise ArtifactError(f"'{name}' does not match the hash of its own content", where=where, hint=hint)
 
 
 def write_sealed(path: Path, record: dict[str, Any]) -> dict[str, Any]:

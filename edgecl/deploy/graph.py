@@ -400,14 +400,22 @@ def _assemble(
     del rewritten.opset_import[:]
     rewritten.opset_import.append(helper.make_opsetid("", opset))
     rewritten.ir_version = IR_VERSIONS[opset]
+    return with_shapes(
+        rewritten,
+        problem=f"the graph does not hold in opset {opset}",
+        hint=f"set [graph] opset of the target to {opset_of(model)}, and report the net",
+    )
+
+
+def with_shapes(model: onnx.ModelProto, *, problem: str, hint: str) -> onnx.ModelProto:
+    """Return a model with the type and shape of every tensor, which passes onnx's full check.
+
+    Raises:
+        ParityError: it does not; the problem, with onnx's first line on it.
+    """
     try:
-        rewritten = onnx.shape_inference.infer_shapes(
-            rewritten, check_type=True, strict_mode=True, data_prop=True
-        )
-        onnx.checker.check_model(rewritten, full_check=True)
+        inferred = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
+        onnx.checker.check_model(inferred, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as complaint:
-        raise ParityError(
-            f"the graph does not hold in opset {opset}: {str(complaint).strip().splitlines()[0]}",
-            hint=f"set [graph] opset of the target to {opset_of(model)}, and report the net",
-        ) from complaint
-    return rewritten
+        raise ParityError(f"{problem}: {str(complaint).strip().splitlines()[0]}", hint=hint) from complaint
+    return inferred

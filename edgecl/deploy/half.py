@@ -10,8 +10,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from edgecl.deploy.graph import Names, name_nodes, opset_of
-from edgecl.errors import ParityError, ShapeError
+from edgecl.deploy.graph import Names, name_nodes, opset_of, with_shapes
+from edgecl.errors import ShapeError
 
 # Images at a time where any batch is taken; all intermediate tensors of a batch are in memory at once.
 _BATCH = 4
@@ -56,16 +56,11 @@ def half(
         if beyond.intersection((*node.input, *node.output)) or _fp32_only(node, converted)
     ]
     _convert(converted, set(kept))
-    try:
-        converted = onnx.shape_inference.infer_shapes(
-            converted, check_type=True, strict_mode=True, data_prop=True
-        )
-        onnx.checker.check_model(converted, full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as complaint:
-        raise ParityError(
-            f"the net does not hold in float16: {str(complaint).strip().splitlines()[0]}",
-            hint="leave fp16 out of the target's precisions, and report the net",
-        ) from complaint
+    converted = with_shapes(
+        converted,
+        problem="the net does not hold in float16",
+        hint="leave fp16 out of the target's precisions, and report the net",
+    )
     largest = max((peak for peak in peaks.values() if np.isfinite(peak)), default=0.0)
     return converted, {"largest": largest, "kept_fp32": kept}
 

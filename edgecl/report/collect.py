@@ -12,10 +12,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from edgecl.artifacts import KINDS, SCHEMA, Bundle, ModelDir, PipelineDir, RunDir, kind_of, read_record
+from edgecl.artifacts import (
+    KINDS,
+    SCHEMA,
+    Bundle,
+    ModelDir,
+    PipelineDir,
+    RunDir,
+    check_seal,
+    kind_of,
+    read_record,
+)
 from edgecl.errors import ArtifactError
 from edgecl.onboard import bundle as bundle_names
-from edgecl.onboard.bundle import digest_of_record, sha256_of_file
+from edgecl.onboard.bundle import sha256_of_file
 from edgecl.report.notation import counted, finite, printable
 
 Record = dict[str, Any]
@@ -154,10 +164,10 @@ def _inside(path: Path, notes: list[str]) -> Iterator[Source]:
 def _read(kind: str, path: Path, notes: list[str]) -> Source:
     record_file = {"run": RunDir.RECORD, "model": ModelDir.RECORD, "bundle": Bundle.RECORD}[kind]
     record = read_record(path / record_file, kind=kind)
-    if kind in ("model", "bundle") and record.get("sha256") not in (None, digest_of_record(record)):
-        raise ArtifactError(
-            f"'{record_file}' does not match the hash of its own content",
-            where={"directory": path},
+    if kind in ("model", "bundle") and record.get("sha256") is not None:
+        check_seal(
+            record,
+            {"directory": path},
             hint="the file changed after it was written; make the directory again",
         )
     source = Source(kind, path, record, sha256_of_file(path / record_file))
