@@ -21,7 +21,7 @@ from .reference import read_reference
 from .runners import Runner, full_name, open_runner
 from .statistics import drift, ratio_interval, summarise
 from .throttle import ThrottleWatch
-from .trtexec_flags import is_within
+from .versions import version_fits
 
 # Median of the last quarter of the samples over that of the first, above which the device slowed down.
 DRIFT = 1.03
@@ -166,7 +166,7 @@ def _marks_of_conditions(
         marks.append("%d threads on %d cores" % (threads, cores))
     versions = manifest.get("target", {}).get("versions", "")
     version = device["versions"].get(runtime)
-    if version and runtime == manifest["runtime"] and not is_within(version, versions):
+    if version and runtime == manifest["runtime"] and not version_fits(version, versions):
         marks.append("%s %s, and the target is for %s" % (runtime, version, versions))
     return marks
 

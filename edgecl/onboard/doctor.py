@@ -2,19 +2,19 @@
 
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple, Union
+from typing import Any, Dict, List, Optional, Union
 
 from .bundle import check_files, read_manifest
 from .conditions import Check, check, check_conditions, check_memory
 from .devices import DEVICES
 from .errors import OnboardError
 from .passport import read_passport
+from .versions import version_fits
 
 RUNTIMES = ("onnxruntime", "openvino", "tensorrt", "tensorrt_rtx")
 OLDEST_PYTHON = (3, 6)
@@ -86,31 +86,6 @@ def doctor(
     checks.append(_check_rails(root, jetson=kind is not None))
     done = [one for one in checks if one]
     return {"ok": all(one["status"] != "fail" for one in done), "device": passport, "checks": done}
-
-
-def version_fits(version: str, specifiers: str) -> bool:
-    """Return whether a version such as '10.3.0.26' lies within specifiers such as '>=10.3,<10.8'.
-
-    Numbers are compared as numbers, and no further than the specifier goes: 10.3.0 is '==10.3' and '<=10.3'.
-    """
-    numbers = _numbers(version)
-    for operator, bound in re.findall(r"(>=|<=|==|<|>)\s*(\d+(?:\.\d+)*)", specifiers):
-        limit = _numbers(bound)
-        seen = (numbers + (0,) * len(limit))[: len(limit)]
-        if not {
-            ">=": seen >= limit,
-            "<=": seen <= limit,
-            "==": seen == limit,
-            "<": seen < limit,
-            ">": seen > limit,
-        }[operator]:
-            return False
-    return True
-
-
-def _numbers(version: str) -> Tuple[int, ...]:
-    begin = re.match(r"\d+(?:\.\d+)*", version)
-    return tuple(int(part) for part in begin.group(0).split(".")) if begin else ()
 
 
 def _check_python() -> Check:

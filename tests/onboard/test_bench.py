@@ -178,6 +178,9 @@ def test_conditions_that_cast_doubt_are_marked():
     ]
     fine = {"load_1m": 0.5, "cores": 2, "versions": {"tensorrt": "10.3.0.26"}}
     assert _marks_of_conditions(fine, manifest, "tensorrt", 2) == []
+    # Measured is measured: a vendor's suffix must not lose a record.
+    odd = {**fine, "versions": {"tensorrt": "10.3.0rc1+jp6"}}
+    assert _marks_of_conditions(odd, manifest, "tensorrt", 2) == []
 
 
 class Scripted:
