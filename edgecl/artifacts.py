@@ -22,6 +22,7 @@ from edgecl import __version__
 from edgecl.errors import ArtifactError, EdgeclError
 from edgecl.onboard import bundle as bundle_names
 from edgecl.onboard.bundle import sha256_of_file
+from edgecl.redaction import record_without_secrets, without_secrets
 
 SCHEMA = bundle_names.SCHEMA
 MADE_BY = f"edgecl {__version__}"
@@ -47,9 +48,9 @@ class RunDir:
         self.views_file = self.path / "views.png"
         self.checkpoints = self.path / "checkpoints"
 
-    def checkpoint_file(self, epoch: int) -> Path:
-        """Return the directory of the checkpoint after so many epochs."""
-        return self.checkpoints / f"epoch-{epoch:05d}"
+    def checkpoint_file(self, step: int) -> Path:
+        """Return the directory of the checkpoint after so many steps."""
+        return self.checkpoints / f"step-{step:09d}"
 
     def read(self) -> dict[str, Any]:
         """Return the run's record.
@@ -212,7 +213,7 @@ def command_line() -> str:
     import shlex
 
     return (
-        shlex.join(["edgecl", *sys.argv[1:]])
+        shlex.join(["edgecl", *map(without_secrets, sys.argv[1:])])
         if Path(sys.argv[0]).stem in ("edgecl", "__main__")
         else "python"
     )
@@ -257,8 +258,9 @@ _HOW_TO_MAKE = {
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file so that a reader sees the old one or the new one, never a part."""
-    write_bytes(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
+    """Write a JSON file, without secrets, so that a reader sees the old one or the new one, never a part."""
+    tidy = record_without_secrets(content)
+    write_bytes(path, (json.dumps(tidy, indent=2, allow_nan=False) + "\n").encode())
 
 
 def check_seal(record: dict[str, Any], where: dict[str, object], *, hint: str) -> None:
@@ -274,6 +276,7 @@ def check_seal(record: dict[str, Any], where: dict[str, object], *, hint: str) -
 
 def write_sealed(path: Path, record: dict[str, Any]) -> dict[str, Any]:
     """Write a record with the hash of its own content, and return it so."""
+    record = record_without_secrets(record)
     sealed = {**record, "sha256": bundle_names.digest_of_record(record)}
     write_json(path, sealed)
     return sealed

@@ -10,6 +10,7 @@ EdgeclError                 exit 1: a problem, where it is, and what to do next
 ├── TrainingError           a run that must not go on
 │   ├── CollapseError       the embedding lost its dimensions
 │   └── NonFiniteError      a loss that is not a number
+├── ProcessError            another process of the run that is gone or silent
 ├── ParityError             two forms of one net that disagree
 └── DeviceError             a device or runtime that is not there
 """
@@ -77,6 +78,18 @@ class CollapseError(TrainingError):
 
 class NonFiniteError(TrainingError):
     """A loss that is not a number."""
+
+
+class ProcessError(EdgeclError):
+    """Another process of the run that is gone, or does not answer."""
+
+
+class Preempted(Exception):  # noqa: N818 - an end that was asked for, not an error
+    """A run that was asked to end (SIGTERM) and has saved where it is; exit 0.
+
+    Args:
+        text: where it is, and the command that goes on from there.
+    """
 
 
 class ParityError(EdgeclError):

@@ -1,10 +1,15 @@
-"""Progress on stderr: a bar with rate and time left on a terminal, a plain line now and then elsewhere."""
+"""Progress on stderr: a bar with rate and time left on a terminal, a plain line now and then elsewhere.
+
+Of the processes of one run only the first shows any.
+"""
 
 from __future__ import annotations
 
 import sys
 import time
 from types import TracebackType
+
+from edgecl.processes import is_main
 
 # Nothing is shown for work that ends sooner.
 PATIENCE_S = 2.0
@@ -16,12 +21,12 @@ class Progress:
 
     Args:
         what: the work, e.g. "pretrain".
-        total: how many units it has.
+        total: how many units it has; None where nobody knows.
         unit: one unit, plural, e.g. "steps".
         done: units already behind us, for work that is resumed.
     """
 
-    def __init__(self, what: str, *, total: int, unit: str, done: int = 0):
+    def __init__(self, what: str, *, total: int | None, unit: str, done: int = 0):
         self._what, self._total, self._unit = what, total, unit
         self._done = self._first = done
         self._started = self._last_line = time.monotonic()
@@ -36,7 +41,7 @@ class Progress:
         self._done += units
         self._note = self._note if note is None else note
         now = time.monotonic()
-        if now - self._started < PATIENCE_S:
+        if now - self._started < PATIENCE_S or not is_main():
             return
         if sys.stderr.isatty():
             self._draw()
@@ -80,10 +85,13 @@ class Progress:
 
     def _print_line(self, now: float) -> None:
         elapsed = now - self._started
-        left = elapsed / max(self._done - self._first, 1) * (self._total - self._done)
+        of_total, left = "", ""
+        if self._total is not None:
+            seconds = elapsed / max(self._done - self._first, 1) * (self._total - self._done)
+            of_total, left = f"/{self._total}", f", about {seconds:.0f} s left"
         sys.stderr.write(
-            f"{self._what}: {self._done}/{self._total} {self._unit}, {self._rate(now)}, "
-            f"{elapsed:.0f} s gone, about {left:.0f} s left {self._note}".rstrip()
+            f"{self._what}: {self._done}{of_total} {self._unit}, {self._rate(now)}, "
+            f"{elapsed:.0f} s gone{left} {self._note}".rstrip()
             + "\n"
         )
 
@@ -92,5 +100,7 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()  # type: ignore[attr-defined]
-        elif kind is None and time.monotonic() - self._started >= PATIENCE_S and not sys.stderr.isatty():
-            self._print_line(time.monotonic())
+            return
+        now = time.monotonic()
+        if kind is None and now - self._started >= PATIENCE_S and not sys.stderr.isatty() and is_main():
+            self._print_line(now)

@@ -40,8 +40,15 @@ class Slim(Settings):
 
     width: float = Field(1.0, gt=0, le=4.0)
     """Channels as a multiple of the architecture's own; at the host's width the host itself is the slim net."""
+    widths: tuple[Annotated[float, Field(gt=0, le=4.0)], ...] = ()
+    """Every slim width of the run, `width` the widest of them; empty trains `width` alone."""
     slow_start: Fraction = 0.0
     """First fraction of the epochs in which both views go through the host only."""
+
+    @property
+    def all_widths(self) -> tuple[float, ...]:
+        """The slim widths that are trained, widest first."""
+        return tuple(sorted({self.width, *self.widths}, reverse=True))
 
 
 class Projector(Settings):
@@ -84,6 +91,10 @@ class Data(Settings):
     """Keep the decoded images in memory when they fit into this."""
     workers: int = Field(2, ge=0)
     """Decoding threads when they do not."""
+    decode: Literal["cpu", "cuda"] = "cpu"
+    """Where JPEGs that do not fit into memory are decoded; cuda uses nvJPEG through torchvision."""
+    read_timeout_s: float = Field(300.0, gt=0)
+    """Longest wait for a batch of pictures before the run stops."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     limit: int | None = Field(None, ge=2)
@@ -140,10 +151,25 @@ class Run(Settings):
     seed: int = Field(0, ge=0)
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     channels_last: bool = True
+    compile: bool = False
+    """Compile the passes with torch.compile."""
+    accumulate: int = Field(1, ge=1)
+    """Parts of each process's share of a batch that go through the net one after another, to save memory; the
+    correlations stay those of the whole batch, the batch norms see a part."""
+    sync_norms: Literal["none", "projector", "all"] = "none"
+    """Which batch norms take their statistics over all processes."""
     log_every: int = Field(10, ge=1)
     """Steps between two records in metrics.jsonl."""
     checkpoint_epochs: int = Field(1, ge=1)
     """Epochs between two checkpoints."""
+    checkpoint_steps: int | None = Field(None, ge=1)
+    """Steps between two checkpoints within an epoch; None writes them between epochs only."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """How many of the newest checkpoints are kept."""
+    keep_best: bool = True
+    """Also keep the checkpoint with the best kNN accuracy or, without labels, RankMe of the slim net."""
+    max_skipped: int = Field(10, ge=0)
+    """Steps since the last checkpoint whose loss is not finite that are left out before the run goes back to it."""
     quality_epochs: int = Field(10, ge=1)
     """Epochs between two looks at RankMe and, where there are labels, kNN."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
@@ -179,6 +205,10 @@ class Recipe(Settings):
             raise ValueError(
                 f"slim width {self.slim.width:g} is above the host's {self.host.width:g}; "
                 "the slim net is a part of the host: widen [host] width or narrow [slim] width"
+            )
+        if self.slim.widths and max(self.slim.widths) != self.slim.width:
+            raise ValueError(
+                f"'slim.widths' must have 'slim.width' {self.slim.width:g} as its widest, not {max(self.slim.widths):g}"
             )
         for name in ("crop_scale", "crop_ratio", "blur_sigma"):
             low, high = getattr(self.views, name)

@@ -273,20 +273,7 @@ def write_large_model(path):
     )
 
 
-def write_large_checkpoint(path):
-    import torch
-
-    from edgecl.checkpoint import write_checkpoint
-
-    class Run(RunDir):
-        def checkpoint_file(self, epoch):
-            return path
-
-    empty = {"state": {}, "param_groups": []}
-    write_checkpoint(Run(path.parent), epoch=1, step=1, model={"a": torch.zeros(100_000)}, optimizer=empty)
-
-
-WRITERS = [write_large_json, write_large_model, write_large_checkpoint]
+WRITERS = [write_large_json, write_large_model]
 
 
 @contextlib.contextmanager

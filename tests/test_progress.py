@@ -1,5 +1,8 @@
 """Progress: silent for short work, plain lines where there is no terminal."""
 
+import subprocess
+import sys
+
 import pytest
 
 from edgecl import progress
@@ -51,3 +54,30 @@ def test_failed_work_prints_no_closing_line(clock, capsys):
     with pytest.raises(ValueError, match="broken"):
         work()
     assert capsys.readouterr().err == ""
+
+
+def test_work_of_unknown_length_shows_how_much_is_done(clock, capsys):
+    with Progress("looking for images", total=None, unit="files") as bar:
+        for _ in range(20):
+            clock.now += 1.0
+            bar.advance(1000)
+    assert capsys.readouterr().err.splitlines() == [
+        "looking for images: 15000 files, 1e+03 files/s, 15 s gone",
+        "looking for images: 20000 files, 1e+03 files/s, 20 s gone",
+    ]
+
+
+def test_only_the_first_process_of_a_run_shows_any(clock, capsys, monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    with Progress("pretrain", total=40, unit="steps") as bar:
+        for _ in range(40):
+            clock.now += 1.0
+            bar.advance()
+    assert capsys.readouterr().err == ""
+
+
+def test_progress_loads_without_torch():
+    code = "import sys, edgecl.progress; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

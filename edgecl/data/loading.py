@@ -8,12 +8,9 @@ and nothing is distorted.
 from __future__ import annotations
 
 import os
-import sys
-import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple, TypeVar
+from functools import partial
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -21,8 +18,20 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from edgecl.data.decode import (
+    Picture,
+    PlainJpeg,
+    as_tensor,
+    decode_on,
+    read_canvas,
+    read_encoded,
+    refuse_without_nvjpeg,
+    resized,
+)
 from edgecl.data.randomness import permutation
 from edgecl.data.sources import ImageSource, Labels, UnreadableImage
+from edgecl.data.threads import read_ahead
+from edgecl.data.unreadable import BadImages, say_skipped
 from edgecl.errors import DataError
 from edgecl.progress import Progress
 
@@ -32,7 +41,7 @@ _T = TypeVar("_T")
 
 _READ_AHEAD_BATCHES = 3
 _CHUNK = 32
-_NAMED_BAD_IMAGES = 5
+_READ_TIMEOUT_S = 300.0
 
 
 class Batch(NamedTuple):
@@ -57,15 +66,6 @@ class EvalImages(NamedTuple):
     """Names of the unreadable ones."""
 
 
-def canvas(image: Image.Image, side: int) -> Tensor:
-    """Squeeze a whole picture to a square, antialiased bilinear; one of that size already stays as it is.
-
-    Returns:
-        (3, side, side) uint8.
-    """
-    return _tensor(_resized(image, side, side))
-
-
 def eval_image(image: Image.Image, *, resize_size: int, image_size: int) -> Tensor:
     """Resize the shorter side, then crop the centre: torchvision's Resize and CenterCrop.
 
@@ -83,8 +83,8 @@ def eval_image(image: Image.Image, *, resize_size: int, image_size: int) -> Tens
     else:
         width, height = resize_size * width // height, resize_size
     left, top = round((width - image_size) / 2), round((height - image_size) / 2)
-    image = _resized(image, width, height)
-    return _tensor(image.crop((left, top, left + image_size, top + image_size)))
+    image = resized(image, width, height)
+    return as_tensor(image.crop((left, top, left + image_size, top + image_size)))
 
 
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -148,70 +148,6 @@ def split_holdout(labels: Labels, fraction: float, seed: int) -> tuple[Indices, 
     return np.sort(order[~held]), np.sort(order[held])
 
 
-class BadImages:
-    """The unreadable images met so far; too many of them are an error."""
-
-    def __init__(self, source: ImageSource, *, total: int, max_bad_fraction: float):
-        self._source = source
-        self._total = total
-        self._max_bad_fraction = max_bad_fraction
-        self._reasons: dict[int, str] = {}
-        self._lock = threading.Lock()
-
-    def __len__(self) -> int:
-        """Count them."""
-        return len(self._reasons)
-
-    def __contains__(self, index: int) -> bool:
-        """Say whether an image of the source is known to be unreadable."""
-        return index in self._reasons
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names of the unreadable images, in the order of the data."""
-        with self._lock:
-            return tuple(self._source.describe(index) for index in sorted(self._reasons))
-
-    def add(self, index: int, reason: str) -> None:
-        """Count an image; any thread may."""
-        with self._lock:
-            self._reasons[index] = reason
-
-    def check(self) -> None:
-        """Hold the number of unreadable images to what is allowed.
-
-        Raises:
-            DataError: all are unreadable, or more than the allowed fraction.
-        """
-        with self._lock:
-            reasons = sorted(self._reasons.items())
-        bad = len(reasons)
-        if bad == 0 or (bad < self._total and bad / self._total <= self._max_bad_fraction):
-            return
-        listed = [
-            f"{self._source.describe(index)} ({reason})" for index, reason in reasons[:_NAMED_BAD_IMAGES]
-        ]
-        if bad > _NAMED_BAD_IMAGES:
-            listed.append(f"and {bad - _NAMED_BAD_IMAGES} more")
-        # One below the other, in line with the first.
-        where = {"data": self._source.uri, "unreadable": ("\n" + " " * len("  unreadable: ")).join(listed)}
-        if bad == self._total:
-            raise DataError(f"none of the {self._total} images can be read", where=where)
-        raise DataError(
-            f"{bad} of {self._total} images cannot be read: {bad / self._total:.1%}, "
-            f"{self._max_bad_fraction:.1%} are allowed",
-            where=where,
-            hint="repair or remove them, or raise [data] max_bad_fraction",
-        )
-
-
-def say_skipped(names: Sequence[str], uri: str) -> None:
-    """Name on stderr the pictures that could not be read and are left out."""
-    if names:
-        named = ", ".join(names[:_NAMED_BAD_IMAGES]) + (" …" if len(names) > _NAMED_BAD_IMAGES else "")
-        sys.stderr.write(f"edgecl: {len(names)} unreadable images of '{uri}' left out: {named}\n")
-
-
 class TrainingImages:
     """All pictures of a source as canvases: in memory where they fit, else decoded as batches are asked for.
 
@@ -223,11 +159,13 @@ class TrainingImages:
         canvas_size: side of the canvases, pixels.
         cache_mib: memory for canvases; 0 decodes for every batch.
         max_bad_fraction: of the pictures that may be unreadable.
-        workers: decoding threads; 0 decodes in the caller's.
+        workers: decoding threads; 0 decodes in one thread, and only what was asked for.
         limit: use only so many pictures, chosen by `choose_images`.
+        decode: where plain JPEGs are decoded that are not in memory; 'cuda' gives slightly other pixels.
+        read_timeout_s: longest wait for a batch.
 
     Raises:
-        DataError: too many pictures are unreadable.
+        DataError: too many pictures are unreadable, or reading one takes too long.
     """
 
     def __init__(
@@ -239,13 +177,18 @@ class TrainingImages:
         max_bad_fraction: float = 0.01,
         workers: int = 2,
         limit: int | None = None,
+        decode: Literal["cpu", "cuda"] = "cpu",
+        read_timeout_s: float = _READ_TIMEOUT_S,
     ):
         self.source = source
         self.canvas_size = canvas_size
         self._workers = workers
+        self._decode = decode
+        self._read_timeout_s = read_timeout_s
+        self._instead: dict[int, int] = {}
         self._device = torch.device("cpu")
         self._chosen = choose_images(source.labels, len(source), limit)
-        self._bad = BadImages(source, total=len(self._chosen), max_bad_fraction=max_bad_fraction)
+        self._bad = BadImages(source, chosen=self._chosen, max_bad_fraction=max_bad_fraction)
         self._cache: tuple[Tensor, Tensor] | None = None
         if 3 * canvas_size**2 * len(self._chosen) <= cache_mib * 2**20:
             self._cache = self._read_everything()
@@ -261,7 +204,7 @@ class TrainingImages:
 
     @property
     def skipped(self) -> tuple[str, ...]:
-        """Names of the unreadable pictures met so far."""
+        """Names of the unreadable pictures known so far."""
         return self._bad.names
 
     @property
@@ -270,8 +213,14 @@ class TrainingImages:
         return self._cache is not None
 
     def to(self, device: torch.device | str) -> TrainingImages:
-        """Give batches on a device; canvases in memory move there now."""
+        """Give batches on a device; canvases in memory move there now.
+
+        Raises:
+            DeviceError: JPEGs are to be decoded there, and cannot be.
+        """
         self._device = torch.device(device)
+        if self._decode == "cuda":
+            refuse_without_nvjpeg(self._device)
         if self._cache is not None:
             canvases, sizes = self._cache
             self._cache = canvases.to(self._device), sizes
@@ -322,57 +271,106 @@ class TrainingImages:
                 hint=f"set [data] batch_size to a multiple of {world_size}",
             )
         share = batch_size // world_size
-        order = permutation(seed, epoch, len(self))[: steps * batch_size]
+        order = self._order(seed, epoch)[: steps * batch_size]
         parts = order.reshape(steps, world_size, share)[start_step:, rank]
         return self._cached_batches(self._cache, parts) if self._cache else self._streamed_batches(parts)
+
+    def _order(self, seed: int, epoch: int) -> Indices:
+        if self.source.order is None:
+            return permutation(seed, epoch, len(self))
+        return self.source.order(seed, epoch, self._chosen)
 
     def _cached_batches(self, cache: tuple[Tensor, Tensor], parts: Iterable[Indices]) -> Iterator[Batch]:
         canvases, sizes = cache
         for indices in parts:
             rows = torch.from_numpy(indices)
-            yield Batch(indices, canvases[rows.to(canvases.device)], sizes[rows])
+            yield Batch(indices, canvases[rows.to(canvases.device, non_blocking=True)], sizes[rows])
 
     def _streamed_batches(self, parts: Iterable[Indices]) -> Iterator[Batch]:
-        for pieces in _in_threads(self._read_some, parts, threads=self._workers, ahead=_READ_AHEAD_BATCHES):
-            indices, canvases, sizes = zip(*(picture for piece in pieces for picture in piece), strict=True)
-            yield Batch(
-                np.array(indices, dtype=np.int64),
-                torch.stack(canvases).to(self._device, non_blocking=True),
-                torch.tensor(sizes, dtype=torch.int32),
-            )
+        read = partial(self._read_or_next, encoded=self._decode == "cuda")
+        try:
+            for found in read_ahead(
+                read,
+                parts,
+                threads=max(1, self._workers),
+                ahead=_READ_AHEAD_BATCHES if self._workers else 0,
+                wait_s=self._read_timeout_s,
+                stalled=self._stalled,
+            ):
+                found, canvases = self._on_device(found)
+                yield Batch(
+                    np.array([index for index, _ in found], dtype=np.int64),
+                    canvases,
+                    torch.tensor([(one.height, one.width) for _, one in found], dtype=torch.int32),
+                )
+        finally:
+            self._bad.remember()
 
-    def _read_some(self, indices: Indices) -> list[tuple[int, Tensor, tuple[int, int]]]:
-        return [self._read_or_next(int(index)) for index in indices]
+    def _on_device(
+        self, found: list[tuple[int, Picture | PlainJpeg]]
+    ) -> tuple[list[tuple[int, Picture | PlainJpeg]], Tensor]:
+        jpegs = {row: one for row, (_, one) in enumerate(found) if isinstance(one, PlainJpeg)}
+        decoded = decode_on(self._device, [*jpegs.values()], self.canvas_size) if jpegs else None
+        if jpegs and decoded is None:
+            # One of them is damaged, or of a kind that a GPU does not know: the processor tells which.
+            found = [
+                self._read_or_next(index) if row in jpegs else (index, one)
+                for row, (index, one) in enumerate(found)
+            ]
+            jpegs = {}
+        shape = (len(found), 3, self.canvas_size, self.canvas_size)
+        others = [row for row in range(len(found)) if row not in jpegs]
+        # Only from pinned memory is a copy to a GPU left to itself.
+        staged = torch.empty(
+            (len(others), *shape[1:]), dtype=torch.uint8, pin_memory=self._device.type == "cuda"
+        )
+        for square, row in zip(staged, others, strict=True):
+            one = found[row][1]
+            assert isinstance(one, Picture)
+            square.copy_(one.canvas)
+        moved = staged.to(self._device, non_blocking=True)
+        if decoded is None:
+            return found, moved
+        canvases = torch.empty(shape, dtype=torch.uint8, device=self._device)
+        canvases[list(jpegs)] = decoded
+        canvases[others] = moved
+        return found, canvases
 
-    def _read_or_next(self, index: int) -> tuple[int, Tensor, tuple[int, int]]:
+    def _read_or_next(self, index: int, *, encoded: bool = False) -> tuple[int, Picture | PlainJpeg]:
+        first = index
         while True:
             try:
-                return index, *self._read(index)
+                return index, self._read(index, encoded=encoded)
             except UnreadableImage:
                 self._bad.check()
-                index = (index + 1) % len(self)
+                index = self._instead[first] = (index + 1) % len(self)
 
-    def _read(self, index: int) -> tuple[Tensor, tuple[int, int]]:
+    def _read(self, index: int, *, encoded: bool = False) -> Picture | PlainJpeg:
         place = int(self._chosen[index])
         if place in self._bad:
             raise UnreadableImage
         try:
-            # Twice the side, as in Pillow's thumbnail(): JPEG's own scaling is coarse.
-            image, height, width = self.source.read_reduced(place, at_least=2 * self.canvas_size)
+            return (read_encoded if encoded else read_canvas)(self.source, place, self.canvas_size)
         except UnreadableImage as complaint:
-            self._bad.add(place, str(complaint))
+            self._bad.add(place, complaint)
             raise
-        return canvas(image, self.canvas_size), (height, width)
+
+    def _stalled(self, index: int, seconds: float) -> DataError:
+        place = int(self._chosen[self._instead.get(index, index)])
+        return _too_slow(self.source, place, seconds=seconds, limit_s=self._read_timeout_s)
 
     def _read_everything(self) -> tuple[Tensor, Tensor]:
         canvases = torch.empty((len(self), 3, self.canvas_size, self.canvas_size), dtype=torch.uint8)
         sizes = torch.empty((len(self), 2), dtype=torch.int32)
         readable: list[int] = []
-        for index, picture in _read_all(self._read, len(self), threads=_cores()):
-            if picture is not None:
-                canvases[len(readable)] = picture[0]
-                sizes[len(readable)] = torch.tensor(picture[1])
+        for index, picture in _read_all(
+            self._read, len(self), wait_s=self._read_timeout_s, stalled=self._stalled
+        ):
+            if isinstance(picture, Picture):
+                canvases[len(readable)] = picture.canvas
+                sizes[len(readable)] = torch.tensor((picture.height, picture.width))
                 readable.append(index)
+        self._bad.remember()
         self._bad.check()
         say_skipped(self._bad.names, self.source.uri)
         self._chosen = self._chosen[readable]
@@ -386,6 +384,7 @@ def load_eval_images(
     image_size: int,
     max_bad_fraction: float = 0.01,
     limit: int | None = None,
+    read_timeout_s: float = _READ_TIMEOUT_S,
 ) -> EvalImages:
     """Decode pictures as a net will be tested with them.
 
@@ -395,40 +394,37 @@ def load_eval_images(
         image_size: side of the crop, pixels.
         max_bad_fraction: of the pictures that may be unreadable.
         limit: use only so many pictures, chosen by `choose_images`.
+        read_timeout_s: longest wait for a few pictures.
 
     Raises:
-        DataError: too many pictures are unreadable.
+        DataError: too many pictures are unreadable, or reading one takes too long.
     """
     chosen = choose_images(source.labels, len(source), limit)
-    bad = BadImages(source, total=len(chosen), max_bad_fraction=max_bad_fraction)
+    bad = BadImages(source, chosen=chosen, max_bad_fraction=max_bad_fraction)
 
     def read(index: int) -> Tensor:
         place = int(chosen[index])
+        if place in bad:
+            raise UnreadableImage
         try:
             return eval_image(source.read(place), resize_size=resize_size, image_size=image_size)
         except UnreadableImage as complaint:
-            bad.add(place, str(complaint))
+            bad.add(place, complaint)
             raise
+
+    def stalled(index: int, seconds: float) -> DataError:
+        return _too_slow(source, int(chosen[index]), seconds=seconds, limit_s=read_timeout_s)
 
     images = torch.empty((len(chosen), 3, image_size, image_size), dtype=torch.uint8)
     readable: list[int] = []
-    for index, image in _read_all(read, len(chosen), threads=_cores()):
+    for index, image in _read_all(read, len(chosen), wait_s=read_timeout_s, stalled=stalled):
         if image is not None:
             images[len(readable)] = image
             readable.append(index)
+    bad.remember()
     bad.check()
     labels = None if source.labels is None else torch.from_numpy(source.labels[chosen[readable]])
     return EvalImages(images[: len(readable)], labels, bad.names)
-
-
-def _resized(image: Image.Image, width: int, height: int) -> Image.Image:
-    if image.size == (width, height):
-        return image
-    return image.resize((width, height), Image.Resampling.BILINEAR)
-
-
-def _tensor(image: Image.Image) -> Tensor:
-    return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
 
 
 def _place_in_class(labels: Labels) -> Indices:
@@ -440,48 +436,30 @@ def _place_in_class(labels: Labels) -> Indices:
     return place
 
 
-def _cores() -> int:
-    return os.cpu_count() or 1
-
-
-def _read_all(read: Callable[[int], _T], count: int, *, threads: int) -> Iterator[tuple[int, _T | None]]:
+def _read_all(
+    read: Callable[[int], _T], count: int, *, wait_s: float, stalled: Callable[[int, float], DataError]
+) -> Iterator[tuple[int, _T | None]]:
     """Read images 0 … count - 1 in order; an unreadable one gives None."""
 
-    def read_some(indices: Indices) -> list[tuple[int, _T | None]]:
-        pictures: list[tuple[int, _T | None]] = []
-        for index in indices.tolist():
-            try:
-                pictures.append((index, read(index)))
-            except UnreadableImage:
-                pictures.append((index, None))
-        return pictures
+    def read_one(index: int) -> tuple[int, _T | None]:
+        try:
+            return index, read(index)
+        except UnreadableImage:
+            return index, None
 
+    threads = os.cpu_count() or 1
     size = _CHUNK * threads
     parts = (np.arange(start, min(start + size, count)) for start in range(0, count, size))
     with Progress("reading", total=count, unit="images") as progress:
-        for pieces in _in_threads(read_some, parts, threads=threads, ahead=2):
-            for piece in pieces:
-                yield from piece
-                progress.advance(len(piece))
+        for pictures in read_ahead(read_one, parts, threads=threads, ahead=2, wait_s=wait_s, stalled=stalled):
+            yield from pictures
+            progress.advance(len(pictures))
 
 
-def _in_threads(
-    work: Callable[[Indices], _T], parts: Iterable[Indices], *, threads: int, ahead: int
-) -> Iterator[list[_T]]:
-    """Cut each part into pieces, one for each thread, and give the parts' results in order, working ahead."""
-    if threads == 0:
-        for part in parts:
-            yield [work(part)]
-        return
-    waiting: deque[list[Future[_T]]] = deque()
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="edgecl-decode")
-    try:
-        for part in parts:
-            pieces = np.array_split(part, min(threads, len(part)))
-            waiting.append([pool.submit(work, piece) for piece in pieces])
-            if len(waiting) > ahead:
-                yield [future.result() for future in waiting.popleft()]
-        while waiting:
-            yield [future.result() for future in waiting.popleft()]
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+def _too_slow(source: ImageSource, place: int, *, seconds: float, limit_s: float) -> DataError:
+    return DataError(
+        f"no pictures for {limit_s:g} s: a file does not answer",
+        where={"data": source.uri, "waiting for": f"{source.describe(place)} ({seconds:.0f} s)"},
+        hint="see whether it can be copied; its disk or network share may hang, or it is no ordinary file. Then run "
+        "again, or raise [data] read_timeout_s if it is only slow",
+    )

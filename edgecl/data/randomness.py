@@ -32,9 +32,16 @@ def uniforms(
     Returns:
         (N, count) in [0, 1), multiples of 2**-53.
     """
-    keys = _absorb(_key(seed, epoch, stream), np.asarray(indices).astype(np.uint64))
-    bits = _absorb(keys[:, None], np.arange(count, dtype=np.uint64)[None, :])
+    bits = whole_numbers(seed, epoch, indices, stream=stream, count=count)
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def whole_numbers(
+    seed: int, epoch: int, indices: NDArray[np.integer[Any]], *, stream: str, count: int
+) -> NDArray[np.uint64]:
+    """Draw like `uniforms`, whole numbers: (N, count) of 64 bits."""
+    keys = _absorb(_key(seed, epoch, stream), np.asarray(indices).astype(np.uint64))
+    return _absorb(keys[:, None], np.arange(count, dtype=np.uint64)[None, :])
 
 
 def permutation(seed: int, epoch: int, length: int, *, stream: str = "order") -> NDArray[np.int64]:

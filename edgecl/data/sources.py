@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
+import io
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -15,12 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from edgecl.data.index import EXTENSIONS, Memory, list_folder
 from edgecl.errors import DataError, near_matches
 
 Split = Literal["train", "test"]
 Labels = NDArray[np.int64]
-
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 # torchvision's class and the `train`/`split` argument that picks each half.
 _TORCHVISION: dict[str, tuple[str, dict[Split, dict[str, object]]]] = {
@@ -39,6 +38,7 @@ _SUMMARIES = {
     "fashion-mnist:PATH": "Fashion-MNIST through torchvision: 60,000 grey images of 28 px, 10 classes",
     "flowers102:PATH": "Oxford Flowers through torchvision: 1,020 images, 102 classes",
     "stl10:PATH": "STL-10's labelled part through torchvision: 5,000 images of 96 px, 10 classes",
+    "shards:PATTERN": "WebDataset tar files on disk, behind https:// or s3://; train-{000000..000127}.tar",
 }
 
 _ORIENTATION_TAG = 0x0112
@@ -51,13 +51,22 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_SIDES_SWAP = {_TURNS[orientation] for orientation in (5, 6, 7, 8)}
+SIDES_SWAP = {_TURNS[orientation] for orientation in (5, 6, 7, 8)}
 
 _SPLIT_FOLDERS = {"train", "training", "test", "testing", "val", "valid", "validation"}
 
 
 class UnreadableImage(Exception):  # noqa: N818 - a condition that the loader counts, not an error of edgecl's
-    """One image that cannot be decoded; the loader counts, names and skips it."""
+    """One image that cannot be decoded; the loader counts, names and skips it.
+
+    Args:
+        reason: what is wrong with it.
+        lasting: whether the file itself is at fault, so that it stays unreadable until it changes.
+    """
+
+    def __init__(self, reason: str = "", *, lasting: bool = False):
+        super().__init__(reason)
+        self.lasting = lasting
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,12 +77,19 @@ class ImageSource:
     fingerprint: str
     """sha256 over a folder's names and sizes in bytes, or a set's name, split and length."""
     length: int
-    opener: Callable[[int], Image.Image] = field(repr=False)
-    """Index -> picture as stored, of any mode, not necessarily decoded yet."""
+    opener: Callable[[int], Image.Image] | None = field(repr=False)
+    """Index -> picture as stored, of any mode, not necessarily decoded yet; not needed where `reader` is."""
     namer: Callable[[int], str] = field(repr=False)
     classes: tuple[str, ...] | None = None
     labels: Labels | None = field(default=None, repr=False)
     """(N,) positions in `classes`."""
+    order: Callable[[int, int, NDArray[np.int64]], NDArray[np.int64]] | None = field(default=None, repr=False)
+    """(seed, epoch, (M,) images that take part) -> (M,) positions among these, shuffled so that reading stays local;
+    None where any order costs the same."""
+    reader: Callable[[int], bytes] | None = field(default=None, repr=False)
+    """Index -> the bytes of its file, where pictures are files; raises OSError or UnreadableImage."""
+    memory: Memory | None = field(default=None, repr=False)
+    """Of the files that were unreadable before, where an index is kept."""
 
     def __len__(self) -> int:
         """Count the images, unreadable ones included."""
@@ -85,13 +101,17 @@ class ImageSource:
 
     def take(self, indices: NDArray[np.int64]) -> ImageSource:
         """Return a source of the images at (M,) indices, in that order."""
+        order, opener, reader = self.order, self.opener, self.reader
         return replace(
             self,
             fingerprint=_sha256(f"{self.fingerprint} {indices.tolist()}"),
             length=len(indices),
-            opener=lambda index: self.opener(int(indices[index])),
+            opener=opener and (lambda index: opener(int(indices[index]))),
+            reader=reader and (lambda index: reader(int(indices[index]))),
+            memory=None,
             namer=lambda index: self.namer(int(indices[index])),
             labels=None if self.labels is None else self.labels[indices],
+            order=order and (lambda seed, epoch, chosen: order(seed, epoch, indices[chosen])),
         )
 
     def read(self, index: int) -> Image.Image:
@@ -102,12 +122,15 @@ class ImageSource:
         """
         return self._decode(index, at_least=None)[0]
 
-    def read_reduced(self, index: int, at_least: int) -> tuple[Image.Image, int, int]:
+    def read_reduced(
+        self, index: int, at_least: int, *, content: bytes | None = None
+    ) -> tuple[Image.Image, int, int]:
         """Decode one image like `read`, where the format allows it at a reduced scale.
 
         Args:
             index: which image.
             at_least: pixels that both sides keep, if they had them.
+            content: its file, where `read_bytes` has read it already.
 
         Returns:
             The picture, and the true height and width it would have had in full.
@@ -115,29 +138,60 @@ class ImageSource:
         Raises:
             UnreadableImage: as in `read`.
         """
-        return self._decode(index, at_least=at_least)
+        return self._decode(index, at_least=at_least, content=content)
 
-    def _decode(self, index: int, *, at_least: int | None) -> tuple[Image.Image, int, int]:
+    def read_bytes(self, index: int) -> bytes | None:
+        """Read the file of one image; None where the images are no files.
+
+        Raises:
+            UnreadableImage: empty, gone or out of reach.
+        """
+        if self.reader is None:
+            return None
+        try:
+            content = self.reader(index)
+        except UnreadableImage:
+            raise
+        except Exception as complaint:
+            raise UnreadableImage(_reason(complaint)) from complaint
+        if not content:
+            raise UnreadableImage("empty file", lasting=True)
+        return content
+
+    def _decode(
+        self, index: int, *, at_least: int | None, content: bytes | None = None
+    ) -> tuple[Image.Image, int, int]:
+        content = content or self.read_bytes(index)
         # Decoders meet every kind of broken file with every kind of exception.
         try:
-            with self.opener(index) as image:
+            with self._open(index, content) as image:
                 width, height = image.size
                 if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
                     raise UnreadableImage(f"{width} x {height} pixels is suspiciously large")
                 if at_least is not None:
                     image.draft(None, (at_least, at_least))
                 image.load()
-                turn = _exif_turn(image)
-                if turn in _SIDES_SWAP:
+                turn = exif_turn(image)
+                if turn in SIDES_SWAP:
                     width, height = height, width
                 return _rgb(image if turn is None else image.transpose(turn)), height, width
         except UnreadableImage:
             raise
         except Exception as complaint:
-            raise UnreadableImage(_reason(complaint)) from complaint
+            # What was read is at fault, unless there was no room to decode it.
+            lasting = content is not None and not isinstance(complaint, MemoryError)
+            raise UnreadableImage(_reason(complaint), lasting=lasting) from complaint
+
+    def _open(self, index: int, content: bytes | None) -> Image.Image:
+        if content is not None:
+            return Image.open(io.BytesIO(content))
+        assert self.opener is not None
+        return self.opener(index)
 
 
-def open_source(uri: str, *, split: Split = "train", download: bool = False) -> ImageSource:
+def open_source(
+    uri: str, *, split: Split = "train", download: bool = False, index_dir: Path | None = None
+) -> ImageSource:
     """Open the images that a data URI names.
 
     A folder is read at any depth, links to folders included, dot files left out. When every image lies
@@ -152,6 +206,7 @@ def open_source(uri: str, *, split: Split = "train", download: bool = False) -> 
         uri: a folder, `demo`, or SCHEME:PATH as `list_datasets` names them.
         split: 'test' gives held-out images; a folder has none.
         download: let torchvision fetch a set that is missing.
+        index_dir: where the index of a folder is kept, so that the next start need not read all of it.
 
     Raises:
         DataError: unknown, missing or empty; or a test split asked of a folder.
@@ -163,18 +218,24 @@ def open_source(uri: str, *, split: Split = "train", download: bool = False) -> 
         if not path:
             raise DataError(f"'{uri}' needs a place on disk", hint=f"write {scheme}:PATH")
         return _open_torchvision(uri, scheme, Path(path).expanduser(), split=split, download=download)
+    if colon and scheme == "shards":
+        from edgecl.data.shards import open_shards
+
+        return open_shards(uri, split=split)
     root = Path(uri).expanduser()
     if root.is_dir():
         if split == "test":
             raise DataError(
                 f"the folder '{uri}' has no test split", hint="name a second folder with the held-out images"
             )
-        return _open_folder(uri, root)
+        return _open_folder(uri, root, index_dir)
     if root.exists():
-        raise DataError(f"'{uri}' is a file, not a folder of images", hint=f"pass the folder: {root.parent}")
+        hint = f"write shards:{uri}" if root.suffix == ".tar" else f"pass the folder: {root.parent}"
+        raise DataError(f"'{uri}' is a file, not a folder of images", hint=hint)
     if colon and scheme.replace("-", "").replace("_", "").isalnum():
         raise DataError(
-            f"unknown kind of data '{scheme}' in '{uri}'", hint=near_matches(scheme.lower(), _TORCHVISION)
+            f"unknown kind of data '{scheme}' in '{uri}'",
+            hint=near_matches(scheme.lower(), [*_TORCHVISION, "shards"]),
         )
     raise DataError(f"no folder '{uri}'", hint="a data URI is one of: " + ", ".join(_SUMMARIES))
 
@@ -184,6 +245,10 @@ def absolute_uri(uri: str) -> str:
     scheme, separator, path = uri.partition(":")
     if separator and scheme in _TORCHVISION:
         return f"{scheme}:{Path(path).absolute()}"
+    if separator and scheme == "shards":
+        from edgecl.data.shards import absolute_shards
+
+        return absolute_shards(uri)
     return uri if uri == "demo" else str(Path(uri).absolute())
 
 
@@ -265,53 +330,28 @@ def _torchvision_labels(dataset: Any) -> Labels:
     return np.array([dataset[index][1] for index in range(len(dataset))], dtype=np.int64)
 
 
-def _open_folder(uri: str, root: Path) -> ImageSource:
+def _open_folder(uri: str, root: Path, index_dir: Path | None) -> ImageSource:
     try:
-        sizes = _find_images(root)
+        listing, memory = list_folder(root, index_dir=index_dir)
     except OSError as complaint:
         raise DataError(
             f"the folder '{uri}' cannot be read: {complaint.strerror}", where={"place": complaint.filename}
         ) from complaint
-    if not sizes:
+    names = listing.names
+    if not names:
         raise DataError(f"no images in the folder '{uri}'", hint="looked for " + ", ".join(EXTENSIONS))
-    names = sorted(sizes)
     classes, labels = _classes_from_names(uri, names)
-    digest = hashlib.sha256()
-    for name in names:
-        digest.update(f"{name}\0{sizes[name]}\n".encode(errors="surrogateescape"))
     return ImageSource(
         uri=uri,
-        fingerprint=digest.hexdigest(),
+        fingerprint=listing.fingerprint,
         length=len(names),
-        opener=lambda index: _open_file(root / names[index]),
+        opener=None,
+        reader=lambda index: (root / names[index]).read_bytes(),
         namer=lambda index: str(root / names[index]),
         classes=classes,
         labels=labels,
+        memory=memory,
     )
-
-
-def _find_images(root: Path) -> dict[str, int]:
-    """Return relative name (with slashes) -> bytes of every image below a folder."""
-    found: dict[str, int] = {}
-    seen: set[tuple[int, int]] = set()
-    # Linked folders wait until all real ones are seen: a link to a folder inside the root then adds
-    # nothing, and a loop ends.
-    real, linked = [(str(root), "")], list[tuple[str, str]]()
-    while real or linked:
-        folder, prefix = real.pop() if real else linked.pop(0)
-        status = os.stat(folder)  # noqa: PTH116 - millions of names; plain strings are far quicker
-        if (status.st_dev, status.st_ino) in seen:
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        with os.scandir(folder) as entries:
-            for entry in sorted(entries, key=lambda entry: entry.name):
-                if entry.name.startswith("."):
-                    continue
-                if entry.is_dir():
-                    (linked if entry.is_symlink() else real).append((entry.path, f"{prefix}{entry.name}/"))
-                elif entry.name.lower().endswith(EXTENSIONS) and entry.is_file():
-                    found[prefix + entry.name] = entry.stat().st_size
-    return found
 
 
 def _classes_from_names(uri: str, names: list[str]) -> tuple[tuple[str, ...] | None, Labels | None]:
@@ -330,13 +370,8 @@ def _classes_from_names(uri: str, names: list[str]) -> tuple[tuple[str, ...] | N
     return tuple(classes), np.array([positions[folder] for folder in folders], dtype=np.int64)
 
 
-def _open_file(path: Path) -> Image.Image:
-    if path.stat().st_size == 0:
-        raise UnreadableImage("empty file")
-    return Image.open(path)
-
-
-def _exif_turn(image: Image.Image) -> Image.Transpose | None:
+def exif_turn(image: Image.Image) -> Image.Transpose | None:
+    """Return what sets a picture upright that was stored turned; None where nothing is to be done."""
     # A picture with broken EXIF is still a picture; ImageOps.exif_transpose would rewrite the EXIF and fail.
     try:
         return _TURNS.get(image.getexif().get(_ORIENTATION_TAG, 1))

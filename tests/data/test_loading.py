@@ -1,18 +1,24 @@
+import os
+import subprocess
+import sys
+import textwrap
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torchvision.transforms import v2
 
+from edgecl.data.decode import canvas
 from edgecl.data.loading import (
     TrainingImages,
-    canvas,
     choose_images,
     eval_image,
     load_eval_images,
     normalise,
     split_holdout,
 )
+from edgecl.data.randomness import permutation
 from edgecl.data.sources import open_source
 from edgecl.errors import DataError
 
@@ -288,3 +294,128 @@ def test_slow_reading_prints_plain_lines_when_stderr_is_no_terminal(write_images
     monkeypatch.setattr("edgecl.progress.PATIENCE_S", 0.0)
     training(write_images(40))
     assert capsys.readouterr().err.splitlines()[-1].startswith("reading: 40/40 images")
+
+
+def test_progress_and_skipped_pictures_are_said_by_the_first_process_only(write_images, capsys, monkeypatch):
+    monkeypatch.setattr("edgecl.progress.PATIENCE_S", 0.0)
+    root = write_images(40)
+    spoil(root, "003.png")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        training(root, max_bad_fraction=0.5)
+        assert (capsys.readouterr().err == "") == (rank == "1")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_picture_that_disappears_during_the_run_is_counted_named_and_replaced(write_images, workers):
+    root = write_images(12)
+    data = training(root, cache_mib=0, workers=workers, max_bad_fraction=0.1)
+    assert len(list(data.batches(0, 0, batch_size=4))) == 3
+    (root / "005.png").unlink()
+    batches = list(data.batches(0, 1, batch_size=4))
+    assert sum(batch.indices.tolist().count(6) for batch in batches) == 2
+    assert data.skipped == (str(root / "005.png"),)
+    (root / "008.png").unlink()
+    with pytest.raises(DataError) as caught:
+        list(data.batches(0, 2, batch_size=4))
+    assert str(caught.value) == (
+        "2 of 12 images cannot be read: 16.7%, 10.0% are allowed\n"
+        f"  data:       {root}\n"
+        f"  unreadable: {root}/005.png (the file is gone)\n"
+        f"              {root}/008.png (the file is gone)\n"
+        "  hint:       repair or remove them, or raise [data] max_bad_fraction"
+    )
+
+
+@pytest.fixture
+def pipe_instead_of():
+    """Put a file that never answers in the place of another; its readers are let go after the test."""
+    pipes = []
+
+    def put(path):
+        path.unlink()
+        os.mkfifo(path)
+        pipes.append(path)
+
+    yield put
+    for path in pipes:
+        os.close(os.open(path, os.O_RDWR | os.O_NONBLOCK))
+
+
+def no_answer(root, path):
+    return (
+        "no pictures for 0.3 s: a file does not answer\n"
+        f"  data:        {root}\n"
+        f"  waiting for: {path} (0 s)\n"
+        "  hint:        see whether it can be copied; its disk or network share may hang, or it is no ordinary file. "
+        "Then run again, or raise [data] read_timeout_s if it is only slow"
+    )
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("decode", ["cpu", "cuda"])
+def test_a_file_that_does_not_answer_ends_the_run_with_its_name(
+    write_images, pipe_instead_of, workers, decode
+):
+    root = write_images(10)
+    data = training(root, cache_mib=0, workers=workers, read_timeout_s=0.3, decode=decode)
+    pipe_instead_of(root / "007.png")
+    with pytest.raises(DataError) as caught:
+        list(data.batches(0, 0, batch_size=5))
+    assert str(caught.value) == no_answer(root, root / "007.png")
+
+
+def first_at(data, index, *, before):
+    """A seed that asks for one picture well before another."""
+    for seed in range(1000):
+        order = permutation(seed, 0, len(data)).tolist()
+        if order.index(index) + 5 < order.index(before):
+            return seed
+    raise AssertionError
+
+
+def test_the_file_in_place_of_an_unreadable_one_is_the_one_that_is_named(write_images, pipe_instead_of):
+    root = write_images(10)
+    data = training(root, cache_mib=0, read_timeout_s=0.3, max_bad_fraction=0.5)
+    spoil(root, "006.png")
+    pipe_instead_of(root / "007.png")
+    with pytest.raises(DataError) as caught:
+        # Before the seventh picture itself is asked for, it is asked for in place of the sixth.
+        list(data.batches(first_at(data, 6, before=7), 0, batch_size=1))
+    assert str(caught.value) == no_answer(root, root / "007.png")
+
+
+def test_a_file_that_does_not_answer_ends_reading_into_memory(write_images, pipe_instead_of):
+    root = write_images(10)
+    source = open_source(str(root))
+    pipe_instead_of(root / "007.png")
+    with pytest.raises(DataError) as caught:
+        TrainingImages(source, canvas_size=8, read_timeout_s=0.3)
+    assert str(caught.value) == no_answer(root, root / "007.png")
+    with pytest.raises(DataError) as caught:
+        load_eval_images(source, resize_size=8, image_size=8, read_timeout_s=0.3)
+    assert str(caught.value) == no_answer(root, root / "007.png")
+
+
+def test_a_process_that_met_a_file_without_answer_ends(write_images):
+    root = write_images(10)
+    code = textwrap.dedent(
+        f"""
+        import os, sys
+        from edgecl.data.loading import TrainingImages
+        from edgecl.data.sources import open_source
+        from edgecl.errors import DataError
+
+        data = TrainingImages(open_source({str(root)!r}), canvas_size=8, cache_mib=0, read_timeout_s=0.3)
+        os.unlink({str(root / "007.png")!r})
+        os.mkfifo({str(root / "007.png")!r})
+        try:
+            list(data.batches(0, 0, batch_size=5))
+        except DataError as error:
+            sys.exit(error.problem)
+        """
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (1, "no pictures for 0.3 s: a file does not answer\n")

@@ -266,7 +266,7 @@ def test_a_missing_folder_names_the_forms_of_a_uri():
     assert str(caught.value) == (
         "no folder 'no/such/folder'\n"
         "  hint: a data URI is one of: demo, FOLDER, cifar10:PATH, cifar100:PATH, fashion-mnist:PATH, "
-        "flowers102:PATH, stl10:PATH"
+        "flowers102:PATH, stl10:PATH, shards:PATTERN"
     )
 
 
@@ -396,5 +396,5 @@ def test_only_named_sets_have_a_test_split(uri, answer):
 
 def test_every_form_of_a_uri_is_listed():
     assert [row["name"].partition(":")[0] for row in list_datasets()] == [
-        "demo", "FOLDER", "cifar10", "cifar100", "fashion-mnist", "flowers102", "stl10",
+        "demo", "FOLDER", "cifar10", "cifar100", "fashion-mnist", "flowers102", "stl10", "shards",
     ]  # fmt: skip

@@ -120,6 +120,31 @@ def test_blur_equals_torchvisions():
     torch.testing.assert_close(after, each(blur, before, parameters.sigma.tolist()), atol=1e-4, rtol=0)
 
 
+@pytest.fixture
+def one_core():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_core")
+def test_blur_of_a_large_view_equals_torchvisions():
+    # Side 130 is no multiple of the pieces a large picture is blurred in; these sigmas are 1 to 2.5 there.
+    views = settings(blur=(1.0, 0.0), blur_sigma=(1.8, 4.3))
+    canvases = pictures(6, side=130)
+    parameters = draw(views, count=6, size=(130, 130), image_size=130)
+    (after, _) = make_views(
+        batch_of(canvases), views, image_size=130, mean=NO_MEAN, std=NO_STD, seed=0, epoch=0
+    )
+    expected = each(
+        lambda image, sigma: reference.gaussian_blur(image, [21, 21], [sigma, sigma]),
+        canvases.float() / 255,
+        parameters.sigma.tolist(),
+    )
+    torch.testing.assert_close(after, expected, atol=1e-4, rtol=0)
+
+
 def test_blur_of_hardly_any_width_changes_nothing():
     before, after, _ = render(settings(blur=(1.0, 0.0), blur_sigma=(0.01, 1.0)))
     torch.testing.assert_close(after, before, atol=1e-4, rtol=0)
@@ -261,6 +286,23 @@ def test_a_samples_views_do_not_depend_on_its_batch():
         )
 
 
+@pytest.mark.usefixtures("one_core")
+@pytest.mark.parametrize("image_size", [112, 120, 150])
+def test_large_views_made_one_after_another_equal_those_made_together(image_size):
+    # Sigmas from hardly any blur to one that reaches over half the view.
+    views = Views(blur=(1.0, 1.0), blur_sigma=(0.1, 30.0), crop_scale=(0.3, 1.0))
+    canvases = pictures(24, side=100)
+    batch = batch_of(canvases, (90, 130))
+    alone = make_views(batch, views, image_size=image_size, mean=NO_MEAN, std=NO_STD, seed=0, epoch=0)
+    for name, view in zip(("a", "b"), alone, strict=True):
+        parameters = draw(views, count=24, size=(90, 130), view=name, image_size=image_size)
+        together = render_view(
+            canvases.float() / 255, batch.sizes.numpy(), parameters, views, image_size=image_size
+        )
+        differing = (view - together).abs() > 1e-5
+        assert differing.float().mean() < 1e-4  # rounding decides at the threshold of solarise
+
+
 def test_views_are_normalised_and_leave_the_pictures_alone():
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
     batch = batch_of(pictures(4))
@@ -294,6 +336,19 @@ def test_views_on_a_gpu_equal_those_on_the_cpu():
     for cpu, gpu in zip(make_views(batch, Views(), **options), on_gpu, strict=True):
         differing = (cpu - gpu.cpu()).abs() > 1e-3
         assert differing.float().mean() < 1e-3  # solarise may fall on either side of its threshold
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_views_on_a_gpu_wait_for_nothing():
+    batch = batch_of(pictures(16))
+    batch = batch._replace(canvases=batch.canvases.cuda())
+    options = {"image_size": SIDE, "mean": NO_MEAN, "std": NO_STD, "seed": 0}
+    make_views(batch, Views(), epoch=0, **options)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        make_views(batch, Views(), epoch=1, **options)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_the_grid_shows_pictures_above_their_views(tmp_path):

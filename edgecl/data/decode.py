@@ -1,0 +1,208 @@
+"""A picture's bytes -> a square canvas: plain JPEGs by libjpeg-turbo or nvJPEG, everything else by Pillow.
+
+A JPEG is plain when libjpeg-turbo decodes it to what Pillow would: 8 bits, grey or colour, no warning. Anything else
+(CMYK, a damaged file, a PNG with a JPEG's name) goes to Pillow, whose word is the last one on what is readable.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import simplejpeg
+import torch
+import torch.nn.functional as F  # noqa: N812
+from PIL import Image
+from torch import Tensor
+
+from edgecl.data.sources import SIDES_SWAP, ImageSource, exif_turn
+from edgecl.errors import DeviceError
+
+_PLAIN_COLOURS = ("YCbCr", "Gray", "RGB")
+_JPEG = b"\xff\xd8\xff"
+# EXIF and XMP, where a camera says how it was held. The bytes may also stand elsewhere by chance: then Pillow looks
+# at the header for nothing.
+_APP1 = b"\xff\xe1"
+
+_T = Image.Transpose
+_TURNED = {
+    _T.FLIP_LEFT_RIGHT: (lambda canvas: canvas.flip(2)),
+    _T.ROTATE_180: (lambda canvas: canvas.flip(1, 2)),
+    _T.FLIP_TOP_BOTTOM: (lambda canvas: canvas.flip(1)),
+    _T.TRANSPOSE: (lambda canvas: canvas.mT),
+    _T.ROTATE_270: (lambda canvas: canvas.mT.flip(2)),
+    _T.TRANSVERSE: (lambda canvas: canvas.mT.flip(1, 2)),
+    _T.ROTATE_90: (lambda canvas: canvas.mT.flip(1)),
+}
+
+
+class Picture(NamedTuple):
+    """A whole picture on a square canvas."""
+
+    canvas: Tensor
+    """(3, S, S) uint8."""
+    height: int
+    """True height the right way up, pixels."""
+    width: int
+
+
+class PlainJpeg(NamedTuple):
+    """A plain JPEG, not decoded yet."""
+
+    content: bytes
+    height: int
+    """True height the right way up, pixels."""
+    width: int
+    turn: Image.Transpose | None
+    """What sets it upright."""
+
+
+def read_canvas(source: ImageSource, index: int, side: int) -> Picture:
+    """Read one picture of a source, whole, as a square.
+
+    JPEGs are decoded at a reduced scale of at least twice the side, as in Pillow's thumbnail(): JPEG's own scaling is
+    coarse.
+
+    Raises:
+        UnreadableImage: as in `ImageSource.read`.
+    """
+    found = read_encoded(source, index, side)
+    if isinstance(found, Picture):
+        return found
+    return decode_plain(found, side) or _by_pillow(source, index, side, found.content)
+
+
+def read_encoded(source: ImageSource, index: int, side: int) -> PlainJpeg | Picture:
+    """Read one picture of a source but leave a plain JPEG as it is, for `decode_plain` or `decode_on`.
+
+    Raises:
+        UnreadableImage: as in `ImageSource.read`.
+    """
+    content = source.read_bytes(index)
+    if content is not None and (plain := _plain(content)):
+        return plain
+    return _by_pillow(source, index, side, content)
+
+
+def decode_plain(jpeg: PlainJpeg, side: int) -> Picture | None:
+    """Decode a plain JPEG on the processor; None where libjpeg-turbo has doubts about it."""
+    try:
+        pixels = simplejpeg.decode_jpeg(jpeg.content, min_height=2 * side, min_width=2 * side, min_factor=2)
+    except Exception:
+        return None
+    canvas = torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0)
+    if canvas.shape[-2:] != (side, side):
+        canvas = F.interpolate(canvas, (side, side), mode="bilinear", antialias=True)
+    return Picture(_upright(canvas[0], jpeg.turn), jpeg.height, jpeg.width)
+
+
+def decode_on(device: torch.device, jpegs: Sequence[PlainJpeg], side: int) -> Tensor | None:
+    """Decode plain JPEGs where they are wanted, on a GPU with nvJPEG, and resize them there.
+
+    Args:
+        device: where.
+        jpegs: N of them.
+        side: of the canvases, pixels.
+
+    Returns:
+        (N, 3, side, side) uint8 on the device; None where the decoder refused one of them.
+    """
+    try:
+        pictures = _by_torchvision([jpeg.content for jpeg in jpegs], device)
+    except RuntimeError:
+        return None
+    canvases = torch.empty((len(jpegs), 3, side, side), dtype=torch.uint8, device=device)
+    for canvas, picture, jpeg in zip(canvases, pictures, jpegs, strict=True):
+        # CUDA resizes no whole numbers.
+        square = F.interpolate(
+            picture.unsqueeze(0).float(), (side, side), mode="bilinear", antialias=True
+        ).round_()
+        canvas.copy_(_upright(square[0].clamp_(0, 255), jpeg.turn))
+    return canvases
+
+
+def refuse_without_nvjpeg(device: torch.device) -> None:
+    """Make sure that JPEGs can be decoded on a device.
+
+    Raises:
+        DeviceError: it is no GPU, or torchvision has no decoder for it.
+    """
+    hint = "set [data] decode to 'cpu'"
+    if device.type != "cuda":
+        raise DeviceError(f"[data] decode is 'cuda', but the run is on '{device.type}'", hint=hint)
+    try:
+        _by_torchvision([simplejpeg.encode_jpeg(np.zeros((16, 16, 3), dtype=np.uint8))], device)
+    except (RuntimeError, ImportError) as complaint:
+        reason = (str(complaint).splitlines() or [type(complaint).__name__])[0]
+        raise DeviceError(
+            f"torchvision cannot decode JPEGs on '{device}': {reason}", hint=hint
+        ) from complaint
+
+
+def canvas(image: Image.Image, side: int) -> Tensor:
+    """Squeeze a whole picture to a square, antialiased bilinear; one of that size already stays as it is.
+
+    Returns:
+        (3, side, side) uint8.
+    """
+    return as_tensor(resized(image, side, side))
+
+
+def resized(image: Image.Image, width: int, height: int) -> Image.Image:
+    """Resize with antialiased bilinear, if it has another size."""
+    if image.size == (width, height):
+        return image
+    return image.resize((width, height), Image.Resampling.BILINEAR)
+
+
+def as_tensor(image: Image.Image) -> Tensor:
+    """Return an RGB picture's pixels, (3, H, W) uint8."""
+    return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
+
+
+def _by_torchvision(contents: Sequence[bytes], device: torch.device) -> list[Tensor]:
+    from torchvision.io import ImageReadMode, decode_jpeg
+
+    with warnings.catch_warnings():
+        # From 0.29 on torchvision calls its decoders deprecated in favour of a package of their own.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        pictures: list[Tensor] = decode_jpeg(
+            [torch.frombuffer(bytearray(content), dtype=torch.uint8) for content in contents],
+            mode=ImageReadMode.RGB,
+            device=device,
+        )
+    return pictures
+
+
+def _plain(content: bytes) -> PlainJpeg | None:
+    if not content.startswith(_JPEG):
+        return None
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
+    except Exception:
+        return None
+    if colours not in _PLAIN_COLOURS:
+        return None
+    if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
+        return None
+    turn = None
+    if _APP1 in content:
+        with contextlib.suppress(Exception), Image.open(io.BytesIO(content)) as image:
+            turn = exif_turn(image)
+    if turn in SIDES_SWAP:
+        height, width = width, height
+    return PlainJpeg(content, height, width, turn)
+
+
+def _by_pillow(source: ImageSource, index: int, side: int, content: bytes | None) -> Picture:
+    image, height, width = source.read_reduced(index, at_least=2 * side, content=content)
+    return Picture(canvas(image, side), height, width)
+
+
+def _upright(canvas: Tensor, turn: Image.Transpose | None) -> Tensor:
+    # A square turns after it was resized: less to move, and the resizing is the same in both directions.
+    return canvas if turn is None else _TURNED[turn](canvas)

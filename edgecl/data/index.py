@@ -1,0 +1,256 @@
+"""Which pictures a folder holds, and an index of them beside the run that makes the next start quick.
+
+The index is trusted when every folder has the inode and the time of change that it had, and a sample of the files
+(of a small folder all) has its sizes; otherwise, or when it is damaged, the folder is read again. What it holds decides no
+result: the same folder gives the same names in the same order with and without it.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgecl.artifacts import write_bytes
+from edgecl.errors import EdgeclError
+from edgecl.processes import is_main
+from edgecl.progress import Progress
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+
+_MAGIC = "edgecl-index 1"
+_SAMPLE = 1024
+# A folder that changed this shortly before it was read may change again without its time of change showing it.
+_RACY_NS = 2_000_000_000
+_NAMED_LINKS = 5
+_COUNT_EVERY = 1000
+
+
+@dataclass(frozen=True, eq=False)
+class Listing:
+    """The pictures below a folder."""
+
+    names: list[str]
+    """Relative, with slashes, sorted."""
+    sizes: NDArray[np.int64]
+    """(N,) bytes."""
+    fingerprint: str
+    """sha256 over names and sizes."""
+    folders: list[tuple[str, int, int]]
+    """Of each folder that was read: relative name, time of change in nanoseconds, inode."""
+    left_out: list[str]
+    """Links to folders that were already read, and links that lead nowhere but to themselves."""
+
+
+class Memory:
+    """The files of a folder that could not be decoded, remembered in a small file until they change.
+
+    Args:
+        file: JSON, relative name -> size, time of change and what was wrong.
+        root: the folder.
+        names: of all pictures, sorted.
+    """
+
+    def __init__(self, file: Path, root: Path, names: list[str]):
+        self._file, self._root, self._names = file, root, names
+
+    def known(self) -> dict[int, str]:
+        """Return the positions of the files that were unreadable and have not changed, with the reasons."""
+        found = {}
+        for name, entry in self._read().items():
+            position = int(np.searchsorted(self._names, name)) if self._names else 0
+            if (
+                position < len(self._names)
+                and self._names[position] == name
+                and entry[:2] == self._stamp(name)
+            ):
+                found[position] = str(entry[2])
+        return found
+
+    def remember(self, news: Mapping[int, str]) -> None:
+        """Add files; a file system that refuses costs the memory, not the run."""
+        entries = self._read()
+        for position, reason in news.items():
+            if stamp := self._stamp(self._names[position]):
+                entries[self._names[position]] = [*stamp, reason]
+        _write(self._file, json.dumps(entries, indent=1).encode())
+
+    def _read(self) -> dict[str, list[Any]]:
+        try:
+            entries = json.loads(self._file.read_bytes())
+        except (OSError, ValueError):
+            return {}
+        whole = isinstance(entries, dict) and all(
+            isinstance(entry, list) and len(entry) == 3 for entry in entries.values()
+        )
+        return entries if whole else {}
+
+    def _stamp(self, name: str) -> list[int] | None:
+        try:
+            status = (self._root / name).stat()
+        except OSError:
+            return None
+        return [status.st_size, status.st_mtime_ns]
+
+
+def list_folder(root: Path, *, index_dir: Path | None) -> tuple[Listing, Memory | None]:
+    """Find every picture below a folder, links to folders included, dot files left out.
+
+    Args:
+        root: the folder.
+        index_dir: where its index is kept; None keeps none.
+
+    Raises:
+        OSError: a folder cannot be read.
+    """
+    if index_dir is None:
+        listing = scan(root)
+        _say_left_out(listing, root)
+        return listing, None
+    key = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]
+    file = index_dir / f"index-{key}"
+    kept = _read(file)
+    if kept and _unchanged(kept, root):
+        listing = kept
+    else:
+        started = time.time_ns()
+        listing = scan(root)
+        if is_main() and max(changed for _, changed, _ in listing.folders) < started - _RACY_NS:
+            _write(file, _encoded(listing))
+    _say_left_out(listing, root)
+    return listing, Memory(index_dir / f"unreadable-{key}.json", root, listing.names)
+
+
+def scan(root: Path) -> Listing:
+    """Read a folder and those below it, each once.
+
+    Raises:
+        OSError: a folder cannot be read.
+    """
+    found: dict[str, int] = {}
+    folders: list[tuple[str, int, int]] = []
+    left_out: list[str] = []
+    seen: set[tuple[int, int]] = set()
+    # Linked folders wait until all real ones are seen: a link to a folder inside the root then adds
+    # nothing, and a loop ends.
+    real, linked = [(str(root), "")], list[tuple[str, str]]()
+    with Progress("looking for images", total=None, unit="files") as progress:
+        while real or linked:
+            is_link = not real
+            folder, prefix = linked.pop(0) if is_link else real.pop()
+            status = os.stat(folder)  # noqa: PTH116 - millions of names; plain strings are far quicker
+            if (status.st_dev, status.st_ino) in seen:
+                if is_link:
+                    left_out.append(prefix.rstrip("/"))
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            folders.append((prefix, status.st_mtime_ns, status.st_ino))
+            inner: list[tuple[str, str]] = []
+            with os.scandir(folder) as entries:
+                for count, entry in enumerate(entries, start=1):
+                    if count % _COUNT_EVERY == 0:
+                        progress.advance(_COUNT_EVERY)
+                    name = entry.name
+                    if name.startswith("."):
+                        continue
+                    try:
+                        if entry.is_dir():
+                            (linked if entry.is_symlink() else inner).append((entry.path, f"{prefix}{name}/"))
+                        elif name.lower().endswith(EXTENSIONS) and entry.is_file():
+                            found[prefix + name] = entry.stat().st_size
+                    except OSError as complaint:
+                        if complaint.errno != errno.ELOOP:
+                            raise
+                        left_out.append(prefix + name)
+            real += sorted(inner)
+            linked.sort()
+    names = sorted(found)
+    sizes = np.fromiter((found[name] for name in names), dtype=np.int64, count=len(names))
+    return Listing(names, sizes, fingerprint(names, sizes), folders, sorted(left_out))
+
+
+def fingerprint(names: Iterable[str], sizes: NDArray[np.int64]) -> str:
+    """Return the sha256 over names and sizes."""
+    lines = "".join(f"{name}\0{size}\n" for name, size in zip(names, sizes.tolist(), strict=True))
+    return hashlib.sha256(lines.encode(errors="surrogateescape")).hexdigest()
+
+
+def _unchanged(listing: Listing, root: Path) -> bool:
+    try:
+        for prefix, changed, inode in listing.folders:
+            status = os.stat(f"{root}/{prefix}")  # noqa: PTH116
+            if (status.st_mtime_ns, status.st_ino) != (changed, inode):
+                return False
+        # Others at every start: what one start misses the next may see.
+        count = len(listing.names)
+        sample = np.random.default_rng().permutation(count)[:_SAMPLE] if count > _SAMPLE else np.arange(count)
+        return all(
+            os.stat(f"{root}/{listing.names[place]}").st_size == listing.sizes[place]  # noqa: PTH116
+            for place in sample.tolist()
+        )
+    except OSError:
+        return False
+
+
+def _encoded(listing: Listing) -> bytes:
+    names = "\0".join(listing.names).encode(errors="surrogateescape")
+    header = {
+        "fingerprint": listing.fingerprint,
+        "folders": listing.folders,
+        "left_out": listing.left_out,
+        "count": len(listing.names),
+        "names_bytes": len(names),
+    }
+    body = json.dumps(header).encode() + b"\n" + names + listing.sizes.astype("<i8").tobytes()
+    return f"{_MAGIC} {hashlib.sha256(body).hexdigest()}\n".encode() + body
+
+
+def _read(file: Path) -> Listing | None:
+    """Read an index; None where there is none, or none that is whole."""
+    try:
+        first, _, body = file.read_bytes().partition(b"\n")
+    except OSError:
+        return None
+    if first != f"{_MAGIC} {hashlib.sha256(body).hexdigest()}".encode():
+        return None
+    header, _, rest = body.partition(b"\n")
+    fields = json.loads(header)
+    end = fields["names_bytes"]
+    names = rest[:end].decode(errors="surrogateescape").split("\0") if fields["count"] else []
+    return Listing(
+        names,
+        np.frombuffer(rest[end:], dtype="<i8").astype(np.int64),
+        fields["fingerprint"],
+        [(prefix, changed, inode) for prefix, changed, inode in fields["folders"]],
+        fields["left_out"],
+    )
+
+
+def _write(file: Path, content: bytes) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(file, content)
+    except (OSError, EdgeclError) as complaint:
+        if is_main():
+            reason = str(complaint).partition("\n")[0]
+            sys.stderr.write(f"edgecl: no index is kept, the next start takes as long: {reason}\n")
+
+
+def _say_left_out(listing: Listing, root: Path) -> None:
+    if listing.left_out and is_main():
+        count = len(listing.left_out)
+        named = ", ".join(listing.left_out[:_NAMED_LINKS]) + (" …" if count > _NAMED_LINKS else "")
+        sys.stderr.write(
+            f"edgecl: {count} link{'s' if count > 1 else ''} in '{root}' left out, "
+            f"leading back to what was already read: {named}\n"
+        )

@@ -1,0 +1,361 @@
+"""What is in one tar shard and where: read from its headers once, kept as an .npz, never unpacked to the disk."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tarfile
+import tempfile
+import zipfile
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgecl.data.index import EXTENSIONS
+from edgecl.errors import DataError
+
+_VERSION = 1
+_BLOCK = 512
+_LARGEST_LABEL = 1024
+_END_SEARCHED = 64 * 1024
+_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd")
+_IMAGE_SUFFIXES = tuple(extension.removeprefix(".") for extension in EXTENSIONS)
+_KINDS = {
+    tarfile.SYMTYPE: "a symbolic link",
+    tarfile.LNKTYPE: "a hard link",
+    tarfile.CHRTYPE: "a device",
+    tarfile.BLKTYPE: "a device",
+    tarfile.FIFOTYPE: "a named pipe",
+}
+
+
+class Stamp(NamedTuple):
+    """What tells that a file is still the one that was indexed."""
+
+    size: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True, eq=False)
+class TarIndex:
+    """The images of one shard in the order of the tar, each with the text of its label."""
+
+    stamp: Stamp
+    digest: str
+    """sha256 over every member's name and size, and over the labels."""
+    offsets: NDArray[np.int64]
+    """(N,) where each image's bytes begin, in the shard."""
+    sizes: NDArray[np.int64]
+    """(N,) bytes of each image."""
+    joined_names: bytes
+    """Member names of the images, with NUL between them."""
+    joined_labels: bytes
+    """Content of each image's `.cls` member with NUL between them; empty where there is none."""
+
+    def __len__(self) -> int:
+        """Count the images."""
+        return len(self.offsets)
+
+    def name(self, position: int) -> str:
+        """Name the member that an image is."""
+        return printable(self.joined_names.split(b"\0")[position].decode(errors="surrogateescape"))
+
+    def labels(self) -> list[str]:
+        """Return the text of each image's label, '' where it has none."""
+        return self.joined_labels.decode().split("\0") if len(self) else []
+
+
+class _Sample:
+    """The members of one shard that share a key."""
+
+    def __init__(self) -> None:
+        self.suffixes: set[str] = set()
+        self.images: list[tuple[int, int, str, int, int]] = []
+        self.label = ""
+
+    def add_image(self, suffix: str, member: tarfile.TarInfo) -> None:
+        # 'jpg' before 'png', and either before 'mask.png': what WebDataset's users write as "jpg;png".
+        preference = _IMAGE_SUFFIXES.index(suffix.rpartition(".")[2])
+        self.images.append((suffix.count("."), preference, member.name, member.offset_data, member.size))
+
+
+def stamp_of(status: os.stat_result) -> Stamp:
+    """Return the stamp of a file's status."""
+    return Stamp(status.st_size, status.st_mtime_ns)
+
+
+def indexed(shard: Path, *, shown: str, cached_at: Path) -> TarIndex:
+    """Return a shard's index: the kept one if the shard is as it was then, else a new one, which is kept.
+
+    Args:
+        shard: a file on this machine.
+        shown: how to name it in errors.
+        cached_at: where the index is kept; where that cannot be written, it is made anew each time.
+
+    Raises:
+        DataError: as in `read_index`.
+    """
+    kept = load_index(cached_at)
+    if kept is not None:
+        with suppress(OSError):
+            if stamp_of(shard.stat()) == kept.stamp:
+                return kept
+    index = read_index(shard, shown=shown)
+    save_index(index, cached_at)
+    return index
+
+
+def read_index(shard: Path, *, shown: str) -> TarIndex:
+    """Read every header of a tar file; of the contents, the labels alone.
+
+    A sample is what shares a name up to the first dot of its last part, as WebDataset has it, wherever in the shard
+    its members lie. Its image is the member with an image's suffix, its label the text of `.cls`. Folders, samples
+    without an image and names like `__this__` are passed over.
+
+    Args:
+        shard: a file on this machine.
+        shown: how to name it in errors.
+
+    Raises:
+        DataError: not there, no tar, compressed, cut short, damaged, or with a member that has no place in a shard:
+            a link, a device, a path that climbs out, the same name twice.
+    """
+    try:
+        with shard.open("rb") as file:
+            return _read(file, shown)
+    except OSError as complaint:
+        raise DataError(
+            f"the shard '{_last(shown)}' cannot be read: {complaint.strerror or complaint}",
+            where={"shard": shown},
+        ) from complaint
+
+
+def _read(file: BinaryIO, shown: str) -> TarIndex:
+    stamp = stamp_of(os.fstat(file.fileno()))
+    _refuse_what_is_no_tar(file, stamp.size, shown)
+    samples: dict[str, _Sample] = {}
+    digest = hashlib.sha256()
+    member = None
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as archive:
+            for member in archive:
+                _refuse_member(member, shown)
+                if archive.offset <= member.offset:
+                    raise tarfile.ReadError("a size below zero")
+                if member.isreg() and not _is_meta(member.name):
+                    _add(samples, member, file, shown)
+                    digest.update(f"{member.name}\0{member.size}\n".encode(errors="surrogateescape"))
+            end = archive.offset
+    except (tarfile.TarError, ValueError, EOFError, OverflowError) as complaint:
+        _refuse_cut(file, samples, member, complaint, stamp, shown)
+    _check_end(file, end, samples, stamp, shown)
+    chosen = [(min(sample.images), sample.label) for sample in samples.values() if sample.images]
+    labels = "\0".join(label for _, label in chosen).encode()
+    digest.update(labels)
+    return TarIndex(
+        stamp=stamp,
+        digest=digest.hexdigest(),
+        offsets=np.array([image[3] for image, _ in chosen], dtype=np.int64),
+        sizes=np.array([image[4] for image, _ in chosen], dtype=np.int64),
+        joined_names="\0".join(image[2] for image, _ in chosen).encode(errors="surrogateescape"),
+        joined_labels=labels,
+    )
+
+
+def _refuse_what_is_no_tar(file: BinaryIO, size: int, shown: str) -> None:
+    if size == 0:
+        raise DataError(f"the shard '{_last(shown)}' is empty", where={"shard": shown})
+    start = file.read(_BLOCK)
+    file.seek(0)
+    if start.startswith(_COMPRESSED):
+        raise DataError(
+            f"the shard '{_last(shown)}' is compressed, so no image in it can be read without all before it",
+            where={"shard": shown},
+            hint="unpack it to a plain .tar; JPEG files do not shrink any further",
+        )
+    try:
+        tarfile.TarInfo.frombuf(start, tarfile.ENCODING, "surrogateescape")
+    except tarfile.HeaderError as complaint:
+        if not any(start):
+            return
+        raise DataError(f"'{_last(shown)}' is not a tar file", where={"shard": shown}) from complaint
+
+
+def _refuse_member(member: tarfile.TarInfo, shown: str) -> None:
+    """Refuse what no shard needs: nothing is ever unpacked by name here, but the next reader might."""
+    name = PurePosixPath(member.name)
+    if name.is_absolute() or ".." in name.parts:
+        problem = "has a path that climbs out of the shard"
+    elif "\0" in member.name:
+        problem = "has a NUL in its name"
+    elif member.type in _KINDS:
+        problem = f"is {_KINDS[member.type]}"
+    elif member.issparse():
+        problem = "is a sparse file"
+    else:
+        return
+    raise DataError(
+        f"a member of the shard '{_last(shown)}' {problem}: '{printable(member.name)}'",
+        where={"shard": shown},
+        hint="do not trust a shard with such a member; write it again with regular files alone",
+    )
+
+
+def _is_meta(name: str) -> bool:
+    first = name.partition("/")[0]
+    return len(first) > 4 and first.startswith("__") and first.endswith("__")
+
+
+def _add(samples: dict[str, _Sample], member: tarfile.TarInfo, file: BinaryIO, shown: str) -> None:
+    key, suffix = _key_and_suffix(member.name)
+    if not suffix:
+        return
+    sample = samples.setdefault(key, _Sample())
+    if suffix in sample.suffixes:
+        raise DataError(
+            f"the shard '{_last(shown)}' holds '{printable(member.name)}' twice",
+            where={"shard": shown},
+            hint="write the shard again, with a key of its own for every sample",
+        )
+    sample.suffixes.add(suffix)
+    if suffix.rpartition(".")[2] in _IMAGE_SUFFIXES:
+        sample.add_image(suffix, member)
+    elif suffix == "cls":
+        sample.label = _label(member, file, shown)
+
+
+def _key_and_suffix(name: str) -> tuple[str, str]:
+    """Split a name at the first dot of its last part: 'a.b/c.seg.png' -> 'a.b/c', 'seg.png'."""
+    folder, slash, last = name.rpartition("/")
+    stem, _, suffix = last.partition(".")
+    return folder + slash + stem, suffix.lower()
+
+
+def _label(member: tarfile.TarInfo, file: BinaryIO, shown: str) -> str:
+    content = b"\0"
+    if member.size <= _LARGEST_LABEL:
+        content = os.pread(file.fileno(), member.size, member.offset_data)
+    try:
+        label = content.decode().strip()
+    except UnicodeDecodeError:
+        label = "\0"
+    if "\0" in label:
+        raise DataError(
+            f"the label '{printable(member.name)}' in the shard '{_last(shown)}' is no short text",
+            where={"shard": shown},
+            hint="a .cls member holds the number or the name of a class",
+        )
+    return label
+
+
+def _refuse_cut(
+    file: BinaryIO,
+    samples: dict[str, _Sample],
+    member: tarfile.TarInfo | None,
+    complaint: Exception,
+    stamp: Stamp,
+    shown: str,
+) -> None:
+    """Say how much of a shard is whole that ends, or turns to nonsense, inside a member."""
+    where: dict[str, object] = {"shard": shown, "bytes": f"{stamp.size:,}"}
+    cut, inside = None, "a header"
+    if member is not None:
+        end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK
+        if end > stamp.size:
+            cut, inside = _key_and_suffix(member.name)[0], f"'{printable(member.name)}'"
+            where["bytes"] = f"{stamp.size:,}, at least {end:,} expected"
+    whole = sum(1 for key, sample in samples.items() if sample.images and key != cut)
+    # A tar ends with blocks of zeros: one that does so and cannot be read was not cut.
+    if cut is None and not any(os.pread(file.fileno(), _BLOCK, max(0, stamp.size - _BLOCK))):
+        problem = f"is damaged: {complaint}"
+    else:
+        problem = f"is cut short: it ends inside {inside}"
+    raise DataError(
+        f"the shard '{_last(shown)}' {problem}, after {whole} whole samples",
+        where=where,
+        hint="copy or fetch it again",
+    ) from complaint
+
+
+def _check_end(file: BinaryIO, end: int, samples: dict[str, _Sample], stamp: Stamp, shown: str) -> None:
+    """Hold a tar to its end mark: without it tarfile stops in silence, wherever the file was cut or damaged."""
+    file.seek(end)
+    mark = file.read(_BLOCK)
+    whole = sum(1 for sample in samples.values() if sample.images)
+    if len(mark) < _BLOCK:
+        raise DataError(
+            f"the shard '{_last(shown)}' is cut short: after {whole} whole samples the tar's end mark is missing",
+            where={"shard": shown, "bytes": f"{stamp.size:,}"},
+            hint="copy or fetch it again; whoever wrote it must close the writer",
+        )
+    if any(mark):
+        raise DataError(
+            f"the shard '{_last(shown)}' is damaged at byte {end:,}: no tar header there, after {whole} whole samples",
+            where={"shard": shown},
+            hint="copy or fetch it again",
+        )
+    if any(file.read(_END_SEARCHED)):
+        raise DataError(
+            f"the shard '{_last(shown)}' goes on after its end mark, after {whole} samples",
+            where={"shard": shown},
+            hint="tar files cannot be joined with `cat`; name them both, with '::' between",
+        )
+
+
+def save_index(index: TarIndex, path: Path) -> None:
+    """Keep an index, written aside and renamed; a place that cannot be written does without."""
+    aside = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            aside = Path(file.name)
+            np.savez(
+                file,
+                version=np.int64(_VERSION),
+                stamp=np.array(index.stamp, dtype=np.int64),
+                digest=np.frombuffer(index.digest.encode(), dtype=np.uint8),
+                offsets=index.offsets,
+                sizes=index.sizes,
+                names=np.frombuffer(index.joined_names, dtype=np.uint8),
+                labels=np.frombuffer(index.joined_labels, dtype=np.uint8),
+            )
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except OSError:
+        if aside is not None:
+            aside.unlink(missing_ok=True)
+
+
+def load_index(path: Path) -> TarIndex | None:
+    """Return a kept index; None where there is none, or none that this edgecl can read."""
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as kept:
+            if int(kept["version"]) != _VERSION:
+                return None
+            return TarIndex(
+                stamp=Stamp(*kept["stamp"].tolist()),
+                digest=kept["digest"].tobytes().decode(),
+                offsets=kept["offsets"],
+                sizes=kept["sizes"],
+                joined_names=kept["names"].tobytes(),
+                joined_labels=kept["labels"].tobytes(),
+            )
+    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile):
+        return None
+
+
+def printable(name: str) -> str:
+    """Return a name that cannot steer a terminal: what is not printable is written as an escape."""
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode()
+        for char in name
+    )
+
+
+def _last(shown: str) -> str:
+    return shown.rpartition("/")[2] or shown

@@ -1,0 +1,100 @@
+"""The pictures that cannot be read: counted, named, held to what is allowed, and remembered for the next start."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgecl.data.sources import ImageSource, UnreadableImage
+from edgecl.errors import DataError
+from edgecl.processes import is_main
+from edgecl.redaction import without_secrets
+
+_NAMED_BAD_IMAGES = 5
+
+
+class BadImages:
+    """The unreadable images known so far; too many of them are an error.
+
+    Args:
+        source: of the images.
+        chosen: (N,) positions in the source that take part.
+        max_bad_fraction: of these that may be unreadable.
+    """
+
+    def __init__(self, source: ImageSource, *, chosen: NDArray[np.int64], max_bad_fraction: float):
+        self._source = source
+        self._total = len(chosen)
+        self._max_bad_fraction = max_bad_fraction
+        self._lock = threading.Lock()
+        self._news: dict[int, str] = {}
+        known = source.memory.known() if source.memory else {}
+        self._reasons = {index: known[index] for index in np.intersect1d(chosen, [*known]).tolist()}
+
+    def __len__(self) -> int:
+        """Count them."""
+        return len(self._reasons)
+
+    def __contains__(self, index: int) -> bool:
+        """Say whether an image of the source is known to be unreadable."""
+        return index in self._reasons
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the unreadable images, in the order of the data."""
+        with self._lock:
+            return tuple(self._source.describe(index) for index in sorted(self._reasons))
+
+    def add(self, index: int, complaint: UnreadableImage) -> None:
+        """Count an image; any thread may."""
+        with self._lock:
+            self._reasons[index] = str(complaint)
+            if complaint.lasting:
+                self._news[index] = str(complaint)
+
+    def remember(self) -> None:
+        """Keep for the next start what was found since the last call, where the source has a memory."""
+        with self._lock:
+            news, self._news = self._news, {}
+        if news and self._source.memory:
+            self._source.memory.remember(news)
+
+    def check(self) -> None:
+        """Hold the number of unreadable images to what is allowed.
+
+        Raises:
+            DataError: all are unreadable, or more than the allowed fraction.
+        """
+        with self._lock:
+            reasons = sorted(self._reasons.items())
+        bad = len(reasons)
+        if bad == 0 or (bad < self._total and bad / self._total <= self._max_bad_fraction):
+            return
+        listed = [
+            f"{self._source.describe(index)} ({reason})" for index, reason in reasons[:_NAMED_BAD_IMAGES]
+        ]
+        if bad > _NAMED_BAD_IMAGES:
+            listed.append(f"and {bad - _NAMED_BAD_IMAGES} more")
+        # One below the other, in line with the first.
+        where = {"data": self._source.uri, "unreadable": ("\n" + " " * len("  unreadable: ")).join(listed)}
+        if bad == self._total:
+            raise DataError(f"none of the {self._total} images can be read", where=where)
+        raise DataError(
+            f"{bad} of {self._total} images cannot be read: {bad / self._total:.1%}, "
+            f"{self._max_bad_fraction:.1%} are allowed",
+            where=where,
+            hint="repair or remove them, or raise [data] max_bad_fraction",
+        )
+
+
+def say_skipped(names: Sequence[str], uri: str) -> None:
+    """Name on stderr the pictures that could not be read and are left out; one process of a run does."""
+    if names and is_main():
+        named = ", ".join(names[:_NAMED_BAD_IMAGES]) + (" …" if len(names) > _NAMED_BAD_IMAGES else "")
+        sys.stderr.write(
+            f"edgecl: {len(names)} unreadable images of '{without_secrets(uri)}' left out: {named}\n"
+        )

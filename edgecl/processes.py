@@ -1,0 +1,246 @@
+"""The processes of one run: joining them, what they must agree on, and one error shown once.
+
+torch.distributed is the engine; torchrun or `accelerate launch` start the processes and say in the environment who is who.
+torch is imported only where there is more than one process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from datetime import timedelta
+from typing import Any, TypeVar
+
+from edgecl.errors import DeviceError, ProcessError, RecipeError
+
+_T = TypeVar("_T")
+
+WAIT_VARIABLE = "EDGECL_WAIT_S"
+DEFAULT_WAIT_S = 600.0
+
+# A process that fails says so itself; the others give it this long before they speak for it.
+_PATIENCE_S = 3.0
+_REPORT_KEY = "edgecl/reported"
+# How gloo, NCCL and the store word that the other side is gone or silent.
+_LOST = re.compile(
+    r"closed by peer|connection reset|broken pipe|connection refused|timed? ?out|remote process|"
+    r"socket closed|recv, \d+|failed to recv|nccl|gloo",
+    re.IGNORECASE,
+)
+
+_store: Any = None
+
+
+def world_size() -> int:
+    """Return how many processes the run has."""
+    group = _group()
+    return int(group.get_world_size()) if group else _from_launcher("WORLD_SIZE", 1)
+
+
+def rank() -> int:
+    """Return which of the processes this is, from 0."""
+    group = _group()
+    return int(group.get_rank()) if group else _from_launcher("RANK", 0)
+
+
+def is_main() -> bool:
+    """Tell whether this is the process that writes and prints."""
+    return rank() == 0
+
+
+def wait_s() -> float:
+    """Return the longest wait for another process, seconds: EDGECL_WAIT_S, or ten minutes.
+
+    Raises:
+        DeviceError: EDGECL_WAIT_S is no positive number.
+    """
+    text = os.environ.get(WAIT_VARIABLE, "")
+    try:
+        seconds = float(text) if text else DEFAULT_WAIT_S
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise DeviceError(f"{WAIT_VARIABLE} is {text!r}, not a number of seconds above 0")
+    return seconds
+
+
+def restarts() -> int:
+    """Return how often an elastic launcher has already started this run again."""
+    return _from_environment("TORCHELASTIC_RESTART_COUNT", 0)
+
+
+def join(device: str = "auto") -> None:
+    """Meet the other processes that a launcher started: NCCL between GPUs, gloo between CPUs; alone, do nothing.
+
+    Args:
+        device: 'auto', 'cpu' or 'cuda'.
+
+    Raises:
+        DeviceError: more processes than GPUs on this machine.
+        ProcessError: the others did not come.
+    """
+    global _store
+    if world_size() == 1:
+        return
+    import torch
+    from torch import distributed
+
+    if not distributed.is_initialized():
+        on_gpu = device != "cpu" and torch.cuda.is_available()
+        if on_gpu:
+            local = _from_environment("LOCAL_RANK", 0)
+            if local >= torch.cuda.device_count():
+                raise DeviceError(
+                    f"process {local} of this machine has no GPU of its own: it has {torch.cuda.device_count()}",
+                    hint="start as many processes per machine as it has GPUs (--nproc-per-node), or use --device cpu",
+                )
+            torch.cuda.set_device(local)
+        try:
+            distributed.init_process_group(
+                # gloo beside NCCL: small decisions on the CPU need no kernel.
+                "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+                timeout=timedelta(seconds=wait_s()),
+            )
+        except (RuntimeError, ValueError) as complaint:
+            raise ProcessError(
+                f"the {world_size()} processes of the run did not find each other: "
+                f"{str(complaint).splitlines()[0]}",
+                where={"meeting point": f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"},
+                hint="start them with torchrun, with the same --rdzv-endpoint on every machine",
+            ) from complaint
+    # Kept, since the group may be gone when an error is to be shown.
+    _store = distributed.distributed_c10d._get_default_store()
+
+
+def leave() -> None:
+    """Part from the other processes, so that the interpreter can end quietly."""
+    group = _group()
+    if group:
+        with contextlib.suppress(Exception):
+            group.destroy_process_group()
+
+
+def from_main(value: _T) -> _T:
+    """Return the main process's value in every process."""
+    if world_size() == 1:
+        return value
+    from torch import distributed
+
+    held = [value]
+    distributed.broadcast_object_list(held, src=0)
+    return held[0]
+
+
+def agree(facts: Mapping[str, str]) -> None:
+    """Hold all processes to the same facts, e.g. the hash of the recipe.
+
+    Raises:
+        RecipeError: in every process, naming the first that differs, the fact and both values.
+    """
+    if world_size() == 1:
+        return
+    from torch import distributed
+
+    everyone: list[Any] = [None] * world_size()
+    distributed.all_gather_object(everyone, (os.uname().nodename, dict(facts)))
+    _, expected = everyone[0]
+    for number, (host, found) in enumerate(everyone):
+        for name, value in found.items():
+            if value != expected.get(name):
+                raise RecipeError(
+                    f"process {number} does not see the same {name} as process 0",
+                    where={
+                        f"process 0 on {everyone[0][0]}": expected.get(name),
+                        f"process {number} on {host}": value,
+                    },
+                    hint="give every process the same recipe, the same --set and the same images",
+                )
+
+
+@contextlib.contextmanager
+def explain_lost_peers() -> Iterator[None]:
+    """Turn a collective that failed because another process is gone into a named error, with the memory figures."""
+    try:
+        yield
+    except RuntimeError as complaint:
+        first = (str(complaint).splitlines() or [""])[0]
+        if world_size() == 1 or not _LOST.search(first):
+            raise
+        _wait_for_a_report()
+        raise ProcessError(
+            f"another process of the run ended without a word, or did not answer for {wait_s():g} s",
+            where={
+                "this process": f"{rank()} of {world_size()} on {os.uname().nodename}",
+                "memory": memory_figures(),
+                "seen": first,
+            },
+            hint="a process that the system killed was most often out of memory (see `dmesg`): lower [data] batch_size "
+            f"or cache_mib, or start fewer processes per machine; then go on with --resume. {WAIT_VARIABLE} sets the wait",
+        ) from complaint
+
+
+def claim_report() -> bool:
+    """Tell whether this process is the one to show its error: the first that asks, among all of the run."""
+    if _store is None:
+        return is_main()
+    try:
+        mine = str(rank())
+        claimed: bytes = _store.compare_set(_REPORT_KEY, "", mine)
+    except Exception:
+        # Nobody is left to ask.
+        return True
+    return claimed.decode() == mine
+
+
+def _wait_for_a_report() -> None:
+    until = time.monotonic() + _PATIENCE_S
+    while _store is not None and time.monotonic() < until:
+        try:
+            if _store.check([_REPORT_KEY]):
+                return
+        except Exception:
+            return
+        time.sleep(0.05)
+
+
+def memory_figures() -> str:
+    """Say how much memory this process holds and the machine has left, and whether the system killed for memory."""
+    parts = [f"this process holds {_status_kib('/proc/self/status', 'VmRSS') / 2**20:.1f} GiB"]
+    total, free = (_status_kib("/proc/meminfo", name) / 2**20 for name in ("MemTotal", "MemAvailable"))
+    parts.append(f"{free:.1f} of {total:.1f} GiB free")
+    with contextlib.suppress(OSError, ValueError, IndexError), open("/sys/fs/cgroup/memory.events") as file:  # noqa: PTH123
+        killed = int(next(line.split()[1] for line in file if line.startswith("oom_kill ")))
+        if killed:
+            parts.append(f"the system has killed {killed} processes here for memory")
+    return ", ".join(parts)
+
+
+def _status_kib(path: str, name: str) -> float:
+    with contextlib.suppress(OSError, ValueError, IndexError, StopIteration), open(path) as file:  # noqa: PTH123
+        return float(next(line.split()[1] for line in file if line.startswith(f"{name}:")))
+    return float("nan")
+
+
+def _group() -> Any:
+    """Return torch.distributed where the processes have met; torch is not imported to find out."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        return distributed
+    return None
+
+
+def _from_launcher(name: str, otherwise: int) -> int:
+    # All of these, or nobody launched us: a shell may well have a WORLD_SIZE of its own.
+    launched = all(variable in os.environ for variable in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))
+    return _from_environment(name, otherwise) if launched else otherwise
+
+
+def _from_environment(name: str, otherwise: int) -> int:
+    try:
+        return int(os.environ.get(name, otherwise))
+    except ValueError:
+        return otherwise

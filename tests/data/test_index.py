@@ -1,0 +1,382 @@
+"""The index of a folder: quick where nothing changed, and never a picture too many or too few."""
+
+import os
+import stat
+
+import numpy as np
+import pytest
+
+from edgecl.data import index
+from edgecl.data.index import list_folder, scan
+from edgecl.data.loading import TrainingImages, load_eval_images
+from edgecl.data.sources import open_source
+from edgecl.errors import DataError
+
+
+def age(root):
+    """Set the times of change of all folders back: a folder that changes just now is not indexed."""
+    for folder, _, _ in os.walk(root, topdown=False):
+        os.utime(folder, (1_600_000_000, 1_600_000_000))
+
+
+@pytest.fixture
+def scans(monkeypatch):
+    """Roots that were read whole."""
+    seen = []
+
+    def record(root):
+        seen.append(root)
+        return scan(root)
+
+    monkeypatch.setattr(index, "scan", record)
+    return seen
+
+
+@pytest.fixture
+def folder(write_images, tmp_path):
+    """Two classes of three pictures, indexed once."""
+    root = write_images(6, classes=("a", "b/deep"))
+    age(root)
+    list_folder(root, index_dir=tmp_path / ".edgecl")
+    return root
+
+
+def listed(root, tmp_path):
+    listing, _ = list_folder(root, index_dir=tmp_path / ".edgecl")
+    fresh = scan(root)
+    assert listing.names == fresh.names
+    assert listing.sizes.tolist() == fresh.sizes.tolist()
+    assert listing.fingerprint == fresh.fingerprint
+    return listing
+
+
+def test_an_unchanged_folder_is_not_read_again(folder, tmp_path, scans):
+    names = listed(folder, tmp_path).names
+    assert scans == []
+    assert names == [
+        "a/000.png",
+        "a/002.png",
+        "a/004.png",
+        "b/deep/001.png",
+        "b/deep/003.png",
+        "b/deep/005.png",
+    ]
+
+
+def test_a_source_is_the_same_with_and_without_an_index(folder, tmp_path, scans):
+    with_index = open_source(str(folder), index_dir=tmp_path / ".edgecl")
+    assert scans == []
+    without = open_source(str(folder))
+    assert scans == [folder]
+    assert with_index.fingerprint == without.fingerprint
+    assert with_index.labels.tolist() == without.labels.tolist()
+    assert [with_index.describe(i) for i in range(6)] == [without.describe(i) for i in range(6)]
+    assert np.array_equal(with_index.read(4), without.read(4))
+
+
+def add(root):
+    (root / "b" / "deep" / "009.png").write_bytes(b"x")
+
+
+def add_elsewhere(root):
+    (root / "c").mkdir()
+    (root / "c" / "000.png").write_bytes(b"x")
+
+
+def remove(root):
+    (root / "a" / "002.png").unlink()
+
+
+def rename(root):
+    (root / "a" / "002.png").rename(root / "a" / "003.png")
+
+
+def grow_in_place(root):
+    with (root / "a" / "002.png").open("ab") as file:
+        file.write(b"x")
+
+
+def replace_by_another_size(root):
+    (root / "a" / "new").write_bytes(b"xyz")
+    (root / "a" / "new").replace(root / "a" / "002.png")
+
+
+def replace_a_folder(root):
+    (root / "a").rename(root / "b" / "a")
+    (root / "b" / "a" / "002.png").unlink()
+    (root / "a").mkdir()
+    (root / "a" / "000.png").write_bytes(b"x")
+    age(root / "a")
+    os.utime(root, (1_600_000_000, 1_600_000_000))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [add, add_elsewhere, remove, rename, grow_in_place, replace_by_another_size, replace_a_folder],
+    ids=lambda change: change.__name__,
+)
+def test_a_change_is_noticed(folder, tmp_path, scans, change):
+    change(folder)
+    listed(folder, tmp_path)
+    assert scans == [folder]
+
+
+def test_a_change_within_a_linked_folder_is_noticed(write_images, tmp_path, scans):
+    root, other = write_images(2, classes=("a",)), write_images(2, folder="elsewhere")
+    (root / "b").symlink_to(other, target_is_directory=True)
+    age(root)
+    age(other)
+    listed(root, tmp_path)
+    listed(root, tmp_path)
+    assert scans == [root]
+    (other / "001.png").unlink()
+    assert listed(root, tmp_path).names == ["a/000.png", "a/001.png", "b/000.png"]
+    assert scans == [root, root]
+
+
+def test_a_root_that_now_links_elsewhere_is_noticed(write_images, tmp_path, scans):
+    one, two = write_images(2), write_images(3, folder="elsewhere")
+    age(one)
+    age(two)
+    root = tmp_path / "current"
+    for target in (one, two):
+        root.unlink(missing_ok=True)
+        root.symlink_to(target, target_is_directory=True)
+        listed(root, tmp_path)
+    assert len(scans) == 2
+
+
+def test_a_folder_that_changes_just_now_is_not_indexed(write_images, tmp_path, scans):
+    root = write_images(2)
+    listed(root, tmp_path)
+    listed(root, tmp_path)
+    assert scans == [root, root]
+
+
+def test_a_large_folder_is_held_to_a_sample(write_images, tmp_path, scans, monkeypatch):
+    monkeypatch.setattr(index, "_SAMPLE", 10)
+    root = write_images(40)
+    age(root)
+    listed(root, tmp_path)
+    for path in root.iterdir():
+        path.write_bytes(b"smaller")
+    age(root)
+    listed(root, tmp_path)
+    assert len(scans) == 2
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "flipped", "other"])
+def test_a_damaged_index_is_made_again(folder, tmp_path, scans, damage):
+    (file,) = (tmp_path / ".edgecl").iterdir()
+    whole = file.read_bytes()
+    flipped = bytearray(whole)
+    flipped[-3] ^= 1
+    file.write_bytes({"empty": b"", "cut": whole[:-9], "flipped": bytes(flipped), "other": b"{}\n"}[damage])
+    listed(folder, tmp_path)
+    listed(folder, tmp_path)
+    assert scans == [folder]
+    assert file.read_bytes() == whole
+
+
+def test_names_of_every_kind_survive(tmp_path, scans):
+    root = tmp_path / "images"
+    root.mkdir()
+    for name in ("new\nline.png", "ünï.png", os.fsdecode(b"latin-\xe9.png")):
+        (root / name).write_bytes(b"x")
+    age(root)
+    assert listed(root, tmp_path).names == listed(root, tmp_path).names
+    assert len(scans) == 1
+
+
+def test_an_index_that_cannot_be_kept_costs_nothing_else(write_images, tmp_path, capsys):
+    root = write_images(2)
+    age(root)
+    (tmp_path / ".edgecl").write_text("a file in the way")
+    listing, _ = list_folder(root, index_dir=tmp_path / ".edgecl")
+    assert len(listing.names) == 2
+    assert capsys.readouterr().err.startswith("edgecl: no index is kept, the next start takes as long: ")
+
+
+def test_of_many_processes_the_first_keeps_the_index(write_images, tmp_path, monkeypatch):
+    root = write_images(2)
+    age(root)
+    for name, value in {"MASTER_ADDR": "localhost", "WORLD_SIZE": "2", "RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    listed(root, tmp_path)
+    assert not (tmp_path / ".edgecl").exists()
+    monkeypatch.setenv("RANK", "0")
+    listed(root, tmp_path)
+    assert len([*(tmp_path / ".edgecl").iterdir()]) == 1
+
+
+def test_another_folder_has_another_index(folder, write_images, tmp_path):
+    other = write_images(2, folder="elsewhere")
+    age(other)
+    assert listed(other, tmp_path).names == ["000.png", "001.png"]
+    assert len(listed(folder, tmp_path).names) == 6
+
+
+# --- links that lead in circles ---
+
+
+def test_links_that_lead_back_are_left_out_and_named(write_images, capsys):
+    root = write_images(4, classes=("a", "b"))
+    (root / "a" / "loop").symlink_to(root, target_is_directory=True)
+    (root / "again").symlink_to(root / "b", target_is_directory=True)
+    assert len(open_source(str(root))) == 4
+    assert capsys.readouterr().err == (
+        f"edgecl: 2 links in '{root}' left out, leading back to what was already read: a/loop, again\n"
+    )
+
+
+@pytest.mark.parametrize("name", ["x.png", "folder"])
+def test_a_link_to_itself_is_left_out_and_named(write_images, capsys, name):
+    root = write_images(2)
+    (root / name).symlink_to(root / name)
+    assert len(open_source(str(root))) == 2
+    assert capsys.readouterr().err == (
+        f"edgecl: 1 link in '{root}' left out, leading back to what was already read: {name}\n"
+    )
+
+
+def test_links_left_out_are_named_from_the_index_too(write_images, tmp_path, capsys, scans):
+    root = write_images(2)
+    (root / "loop").symlink_to(root, target_is_directory=True)
+    age(root)
+    listed(root, tmp_path)
+    first = capsys.readouterr().err
+    listed(root, tmp_path)
+    assert len(scans) == 1
+    assert first == capsys.readouterr().err != ""
+
+
+def test_a_folder_that_may_not_be_read_is_named(write_images):
+    if os.geteuid() == 0:
+        pytest.skip("root may read everything")
+    root = write_images(2, classes=("a", "b"))
+    (root / "a").chmod(0)
+    try:
+        with pytest.raises(DataError, match="cannot be read: Permission denied"):
+            open_source(str(root))
+    finally:
+        (root / "a").chmod(stat.S_IRWXU)
+
+
+def test_what_is_no_file_is_no_picture(write_images):
+    root = write_images(2)
+    os.mkfifo(root / "pipe.jpg")
+    (root / "dangling.jpg").symlink_to(root / "nowhere.jpg")
+    assert len(open_source(str(root))) == 2
+
+
+# --- files that could not be decoded ---
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """Names of the files whose bytes were read."""
+    from edgecl.data.sources import ImageSource
+
+    seen = []
+    real = ImageSource.read_bytes
+
+    def record(self, position):
+        seen.append(self.describe(position).rpartition("/")[2])
+        return real(self, position)
+
+    monkeypatch.setattr(ImageSource, "read_bytes", record)
+    return seen
+
+
+def train(root, tmp_path, cache_mib):
+    source = open_source(str(root), index_dir=tmp_path / ".edgecl")
+    data = TrainingImages(source, canvas_size=8, cache_mib=cache_mib, workers=1, max_bad_fraction=0.5)
+    batches = [
+        (batch.indices.tolist(), batch.canvases.tolist())
+        for batch in data.batches(3, 0, batch_size=len(data))
+    ]
+    return batches, data.skipped
+
+
+@pytest.mark.parametrize("cache_mib", [0, 64])
+def test_a_file_known_to_be_unreadable_is_not_met_again_and_changes_no_order(
+    write_images, tmp_path, decoded, cache_mib
+):
+    root = write_images(8)
+    (root / "003.png").write_bytes(b"no image")
+    (root / "005.png").write_bytes(b"")
+    age(root)
+    first = train(root, tmp_path, cache_mib)
+    assert "003.png" in decoded
+    decoded.clear()
+    assert train(root, tmp_path, cache_mib) == first
+    assert first[1] == (str(root / "003.png"), str(root / "005.png"))
+    assert decoded
+    assert not {"003.png", "005.png"} & set(decoded)
+
+
+def test_a_repaired_file_is_read_again(write_images, tmp_path):
+    root = write_images(8)
+    whole = (root / "003.png").read_bytes()
+    (root / "003.png").write_bytes(b"x" * len(whole))
+    age(root)
+    assert len(train(root, tmp_path, 64)[1]) == 1
+    (root / "003.png").write_bytes(whole)
+    os.utime(root / "003.png", (1_700_000_000, 1_700_000_000))
+    assert train(root, tmp_path, 64)[1] == ()
+
+
+def test_the_unreadable_ones_are_known_after_others_came_and_went(write_images, tmp_path, decoded):
+    root = write_images(8)
+    (root / "003.png").write_bytes(b"no image")
+    train(root, tmp_path, 64)
+    (root / "000.png").unlink()
+    decoded.clear()
+    assert train(root, tmp_path, 64)[1] == (str(root / "003.png"),)
+    assert "003.png" not in decoded
+
+
+def test_a_file_that_was_gone_is_not_remembered(write_images, tmp_path):
+    root = write_images(8)
+    source = open_source(str(root), index_dir=tmp_path / ".edgecl")
+    (root / "003.png").rename(tmp_path / "away.png")
+    data = TrainingImages(source, canvas_size=8, max_bad_fraction=0.5)
+    assert data.skipped == (str(root / "003.png"),)
+    (tmp_path / "away.png").rename(root / "003.png")
+    assert train(root, tmp_path, 64)[1] == ()
+
+
+def test_images_to_measure_with_know_the_unreadable_ones_too(write_images, tmp_path, decoded):
+    root = write_images(8)
+    (root / "003.png").write_bytes(b"no image")
+    train(root, tmp_path, 64)
+    decoded.clear()
+    source = open_source(str(root), index_dir=tmp_path / ".edgecl")
+    loaded = load_eval_images(source, resize_size=8, image_size=8, max_bad_fraction=0.5)
+    assert loaded.skipped == (str(root / "003.png"),)
+    assert len(loaded.images) == 7
+    assert "003.png" not in decoded
+
+
+@pytest.mark.parametrize("content", [b"", b"[1]", b'{"000.png": 1}', b'{"000.png": "abc"}', b"\xff"])
+def test_a_damaged_memory_is_none(write_images, tmp_path, content):
+    root = write_images(3)
+    _, memory = list_folder(root, index_dir=tmp_path / ".edgecl")
+    memory.remember({1: "broken"})
+    assert memory.known() == {1: "broken"}
+    (file,) = (tmp_path / ".edgecl").glob("unreadable-*.json")
+    file.write_bytes(content)
+    assert memory.known() == {}
+
+
+def test_too_many_known_unreadable_files_are_the_same_error_again(write_images, tmp_path):
+    root = write_images(4)
+    (root / "001.png").write_bytes(b"no image")
+    texts = []
+    for _ in range(2):
+        source = open_source(str(root), index_dir=tmp_path / ".edgecl")
+        with pytest.raises(DataError) as caught:
+            TrainingImages(source, canvas_size=8, max_bad_fraction=0.1)
+        texts.append(str(caught.value))
+    assert texts[0] == texts[1]
+    assert f"{root}/001.png (not an image of a known format)" in texts[0]
