@@ -27,7 +27,7 @@ from edgecl.intervals import mean_interval
 from edgecl.nets.carving import carve, preprocessing_of
 from edgecl.quality import extract_features
 from edgecl.recipe import read_recipe
-from edgecl.train.loop import pretrain
+from edgecl.train.pretrain import pretrain
 
 ARMS = {
     "barlow-twins": ["host.width=1.0", "loss.alpha=1.0"],

@@ -4,5 +4,5 @@ Importing edgecl imports nothing heavy. Each verb of the command line is one fun
 for example `from edgecl.nets.carving import carve`; `docs/architecture.md` lists them.
 """
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 __all__ = ["__version__"]

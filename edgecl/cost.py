@@ -16,7 +16,7 @@ from torch import nn
 
 from edgecl.artifacts import ModelDir, record_header, write_json
 from edgecl.errors import RecipeError
-from edgecl.methods.sacl_xd import forward_units
+from edgecl.methods.sacl_xd import forward_units, other_width_units
 from edgecl.nets.backbone import count_parameters, create_backbone, feature_count
 from edgecl.nets.heads import Projector
 from edgecl.recipe import Recipe
@@ -101,16 +101,32 @@ def _elements_in(name: str) -> Callable[[list[Any], list[Any]], Counter[str]]:
 
 
 @dataclass(frozen=True)
+class OtherWidth:
+    """What one more slim width adds to a run.
+
+    Attributes:
+        width: multiple of the architecture's own channels.
+        flops: one forward pass of one image.
+        units: forward passes of this width per image.
+    """
+
+    width: float
+    flops: int
+    units: float
+
+
+@dataclass(frozen=True)
 class TrainingCost:
     """What pretraining costs, as METHOD section 2b prices it: a backward pass is two forward passes.
 
     Attributes:
         host_flops: one host forward pass of one image, H.
-        slim_flops: one slim forward pass, S.
+        slim_flops: one slim forward pass, S, at the widest slim width.
         units: {"host": passes, "slim": passes} per image; SACL-XD is 4 H + 4 S.
         projector_flops: the projector's share per image, not in flops_per_image, as the paper leaves it out.
         images: images per epoch.
         epochs: epochs.
+        others: the slim widths below the widest, widest first.
     """
 
     host_flops: int
@@ -119,11 +135,13 @@ class TrainingCost:
     projector_flops: float
     images: int
     epochs: int
+    others: tuple[OtherWidth, ...] = ()
 
     @property
     def flops_per_image(self) -> float:
         """FLOPs of all passes of one image, projector apart."""
-        return self.units["host"] * self.host_flops + self.units["slim"] * self.slim_flops
+        pair = self.units["host"] * self.host_flops + self.units["slim"] * self.slim_flops
+        return pair + sum(other.units * other.flops for other in self.others)
 
     @property
     def total_flops(self) -> float:
@@ -132,7 +150,7 @@ class TrainingCost:
 
     @property
     def forward_units(self) -> float:
-        """Cost of one image in forward passes of the slim net."""
+        """Cost of one image in forward passes of the widest slim net."""
         return self.flops_per_image / self.slim_flops
 
 
@@ -146,15 +164,16 @@ def training_cost(recipe: Recipe, *, images: int) -> TrainingCost:
     size = recipe.data.image_size
     backbones = {
         width: create_backbone(recipe.host.arch, width=width, stem_stride=recipe.host.stem_stride)
-        for width in dict.fromkeys([recipe.host.width, recipe.slim.width])
+        for width in dict.fromkeys([recipe.host.width, *recipe.slim.all_widths])
     }
     flops = {width: forward_cost(net, (1, 3, size, size)).training_flops for width, net in backbones.items()}
     # The loop starts slowly for whole epochs.
     dense_epochs = ceil(recipe.slim.slow_start * recipe.run.epochs)
-    units = forward_units(
-        arm=recipe.arm,
-        xd_direction=recipe.loss.xd_direction,
-        slow_start=dense_epochs / recipe.run.epochs,
+    slow_start = dense_epochs / recipe.run.epochs
+    units = forward_units(arm=recipe.arm, xd_direction=recipe.loss.xd_direction, slow_start=slow_start)
+    others = tuple(
+        OtherWidth(width, flops[width], count)
+        for width, count in other_width_units(recipe.slim.all_widths, slow_start=slow_start).items()
     )
     heads = {
         width: 2 * sum(layer.weight.numel() for layer in _linears(feature_count(net), recipe))
@@ -164,9 +183,12 @@ def training_cost(recipe: Recipe, *, images: int) -> TrainingCost:
         host_flops=flops[recipe.host.width],
         slim_flops=flops[recipe.slim.width],
         units=units,
-        projector_flops=units["host"] * heads[recipe.host.width] + units["slim"] * heads[recipe.slim.width],
+        projector_flops=units["host"] * heads[recipe.host.width]
+        + units["slim"] * heads[recipe.slim.width]
+        + sum(other.units * heads[other.width] for other in others),
         images=images,
         epochs=recipe.run.epochs,
+        others=others,
     )
 
 
@@ -195,13 +217,16 @@ def cost(model: Path) -> dict[str, Any]:
 
 
 def cost_of_recipe(recipe: Recipe, *, recipe_name: str, images: int | None = None) -> dict[str, Any]:
-    """Count the slim net of a recipe and price its training.
+    """Count the slim nets of a recipe and price its training.
 
     Args:
         recipe: what would be trained.
         recipe_name: for errors.
         images: images per epoch; None counts those of the recipe's own data URI, or takes ImageNet-1K's number
             for a recipe that names none.
+
+    Returns:
+        the widest slim net as `cost` counts a net; "training"; and under "widths" every slim width, widest first.
 
     Raises:
         RecipeError: fewer images than a batch.
@@ -213,10 +238,32 @@ def cost_of_recipe(recipe: Recipe, *, recipe_name: str, images: int | None = Non
             f"'{recipe_name}' has {images} images, fewer than its batch of {recipe.data.batch_size}"
         )
     size = recipe.data.image_size
-    net = create_backbone(recipe.host.arch, width=recipe.slim.width, stem_stride=recipe.host.stem_stride)
+    nets = {
+        width: _net_cost(
+            create_backbone(recipe.host.arch, width=width, stem_stride=recipe.host.stem_stride),
+            (1, 3, size, size),
+        )
+        for width in recipe.slim.all_widths
+    }
     priced = training_cost(recipe, images=images)
+    # A slim net as wide as the host is the host, and so are its passes.
+    widest = "host" if recipe.slim.width == recipe.host.width else "slim"
+    passes = {
+        recipe.slim.width: priced.units[widest],
+        **{other.width: other.units for other in priced.others},
+    }
     return {
-        **_net_cost(net, (1, 3, size, size)),
+        **nets[recipe.slim.width],
+        "widths": [
+            {
+                "width": width,
+                "macs": net["macs"],
+                "params": net["params"],
+                "forward_flops": 2 * (net["macs"] + net["elementwise"]),
+                "forward_passes": passes[width],
+            }
+            for width, net in nets.items()
+        ],
         "training": {
             "arm": recipe.arm,
             "forward_units": round(priced.forward_units, 4),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ from edgecl.artifacts import (
 )
 from edgecl.errors import ArtifactError, RecipeError, TargetError
 from edgecl.recipe import Recipe
+from edgecl.redaction import record_without_secrets
 from edgecl.target import read_target
 
 BENCH_S = 5.0
@@ -44,7 +46,7 @@ def run(
     Args:
         recipe: what to train and how to judge it.
         recipe_name: for the records.
-        out: the directory to write; each stage has a folder in it.
+        out: the directory to write; each stage has a folder in it, and with several slim widths each net.
         data: a data URI in place of the recipe's.
         test: a data URI of held-out labelled images; None takes the data set's own or holds out a fifth.
         targets: what to export for; each is verified and measured here.
@@ -109,23 +111,29 @@ def run(
         "pretrain",
         lambda: _pretrain(recipe, pipeline, settings, device=device, resume=resume, download=download),
     )
-    stale = stage("carve", lambda: _carve(pipeline, force=resume), stale=stale)
-    stage("cost", lambda: _cost(pipeline), stale=stale)
+    nets = _nets_of(recipe, pipeline)
+    stale = stage("carve", lambda: _carve(nets, pipeline, force=resume), stale=stale)
+    stage("cost", lambda: _cost(nets), stale=stale)
     stage(
         "probe",
         lambda: _probe(recipe, pipeline, uri, test=test, labelled_data=labelled_data, download=download),
         stale=stale,
     )
     for target in targets:
-        before = stages.get(f"export {target}", {}).get("target")
         settings_now = read_target(target).model_dump(mode="json")
-        if stage(
-            f"export {target}",
-            lambda target=target: _export(pipeline, target, uri, force=resume, say=say),  # type: ignore[misc]
-            stale=stale or before != settings_now,
-        ):
-            stages[f"export {target}"]["target"] = settings_now
-            save()
+        for width, net in nets.items():
+            # The widest has the stage's and the folder's plain name, as the only one has.
+            suffix = "" if net == pipeline.slim else f"-{width:g}"
+            name = f"export {target}{suffix.replace('-', ' ')}"
+            bundle = Bundle(pipeline.bundles / f"{Path(target).stem}{suffix}")
+            before = stages.get(name, {}).get("target")
+            if stage(
+                name,
+                partial(_export, net, target, bundle, uri, name=name, force=resume, say=say),
+                stale=stale or before != settings_now,
+            ):
+                stages[name]["target"] = settings_now
+                save()
     say("report")
     from edgecl.report.report import report
 
@@ -154,7 +162,7 @@ def _start(
     """Open the output directory and return the stages that are done."""
     if resume and pipeline.record_file.exists():
         before = read_record(pipeline.record_file, kind=PipelineDir.KIND)
-        changed = [key for key in ("recipe", "data", "test") if before.get(key) != settings[key]]
+        changed = [key for key in ("recipe", "data", "test") if before.get(key) != record_without_secrets(settings[key])]
         if changed:
             raise ArtifactError(
                 f"cannot resume '{pipeline.path}': its {' and '.join(changed)} changed",
@@ -183,7 +191,7 @@ def _pretrain(
     resume: bool,
     download: bool,
 ) -> list[Path]:
-    from edgecl.train.loop import pretrain
+    from edgecl.train.pretrain import pretrain
 
     started = RunDir(pipeline.run).record_file.exists()
     pretrain(
@@ -199,18 +207,27 @@ def _pretrain(
     return [RunDir(pipeline.run).record_file]
 
 
-def _carve(pipeline: PipelineDir, *, force: bool) -> list[Path]:
+def _nets_of(recipe: Recipe, pipeline: PipelineDir) -> dict[float, Path]:
+    """Return the model directory of each slim width: slim for the widest, slim-WIDTH for the others."""
+    widest, *others = recipe.slim.all_widths
+    folder = pipeline.slim
+    return {widest: folder, **{width: folder.with_name(f"{folder.name}-{width:g}") for width in others}}
+
+
+def _carve(nets: dict[float, Path], pipeline: PipelineDir, *, force: bool) -> list[Path]:
     from edgecl.nets.carving import carve
 
-    carve(pipeline.run, out=pipeline.slim, force=force)
-    return [ModelDir(pipeline.slim).record_file, ModelDir(pipeline.slim).weights_file]
+    for width, out in nets.items():
+        carve(pipeline.run, out=out, width=width, force=force)
+    return [file for out in nets.values() for file in (ModelDir(out).record_file, ModelDir(out).weights_file)]
 
 
-def _cost(pipeline: PipelineDir) -> list[Path]:
+def _cost(nets: dict[float, Path]) -> list[Path]:
     from edgecl.cost import cost
 
-    cost(pipeline.slim)
-    return [ModelDir(pipeline.slim).cost_file]
+    for out in nets.values():
+        cost(out)
+    return [ModelDir(out).cost_file for out in nets.values()]
 
 
 def _probe(
@@ -226,6 +243,7 @@ def _probe(
     from edgecl.cost import cost
     from edgecl.evaluate.comparison import compare, write_random
     from edgecl.evaluate.labelled import read_labelled
+    from edgecl.evaluate.probe import load_feature_net, write_probe
 
     if not labelled_data:
         return []
@@ -254,8 +272,20 @@ def _probe(
     for path, name in ((pipeline.slim, "pretrained"), (pipeline.random, "random init")):
         write_json(ModelDir(path).probe_file, probes[name])
     cost(pipeline.random)
+    others = [path for path in _nets_of(recipe, pipeline).values() if path != pipeline.slim]
+    for path in others:
+        # On the same images and draws as the widest.
+        write_probe(
+            path,
+            load_feature_net(path)[0],
+            labelled,
+            preprocessing=record["preprocessing"],
+            labels_per_class=recipe.probe.labels_per_class,
+            draws=recipe.probe.draws,
+        )
     return [
         pipeline.comparison_file,
+        *(ModelDir(path).probe_file for path in others),
         ModelDir(pipeline.slim).probe_file,
         ModelDir(pipeline.random).probe_file,
         ModelDir(pipeline.random).weights_file,
@@ -263,27 +293,26 @@ def _probe(
 
 
 def _export(
-    pipeline: PipelineDir, target: str, uri: str, *, force: bool, say: Callable[[str], None]
+    net: Path, target: str, bundle: Bundle, uri: str, *, name: str, force: bool, say: Callable[[str], None]
 ) -> list[Path]:
     """Export, verify, and measure where this machine has the target's runtime; a board's it measures later."""
     from edgecl.deploy.bench import bench
     from edgecl.deploy.export import export, runs_here
     from edgecl.deploy.verify import verify
 
-    bundle = Bundle(pipeline.bundles / Path(target).stem)
     here = runs_here(read_target(target))
     manifest = export(
-        pipeline.slim,
+        net,
         target=target,
         out=bundle.path,
         calibration=uri,
         force=force,
-        say=lambda line: say(f"export {target}: {line}"),
+        say=lambda line: say(f"{name}: {line}"),
     )
     verify(bundle.path, runtime=None if here else "onnxruntime")
     made = [bundle.record_file, bundle.verify_file, *(bundle.path / name for name in manifest["files"])]
     if not here:
-        say(f"export {target}: measured on the device, e.g. `edgecl bench {bundle.path} --host USER@BOARD`")
+        say(f"{name}: measured on the device, e.g. `edgecl bench {bundle.path} --host USER@BOARD`")
         return made
     bench(bundle.path, precisions=list(manifest["precisions"]), duration_s=BENCH_S)
     return [*made, *sorted(bundle.path.glob("bench-*.json"))]

@@ -100,7 +100,7 @@ def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained_run(tmp_path_factory: pytest.TempPathFactory, image_folder: Path, recipe_file: Path) -> Path:
     """A finished run directory of the tiny recipe."""
     from edgecl.recipe import read_recipe
-    from edgecl.train.loop import pretrain
+    from edgecl.train.pretrain import pretrain
 
     out = tmp_path_factory.mktemp("run") / "run"
     pretrain(read_recipe(str(recipe_file)), recipe_name="tiny", out=out, data=str(image_folder), device="cpu")

@@ -159,6 +159,72 @@ def test_training_is_priced_by_its_passes(alpha, slim, direction, slow_start, ho
     assert priced.forward_units == pytest.approx((host_units * host + slim_units * small) / small)
 
 
+@pytest.mark.parametrize(
+    ("widths", "slim", "slow_start", "host_units", "units"),
+    [
+        ((1.0, 0.5), 1.0, 0.0, 4, {1.0: 4, 0.5: 3}),
+        ((0.5, 0.75, 1.0), 1.0, 0.0, 4, {1.0: 4, 0.75: 3, 0.5: 3}),
+        ((0.35, 0.5, 0.75, 1.0), 1.0, 0.0, 4, {1.0: 4, 0.75: 1.5, 0.5: 1.5, 0.35: 3}),
+        ((0.5, 0.75, 1.0), 1.0, 0.25, 4.5, {1.0: 3, 0.75: 2.25, 0.5: 2.25}),
+        ((0.5, 1.5), 1.5, 0.0, 6, {1.5: 0, 0.5: 3}),
+    ],
+)
+def test_several_widths_are_priced_by_their_passes(widths, slim, slow_start, host_units, units):
+    several = recipe(
+        slim={"width": slim, "widths": list(widths), "slow_start": slow_start}, run={"epochs": 4}
+    )
+    flops = {
+        width: forward_cost(create_backbone(SMALL, width=width), (1, 3, 32, 32)).training_flops
+        for width in {1.5, *widths}
+    }
+    per_image = host_units * flops[1.5] + sum(count * flops[width] for width, count in units.items())
+    found = cost_of_recipe(several, recipe_name="tiny", images=1000)
+    training = found["training"]
+    assert training["flops_per_image"] == round(per_image)
+    assert training["total_flops"] == pytest.approx(per_image * 1000 * 4)
+    assert training["forward_units"] == pytest.approx(per_image / flops[slim], abs=1e-4)
+    assert [one["width"] for one in found["widths"]] == sorted(widths, reverse=True)
+    for one in found["widths"]:
+        net = create_backbone(SMALL, width=one["width"])
+        assert one["params"] == count_parameters(net)
+        assert one["macs"] == forward_cost(net, (1, 3, 32, 32)).macs
+        assert one["forward_flops"] == flops[one["width"]]
+        # A slim net as wide as the host is the host: its passes are the host's.
+        assert one["forward_passes"] == (host_units if one["width"] == 1.5 else units[one["width"]])
+    assert found["macs"] == found["widths"][0]["macs"]
+
+
+def test_every_width_brings_its_share_of_the_projector():
+    tables = {"projector": {"sizes": [512, 512]}}
+    one = cost_of_recipe(recipe(**tables), recipe_name="tiny", images=1000)["training"]
+    two = cost_of_recipe(recipe(**tables, slim={"widths": [1.0, 0.5]}), recipe_name="tiny", images=1000)
+    features = create_backbone(SMALL, width=0.5).head_hidden_size
+    added = two["training"]["projector_flops_per_image"] - one["projector_flops_per_image"]
+    assert added == 3 * 2 * (features * 512 + 512 * 512)
+
+
+BEFORE = {
+    "arm": "SACL-XD",
+    "forward_units": 11.0713,
+    "flops_per_image": 56065152,
+    "total_flops": 448521216000.0,
+    "images": 1000,
+    "epochs": 8,
+    "host_forward_flops": 8952288,
+    "slim_forward_flops": 5064000,
+    "projector_flops_per_image": 2621440,
+    "projector_total_flops": 20971520000.0,
+}
+
+
+def test_one_width_costs_what_it_did_before_there_were_several():
+    """The demo's recipe, as edgecl 0.1 priced it."""
+    named = cost_of_recipe(read_recipe("demo"), recipe_name="demo", images=1000)
+    assert named["training"] == BEFORE
+    listed = cost_of_recipe(read_recipe("demo", ["slim.widths=[1.0]"]), recipe_name="demo", images=1000)
+    assert listed == named
+
+
 def test_the_projector_is_priced_apart():
     narrow = cost_of_recipe(recipe(), recipe_name="tiny", images=1000)["training"]
     wide = cost_of_recipe(recipe(projector={"sizes": [512, 512]}), recipe_name="tiny", images=1000)[

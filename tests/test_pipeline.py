@@ -130,7 +130,7 @@ def test_records_form_a_chain(walked):
     """Each record names the hash of what it was made from."""
     pipeline = PipelineDir(walked[0])
     slim, bundle = ModelDir(pipeline.slim), Bundle(pipeline.bundles / "ort-cpu")
-    (state,) = RunDir(pipeline.run).checkpoints.glob("epoch-*/state.json")
+    (state,) = RunDir(pipeline.run).checkpoints.glob("step-*/state.json")
     assert slim.read()["made_from"] == sha256_of_file(state)
     assert bundle.read()["made_from"] == slim.sha256
     assert json.loads(bundle.verify_file.read_text())["made_from"] == sha256_of_file(bundle.record_file)
@@ -294,6 +294,75 @@ def test_report_without_labels_is_written(again, tmp_path, unlabelled_folder, mo
     again(out=tmp_path / "new", resume=False, data=unlabelled_folder)
     record = json.loads((tmp_path / "new" / "report" / "report.json").read_text())
     assert record["comparison"] is None
+
+
+# --- several widths ---
+
+WIDTHS = ["slim.widths=[0.35, 0.4, 0.5]"]
+STAGES_OF_WIDTHS = [*STAGES, "export ort-cpu 0.4", "export ort-cpu 0.35"]
+NETS = {"slim": 0.5, "slim-0.4": 0.4, "slim-0.35": 0.35}
+
+
+@pytest.fixture(scope="module")
+def walked_with_widths(tmp_path_factory):
+    """Where the road with three widths is walked by whoever needs it first, and what was said."""
+    return tmp_path_factory.mktemp("widths") / "out", []
+
+
+@pytest.fixture
+def many(again, walked_with_widths, tmp_path):
+    """A copy of the directory of three widths."""
+    out, said = walked_with_widths
+    if not said:
+        said += again(out=out, resume=False, assignments=WIDTHS)
+    return shutil.copytree(out, tmp_path / "many")
+
+
+def test_every_width_goes_the_whole_road(many, again, walked_with_widths):
+    out = many
+    assert walked_with_widths[1] == [*STAGES_OF_WIDTHS, "report"]
+    records = {name: ModelDir(out / name).read() for name in NETS}
+    assert {name: record["width"] for name, record in records.items()} == NETS
+    assert len({record["made_from"] for record in records.values()}) == 1
+    for name in NETS:
+        model = ModelDir(out / name)
+        probe = json.loads(model.probe_file.read_text())
+        assert probe["made_from"] == model.sha256
+        assert probe["few_label_top1"]["labels_per_class"] == 2
+        assert json.loads(model.cost_file.read_text())["params"] == records[name]["params"]
+        bundle = Bundle(out / "bundles" / name.replace("slim", "ort-cpu"))
+        assert bundle.read()["net"]["width"] == NETS[name]
+        assert bundle.read()["made_from"] == model.sha256
+    assert json.loads((out / "comparison.json").read_text())["made_from"] == ModelDir(out / "slim").sha256
+    again_said = again(out=out, assignments=WIDTHS)
+    assert again_said == [*(f"{stage}: already done" for stage in STAGES_OF_WIDTHS), "report"]
+
+
+@pytest.mark.parametrize(
+    ("lost", "redone"),
+    [
+        ("slim-0.4/cost.json", ["cost"]),
+        ("slim-0.4/probe.json", ["probe"]),
+        ("bundles/ort-cpu-0.4", ["export ort-cpu 0.4"]),
+        ("slim-0.4", STAGES_OF_WIDTHS[1:]),
+    ],
+)
+def test_what_is_lost_of_one_width_is_made_again(many, again, lost, redone):
+    out = many
+    path = out / lost
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    expected = [stage if stage in redone else f"{stage}: already done" for stage in STAGES_OF_WIDTHS]
+    assert again(out=out, assignments=WIDTHS) == [*expected, "report"]
+    assert path.exists()
+
+
+def test_one_width_named_alone_is_the_road_of_one(again, tmp_path, walked):
+    out = tmp_path / "one"
+    assert again(out=out, resume=False, assignments=["slim.widths=[0.5]"]) == [*STAGES, "report"]
+    before = {path.relative_to(walked[0]).parts[:2] for path in walked[0].rglob("*")}
+    assert {path.relative_to(out).parts[:2] for path in out.rglob("*")} == {
+        parts for parts in before if parts[0] != "report"
+    }
 
 
 def test_changed_target_file_is_exported_for_anew(again, out, tmp_path):

@@ -21,6 +21,7 @@ from edgecl.cli.pretrain import pretrain_command
 from edgecl.cli.probe import probe_command
 from edgecl.cli.report import ReportCommand, report_command
 from edgecl.cli.run import demo_command, run_command
+from edgecl.cli.selftest import selftest_app
 from edgecl.cli.verify import verify_command
 
 # What a shell reports of a program that Ctrl-C ended.
@@ -51,6 +52,7 @@ app.command("verify")(verify_command)
 app.command("bench")(bench_command)
 app.command("doctor")(doctor_command)
 app.command("report", cls=ReportCommand)(report_command)
+app.add_typer(selftest_app, name="selftest")
 
 
 def _print_version(wanted: bool) -> None:
@@ -78,8 +80,13 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 
 
 def main() -> None:
-    """Run the command line: exit 0 when done, 1 on a named error, 2 on wrong usage, 130 and 143 on SIGINT and SIGTERM."""
-    from edgecl.errors import EdgeclError
+    """Run the command line.
+
+    Exit 0 when done (also when SIGTERM let a run save and end), 1 on a named error, 2 on wrong usage, 130 and 143 on
+    SIGINT and SIGTERM. Of the processes of one run, one shows an error.
+    """
+    from edgecl import processes
+    from edgecl.errors import EdgeclError, Preempted
 
     # OpenMP threads of torch's build wait for each other by spinning for milliseconds; where another program has one
     # of the cores, training then slows down tenfold or more. A short spin costs nothing on a quiet machine.
@@ -90,10 +97,14 @@ def main() -> None:
             app()
         finally:
             sys.stdout.flush()
+    except Preempted as end:
+        if processes.is_main():
+            sys.stdout.write(f"{end}\n")
     except EdgeclError as error:
         if getattr(_root, "debug", False):
             raise
-        sys.stderr.write(f"edgecl: {error}\n")
+        if processes.claim_report():
+            sys.stderr.write(f"edgecl: {error}\n")
         raise SystemExit(1) from None
     except BrokenPipeError:
         raise SystemExit(1) from None
@@ -113,3 +124,4 @@ def main() -> None:
         raise SystemExit(1) from None
     finally:
         signal.signal(signal.SIGTERM, before)
+        processes.leave()

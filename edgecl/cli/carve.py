@@ -12,8 +12,16 @@ def carve_command(
     run: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A directory that `edgecl pretrain` wrote.")],
     out: Annotated[Path, typer.Option("--out", help="Model directory to write.")],
     width: Annotated[
-        float | None, typer.Option("--width", help="A trained width [default: the slim net's, usually 1.0]")
+        float | None,
+        typer.Option("--width", help="A trained width [default: the widest slim one, usually 1.0]"),
     ] = None,
+    best: Annotated[
+        bool,
+        typer.Option(
+            "--best",
+            help="Take the checkpoint with the best features (kNN or, without labels, RankMe), not the newest.",
+        ),
+    ] = False,
     recalibrate: Annotated[
         bool,
         typer.Option(
@@ -23,11 +31,18 @@ def carve_command(
     ] = True,
     force: ForceOption = False,
 ) -> None:
-    """Carve the slim net out of its host: a plain timm net."""
+    """Carve a slim net out of its host: a plain timm net."""
     from edgecl.nets.carving import carve
 
-    record = carve(run, out=out, width=width, recalibrate_norms=recalibrate, force=force)
+    record = carve(
+        run,
+        out=out,
+        width=width,
+        checkpoint="best" if best else "newest",
+        recalibrate_norms=recalibrate,
+        force=force,
+    )
     typer.echo(
-        f"{record['arch']} at width {record['width']:g}: {record['params']:,} parameters, "
-        f"{record['features']} features -> {out}"
+        f"{record['arch']} at width {record['width']:g}, step {record['step']:,}: "
+        f"{record['params']:,} parameters, {record['features']} features -> {out}"
     )

@@ -90,6 +90,15 @@ def _print_cost(subject: str, record: dict[str, Any]) -> None:
                 f"{100 * training['projector_total_flops'] / training['total_flops']:.1f} % on top",
             ),
         ]
+        if len(record["widths"]) > 1:
+            rows += [
+                (
+                    f"width {one['width']:g}",
+                    f"{one['macs'] / 1e6:,.2f} M MACs, {one['params'] / 1e6:,.3f} M parameters",
+                    f"{one['forward_passes']:.2f} of its forward passes per image",
+                )
+                for one in record["widths"]
+            ]
     print_rows(f"cost of {subject}", ["", "", ""], rows)
 
 

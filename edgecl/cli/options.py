@@ -52,7 +52,8 @@ DownloadOption = Annotated[
     bool, typer.Option("--download", help="Let torchvision fetch a data set that is not there.")
 ]
 ResumeOption = Annotated[
-    bool, typer.Option("--resume", help="Go on where an earlier, interrupted command stopped.")
+    bool,
+    typer.Option("--resume", help="Go on where an earlier command stopped; start where there is none."),
 ]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace an earlier output.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON value.")]

@@ -23,16 +23,27 @@ def pretrain_command(
     set_: SetOption = None,
     device: DeviceOption = "auto",
     resume: ResumeOption = False,
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow",
+            metavar="KEY",
+            help="With --resume: a setting that may differ, e.g. run.epochs. Repeatable.",
+        ),
+    ] = None,
     force: ForceOption = False,
     download: DownloadOption = False,
 ) -> None:
     """Pretrain from unlabelled images."""
+    from edgecl import processes
     from edgecl.recipe import read_recipe, recipe_name
 
+    # First, so that an error of any process is shown once.
+    processes.join(device)
     name = recipe_name(recipe)
     settings = read_recipe(recipe, set_)
     out = out or Path("runs") / name
-    from edgecl.train.loop import pretrain
+    from edgecl.train.pretrain import pretrain
 
     record = pretrain(
         settings,
@@ -41,9 +52,12 @@ def pretrain_command(
         data=data,
         device=device,
         resume=resume,
+        allow=allow or (),
         force=force,
         download=download,
     )
+    if not processes.is_main():
+        return
     typer.echo(
         f"{record['arm']} on {record['data']['images']} images: {record['total_steps']} steps "
         f"in {record['wall_s']:.0f} s; next: edgecl carve {out} --out MODEL_DIR"

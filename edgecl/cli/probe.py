@@ -1,14 +1,22 @@
 """`edgecl probe`."""
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
-from edgecl.cli.options import DownloadOption, JsonOption, LabelledOption, ModelArgument, TestOption
+from edgecl.cli.options import DownloadOption, JsonOption, LabelledOption, TestOption
 
 
 def probe_command(
-    model: ModelArgument,
+    models: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="MODEL_DIR...",
+            help="Directories that `edgecl carve` or `finetune` wrote.",
+            show_default=False,
+        ),
+    ],
     data: LabelledOption,
     test: TestOption = None,
     labels_per_class: Annotated[
@@ -19,16 +27,29 @@ def probe_command(
     json_: JsonOption = False,
     download: DownloadOption = False,
 ) -> None:
-    """Judge a net's frozen features."""
-    from edgecl.cli.output import print_json, print_rows
-    from edgecl.evaluate.probe import probe
+    """Judge a net's frozen features; of several nets, side by side."""
+    from edgecl.cli.output import print_json
+    from edgecl.evaluate.probe import probe_all, side_by_side
 
-    record = probe(
-        model, data=data, test=test, labels_per_class=labels_per_class, seeds=seeds, download=download
+    records = probe_all(
+        models, data=data, test=test, labels_per_class=labels_per_class, seeds=seeds, download=download
     )
-    if json_:
-        print_json(record)
+    if len(models) == 1:
+        if json_:
+            print_json(records[0])
+        else:
+            _print_one(models[0], records[0], draws=seeds)
         return
+    table = side_by_side(models, records)
+    if json_:
+        print_json(table)
+    else:
+        _print_several(table, draws=seeds)
+
+
+def _print_one(model: Path, record: dict[str, Any], *, draws: int) -> None:
+    from edgecl.cli.output import print_rows
+
     few = record["few_label_top1"]
     rows = [
         ("kNN", f"{record['knn_top1']:.1f}", _interval(record["knn_ci95"]), f"{record['n_train']} labels"),
@@ -42,10 +63,38 @@ def probe_command(
             "few labels",
             f"{few['mean']:.1f}",
             _interval(few["ci95"]),
-            f"{few['labels_per_class']} per class, {seeds} draws",
+            f"{few['labels_per_class']} per class, {draws} draws",
         ),
     ]
     print_rows(f"{model}: top-1 % on {record['n_test']} held-out images", ["", "top-1", "95 %", "from"], rows)
+
+
+def _print_several(table: list[dict[str, Any]], *, draws: int) -> None:
+    from edgecl.cli.output import print_rows
+
+    few = table[0]["probe"]["few_label_top1"]
+    print_rows(
+        f"top-1 % on {table[0]['probe']['n_test']} held-out images; few labels: {few['labels_per_class']} per class, "
+        f"{draws} draws",
+        ["net", "width", "params", "MACs", "kNN", "linear", "few labels"],
+        [
+            (
+                one["model"],
+                f"{one['width']:g}",
+                f"{one['params'] / 1e6:,.3f} M",
+                f"{one['macs'] / 1e6:,.2f} M",
+                *(
+                    f"{value:.1f} {_interval(ci95)}"
+                    for value, ci95 in (
+                        (one["probe"]["knn_top1"], one["probe"]["knn_ci95"]),
+                        (one["probe"]["linear_top1"], one["probe"]["linear_ci95"]),
+                        (one["probe"]["few_label_top1"]["mean"], one["probe"]["few_label_top1"]["ci95"]),
+                    )
+                ),
+            )
+            for one in table
+        ],
+    )
 
 
 def _interval(bounds: list[float] | None) -> str:

@@ -109,6 +109,7 @@ def print_report(record: dict[str, Any]) -> None:
     """
     from rich.text import Text
 
+    from edgecl.report.families import family_tables
     from edgecl.report.text import comparison_rows, table_rows, tables_of
 
     console = _console()
@@ -126,6 +127,9 @@ def print_report(record: dict[str, Any]) -> None:
             # Few rows have more columns than a terminal has room for: rows across, quantities down.
             heads = ["", *(row[0] for row in rows)]
             _show(console, heads, [list(line) for line in zip(columns, *rows, strict=True)][1:])
+    for family in family_tables(record):
+        console.print(Text(family.title, style="bold"), soft_wrap=not console.is_terminal)
+        _show(console, family.columns, family.rows)
     for comparison in (record["comparison"], *record["further_comparisons"]):
         if comparison:
             _show(console, *comparison_rows(comparison))

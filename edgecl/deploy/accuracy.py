@@ -12,9 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from edgecl.data.loading import load_eval_images, normalise, say_skipped, split_holdout
+from edgecl.data.loading import load_eval_images, normalise, split_holdout
 from edgecl.data.randomness import permutation
 from edgecl.data.sources import Split, has_test_split, open_source
+from edgecl.data.unreadable import say_skipped
 from edgecl.deploy.onnx import with_any_batch
 from edgecl.errors import DataError, DeviceError
 from edgecl.intervals import proportion_interval

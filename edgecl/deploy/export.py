@@ -24,9 +24,10 @@ from edgecl.artifacts import (
     write_bytes,
     write_sealed,
 )
-from edgecl.data.loading import load_eval_images, normalise, say_skipped, split_holdout
+from edgecl.data.loading import load_eval_images, normalise, split_holdout
 from edgecl.data.randomness import permutation
 from edgecl.data.sources import has_test_split, open_source
+from edgecl.data.unreadable import say_skipped
 from edgecl.deploy.accuracy import HOLDOUT, MAX_BAD_FRACTION, open_judge
 from edgecl.deploy.engine import compile_rtx
 from edgecl.deploy.forms import PARITY_IMAGES, Form, float_net, make_forms, torch_outputs

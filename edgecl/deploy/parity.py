@@ -10,9 +10,10 @@ import onnx
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from edgecl.artifacts import RunDir
-from edgecl.checkpoint import read_newest
+from edgecl.checkpoint import read_sealed
 from edgecl.deploy.accuracy import cosines
 from edgecl.deploy.onnx import with_any_batch
 from edgecl.errors import ArtifactError, ParityError
@@ -163,34 +164,34 @@ def slim_view_rung(net: nn.Module, record: dict[str, Any], run: Path, images: Te
     compared is everything else.
 
     Raises:
-        ArtifactError: the net was not carved from this run's newest checkpoint.
+        ArtifactError: the net was not carved from a checkpoint that this run has.
         ParityError: the carved net computes something else.
     """
     run_dir = RunDir(run)
-    checkpoint = read_newest(run_dir)
-    if record["made_from"] != checkpoint.sha256:
+    run_record = run_dir.read()
+    checkpoint = read_sealed(run_dir, str(record["made_from"]))
+    if checkpoint is None:
         raise ArtifactError(
-            "this model was not carved from this run's newest checkpoint",
-            where={
-                "run": run,
-                "model made from": str(record["made_from"])[:12],
-                "checkpoint": checkpoint.sha256[:12],
-            },
-            hint="name the run that `edgecl carve` read; a fine-tuned net has no slim view",
+            "this model was not carved from a checkpoint that this run has",
+            where={"run": run, "model made from": str(record["made_from"])[:12]},
+            hint="name the run that `edgecl carve` read, and carve again if it went on since; "
+            "a fine-tuned net has no slim view",
         )
-    recipe = recipe_from_tables(run_dir.read()["recipe"], source=str(run_dir.record_file))
+    recipe = recipe_from_tables(run_record["recipe"], source=str(run_dir.record_file))
     slimmable = create_slimmable(recipe)
     slimmable.load_state_dict(checkpoint.model)
     slimmable.eval()
     own = net.state_dict()
-    statistics = {name: own[name] for name in own if name.endswith(("running_mean", "running_var"))}
+    replaced = (
+        {name: own[name] for name in own if name.endswith(("running_mean", "running_var"))}
+        if record["recalibrated"]
+        else {}
+    )
     with torch.no_grad():
-        if record["width"] == recipe.slim.width:
-            seen = slimmable.forward_slim_part(
-                "backbone", images, replaced=statistics if record["recalibrated"] else None
-            )
+        if record["width"] in slimmable.slim_widths:
+            seen = slimmable.forward_slim_part("backbone", images, replaced=replaced, width=record["width"])
         else:
-            seen = slimmable.host.get_submodule("backbone")(images)
+            seen = functional_call(slimmable.host.get_submodule("backbone"), replaced, (images,))
         carved = net(images)
     form = "carved torch net" + (" (batch norms re-estimated)" if record["recalibrated"] else "")
     return rung("slim view in its host", form, carved.numpy(), seen.numpy())

@@ -9,9 +9,10 @@ import numpy
 import torch
 from torch import Tensor
 
-from edgecl.data.loading import EvalImages, choose_images, load_eval_images, say_skipped, split_holdout
+from edgecl.data.loading import EvalImages, choose_images, load_eval_images, split_holdout
 from edgecl.data.randomness import permutation
 from edgecl.data.sources import ImageSource, Split, has_test_split, open_source
+from edgecl.data.unreadable import say_skipped
 from edgecl.errors import DataError
 
 HOLDOUT = 0.2

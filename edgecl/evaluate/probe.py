@@ -10,11 +10,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from edgecl.artifacts import ModelDir, record_header, write_json
+from edgecl.cost import forward_cost
 from edgecl.data.loading import normalise
 from edgecl.errors import ArtifactError
 from edgecl.evaluate.labelled import Labelled, draw_few, read_labelled
 from edgecl.evaluate.linear import fit_linear
 from edgecl.intervals import mean_interval, proportion_interval
+from edgecl.nets.backbone import count_parameters
 from edgecl.nets.carving import create_blank, load_model
 from edgecl.progress import Progress
 from edgecl.quality import extract_features, knn_top1
@@ -48,17 +50,80 @@ def probe(
         ArtifactError: not a model directory.
         DataError: no labels, or fewer of a class than asked for.
     """
-    net, record = load_feature_net(model)
-    labelled = read_labelled(data, test=test, preprocessing=record["preprocessing"], download=download)
+    (result,) = probe_all(
+        [model], data=data, test=test, labels_per_class=labels_per_class, seeds=seeds, download=download
+    )
+    return result
+
+
+def probe_all(
+    models: Sequence[Path],
+    *,
+    data: str,
+    test: str | None = None,
+    labels_per_class: int | None = None,
+    seeds: int = 3,
+    download: bool = False,
+) -> list[dict[str, Any]]:
+    """Judge several model directories on the same images and label draws; arguments and errors as for probe.
+
+    Returns:
+        the record of each, in the order given.
+    """
+    labelled: Labelled | None = None
+    preprocessing: dict[str, Any] = {}
+    results = []
+    for model in models:
+        net, record = load_feature_net(model)
+        # Nets of one run see the same pixels; others may need another size.
+        if labelled is None or record["preprocessing"] != preprocessing:
+            preprocessing = record["preprocessing"]
+            labelled = read_labelled(data, test=test, preprocessing=preprocessing, download=download)
+        results.append(
+            write_probe(
+                model,
+                net,
+                labelled,
+                preprocessing=preprocessing,
+                labels_per_class=labels_per_class or DEFAULT_LABELS_PER_CLASS,
+                draws=seeds,
+            )
+        )
+    return results
+
+
+def side_by_side(models: Sequence[Path], records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Set the probes of several nets beside what each net costs.
+
+    Args:
+        models: model directories.
+        records: what probe_all returned for them.
+
+    Returns:
+        {"model", "width", "params", "macs", "made_from", "probe"} of each, the smallest net first.
+    """
+    rows = []
+    for model, record in zip(models, records, strict=True):
+        net, about = load_feature_net(model)
+        size = about["preprocessing"]["image_size"]
+        rows.append(
+            {
+                "model": str(model),
+                "width": about["width"],
+                "params": count_parameters(net),
+                "macs": forward_cost(net, (1, 3, size, size)).macs,
+                "made_from": about["made_from"],
+                "probe": record,
+            }
+        )
+    return sorted(rows, key=lambda row: row["macs"])
+
+
+def write_probe(model: Path, net: nn.Module, labelled: Labelled, **settings: Any) -> dict[str, Any]:
+    """Judge a model directory's net, arguments as for probe_net, and write probe.json into it."""
     result = {
         **record_header("probe", made_from=ModelDir(model).sha256),
-        **probe_net(
-            net,
-            labelled,
-            preprocessing=record["preprocessing"],
-            labels_per_class=labels_per_class or DEFAULT_LABELS_PER_CLASS,
-            draws=seeds,
-        ),
+        **probe_net(net, labelled, **settings),
     }
     write_json(ModelDir(model).probe_file, result)
     return result

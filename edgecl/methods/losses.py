@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed
 from torch import Tensor
 
 from edgecl.errors import ShapeError
+from edgecl.nets.sync_norms import sum_over_processes
 
 # nn.BatchNorm1d's, which the public Barlow Twins codes normalise with.
 VARIANCE_EPSILON = 1e-5
@@ -54,13 +55,13 @@ def cross_correlation(z_a: Tensor, z_b: Tensor) -> Tensor:
         dtype = torch.promote_types(z_a.dtype, torch.float32)
         a, count = _standardise(z_a.to(dtype))
         b, _ = _standardise(z_b.to(dtype))
-        return _sum_over_processes(a.T @ b) / count
+        return _sum_of_matrices(a.T @ b) / count
 
 
 def _standardise(z: Tensor) -> tuple[Tensor, int]:
     count = z.shape[0] * _process_count()
-    centred = z - _sum_over_processes(z.sum(0)) / count
-    variance = _sum_over_processes(centred.square().sum(0)) / count
+    centred = z - sum_over_processes(z.sum(0)) / count
+    variance = sum_over_processes(centred.square().sum(0)) / count
     return centred * torch.rsqrt(variance + VARIANCE_EPSILON), count
 
 
@@ -118,11 +119,29 @@ def _process_count() -> int:
     return torch.distributed.get_world_size() if initialised else 1
 
 
-def _sum_over_processes(x: Tensor) -> Tensor:
-    """Sum over processes with a gradient: the correlation is that of the global batch, not of each share."""
+def _sum_of_matrices(x: Tensor) -> Tensor:
+    """Sum the matrices of all processes: the correlation is that of the global batch, not of each share."""
     if _process_count() == 1:
         return x
-    from torch.distributed.nn.functional import all_reduce
-
-    total: Tensor = all_reduce(x)
+    total: Tensor = _SumForOneLoss.apply(x)
     return total
+
+
+class _SumForOneLoss(torch.autograd.Function):
+    """A sum over processes whose result is all that the loss, the same in every process, depends on.
+
+    The gradient of a sum over processes is the sum of the gradients. Here these are equal, since every process computes
+    the same loss of the same matrix, so the sum needs no communication: of D x D numbers that halves the traffic.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """Sum over processes."""
+        total = x.clone()
+        torch.distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        """Multiply instead of summing equal gradients."""
+        return gradient * _process_count()

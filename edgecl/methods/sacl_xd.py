@@ -7,17 +7,25 @@
 | slim width < host width, a = 1  | SACL only    | host(A), slim(B)                         |
 | slim width < host width, a < 1  | SACL-XD      | host(A), slim(B), [slim(A)], [host(B)]   |
 
+Several slim widths train in one run by the sandwich rule: each step, view B goes through the widest, the narrowest
+and one other, and all of them learn from the same host(A) and [host(B)].
+
 Source: Meng, Yang, Lee, Shin, Fan, Seo, "Slimmed Asymmetrical Contrastive Learning and Cross Distillation for
-Lightweight Model Training", NeurIPS 2023.
+Lightweight Model Training", NeurIPS 2023. Sandwich rule: Yu and Huang, "Universally Slimmable Networks and Improved
+Training Techniques", ICCV 2019, arXiv:1903.05134.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+import numpy
+import torch
 from torch import Tensor, nn
 
+from edgecl.data.randomness import uniforms
 from edgecl.methods.losses import cross_correlation_loss, cross_distillation_loss
 from edgecl.nets.slimming import SlimmableNet
 
@@ -27,10 +35,11 @@ class Losses(NamedTuple):
 
     Attributes:
         total: () what is minimised.
-        sacl: () contrastive term L_SACL, unscaled, detached.
+        sacl: () contrastive term L_SACL, unscaled, detached; with several widths the mean over those of the step.
         xd_host: () L_D(z_A, [z_A]), which moves the encoder of view A (the host); None when there is none.
-        xd_slim: () L_D(z_B, [z_B]), which moves the encoder of view B (the slim net); None when there is none.
-        diagonal: () mean diagonal of the correlation of the two views.
+        xd_slim: () L_D(z_B, [z_B]), which moves the encoder of view B (the slim net); None when there is none;
+            with several widths the mean.
+        diagonal: () mean diagonal of the correlation of the two views, view B through the slim width.
         off_diagonal_rms: () root mean square off its diagonal.
     """
 
@@ -43,10 +52,17 @@ class Losses(NamedTuple):
 
 
 class Projections(NamedTuple):
-    """(N, D) projections of one step; the frozen ones carry no gradient and are None when nothing needs them."""
+    """(N, D) projections of one step.
+
+    Attributes:
+        host_a: view A through the host.
+        slim_b: view B through each width of the step, the slim width first; in a slow start through the host alone.
+        frozen_slim_a: view A through the slim width, without gradient; None when nothing needs it.
+        frozen_host_b: view B through the host, without gradient; None when nothing needs it.
+    """
 
     host_a: Tensor
-    slim_b: Tensor
+    slim_b: tuple[Tensor, ...]
     frozen_slim_a: Tensor | None
     frozen_host_b: Tensor | None
 
@@ -54,6 +70,8 @@ class Projections(NamedTuple):
 @dataclass(frozen=True)
 class SaclXd:
     """L = alpha L_SACL(z_A, z_B) + (1 - alpha) (L_D(z_A, [z_A]) + L_D(z_B, [z_B])) / 2.
+
+    With several widths, every term in z_B is the mean over the widths of the step.
 
     Args:
         alpha: weight of the contrastive term, 0..1.
@@ -74,32 +92,76 @@ class SaclXd:
         return self.alpha < 1
 
     def project(
-        self, net: SlimmableNet, view_a: Tensor, view_b: Tensor, *, dense: bool = False
+        self,
+        net: SlimmableNet,
+        view_a: Tensor,
+        view_b: Tensor,
+        *,
+        dense: bool = False,
+        widths: Sequence[float] | None = None,
     ) -> Projections:
         """Run the passes this arm needs.
 
         Args:
-            net: host and slim net.
+            net: host and slim nets.
             view_a: (N, 3, H, W) for the host.
-            view_b: (N, 3, H, W) for the slim net.
+            view_b: (N, 3, H, W) for the slim nets.
             dense: both views through the host (slow start).
+            widths: slim widths of this step; None means all. The slim width is always among them.
+
+        Raises:
+            SliceError: the net has no such slim width.
         """
-        one_net = dense or not net.has_slim
+        learnt = self.learning_passes(net, view_a, view_b, dense=dense, widths=widths)
+        frozen = self.frozen_passes(net, view_a, view_b, learnt, dense=dense)
+        return Projections(*learnt, *frozen)
+
+    def learning_passes(
+        self,
+        net: SlimmableNet,
+        view_a: Tensor,
+        view_b: Tensor,
+        *,
+        dense: bool = False,
+        widths: Sequence[float] | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Run the passes that carry gradient; arguments as for project.
+
+        Returns:
+            host_a and slim_b of Projections.
+        """
         host_a = net.forward_host(view_a)
-        slim_b = net.forward_host(view_b) if one_net else net.forward_slim(view_b)
+        if dense:
+            return host_a, (net.forward_host(view_b),)
+        chosen = dict.fromkeys([net.slim_width, *(net.slim_widths if widths is None else widths)])
+        return host_a, tuple(net.forward_slim(view_b, width) for width in chosen)
+
+    def frozen_passes(
+        self,
+        net: SlimmableNet,
+        view_a: Tensor,
+        view_b: Tensor,
+        learnt: tuple[Tensor, tuple[Tensor, ...]],
+        *,
+        dense: bool = False,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Run the passes that give targets; view_a, view_b and dense as for project.
+
+        Args:
+            learnt: what learning_passes returned for the same views.
+
+        Returns:
+            frozen_slim_a and frozen_host_b of Projections.
+        """
         if not self.distils:
-            return Projections(host_a, slim_b, None, None)
+            return None, None
         pulls_host = self.xd_direction == "both"
-        if one_net:
+        if dense or not net.has_slim:
             # The frozen passes of equal encoders are the passes just made: 6 forward-units, as Barlow Twins.
-            return Projections(host_a, slim_b, host_a.detach() if pulls_host else None, slim_b.detach())
+            host_a, slim_b = learnt
+            return host_a.detach() if pulls_host else None, slim_b[0].detach()
         with net.frozen():
-            return Projections(
-                host_a,
-                slim_b,
-                net.forward_slim(view_a) if pulls_host else None,
-                net.forward_host(view_b),
-            )
+            return net.forward_slim(view_a) if pulls_host else None, net.forward_host(view_b)
 
     def losses(self, projections: Projections) -> Losses:
         """Compute the loss terms of one step.
@@ -108,25 +170,32 @@ class SaclXd:
             ShapeError: projections of different shapes, or fewer than 2 samples.
         """
         host_a, slim_b, frozen_slim_a, frozen_host_b = projections
-        sacl = cross_correlation_loss(host_a, slim_b, off_diagonal=self.off_diagonal)
+        correlations = [cross_correlation_loss(host_a, z, off_diagonal=self.off_diagonal) for z in slim_b]
+        sacl = _mean([correlation.total for correlation in correlations])
         xd_host = xd_slim = None
-        total = sacl.total
+        total = sacl
         if self.distils:
             assert frozen_host_b is not None
-            xd_slim = cross_distillation_loss(slim_b, frozen_host_b, off_diagonal=self.off_diagonal)
+            xd_slim = _mean(
+                [cross_distillation_loss(z, frozen_host_b, off_diagonal=self.off_diagonal) for z in slim_b]
+            )
             distillation = xd_slim
             if frozen_slim_a is not None:
                 xd_host = cross_distillation_loss(host_a, frozen_slim_a, off_diagonal=self.off_diagonal)
                 distillation = (xd_host + xd_slim) / 2
-            total = self.alpha * sacl.total + (1 - self.alpha) * distillation
+            total = self.alpha * sacl + (1 - self.alpha) * distillation
         return Losses(
             total=self.scale * total,
-            sacl=sacl.total.detach(),
+            sacl=sacl.detach(),
             xd_host=None if xd_host is None else xd_host.detach(),
             xd_slim=None if xd_slim is None else xd_slim.detach(),
-            diagonal=sacl.diagonal,
-            off_diagonal_rms=sacl.off_diagonal_rms,
+            diagonal=correlations[0].diagonal,
+            off_diagonal_rms=correlations[0].off_diagonal_rms,
         )
+
+
+def _mean(terms: list[Tensor]) -> Tensor:
+    return torch.stack(terms).mean()
 
 
 class Passes(nn.Module):
@@ -137,9 +206,38 @@ class Passes(nn.Module):
         self.net = net
         self.method = method
 
-    def forward(self, view_a: Tensor, view_b: Tensor, dense: bool = False) -> Projections:
-        """Return the projections of two views."""
-        return self.method.project(self.net, view_a, view_b, dense=dense)
+    def forward(
+        self,
+        view_a: Tensor,
+        view_b: Tensor,
+        dense: bool = False,
+        widths: Sequence[float] | None = None,
+        learning_only: bool = False,
+    ) -> Projections:
+        """Return the projections of two views; with learning_only, the frozen ones are None."""
+        if not learning_only:
+            return self.method.project(self.net, view_a, view_b, dense=dense, widths=widths)
+        learnt = self.method.learning_passes(self.net, view_a, view_b, dense=dense, widths=widths)
+        return Projections(*learnt, None, None)
+
+
+def sandwich(widths: Sequence[float], *, seed: int, step: int) -> tuple[float, ...]:
+    """Choose the slim widths of a step: the widest, the narrowest and one of those between.
+
+    Args:
+        widths: every slim width of the run.
+        seed: of the run.
+        step: 0-based.
+
+    Returns:
+        at most three widths, widest first; the same for a step whichever process asks.
+    """
+    ordered = sorted(set(widths), reverse=True)
+    between = ordered[1:-1]
+    if len(between) > 1:
+        draw = float(uniforms(seed, 0, numpy.array([step]), stream="widths", count=1)[0, 0])
+        between = [between[int(draw * len(between))]]
+    return (ordered[0], *between, *ordered[1:][-1:])
 
 
 def forward_units(*, arm: str, xd_direction: str, slow_start: float = 0.0) -> dict[str, float]:
@@ -158,3 +256,18 @@ def forward_units(*, arm: str, xd_direction: str, slow_start: float = 0.0) -> di
         frozen_host, frozen_slim = 1.0, 1.0 if xd_direction == "both" else 0.0
     paired = {"host": 3.0 + frozen_host, "slim": 3.0 + frozen_slim}
     return {net: slow_start * dense[net] + (1 - slow_start) * paired[net] for net in dense}
+
+
+def other_width_units(widths: Sequence[float], *, slow_start: float = 0.0) -> dict[float, float]:
+    """Return how often one image passes each slim width but the widest, in forward passes of that width.
+
+    Args:
+        widths: every slim width of the run.
+        slow_start: fraction of the epochs in which the slim nets rest.
+
+    Returns:
+        width -> units: 3 for the narrowest, and 3 shared by those between, of which a step draws one.
+    """
+    others = sorted(set(widths), reverse=True)[1:]
+    between = len(others) - 1
+    return {width: (1 - slow_start) * 3.0 / (1 if width == others[-1] else between) for width in others}

@@ -1,16 +1,16 @@
-"""The slim net out of its host: from a run directory to a model directory holding a plain timm net."""
+"""A slim net out of its host: from a run directory to a model directory holding a plain timm net."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from edgecl.artifacts import ModelDir, RunDir, new_directory, record_header, write_sealed
-from edgecl.checkpoint import read_newest
+from edgecl.checkpoint import read_best, read_newest
 from edgecl.errors import ArtifactError, RecipeError, SliceError
 from edgecl.nets.backbone import count_parameters, create_backbone, feature_count, recalibrate
 from edgecl.nets.fake_quant import insert_fake_quant
@@ -29,7 +29,7 @@ def create_slimmable(recipe: Recipe) -> SlimmableNet:
 
     Raises:
         RecipeError: unknown architecture.
-        SliceError: the slim net is not a prefix of the host.
+        SliceError: a slim net is not a prefix of the host.
     """
 
     def build(width: float) -> nn.Module:
@@ -40,7 +40,12 @@ def create_slimmable(recipe: Recipe) -> SlimmableNet:
             stem_stride=recipe.host.stem_stride,
         )
 
-    net = SlimmableNet(build, host_width=recipe.host.width, slim_width=recipe.slim.width)
+    net = SlimmableNet(
+        build,
+        host_width=recipe.host.width,
+        slim_width=recipe.slim.width,
+        other_widths=recipe.slim.all_widths[1:],
+    )
     _try_image_size(net, recipe)
     return net
 
@@ -65,19 +70,20 @@ def backbone_tensors(net: SlimmableNet, *, width: float) -> dict[str, Tensor]:
     """Return the backbone of one width as a plain state dict: copies, named as timm names them.
 
     Args:
-        net: host and slim net.
-        width: the slim width or the host's.
+        net: host and slim nets.
+        width: a slim width or the host's.
 
     Raises:
         SliceError: the net was not trained at this width.
     """
-    if width not in (net.slim_width, net.host_width):
-        trained = " and ".join(f"{known:g}" for known in dict.fromkeys([net.slim_width, net.host_width]))
+    if width not in (*net.slim_widths, net.host_width):
+        *first, last = (f"{known:g}" for known in sorted({*net.slim_widths, net.host_width}))
+        trained = f"{', '.join(first)} and {last}" if first else last
         raise SliceError(
             f"cannot carve width {width:g}: this run trained {trained}",
             hint="each width has batch norms of its own, so only a trained width can be carved",
         )
-    tensors = net.slim_tensors() if width == net.slim_width else net.host.state_dict()
+    tensors = net.slim_tensors(width) if width in net.slim_widths else net.host.state_dict()
     prefix = "backbone."
     return {
         name.removeprefix(prefix): tensor.detach().clone().contiguous()
@@ -87,14 +93,21 @@ def backbone_tensors(net: SlimmableNet, *, width: float) -> dict[str, Tensor]:
 
 
 def carve(
-    run: Path, *, out: Path, width: float | None = None, recalibrate_norms: bool = True, force: bool = False
+    run: Path,
+    *,
+    out: Path,
+    width: float | None = None,
+    checkpoint: Literal["newest", "best"] = "newest",
+    recalibrate_norms: bool = True,
+    force: bool = False,
 ) -> dict[str, Any]:
-    """Write the slim net of a run's newest checkpoint as a model directory.
+    """Write a slim net of a run's checkpoint as a model directory.
 
     Args:
         run: a run directory.
         out: the model directory to write.
-        width: which trained width; None means the slim net.
+        width: which trained width; None means the widest slim net.
+        checkpoint: the newest, or the one at which the slim net's features were judged best.
         recalibrate_norms: re-estimate batch-norm statistics on the run's own images, unaugmented. Without it the
             carved net equals the slim net of the checkpoint bit for bit.
         force: replace an earlier model directory.
@@ -103,16 +116,16 @@ def carve(
         the record in model.json.
 
     Raises:
-        ArtifactError: no run directory, no whole checkpoint in it, or the output exists.
+        ArtifactError: no run directory, no such whole checkpoint in it, or the output exists.
         SliceError: the run was not trained at this width.
         DataError: recalibration needs the run's images and they are gone.
     """
     run_dir = RunDir(run)
     record = run_dir.read()
     recipe = recipe_from_tables(record["recipe"], source=str(run_dir.record_file))
-    checkpoint = read_newest(run_dir)
+    read = read_best(run_dir) if checkpoint == "best" else read_newest(run_dir)
     net = create_slimmable(recipe)
-    net.load_state_dict(checkpoint.model)
+    net.load_state_dict(read.model)
     width = recipe.slim.width if width is None else width
     tensors = backbone_tensors(net, width=width)
     backbone = create_backbone(recipe.host.arch, width=width, stem_stride=recipe.host.stem_stride)
@@ -128,12 +141,13 @@ def carve(
         classes=None,
         preprocessing=preprocessing_of(recipe),
         origin="pretrained",
-        made_from=checkpoint.sha256,
+        made_from=read.sha256,
         data=record["data"]["uri"],
         recalibrated=recalibrate_norms,
         recipe_name=record["recipe_name"],
         arm=recipe.arm,
-        epoch=checkpoint.epoch,
+        epoch=read.epoch,
+        step=read.step,
         force=force,
     )
 
@@ -197,6 +211,7 @@ def write_model(
     recipe_name: str | None = None,
     arm: str | None = None,
     epoch: int | None = None,
+    step: int | None = None,
     quantization: dict[str, Any] | None = None,
     force: bool = False,
 ) -> dict[str, Any]:
@@ -229,6 +244,7 @@ def write_model(
             "recipe_name": recipe_name,
             "arm": arm,
             "epoch": epoch,
+            "step": step,
             "quantization": quantization,
             "data": data,
             "weights_sha256": sha256_of_file(directory.weights_file),

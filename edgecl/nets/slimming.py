@@ -1,15 +1,16 @@
-"""A wide host net and the slim net inside it: prefix slices of the host's weights, batch norm of its own.
+"""A wide host net and the slim nets inside it: prefix slices of the host's weights, batch norm of their own.
 
-No layer is patched. The slim net is an ordinary, smaller net whose tensors are, name by name, the leading
+No layer is patched. A slim net is an ordinary, smaller net whose tensors are, name by name, the leading
 block `host[name][:o, :i, …]` of the host's, put in place for one call by `torch.func.functional_call`; gradients
 flow through the slices. Only batch norm is private to each width, since statistics of one width are wrong
-for the other (METHOD: evaluation features drift by standard deviations when they are shared).
+for another (METHOD: evaluation features drift by standard deviations when they are shared).
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +23,61 @@ from edgecl.nets.backbone import is_norm
 _NESTING_HINT = "this architecture changes with its width; `edgecl ls nets` lists those that nest"
 
 
+@dataclass
+class SlimView:
+    """What one width needs to be run inside the host.
+
+    Attributes:
+        width: multiple of the architecture's own channels.
+        skeleton: the net at this width, its tensors on the meta device apart from its norms.
+        norms: those norms by key, each the very module that stands in the skeleton.
+        slices: name of a shared tensor -> its block of the host's.
+    """
+
+    width: float
+    skeleton: nn.Module
+    norms: nn.ModuleDict
+    slices: dict[str, tuple[slice, ...]]
+
+    @classmethod
+    def create(cls, build: Callable[[float], nn.Module], width: float) -> SlimView:
+        """Build a width without memory for the weights it shares; its norms are fresh."""
+        with torch.device("meta"):
+            skeleton = build(width)
+        norms = nn.ModuleDict()
+        for name, module in skeleton.named_modules():
+            if is_norm(module):
+                module.to_empty(device="cpu")
+                module.reset_parameters()
+                norms[_key(name)] = module
+        view = cls(width, skeleton, norms, {})
+        private = view.private_tensors()
+        view.slices = {
+            name: tuple(slice(0, size) for size in tensor.shape)
+            for name, tensor in skeleton.state_dict().items()
+            if name not in private
+        }
+        return view
+
+    def private_tensors(self) -> dict[str, Tensor]:
+        """Return the parameters and buffers of the norms, by their name within the net."""
+        return {
+            f"{_name(key)}.{leaf}": tensor
+            for key, norm in self.norms.items()
+            for leaf, tensor in [*norm.named_parameters(), *norm.named_buffers()]
+        }
+
+    def tensors_in(self, host: nn.Module) -> dict[str, Tensor]:
+        """Return all parameters and buffers by name: views of the host's weights, and the norms'."""
+        whole = {**dict(host.named_parameters()), **dict(host.named_buffers())}
+        return {**{name: whole[name][block] for name, block in self.slices.items()}, **self.private_tensors()}
+
+    def replace_norm(self, name: str, norm: nn.Module) -> None:
+        """Put another norm where the one of this name stands."""
+        self.skeleton.set_submodule(name, norm)
+        self.norms[_key(name)] = norm
+
+
 class SlimmableNet(nn.Module):
     """A host, and slim nets that share its weights.
 
@@ -30,93 +86,101 @@ class SlimmableNet(nn.Module):
             every width, and each must be at least as large in the host in every dimension.
         host_width: width of the host.
         slim_width: width of the slim net, at most the host's; when equal, the slim net is the host itself.
+        other_widths: widths of further slim nets, each below slim_width.
 
     Raises:
-        SliceError: the slim net is not a prefix of the host.
+        SliceError: a slim net is not a prefix of the host.
     """
 
-    def __init__(self, build: Callable[[float], nn.Module], *, host_width: float, slim_width: float):
+    def __init__(
+        self,
+        build: Callable[[float], nn.Module],
+        *,
+        host_width: float,
+        slim_width: float,
+        other_widths: Sequence[float] = (),
+    ):
         super().__init__()
         if slim_width > host_width:
             raise SliceError(
                 f"slim width {slim_width:g} is above the host's {host_width:g}",
                 hint="the slim net is a part of the host: widen the host or narrow the slim net",
             )
+        others = tuple(sorted(set(other_widths), reverse=True))
+        if others and others[0] >= slim_width:
+            raise SliceError(
+                f"the further width {others[0]:g} is not below the slim width {slim_width:g}",
+                hint="the slim width is the widest of all that are trained inside the host",
+            )
         self.host_width = host_width
         self.slim_width = slim_width
+        self.slim_widths = (slim_width, *others)
+        """Every slim width, widest first."""
         self.host = build(host_width)
         self.slim_norms = nn.ModuleDict()
-        self._skeleton: tuple[nn.Module, ...] = ()
+        self.other_norms = nn.ModuleDict()
+        # No submodules: of a skeleton only the norms, registered below, are parameters, and its convolutions stay
+        # on the meta device for good. A slim net as wide as the host is the host and has no view.
+        self._views: dict[float, SlimView] = {}
         self.watched: dict[str, Tensor] | None = None
-        """When set to a dict, the slim passes that learn leave their slices here, with gradients retained."""
-        if slim_width == host_width:
-            return
-        with torch.device("meta"):
-            skeleton = build(slim_width)
-        check_nesting(
-            {name: tensor.shape for name, tensor in skeleton.state_dict().items()},
-            {name: tensor.shape for name, tensor in self.host.state_dict().items()},
-            slim_width=slim_width,
-            host_width=host_width,
-        )
-        for name, module in skeleton.named_modules():
-            if is_norm(module):
-                module.to_empty(device="cpu")
-                module.reset_parameters()
-                self.slim_norms[_key(name)] = module
-        # In a tuple, so that the skeleton is no submodule: its convolutions stay on the meta device for good,
-        # only its norms (registered above) are parameters.
-        self._skeleton = (skeleton,)
-        private = {
-            f"{_name(key)}.{leaf}"
-            for key, norm in self.slim_norms.items()
-            for leaf, _ in [*norm.named_parameters(), *norm.named_buffers()]
-        }
-        self._slices = {
-            name: tuple(slice(0, size) for size in tensor.shape)
-            for name, tensor in skeleton.state_dict().items()
-            if name not in private
-        }
-        self._copy_host_norms()
-        self._check_function()
+        """When set to a dict, passes of the slim width that learn leave their slices here, gradients retained."""
+        for width in self.slim_widths:
+            if width != host_width:
+                self._add_view(build, width)
 
-    def _copy_host_norms(self) -> None:
+    def _add_view(self, build: Callable[[float], nn.Module], width: float) -> None:
+        view = SlimView.create(build, width)
+        check_nesting(
+            {name: tensor.shape for name, tensor in view.skeleton.state_dict().items()},
+            {name: tensor.shape for name, tensor in self.host.state_dict().items()},
+            slim_width=width,
+            host_width=self.host_width,
+        )
+        self._views[width] = view
+        if width == self.slim_width:
+            self.slim_norms = view.norms
+        else:
+            self.other_norms[_key(str(width))] = view.norms
+        self._copy_host_norms(view)
+        self._check_function(view)
+
+    def _copy_host_norms(self, view: SlimView) -> None:
         """Start the slim norms at the host's values: architectures initialise some norms at zero."""
         host = dict(self.host.named_parameters())
         with torch.no_grad():
-            for key, norm in self.slim_norms.items():
+            for key, norm in view.norms.items():
                 for leaf, parameter in norm.named_parameters():
                     parameter.copy_(host[f"{_name(key)}.{leaf}"][: parameter.shape[0]])
 
-    def _check_function(self) -> None:
+    def _check_function(self, view: SlimView) -> None:
         """Hold the host, with everything outside the slim net set to zero, to computing what the slim net computes.
 
         Shapes that nest are not enough: grouped convolutions, attention heads and norms over channels change
         their meaning with the width. Norms get random values here, since some start at zero and would hide it.
         """
         generator = torch.Generator().manual_seed(0)
-        host, skeleton = self.host, self._skeleton[0]
+        where = {"host width": f"{self.host_width:g}", "slim width": f"{view.width:g}"}
         # As large as its deepest stride, so that no feature map shrinks to nothing.
         images = torch.randn(2, 3, 64, 64, generator=generator)
         slim, masked = {}, {}
-        for name, tensor in self.slim_tensors().items():
+        for name, tensor in view.tensors_in(self.host).items():
             value = tensor.detach()
-            if name not in self._slices and value.is_floating_point():
+            if name not in view.slices and value.is_floating_point():
                 value = torch.rand(value.shape, generator=generator) + 0.5
             slim[name] = value
-        for name, tensor in host.state_dict().items():
+        for name, tensor in self.host.state_dict().items():
             masked[name] = torch.zeros_like(tensor)
             masked[name][tuple(slice(0, size) for size in slim[name].shape)] = slim[name]
         training = self.training
         self.eval()
         try:
-            with torch.no_grad(), _common_skips(host, skeleton):
-                expected = functional_call(skeleton, slim, (images,))
-                found = functional_call(host, masked, (images,))
+            with torch.no_grad(), _common_skips(self.host, view.skeleton):
+                expected = functional_call(view.skeleton, slim, (images,))
+                found = functional_call(self.host, masked, (images,))
         except RuntimeError as complaint:
             raise SliceError(
                 f"cannot slice this net: a slim forward pass fails ({str(complaint).splitlines()[0]})",
-                where=self._widths,
+                where=where,
                 hint=_NESTING_HINT,
             ) from complaint
         finally:
@@ -127,73 +191,128 @@ class SlimmableNet(nn.Module):
             raise SliceError(
                 "cannot slice this net: with the channels outside the slim net switched off, "
                 f"the host's output differs by {difference:.2g} of its largest value",
-                where=self._widths,
+                where=where,
                 hint=_NESTING_HINT,
             )
 
     @property
-    def _widths(self) -> dict[str, object]:
-        return {"host width": f"{self.host_width:g}", "slim width": f"{self.slim_width:g}"}
-
-    @property
     def has_slim(self) -> bool:
         """Whether the slim net is another net than the host."""
-        return bool(self._skeleton)
+        return self.slim_width != self.host_width
 
     def train(self, mode: bool = True) -> SlimmableNet:
-        """Set training mode on the host and on the slim net's skeleton."""
+        """Set training mode on the host and on the skeletons of the slim nets."""
         super().train(mode)
-        for skeleton in self._skeleton:
-            skeleton.train(mode)
+        for view in self._views.values():
+            view.skeleton.train(mode)
         return self
 
-    def slim_tensors(self) -> dict[str, Tensor]:
-        """Return the slim net's parameters and buffers by name: views of the host's weights, and private norms."""
-        if not self.has_slim:
-            return dict(self.host.state_dict(keep_vars=True))
-        host = {**dict(self.host.named_parameters()), **dict(self.host.named_buffers())}
-        tensors = {name: host[name][block] for name, block in self._slices.items()}
-        for key, norm in self.slim_norms.items():
-            prefix = _name(key)
-            for leaf, tensor in [*norm.named_parameters(), *norm.named_buffers()]:
-                tensors[f"{prefix}.{leaf}"] = tensor
-        return tensors
+    def _view(self, width: float | None) -> SlimView | None:
+        """Return the view of a slim width, None being the widest; None where that is the host itself."""
+        chosen = self.slim_width if width is None else width
+        if chosen not in self.slim_widths:
+            raise SliceError(
+                f"width {chosen:g} is not among the slim widths of this net: "
+                + ", ".join(f"{known:g}" for known in self.slim_widths)
+            )
+        return self._views.get(chosen)
+
+    def slim_tensors(self, width: float | None = None) -> dict[str, Tensor]:
+        """Return a slim net's parameters and buffers by name: views of the host's weights, and private norms.
+
+        Args:
+            width: one of slim_widths; None means slim_width.
+
+        Raises:
+            SliceError: no such slim width.
+        """
+        view = self._view(width)
+        return dict(self.host.state_dict(keep_vars=True)) if view is None else view.tensors_in(self.host)
+
+    def norms_of(self, width: float | None = None) -> nn.ModuleDict:
+        """Return the private norms of a slim width, by key; empty where that is the host itself.
+
+        Raises:
+            SliceError: no such slim width.
+        """
+        view = self._view(width)
+        return nn.ModuleDict() if view is None else view.norms
+
+    def map_norms(self, replace: Callable[[str, nn.Module], nn.Module]) -> None:
+        """Replace every batch norm of the host and of each slim width.
+
+        Args:
+            replace: from a norm's name and the norm to what stands in its place, itself a batch norm with tensors
+                of the same names. Names are those of the state dict with dots throughout: 'host.projector.1',
+                'slim_norms.projector.1', 'other_norms.0.5.projector.1'.
+        """
+        for name, norm in list(self.host.named_modules()):
+            if is_norm(norm):
+                self.host.set_submodule(name, replace(f"host.{name}", norm))
+        for width, view in self._views.items():
+            prefix = "slim_norms" if width == self.slim_width else f"other_norms.{width}"
+            for key, norm in list(view.norms.items()):
+                view.replace_norm(_name(key), replace(f"{prefix}.{_name(key)}", norm))
+
+    def compile_passes(self) -> None:
+        """Compile the host and every slim net with torch.compile, in place; names of tensors stay."""
+        for net in (self.host, *(view.skeleton for view in self._views.values())):
+            net.compile()
 
     def forward_host(self, images: Tensor) -> Tensor:
         """Run the host."""
         outputs: Tensor = self.host(images)
         return outputs
 
-    def forward_slim(self, images: Tensor) -> Tensor:
-        """Run the slim net inside the host."""
-        if not self.has_slim:
+    def forward_slim(self, images: Tensor, width: float | None = None) -> Tensor:
+        """Run a slim net inside the host.
+
+        Args:
+            images: (N, 3, H, W).
+            width: one of slim_widths; None means slim_width.
+
+        Raises:
+            SliceError: no such slim width.
+        """
+        view = self._view(width)
+        if view is None:
             return self.forward_host(images)
-        tensors = self.slim_tensors()
-        if self.watched is not None and torch.is_grad_enabled():
-            for name in self._slices:
+        tensors = view.tensors_in(self.host)
+        if self.watched is not None and torch.is_grad_enabled() and view.width == self.slim_width:
+            for name in view.slices:
                 if tensors[name].requires_grad:
                     tensors[name].retain_grad()
                     self.watched[name] = tensors[name]
-        outputs: Tensor = functional_call(self._skeleton[0], tensors, (images,))
+        outputs: Tensor = functional_call(view.skeleton, tensors, (images,))
         return outputs
 
     def forward_slim_part(
-        self, part: str, images: Tensor, *, replaced: dict[str, Tensor] | None = None
+        self,
+        part: str,
+        images: Tensor,
+        *,
+        replaced: dict[str, Tensor] | None = None,
+        width: float | None = None,
     ) -> Tensor:
-        """Run one part of the slim net inside the host, such as its 'backbone'.
+        """Run one part of a slim net inside the host, such as its 'backbone'.
 
         Args:
             part: name of the submodule.
             images: what it takes.
             replaced: tensors to put in place of the host's, by their name within the part.
+            width: one of slim_widths; None means slim_width.
+
+        Raises:
+            SliceError: no such slim width.
         """
         prefix = f"{part}."
         tensors = {
             name.removeprefix(prefix): tensor
-            for name, tensor in self.slim_tensors().items()
+            for name, tensor in self.slim_tensors(width).items()
             if name.startswith(prefix)
         }
-        net = (self._skeleton[0] if self.has_slim else self.host).get_submodule(part)
+        view = self._view(width)
+        net = (self.host if view is None else view.skeleton).get_submodule(part)
         outputs: Tensor = functional_call(net, {**tensors, **(replaced or {})}, (images,))
         return outputs
 

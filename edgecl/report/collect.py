@@ -147,7 +147,9 @@ def _not_ours(path: Path) -> str:
 
 def _inside(path: Path, notes: list[str]) -> Iterator[Source]:
     def order(child: Path) -> tuple[int, str]:
-        return (_ORDER.index(child.name) if child.name in _ORDER else len(_ORDER), child.name)
+        # Of several widths, slim-0.5 and slim-0.75 lie beside slim.
+        name = child.name if child.name in _ORDER else child.name.partition("-")[0]
+        return (_ORDER.index(name) if name in _ORDER else len(_ORDER), child.name)
 
     for child in sorted((child for child in path.iterdir() if child.is_dir()), key=order):
         if child.name.startswith("."):  # a directory that is still being written

@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from edgecl.report.bundle_sections import bundle_sections
+from edgecl.report.families import family_tables
 from edgecl.report.figures.curves import curve_figure
 from edgecl.report.figures.dots import comparison_figure, difference_figure
 from edgecl.report.figures.drawing import BLUE, INK, MUTED, ORANGE, PURPLE
 from edgecl.report.figures.scatter import scatter_figure
-from edgecl.report.markup import captioned
+from edgecl.report.markup import captioned, detail_table
 from edgecl.report.markup import escaped as _e
-from edgecl.report.notation import MISSING, counted, duration, finite, fixed, percent, points
-from edgecl.report.rows import conditions_of_row, is_rejected, net_of_row
+from edgecl.report.notation import MISSING, duration, finite, fixed, percent, points
+from edgecl.report.rows import conditions_in_words, conditions_of_row, is_rejected, net_of_row
 from edgecl.report.text import (
     Table,
     cells_of_row,
@@ -46,6 +47,7 @@ def page(record: dict[str, Any], *, views: Mapping[str, bytes]) -> str:
         _tables(record),
         _comparisons(record),
         _scatter(record),
+        _families(record),
         bundle_sections(record),
         _runs(record),
         _views(views, record),
@@ -238,7 +240,11 @@ def _scatter(record: dict[str, Any]) -> str:
         caption += f" One front for each way of timing ({named})."
     else:
         caption += f" Timed on {_group_in_words(groups[0])}."
-    svg = scatter_figure(rows, trade, prefix="scatter")
+    drawn = {line["family"] for group in groups for line in group["families"]}
+    if drawn:
+        which = "A solid line joins" if drawn == {0} else "The lines named above join"
+        caption += f" {which} the nets of one run, from the narrowest to the widest."
+    svg = scatter_figure(rows, trade, families=record["families"], prefix="scatter")
     return (
         "<section>\n<h2>Accuracy against latency</h2>\n"
         f'<div class="single">\n{captioned(svg, caption)}</div>\n</section>'
@@ -246,14 +252,24 @@ def _scatter(record: dict[str, Any]) -> str:
 
 
 def _group_in_words(group: dict[str, Any]) -> str:
-    parts = [
-        group["device"] or "an unnamed device",
-        group["power_mode"] or "",
-        group["mode"] if group["mode"] not in (None, "inference") else "",
-        f"batch {group['batch']}" if group["batch"] else "",
-        counted(group["threads"], "thread") if isinstance(group["threads"], int) else "",
-    ]
-    return ", ".join(part for part in parts if part)
+    return conditions_in_words(
+        tuple(group[key] for key in ("device", "power_mode", "batch", "threads", "mode"))
+    )
+
+
+def _families(record: dict[str, Any]) -> str:
+    tables = family_tables(record)
+    if not tables:
+        return ""
+    return (
+        "<section>\n<h2>Widths of one run</h2>\n"
+        '<p class="lead">Nets that share one checkpoint: each is the leading part of the same host, with batch '
+        "norms of its own.</p>\n"
+        + "".join(
+            f"<h3>{_e(table.title)}</h3>\n" + detail_table(table.columns, table.rows) for table in tables
+        )
+        + "</section>"
+    )
 
 
 _HOST, _SLIM = ORANGE, BLUE

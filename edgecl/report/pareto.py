@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from edgecl.report.rows import ACCURACIES, Row, gain_of, is_rejected, is_timed
+from edgecl.report.rows import ACCURACIES, Row, conditions_key, gain_of, is_rejected, is_timed
 
 
 def pareto_front(points_: Sequence[tuple[float, float]]) -> list[int]:
@@ -59,8 +59,7 @@ def trade_off(rows: list[Row]) -> dict[str, Any] | None:
     for index in timed:
         row = rows[index]
         if gain_of(row, best):
-            how = (row["device"], row["power_mode"], row["batch"], row["threads"], row["mode"])
-            groups.setdefault(how, []).append(index)
+            groups.setdefault(conditions_key(row), []).append(index)
     result = []
     for (device, power_mode, batch, threads, mode), members in groups.items():
         running = [index for index in members if not is_rejected(rows[index])]

@@ -11,6 +11,7 @@ from edgecl.artifacts import ReportDir, new_directory, record_header, refuse_exi
 from edgecl.report.collect import Collection, Source, collect
 from edgecl.report.comparison import comparison_of
 from edgecl.report.curves import MOST_POINTS, curves
+from edgecl.report.families import families_of, family_in_words, lines_of
 from edgecl.report.notation import finite, printable
 from edgecl.report.page import page
 from edgecl.report.pareto import trade_off
@@ -66,7 +67,10 @@ def report_record(collection: Collection) -> dict[str, Any]:
     """Make the content of report.json: every number the page shows, and the records behind them."""
     rows = rows_of(collection)
     comparisons = [comparison_of(source, collection) for source in collection.of("comparison")]
+    families = families_of(collection, rows)
     trade = trade_off(rows)
+    for group in trade["groups"] if trade else []:
+        group["families"] = lines_of(families, rows, group["rows"])
     bundles = [bundle_record(bundle) for bundle in collection.of("bundle")]
     verdict, support = verdict_of(comparisons, rows, bundles, collection)
     header = record_header("report", made_from=collection.sha256())
@@ -75,12 +79,13 @@ def report_record(collection: Collection) -> dict[str, Any]:
         "command": printable(header["command"]),
         "title": _title(collection),
         "verdict": verdict,
-        "support": support,
+        "support": [*support, *(family_in_words(family, rows) for family in families)],
         "rows": rows,
         "bundles": bundles,
         "comparison": comparisons[0] if comparisons else None,
         "further_comparisons": comparisons[1:],
         "trade_off": trade,
+        "families": families,
         "runs": [_run(run) for run in collection.of("run")],
         "notes": [*collection.notes, *warnings_of(rows, collection)],
         "conditions": _conditions(collection),

@@ -221,6 +221,24 @@ def conditions_of_row(row: Row) -> str:
     return ", ".join(str(part) for part in parts if part)
 
 
+def conditions_key(row: Row) -> tuple[Any, ...]:
+    """Return the way a row was timed: only rows with the same compete."""
+    return (row["device"], row["power_mode"], row["batch"], row["threads"], row["mode"])
+
+
+def conditions_in_words(way: tuple[Any, ...]) -> str:
+    """Say a way of timing, as `conditions_key` returns it."""
+    device, power_mode, batch, threads, mode = way
+    parts = [
+        device or "an unnamed device",
+        power_mode or "",
+        mode if mode not in (None, "inference") else "",
+        f"batch {batch}" if batch else "",
+        counted(threads, "thread") if isinstance(threads, int) else "",
+    ]
+    return ", ".join(part for part in parts if part)
+
+
 def net_of_row(row: Row) -> str:
     """Say in a few words which net a row is about: architecture, width, origin."""
     width = f"{row['width']:g}×" if row["width"] is not None else None

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from edgecl.report.families import family_tables
 from edgecl.report.notation import (
     MINUS,
     MISSING,
@@ -330,6 +331,8 @@ def markdown(record: dict[str, Any]) -> str:
         lines.append("")
     if record["rows"]:
         lines += ["Intervals are 95 %; – is not measured.", ""]
+    for family in family_tables(record):
+        lines += [f"## {_escaped(family.title)}", "", *_markdown_table(family.columns, family.rows), ""]
     for bundle in record["bundles"]:
         lines += _bundle_lines(bundle)
     for comparison in _comparisons(record):

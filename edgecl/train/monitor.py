@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from torch import Tensor
 
 from edgecl.artifacts import disk_errors, write_bytes
-from edgecl.errors import CollapseError, NonFiniteError
+from edgecl.errors import CollapseError
 from edgecl.nets.slimming import SlimmableNet
 
 # Below a tenth of an even spread the projections agree on almost every dimension (METHOD section 4, row 11).
@@ -20,6 +22,8 @@ COLLAPSE_SPREAD = 0.1
 COLLAPSE_DIAGONAL = 0.3
 # Records in a row: early steps pass through narrow states and recover.
 COLLAPSE_PATIENCE = 5
+# Looks at RankMe in a row, each below the one before.
+FALLING_RANK_ME = 3
 
 
 class MetricsFile:
@@ -31,10 +35,17 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path, *, after_step: int = 0):
-        kept = [record for record in read_metrics(path) if record["step"] <= after_step] if after_step else []
-        write_bytes(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
         self._path = path
-        self._file = path.open("a", encoding="utf-8")
+        self._file: IO[str] | None = None
+        self.keep_until(after_step)
+
+    def keep_until(self, step: int) -> None:
+        """Drop the records of later steps."""
+        kept = [record for record in read_metrics(self._path) if record["step"] <= step] if step else []
+        if self._file:
+            self._file.close()
+        write_bytes(self._path, "".join(json.dumps(record) + "\n" for record in kept).encode())
+        self._file = self._path.open("a", encoding="utf-8")
 
     def append(self, record: dict[str, Any]) -> None:
         """Write one record and hand it to the operating system; numbers that are not finite become null."""
@@ -42,15 +53,26 @@ class MetricsFile:
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in record.items()
         }
+        assert self._file is not None
         with disk_errors(self._path):
             self._file.write(json.dumps(tidy) + "\n")
             self._file.flush()
 
+    def sync(self) -> None:
+        """Flush the file to the disk: a checkpoint must not outlive the records before it."""
+        assert self._file is not None
+        with disk_errors(self._path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """Flush the file to the disk and close it."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        if self._file:
+            try:
+                self.sync()
+            finally:
+                self._file.close()
+                self._file = None
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -66,40 +88,82 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class CollapseAlarm:
-    """Stop a run whose loss is not a number, or whose projections no longer differ."""
+    """Warn when the projections no longer differ or the features lose dimensions; stop when it lasts.
 
-    def __init__(self, *, run: Path):
+    Args:
+        run: the run directory, for errors.
+        warn: told each warning, one line.
+
+    Source: METHOD section 4, row 11.
+    """
+
+    def __init__(self, *, run: Path, warn: Callable[[str], None]):
         self._run = run
+        self._warn = warn
         self._low = 0
+        self._rank_me: list[float] = []
 
-    def check(self, record: dict[str, Any]) -> None:
-        """Look at one metrics record.
+    def check(self, record: dict[str, Any]) -> str | None:
+        """Look at one metrics record of a step.
+
+        Returns:
+            "collapse" when it gave cause for a warning.
 
         Raises:
-            NonFiniteError: the loss is NaN or infinite.
             CollapseError: the spread of the projections stayed below a tenth of an even one.
         """
-        where = {"run": self._run, "step": record["step"]}
         if not math.isfinite(record["loss"]):
-            terms = ", ".join(
-                f"{name} {record[name]:g}"
-                for name in ("sacl", "xd_host", "xd_slim")
-                if record[name] is not None
-            )
-            raise NonFiniteError(
-                f"the loss is {record['loss']:g} ({terms}; learning rate {record['lr']:.3g})",
-                where=where,
-                hint="lower [optim] lr, lengthen [optim] warmup_epochs, or train in fp32 or bf16",
-            )
+            return None
         self._low = self._low + 1 if _looks_collapsed(record) else 0
+        if self._low == 0:
+            return None
+        seen = (
+            f"the spread of the projections is {record['std']:.3g}, below {COLLAPSE_SPREAD:g} (1 is an even spread), "
+            f"and the diagonal of the correlation {record['diagonal']:.3g}"
+        )
         if self._low >= COLLAPSE_PATIENCE:
             raise CollapseError(
-                f"the embedding collapsed: the spread of the projections was {record['std']:.3g}, below "
-                f"{COLLAPSE_SPREAD:g} (1 is an even spread), and the diagonal of the correlation "
-                f"{record['diagonal']:.3g}, in {self._low} records in a row",
-                where=where,
+                f"the embedding collapsed: {seen}, in {self._low} records in a row",
+                where={"run": self._run, "step": record["step"]},
                 hint="lower [optim] lr, raise [loss] off_diagonal, or use milder [views]",
             )
+        if self._low == 1:
+            self._warn(
+                f"step {record['step']}: the embedding may be collapsing: {seen}; "
+                f"{COLLAPSE_PATIENCE} such records in a row stop the run"
+            )
+        return "collapse"
+
+    def check_quality(self, record: dict[str, Any]) -> str | None:
+        """Look at one record of quality: RankMe that falls three times in a row is a warning.
+
+        Returns:
+            "rankme falls" when it gave cause for one.
+        """
+        value = record.get("rankme_slim") or record.get("rankme_host")
+        if value is None:
+            return None
+        self._rank_me = [*self._rank_me, float(value)][-(FALLING_RANK_ME + 1) :]
+        falls = len(self._rank_me) > FALLING_RANK_ME and all(
+            later < earlier for earlier, later in itertools.pairwise(self._rank_me)
+        )
+        if not falls:
+            return None
+        self._warn(
+            f"step {record['step']}: RankMe fell {FALLING_RANK_ME} times in a row, "
+            + " > ".join(f"{rank:.1f}" for rank in self._rank_me)
+            + ": the features lose dimensions; lower [optim] lr or raise [loss] off_diagonal if it goes on"
+        )
+        return "rankme falls"
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps."""
+        return {"low": self._low, "rank_me": list(self._rank_me)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take what a checkpoint kept."""
+        self._low = int(state.get("low", 0))
+        self._rank_me = [float(value) for value in state.get("rank_me", [])]
 
 
 def _looks_collapsed(record: dict[str, Any]) -> bool:
@@ -111,7 +175,7 @@ def gradient_norms(net: SlimmableNet, watched: dict[str, Tensor], *, scale: floa
 
     Args:
         net: after the backward pass, before gradients are clipped.
-        watched: the slim pass's slices, with gradients.
+        watched: gradients of the slim pass's slices, by name.
         scale: what the loss was multiplied by before the backward pass (fp16), else 1.
 
     Returns:
@@ -123,8 +187,8 @@ def gradient_norms(net: SlimmableNet, watched: dict[str, Tensor], *, scale: floa
             continue
         gradient = parameter.grad.detach().float()
         part = watched.get(name)
-        if part is not None and part.grad is not None:
-            through_slim = part.grad.detach().float()
+        if part is not None:
+            through_slim = part.detach().float()
             slim_square += float(through_slim.square().sum())
             gradient = gradient.clone()
             gradient[tuple(slice(0, size) for size in through_slim.shape)] -= through_slim

@@ -23,7 +23,7 @@ OPTIONS = {
     "run": ("--data --target --out --set --resume --force", "--test --device --download"),
     "demo": ("--out --force", ""),
     "pretrain": ("--data --out --set --device --resume --force", "--download"),
-    "carve": ("--out --width --recalibrate --no-recalibrate --force", ""),
+    "carve": ("--out --width --recalibrate --no-recalibrate --force", "--best"),
     "probe": ("--data --test --labels-per-class --seeds --json", "--download"),
     "finetune": ("--data --test --out --epochs --quantize --set --force", "--download"),
     "cost": ("--json --table", "--images --set"),

@@ -5,16 +5,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
 import edgecl.evaluate.probe
-from edgecl.artifacts import ModelDir
+from edgecl.artifacts import ModelDir, write_sealed
+from edgecl.cost import forward_cost
 from edgecl.errors import ArtifactError, DataError
 from edgecl.evaluate.linear import fit_linear
-from edgecl.evaluate.probe import load_feature_net, probe, probe_net, summary
+from edgecl.evaluate.probe import load_feature_net, probe, probe_all, probe_net, side_by_side, summary
 from edgecl.intervals import mean_interval, proportion_interval
+from edgecl.nets.carving import carve
 
 
 @pytest.fixture
@@ -157,6 +160,76 @@ def test_feature_net_of_a_pretrained_model_gives_its_features(carved_model):
     net, record = load_feature_net(carved_model)
     assert net(torch.zeros(2, 3, 32, 32)).shape == (2, record["features"])
     assert not net.training
+
+
+# --- several nets ---
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory, trained_run, carved_model, image_folder):
+    """The host and the slim net of one run, probed together."""
+    root = tmp_path_factory.mktemp("several")
+    carve(trained_run, out=root / "host", width=0.75)
+    shutil.copytree(carved_model, root / "slim")
+    models = [root / "host", root / "slim"]
+    return models, probe_all(models, data=str(image_folder), labels_per_class=2)
+
+
+def test_each_of_several_nets_keeps_the_record_it_would_have_alone(several, image_folder, tmp_path):
+    models, records = several
+    for model, record in zip(models, records, strict=True):
+        assert json.loads(ModelDir(model).probe_file.read_text()) == record
+        assert record["made_from"] == ModelDir(model).sha256
+        alone = shutil.copytree(model, tmp_path / model.name)
+        assert probe(alone, data=str(image_folder), labels_per_class=2) == record
+    assert records[0]["made_from"] != records[1]["made_from"]
+
+
+def test_images_of_several_nets_are_read_once(several, image_folder, monkeypatch):
+    read = edgecl.evaluate.probe.read_labelled
+    times = []
+    monkeypatch.setattr(
+        edgecl.evaluate.probe,
+        "read_labelled",
+        lambda *words, **named: times.append(1) or read(*words, **named),
+    )
+    probe_all(several[0], data=str(image_folder), labels_per_class=2, seeds=2)
+    assert len(times) == 1
+
+
+def test_images_are_read_again_for_a_net_that_sees_them_otherwise(
+    several, image_folder, monkeypatch, tmp_path
+):
+    models, _ = several
+    other = shutil.copytree(models[1], tmp_path / "large")
+    record = ModelDir(other).read()
+    record.pop("sha256")
+    record["preprocessing"] = {**record["preprocessing"], "image_size": 24, "resize_size": 24}
+    write_sealed(ModelDir(other).record_file, record)
+    seen = []
+    judge = edgecl.evaluate.probe.probe_net
+    monkeypatch.setattr(
+        edgecl.evaluate.probe,
+        "probe_net",
+        lambda net, labelled, **named: (
+            seen.append(labelled.test.images.shape[-1]) or judge(net, labelled, **named)
+        ),
+    )
+    probe_all([models[0], other], data=str(image_folder), labels_per_class=2, seeds=2)
+    assert seen == [32, 24]
+
+
+def test_nets_side_by_side_are_sorted_by_what_they_cost(several):
+    models, records = several
+    table = side_by_side(models, records)
+    assert [row["width"] for row in table] == [0.5, 0.75]
+    assert [row["model"] for row in table] == [str(model) for model in models[::-1]]
+    assert [row["probe"] for row in table] == records[::-1]
+    for row in table:
+        net, record = load_feature_net(Path(row["model"]))
+        assert row["params"] == record["params"]
+        assert row["macs"] == forward_cost(net, (1, 3, 32, 32)).macs
+        assert row["made_from"] == record["made_from"]
 
 
 def test_one_draw_has_a_mean_and_no_interval():

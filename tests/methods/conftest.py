@@ -26,11 +26,11 @@ def tiny_net(width):
 
 @pytest.fixture
 def make_net():
-    """Make a tiny host with a slim net inside."""
+    """Make a tiny host with slim nets inside."""
 
-    def make(*, host_width=2.0, slim_width=1.0):
+    def make(*, host_width=2.0, slim_width=1.0, other_widths=()):
         torch.manual_seed(0)
-        return SlimmableNet(tiny_net, host_width=host_width, slim_width=slim_width)
+        return SlimmableNet(tiny_net, host_width=host_width, slim_width=slim_width, other_widths=other_widths)
 
     return make
 

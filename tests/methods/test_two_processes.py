@@ -1,127 +1,198 @@
-"""Two processes with half a batch each learn what one process learns from the whole batch."""
+"""Processes with a share of the batch each learn what one process learns from the whole batch.
 
-import os
-import socket
-import subprocess
-import sys
+Real processes over gloo take a training step with every arm, as `edgecl selftest ddp` does: a real net with synchronised
+batch norms, trained by the engine's own step through accelerate's DistributedDataParallel.
 
-import pytest
-from safetensors.torch import load_file
+In float64. In float32 the same step, summed in another order, differs by 2e-5 in half of the tensors and by 4e-3 in the
+worst: thirty batch norms amplify rounding, and now and then it takes an activation to the other side of a kink. In float64
+it is less than 1e-9, so that the 1e-5 allowed here are far above rounding and far below any mistake.
 
-SCRIPT = """
-import os, sys, warnings
-warnings.simplefilter("ignore")
-import torch
-from safetensors.torch import save_file
-from torch import nn
-
-from edgecl.methods.sacl_xd import Passes, SaclXd
-from edgecl.nets.slimming import SlimmableNet
-
-ARMS = {
-    "Barlow Twins": (1.0, 1.0, "both", False),
-    "XD only": (1.0, 0.7, "both", False),
-    "SACL only": (2.0, 1.0, "both", False),
-    "SACL-XD": (2.0, 0.7, "both", False),
-    "SACL-XD slim_only": (2.0, 0.7, "slim_only", False),
-    "SACL-XD dense": (2.0, 0.7, "both", True),
-}
-
-
-def encoder(width):
-    hidden = int(8 * width)
-    pool = nn.AdaptiveAvgPool2d(2)
-    # No bias at the end: it moves the mean only, which the loss takes away, and its gradient is rounding.
-    return nn.Sequential(pool, nn.Flatten(), nn.Linear(12, hidden), nn.Tanh(), nn.Linear(hidden, 6, bias=False))
-
-
-def main(processes, rank):
-    if processes > 1:
-        torch.distributed.init_process_group("gloo")
-    generator = torch.Generator().manual_seed(3)
-    view_a = torch.randn(24, 3, 4, 4, generator=generator)
-    view_b = view_a + 0.5 * torch.randn(view_a.shape, generator=generator)
-    # Shares differ in mean and scale, so that statistics of one share are wrong for the whole.
-    view_a[12:] = 3 * view_a[12:] + 1
-    share = slice(rank * 24 // processes, (rank + 1) * 24 // processes)
-    results = {}
-    for arm, (width, alpha, direction, dense) in ARMS.items():
-        torch.manual_seed(0)
-        net = SlimmableNet(encoder, host_width=width, slim_width=1.0)
-        method = SaclXd(alpha=alpha, off_diagonal=0.05, xd_direction=direction)
-        passes = Passes(net, method)
-        run = nn.parallel.DistributedDataParallel(passes) if processes > 1 else passes
-        losses = method.losses(run(view_a[share], view_b[share], dense))
-        losses.total.backward()
-        results[arm + "/loss"] = losses.total.detach()
-        results[arm + "/off_diagonal_rms"] = losses.off_diagonal_rms
-        if processes == 1:
-            results[arm + "/loss of a share"] = method.losses(run(view_a[:12], view_b[:12], dense)).total.detach()
-        for name, parameter in net.named_parameters():
-            results[f"{arm}/{name}"] = parameter.grad
-    save_file(results, f"{sys.argv[1]}/{processes}-{rank}.safetensors")
-    if processes > 1:
-        torch.distributed.destroy_process_group()
-
-
-if os.environ["RANK"] == "0":
-    main(1, 0)
-main(2, int(os.environ["RANK"]))
+A tensor is measured by its own largest number; one whose largest is under a millionth of the largest of its kind, by that:
+the gradient of a norm's bias that the next norm takes away is zero but for rounding.
 """
 
-ARMS = ["Barlow Twins", "XD only", "SACL only", "SACL-XD", "SACL-XD slim_only", "SACL-XD dense"]
+import json
+
+import pytest
+from worlds import run_script
+
+from edgecl.selftest import ARMS, TOLERANCE
+
+SCRIPT = """
+import json, sys, warnings
+warnings.simplefilter("ignore")
+import torch
+from safetensors.torch import load_file, save_file
+from torch import distributed
+from worlds import fork_world
+
+from edgecl import processes, selftest
+from edgecl.methods import losses
+
+FOLDER, WORLDS = sys.argv[1], json.loads(sys.argv[2])
+UNSYNCED = selftest.Arm("norms of a share", {"run": {"sync_norms": "none"}})
+TWINS, SACL_XD = ([arm for arm in selftest.ARMS if arm.name == name] for name in ("Barlow Twins", "SACL-XD"))
+IN_PARTS = [arm for arm in selftest.ARMS if "run" in arm.settings]
+
+
+def plain(x):
+    total = x.clone()
+    distributed.all_reduce(total.detach())  # in place, as in public codes; autograd does not hear of it
+    return total
+
+
+def take(arms, shares):
+    return selftest.run_arms(
+        device="cpu", world_size=processes.world_size(), rank=processes.rank(), shares=shares, report=lambda _: None,
+        arms=arms,
+    )
+
+
+def whole():
+    in_parts = [(int(count), IN_PARTS) for count in WORLDS if count != "1"]
+    for shares, arms in [(1, [*selftest.ARMS, UNSYNCED]), *in_parts]:
+        for arm, found in take(arms, shares).items():
+            save_file({key: value.contiguous() for key, value in found.items()}, f"{FOLDER}/{arm} for {shares}")
+
+
+def gradients_of_the_host(found):
+    names = [name for name in found if name.startswith("gradients/host.")]
+    return [found[name] for name in names]
+
+
+def compare(arms):
+    count = processes.world_size()
+    rows = {}
+    for arm, found in take(arms, count).items():
+        in_parts = count > 1 and arm in [other.name for other in IN_PARTS]
+        expected = load_file(f"{FOLDER}/{arm} for {count if in_parts else 1}")
+        assert found.keys() == expected.keys()
+        mine, right = gradients_of_the_host(found), gradients_of_the_host(expected)
+        lengths = [torch.stack([part.norm() for part in parts]).norm() for parts in (mine, right)]
+        rows[arm] = {
+            **{kind: selftest.difference(found, expected, kind=kind) for kind in selftest.KINDS},
+            "too short by": float(lengths[1] / lengths[0]),
+            "gradients times the world size": selftest.difference(
+                {name: value * count for name, value in found.items()}, expected, kind="gradients"
+            ),
+            "gradients of the host": [len(right), sum(bool(part.any()) for part in right)],
+            "batches tracked": float(found["statistics/host.backbone.bn1.num_batches_tracked"]),
+        }
+    return rows
+
+
+def shared():
+    count = processes.world_size()
+    processes.join("cpu")
+    results = {"right": compare([arm for arm in selftest.ARMS if arm.name in WORLDS[str(count)]])}
+    if count == 2:
+        results["norms of a share"] = compare([UNSYNCED])
+    if count > 1:
+        losses._sum_of_matrices = plain
+        results["plain for the matrix"] = compare(TWINS)
+    if count == 2:
+        losses.sum_over_processes = plain
+        results["plain"] = compare(SACL_XD)
+        losses._sum_of_matrices = losses.sum_over_processes = lambda x: x
+        losses._process_count = lambda: 1
+        results["loss of a share"] = compare(SACL_XD)
+    with open(f"{FOLDER}/{count}-{processes.rank()}.json", "w") as file:
+        json.dump(results, file)
+    processes.leave()
+
+
+# Made once, not in every process.
+for arm in selftest.ARMS:
+    recipe = selftest.recipe_of(arm, batch_size=2)
+    selftest.fresh_net(recipe.host.width, recipe.slim.all_widths)
+fork_world(whole, 1)
+for count in WORLDS:
+    fork_world(shared, int(count))
+"""
+
+NAMES = [arm.name for arm in ARMS]
+# What four processes do takes most of the time; the slow test gives them every arm.
+QUICK = {"1": ["SACL-XD"], "2": NAMES, "4": ["SACL-XD", "SACL-XD, 4 widths"]}
+RANKS = ["2-0", "2-1", "4-0", "4-1", "4-2", "4-3"]
+
+
+def run(folder, worlds):
+    script = folder / "processes.py"
+    script.write_text(SCRIPT, encoding="utf-8")
+    run_script(script, folder, json.dumps(worlds))
+    ranks = [f"{count}-{rank}" for count in worlds for rank in range(int(count))]
+    return {rank: json.loads((folder / f"{rank}.json").read_text()) for rank in ranks}
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("processes")
-    script = folder / "processes.py"
-    script.write_text(SCRIPT, encoding="utf-8")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-
-    def start(rank):
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "RANK": str(rank),
-            "WORLD_SIZE": "2",
-            "OMP_NUM_THREADS": "1",
-        }
-        command = [sys.executable, str(script), str(folder)]
-        return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-
-    running = [start(0), start(1)]
-    for process in running:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
-    return {name: load_file(folder / f"{name}.safetensors") for name in ("2-0", "2-1", "1-0")}
+    return run(tmp_path_factory.mktemp("processes"), QUICK)
 
 
-def relative_difference(found, expected):
-    return float((found - expected).abs().max() / expected.abs().max())
+def test_arms_are_all_ways_to_train():
+    assert NAMES == [
+        "Barlow Twins",
+        "XD only",
+        "SACL only",
+        "SACL-XD",
+        "SACL-XD, slim_only",
+        "SACL-XD, slow start",
+        "SACL-XD, 4 widths",
+        "SACL-XD, 2 parts",
+    ]
+
+
+def hold_to_the_whole(results, worlds):
+    for rank, rows in results.items():
+        assert list(rows["right"]) == worlds[rank[0]]
+        for arm, found in rows["right"].items():
+            for kind in ("loss", "gradients", "statistics"):
+                assert found[kind] <= TOLERANCE, (rank, arm, kind)
+
+
+def test_a_step_of_each_process_is_that_of_the_whole_batch(results):
+    hold_to_the_whole(results, QUICK)
+
+
+@pytest.mark.slow
+def test_a_step_of_each_of_four_processes_is_that_of_the_whole_batch_for_every_arm(tmp_path):
+    every = {"1": NAMES, "4": NAMES}
+    hold_to_the_whole(run(tmp_path, every), every)
+
+
+@pytest.mark.parametrize("arm", NAMES)
+def test_arm_gives_the_optimiser_gradients_and_moves_the_statistics(results, arm):
+    """Nothing is compared with nothing."""
+    found = results["2-1"]["right"][arm]
+    tensors, with_gradient = found["gradients of the host"]
+    assert tensors == with_gradient > 90
+    assert found["batches tracked"] > 0
+
+
+@pytest.mark.parametrize("rank", RANKS)
+def test_plain_all_reduce_of_the_matrix_fails_by_the_number_of_processes(results, rank):
+    """As in several public codes: the loss is right, and every gradient too small by the world size."""
+    found, count = results[rank]["plain for the matrix"]["Barlow Twins"], int(rank[0])
+    assert found["loss"] <= TOLERANCE
+    assert found["gradients"] == pytest.approx(1 - 1 / count, rel=1e-3)
+    assert found["gradients times the world size"] <= TOLERANCE
 
 
 @pytest.mark.parametrize("rank", ["2-0", "2-1"])
-@pytest.mark.parametrize("arm", ARMS)
-def test_loss_of_each_process_is_that_of_the_whole_batch(results, arm, rank):
-    for name in (f"{arm}/loss", f"{arm}/off_diagonal_rms"):
-        assert relative_difference(results[rank][name], results["1-0"][name]) <= 1e-5
+def test_plain_all_reduce_everywhere_fails_by_about_the_number_of_processes(results, rank):
+    found = results[rank]["plain"]["SACL-XD"]
+    assert found["loss"] <= TOLERANCE
+    assert found["gradients"] > 0.1
+    assert found["too short by"] == pytest.approx(int(rank[0]), rel=0.3)
 
 
 @pytest.mark.parametrize("rank", ["2-0", "2-1"])
-@pytest.mark.parametrize("arm", ARMS)
-def test_gradients_of_each_process_are_those_of_the_whole_batch(results, arm, rank):
-    gradients = {name for name in results["1-0"] if name.startswith(f"{arm}/host")}
-    assert len(gradients) == 3
-    for name in gradients:
-        assert relative_difference(results[rank][name], results["1-0"][name]) <= 1e-5
+@pytest.mark.parametrize("kind", ["loss", "gradients"])
+def test_loss_of_a_share_fails(results, kind, rank):
+    assert results[rank]["loss of a share"]["SACL-XD"][kind] > 1e-2
 
 
-@pytest.mark.parametrize("arm", ARMS)
-def test_a_share_alone_has_another_loss(results, arm):
-    alone = results["1-0"]
-    assert relative_difference(alone[f"{arm}/loss of a share"], alone[f"{arm}/loss"]) > 1e-2
+@pytest.mark.parametrize("rank", ["2-0", "2-1"])
+@pytest.mark.parametrize("kind", ["loss", "gradients", "statistics"])
+def test_norms_of_a_share_fail(results, kind, rank):
+    assert results[rank]["norms of a share"]["norms of a share"][kind] > 1e-2

@@ -1,4 +1,4 @@
-"""Carving: the slim net as a plain timm net, bit for bit."""
+"""Carving: a slim net as a plain timm net, bit for bit."""
 
 import json
 
@@ -34,7 +34,7 @@ def images():
 def backbone_output(net, images, name):
     """Run host or slim net in evaluation mode; return what its backbone gave."""
     seen = []
-    encoder = net.host if name == "host" else net._skeleton[0]
+    encoder = net.host if name == "host" else net._views[net.slim_width].skeleton
     hook = encoder.backbone.register_forward_hook(lambda module, inputs, output: seen.append(output))
     net.eval()
     try:
@@ -154,6 +154,7 @@ def test_model_record_says_what_the_net_is(tmp_path):
         "recipe_name": "tiny",
         "arm": "SACL-XD",
         "epoch": 3,
+        "step": 30,
     }
     assert {key: record[key] for key in expected} == expected
     assert record["preprocessing"]["image_size"] == 32
@@ -168,6 +169,104 @@ def test_carving_the_host_width_gives_the_host(tmp_path, images):
     assert record["width"] == 1.25
     with torch.no_grad():
         assert torch.equal(loaded(images), backbone_output(net, images, "host"))
+
+
+MANY = {**TABLES, "slim": {"width": 1.0, "widths": [0.5, 0.75, 1.0]}}
+
+
+@pytest.mark.parametrize("width", [1.0, 0.75, 0.5, 1.25])
+def test_every_trained_width_can_be_carved(tmp_path, images, width):
+    net = write_run(tmp_path / "run", tables=MANY).eval()
+    with torch.no_grad():
+        # Every width has statistics and parameters of its own, so that a mistaken one shows.
+        for name, tensor in net.state_dict().items():
+            if "norms" in name and tensor.is_floating_point():
+                tensor.add_(
+                    0.1 * torch.rand(tensor.shape, generator=torch.Generator().manual_seed(len(name)))
+                )
+    write_checkpoint(
+        RunDir(tmp_path / "run"),
+        epoch=4,
+        step=40,
+        model=net.state_dict(),
+        optimizer={"state": {}, "param_groups": []},
+    )
+    record = carve(tmp_path / "run", out=tmp_path / "model", width=width, recalibrate_norms=False)
+    loaded, _ = load_model(tmp_path / "model")
+    assert (record["width"], record["step"]) == (width, 40)
+    with torch.no_grad():
+        host = net.host.backbone(images)
+        expected = host if width == 1.25 else net.forward_slim_part("backbone", images, width=width)
+        assert torch.equal(loaded(images), expected)
+    others = [other for other in (1.0, 0.75, 0.5) if other != width]
+    with torch.no_grad():
+        for other in others:
+            seen = net.forward_slim_part("backbone", images, width=other)
+            assert seen.shape != expected.shape or not torch.allclose(seen, expected, rtol=1e-3)
+
+
+def test_the_slim_net_is_the_widest_unless_said_otherwise(tmp_path):
+    write_run(tmp_path / "run", tables=MANY)
+    assert carve(tmp_path / "run", out=tmp_path / "model", recalibrate_norms=False)["width"] == 1.0
+
+
+def test_nets_of_one_checkpoint_say_so(tmp_path):
+    write_run(tmp_path / "run", tables=MANY)
+    records = [
+        carve(tmp_path / "run", out=tmp_path / f"{width}", width=width, recalibrate_norms=False)
+        for width in (0.5, 1.0)
+    ]
+    assert len({record["made_from"] for record in records}) == 1
+    assert len({record["weights_sha256"] for record in records}) == 2
+
+
+def test_every_trained_width_is_in_the_error(tmp_path):
+    write_run(tmp_path / "run", tables=MANY)
+    with pytest.raises(SliceError) as caught:
+        carve(tmp_path / "run", out=tmp_path / "model", width=0.6)
+    assert caught.value.problem == "cannot carve width 0.6: this run trained 0.5, 0.75, 1 and 1.25"
+
+
+def test_the_only_trained_width_is_in_the_error(slimmable):
+    net = slimmable(SMALL, host_width=0.5, slim_width=0.5)
+    with pytest.raises(SliceError, match=r"cannot carve width 1: this run trained 0\.5\n"):
+        backbone_tensors(net, width=1.0)
+
+
+def write_qualities(path, qualities):
+    """Write a checkpoint per quality, each with weights of its own; return the nets' first weights by step."""
+    net = write_run(path)
+    stems = {}
+    for step, quality in qualities.items():
+        with torch.no_grad():
+            net.host.backbone.conv_stem.weight.add_(1.0)
+        stems[step] = net.slim_tensors()["backbone.conv_stem.weight"].detach().clone()
+        write_checkpoint(
+            RunDir(path),
+            epoch=step // 10,
+            step=step,
+            model=net.state_dict(),
+            optimizer={"state": {}, "param_groups": []},
+            quality=quality if quality is None else {"name": "knn_top1_slim", "value": quality},
+            keep=4,
+        )
+    return stems
+
+
+@pytest.mark.parametrize(("checkpoint", "step"), [("newest", 60), ("best", 50)])
+def test_newest_or_best_checkpoint_is_carved(tmp_path, checkpoint, step):
+    stems = write_qualities(tmp_path / "run", {40: 30.0, 50: 60.0, 60: 45.0})
+    record = carve(tmp_path / "run", out=tmp_path / "model", checkpoint=checkpoint, recalibrate_norms=False)
+    loaded, _ = load_model(tmp_path / "model")
+    assert (record["step"], record["epoch"]) == (step, step // 10)
+    assert torch.equal(loaded.conv_stem.weight, stems[step])
+
+
+def test_a_run_without_a_judged_checkpoint_has_no_best(tmp_path):
+    write_qualities(tmp_path / "run", {40: None})
+    with pytest.raises(ArtifactError, match="has no whole checkpoint with a quality"):
+        carve(tmp_path / "run", out=tmp_path / "model", checkpoint="best")
+    assert not (tmp_path / "model").exists()
 
 
 def test_stem_stride_travels_with_the_model(tmp_path):

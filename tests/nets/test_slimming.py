@@ -1,10 +1,12 @@
-"""A slim net is a prefix of its host, shares all but its norms, and anything else is an error."""
+"""Slim nets are prefixes of their host, share all but their norms, and anything else is an error."""
 
+import copy
 from functools import partial
 
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call
 
 from edgecl.errors import SliceError
 from edgecl.nets.backbone import count_parameters, create_backbone, is_norm
@@ -71,8 +73,8 @@ def test_slim_pass_is_that_of_a_plain_net_with_the_sliced_tensors(net, images, c
     (found * weights).sum().backward()
     host = dict(net.host.named_parameters())
     for name, parameter in plain.named_parameters():
-        if name in net._slices:
-            gradient = host[name].grad[net._slices[name]]
+        if name in net._views[net.slim_width].slices:
+            gradient = host[name].grad[net._views[net.slim_width].slices[name]]
         else:
             module, _, leaf = name.rpartition(".")
             gradient = net.slim_norms[module.replace(".", "/")].get_parameter(leaf).grad
@@ -84,14 +86,14 @@ def test_gradient_of_the_slim_net_stays_inside_its_block(net, images):
     net.forward_slim(images).square().sum().backward()
     reached = 0
     for name, parameter in net.host.named_parameters():
-        if name not in net._slices:
+        if name not in net._views[net.slim_width].slices:
             assert parameter.grad is None, name
             continue
         outside = parameter.grad.clone()
-        outside[net._slices[name]] = 0
+        outside[net._views[net.slim_width].slices[name]] = 0
         assert torch.count_nonzero(outside) == 0, name
         reached += bool(torch.count_nonzero(parameter.grad))
-    assert reached > 0.9 * len(net._slices)
+    assert reached > 0.9 * len(net._views[net.slim_width].slices)
 
 
 def test_gradient_of_the_host_reaches_no_slim_norm(net, images):
@@ -128,13 +130,13 @@ def test_an_optimiser_step_on_the_slim_net_moves_the_hosts_weights(net, images):
     net.forward_slim(images).square().sum().backward()
     optimizer.step()
     moved = net.host.backbone.conv_stem.weight.detach() != before
-    kept = net._slices["backbone.conv_stem.weight"][0]
+    kept = net._views[net.slim_width].slices["backbone.conv_stem.weight"][0]
     assert moved[kept].any()
     assert not moved[kept.stop :].any()
 
 
 def test_parameters_are_the_hosts_and_the_private_norms_and_no_skeleton(net):
-    skeleton = net._skeleton[0]
+    skeleton = net._views[net.slim_width].skeleton
     norms = sum(count_parameters(module) for module in skeleton.modules() if is_norm(module))
     assert count_parameters(net) == count_parameters(net.host) + norms
     assert not any(parameter.is_meta for parameter in net.parameters())
@@ -154,7 +156,7 @@ def test_evaluation_mode_reaches_the_slim_net(net, images):
 def test_slim_norms_start_at_the_hosts_values():
     net = slim_bare("resnet50", slim_width=0.5)
     # Zero-initialised last norms of a residual block, and ones elsewhere.
-    for name, module in net._skeleton[0].named_modules():
+    for name, module in net._views[net.slim_width].skeleton.named_modules():
         if is_norm(module):
             host = net.host.get_submodule(name)
             assert torch.equal(module.weight, host.weight[: len(module.weight)]), name
@@ -179,10 +181,10 @@ def test_watched_slices_get_the_slim_passs_gradient_only(net, images):
     net.watched = None
     net.zero_grad()
     net.forward_slim(images).square().sum().backward()
-    assert watched.keys() == net._slices.keys()
+    assert watched.keys() == net._views[net.slim_width].slices.keys()
     host = dict(net.host.named_parameters())
     for name, gradient in watched.items():
-        expected = host[name].grad[net._slices[name]]
+        expected = host[name].grad[net._views[net.slim_width].slices[name]]
         torch.testing.assert_close(
             gradient, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max() + 1e-6)
         )
@@ -279,7 +281,7 @@ def test_shapes_that_do_not_nest_are_named(slim, host, text):
 def test_the_check_of_function_leaves_statistics_and_mode_alone():
     net = slim_bare(SMALL)
     assert net.training
-    assert net._skeleton[0].training
+    assert net._views[net.slim_width].skeleton.training
     assert all(int(tensor) == 0 for name, tensor in net.named_buffers() if "tracked" in name)
     assert all(float(tensor.abs().max()) == 0 for name, tensor in net.named_buffers() if "mean" in name)
 
@@ -292,3 +294,254 @@ def test_the_check_of_function_draws_from_no_shared_generator():
     torch.manual_seed(5)
     build(width=1.5)
     assert torch.equal(after, torch.rand(1))
+
+
+# --- several widths ---
+
+
+def slim_many(*, host_width=1.5, widths=(1.0, 0.75, 0.5), arch=SMALL):
+    torch.manual_seed(0)
+    return SlimmableNet(
+        lambda width: Encoder(arch, width=width, projector=[8, 4]),
+        host_width=host_width,
+        slim_width=widths[0],
+        other_widths=widths[1:],
+    )
+
+
+@pytest.fixture(scope="module")
+def untouched_many():
+    """A host with three slim nets; tests take a copy, since building one is slow."""
+    return slim_many()
+
+
+@pytest.fixture
+def many(untouched_many):
+    return copy.deepcopy(untouched_many)
+
+
+def test_one_width_is_a_plain_slice_of_the_host_bit_for_bit(net, images):
+    """The slim pass, its gradients and its statistics, against slicing written out here."""
+    plain = copy.deepcopy(net)
+    small = Encoder(SMALL, width=0.5, projector=[8, 4])
+    host = dict(plain.host.named_parameters())
+    tensors = {}
+    for name, parameter in small.named_parameters():
+        module, _, leaf = name.rpartition(".")
+        if is_norm(small.get_submodule(module)):
+            tensors[name] = plain.slim_norms[module.replace(".", "/")].get_parameter(leaf)
+        else:
+            tensors[name] = host[name][tuple(slice(0, size) for size in parameter.shape)]
+    functional_call(small, tensors, (images,)).square().sum().backward()
+    net.forward_slim(images).square().sum().backward()
+    for (name, expected), found in zip(plain.named_parameters(), net.parameters(), strict=True):
+        assert (expected.grad is None) == (found.grad is None), name
+        assert expected.grad is None or torch.equal(expected.grad, found.grad), name
+    for name, expected in small.named_buffers():
+        if "running" in name:
+            module, _, leaf = name.rpartition(".")
+            norm = net.slim_norms[module.replace(".", "/")]
+            # The small net's statistics began at their defaults and took the same one step.
+            batch = expected - 0.9 * (1.0 if leaf == "running_var" else 0.0)
+            before = plain.slim_norms[module.replace(".", "/")].get_buffer(leaf)
+            torch.testing.assert_close(norm.get_buffer(leaf), 0.9 * before + batch, rtol=1e-5, atol=1e-6)
+
+
+def test_names_at_one_width_are_those_of_checkpoints_before_there_were_several(net):
+    tops = {name.partition(".")[0] for name in net.state_dict()}
+    assert tops == {"host", "slim_norms"}
+    assert "slim_norms.backbone/bn1.weight" in net.state_dict()
+    assert net.slim_widths == (0.5,)
+
+
+def test_names_and_start_of_the_slim_width_do_not_depend_on_the_others(many):
+    torch.manual_seed(0)
+    alone = SlimmableNet(
+        lambda width: Encoder(SMALL, width=width, projector=[8, 4]), host_width=1.5, slim_width=1.0
+    )
+    found = many.state_dict()
+    for name, tensor in alone.state_dict().items():
+        assert torch.equal(found[name], tensor), name
+    others = [name for name in found if name not in alone.state_dict()]
+    assert {name.split(".")[1] for name in others} == {"0/75", "0/5"}
+    assert all(name.startswith("other_norms.") for name in others)
+    assert many.slim_widths == (1.0, 0.75, 0.5)
+
+
+@pytest.mark.parametrize("width", [1.0, 0.75, 0.5])
+def test_every_width_is_a_plain_net_with_its_tensors(many, images, width):
+    plain = Encoder(SMALL, width=width, projector=[8, 4])
+    plain.load_state_dict(
+        {name: tensor.detach().clone() for name, tensor in many.slim_tensors(width).items()}
+    )
+    for mode in (True, False):
+        plain.train(mode)
+        many.train(mode)
+        torch.testing.assert_close(many.forward_slim(images, width), plain(images), rtol=1e-4, atol=1e-5)
+    backbone = many.forward_slim_part("backbone", images, width=width)
+    torch.testing.assert_close(backbone, plain.backbone(images), rtol=1e-4, atol=1e-5)
+
+
+def test_a_pass_of_one_width_leaves_the_statistics_of_all_others_alone(many, images):
+    before = {name: tensor.clone() for name, tensor in many.named_buffers()}
+    many.forward_slim(images, 0.75)
+    changed = {name for name, tensor in many.named_buffers() if not torch.equal(tensor, before[name])}
+    assert changed == {name for name in before if name.startswith("other_norms.0/75.")}
+    assert len(changed) > 100
+
+
+def test_a_pass_of_one_width_gives_gradient_to_its_own_norms_alone(many, images):
+    many.forward_slim(images, 0.75).square().sum().backward()
+    reached = {name for name, tensor in many.named_parameters() if tensor.grad is not None}
+    norms = {name for name in reached if not name.startswith("host.")}
+    assert norms == {name for name, _ in many.named_parameters() if name.startswith("other_norms.0/75.")}
+    slices = many._views[0.75].slices
+    for name, parameter in many.host.named_parameters():
+        if parameter.grad is not None:
+            outside = parameter.grad.clone()
+            outside[slices[name]] = 0
+            assert torch.count_nonzero(outside) == 0, name
+
+
+def test_frozen_passes_leave_the_statistics_of_every_width_alone(many, images):
+    before = {name: tensor.clone() for name, tensor in many.named_buffers()}
+    with many.frozen():
+        for width in many.slim_widths:
+            assert not many.forward_slim(images, width).requires_grad
+    assert all(torch.equal(tensor, before[name]) for name, tensor in many.named_buffers())
+
+
+def test_only_the_slim_width_is_watched(many, images):
+    many.watched = {}
+    many.forward_slim(images, 0.5).sum().backward()
+    assert many.watched == {}
+    many.forward_slim(images, 1.0).sum().backward()
+    assert many.watched.keys() == many._views[1.0].slices.keys()
+
+
+def test_norms_of_a_width_are_its_own(many):
+    assert many.norms_of() is many.slim_norms
+    assert many.norms_of(1.0) is many.slim_norms
+    assert many.norms_of(0.5) is many.other_norms["0/5"]
+    counts = [len(many.norms_of(width)["backbone/bn1"].weight) for width in many.slim_widths]
+    assert counts == sorted(counts, reverse=True)
+    assert len(SlimmableNet(lambda width: nn.Linear(3, 4), host_width=1, slim_width=1).norms_of()) == 0
+
+
+def test_several_widths_survive_a_round_trip(many, images):
+    with torch.no_grad():
+        for parameter in many.parameters():
+            parameter.add_(0.01)
+    many.forward_slim(images, 0.5)
+    other = slim_many()
+    other.load_state_dict(many.state_dict())
+    for width in many.slim_widths:
+        assert torch.equal(other.eval().forward_slim(images, width), many.eval().forward_slim(images, width))
+
+
+def test_a_host_can_be_the_widest_of_several(images):
+    net = slim_many(host_width=1.0, widths=(1.0, 0.5))
+    assert not net.has_slim
+    net.eval()
+    assert torch.equal(net.forward_slim(images), net.forward_host(images))
+    assert not torch.allclose(net.forward_slim(images, 0.5), net.forward_host(images))
+    assert net.slim_tensors(1.0)["backbone.conv_stem.weight"] is net.host.backbone.conv_stem.weight
+    assert {name.partition(".")[0] for name in net.state_dict()} == {"host", "other_norms"}
+
+
+def test_evaluation_mode_reaches_every_width(many):
+    many.eval()
+    assert not any(module.training for view in many._views.values() for module in view.skeleton.modules())
+    many.train()
+    assert all(module.training for view in many._views.values() for module in view.skeleton.modules())
+
+
+class Tenfold(nn.BatchNorm2d):
+    """A batch norm that says it was put in place."""
+
+    def forward(self, x):
+        return 10 * super().forward(x)
+
+
+def tenfold(name, norm):
+    if not isinstance(norm, nn.BatchNorm2d) or not name.endswith(".1"):
+        return norm
+    other = Tenfold(norm.num_features)
+    other.load_state_dict(norm.state_dict())
+    return other
+
+
+def norm_net(width):
+    channels = int(8 * width)
+    return nn.Sequential(
+        nn.Conv2d(3, channels, 3), nn.BatchNorm2d(channels), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
+
+
+def test_replaced_norms_run_and_are_stored_under_the_same_names():
+    images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    net = SlimmableNet(norm_net, host_width=2.0, slim_width=1.0, other_widths=(0.75, 0.5))
+    names = list(net.state_dict())
+    before = [net.forward_host(images), *(net.forward_slim(images, width) for width in net.slim_widths)]
+    net.map_norms(tenfold)
+    after = [net.forward_host(images), *(net.forward_slim(images, width) for width in net.slim_widths)]
+    for old, new in zip(before, after, strict=True):
+        torch.testing.assert_close(new, 10 * old)
+    assert list(net.state_dict()) == names
+    assert all(isinstance(module, Tenfold) for module in net.modules() if is_norm(module))
+    assert all(
+        norm.num_batches_tracked == 2 for width in net.slim_widths for norm in net.norms_of(width).values()
+    )
+
+
+def test_norms_are_mapped_once_each_under_their_names(many):
+    seen = {}
+    many.map_norms(lambda name, norm: seen.setdefault(name, norm))
+    norms = [module for module in many.modules() if is_norm(module)]
+    assert len(seen) == len(norms)
+    assert seen["host.projector.1"] is many.host.projector[1]
+    assert seen["slim_norms.projector.1"] is many.slim_norms["projector/1"]
+    assert seen["other_norms.0.75.backbone.bn1"] is many.other_norms["0/75"]["backbone/bn1"]
+
+
+@pytest.mark.parametrize("others", [(1.0,), (0.5, 1.25), (2.0,)])
+def test_a_further_width_that_is_not_below_the_slim_width_is_named(others):
+    with pytest.raises(SliceError) as caught:
+        slim_many(widths=(1.0, *others))
+    assert caught.value.problem == f"the further width {max(others):g} is not below the slim width 1"
+    assert "the slim width is the widest" in caught.value.hint
+
+
+def test_a_width_that_is_not_there_is_named(many, images):
+    with pytest.raises(SliceError) as caught:
+        many.forward_slim(images, 0.6)
+    assert caught.value.problem == "width 0.6 is not among the slim widths of this net: 1, 0.75, 0.5"
+
+
+def test_the_function_of_every_width_is_checked():
+    """A net that is a slice at one of its widths and computes something else at another."""
+
+    def plain(width):
+        return nn.Sequential(nn.Conv2d(3, int(8 * width), 3), nn.BatchNorm2d(int(8 * width)), Odd(width))
+
+    class Odd(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.factor = 3 if width == 0.5 else 1
+
+        def forward(self, x):
+            return self.factor * x.mean((2, 3))
+
+    SlimmableNet(plain, host_width=2.0, slim_width=1.0, other_widths=(0.75,))
+    with pytest.raises(SliceError, match="the host's output differs by") as caught:
+        SlimmableNet(plain, host_width=2.0, slim_width=1.0, other_widths=(0.75, 0.5))
+    assert caught.value.where == {"host width": "2", "slim width": "0.5"}
+
+
+def test_the_nesting_of_every_width_is_checked():
+    def build(width):
+        return nn.Conv2d(3 if width > 0.5 else 4, int(8 * width), 3)
+
+    with pytest.raises(SliceError, match=r"cannot slice 'weight' to \(4, 4, 3, 3\)") as caught:
+        SlimmableNet(build, host_width=2.0, slim_width=1.0, other_widths=(0.5,))
+    assert caught.value.where == {"host width": "2", "slim width": "0.5"}

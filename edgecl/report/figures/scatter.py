@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Literal
 
 from edgecl.report.figures.drawing import (
     INK,
@@ -25,22 +26,34 @@ from edgecl.report.rows import Row, gain_of, is_rejected, is_timed, row_label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 MARKERS = {"fp32": "o", "fp16": "s", "int8": "D"}
 REJECTED_MARKER = "X"
 
 
-def scatter_figure(rows: Sequence[Row], trade: dict[str, Any], *, prefix: str) -> str:
+# One for each family, since colour says how a point was timed. The front's is dashed.
+_FAMILY_LINES: tuple[Literal["-", ":", "-."], ...] = ("-", ":", "-.")
+_LEGEND_LINE = 16.0
+
+
+def scatter_figure(
+    rows: Sequence[Row], trade: dict[str, Any], *, families: Sequence[dict[str, Any]] = (), prefix: str
+) -> str:
     """Draw accuracy over median latency with 95 % intervals and the Pareto front of each device.
 
     The shape of a point says its precision; a cross was rejected. What has the same kind of accuracy but was
-    never timed is a tick at the right edge.
+    never timed is a tick at the right edge. A line joins the nets of one run, and a legend names it.
     """
     key = trade["accuracy"]
     width, height, left, right, top, bottom = 480.0, 330.0, 56.0, 20.0, 14.0, 48.0
     untimed = [row for row in rows if gain_of(row, key) and not is_timed(row)]
     if untimed:
         right = 12.0 + LETTER * SMALL * max(len(_untimed_label(row, rows)) for row in untimed)
+    drawn = sorted({line["family"] for group in trade["groups"] for line in group.get("families", ())})
+    if drawn:
+        legend = _LEGEND_LINE * len(drawn) + 6
+        height, top = height + legend, top + legend
     figure = new_figure(width, height)
     axes = new_axes(figure, left, right, top, bottom)
 
@@ -66,8 +79,22 @@ def scatter_figure(rows: Sequence[Row], trade: dict[str, Any], *, prefix: str) -
     axes.set_ylabel(trade["label"] + ", %", color=MUTED, fontsize=TEXT)
     grid(axes, "both")
 
+    alone = SERIES[0] if len(trade["groups"]) == 1 else INK
+    for place, family in enumerate(drawn):
+        _name_family(
+            figure, families[family], family, colour=alone, left=left, down=12 + _LEGEND_LINE * place
+        )
     for place, group in enumerate(trade["groups"]):
         colour = SERIES[place % len(SERIES)]
+        for line in group.get("families", ()):
+            axes.plot(
+                [_times(rows[index])[0] for index in line["rows"]],
+                [_gains(rows[index], key)[0] for index in line["rows"]],
+                color=colour,
+                linestyle=_FAMILY_LINES[line["family"] % len(_FAMILY_LINES)],
+                linewidth=1.8,
+                zorder=2,
+            )
         front = [(_times(rows[index])[0], _gains(rows[index], key)[0]) for index in group["front"]]
         # The front is a staircase: between two nets, the slower one's accuracy is not yet to be had.
         if front:
@@ -128,6 +155,28 @@ def scatter_figure(rows: Sequence[Row], trade: dict[str, Any], *, prefix: str) -
     )
 
 
+def _name_family(
+    figure: Figure, family: dict[str, Any], place: int, *, colour: str, left: float, down: float
+) -> None:
+    """Write a line of the legend over the chart: a piece of the family's line, and its name."""
+    from matplotlib.lines import Line2D
+
+    width, height = figure.get_size_inches() * 72
+    level = 1 - down / height
+    figure.add_artist(
+        Line2D(
+            [left / width, (left + 26) / width],
+            [level, level],
+            color=colour,
+            linestyle=_FAMILY_LINES[place % len(_FAMILY_LINES)],
+            linewidth=1.8,
+        )
+    )
+    low, high = family["widths"][0], family["widths"][-1]
+    name = f"{shortened(family['name'], 30)}, one run: widths {low:g} to {high:g}"
+    figure.text((left + 32) / width, level, name, va="center", color=INK, fontsize=SMALL)
+
+
 def _untimed_label(row: Row, rows: Sequence[Row]) -> str:
     return shortened(row_label(row, rows), 16) + ", not timed"
 
@@ -172,6 +221,15 @@ def _label_points(
         for (x, y), (x_next, y_next) in zip(stairs, ends, strict=True):
             taken.append((x, y - 1, x_next, y + 1))
             taken.append((x_next - 1, y, x_next + 1, y_next))
+        for line in front_of.get("families", ()):
+            joints = [
+                to_pixels((_times(rows[index])[0], _gains(rows[index], key)[0])) * scale
+                for index in line["rows"]
+            ]
+            for start, end in pairwise(joints):
+                for share in range(21):
+                    x, y = start + (end - start) * share / 20
+                    taken.append((x - 2, y - 2, x + 2, y + 2))
     without = ("device", "threads", "batch") if len(trade["groups"]) > 1 else ()
     spots = [(8.0, 10.0, "left"), (-8.0, 10.0, "right"), (8.0, -10.0, "left"), (-8.0, -10.0, "right")]
     spots += [(10.0, 0.0, "left"), (-10.0, 0.0, "right"), (0.0, 14.0, "center"), (0.0, -14.0, "center")]

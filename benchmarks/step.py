@@ -1,0 +1,588 @@
+"""Compare a SACL-XD step by prefix slices with one by weight masks and with its bare passes; a table and one JSON line.
+
+    python benchmarks/step.py --core 1                                      # three nets on one core: some ten minutes
+    python benchmarks/step.py --device cuda --size 224 --batch 256 --precision bf16 --compile
+
+All ways to make a step live in one process and take turns, one step each per round, every other round backwards, so
+that whatever else the machine does meets all of them. On a CPU it is processor time that is compared: on a quiet machine
+that is the time on the clock, on a busy one it leaves out the waiting for other processes. A ratio is the median over
+rounds of the ratios within a round.
+
+| way          | what it is                                                                                            |
+| ------------ | ----------------------------------------------------------------------------------------------------- |
+| slices       | edgecl's own step (edgecl.train.step): passes, losses, backward, optimiser and all it watches         |
+| compiled     | the same with `run.compile`, when asked for                                                           |
+| masks        | the same step as the authors' public fork makes it: the slim net is the host times zeros and ones     |
+| plain nets   | the same step by two nets that share nothing: what passes, losses and optimiser cost without edgecl   |
+| four passes  | host(A) and slim(B) there and back, slim(A) and host(B) without gradient, one after the other         |
+| losses       | the three losses of given projections, there and back                                                 |
+| optimiser    | the optimiser's step for given gradients                                                              |
+| Barlow Twins | a whole step of the slim net alone                                                                    |
+
+Before anything is timed, slices, masks and plain nets must agree on the loss, and slices and masks on the gradient of
+the host and on the loss after the step. Images are random: they decide no speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import timm
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from edgecl.cost import forward_cost
+from edgecl.methods.losses import cross_correlation_loss
+from edgecl.methods.sacl_xd import Projections, SaclXd
+from edgecl.nets.backbone import is_norm
+from edgecl.nets.carving import create_slimmable
+from edgecl.nets.heads import Encoder
+from edgecl.nets.slimming import SlimmableNet
+from edgecl.recipe import Recipe, recipe_from_tables
+from edgecl.train.allocator import keep_freed_memory
+from edgecl.train.optim import create_optimizer
+from edgecl.train.step import Step
+
+NETS = ("mobilenetv1_100", "mobilenetv3_large_100", "efficientnet_b0")
+HOST_WIDTH, SLIM_WIDTH = 1.5, 1.0
+GOALS = {"masks over slices": 1.30, "engine overhead": 0.05}
+# How far the ways may be apart, as fractions: the same sums of float32 or bfloat16 numbers, in other orders.
+TOLERANCE = {
+    "fp32": {"loss": 1e-3, "gradient": 1e-2, "next loss": 1e-2},
+    "bf16": {"loss": 2e-2, "gradient": 0.3, "next loss": 5e-2},
+}
+UTILISATION_S = 10.0
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument("--nets", nargs="+", default=list(NETS))
+    options.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    options.add_argument("--size", type=int, default=96, help="height and width of the images")
+    options.add_argument("--batch", type=int, default=64)
+    options.add_argument("--projector", type=int, nargs="+", default=[512, 512, 512])
+    options.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    options.add_argument("--compile", action="store_true", help="time the compiled step, too")
+    options.add_argument("--rounds", type=int, default=12)
+    options.add_argument("--threads", type=int, default=1)
+    options.add_argument(
+        "--default-allocator",
+        action="store_true",
+        help="leave glibc as it is, which pretrain on a CPU does not",
+    )
+    options.add_argument("--core", type=int, help="pin to this core [default: leave it to the system]")
+    given = options.parse_args()
+    if given.core is not None:
+        os.sched_setaffinity(0, {given.core})
+    torch.set_num_threads(given.threads)
+    if given.device == "cpu" and not given.default_allocator:
+        keep_freed_memory()  # as pretrain does
+    load_before = os.getloadavg()[0]
+    results = {}
+    for arch in given.nets:
+        print(f"{arch}: measuring", file=sys.stderr, flush=True)
+        results[arch] = measure(arch, given)
+    conditions = describe(given, load_before)
+    print_tables(results, conditions)
+    print(json.dumps({"benchmark": "step", "goals": GOALS, "conditions": conditions, "results": results}))
+
+
+def recipe_for(arch: str, given: argparse.Namespace, *, compiled: bool = False) -> Recipe:
+    """Return the recipe whose step is timed; a long run, so that the rate of learning hardly moves."""
+    return recipe_from_tables(
+        {
+            "host": {"arch": arch, "width": HOST_WIDTH},
+            "slim": {"width": SLIM_WIDTH},
+            "projector": {"sizes": given.projector},
+            "data": {"image_size": given.size, "batch_size": given.batch},
+            "optim": {"name": "lars", "lr": 0.1},
+            "run": {"precision": given.precision, "compile": compiled, "epochs": 1000},
+        },
+        source="benchmarks/step.py",
+    )
+
+
+class MaskedNet(nn.Module):
+    """The same host and slim net by masks: every pass costs what the host costs.
+
+    The authors' fork multiplies convolutions by zeros and ones and lets norms turn the zeros into their biases.
+    Here the slim pass has norms of its own, masked too, so that it computes what the slices compute.
+    """
+
+    def __init__(self, net: SlimmableNet):
+        super().__init__()
+        self.host = copy.deepcopy(net.host)
+        self.slim_width, self.slim_widths, self.has_slim = net.slim_width, net.slim_widths, True
+        self.norms = nn.ModuleDict()
+        slim = net.slim_tensors()
+        for name, module in self.host.named_modules():
+            if not is_norm(module):
+                continue
+            norm = copy.deepcopy(module)
+            with torch.no_grad():
+                for leaf, tensor in [*norm.named_parameters(), *norm.named_buffers()]:
+                    part = slim[f"{name}.{leaf}"]
+                    tensor[tuple(slice(0, size) for size in part.shape)] = part
+            self.norms[name.replace(".", "/")] = norm
+        self._masks: dict[str, Tensor] = {}
+        for name, tensor in self.host.named_parameters():
+            if slim[name].shape != tensor.shape:
+                mask = torch.zeros_like(tensor)
+                mask[tuple(slice(0, size) for size in slim[name].shape)] = 1
+                self._masks[name] = mask
+
+    def forward_host(self, images: Tensor) -> Tensor:
+        return self.host(images)
+
+    def forward_slim(self, images: Tensor, width: float | None = None) -> Tensor:
+        tensors = {**dict(self.host.named_parameters()), **dict(self.host.named_buffers())}
+        for key, norm in self.norms.items():
+            for leaf, tensor in [*norm.named_parameters(), *norm.named_buffers()]:
+                tensors[f"{key.replace('/', '.')}.{leaf}"] = tensor
+        for name, mask in self._masks.items():
+            tensors[name] = tensors[name] * mask
+        return functional_call(self.host, tensors, (images,))
+
+    frozen = SlimmableNet.frozen
+
+
+class PlainNets(nn.Module):
+    """A host, and a slim net with weights of its own."""
+
+    def __init__(
+        self, net: SlimmableNet, build: Callable[[float], nn.Module], memory_format: torch.memory_format
+    ):
+        super().__init__()
+        self.host = copy.deepcopy(net.host)
+        self.slim_width, self.slim_widths, self.has_slim = net.slim_width, net.slim_widths, True
+        self.slim = build(net.slim_width).to(memory_format=memory_format)
+        self.slim.load_state_dict(net.slim_tensors())
+        # As many tensors as edgecl's step changes.
+        self.changed = nn.ModuleList(
+            [self.host, *(module for module in self.slim.modules() if is_norm(module))]
+        )
+
+    def forward_host(self, images: Tensor) -> Tensor:
+        return self.host(images)
+
+    def forward_slim(self, images: Tensor, width: float | None = None) -> Tensor:
+        return self.slim(images)
+
+    frozen = SlimmableNet.frozen
+
+
+class Ways:
+    """Every way to make a step, of one net, from the same weights and images."""
+
+    def __init__(self, arch: str, given: argparse.Namespace):
+        self.recipe = recipe_for(arch, given)
+        self.device = torch.device(given.device)
+        self.precision = given.precision
+        torch.manual_seed(0)
+        net = create_slimmable(self.recipe)
+        twin = copy.deepcopy(net) if given.compile else None
+        steps = 1_000_000
+        accelerator = Accelerator(
+            cpu=given.device == "cpu", mixed_precision="no" if given.precision == "fp32" else given.precision
+        )
+        self.step = Step(self.recipe, net=net, accelerator=accelerator, steps_per_epoch=steps)
+        self.compiled = None
+        if twin is not None:
+            self.compiled = Step(
+                recipe_for(arch, given, compiled=True),
+                net=twin,
+                accelerator=accelerator,
+                steps_per_epoch=steps,
+            )
+        self.method: SaclXd = self.step.method
+        layout = torch.channels_last
+        self.masked = MaskedNet(net).to(self.device).train()
+
+        def build(width: float) -> nn.Module:
+            return Encoder(arch, width=width, projector=given.projector)
+
+        self.plain = PlainNets(net, build, layout).to(self.device).train()
+        self.twins = copy.deepcopy(self.plain.slim)
+        self._masked_optimiser = self._optimiser(self.masked)
+        self._plain_optimiser = self._optimiser(self.plain.changed)
+        self._twins_optimiser = self._optimiser(self.twins)
+        shape = (given.batch, 3, given.size, given.size)
+        self.views = tuple(
+            torch.randn(shape).to(self.device).contiguous(memory_format=layout) for _ in range(2)
+        )
+        self._pull = torch.randn(given.batch, given.projector[-1], device=self.device)
+        self._projections = torch.randn(4, *self._pull.shape, device=self.device)
+        self._gradients = [torch.randn_like(parameter) for parameter in self.plain.changed.parameters()]
+        self.number = 0
+
+    def _optimiser(self, net: nn.Module) -> torch.optim.Optimizer:
+        return create_optimizer(net, self.recipe.optim, batch_size=self.recipe.data.batch_size)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
+
+    def slices(self) -> Tensor:
+        outcome = self.step(*self.views, number=self.number)
+        self.number += 1
+        return outcome.losses.total.detach()
+
+    def by_compiled(self) -> Tensor:
+        assert self.compiled
+        return self.compiled(*self.views, number=self.number).losses.total.detach()
+
+    def masks(self) -> Tensor:
+        return self._whole(self.masked, self.masked, self._masked_optimiser)
+
+    def plain_nets(self) -> Tensor:
+        return self._whole(self.plain, self.plain, self._plain_optimiser)
+
+    def _whole(self, net, module: nn.Module, optimiser: torch.optim.Optimizer) -> Tensor:
+        loss = self.loss_of(net)
+        loss.backward()
+        optimiser.step()
+        _forget(module)
+        return loss.detach()
+
+    def loss_of(self, net) -> Tensor:
+        with self._autocast():
+            projections = self.method.project(net, *self.views)
+        return self.method.losses(projections).total
+
+    def four_passes(self) -> None:
+        view_a, view_b = self.views
+        for run, view in ((self.plain.host, view_a), (self.plain.slim, view_b)):
+            with self._autocast():
+                projections = run(view)
+            projections.backward(self._pull.to(projections.dtype))
+        with self.plain.frozen(), self._autocast():
+            self.plain.slim(view_a)
+            self.plain.host(view_b)
+        _forget(self.plain)
+
+    def losses(self) -> None:
+        z_a, z_b, frozen_a, frozen_b = (z.clone() for z in self._projections)
+        given = Projections(z_a.requires_grad_(), (z_b.requires_grad_(),), frozen_a, frozen_b)
+        self.method.losses(given).total.backward()
+
+    def optimiser(self) -> None:
+        for parameter, gradient in zip(self.plain.changed.parameters(), self._gradients, strict=True):
+            parameter.grad = gradient
+        self._plain_optimiser.step()
+        _forget(self.plain)
+
+    def barlow_twins(self) -> Tensor:
+        with self._autocast():
+            z_a, z_b = (self.twins(view) for view in self.views)
+        loss = cross_correlation_loss(z_a, z_b, off_diagonal=self.method.off_diagonal).total
+        loss = self.method.scale * loss
+        loss.backward()
+        self._twins_optimiser.step()
+        _forget(self.twins)
+        return loss.detach()
+
+    def all(self) -> dict[str, Callable[[], object]]:
+        ways: dict[str, Callable[[], object]] = {"slices": self.slices}
+        if self.compiled:
+            ways["compiled"] = self.by_compiled
+        return {
+            **ways,
+            "masks": self.masks,
+            "plain nets": self.plain_nets,
+            "four passes": self.four_passes,
+            "losses": self.losses,
+            "optimiser": self.optimiser,
+            "Barlow Twins": self.barlow_twins,
+        }
+
+
+def _forget(net: nn.Module) -> None:
+    for parameter in net.parameters():
+        parameter.grad = None
+
+
+def check_agreement(ways: Ways) -> dict[str, float]:
+    """Hold the ways to computing the same before they are timed; this takes their first step.
+
+    Returns:
+        how far they are apart, as fractions.
+    """
+    net = ways.step.net
+    with copies_of_statistics(net, ways.masked, ways.plain):
+        losses = {
+            name: ways.loss_of(other)
+            for name, other in (("slices", net), ("masks", ways.masked), ("plain", ways.plain))
+        }
+        found = {
+            "loss": apart(losses["slices"], losses["masks"]),
+            "loss of plain nets": apart(losses["slices"], losses["plain"]),
+        }
+        losses["slices"].backward()
+        losses["masks"].backward()
+        ours, theirs = (
+            torch.cat(
+                [parameter.grad.flatten() for parameter in host.parameters() if parameter.grad is not None]
+            )
+            for host in (net.host, ways.masked.host)
+        )
+        found["gradient"] = apart(ours, theirs)
+        for module in (net, ways.masked, ways.plain):
+            _forget(module)
+    ways.slices()
+    ways.masks()
+    found["next loss"] = apart(ways.slices(), ways.masks())
+    allowed = {**TOLERANCE[ways.precision], "loss of plain nets": TOLERANCE[ways.precision]["loss"]}
+    for what, difference in found.items():
+        if not difference <= allowed[what]:
+            raise SystemExit(
+                f"slices and masks differ in the {what} by {difference:.2g}, more than {allowed[what]:g}"
+            )
+    return found
+
+
+def apart(a: Tensor, b: Tensor) -> float:
+    a, b = a.detach().double(), b.detach().double()
+    return float((a - b).norm() / a.norm())
+
+
+@contextlib.contextmanager
+def copies_of_statistics(*nets: nn.Module) -> Iterator[None]:
+    """Put the batch norms' running statistics back afterwards."""
+    kept = [[buffer.clone() for buffer in net.buffers()] for net in nets]
+    yield
+    for net, before in zip(nets, kept, strict=True):
+        for buffer, value in zip(net.buffers(), before, strict=True):
+            buffer.copy_(value)
+
+
+def measure(arch: str, given: argparse.Namespace) -> dict:
+    """Time all ways in turns."""
+    ways = Ways(arch, given)
+    agreement = check_agreement(ways)
+    named = ways.all()
+    spent: dict[str, list[dict[str, float]]] = {name: [] for name in named}
+    for index in range(given.rounds + 1):
+        for name in list(named) if index % 2 == 0 else list(reversed(named)):
+            one = timed(named[name], ways.device)
+            if index:  # The first round compiles, tunes and fills caches.
+                spent[name].append(one)
+    clock = "wall_s" if given.device == "cuda" else "processor_s"
+    found = {
+        name: {
+            "ms": 1e3 * statistics.median(one[clock] for one in runs),
+            "wall_ms": 1e3 * statistics.median(one["wall_s"] for one in runs),
+            "page_faults": statistics.median(one["page_faults"] for one in runs),
+        }
+        for name, runs in spent.items()
+    }
+    ratios = {}
+    for name in named:
+        if name != "slices":
+            each = [
+                other[clock] / ours[clock] for other, ours in zip(spent[name], spent["slices"], strict=True)
+            ]
+            ratios[name] = {"over_slices": statistics.median(each), "range": [min(each), max(each)]}
+    for name in ("plain nets", "four passes"):
+        each = [ours[clock] / bare[clock] for bare, ours in zip(spent[name], spent["slices"], strict=True)]
+        ratios[name]["engine_overhead"] = statistics.median(each) - 1
+    flops = flops_of_step(arch, given)
+    result = {
+        "agreement": agreement,
+        "times": found,
+        "ratios": ratios,
+        "images_per_s": given.batch / found["slices"]["wall_ms"] * 1e3,
+        "flops_per_step": flops,
+    }
+    if given.device == "cuda":
+        result["gpu"] = on_gpu(ways, given, flops)
+    return result
+
+
+def timed(make: Callable[[], object], device: torch.device) -> dict[str, float]:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    started, processor = time.perf_counter(), time.process_time()
+    make()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return {
+        "wall_s": time.perf_counter() - started,
+        "processor_s": time.process_time() - processor,
+        "page_faults": resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults,
+    }
+
+
+def flops_of_step(arch: str, given: argparse.Namespace) -> dict[str, float]:
+    """Count a step as METHOD section 2b counts: four forward-units of host and slim net, plus projector and losses.
+
+    A backward pass is two forward passes, one multiply-add two FLOPs. Each of the three losses is one product of
+    (D, N) and (N, D), and in the backward pass one per side that learns: 3 + 4 products.
+    """
+    shape = (1, 3, given.size, given.size)
+    nets = {
+        width: Encoder(arch, width=width, projector=given.projector) for width in (HOST_WIDTH, SLIM_WIDTH)
+    }
+    host, slim = (forward_cost(nets[width], shape).training_flops for width in (HOST_WIDTH, SLIM_WIDTH))
+    losses = 7 * 2 * given.projector[-1] ** 2
+    return {
+        "slices": given.batch * (4.0 * (host + slim) + losses),
+        "masks": given.batch * (8.0 * host + losses),
+        "masks_over_slices": (8.0 * host + losses) / (4.0 * (host + slim) + losses),
+    }
+
+
+def on_gpu(ways: Ways, given: argparse.Namespace, flops: dict[str, float]) -> dict:
+    """Run the step for some seconds: images/s, utilisation by nvidia-smi, and the time that FLOPs alone would take."""
+    rate = matmul_rate(ways.device, given.precision)
+    found = {"matmul_flops_per_s": rate, "floor_ms": 1e3 * flops["slices"] / rate}
+    for name in ("slices", "compiled"):
+        make = ways.all().get(name)
+        if make is None:
+            continue
+        sampler = subprocess.Popen(
+            ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "-lms", "200"],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        steps, started = 0, time.perf_counter()
+        while time.perf_counter() - started < UTILISATION_S:
+            make()
+            steps += 1
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - started
+        sampler.terminate()
+        samples = [int(line) for line in sampler.communicate()[0].split() if line.isdigit()]
+        found[name] = {
+            "images_per_s": steps * given.batch / seconds,
+            # The first samples are of the time before.
+            "utilisation_percent": statistics.median(samples[2:]) if len(samples) > 2 else None,
+            "floor_over_time": found["floor_ms"] * steps / seconds / 1e3,
+        }
+    return found
+
+
+def matmul_rate(device: torch.device, precision: str, *, side: int = 8192, repeats: int = 20) -> float:
+    """Measure the FLOPs per second of a large matrix product: what the GPU can do at best."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    a @ b
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    for _ in range(repeats):
+        a @ b
+    torch.cuda.synchronize()
+    return repeats * 2 * side**3 / (time.perf_counter() - started)
+
+
+def describe(given: argparse.Namespace, load_before: float) -> dict:
+    """Say on what, beside what and with which settings it was measured."""
+    name = platform.machine()
+    if given.device == "cuda":
+        name = torch.cuda.get_device_name()
+    elif Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    return {
+        "device": given.device,
+        "name": name,
+        "cores": os.cpu_count(),
+        "pinned_to_core": given.core,
+        "threads": torch.get_num_threads(),
+        "image_size": given.size,
+        "batch": given.batch,
+        "projector": given.projector,
+        "precision": given.precision,
+        "host_width": HOST_WIDTH,
+        "slim_width": SLIM_WIDTH,
+        "optimiser": "lars",
+        "channels_last": True,
+        "rounds": given.rounds,
+        "keeps_freed_memory": given.device == "cpu" and not given.default_allocator,
+        "clock": "wall" if given.device == "cuda" else "processor time",
+        "environment": {
+            key: os.environ[key] for key in ("OMP_NUM_THREADS", "THP_MEM_ALLOC_ENABLE") if key in os.environ
+        },
+        "load_before": round(load_before, 2),
+        "load_after": round(os.getloadavg()[0], 2),
+        "versions": {
+            "torch": torch.__version__,
+            "timm": timm.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def print_tables(results: dict[str, dict], conditions: dict) -> None:
+    """Print conditions, one row per way, and the goals."""
+    print(
+        f"{conditions['name']}, {conditions['threads']} thread(s), torch {conditions['versions']['torch']}, timm "
+        f"{conditions['versions']['timm']}; {conditions['image_size']} px, batch {conditions['batch']}, "
+        f"projector {'-'.join(map(str, conditions['projector']))}, {conditions['precision']}, "
+        f"host {HOST_WIDTH:g}x, slim {SLIM_WIDTH:g}x, {conditions['rounds']} rounds; "
+        f"load {conditions['load_before']} before, {conditions['load_after']} after\n"
+        f"ms per step by {conditions['clock']}, and times the time of slices [range over rounds]\n"
+    )
+    print("| way | " + " | ".join(results) + " |\n| --- |" + " --- |" * len(results))
+    for name in next(iter(results.values()))["times"]:
+        cells = []
+        for result in results.values():
+            cell = f"{result['times'][name]['ms']:.1f} ms"
+            if name in result["ratios"]:
+                low, high = result["ratios"][name]["range"]
+                cell += f" {result['ratios'][name]['over_slices']:.2f}x [{low:.2f}, {high:.2f}]"
+            cells.append(cell)
+        print(f"| {name} | " + " | ".join(cells) + " |")
+    by_flops = (f"{result['flops_per_step']['masks_over_slices']:.2f}x" for result in results.values())
+    print("| masks, by FLOPs | " + " | ".join(by_flops) + " |")
+    faults = (f"{result['times']['slices']['page_faults']:.0f}" for result in results.values())
+    print("| page faults of slices | " + " | ".join(faults) + " |\n")
+    for arch, result in results.items():
+        for words, ok in judge(result):
+            print(f"{'reached' if ok else 'MISSED '} {arch}: {words}")
+        gpu = result.get("gpu", {})
+        for name in ("slices", "compiled"):
+            if name in gpu:
+                print(
+                    f"        {arch}, {name}: {gpu[name]['images_per_s']:.0f} images/s, GPU busy "
+                    f"{gpu[name]['utilisation_percent']} %, {100 * gpu[name]['floor_over_time']:.0f} % of the floor's rate "
+                    f"({gpu['floor_ms']:.1f} ms per step at {gpu['matmul_flops_per_s'] / 1e12:.0f} TFLOP/s)"
+                )
+
+
+def judge(result: dict) -> list[tuple[str, bool]]:
+    """Hold a net's numbers to the goals."""
+    ratios = result["ratios"]
+    faster, goal = ratios["masks"]["over_slices"], GOALS["masks over slices"]
+    lines = [(f"masks take {faster:.2f} times the time of slices, at least {goal:g}", faster >= goal)]
+    for name, what in (
+        ("plain nets", "the same step by plain nets"),
+        ("four passes", "its four bare passes, losses and optimiser included,"),
+    ):
+        overhead, goal = ratios[name]["engine_overhead"], GOALS["engine overhead"]
+        lines.append(
+            (
+                f"the step takes {100 * overhead:.1f} % more than {what} at most {100 * goal:g} %",
+                overhead <= goal,
+            )
+        )
+    return lines
+
+
+if __name__ == "__main__":
+    main()

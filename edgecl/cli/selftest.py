@@ -1,0 +1,93 @@
+"""`edgecl selftest`."""
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from edgecl.cli.options import Device, JsonOption
+
+selftest_app = typer.Typer(
+    help="Try on this machine what a result rests on.", no_args_is_help=True, rich_markup_mode=None
+)
+
+
+@selftest_app.callback()
+def _selftest() -> None:
+    """Keep `ddp` a command of its own while it is the only one."""
+
+
+@selftest_app.command("ddp")
+def ddp_command(
+    count: Annotated[
+        int | None,
+        typer.Option(
+            "--processes",
+            min=1,
+            help="How many to start on this machine [default: one per GPU; two on the CPU with fewer than two GPUs]",
+        ),
+    ] = None,
+    device: Annotated[
+        Device, typer.Option("--device", help="auto takes a GPU per process when there are.")
+    ] = "auto",
+    arm: Annotated[
+        list[str] | None,
+        typer.Option("--arm", metavar="NAME", help="Only this way to train. Repeatable. [default: all]"),
+    ] = None,
+    json_: JsonOption = False,
+) -> None:
+    """Compare gradients under many processes with those of one process, for every way to train.
+
+    Alone it starts the processes on this machine; under torchrun, also over several machines, it uses those that are there.
+    """
+    from edgecl import processes
+    from edgecl.cli.output import status_line
+    from edgecl.selftest import STATUS, compare, is_launched, launch
+
+    if not is_launched():
+        with status_line() as report:
+            record = launch(count=count, device=device, report=report, names=arm or ())
+    elif count not in (None, processes.world_size()):
+        raise typer.BadParameter(
+            f"the launcher has started {processes.world_size()} processes", param_hint="--processes"
+        )
+    else:
+        main = processes.is_main()
+
+        def say(line: str) -> None:
+            if main:
+                sys.stderr.write(f"{STATUS}{line}\n")
+                sys.stderr.flush()
+
+        record = compare(device=device, report=say, names=arm or ())
+    if processes.is_main():
+        _print(record, as_json=json_)
+    if not record["exact"]:
+        raise typer.Exit(1)
+
+
+def _print(record: dict[str, Any], *, as_json: bool) -> None:
+    from edgecl.cli.output import print_json, print_rows
+
+    if as_json:
+        print_json(record)
+        return
+
+    def shown(value: float | None) -> str:
+        return "not a number" if value is None else f"{value:.1e}"
+
+    print_rows(
+        f"{record['processes']} processes on {', '.join(record['hosts'])} ({record['device']}, {record['backend']}) "
+        f"against one: largest relative differences, allowed {record['tolerance']:g}",
+        ["arm", "loss", "gradients", "running statistics", "verdict"],
+        [
+            (
+                row["arm"],
+                shown(row["loss"]),
+                shown(row["gradients"]),
+                shown(row["statistics"]),
+                "exact" if row["exact"] else "DIFFERS",
+            )
+            for row in record["arms"]
+        ],
+    )

@@ -1,0 +1,332 @@
+"""The verb `pretrain`: a recipe and images in, a run directory out, in one process or many."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import platform
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import accelerate
+import numpy
+import timm
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs
+
+from edgecl import __version__, processes
+from edgecl.artifacts import (
+    RunDir,
+    command_line,
+    disk_errors,
+    record_header,
+    refuse_existing,
+    write_json,
+)
+from edgecl.data.loading import TrainingImages
+from edgecl.data.sources import absolute_uri, open_source
+from edgecl.data.unreadable import say_skipped
+from edgecl.errors import DataError, DeviceError, Preempted, RecipeError
+from edgecl.lock import hold
+from edgecl.nets.backbone import count_parameters
+from edgecl.nets.carving import create_slimmable
+from edgecl.nets.slimming import SlimmableNet
+from edgecl.recipe import Recipe
+from edgecl.train.allocator import keep_freed_memory
+from edgecl.train.loop import Training
+from edgecl.train.preemption import StopRequest
+from edgecl.train.resume import check_allowed, check_images, check_recipe, newest_checkpoint
+
+
+def pretrain(
+    recipe: Recipe,
+    *,
+    recipe_name: str,
+    out: Path,
+    data: str | None = None,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    resume: bool = False,
+    allow: Sequence[str] = (),
+    force: bool = False,
+    download: bool = False,
+) -> dict[str, Any]:
+    """Pretrain a host and the slim nets inside it from unlabelled images.
+
+    Under torchrun or `accelerate launch` every process calls this with the same arguments; the first one writes.
+
+    Args:
+        recipe: what to train and how.
+        recipe_name: for the record.
+        out: the run directory to write.
+        data: a data URI in place of the recipe's.
+        device: 'auto' takes a GPU when there is one.
+        resume: continue the run in `out` from its newest whole checkpoint; start it where there is none yet.
+        allow: settings that may differ from the run's recipe when resuming, e.g. "run.epochs".
+        force: replace an earlier run.
+        download: let torchvision fetch a data set that is not on the disk.
+
+    Returns:
+        the record in run.json.
+
+    Raises:
+        RecipeError: no data named, a resumed run had another recipe, or processes have different ones.
+        DataError: no images, too few for a batch, or too many unreadable.
+        ArtifactError: the output exists or is in use, or the disk is full.
+        CollapseError, NonFiniteError: the run must not go on.
+        DeviceError: no such device, or a tracker that is not installed.
+        ProcessError: another process of the run is gone or silent.
+        Preempted: SIGTERM; the run has saved where it is.
+    """
+    check_allowed(allow)
+    uri = data or recipe.data.uri
+    if uri is None:
+        raise RecipeError(
+            f"the recipe '{recipe_name}' names no images", hint="say which with --data URI, e.g. a folder"
+        )
+    if device == "cuda" and not torch.cuda.is_available():
+        raise DeviceError("no CUDA device is available", hint="use --device auto or --device cpu")
+    processes.join(device)
+    with processes.explain_lost_peers():
+        _check_shares(recipe)
+        run_dir = RunDir(out)
+        main = processes.is_main()
+        # A launcher that starts failed processes again cannot add --resume.
+        resume = processes.from_main((resume or processes.restarts() > 0) and run_dir.record_file.exists())
+        changes: list[str] = []
+        if main and resume:
+            changes = check_recipe(run_dir, recipe, allowed=allow)
+        elif main and not _only_traces(out):
+            refuse_existing(out, force=force, kind=RunDir.KIND)
+        with contextlib.ExitStack() as stack:
+            if main:
+                stack.enter_context(hold(out, what="run directory"))
+            # Before anything is read for hours, and before anything is removed.
+            processes.agree({"recipe": _digest(recipe), "version of edgecl": __version__})
+            return _run(
+                recipe,
+                recipe_name=recipe_name,
+                run_dir=run_dir,
+                uri=uri,
+                device=device,
+                resume=resume,
+                changes=changes,
+                download=download,
+            )
+
+
+def _run(
+    recipe: Recipe,
+    *,
+    recipe_name: str,
+    run_dir: RunDir,
+    uri: str,
+    device: str,
+    resume: bool,
+    changes: list[str],
+    download: bool,
+) -> dict[str, Any]:
+    accelerator = _create_accelerator(recipe, device=device, out=run_dir.path)
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
+    main = accelerator.is_main_process
+    # The folder's index lies beside the run, for this run's next start and for its neighbours.
+    source = open_source(
+        uri, split="train", download=download, index_dir=run_dir.path.absolute().parent / ".edgecl"
+    )
+    if resume and main:
+        check_images(run_dir, source)
+    images = TrainingImages(
+        source,
+        canvas_size=recipe.data.canvas_size or recipe.data.image_size,
+        cache_mib=recipe.data.cache_mib,
+        max_bad_fraction=recipe.data.max_bad_fraction,
+        workers=recipe.data.workers,
+        limit=recipe.data.limit,
+        decode=recipe.data.decode,
+        read_timeout_s=recipe.data.read_timeout_s,
+    ).to(accelerator.device)
+    processes.agree({"images": f"{len(images)} with the fingerprint {source.fingerprint[:16]}"})
+    checkpoint = processes.from_main(newest_checkpoint(run_dir) if resume and main else None)
+    torch.manual_seed(recipe.run.seed)
+    net = create_slimmable(recipe)
+    training = Training(
+        recipe, net=net, images=images, source=source, accelerator=accelerator, run_dir=run_dir
+    )
+    if checkpoint:
+        training.restore(checkpoint)
+        if training.step > training.total_steps:
+            raise RecipeError(
+                f"the run is at step {training.step} already, beyond the {training.total_steps} of "
+                f"{recipe.run.epochs} epochs",
+                where={"run": run_dir.path},
+            )
+    record = {
+        **record_header(RunDir.KIND, made_from=source.fingerprint),
+        "recipe_name": recipe_name,
+        "recipe": recipe.model_dump(mode="json"),
+        "arm": recipe.arm,
+        "data": {
+            "uri": absolute_uri(uri),
+            "images": len(images),
+            "fingerprint": source.fingerprint,
+            "skipped": list(images.skipped),
+        },
+        "seed": recipe.run.seed,
+        "device": str(accelerator.device),
+        "processes": accelerator.num_processes,
+        "threads": torch.get_num_threads(),
+        "steps_per_epoch": training.steps_per_epoch,
+        "total_steps": training.total_steps,
+        "params": {"host": count_parameters(net.host), "slim": _count_slim(net)},
+        "versions": _versions(),
+        "state": "running",
+        "step": training.step,
+        "wall_s": 0.0,
+    }
+    before_s = 0.0
+    if main:
+        if resume:
+            earlier = run_dir.read()
+            before_s = float(earlier["wall_s"])
+            record["resumed_with"] = record["command"]
+            record["command"] = earlier["command"]
+            record["changes"] = [*earlier.get("changes", []), *changes]
+            write_json(run_dir.record_file, {**record, "wall_s": before_s})
+        else:
+            _start_run_dir(run_dir, record)
+    accelerator.wait_for_everyone()
+    if recipe.run.trackers:
+        # Not before the run directory stands: trackers write into it.
+        accelerator.init_trackers("edgecl")
+    started = time.monotonic()
+
+    def elapsed() -> float:
+        return round(before_s + time.monotonic() - started, 3)
+
+    try:
+        record["state"] = "stopped"
+        with StopRequest() as stop:
+            finished = training.fit(
+                stop=stop,
+                # A run that is killed keeps the time up to its last checkpoint.
+                on_checkpoint=lambda step: write_json(
+                    run_dir.record_file,
+                    {**record, "state": "running", "step": step, "wall_s": elapsed()},
+                ),
+            )
+        if finished:
+            record["state"] = "done"
+    finally:
+        for tracker in accelerator.trackers:
+            tracker.finish()
+        if main:
+            record["step"] = training.step
+            record["wall_s"] = elapsed()
+            record["data"]["skipped"] = list(images.skipped)
+            if not images.is_cached:
+                # Met on the way; images held in memory were counted without them.
+                record["data"]["images"] = len(images) - len(images.skipped)
+                say_skipped(images.skipped, uri)
+            write_json(run_dir.record_file, record)
+    if not finished:
+        raise Preempted(
+            f"stopped by SIGTERM after step {training.step} of {training.total_steps}, and saved; "
+            f"go on with: {_resume_command()}"
+        )
+    return record
+
+
+def _check_shares(recipe: Recipe) -> None:
+    """Refuse a batch that cannot be shared evenly, before any image is read."""
+    batch, world, parts = recipe.data.batch_size, processes.world_size(), recipe.run.accumulate
+    if batch % world:
+        raise DataError(
+            f"a batch of {batch} cannot be shared evenly by {world} processes",
+            hint=f"set [data] batch_size to a multiple of {world}",
+        )
+    if batch // world % parts or batch // world // parts < 2:
+        raise DataError(
+            f"a share of {batch // world} images cannot be cut into {parts} equal parts of two or more",
+            hint="set [run] accumulate to a divisor of it",
+        )
+
+
+def _digest(recipe: Recipe) -> str:
+    content = json.dumps(recipe.model_dump(mode="json"), sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def _create_accelerator(recipe: Recipe, *, device: str, out: Path) -> Accelerator:
+    for tracker in recipe.run.trackers:
+        if not getattr(accelerate.utils, f"is_{tracker}_available")():
+            raise DeviceError(
+                f"the tracker '{tracker}' is not installed", hint=f"pip install 'edgecl[{tracker}]'"
+            )
+    # accelerate keeps the settings of the first run of a process for ever; a second run has its own.
+    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
+    # In a slow start the slim nets' norms take no part, in a sandwich step those of some widths.
+    unused = recipe.slim.slow_start > 0 or len(recipe.slim.all_widths) > 3
+    return Accelerator(
+        # Told of no GPU, accelerate looks for other processes only when it is to use the CPU.
+        cpu=device == "cpu" or (processes.world_size() > 1 and not torch.cuda.is_available()),
+        mixed_precision="no" if recipe.run.precision == "fp32" else recipe.run.precision,
+        log_with=list(recipe.run.trackers) or None,
+        project_dir=str(out) if recipe.run.trackers else None,
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
+    )
+
+
+def _only_traces(out: Path) -> bool:
+    """Tell whether a directory holds no more than what a run killed in its first moments leaves."""
+    return out.is_dir() and all(path.name.startswith((".lock", ".run.json.")) for path in out.iterdir())
+
+
+def _start_run_dir(run_dir: RunDir, record: dict[str, Any]) -> None:
+    """Put a new record where an earlier run may stand, and then remove what is left of that.
+
+    Killed at any moment, the directory holds either run, but never the one's record with the other's checkpoints.
+    """
+    with disk_errors(run_dir.path):
+        if run_dir.checkpoints.exists():
+            run_dir.checkpoints.replace(run_dir.path / ".checkpoints.old")
+        run_dir.metrics_file.unlink(missing_ok=True)
+        write_json(run_dir.record_file, record)
+        for path in run_dir.path.iterdir():
+            if path.name == ".lock" or path == run_dir.record_file:
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        run_dir.checkpoints.mkdir()
+
+
+def _resume_command() -> str:
+    words = [word for word in command_line().split(" ") if word not in ("--force", "--resume")]
+    launched = processes.world_size() > 1
+    return " ".join([*words, "--resume"]) + (" (in all processes, as they were launched)" if launched else "")
+
+
+def _count_slim(net: SlimmableNet) -> int:
+    learned = {id(parameter) for parameter in net.parameters()}
+    return sum(
+        tensor.numel()
+        for name, tensor in net.slim_tensors().items()
+        if tensor.requires_grad or id(tensor) in learned
+    )
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "accelerate": accelerate.__version__,
+        "numpy": numpy.__version__,
+    }

@@ -1,0 +1,112 @@
+"""How good the nets in training are, on a fixed set of unaugmented training images: no test image is ever touched."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from edgecl.data.loading import load_eval_images, normalise
+from edgecl.data.sources import ImageSource
+from edgecl.nets.backbone import create_backbone
+from edgecl.nets.carving import backbone_tensors
+from edgecl.nets.slimming import SlimmableNet
+from edgecl.quality import extract_features, knn_top1, rank_me
+from edgecl.recipe import Recipe
+
+IMAGES = 2048
+
+
+class QualityWatch:
+    """Measures the nets as they would be carved: evaluation mode, backbone only.
+
+    Args:
+        recipe: of the run.
+        source: its images.
+        images: how many of them may be used.
+        accelerator: each process runs its share of the images.
+
+    Raises:
+        DataError: none of the images can be read.
+    """
+
+    def __init__(self, recipe: Recipe, *, source: ImageSource, images: int, accelerator: Accelerator):
+        data = recipe.data
+        loaded = load_eval_images(
+            source,
+            resize_size=data.resize_size or data.image_size,
+            image_size=data.image_size,
+            # The whole of the data is held to what is allowed; a part of it may have more.
+            max_bad_fraction=1.0,
+            limit=min(IMAGES, images),
+            read_timeout_s=data.read_timeout_s,
+        )
+        self._recipe = recipe
+        self._accelerator = accelerator
+        self._count = len(loaded.images)
+        self._share = loaded.images.tensor_split(accelerator.num_processes)[accelerator.process_index]
+        self._labels = loaded.labels
+
+    def measure(self, net: SlimmableNet) -> dict[str, float | None]:
+        """Return RankMe and, where there are labels, kNN accuracy of host and slim nets; every process must call.
+
+        Returns:
+            "rankme_host", "knn_top1_host", "rankme_slim", "knn_top1_slim", and with "_at_WIDTH" behind it those of
+            the further slim widths; None where there is no such net, or there are no labels, and NaN where the
+            features are not finite.
+        """
+        names = {"host": net.host_width, "slim": net.slim_width}
+        names.update({f"slim_at_{width:g}": width for width in net.slim_widths[1:]})
+        record: dict[str, float | None] = {}
+        for name, width in names.items():
+            record[f"rankme_{name}"] = record[f"knn_top1_{name}"] = None
+            if name == "slim" and not net.has_slim:
+                continue
+            features = self._features(net, width)
+            finite = bool(torch.isfinite(features).all())
+            record[f"rankme_{name}"] = rank_me(features) if finite else math.nan
+            record[f"knn_top1_{name}"] = self._knn(features) if finite else None
+        return record
+
+    def _features(self, net: SlimmableNet, width: float) -> Tensor:
+        host, data = self._recipe.host, self._recipe.data
+        with torch.random.fork_rng():
+            backbone = create_backbone(host.arch, width=width, stem_stride=host.stem_stride)
+        backbone.load_state_dict(backbone_tensors(net, width=width))
+        backbone.to(self._accelerator.device)
+        features = extract_features(
+            backbone, self._share, normalise=lambda part: normalise(part, data.mean, data.std)
+        )
+        return _gathered(features, self._count, self._accelerator)
+
+    def _knn(self, features: Tensor) -> float | None:
+        """Classify every other image by its neighbours among the rest."""
+        if self._labels is None:
+            return None
+        return knn_top1(features[::2], self._labels[::2], features[1::2], self._labels[1::2])
+
+
+def quality_of(record: dict[str, Any]) -> dict[str, Any] | None:
+    """Choose by which number of a quality record checkpoints compare: kNN accuracy, or RankMe without labels."""
+    for kind in ("knn_top1", "rankme"):
+        for net in ("slim", "host"):
+            value = record.get(f"{kind}_{net}")
+            if value is not None:
+                return {"name": f"{kind}_{net}", "value": value}
+    return None
+
+
+def _gathered(features: Tensor, count: int, accelerator: Accelerator) -> Tensor:
+    """Put the shares of all processes together again, in order."""
+    processes = accelerator.num_processes
+    if processes == 1:
+        return features
+    longest = -(-count // processes)
+    padded = features.new_zeros((longest, features.shape[1]))
+    padded[: len(features)] = features
+    shares = accelerator.gather(padded.to(accelerator.device)).cpu().view(processes, longest, -1)
+    sizes = [len(part) for part in torch.arange(count).tensor_split(processes)]
+    return torch.cat([share[:size] for share, size in zip(shares, sizes, strict=True)])

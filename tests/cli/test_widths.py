@@ -1,0 +1,147 @@
+"""Many widths from one run, through the command line: train, price, carve each, judge them side by side."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from edgecl.artifacts import RunDir
+from edgecl.checkpoint import read_newest
+from edgecl.cli import main
+from edgecl.nets.carving import create_slimmable, load_model
+from edgecl.recipe import recipe_from_tables
+
+WIDTHS = (0.5, 0.4, 0.35)
+SET = ("--set", "slim.widths=[0.35, 0.4, 0.5]")
+
+
+@pytest.fixture(scope="module")
+def edgecl():
+    """Run the command line in this process: a dozen commands would else load torch a dozen times."""
+
+    def run(*words):
+        out, err = io.StringIO(), io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
+            patch.setattr(sys, "argv", ["edgecl", *map(str, words)])
+            patch.setenv("COLUMNS", "200")
+            stack.enter_context(contextlib.redirect_stdout(out))
+            stack.enter_context(contextlib.redirect_stderr(err))
+            try:
+                main()
+                code = 0
+            except SystemExit as end:
+                code = end.code or 0
+        return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, edgecl, recipe_file, image_folder):
+    out = tmp_path_factory.mktemp("widths") / "run"
+    done = edgecl(
+        "pretrain", recipe_file, "--data", image_folder, "--out", out, *SET, "--set", "run.epochs=2"
+    )
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.fixture(scope="module")
+def carved(tmp_path_factory, edgecl, trained):
+    root = tmp_path_factory.mktemp("nets")
+    for width in WIDTHS:
+        words = ("carve", trained, "--out", root / f"{width}", "--width", width, "--no-recalibrate")
+        done = edgecl(*words)
+        assert done.returncode == 0, done.stderr
+        assert f"at width {width:g}, step 6: " in done.stdout
+    return root
+
+
+@pytest.fixture(scope="module")
+def net(trained):
+    """The host and its slim nets as the run left them."""
+    recipe = recipe_from_tables(RunDir(trained).read()["recipe"], source="run.json")
+    net = create_slimmable(recipe)
+    net.load_state_dict(read_newest(RunDir(trained)).model)
+    return net.eval()
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_carved_net_of_every_width_is_its_slim_view_bit_for_bit(carved, net, width):
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    found, record = load_model(carved / f"{width}")
+    assert record["width"] == width
+    with torch.no_grad():
+        assert torch.equal(found(images), net.forward_slim_part("backbone", images, width=width))
+    weights = load_file(carved / f"{width}" / "weights.safetensors")
+    slim = net.slim_tensors(width)
+    assert len(weights) > 100
+    assert all(torch.equal(tensor, slim[f"backbone.{name}"]) for name, tensor in weights.items())
+
+
+def test_every_width_was_trained(net):
+    """Its norms counted each step outside the frozen passes, and its own parameters moved."""
+    for width in WIDTHS:
+        norms = net.norms_of(width)
+        assert {int(norm.num_batches_tracked) for norm in norms.values()} == {6}
+        assert sum(float((norm.bias != 0).float().mean()) > 0.5 for norm in norms.values()) > 0.9 * len(norms)
+
+
+def test_an_untrained_width_is_refused(edgecl, trained, tmp_path):
+    done = edgecl("carve", trained, "--out", tmp_path / "net", "--width", 0.6)
+    assert done.returncode == 1
+    assert "edgecl: cannot carve width 0.6: this run trained 0.35, 0.4, 0.5 and 0.75" in done.stderr
+    assert not (tmp_path / "net").exists()
+
+
+def test_the_best_checkpoint_is_carved_on_request(edgecl, trained, tmp_path):
+    done = edgecl("carve", trained, "--out", tmp_path / "net", "--best")
+    assert done.returncode == 0, done.stderr
+    _, record = load_model(tmp_path / "net")
+    qualities = {}
+    for state in RunDir(trained).checkpoints.glob("step-*/state.json"):
+        about = json.loads(state.read_text())
+        qualities[about["step"]] = about["quality"]["value"]
+    best = max(qualities.values())
+    assert record["step"] == max(step for step, value in qualities.items() if value == best)
+
+
+def test_probe_shows_the_nets_of_a_run_side_by_side(edgecl, carved, image_folder):
+    models = [carved / f"{width}" for width in WIDTHS]
+    words = ("probe", *models, "--data", image_folder, "--labels-per-class", 2, "--seeds", 2)
+    done = edgecl(*words)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if " M " in line]
+    assert [line.split("│")[2].strip() for line in lines] == ["0.35", "0.4", "0.5"]
+    assert "2 per class, 2 draws" in done.stdout
+    table = json.loads(edgecl(*words, "--json").stdout)
+    assert [row["width"] for row in table] == sorted(WIDTHS)
+    for row in table:
+        assert (
+            json.loads((carved / f"{row['width']}" / "probe.json").read_text()).items()
+            >= {key: value for key, value in row["probe"].items() if key != "command"}.items()
+        )
+
+
+def test_cost_names_every_width(edgecl, recipe_file):
+    done = edgecl("cost", recipe_file, "--images", 60, *SET)
+    assert done.returncode == 0, done.stderr
+    for width, passes in ((0.5, "4.00"), (0.4, "3.00"), (0.35, "3.00")):
+        (line,) = [line for line in done.stdout.splitlines() if f"width {width:g} " in line]
+        assert f"{passes} of its forward passes per image" in line
+    plain = edgecl("cost", recipe_file, "--images", 60)
+    assert "width 0.5" not in plain.stdout
+
+
+def test_widths_that_do_not_begin_at_the_slim_width_are_refused(edgecl, recipe_file, image_folder, tmp_path):
+    words = ("pretrain", recipe_file, "--data", image_folder, "--out", tmp_path / "run")
+    done = edgecl(*words, "--set", "slim.widths=[0.4, 0.6]")
+    assert done.returncode == 1
+    assert "'slim.widths' must have 'slim.width' 0.5 as its widest, not 0.6" in done.stderr

@@ -1,0 +1,315 @@
+"""A run in several real processes over gloo: the same as in one, and one error where there is one."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from worlds import run_script
+
+from edgecl.artifacts import RunDir
+from edgecl.checkpoint import read_newest
+from edgecl.train.monitor import read_metrics
+
+STEPS = 5
+
+# One process imports torch; every scenario's processes are forks of it that run the command line.
+SCRIPT = """
+import json, os, signal, sys, time, traceback, warnings
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+import edgecl.train.pretrain
+from edgecl.cli import main
+from worlds import free_port, launcher_environment
+
+folder, scenarios = Path(sys.argv[1]), json.loads(sys.argv[2])
+
+
+def start(name, rank, world_size, port, words):
+    child = os.fork()
+    if child:
+        return child
+    for stream, number in (("out", 1), ("err", 2)):
+        handle = os.open(folder / f"{name}-{rank}.{stream}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(handle, number)
+    sys.stdout = os.fdopen(1, "w")
+    sys.stderr = os.fdopen(2, "w")
+    if world_size > 1:
+        os.environ.update(launcher_environment(rank, world_size, port))
+    sys.argv = ["edgecl", *words]
+    code = 0
+    try:
+        main()
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+        code = 99
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(code or 0)
+
+
+codes = {}
+for name, scenario in scenarios.items():
+    port, ranks = free_port(), scenario["ranks"]
+    os.environ.update(scenario.get("environment", {}))
+    children = [start(name, rank, len(ranks), port, words) for rank, words in enumerate(ranks)]
+    if "kill" in scenario:
+        rank, number, when, step = scenario["kill"]
+        until = time.monotonic() + 120
+        while time.monotonic() < until:
+            lines = Path(when).read_text().splitlines() if Path(when).is_file() else []
+            if len(lines) >= step:
+                break
+            time.sleep(0.01)
+        for each in range(len(ranks)) if rank is None else [rank]:
+            os.kill(children[each], getattr(signal, number))
+    codes[name] = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+print(json.dumps(codes))
+"""
+
+
+@pytest.fixture(scope="module")
+def scenarios(tmp_path_factory, tables, labelled_pictures):
+    """Run every scenario once; give the folder and the exit codes of each scenario's processes."""
+    folder = tmp_path_factory.mktemp("processes")
+    recipe = folder / "tiny.toml"
+    # Plain small steps: AdamW's first ones divide rounding by rounding, and large ones let it grow.
+    plain = {"optim.name": "sgd", "optim.lr": 1e-4, "run.sync_norms": "all"}
+
+    def words(out, *more, **settings):
+        chosen = {**plain, **settings}
+        assignments = [f"{key.replace('__', '.')}={json.dumps(value)}" for key, value in chosen.items()]
+        return [
+            "pretrain",
+            str(recipe),
+            *("--data", str(labelled_pictures), "--device", "cpu", "--out", str(folder / out)),
+            *(word for assignment in assignments for word in ("--set", assignment)),
+            *more,
+        ]
+
+    lines = []
+    for table, values in tables.items():
+        lines.append(f"[{table}]")
+        lines += [f"{key} = {json.dumps(value)}" for key, value in values.items()]
+    recipe.write_text("\n".join(lines), encoding="utf-8")
+    # Norms over four samples of one pixel divide rounding by next to nothing; these have ten of four.
+    apart = {"run__sync_norms": "none", "data__batch_size": 20, "host__stem_stride": 1}
+    long = {"run__epochs": 500, "run__quality_epochs": 500}
+    table = {
+        "one": {"ranks": [words("one")]},
+        "two": {"ranks": [words("two", run__checkpoint_steps=STEPS)] * 2},
+        "parts": {"ranks": [words("parts", **apart, run__accumulate=2)]},
+        "two apart": {"ranks": [words("two-apart", **apart)] * 2},
+        "whole": {"ranks": [words("whole", **apart, run__epochs=1)]},
+        "slow start": {"ranks": [words("slow", slim__slow_start=0.5, run__quality_epochs=2)] * 2},
+        "uneven": {"ranks": [words("uneven", data__batch_size=7)] * 2},
+        "other recipe": {"ranks": [words("other"), words("other", optim__lr=2e-4)]},
+        "no such images": {"ranks": [words("gone"), [*words("gone"), "--data", "nowhere"]]},
+        "killed": {
+            "ranks": [words("killed", **long)] * 2,
+            "kill": [1, "SIGKILL", str(folder / "killed" / "metrics.jsonl"), 3],
+        },
+        "preempted": {
+            "ranks": [words("preempted", **long)] * 2,
+            "kill": [1, "SIGTERM", str(folder / "preempted" / "metrics.jsonl"), 3],
+        },
+    }
+    script = folder / "processes.py"
+    script.write_text(SCRIPT, encoding="utf-8")
+    codes = json.loads(run_script(script, folder, json.dumps(table)).splitlines()[-1])
+    return folder, codes
+
+
+def said(folder, name, count=2):
+    return [(folder / f"{name}-{rank}.err").read_text() for rank in range(count)]
+
+
+def printed(folder, name, count=2):
+    return [(folder / f"{name}-{rank}.out").read_text() for rank in range(count)]
+
+
+def steps_of(path):
+    return [record for record in read_metrics(path / "metrics.jsonl") if "loss" in record]
+
+
+def looks_of(path):
+    return [record for record in read_metrics(path / "metrics.jsonl") if "rankme_host" in record]
+
+
+def assert_close_runs(one, other):
+    """Hold two runs to the same metrics and weights but for rounding, which grows from step to step."""
+    first, second = steps_of(one), steps_of(other)
+    assert [record["step"] for record in first] == [record["step"] for record in second]
+    for before, after in zip(first, second, strict=True):
+        for key in before.keys() - {"images_per_s"}:
+            assert after[key] == pytest.approx(before[key], rel=2e-3, abs=5e-4), (before["step"], key)
+    for key in ("loss", "diagonal", "std", "grad_norm_host", "grad_norm_slim"):
+        assert second[0][key] == pytest.approx(first[0][key], rel=1e-4), key
+    for before, after in zip(looks_of(one), looks_of(other), strict=True):
+        assert after["rankme_slim"] == pytest.approx(before["rankme_slim"], rel=1e-2)
+    weights, others = (read_newest(RunDir(path)).model for path in (one, other))
+    for name, tensor in weights.items():
+        if tensor.is_floating_point():
+            torch.testing.assert_close(others[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_two_processes_are_one(scenarios):
+    folder, codes = scenarios
+    assert codes["one"] == [0]
+    assert codes["two"] == [0, 0], said(folder, "two")
+    assert RunDir(folder / "two").read()["processes"] == 2
+    assert_close_runs(folder / "one", folder / "two")
+
+
+def test_a_batch_in_parts_is_a_batch_in_processes(scenarios):
+    """Batch norms see a part either way; correlations and gradients are those of the whole batch."""
+    folder, codes = scenarios
+    assert codes["parts"] == [0]
+    assert codes["two apart"] == [0, 0]
+    first, second = steps_of(folder / "parts"), steps_of(folder / "two-apart")
+    for key in ("loss", "diagonal", "std", "grad_norm_host", "grad_norm_slim"):
+        assert second[0][key] == pytest.approx(first[0][key], rel=1e-4), key
+    # Step for step; with the norms of the whole batch the loss is another.
+    assert len(first) == 4
+    assert [record["loss"] for record in second] == pytest.approx(
+        [record["loss"] for record in first], rel=2e-3
+    )
+    whole = steps_of(folder / "whole")
+    assert first[0]["loss"] != pytest.approx(whole[0]["loss"], rel=1e-3)
+
+
+def test_the_result_is_printed_once(scenarios):
+    folder, _ = scenarios
+    first, second = printed(folder, "two")
+    assert "SACL-XD on 40 images: 10 steps" in first
+    assert second == ""
+    assert all("pretrain:" not in text for text in said(folder, "two")[1:])
+
+
+def test_slow_start_trains_the_host_alone_at_first(scenarios):
+    """In the dense epochs the slim norms get no gradient, which data-parallel training must be told."""
+    folder, codes = scenarios
+    assert codes["slow start"] == [0, 0], said(folder, "slow start")
+    pulls = [step["grad_norm_slim"] for step in steps_of(folder / "slow")]
+    assert pulls[:STEPS] == [0.0] * STEPS
+    assert min(pulls[STEPS:]) > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("uneven", "a batch of 7 cannot be shared evenly by 2 processes"),
+        ("other recipe", "process 1 does not see the same recipe as process 0"),
+        ("no such images", "no folder 'nowhere'"),
+    ],
+)
+def test_an_error_ends_all_and_is_shown_once(scenarios, name, text):
+    folder, codes = scenarios
+    assert codes[name] == [1, 1]
+    texts = said(folder, name)
+    assert sum(text in each for each in texts) == 1
+    assert sum(each.count("edgecl:") for each in texts) == 1, texts
+    assert "Traceback" not in "".join(texts)
+
+
+def test_a_process_that_is_killed_is_spoken_for(scenarios):
+    folder, codes = scenarios
+    assert codes["killed"][1] == -9
+    assert codes["killed"][0] == 1
+    text = said(folder, "killed")[0]
+    assert "edgecl: another process of the run ended without a word" in text
+    assert re.search(r"memory: +this process holds \d+\.\d GiB, \d+\.\d of \d+\.\d GiB free", text)
+    assert "go on with --resume" in text
+    assert "Traceback" not in text
+
+
+def test_sigterm_to_one_process_saves_and_ends_all(scenarios):
+    folder, codes = scenarios
+    assert codes["preempted"] == [0, 0], said(folder, "preempted")
+    first, second = printed(folder, "preempted")
+    found = re.match(
+        r"stopped by SIGTERM after step (\d+) of 2500, and saved; go on with: edgecl pretrain", first
+    )
+    assert found, first
+    assert "--resume (in all processes, as they were launched)" in first
+    assert second == ""
+    assert read_newest(RunDir(folder / "preempted")).step == int(found[1])
+
+
+def test_another_number_of_processes_goes_on(scenarios, tmp_path):
+    """Two processes began; one goes on, in the same order of samples."""
+    import shutil
+
+    from edgecl.recipe import recipe_from_tables
+    from edgecl.train.pretrain import pretrain
+
+    folder, _ = scenarios
+    run = shutil.copytree(folder / "two", tmp_path / "run")
+    shutil.rmtree(run / "checkpoints" / "step-000000010")
+    record = RunDir(run).read()
+    recipe = recipe_from_tables(record["recipe"], source="test")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        finished = pretrain(
+            recipe, recipe_name="tiny", out=run, data=record["data"]["uri"], device="cpu", resume=True
+        )
+    finally:
+        torch.set_num_threads(threads)
+    assert (finished["state"], finished["processes"]) == ("done", 1)
+    assert_close_runs(folder / "two", run)
+
+
+@pytest.mark.slow
+def test_torchrun_starts_a_failed_run_again_where_it_was(tmp_path, make_recipe, labelled_pictures, tables):
+    """--max-restarts: one process is killed, and all go on from the last checkpoint to the end."""
+    recipe = tmp_path / "tiny.toml"
+    lines = []
+    for table, values in {**tables, "run": {**tables["run"], "epochs": 6, "checkpoint_steps": 1}}.items():
+        lines.append(f"[{table}]")
+        lines += [f"{key} = {json.dumps(value)}" for key, value in values.items()]
+    recipe.write_text("\n".join(lines), encoding="utf-8")
+    saboteur = tmp_path / "sabotage.py"
+    saboteur.write_text(
+        "import os, signal, sys\n"
+        "from edgecl.train import loop\n"
+        "end = loop.Training._end_step\n"
+        "def sabotage(self, outcome, done):\n"
+        "    if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0' and self.step == 7 and os.environ['RANK'] == '1':\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return end(self, outcome, done)\n"
+        "loop.Training._end_step = sabotage\n"
+        "from edgecl.cli import main\n"
+        "main()\n",
+        encoding="utf-8",
+    )
+    out = tmp_path / "run"
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+            *(
+                "--max-restarts",
+                "1",
+                str(saboteur),
+                "pretrain",
+                str(recipe),
+                "--data",
+                str(labelled_pictures),
+            ),
+            *("--device", "cpu", "--out", str(out)),
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    record = RunDir(out).read()
+    assert (record["state"], record["step"]) == ("done", 30)
+    assert "resumed_with" in record
+    assert done.stdout.count("SACL-XD on 40 images") == 1

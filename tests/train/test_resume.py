@@ -1,0 +1,276 @@
+"""Runs that are killed, pre-empted or changed, and go on: real processes, real signals."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from worlds import run_script
+
+from edgecl.artifacts import RunDir
+from edgecl.checkpoint import read_newest
+from edgecl.errors import ArtifactError, RecipeError
+from edgecl.lock import hold
+from edgecl.train.monitor import read_metrics
+from edgecl.train.pretrain import pretrain
+
+KILLS = 10
+
+# One process imports torch; the runs are forks of it, killed and started again.
+KILL_SCRIPT = """
+import json, os, random, signal, sys, time, traceback, warnings
+warnings.simplefilter("ignore")
+import torch
+torch.set_num_threads(1)
+from pathlib import Path
+from edgecl.recipe import recipe_from_tables
+from edgecl.train.pretrain import pretrain
+
+killed, whole, data, tables, kills = sys.argv[1:]
+recipe = recipe_from_tables(json.loads(tables), source="test")
+
+
+def start(out):
+    child = os.fork()
+    if child:
+        return child
+    # A slow disk: most of a run's time a checkpoint is being written.
+    flush = os.fsync
+    os.fsync = lambda handle: (time.sleep(0.05), flush(handle))[1]
+    try:
+        pretrain(recipe, recipe_name="tiny", out=Path(out), data=data, device="cpu", resume=True)
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+    os._exit(0)
+
+
+def steps_done():
+    names = sorted(path.name for path in Path(killed, "checkpoints").glob("step-*"))
+    return int(names[-1].removeprefix("step-")) if names else 0
+
+
+random = random.Random(7)
+halves, seen = 0, []
+while len(seen) < int(kills):
+    before = steps_done()
+    child = start(killed)
+    # The run must get somewhere, or the kills would all hit its start.
+    until = time.monotonic() + 60
+    goal = before + random.choice([0, 1, 1, 1])
+    while steps_done() < goal and time.monotonic() < until:
+        time.sleep(0.001)
+    time.sleep(random.uniform(0.0, 0.3))
+    os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    if os.WIFEXITED(status):
+        sys.exit(f"the run ended with {os.WEXITSTATUS(status)} before it was killed {kills} times")
+    seen.append(steps_done())
+    halves += any(Path(killed, "checkpoints").glob(".step-*"))
+for out in (killed, whole):
+    _, status = os.waitpid(start(out), 0)
+    if status:
+        sys.exit(f"{out} ended with {status}")
+print(json.dumps({"seen": seen, "halves": halves}))
+"""
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def train(recipe, out, data, **settings):
+    return pretrain(recipe, recipe_name="tiny", out=out, data=str(data), device="cpu", **settings)
+
+
+def without_clock(path):
+    return [
+        {key: value for key, value in record.items() if key != "images_per_s"}
+        for record in read_metrics(path / "metrics.jsonl")
+    ]
+
+
+def assert_same_run(one, other):
+    """Hold two runs to the same weights, moments and metrics, bit for bit."""
+    first, second = (read_newest(RunDir(path)) for path in (one, other))
+    assert (first.step, first.epoch, first.state) == (second.step, second.epoch, second.state)
+    assert first.model.keys() == second.model.keys()
+    assert all(torch.equal(first.model[name], second.model[name]) for name in first.model)
+    assert first.optimizer["param_groups"] == second.optimizer["param_groups"]
+    for index, entries in first.optimizer["state"].items():
+        for key, value in entries.items():
+            assert torch.equal(value, second.optimizer["state"][index][key])
+    assert without_clock(one) == without_clock(other)
+
+
+def test_killed_ten_times_is_uninterrupted(tmp_path, make_recipe, labelled_pictures):
+    """SIGKILL at random moments, the middle of a checkpoint's write included."""
+    recipe = make_recipe("run.epochs=8", "run.checkpoint_steps=2", "run.quality_epochs=3")
+    script = tmp_path / "kill.py"
+    script.write_text(KILL_SCRIPT, encoding="utf-8")
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    tables = json.dumps(recipe.model_dump(mode="json"))
+    printed = run_script(script, killed, whole, labelled_pictures, tables, KILLS)
+    found = json.loads(printed.splitlines()[-1])
+    assert len(found["seen"]) == KILLS
+    assert found["halves"] >= 1, "no kill met a checkpoint half written: the test does not test what it says"
+    assert_same_run(killed, whole)
+    assert not list((killed / "checkpoints").glob(".*"))
+    assert RunDir(killed).read()["state"] == "done"
+
+
+@pytest.fixture
+def edgecl_start(recipe_file):
+    def start(*words, **environment):
+        return subprocess.Popen(
+            [sys.executable, "-m", "edgecl", *map(str, words)],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return start
+
+
+def wait_for(condition, process):
+    until = time.monotonic() + 120
+    while not condition() and time.monotonic() < until and process.poll() is None:
+        time.sleep(0.005)
+    assert condition(), process.communicate()
+
+
+def test_sigterm_saves_and_ends_well(tmp_path, edgecl_start, recipe_file, image_folder):
+    """As a scheduler pre-empts: SIGTERM, exit 0, and the printed command finishes the run, bit for bit."""
+    out = tmp_path / "a run"
+    settings = ["--set", "run.epochs=40", "--set", "run.checkpoint_epochs=40", "--set", "run.log_every=1"]
+    process = edgecl_start(
+        "pretrain", recipe_file, "--data", image_folder, "--out", out, "--device", "cpu", *settings
+    )
+    metrics = out / "metrics.jsonl"
+    wait_for(lambda: metrics.is_file() and len(metrics.read_text().splitlines()) > 3, process)
+    process.send_signal(signal.SIGTERM)
+    printed, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    done = re.fullmatch(
+        r"stopped by SIGTERM after step (\d+) of (\d+), and saved; go on with: edgecl (pretrain .* --resume)\n",
+        printed,
+    )
+    assert done, printed
+    step, total = int(done[1]), int(done[2])
+    assert read_newest(RunDir(out)).step == step
+    record = RunDir(out).read()
+    assert (record["state"], record["step"]) == ("stopped", step)
+    assert "Traceback" not in said
+
+    again = edgecl_start(*shlex.split(done[3]))
+    printed, said = again.communicate(timeout=300)
+    assert again.returncode == 0, said
+    assert RunDir(out).read()["state"] == "done"
+    assert read_newest(RunDir(out)).step == total
+    assert [line["step"] for line in read_metrics(metrics) if "loss" in line] == list(range(1, total + 1))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, make_recipe, labelled_pictures):
+    out = tmp_path_factory.mktemp("finished") / "run"
+    train(make_recipe(), out, labelled_pictures)
+    return out
+
+
+@pytest.fixture
+def earlier(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def test_a_changed_recipe_is_refused_with_what_would_allow_it(earlier, make_recipe, labelled_pictures):
+    with pytest.raises(RecipeError) as caught:
+        train(make_recipe("run.epochs=3", "run.log_every=2"), earlier, labelled_pictures, resume=True)
+    assert caught.value.problem == (
+        "cannot resume with another recipe: run.epochs was 2, now 3; run.log_every was 1, now 2"
+    )
+    assert caught.value.hint == ("to change that on purpose, add --allow run.epochs --allow run.log_every")
+
+
+def test_what_decides_a_step_cannot_change(earlier, make_recipe, labelled_pictures):
+    with pytest.raises(RecipeError) as caught:
+        train(
+            make_recipe("run.epochs=3", "optim.lr=0.5"),
+            earlier,
+            labelled_pictures,
+            resume=True,
+            allow=["run.epochs"],
+        )
+    assert caught.value.problem == "cannot resume with another recipe: optim.lr was 0.001, now 0.5"
+    assert caught.value.hint.startswith("repeat the command")
+    with pytest.raises(RecipeError, match=r"'optim\.lr' cannot change within a run"):
+        train(make_recipe("optim.lr=0.5"), earlier, labelled_pictures, resume=True, allow=["optim.lr"])
+
+
+def test_more_epochs_can_be_allowed(earlier, make_recipe, labelled_pictures, capsys):
+    record = train(make_recipe("run.epochs=3"), earlier, labelled_pictures, resume=True, allow=["run.epochs"])
+    assert "resuming with a changed recipe: run.epochs was 2, now 3" in capsys.readouterr().err
+    assert (record["state"], record["step"], record["changes"]) == ("done", 15, ["run.epochs was 2, now 3"])
+    assert read_newest(RunDir(earlier)).step == 15
+    assert RunDir(earlier).read()["recipe"]["run"]["epochs"] == 3
+
+
+def test_fewer_epochs_than_are_done_are_refused(earlier, make_recipe, labelled_pictures):
+    with pytest.raises(RecipeError, match=r"the run is at step 10 already, beyond the 5 of 1 epochs"):
+        train(make_recipe("run.epochs=1"), earlier, labelled_pictures, resume=True, allow=["run.epochs"])
+
+
+def test_two_runs_cannot_write_to_one_directory(earlier, make_recipe, labelled_pictures):
+    before = {path: path.stat().st_mtime_ns for path in earlier.rglob("*") if path.is_file()}
+    with (
+        hold(earlier, what="run directory"),
+        pytest.raises(ArtifactError) as caught,
+    ):
+        train(make_recipe(), earlier, labelled_pictures, force=True)
+    assert caught.value.problem == (
+        f"the run directory '{earlier}' is in use by process {os.getpid()} on {os.uname().nodename}"
+    )
+    assert {path: path.stat().st_mtime_ns for path in earlier.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("setting", ["run.checkpoint_steps=3", "run.accumulate=2", "slim.slow_start=0.5"])
+def test_a_stop_within_an_epoch_leaves_no_trace(
+    tmp_path, make_recipe, labelled_pictures, setting, monkeypatch
+):
+    from edgecl.errors import Preempted
+    from edgecl.train import preemption
+
+    recipe = make_recipe(setting, "run.epochs=3")
+    train(recipe, tmp_path / "whole", labelled_pictures)
+
+    class AfterSevenLooks(preemption.StopRequest):
+        looks = 0
+
+        @property
+        def asked(self):
+            AfterSevenLooks.looks += 1
+            return AfterSevenLooks.looks == 7
+
+        @asked.setter
+        def asked(self, value):
+            pass
+
+    with monkeypatch.context() as patch:
+        patch.setattr("edgecl.train.pretrain.StopRequest", AfterSevenLooks)
+        with pytest.raises(Preempted, match="stopped by SIGTERM after step 7 of 15, and saved"):
+            train(recipe, tmp_path / "stopped", labelled_pictures)
+    assert read_newest(RunDir(tmp_path / "stopped")).step == 7
+    train(recipe, tmp_path / "stopped", labelled_pictures, resume=True)
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
