@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -20,7 +21,9 @@ from edgecl.artifacts import (
     write_json,
 )
 from edgecl.errors import ArtifactError, RecipeError, TargetError
-from edgecl.recipe import Recipe
+from edgecl.lock import NAME as LOCK
+from edgecl.lock import hold
+from edgecl.recipe import Recipe, recipe_from_tables
 from edgecl.redaction import record_without_secrets
 from edgecl.target import read_target
 
@@ -67,7 +70,8 @@ def run(
         raise RecipeError(f"the recipe '{recipe_name}' names no images", hint="say which with --data URI")
     _check_targets(targets)
     pipeline = PipelineDir(out)
-    if not resume:
+    resume = resume and pipeline.record_file.exists()
+    if not resume and not _only_a_lock(out):
         refuse_existing(out, force=force, kind=PipelineDir.KIND)
     from edgecl.evaluate.labelled import check_labelled
 
@@ -82,7 +86,41 @@ def run(
         "test": test,
         "targets": list(targets),
     }
-    stages = _start(pipeline, settings, resume=resume, force=force)
+    with hold(out, what="pipeline directory"):
+        stages = _resumed(pipeline, settings) if resume else _start(pipeline, settings)
+        _run_stages(
+            recipe,
+            pipeline,
+            settings,
+            stages,
+            labelled_data=labelled_data,
+            device=device,
+            resume=resume,
+            download=download,
+            say=say,
+        )
+        say("report")
+        from edgecl.report.report import report
+
+        # Made anew each time: it is cheap, and the stages behind it may be newer.
+        written = report([out], out=pipeline.report, force=True)
+    return {**read_record(pipeline.record_file, kind=PipelineDir.KIND), "report": written}
+
+
+def _run_stages(
+    recipe: Recipe,
+    pipeline: PipelineDir,
+    settings: dict[str, Any],
+    stages: dict[str, dict[str, Any]],
+    *,
+    labelled_data: bool,
+    device: Any,
+    resume: bool,
+    download: bool,
+    say: Callable[[str], None],
+) -> None:
+    """Do what is not done yet, each stage noted in the record when it is."""
+    out, uri, test = pipeline.path, settings["data"], settings["test"]
 
     def save() -> None:
         write_json(
@@ -119,7 +157,7 @@ def run(
         lambda: _probe(recipe, pipeline, uri, test=test, labelled_data=labelled_data, download=download),
         stale=stale,
     )
-    for target in targets:
+    for target in settings["targets"]:
         settings_now = read_target(target).model_dump(mode="json")
         for width, net in nets.items():
             # The widest has the stage's and the folder's plain name, as the only one has.
@@ -134,12 +172,6 @@ def run(
             ):
                 stages[name]["target"] = settings_now
                 save()
-    say("report")
-    from edgecl.report.report import report
-
-    # Made anew each time: it is cheap, and the stages behind it may be newer.
-    written = report([out], out=pipeline.report, force=True)
-    return {**read_record(pipeline.record_file, kind=PipelineDir.KIND), "report": written}
 
 
 def _check_targets(targets: Sequence[str]) -> None:
@@ -156,26 +188,39 @@ def _check_targets(targets: Sequence[str]) -> None:
         names[name] = target
 
 
-def _start(
-    pipeline: PipelineDir, settings: dict[str, Any], *, resume: bool, force: bool
-) -> dict[str, dict[str, Any]]:
-    """Open the output directory and return the stages that are done."""
-    if resume and pipeline.record_file.exists():
-        before = read_record(pipeline.record_file, kind=PipelineDir.KIND)
-        changed = [key for key in ("recipe", "data", "test") if before.get(key) != record_without_secrets(settings[key])]
-        if changed:
-            raise ArtifactError(
-                f"cannot resume '{pipeline.path}': its {' and '.join(changed)} changed",
-                hint="repeat the command it was started with, or choose another --out",
-            )
-        return dict(before.get("stages", {}))
-    refuse_existing(pipeline.path, force=force, kind=PipelineDir.KIND)
-    if pipeline.path.exists():
-        import shutil
+def _only_a_lock(out: Path) -> bool:
+    return out.is_dir() and all(path.name == LOCK for path in out.iterdir())
 
-        shutil.rmtree(pipeline.path)
+
+def _resumed(pipeline: PipelineDir, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Hold the settings to those the pipeline was started with, and return the stages that are done."""
+    before = read_record(pipeline.record_file, kind=PipelineDir.KIND)
+    # Settings that are newer than the record have their defaults there.
+    recipe = recipe_from_tables(before["recipe"], source=str(pipeline.record_file))
+    before["recipe"] = recipe.model_dump(mode="json")
+    changed = [
+        key
+        for key in ("recipe", "data", "test")
+        if record_without_secrets(before.get(key)) != record_without_secrets(settings[key])
+    ]
+    if changed:
+        raise ArtifactError(
+            f"cannot resume '{pipeline.path}': its {' and '.join(changed)} changed",
+            hint="repeat the command it was started with, or choose another --out",
+        )
+    return dict(before.get("stages", {}))
+
+
+def _start(pipeline: PipelineDir, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Remove what an earlier run left, but for the lock, and write the record of a new one."""
     with disk_errors(pipeline.path):
-        pipeline.path.mkdir(parents=True)
+        for path in pipeline.path.iterdir():
+            if path.name == LOCK:
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
     write_json(
         pipeline.record_file, {**record_header(PipelineDir.KIND, made_from=None), **settings, "stages": {}}
     )

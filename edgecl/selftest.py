@@ -33,7 +33,7 @@ from edgecl.methods.sacl_xd import sandwich
 from edgecl.nets.carving import create_slimmable
 from edgecl.nets.slimming import SlimmableNet
 from edgecl.recipe import Recipe, recipe_from_tables
-from edgecl.train.pretrain import _create_accelerator
+from edgecl.train.pretrain import create_accelerator
 from edgecl.train.step import Step
 
 TOLERANCE = 1e-5
@@ -121,7 +121,7 @@ def run_arms(
     for arm in arms:
         report(arm.name)
         recipe = recipe_of(arm, batch_size=batch_size_for(shares))
-        accelerator = _create_accelerator(recipe, device=device, out=Path())
+        accelerator = create_accelerator(recipe, device=device, out=Path())
         net = copy.deepcopy(fresh_net(recipe.host.width, recipe.slim.all_widths))
         # More than one step, or timm remarks that the rate's schedule is none.
         step = Step(recipe, net=net, accelerator=accelerator, steps_per_epoch=2)

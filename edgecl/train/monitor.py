@@ -179,7 +179,8 @@ def gradient_norms(net: SlimmableNet, watched: dict[str, Tensor], *, scale: floa
         scale: what the loss was multiplied by before the backward pass (fp16), else 1.
 
     Returns:
-        L2 norms of the gradients that came through the host's passes and through the slim net's.
+        L2 norms of the gradients that came through the slim net's passes, and through all others: the host's and
+        those of narrower slim nets.
     """
     host_square = slim_square = 0.0
     for name, parameter in net.host.named_parameters():

@@ -8,6 +8,7 @@ import json
 import platform
 import shutil
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -131,7 +132,7 @@ def _run(
     changes: list[str],
     download: bool,
 ) -> dict[str, Any]:
-    accelerator = _create_accelerator(recipe, device=device, out=run_dir.path)
+    accelerator = create_accelerator(recipe, device=device, out=run_dir.path)
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     main = accelerator.is_main_process
@@ -262,7 +263,12 @@ def _digest(recipe: Recipe) -> str:
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
-def _create_accelerator(recipe: Recipe, *, device: str, out: Path) -> Accelerator:
+def create_accelerator(recipe: Recipe, *, device: str, out: Path) -> Accelerator:
+    """Set up device, precision, processes and trackers; after the processes have met.
+
+    Raises:
+        DeviceError: a tracker that is not installed.
+    """
     for tracker in recipe.run.trackers:
         if not getattr(accelerate.utils, f"is_{tracker}_available")():
             raise DeviceError(
@@ -270,6 +276,8 @@ def _create_accelerator(recipe: Recipe, *, device: str, out: Path) -> Accelerato
             )
     # accelerate keeps the settings of the first run of a process for ever; a second run has its own.
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
+    # 1 x 1 convolutions are channels-last and contiguous at once; which of the two costs nothing worth a warning.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     # In a slow start the slim nets' norms take no part, in a sandwich step those of some widths.
     unused = recipe.slim.slow_start > 0 or len(recipe.slim.all_widths) > 3
     return Accelerator(

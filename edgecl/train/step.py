@@ -101,7 +101,7 @@ class Step:
             view_b: (n, 3, H, W) for the slim nets.
             number: steps taken before this one.
             dense: both views through the host (slow start).
-            widths: which slim nets take part; None means the slim width alone.
+            widths: which slim nets take part, the slim width always; None means all.
             watch: also measure gradient norms, for which the host process waits.
             stop: whether this process was asked to end.
         """

@@ -155,7 +155,7 @@ def wait_for(condition, process):
 def test_sigterm_saves_and_ends_well(tmp_path, edgecl_start, recipe_file, image_folder):
     """As a scheduler pre-empts: SIGTERM, exit 0, and the printed command finishes the run, bit for bit."""
     out = tmp_path / "a run"
-    settings = ["--set", "run.epochs=40", "--set", "run.checkpoint_epochs=40", "--set", "run.log_every=1"]
+    settings = ["--set", "run.epochs=20", "--set", "run.checkpoint_epochs=20", "--set", "run.log_every=1"]
     process = edgecl_start(
         "pretrain", recipe_file, "--data", image_folder, "--out", out, "--device", "cpu", *settings
     )
