@@ -456,7 +456,7 @@ def measure(given: argparse.Namespace, worlds: list[int]) -> dict[int, dict]:
     finally:
         for job in jobs.values():
             job.close()
-    parameters = changed_parameters(given.net, given.projector, host_width=HOST_WIDTH, slim_width=SLIM_WIDTH)
+    parameters = changed_parameters(given.net, given.projector)
     expected = loss_bytes(given.projector[-1])
     results = {}
     for world in worlds:

@@ -376,6 +376,9 @@ def new_directory(path: Path, *, kind: str, force: bool = False) -> Iterator[Pat
         with disk_errors(path):
             yield aside
             aside.chmod(0o755)
+            for file in aside.rglob("*"):
+                if file.is_file() and not file.stat().st_mode & 0o044:
+                    file.chmod(0o644)  # safetensors writes for its owner alone
             flush_tree(aside)
             if path.exists():
                 old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))

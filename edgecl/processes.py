@@ -73,6 +73,11 @@ def restarts() -> int:
     return _from_environment("TORCHELASTIC_RESTART_COUNT", 0)
 
 
+def launch() -> str | None:
+    """Return the name an elastic launcher gave this run, the same in all its attempts."""
+    return os.environ.get("TORCHELASTIC_RUN_ID")
+
+
 def join(device: str = "auto") -> None:
     """Meet the other processes that a launcher started: NCCL between GPUs, gloo between CPUs; alone, do nothing.
 
@@ -88,6 +93,8 @@ def join(device: str = "auto") -> None:
         return
     import torch
     from torch import distributed
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
 
     if not distributed.is_initialized():
         on_gpu = device != "cpu" and torch.cuda.is_available()
@@ -100,10 +107,17 @@ def join(device: str = "auto") -> None:
                 )
             torch.cuda.set_device(local)
         try:
+            limit = timedelta(seconds=wait_s())
+            store, number, count = next(rendezvous("env://", timeout=limit))
+            store.set_timeout(limit)
             distributed.init_process_group(
                 # gloo beside NCCL: small decisions on the CPU need no kernel.
                 "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-                timeout=timedelta(seconds=wait_s()),
+                # The launcher's store outlives an attempt, and with it the addresses of processes that are gone.
+                store=PrefixStore(f"edgecl/attempt-{restarts()}", store),
+                rank=number,
+                world_size=count,
+                timeout=limit,
             )
         except (RuntimeError, ValueError) as complaint:
             raise ProcessError(
@@ -171,8 +185,10 @@ def explain_lost_peers() -> Iterator[None]:
         if world_size() == 1 or not _LOST.search(first):
             raise
         _wait_for_a_report()
+        silent = re.search("timed? ?out", first, re.IGNORECASE)
         raise ProcessError(
-            f"another process of the run ended without a word, or did not answer for {wait_s():g} s",
+            "another process of the run "
+            + (f"did not answer for {wait_s():g} s" if silent else "ended without a word"),
             where={
                 "this process": f"{rank()} of {world_size()} on {os.uname().nodename}",
                 "memory": memory_figures(),

@@ -253,6 +253,8 @@ def read_metrics(path: Path) -> tuple[list[Record], list[Record], int]:
         step = finite(entry.get("step")) if isinstance(entry, dict) else None
         if step is None or finite(entry.get("epoch")) is None:
             unreadable += 1
+        elif "event" in entry:
+            continue  # what happened on the way, at a step that may have a line of its own
         elif "loss" in entry:
             steps[step] = entry
         else:

@@ -47,7 +47,7 @@ class Guard:
         if len(self.skipped) <= self._max_skipped:
             return False
         self._refuse_second_time(
-            f"{len(self.skipped)} steps since the last checkpoint had no finite loss, the last with {terms}",
+            f"{counted(self.skipped)} since the last checkpoint had no finite loss, the last with {terms}",
             where,
         )
         return True
@@ -85,3 +85,8 @@ class Guard:
         """Take what a checkpoint kept."""
         self.went_back = bool(state.get("went_back", False))
         self.skipped = list(state.get("skipped", []))
+
+
+def counted(steps: list[int]) -> str:
+    """Say how many steps."""
+    return "1 step" if len(steps) == 1 else f"{len(steps)} steps"

@@ -28,8 +28,8 @@ from edgecl.nets.slimming import SlimmableNet
 from edgecl.progress import Progress
 from edgecl.quality import spread
 from edgecl.recipe import Recipe
-from edgecl.train.guard import Guard
-from edgecl.train.monitor import CollapseAlarm, MetricsFile
+from edgecl.train.guard import Guard, counted
+from edgecl.train.monitor import CollapseAlarm, MetricsFile, read_metrics
 from edgecl.train.preemption import StopRequest
 from edgecl.train.quality import QualityWatch, quality_of
 from edgecl.train.resume import newest_checkpoint
@@ -110,6 +110,8 @@ class Training:
             progress = open_files.enter_context(
                 Progress("pretrain", total=self.total_steps, unit="steps", done=self.step)
             )
+            # A checkpoint from before the run went back cannot know of it.
+            self.guard.went_back |= processes.from_main(self._went_back_before())
             while self.step < self.total_steps:
                 # Left early when the run goes back to a checkpoint: the order starts again from there.
                 if self._train_epoch(stop, on_checkpoint, progress):
@@ -216,18 +218,23 @@ class Training:
             self.metrics.keep_until(self.step)
         self._record_event(
             "went back",
-            because=f"{len(left_out)} steps without a finite loss"
-            if left_out
-            else "a net that is not finite",
+            because=f"{counted(left_out)} without a finite loss" if left_out else "a net that is not finite",
             from_step=broke_at,
             left_out=left_out,
             rate_factor=self.guard.rate_factor,
         )
+        if self.metrics:
+            self.metrics.sync()  # it is what a resumed run knows it by
         if self.accelerator.is_main_process:
             _warn(
                 f"step {broke_at}: the loss or the net is not finite; back to step {self.step} with "
                 f"{self.guard.rate_factor:g} of the learning rate"
             )
+
+    def _went_back_before(self) -> bool:
+        return self.metrics is not None and any(
+            record.get("event") == "went back" for record in read_metrics(self.run_dir.metrics_file)
+        )
 
     def _start_anew(self) -> None:
         """Return to the weights of the first step: functions of the seed alone."""

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -41,7 +42,7 @@ class MetricsFile:
 
     def keep_until(self, step: int) -> None:
         """Drop the records of later steps."""
-        kept = [record for record in read_metrics(self._path) if record["step"] <= step] if step else []
+        kept = [record for record in read_metrics(self._path) if record["step"] <= step]
         if self._file:
             self._file.close()
         write_bytes(self._path, "".join(json.dumps(record) + "\n" for record in kept).encode())
@@ -76,14 +77,18 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read metrics.jsonl; a last line torn by a kill is left out."""
-    records = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
+    """Read metrics.jsonl; a last line torn by a kill is left out, any other that is no record is named on stderr."""
+    records: list[dict[str, Any]] = []
+    lines = path.read_bytes().splitlines() if path.is_file() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            float(record["step"])
+        except (ValueError, TypeError, KeyError, RecursionError):
+            if number < len(lines):
+                sys.stderr.write(f"edgecl: line {number} of '{path}' is no record and left out\n")
+            continue
+        records.append(record)
     return records
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import platform
 import shutil
@@ -39,10 +38,17 @@ from edgecl.nets.backbone import count_parameters
 from edgecl.nets.carving import create_slimmable
 from edgecl.nets.slimming import SlimmableNet
 from edgecl.recipe import Recipe
+from edgecl.redaction import record_without_secrets
 from edgecl.train.allocator import keep_freed_memory
 from edgecl.train.loop import Training
 from edgecl.train.preemption import StopRequest
-from edgecl.train.resume import check_allowed, check_images, check_recipe, newest_checkpoint
+from edgecl.train.resume import (
+    check_allowed,
+    check_images,
+    check_recipe,
+    newest_checkpoint,
+    was_launched_as,
+)
 
 
 def pretrain(
@@ -85,6 +91,10 @@ def pretrain(
         Preempted: SIGTERM; the run has saved where it is.
     """
     check_allowed(allow)
+    if allow and not resume:
+        raise RecipeError(
+            "settings may be allowed to differ only from an earlier run's", hint="add --resume to --allow"
+        )
     uri = data or recipe.data.uri
     if uri is None:
         raise RecipeError(
@@ -97,18 +107,24 @@ def pretrain(
         _check_shares(recipe)
         run_dir = RunDir(out)
         main = processes.is_main()
-        # A launcher that starts failed processes again cannot add --resume.
-        resume = processes.from_main((resume or processes.restarts() > 0) and run_dir.record_file.exists())
         changes: list[str] = []
-        if main and resume:
-            changes = check_recipe(run_dir, recipe, allowed=allow)
-        elif main and not _only_traces(out):
-            refuse_existing(out, force=force, kind=RunDir.KIND)
+        if main:
+            # A launcher that starts failed processes again cannot add --resume.
+            if not resume and processes.restarts() > 0:
+                resume = was_launched_as(run_dir, processes.launch())
+            if _only_traces(out):
+                resume = False
+            if resume:
+                changes = check_recipe(run_dir, recipe, allowed=allow)
+            else:
+                if not _only_traces(out):
+                    refuse_existing(out, force=force, kind=RunDir.KIND)
+        resume = processes.from_main(resume)
         with contextlib.ExitStack() as stack:
             if main:
                 stack.enter_context(hold(out, what="run directory"))
             # Before anything is read for hours, and before anything is removed.
-            processes.agree({"recipe": _digest(recipe), "version of edgecl": __version__})
+            processes.agree({"version of edgecl": __version__, **_settings_of(recipe)})
             return _run(
                 recipe,
                 recipe_name=recipe_name,
@@ -186,6 +202,7 @@ def _run(
         "total_steps": training.total_steps,
         "params": {"host": count_parameters(net.host), "slim": _count_slim(net)},
         "versions": _versions(),
+        "launch": processes.launch(),
         "state": "running",
         "step": training.step,
         "wall_s": 0.0,
@@ -258,9 +275,13 @@ def _check_shares(recipe: Recipe) -> None:
         )
 
 
-def _digest(recipe: Recipe) -> str:
-    content = json.dumps(recipe.model_dump(mode="json"), sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()[:16]
+def _settings_of(recipe: Recipe) -> dict[str, str]:
+    tables = record_without_secrets(recipe.model_dump(mode="json"))
+    return {
+        f"setting {table}.{key}": json.dumps(value)
+        for table, values in tables.items()
+        for key, value in values.items()
+    }
 
 
 def create_accelerator(recipe: Recipe, *, device: str, out: Path) -> Accelerator:
@@ -291,18 +312,23 @@ def create_accelerator(recipe: Recipe, *, device: str, out: Path) -> Accelerator
 
 
 def _only_traces(out: Path) -> bool:
-    """Tell whether a directory holds no more than what a run killed in its first moments leaves."""
+    """Tell whether there is nothing, or no more than what a run killed in its first moments leaves."""
+    if not out.exists():
+        return True
     return out.is_dir() and all(path.name.startswith((".lock", ".run.json.")) for path in out.iterdir())
 
 
 def _start_run_dir(run_dir: RunDir, record: dict[str, Any]) -> None:
     """Put a new record where an earlier run may stand, and then remove what is left of that.
 
-    Killed at any moment, the directory holds either run, but never the one's record with the other's checkpoints.
+    Killed at any moment, the directory never holds one run's record with the other's checkpoints.
     """
     with disk_errors(run_dir.path):
+        aside = run_dir.path / ".checkpoints.old"
+        if aside.exists():  # left by one that was killed right here
+            shutil.rmtree(aside)
         if run_dir.checkpoints.exists():
-            run_dir.checkpoints.replace(run_dir.path / ".checkpoints.old")
+            run_dir.checkpoints.replace(aside)
         run_dir.metrics_file.unlink(missing_ok=True)
         write_json(run_dir.record_file, record)
         for path in run_dir.path.iterdir():

@@ -9,7 +9,7 @@ from typing import Any
 from edgecl.artifacts import RunDir
 from edgecl.checkpoint import Checkpoint, has_checkpoint, read_newest
 from edgecl.data.sources import ImageSource
-from edgecl.errors import RecipeError, near_matches
+from edgecl.errors import ArtifactError, RecipeError, near_matches
 from edgecl.recipe import Recipe, recipe_from_tables
 from edgecl.redaction import record_without_secrets
 
@@ -55,7 +55,7 @@ def check_recipe(run_dir: RunDir, recipe: Recipe, *, allowed: Sequence[str]) -> 
         ArtifactError: no run directory.
         RecipeError: something else changed.
     """
-    record = run_dir.read()
+    record = _read(run_dir)
     before = recipe_from_tables(record["recipe"], source=str(run_dir.record_file))
     # A record holds no login and no signature, and these may well be new.
     now = record_without_secrets(recipe.model_dump(mode="json"))
@@ -77,13 +77,36 @@ def check_recipe(run_dir: RunDir, recipe: Recipe, *, allowed: Sequence[str]) -> 
     return list(changes.values())
 
 
+def was_launched_as(run_dir: RunDir, launch: str | None) -> bool:
+    """Tell whether a run was started by this launch of torchrun, and not by an earlier one."""
+    return launch is not None and run_dir.record_file.exists() and run_dir.read().get("launch") == launch
+
+
+def _read(run_dir: RunDir) -> dict[str, Any]:
+    """Read the record of a run and hold it to what resuming needs.
+
+    Raises:
+        ArtifactError: no run directory, or something is missing in its record.
+    """
+    record = run_dir.read()
+    for table, key in (("recipe", None), ("data", "fingerprint"), ("data", "uri"), ("wall_s", None)):
+        found = record.get(table)
+        if found is None or (key is not None and (not isinstance(found, dict) or key not in found)):
+            raise ArtifactError(
+                f"'{run_dir.RECORD}' has no '{table}{'.' + key if key else ''}'",
+                where={"file": run_dir.record_file},
+                hint="the record was changed by hand or by a fault: start a new run in another --out",
+            )
+    return record
+
+
 def check_images(run_dir: RunDir, source: ImageSource) -> None:
     """Hold the images to those the run was started with.
 
     Raises:
         RecipeError: they are others.
     """
-    before = run_dir.read()["data"]
+    before = _read(run_dir)["data"]
     if before["fingerprint"] != source.fingerprint:
         raise RecipeError(
             "cannot resume with other images",

@@ -23,3 +23,20 @@ def test_short_curve_is_unchanged():
 
 def test_quantity_nobody_logged_is_none():
     assert curve([{"epoch": 1.0}], "loss") is None
+
+
+def test_events_hide_no_look_at_quality(tmp_path):
+    """A warning stands at the step of the look that gave cause for it."""
+    from edgecl.report.collect import read_metrics
+
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(
+        '{"step": 5, "epoch": 1.0, "loss": 1.0}\n'
+        '{"step": 5, "epoch": 1.0, "rankme_slim": 3.0}\n'
+        '{"step": 5, "epoch": 1.0, "event": "warning", "because": "rankme falls"}\n',
+        encoding="utf-8",
+    )
+    steps, quality, unreadable = read_metrics(path)
+    assert [line["loss"] for line in steps] == [1.0]
+    assert [line["rankme_slim"] for line in quality] == [3.0]
+    assert unreadable == 0

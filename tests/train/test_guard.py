@@ -10,6 +10,7 @@ from edgecl.artifacts import RunDir
 from edgecl.checkpoint import read_newest
 from edgecl.errors import NonFiniteError
 from edgecl.methods.sacl_xd import SaclXd
+from edgecl.train import loop
 from edgecl.train.guard import Guard
 from edgecl.train.monitor import read_metrics
 from edgecl.train.pretrain import pretrain
@@ -128,6 +129,30 @@ def test_a_second_time_stops_the_run(tmp_path, make_recipe, pictures, monkeypatc
     newest = read_newest(RunDir(out))
     assert newest.step == 5
     assert all(torch.isfinite(tensor).all() for tensor in newest.model.values())
+
+
+def test_having_gone_back_outlives_a_kill(tmp_path, make_recipe, pictures, monkeypatch):
+    """Killed after going back and before the next checkpoint, a resumed run does not go back once more."""
+    out = tmp_path / "run"
+    recipe = make_recipe("run.epochs=3", "run.max_skipped=1", "optim.warmup_epochs=0.0")
+    with monkeypatch.context() as patch:
+        break_losses(patch, {8, 9})
+        go_back = loop.Training._go_back
+
+        def and_die(self):
+            go_back(self)
+            raise KeyboardInterrupt
+
+        patch.setattr(loop.Training, "_go_back", and_die)
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, out, pictures)
+    assert read_newest(RunDir(out)).state["guard"]["went_back"] is False
+    with monkeypatch.context() as patch:
+        # The same steps again.
+        break_losses(patch, {3, 4})
+        with pytest.raises(NonFiniteError, match="again after going back"):
+            train(recipe, out, pictures, resume=True)
+    assert [event["event"] for event in events(out)].count("went back") == 1
 
 
 def test_weights_that_broke_are_never_saved(tmp_path, make_recipe, pictures):

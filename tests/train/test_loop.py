@@ -328,7 +328,7 @@ def test_resuming_where_there_is_no_run_yet_starts_it(runs, tmp_path, make_recip
 
 def test_resuming_what_is_no_run_is_named(tmp_path, make_recipe, pictures):
     (tmp_path / "thesis.txt").write_text("words", encoding="utf-8")
-    with pytest.raises(ArtifactError, match="already exists"):
+    with pytest.raises(ArtifactError, match=r"is not a run directory: it has no run\.json"):
         train(make_recipe(), tmp_path, pictures, resume=True)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 

@@ -204,7 +204,7 @@ def test_slow_start_trains_the_host_alone_at_first(scenarios):
     ("name", "text"),
     [
         ("uneven", "a batch of 7 cannot be shared evenly by 2 processes"),
-        ("other recipe", "process 1 does not see the same recipe as process 0"),
+        ("other recipe", "process 1 does not see the same setting optim.lr as process 0"),
         ("no such images", "no folder 'nowhere'"),
     ],
 )

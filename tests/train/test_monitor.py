@@ -149,6 +149,19 @@ def test_a_line_torn_by_a_kill_is_left_out(tmp_path):
     assert [line["step"] for line in read_metrics(path)] == [1, 2]
 
 
+def test_a_line_that_is_no_record_costs_no_other(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    write_metrics(path, [1, 2, 3])
+    first, second, third = path.read_bytes().splitlines()
+    path.write_bytes(b"\n".join([first, b"[]", b"\xff", b'{"no step": 1}', second, third]) + b"\n")
+    MetricsFile(path, after_step=2).close()
+    said = capsys.readouterr().err
+    assert [line["step"] for line in read_metrics(path)] == [1, 2]
+    assert [f"line {number} of '{path}' is no record and left out" in said for number in (2, 3, 4)] == [
+        True
+    ] * 3
+
+
 def norm(gradients):
     return math.sqrt(sum(float(gradient.double().square().sum()) for gradient in gradients))
 

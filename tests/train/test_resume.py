@@ -227,6 +227,47 @@ def test_more_epochs_can_be_allowed(earlier, make_recipe, labelled_pictures, cap
     assert RunDir(earlier).read()["recipe"]["run"]["epochs"] == 3
 
 
+def test_allowing_without_resuming_is_named(tmp_path, make_recipe, labelled_pictures):
+    with pytest.raises(RecipeError, match="add --resume to --allow"):
+        train(make_recipe(), tmp_path / "run", labelled_pictures, allow=["run.epochs"])
+
+
+@pytest.mark.parametrize(
+    ("missing", "named"),
+    [(["recipe"], "recipe"), (["data", "fingerprint"], "data.fingerprint"), (["wall_s"], "wall_s")],
+)
+def test_a_record_that_lacks_something_is_named(earlier, make_recipe, labelled_pictures, missing, named):
+    file = RunDir(earlier).record_file
+    record = json.loads(file.read_text())
+    table = record
+    for key in missing[:-1]:
+        table = table[key]
+    del table[missing[-1]]
+    file.write_text(json.dumps(record))
+    with pytest.raises(ArtifactError) as caught:
+        train(make_recipe(), earlier, labelled_pictures, resume=True)
+    assert caught.value.problem == f"'run.json' has no '{named}'"
+    assert caught.value.where == {"file": file}
+
+
+def test_force_goes_over_what_a_killed_force_left(earlier, make_recipe, labelled_pictures):
+    (earlier / ".checkpoints.old").mkdir()
+    (earlier / ".checkpoints.old" / "step-000000005").mkdir()
+    train(make_recipe("run.epochs=1"), earlier, labelled_pictures, force=True)
+    assert sorted(path.name for path in earlier.iterdir()) == [
+        "checkpoints",
+        "metrics.jsonl",
+        "run.json",
+        "views.png",
+    ]
+
+
+def test_checkpoints_can_be_read_by_others(earlier):
+    for path in (earlier / "checkpoints").rglob("*.*"):
+        if path.is_file():
+            assert path.stat().st_mode & 0o444 == 0o444, path
+
+
 def test_fewer_epochs_than_are_done_are_refused(earlier, make_recipe, labelled_pictures):
     with pytest.raises(RecipeError, match=r"the run is at step 10 already, beyond the 5 of 1 epochs"):
         train(make_recipe("run.epochs=1"), earlier, labelled_pictures, resume=True, allow=["run.epochs"])
