@@ -13,6 +13,8 @@ EdgeclError                 exit 1: a problem, where it is, and what to do next
 ├── ProcessError            another process of the run that is gone or silent
 ├── ParityError             two forms of one net that disagree
 └── DeviceError             a device or runtime that is not there
+
+Preempted is none of them: a run that was asked to end, and has saved; exit 0.
 """
 
 from __future__ import annotations

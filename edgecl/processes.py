@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
@@ -184,6 +186,9 @@ def explain_lost_peers() -> Iterator[None]:
         first = (str(complaint).splitlines() or [""])[0]
         if world_size() == 1 or not _LOST.search(first):
             raise
+        if threading.current_thread() is threading.main_thread():
+            # A launcher that saw the same may already be ending the rest of us; what is known shall be said first.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         _wait_for_a_report()
         silent = re.search("timed? ?out", first, re.IGNORECASE)
         raise ProcessError(

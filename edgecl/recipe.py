@@ -208,8 +208,11 @@ class Recipe(Settings):
             )
         if self.slim.widths and max(self.slim.widths) != self.slim.width:
             raise ValueError(
-                f"'slim.widths' must have 'slim.width' {self.slim.width:g} as its widest, not {max(self.slim.widths):g}"
+                f"'slim.widths' must have 'slim.width' {self.slim.width:g} as its widest, not "
+                f"{max(self.slim.widths):g}; set 'slim.width' to that, or leave it out"
             )
+        if len(set(self.slim.widths)) < len(self.slim.widths):
+            raise ValueError(f"'slim.widths' names a width twice: {list(self.slim.widths)}")
         for name in ("crop_scale", "crop_ratio", "blur_sigma"):
             low, high = getattr(self.views, name)
             if low > high:

@@ -220,13 +220,18 @@ def test_no_setting_is_dead(table, key):
 
 def test_slim_widths_are_put_in_order_with_the_widest_first(write):
     assert read_recipe(write(MINIMAL)).slim.all_widths == (1.0,)
-    recipe = read_recipe(write(MINIMAL), ["slim.widths=[0.5, 1.0, 0.75, 0.5]"])
+    recipe = read_recipe(write(MINIMAL), ["slim.widths=[0.5, 1.0, 0.75]"])
     assert recipe.slim.all_widths == (1.0, 0.75, 0.5)
 
 
 def test_the_slim_width_is_the_widest_of_its_widths(write):
     with pytest.raises(RecipeError, match=r"'slim.widths' must have 'slim.width' 1 as its widest, not 0.75"):
         read_recipe(write(MINIMAL), ["slim.widths=[0.5, 0.75]"])
+
+
+def test_a_width_named_twice_is_refused(write):
+    with pytest.raises(RecipeError, match=r"'slim.widths' names a width twice: \[0.5, 0.5, 1.0\]"):
+        read_recipe(write(MINIMAL), ["slim.widths=[0.5, 0.5, 1.0]"])
 
 
 def test_every_key_in_a_packaged_recipe_is_known_by_its_table():

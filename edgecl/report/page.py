@@ -313,6 +313,12 @@ def _panels(run: dict[str, Any], prefix: str) -> Iterator[str]:
     def series(*wanted: tuple[str, str, str]) -> list[tuple[str, str, Any]]:
         return [(name, colour, curves[key]) for key, name, colour in wanted if key in curves]
 
+    def narrower(kind: str) -> list[tuple[str, str, str]]:
+        # "slim" is the widest of them.
+        prefix = f"{kind}_slim_at_"
+        keys = sorted((key for key in curves if key.startswith(prefix)), reverse=True)
+        return [(key, f"{key.removeprefix(prefix)}\u00d7", MUTED) for key in keys]
+
     panels: list[tuple[list[tuple[str, str, Any]], dict[str, Any]]] = [
         (
             series(
@@ -332,11 +338,11 @@ def _panels(run: dict[str, Any], prefix: str) -> Iterator[str]:
             {"title": "Off-diagonal of C", "unit": "RMS, goal 0", "limits": (0.0, None)},
         ),
         (
-            series(("rankme_host", "host", _HOST), ("rankme_slim", "slim", _SLIM)),
+            series(("rankme_host", "host", _HOST), ("rankme_slim", "slim", _SLIM), *narrower("rankme")),
             {"title": "RankMe", "unit": "dimensions in use", "limits": (0.0, None)},
         ),
         (
-            series(("knn_top1_host", "host", _HOST), ("knn_top1_slim", "slim", _SLIM)),
+            series(("knn_top1_host", "host", _HOST), ("knn_top1_slim", "slim", _SLIM), *narrower("knn_top1")),
             {"title": "kNN top-1", "unit": "%"},
         ),
         (

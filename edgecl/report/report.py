@@ -33,6 +33,8 @@ _STEP_KEYS = (
     "lr",
     "images_per_s",
 )
+# Of the slim nets narrower than the widest.
+FURTHER_WIDTHS = ("rankme_slim_at_", "knn_top1_slim_at_")
 _QUALITY_KEYS = ("rankme_host", "rankme_slim", "knn_top1_host", "knn_top1_slim")
 
 
@@ -123,7 +125,7 @@ def _run(run: Source) -> dict[str, Any]:
         "from_epoch": float(math.floor(first)) if 0.25 * epochs < first < epochs else 0.0,
         "epochs": epochs,
         "steps_per_point": max(1, -(-len(run.steps) // MOST_POINTS)),
-        "curves": {**curves(run.steps, _STEP_KEYS), **curves(run.quality, _QUALITY_KEYS)},
+        "curves": {**curves(run.steps, _STEP_KEYS), **curves(run.quality, _quality_keys(run.quality))},
     }
 
 
@@ -180,3 +182,9 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return printable(value) if isinstance(value, str) else value
+
+
+def _quality_keys(lines: list[dict[str, Any]]) -> tuple[str, ...]:
+    """Return what to draw of quality: of host and slim net, and of each further width that the lines have."""
+    further = {key for line in lines for key in line if key.startswith(FURTHER_WIDTHS)}
+    return (*_QUALITY_KEYS, *sorted(further, reverse=True))

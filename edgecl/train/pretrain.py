@@ -182,6 +182,7 @@ def _run(
                 f"the run is at step {training.step} already, beyond the {training.total_steps} of "
                 f"{recipe.run.epochs} epochs",
                 where={"run": run_dir.path},
+                hint="set [run] epochs to more, or start a new run in another --out",
             )
     record = {
         **record_header(RunDir.KIND, made_from=source.fingerprint),
@@ -271,7 +272,8 @@ def _check_shares(recipe: Recipe) -> None:
     if batch // world % parts or batch // world // parts < 2:
         raise DataError(
             f"a share of {batch // world} images cannot be cut into {parts} equal parts of two or more",
-            hint="set [run] accumulate to a divisor of it",
+            hint="set [run] accumulate to "
+            + (" or ".join(str(n) for n in range(1, batch // world // 2 + 1) if batch // world % n == 0)),
         )
 
 
