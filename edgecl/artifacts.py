@@ -14,7 +14,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -391,11 +391,27 @@ def new_directory(path: Path, *, kind: str, force: bool = False) -> Iterator[Pat
         shutil.rmtree(aside, ignore_errors=True)
 
 
+def clear_directory(directory: Path, *, keep: Collection[str]) -> None:
+    """Remove all that is in a directory but these names; of links the link alone."""
+    for path in directory.iterdir():
+        if path.name in keep:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
 def flush_tree(directory: Path) -> None:
     """Flush every file of a directory, and the directory, to the disk."""
     for path in [*directory.rglob("*"), directory]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        flush(path)
+
+
+def flush(path: Path) -> None:
+    """Flush one file, or the names in one directory, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

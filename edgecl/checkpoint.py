@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 import re
 import shutil
 import sys
@@ -20,7 +19,7 @@ import torch
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-from edgecl.artifacts import SCHEMA, RunDir, disk_errors, new_directory, write_json
+from edgecl.artifacts import SCHEMA, RunDir, disk_errors, flush, new_directory, write_json
 from edgecl.errors import ArtifactError
 from edgecl.onboard.bundle import sha256_of_file
 
@@ -118,7 +117,7 @@ def write_checkpoint(
         record["sha256"] = {name: sha256_of_file(aside / name) for name in (_MODEL, _OPTIMIZER)}
         record["bytes"] = {name: (aside / name).stat().st_size for name in (_MODEL, _OPTIMIZER)}
         write_json(aside / _STATE, {**record, "own_sha256": _digest(record)})
-    _flush(run_dir.checkpoints)  # the new name is on the disk before an old one goes
+    flush(run_dir.checkpoints)  # the new name is on the disk before an old one goes
     wanted = _wanted(run_dir, step=step, keep=keep, keep_best=keep_best)
     for old in _existing(run_dir):
         if old not in wanted:
@@ -273,14 +272,6 @@ def _remove(path: Path) -> None:
     with contextlib.suppress(OSError):
         path.replace(gone)
         shutil.rmtree(gone)
-
-
-def _flush(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _existing(run_dir: RunDir) -> list[Path]:

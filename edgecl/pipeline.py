@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -14,6 +13,7 @@ from edgecl.artifacts import (
     ModelDir,
     PipelineDir,
     RunDir,
+    clear_directory,
     disk_errors,
     read_record,
     record_header,
@@ -214,13 +214,7 @@ def _resumed(pipeline: PipelineDir, settings: dict[str, Any]) -> dict[str, dict[
 def _start(pipeline: PipelineDir, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Remove what an earlier run left, but for the lock, and write the record of a new one."""
     with disk_errors(pipeline.path):
-        for path in pipeline.path.iterdir():
-            if path.name == LOCK:
-                continue
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+        clear_directory(pipeline.path, keep={LOCK})
     write_json(
         pipeline.record_file, {**record_header(PipelineDir.KIND, made_from=None), **settings, "stages": {}}
     )

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
+from edgecl.artifacts import flush
 from edgecl.data.tar_index import TarIndex, indexed, read_index, save_index
 from edgecl.errors import DataError
 from edgecl.redaction import without_secrets
@@ -126,7 +127,7 @@ def fetch(url: str, *, count: Callable[[int], None], stop: threading.Event) -> F
                 _download(url, aside, shown=shown, count=count, stop=stop)
                 index = read_index(aside, shown=shown)
                 aside.replace(place)
-                _flush_folder(place.parent)
+                flush(place.parent)
             finally:
                 aside.unlink(missing_ok=True)
             save_index(index, cached_at)
@@ -359,14 +360,6 @@ def _refusal(url: str) -> _Failed:
     return _Failed(
         f"HTTP {status}" if status >= 400 else _CURL[22], hint="try again later; what is fetched stays"
     )
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _stopped(shown: str) -> DataError:

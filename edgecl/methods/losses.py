@@ -9,7 +9,7 @@ import torch.distributed
 from torch import Tensor
 
 from edgecl.errors import ShapeError
-from edgecl.nets.sync_norms import sum_over_processes
+from edgecl.nets.sync_norms import process_count, sum_over_processes
 
 # nn.BatchNorm1d's, which the public Barlow Twins codes normalise with.
 VARIANCE_EPSILON = 1e-5
@@ -59,7 +59,7 @@ def cross_correlation(z_a: Tensor, z_b: Tensor) -> Tensor:
 
 
 def _standardise(z: Tensor) -> tuple[Tensor, int]:
-    count = z.shape[0] * _process_count()
+    count = z.shape[0] * process_count()
     centred = z - sum_over_processes(z.sum(0)) / count
     variance = sum_over_processes(centred.square().sum(0)) / count
     return centred * torch.rsqrt(variance + VARIANCE_EPSILON), count
@@ -114,14 +114,9 @@ def cross_distillation_loss(z: Tensor, frozen_z: Tensor, *, off_diagonal: float)
     return cross_correlation_loss(z, frozen_z.detach(), off_diagonal=off_diagonal).total
 
 
-def _process_count() -> int:
-    initialised = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_world_size() if initialised else 1
-
-
 def _sum_of_matrices(x: Tensor) -> Tensor:
     """Sum the matrices of all processes: the correlation is that of the global batch, not of each share."""
-    if _process_count() == 1:
+    if process_count() == 1:
         return x
     total: Tensor = _SumForOneLoss.apply(x)
     return total
@@ -144,4 +139,4 @@ class _SumForOneLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         """Multiply instead of summing equal gradients."""
-        return gradient * _process_count()
+        return gradient * process_count()

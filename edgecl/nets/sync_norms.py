@@ -33,7 +33,7 @@ def synchronise_norms(
     Raises:
         RecipeError: a norm of a kind that cannot be synchronised.
     """
-    if which == "none" or _joined() == 1:
+    if which == "none" or process_count() == 1:
         return
 
     def replace(name: str, norm: nn.Module) -> nn.Module:
@@ -77,7 +77,7 @@ class GlobalBatchNorm(_BatchNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise (N, C) or (N, C, H, W) activations; the result has their dtype."""
-        y = self._normalise(x) if self.training and _joined() > 1 else super().forward(x)
+        y = self._normalise(x) if self.training and process_count() > 1 else super().forward(x)
         for part in self.children():  # dropout, activation
             y = part(y)
         return y
@@ -137,7 +137,7 @@ def sum_over_processes(x: Tensor) -> Tensor:
     small by about the number of processes. This is the differentiable form that torch names as the successor of
     torch.distributed.nn.functional.all_reduce, deprecated since 2.15; its gradient is the same in 2.11.
     """
-    if _joined() == 1:
+    if process_count() == 1:
         return x
     from torch.distributed import _functional_collectives as collectives
 
@@ -145,7 +145,7 @@ def sum_over_processes(x: Tensor) -> Tensor:
     return cast(Tensor, collectives.wait_tensor(total))
 
 
-def _joined() -> int:
+def process_count() -> int:
     """Count the processes that have met: launched together is not yet joined."""
     met = torch.distributed.is_available() and torch.distributed.is_initialized()
     return torch.distributed.get_world_size() if met else 1

@@ -23,6 +23,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from edgecl import __version__, processes
 from edgecl.artifacts import (
     RunDir,
+    clear_directory,
     command_line,
     disk_errors,
     record_header,
@@ -33,6 +34,7 @@ from edgecl.data.loading import TrainingImages
 from edgecl.data.sources import absolute_uri, open_source
 from edgecl.data.unreadable import say_skipped
 from edgecl.errors import DataError, DeviceError, Preempted, RecipeError
+from edgecl.lock import NAME as LOCK
 from edgecl.lock import hold
 from edgecl.nets.backbone import count_parameters
 from edgecl.nets.carving import create_slimmable
@@ -114,11 +116,10 @@ def pretrain(
                 resume = was_launched_as(run_dir, processes.launch())
             if _only_traces(out):
                 resume = False
-            if resume:
+            elif resume:
                 changes = check_recipe(run_dir, recipe, allowed=allow)
             else:
-                if not _only_traces(out):
-                    refuse_existing(out, force=force, kind=RunDir.KIND)
+                refuse_existing(out, force=force, kind=RunDir.KIND)
         resume = processes.from_main(resume)
         with contextlib.ExitStack() as stack:
             if main:
@@ -317,7 +318,7 @@ def _only_traces(out: Path) -> bool:
     """Tell whether there is nothing, or no more than what a run killed in its first moments leaves."""
     if not out.exists():
         return True
-    return out.is_dir() and all(path.name.startswith((".lock", ".run.json.")) for path in out.iterdir())
+    return out.is_dir() and all(path.name.startswith((LOCK, ".run.json.")) for path in out.iterdir())
 
 
 def _start_run_dir(run_dir: RunDir, record: dict[str, Any]) -> None:
@@ -333,13 +334,7 @@ def _start_run_dir(run_dir: RunDir, record: dict[str, Any]) -> None:
             run_dir.checkpoints.replace(aside)
         run_dir.metrics_file.unlink(missing_ok=True)
         write_json(run_dir.record_file, record)
-        for path in run_dir.path.iterdir():
-            if path.name == ".lock" or path == run_dir.record_file:
-                continue
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+        clear_directory(run_dir.path, keep={LOCK, RunDir.RECORD})
         run_dir.checkpoints.mkdir()
 
 

@@ -94,7 +94,7 @@ def shared():
         losses.sum_over_processes = plain
         results["plain"] = compare(SACL_XD)
         losses._sum_of_matrices = losses.sum_over_processes = lambda x: x
-        losses._process_count = lambda: 1
+        losses.process_count = lambda: 1
         results["loss of a share"] = compare(SACL_XD)
     with open(f"{FOLDER}/{count}-{processes.rank()}.json", "w") as file:
         json.dump(results, file)

@@ -2,10 +2,21 @@
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from edgecl.recipe import recipe_from_tables
 from edgecl.settings import override
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Keep to one thread, so that sums are taken in one order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
 
 TABLES = {
     "host": {"arch": "mobilenetv3_small_100", "width": 0.75, "stem_stride": 2},

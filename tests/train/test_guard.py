@@ -16,14 +16,6 @@ from edgecl.train.monitor import read_metrics
 from edgecl.train.pretrain import pretrain
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def train(recipe, out, data, **settings):
     return pretrain(recipe, recipe_name="tiny", out=out, data=str(data), device="cpu", **settings)
 

@@ -38,15 +38,6 @@ QUALITY_KEYS = {"step", "epoch", "rankme_host", "rankme_slim", "knn_top1_host", 
 STEPS = 5  # an epoch of 40 pictures in batches of 8
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Keep to one thread, so that sums are taken in one order."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def train(recipe, out, data, **settings):
     return pretrain(recipe, recipe_name="tiny", out=out, data=str(data), device="cpu", **settings)
 

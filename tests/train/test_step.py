@@ -13,14 +13,6 @@ from edgecl.nets.carving import create_slimmable
 from edgecl.train.step import Step
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def make_step(recipe, steps_per_epoch=5):
     torch.manual_seed(0)
     net = create_slimmable(recipe)
