@@ -107,12 +107,17 @@ class Step:
         """
         self.passes.train()
         self._statistics.remember()
-        view_a = view_a.contiguous(memory_format=self._memory_format)
-        view_b = view_b.contiguous(memory_format=self._memory_format)
-        forward = self._whole if self._parts == 1 else self._in_parts
-        losses, projections, vote, watched = forward(
-            view_a, view_b, number=number, dense=dense, widths=widths, watch=watch, stop=stop
+        given = _Input(
+            view_a.contiguous(memory_format=self._memory_format),
+            view_b.contiguous(memory_format=self._memory_format),
+            number,
+            dense,
+            widths,
+            watch,
+            stop,
         )
+        learn = self._whole if self._parts == 1 else self._in_parts
+        losses, projections, vote, watched = learn(given)
         norms = self._gradient_norms(watched) if watch else {}
         # By now the device is busy with the backward pass; the vote was cast before it.
         broken, stop = vote.result()
@@ -133,41 +138,21 @@ class Step:
         """Learning rate of the last step."""
         return float(self.optimizer.param_groups[0]["lr"])
 
-    def _whole(
-        self,
-        view_a: Tensor,
-        view_b: Tensor,
-        *,
-        number: int,
-        dense: bool,
-        widths: Sequence[float] | None,
-        watch: bool,
-        stop: bool,
-    ) -> tuple[Losses, Projections, _Vote, dict[str, Tensor]]:
-        self.net.watched = {} if watch else None
-        self._seed_layers(number, part=0)
+    def _whole(self, given: _Input) -> _Learnt:
+        self.net.watched = {} if given.watch else None
+        self._seed_layers(given.number, part=0)
         with self.accelerator.autocast():
-            projections = self.passes(view_a, view_b, dense, widths)
+            projections = self.passes(given.view_a, given.view_b, given.dense, given.widths)
         losses = self.method.losses(projections)
-        vote = _Vote(losses.total, stop=stop)
+        vote = _Vote(losses.total, stop=given.stop)
         self.accelerator.backward(losses.total)
         watched = {
             name: piece.grad for name, piece in (self.net.watched or {}).items() if piece.grad is not None
         }
         self.net.watched = None
-        return losses, projections, vote, watched
+        return _Learnt(losses, projections, vote, watched)
 
-    def _in_parts(
-        self,
-        view_a: Tensor,
-        view_b: Tensor,
-        *,
-        number: int,
-        dense: bool,
-        widths: Sequence[float] | None,
-        watch: bool,
-        stop: bool,
-    ) -> tuple[Losses, Projections, _Vote, dict[str, Tensor]]:
+    def _in_parts(self, given: _Input) -> _Learnt:
         """Compute the gradient of the whole batch's loss with one part of it in memory at a time.
 
         The loss couples all samples, so parts cannot be summed. All projections are computed first, without a graph;
@@ -176,15 +161,15 @@ class Step:
 
         Source: Gao et al. 2021 (GradCache), arXiv:2101.06983, section 3.
         """
-        parts = list(zip(view_a.chunk(self._parts), view_b.chunk(self._parts), strict=True))
+        parts = list(zip(given.view_a.chunk(self._parts), given.view_b.chunk(self._parts), strict=True))
         ahead: list[Projections] = []
         for part, (part_a, part_b) in enumerate(parts):
-            self._seed_layers(number, part=part)
+            self._seed_layers(given.number, part=part)
             with self.net.frozen(), self.accelerator.autocast():
-                ahead.append(self._local_passes(part_a, part_b, dense, widths))
+                ahead.append(self._local_passes(part_a, part_b, given.dense, given.widths))
         projections = _joined(ahead)
         losses = self.method.losses(projections)
-        vote = _Vote(losses.total, stop=stop)
+        vote = _Vote(losses.total, stop=given.stop)
         self.accelerator.backward(losses.total)
         pulls = [
             leaf.grad.chunk(self._parts)  # type: ignore[union-attr]
@@ -193,18 +178,18 @@ class Step:
         watched: dict[str, Tensor] = {}
         for part, (part_a, part_b) in enumerate(parts):
             last = part == self._parts - 1
-            self.net.watched = {} if watch else None
-            self._seed_layers(number, part=part)
+            self.net.watched = {} if given.watch else None
+            self._seed_layers(given.number, part=part)
             # Gradients travel once, with the last part.
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.passes):
                 with self.accelerator.autocast():
-                    learnt = self.passes(part_a, part_b, dense, widths, True)
+                    learnt = self.passes(part_a, part_b, given.dense, given.widths, True)
                 torch.autograd.backward([learnt.host_a, *learnt.slim_b], [pull[part] for pull in pulls])
             for name, piece in (self.net.watched or {}).items():
                 if piece.grad is not None:
                     watched[name] = piece.grad if name not in watched else watched[name] + piece.grad
         self.net.watched = None
-        return losses, projections, vote, watched
+        return _Learnt(losses, projections, vote, watched)
 
     def _seed_layers(self, number: int, *, part: int) -> None:
         """Seed layers that draw random numbers (dropout, stochastic depth), so that nothing depends on history."""
@@ -230,6 +215,28 @@ class Step:
         scaler = self.accelerator.scaler
         if scaler and state.get("scaler"):
             scaler.load_state_dict(state["scaler"])
+
+
+class _Input(NamedTuple):
+    """What a step is made of, as `Step.__call__` takes it."""
+
+    view_a: Tensor
+    view_b: Tensor
+    number: int
+    dense: bool
+    widths: Sequence[float] | None
+    watch: bool
+    stop: bool
+
+
+class _Learnt(NamedTuple):
+    """What the passes of a step leave behind besides the parameters' gradients."""
+
+    losses: Losses
+    projections: Projections
+    vote: _Vote
+    watched: dict[str, Tensor]
+    """Gradients of the slim net's slices; empty unless asked for."""
 
 
 class _Vote:
