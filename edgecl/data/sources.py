@@ -346,12 +346,18 @@ def _open_folder(uri: str, root: Path, index_dir: Path | None) -> ImageSource:
         fingerprint=listing.fingerprint,
         length=len(names),
         opener=None,
-        reader=lambda index: (root / names[index]).read_bytes(),
+        reader=lambda index: _content(f"{root}/{names[index]}"),
         namer=lambda index: str(root / names[index]),
         classes=classes,
         labels=labels,
         memory=memory,
     )
+
+
+def _content(path: str) -> bytes:
+    """Read a file; a Path for each picture would enter the name of each into Python's table of strings, which grows."""
+    with open(path, "rb") as file:
+        return file.read()
 
 
 def _classes_from_names(uri: str, names: list[str]) -> tuple[tuple[str, ...] | None, Labels | None]:
