@@ -265,15 +265,46 @@ def test_another_number_of_processes_goes_on(scenarios, tmp_path):
     assert_close_runs(folder / "two", run)
 
 
-@pytest.mark.slow
-def test_torchrun_starts_a_failed_run_again_where_it_was(tmp_path, make_recipe, labelled_pictures, tables):
-    """--max-restarts: one process is killed, and all go on from the last checkpoint to the end."""
-    recipe = tmp_path / "tiny.toml"
+def launched(launcher, *words, tmp_path, tables, pictures, **run):
+    """Start a run of two processes by a launcher's own command; give its directory and what it printed."""
+    recipe, out = tmp_path / "tiny.toml", tmp_path / "run"
     lines = []
-    for table, values in {**tables, "run": {**tables["run"], "epochs": 6, "checkpoint_steps": 1}}.items():
+    for table, values in {**tables, "run": {**tables["run"], **run}}.items():
         lines.append(f"[{table}]")
         lines += [f"{key} = {json.dumps(value)}" for key, value in values.items()]
     recipe.write_text("\n".join(lines), encoding="utf-8")
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", *launcher, *words),
+            *("pretrain", str(recipe), "--data", str(pictures), "--device", "cpu", "--out", str(out)),
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return RunDir(out), done.stdout
+
+
+@pytest.mark.slow
+def test_accelerate_launches_two_processes(tmp_path, labelled_pictures, tables):
+    """Its launcher of several processes is the one for GPUs; without MPI it starts a single one for `--cpu`."""
+    run, printed = launched(
+        ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"],
+        *("-m", "edgecl"),
+        tmp_path=tmp_path,
+        tables=tables,
+        pictures=labelled_pictures,
+    )
+    record = run.read()
+    assert (record["state"], record["processes"]) == ("done", 2)
+    assert printed.count("SACL-XD on 40 images") == 1
+
+
+@pytest.mark.slow
+def test_torchrun_starts_a_failed_run_again_where_it_was(tmp_path, labelled_pictures, tables):
+    """--max-restarts: one process is killed, and all go on from the last checkpoint to the end."""
     saboteur = tmp_path / "sabotage.py"
     saboteur.write_text(
         "import os, signal, sys\n"
@@ -288,28 +319,16 @@ def test_torchrun_starts_a_failed_run_again_where_it_was(tmp_path, make_recipe, 
         "main()\n",
         encoding="utf-8",
     )
-    out = tmp_path / "run"
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-            *(
-                "--max-restarts",
-                "1",
-                str(saboteur),
-                "pretrain",
-                str(recipe),
-                "--data",
-                str(labelled_pictures),
-            ),
-            *("--device", "cpu", "--out", str(out)),
-        ],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        capture_output=True,
-        text=True,
-        timeout=300,
+    run, printed = launched(
+        ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"],
+        str(saboteur),
+        tmp_path=tmp_path,
+        tables=tables,
+        pictures=labelled_pictures,
+        epochs=6,
+        checkpoint_steps=1,
     )
-    assert done.returncode == 0, done.stderr
-    record = RunDir(out).read()
+    record = run.read()
     assert (record["state"], record["step"]) == ("done", 30)
     assert "resumed_with" in record
-    assert done.stdout.count("SACL-XD on 40 images") == 1
+    assert printed.count("SACL-XD on 40 images") == 1
