@@ -24,25 +24,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-RECIPE = """\
-# A net of a few thousand parameters.
-[host]
-arch = "mobilenetv3_small_100"
-width = 0.75
-[slim]
-width = 0.5
-[projector]
-sizes = [16, 16]
-[data]
-image_size = 32
-batch_size = 16
-[optim]
-name = "sgd"
-lr = 0.01
-[run]
-epochs = 1
-log_every = 1
-"""
+RECIPE = Path(__file__).with_name("tiny.toml")
 TOP = 6
 SHOWN = {"help": "--help"}
 WAIT_S = 300.0
@@ -108,11 +90,10 @@ def prepare(scratch: Path, wanted: list[str]) -> dict[str, Callable[[], dict[str
         commands["ls"] = lambda: whole(*words_of(scratch, "ls"))
     if "bench" in wanted or "pretrain" in wanted:
         write_images(scratch / "images")
-        (scratch / "tiny.toml").write_text(RECIPE)
     if "bench" in wanted:
         run = scratch / "for-bench"
         edgecl = ("-m", "edgecl")
-        whole(*edgecl, "pretrain", scratch / "tiny.toml", "--data", scratch / "images", "--out", run)
+        whole(*edgecl, "pretrain", RECIPE, "--data", scratch / "images", "--out", run)
         whole(*edgecl, "carve", run, "--out", scratch / "slim")
         target = ("--target", "ort-cpu", "--precision", "fp32")
         whole(*edgecl, "export", scratch / "slim", *target, "--out", scratch / "bundle")
@@ -129,7 +110,7 @@ def words_of(scratch: Path, name: str) -> tuple[object, ...]:
         "ls": ("ls",),
         "bench": ("bench", scratch / "bundle", "--duration-s", "0.001", "--threads", "1"),
         "pretrain": (
-            *("pretrain", scratch / "tiny.toml", "--data", scratch / "images", "--device", "cpu"),
+            *("pretrain", RECIPE, "--data", scratch / "images", "--device", "cpu"),
             *("--out", scratch / "run", "--force"),
         ),
     }

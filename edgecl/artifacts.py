@@ -14,6 +14,7 @@ import re
 import shutil
 import sys
 import tempfile
+import threading
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ SCHEMA = bundle_names.SCHEMA
 MADE_BY = f"edgecl {__version__}"
 
 # A limit on file sizes or a quota reads to a user exactly like a full disk.
-_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
 _NO_PLACE = {errno.EEXIST, errno.ENOTDIR, errno.ENOENT, errno.ENAMETOOLONG, errno.EISDIR}
 # safetensors is written in Rust and names the system's error only in its text.
@@ -288,7 +289,8 @@ def write_bytes(path: Path, content: bytes) -> None:
     Raises:
         ArtifactError: the disk is full; nothing is left behind.
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    # Threads of one process may write the same file.
+    aside = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_native_id()}.part")
     try:
         with disk_errors(path):
             with aside.open("wb") as file:
@@ -309,7 +311,7 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise
     except Exception as complaint:
         code = _errno_of(complaint)
-        if code in _DISK_FULL:
+        if code in DISK_FULL:
             raise ArtifactError(
                 f"no room on the disk to write '{path.name}'",
                 where={"directory": path.parent},

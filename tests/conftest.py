@@ -11,6 +11,7 @@ import os
 # "bit for bit" means something, and nets this small are slower with two.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,40 +28,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 COLOURS = {"blue": (40, 60, 200), "green": (50, 180, 60), "red": (210, 40, 50)}
 
-TINY_RECIPE = """\
-# A net of a few thousand parameters on a few images of 32 pixels.
-#
-# Command: edgecl pretrain tiny.toml --data FOLDER
-
-[host]
-arch = "mobilenetv3_small_100"
-width = 0.75
-
-[slim]
-width = 0.5
-
-[projector]
-sizes = [16, 16]
-
-[data]
-image_size = 32
-batch_size = 16
-max_bad_fraction = 0.1
-
-[optim]
-name = "sgd"
-lr = 0.01
-
-[run]
-epochs = 1
-quality_epochs = 1
-log_every = 1
-
-[probe]
-labels_per_class = 2
-draws = 2
-scratch_steps = 2
-"""
+# The startup benchmark trains with it too.
+TINY_RECIPE = Path(__file__).parents[1] / "benchmarks" / "tiny.toml"
 
 
 def write_folder(root: Path, *, per_class: int, side: int = 32, classes: dict[str, Any] = COLOURS) -> Path:
@@ -91,9 +60,7 @@ def unlabelled_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A recipe that trains in a second."""
-    path = tmp_path_factory.mktemp("recipe") / "tiny.toml"
-    path.write_text(TINY_RECIPE)
-    return path
+    return Path(shutil.copy(TINY_RECIPE, tmp_path_factory.mktemp("recipe")))
 
 
 @pytest.fixture(scope="session")

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from disks import disk_of, flip, largest_file
 
 from edgecl.artifacts import (
     KINDS,
@@ -29,6 +29,7 @@ from edgecl.artifacts import (
     read_record,
     record_header,
     refuse_existing,
+    write_bytes,
     write_json,
 )
 from edgecl.errors import ArtifactError
@@ -248,6 +249,14 @@ def test_reader_never_sees_a_part_of_a_json_file(tmp_path):
     assert names(tmp_path) == ["a.json"]
 
 
+def test_threads_that_write_the_same_file_do_not_disturb_each_other(tmp_path):
+    contents = [bytes([number]) * 100_000 for number in range(64)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda content: write_bytes(tmp_path / "a", content), contents))
+    assert (tmp_path / "a").read_bytes() in contents
+    assert names(tmp_path) == ["a"]
+
+
 # --- a full disk ---
 
 
@@ -276,17 +285,6 @@ def write_large_model(path):
 WRITERS = [write_large_json, write_large_model]
 
 
-@contextlib.contextmanager
-def largest_file(size):
-    """Let no file of this process grow beyond so many bytes; Python ignores the signal that goes with it."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 def assert_says_no_room(error, directory):
     assert str(error).splitlines() == [
         "no room on the disk to write 'out'",
@@ -305,14 +303,8 @@ def test_limit_on_file_size_reads_like_a_full_disk_and_leaves_nothing(tmp_path, 
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 64 KiB."""
-    place = tmp_path / "small"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)]
-    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting a small file system is not permitted here")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
+    with disk_of(64, tmp_path / "small") as place:
+        yield place
 
 
 @pytest.mark.parametrize("write", WRITERS)
@@ -428,9 +420,7 @@ def test_every_record_name_belongs_to_one_kind():
 
 def test_model_whose_weights_changed_is_refused_with_both_hashes(tmp_path, carved_model):
     model = shutil.copytree(carved_model, tmp_path / "m")
-    weights = bytearray((model / "weights.safetensors").read_bytes())
-    weights[-1] ^= 1
-    (model / "weights.safetensors").write_bytes(weights)
+    flip(model / "weights.safetensors")
     expected = json.loads((model / "model.json").read_text())["weights_sha256"][:12]
     with pytest.raises(ArtifactError) as caught:
         ModelDir(model).read()

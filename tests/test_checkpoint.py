@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from disks import flip
 from torch import nn
 
 import edgecl
@@ -71,12 +72,6 @@ def names(run_dir):
 
 def steps(run_dir):
     return [int(name.removeprefix("step-")) for name in names(run_dir)]
-
-
-def flip(file, *, at=-1):
-    content = bytearray(file.read_bytes())
-    content[at] ^= 1
-    file.write_bytes(content)
 
 
 # --- exact ---

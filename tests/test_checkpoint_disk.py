@@ -1,11 +1,9 @@
 """Checkpoints come and go: which are kept, what a full disk leaves, and what a process killed while writing leaves."""
 
-import contextlib
 import json
 import math
 import os
 import random
-import resource
 import shutil
 import subprocess
 import sys
@@ -14,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from disks import disk_of, flip, largest_file
 
 from edgecl.artifacts import RunDir
 from edgecl.checkpoint import read_best, read_newest, write_checkpoint
@@ -47,12 +46,6 @@ def names(run_dir):
 
 def kept(run_dir):
     return [int(name.removeprefix("step-")) for name in names(run_dir)]
-
-
-def flip(file):
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
 
 
 def tree(directory):
@@ -257,17 +250,6 @@ def test_all_is_flushed_before_it_is_named_and_the_name_before_an_old_one_goes(r
 # --- a full disk ---
 
 
-@contextlib.contextmanager
-def largest_file(size):
-    """Let no file of this process grow beyond so many bytes; Python ignores the signal that goes with it."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 def assert_says_no_room(error, run_dir, step):
     assert isinstance(error, ArtifactError)
     assert str(error).splitlines() == [
@@ -300,14 +282,8 @@ def test_a_full_disk_gives_back_the_checkpoint_of_the_same_step(run_dir):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 256 KiB."""
-    place = tmp_path / "small"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(place)]
-    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting a small file system is not permitted here")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
+    with disk_of(256, tmp_path / "small") as place:
+        yield place
 
 
 def test_a_disk_full_at_any_page_leaves_the_checkpoints_before_whole(small_disk):

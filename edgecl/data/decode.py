@@ -131,15 +131,18 @@ def refuse_without_nvjpeg(device: torch.device) -> None:
     Raises:
         DeviceError: it is no GPU, or torchvision has no decoder for it.
     """
-    hint = "set [data] decode to 'cpu'"
     if device.type != "cuda":
-        raise DeviceError(f"[data] decode is 'cuda', but the run is on '{device.type}'", hint=hint)
+        raise DeviceError(
+            f"[data] decode is 'cuda', but the run is on '{device.type}'",
+            hint="set data.decode to 'cpu', or run on an NVIDIA GPU, with CUDA builds of torch and torchvision",
+        )
     try:
         _by_torchvision([simplejpeg.encode_jpeg(np.zeros((16, 16, 3), dtype=np.uint8))], device)
     except (RuntimeError, ImportError) as complaint:
         reason = (str(complaint).splitlines() or [type(complaint).__name__])[0]
         raise DeviceError(
-            f"torchvision cannot decode JPEGs on '{device}': {reason}", hint=hint
+            f"torchvision cannot decode JPEGs on '{device}': {reason}",
+            hint="set data.decode to 'cpu', or install a CUDA build of torchvision, which brings nvJPEG",
         ) from complaint
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import os
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
-from edgecl.artifacts import flush
+from edgecl.artifacts import DISK_FULL, flush
 from edgecl.data.tar_index import TarIndex, indexed, read_index, save_index
 from edgecl.errors import DataError
 from edgecl.redaction import without_secrets
@@ -133,7 +132,7 @@ def fetch(url: str, *, count: Callable[[int], None], stop: threading.Event) -> F
             save_index(index, cached_at)
             return Fetched(place, index)
     except OSError as complaint:
-        full = complaint.errno in (errno.ENOSPC, errno.EDQUOT)
+        full = complaint.errno in DISK_FULL
         raise DataError(
             f"no room for the shard '{_name(shown)}'"
             if full

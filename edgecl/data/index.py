@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import os
+import stat
 import sys
 import time
 from collections.abc import Iterable, Mapping
@@ -28,11 +29,13 @@ from edgecl.progress import Progress
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
-_MAGIC = "edgecl-index 1"
+_MAGIC = "edgecl-index 2"
 _SAMPLE = 1024
 # A folder that changed this shortly before it was read may change again without its time of change showing it.
 _RACY_NS = 2_000_000_000
-_NAMED_LINKS = 5
+_NAMED = 5
+_NOWHERE = "a link that leads nowhere"
+_KINDS = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
 _COUNT_EVERY = 1000
 
 
@@ -50,6 +53,8 @@ class Listing:
     """Of each folder that was read: relative name, time of change in nanoseconds, inode."""
     left_out: list[str]
     """Links to folders that were already read, and links that lead nowhere but to themselves."""
+    no_files: list[tuple[str, str]]
+    """Of what is named like a picture, and of links, what there is no file behind: name, and what it is instead."""
 
 
 class Memory:
@@ -140,6 +145,7 @@ def scan(root: Path) -> Listing:
     found: dict[str, int] = {}
     folders: list[tuple[str, int, int]] = []
     left_out: list[str] = []
+    no_files: list[tuple[str, str]] = []
     seen: set[tuple[int, int]] = set()
     # Linked folders wait until all real ones are seen: a link to a folder inside the root then adds
     # nothing, and a loop ends.
@@ -166,17 +172,38 @@ def scan(root: Path) -> Listing:
                     try:
                         if entry.is_dir():
                             (linked if entry.is_symlink() else inner).append((entry.path, f"{prefix}{name}/"))
-                        elif name.lower().endswith(EXTENSIONS) and entry.is_file():
+                            continue
+                        is_picture = name.lower().endswith(EXTENSIONS)
+                        if is_picture and entry.is_file():
                             found[prefix + name] = entry.stat().st_size
+                        elif is_picture or entry.is_symlink():
+                            kind = _no_file(entry.path)
+                            # Of other names a link alone matters: it may have led to a folder of pictures.
+                            if kind and (is_picture or kind == _NOWHERE):
+                                no_files.append((prefix + name, kind))
                     except OSError as complaint:
-                        if complaint.errno != errno.ELOOP:
+                        if complaint.errno == errno.ENOTDIR:
+                            no_files.append((prefix + name, _NOWHERE))
+                        elif complaint.errno == errno.ELOOP:
+                            left_out.append(prefix + name)
+                        else:
                             raise
-                        left_out.append(prefix + name)
             real += sorted(inner)
             linked.sort()
     names = sorted(found)
     sizes = np.fromiter((found[name] for name in names), dtype=np.int64, count=len(names))
-    return Listing(names, sizes, fingerprint(names, sizes), folders, sorted(left_out))
+    return Listing(names, sizes, fingerprint(names, sizes), folders, sorted(left_out), sorted(no_files))
+
+
+def _no_file(path: str) -> str | None:
+    """Say what stands in the place of a file, without opening it: a pipe would block. None for a file or a folder."""
+    try:
+        mode = os.stat(path).st_mode  # noqa: PTH116
+    except (FileNotFoundError, NotADirectoryError):
+        return _NOWHERE
+    if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
+        return None
+    return _KINDS.get(stat.S_IFMT(mode), "a device")
 
 
 def fingerprint(names: Iterable[str], sizes: NDArray[np.int64]) -> str:
@@ -191,15 +218,23 @@ def _unchanged(listing: Listing, root: Path) -> bool:
             status = os.stat(f"{root}/{prefix}")  # noqa: PTH116
             if (status.st_mtime_ns, status.st_ino) != (changed, inode):
                 return False
-        # Others at every start: what one start misses the next may see.
-        count = len(listing.names)
-        sample = np.random.default_rng().permutation(count)[:_SAMPLE] if count > _SAMPLE else np.arange(count)
         return all(
             os.stat(f"{root}/{listing.names[place]}").st_size == listing.sizes[place]  # noqa: PTH116
-            for place in sample.tolist()
+            for place in _sample(len(listing.names))
+        ) and all(
+            _no_file(f"{root}/{name}") == kind
+            for name, kind in map(listing.no_files.__getitem__, _sample(len(listing.no_files)))
         )
     except OSError:
         return False
+
+
+def _sample(count: int) -> list[int]:
+    """Choose some of so many: others at every start, so that what one misses the next may see."""
+    if count <= _SAMPLE:
+        return list(range(count))
+    chosen: list[int] = np.random.default_rng().permutation(count)[:_SAMPLE].tolist()
+    return chosen
 
 
 def _encoded(listing: Listing) -> bytes:
@@ -208,6 +243,7 @@ def _encoded(listing: Listing) -> bytes:
         "fingerprint": listing.fingerprint,
         "folders": listing.folders,
         "left_out": listing.left_out,
+        "no_files": listing.no_files,
         "count": len(listing.names),
         "names_bytes": len(names),
     }
@@ -233,6 +269,7 @@ def _read(file: Path) -> Listing | None:
         fields["fingerprint"],
         [(prefix, changed, inode) for prefix, changed, inode in fields["folders"]],
         fields["left_out"],
+        [(name, kind) for name, kind in fields["no_files"]],
     )
 
 
@@ -247,10 +284,19 @@ def _write(file: Path, content: bytes) -> None:
 
 
 def _say_left_out(listing: Listing, root: Path) -> None:
-    if listing.left_out and is_main():
-        count = len(listing.left_out)
-        named = ", ".join(listing.left_out[:_NAMED_LINKS]) + (" …" if count > _NAMED_LINKS else "")
+    if not is_main():
+        return
+    if count := len(listing.left_out):
         sys.stderr.write(
             f"edgecl: {count} link{'s' if count > 1 else ''} in '{root}' left out, "
-            f"leading back to what was already read: {named}\n"
+            f"leading back to what was already read: {_named(listing.left_out)}\n"
         )
+    if count := len(listing.no_files):
+        named = _named([f"{name} ({kind})" for name, kind in listing.no_files])
+        sys.stderr.write(
+            f"edgecl: {count} name{'s' if count > 1 else ''} in '{root}' left out, with no file behind: {named}\n"
+        )
+
+
+def _named(names: list[str]) -> str:
+    return ", ".join(names[:_NAMED]) + (" …" if len(names) > _NAMED else "")

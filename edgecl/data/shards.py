@@ -248,7 +248,11 @@ def _expand(pattern: str, shown: str) -> list[str]:
             continue
         inside = sorted(str(path) for path in _local(url).glob("*.tar"))
         if not inside:
-            raise DataError(f"no .tar files in the folder '{url}'", hint=_PATTERNS)
+            raise DataError(
+                f"no .tar files in the folder '{url}'",
+                hint="looked for *.tar right in it, not deeper; unpack .tar.gz to .tar; if it holds images as they are, "
+                "name the folder without 'shards:'",
+            )
         found += inside
     return found
 

@@ -356,7 +356,7 @@ def _open_folder(uri: str, root: Path, index_dir: Path | None) -> ImageSource:
 
 def _content(path: str) -> bytes:
     """Read a file; a Path for each picture would enter the name of each into Python's table of strings, which grows."""
-    with open(path, "rb") as file:
+    with open(path, "rb") as file:  # noqa: PTH123
         return file.read()
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
+import stat
 import tarfile
-import tempfile
 import zipfile
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,8 +16,9 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from edgecl.artifacts import write_bytes
 from edgecl.data.index import EXTENSIONS
-from edgecl.errors import DataError
+from edgecl.errors import ArtifactError, DataError
 
 _VERSION = 1
 _BLOCK = 512
@@ -125,6 +127,13 @@ def read_index(shard: Path, *, shown: str) -> TarIndex:
             a link, a device, a path that climbs out, the same name twice.
     """
     try:
+        if not stat.S_ISREG(shard.stat().st_mode):
+            # Opening a pipe would block.
+            raise DataError(
+                f"the shard '{_last(shown)}' is no file",
+                where={"shard": shown},
+                hint="images are read from within a shard, in any order: write it to a file first",
+            )
         with shard.open("rb") as file:
             return _read(file, shown)
     except OSError as complaint:
@@ -168,7 +177,11 @@ def _read(file: BinaryIO, shown: str) -> TarIndex:
 
 def _refuse_what_is_no_tar(file: BinaryIO, size: int, shown: str) -> None:
     if size == 0:
-        raise DataError(f"the shard '{_last(shown)}' is empty", where={"shard": shown})
+        raise DataError(
+            f"the shard '{_last(shown)}' is empty",
+            where={"shard": shown},
+            hint="copy or fetch it again, or write it anew; whoever wrote it must close the writer",
+        )
     start = file.read(_BLOCK)
     file.seek(0)
     if start.startswith(_COMPRESSED):
@@ -182,7 +195,12 @@ def _refuse_what_is_no_tar(file: BinaryIO, size: int, shown: str) -> None:
     except tarfile.HeaderError as complaint:
         if not any(start):
             return
-        raise DataError(f"'{_last(shown)}' is not a tar file", where={"shard": shown}) from complaint
+        raise DataError(
+            f"'{_last(shown)}' is not a tar file",
+            where={"shard": shown},
+            hint="see what it is with `file` (a page of a server that asks for a login?), and fetch it again; "
+            "shards are written with webdataset's TarWriter or `tar cf`",
+        ) from complaint
 
 
 def _refuse_member(member: tarfile.TarInfo, shown: str) -> None:
@@ -308,27 +326,20 @@ def _check_end(file: BinaryIO, end: int, samples: dict[str, _Sample], stamp: Sta
 
 def save_index(index: TarIndex, path: Path) -> None:
     """Keep an index, written aside and renamed; a place that cannot be written does without."""
-    aside = None
-    try:
+    content = io.BytesIO()
+    np.savez(
+        content,
+        version=np.int64(_VERSION),
+        stamp=np.array(index.stamp, dtype=np.int64),
+        digest=np.frombuffer(index.digest.encode(), dtype=np.uint8),
+        offsets=index.offsets,
+        sizes=index.sizes,
+        names=np.frombuffer(index.joined_names, dtype=np.uint8),
+        labels=np.frombuffer(index.joined_labels, dtype=np.uint8),
+    )
+    with suppress(OSError, ArtifactError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            aside = Path(file.name)
-            np.savez(
-                file,
-                version=np.int64(_VERSION),
-                stamp=np.array(index.stamp, dtype=np.int64),
-                digest=np.frombuffer(index.digest.encode(), dtype=np.uint8),
-                offsets=index.offsets,
-                sizes=index.sizes,
-                names=np.frombuffer(index.joined_names, dtype=np.uint8),
-                labels=np.frombuffer(index.joined_labels, dtype=np.uint8),
-            )
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    except OSError:
-        if aside is not None:
-            aside.unlink(missing_ok=True)
+        write_bytes(path, content.getvalue())
 
 
 def load_index(path: Path) -> TarIndex | None:

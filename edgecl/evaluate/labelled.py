@@ -155,7 +155,8 @@ def _with_labels(source: ImageSource) -> ImageSource:
         raise DataError(
             "these images have no labels",
             where={"data": source.uri},
-            hint="put each class in a folder of its own: ROOT/CLASS/image.jpg",
+            hint="put each class in a folder of its own: ROOT/CLASS/image.jpg; shards carry the class of every image as "
+            "a .cls member",
         )
     return source
 

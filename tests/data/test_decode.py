@@ -234,7 +234,8 @@ def test_decoding_on_a_gpu_is_refused_without_one(write_images):
     with pytest.raises(DeviceError) as caught:
         data.to("cpu")
     assert str(caught.value) == (
-        "[data] decode is 'cuda', but the run is on 'cpu'\n  hint: set [data] decode to 'cpu'"
+        "[data] decode is 'cuda', but the run is on 'cpu'\n"
+        "  hint: set data.decode to 'cpu', or run on an NVIDIA GPU, with CUDA builds of torch and torchvision"
     )
 
 
@@ -243,7 +244,10 @@ def test_a_torchvision_that_cannot_decode_on_the_gpu_is_named():
     with pytest.raises(DeviceError) as caught:
         refuse_without_nvjpeg(torch.device("cuda"))
     assert caught.value.problem.startswith("torchvision cannot decode JPEGs on 'cuda': ")
-    assert caught.value.hint == "set [data] decode to 'cpu'"
+    assert (
+        caught.value.hint
+        == "set data.decode to 'cpu', or install a CUDA build of torchvision, which brings nvJPEG"
+    )
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

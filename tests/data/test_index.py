@@ -1,6 +1,7 @@
 """The index of a folder: quick where nothing changed, and never a picture too many or too few."""
 
 import os
+import socket
 import stat
 
 import numpy as np
@@ -262,11 +263,82 @@ def test_a_folder_that_may_not_be_read_is_named(write_images):
         (root / "a").chmod(stat.S_IRWXU)
 
 
-def test_what_is_no_file_is_no_picture(write_images):
+# --- what there is no file behind ---
+
+
+@pytest.fixture
+def no_files(write_images, tmp_path, monkeypatch):
+    """Four pictures in two classes, and among them much that is none."""
+    root = write_images(4, classes=("a", "b"))
+    os.mkfifo(root / "a" / "pipe.jpg")
+    (root / "a" / "way.jpg").symlink_to(root / "a" / "pipe.jpg")
+    (root / "b" / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    (root / "b" / "below.jpg").symlink_to(root / "a" / "000.png" / "x.jpg")
+    (root / "c").symlink_to(tmp_path / "not mounted", target_is_directory=True)
+    monkeypatch.chdir(root / "b")  # the name of a socket must be short
+    with socket.socket(socket.AF_UNIX) as talker:
+        talker.bind("talk.png")
+    # Of no interest: neither pictures nor links that might have led to some.
+    os.mkfifo(root / "queue")
+    (root / "notes.txt").write_text("x")
+    (root / "more.txt").symlink_to(root / "notes.txt")
+    age(root)
+    return root
+
+
+SAID = (
+    "edgecl: 6 names in '{}' left out, with no file behind: a/pipe.jpg (a named pipe), a/way.jpg (a named pipe), "
+    "b/below.jpg (a link that leads nowhere), b/gone.jpg (a link that leads nowhere), b/talk.png (a socket) …\n"
+)
+
+
+def test_what_is_no_file_is_no_picture_and_is_said(no_files, capsys):
+    source = open_source(str(no_files))
+    assert [source.describe(place) for place in range(len(source))] == [
+        f"{no_files}/{name}" for name in ("a/000.png", "a/002.png", "b/001.png", "b/003.png")
+    ]
+    assert capsys.readouterr().err == SAID.format(no_files)
+
+
+def test_what_is_no_file_changes_no_fingerprint(no_files, write_images):
+    assert (
+        open_source(str(no_files)).fingerprint
+        == scan(write_images(4, classes=("a", "b"), folder="x")).fingerprint
+    )
+
+
+def test_one_link_that_leads_nowhere_is_said(write_images, capsys):
     root = write_images(2)
-    os.mkfifo(root / "pipe.jpg")
-    (root / "dangling.jpg").symlink_to(root / "nowhere.jpg")
-    assert len(open_source(str(root))) == 2
+    (root / "gone").symlink_to("nowhere")
+    open_source(str(root))
+    assert capsys.readouterr().err == (
+        f"edgecl: 1 name in '{root}' left out, with no file behind: gone (a link that leads nowhere)\n"
+    )
+
+
+def test_what_is_no_file_is_said_from_the_index_too(no_files, tmp_path, capsys, scans):
+    for _ in range(2):
+        list_folder(no_files, index_dir=tmp_path / ".edgecl")
+        assert capsys.readouterr().err == SAID.format(no_files)
+    assert scans == [no_files]
+
+
+def test_a_link_that_leads_somewhere_again_is_noticed(no_files, tmp_path, scans):
+    assert len(listed(no_files, tmp_path).names) == 4
+    (tmp_path / "nowhere.jpg").write_bytes(b"x")
+    assert "b/gone.jpg" in listed(no_files, tmp_path).names
+    (tmp_path / "not mounted").mkdir()
+    (tmp_path / "not mounted" / "0.jpg").write_bytes(b"x")
+    assert "c/0.jpg" in listed(no_files, tmp_path).names
+    assert len(scans) == 3
+
+
+def test_a_folder_of_links_that_lead_nowhere_has_no_images_and_says_why(tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "0.jpg").symlink_to("nowhere.jpg")
+    with pytest.raises(DataError, match="no images in the folder"):
+        open_source(str(tmp_path / "images"))
+    assert "0.jpg (a link that leads nowhere)" in capsys.readouterr().err
 
 
 # --- files that could not be decoded ---

@@ -1,4 +1,4 @@
-"""The tiny net once more as ONNX, for any batch."""
+"""The tiny net once more as ONNX, for any batch; real nets as ONNX with ranges."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ import pytest
 import torch
 
 from edgecl.deploy.onnx import onnx_from_net, output_length, save_onnx
+from edgecl.nets.backbone import create_backbone
 from edgecl.nets.carving import load_model
 from edgecl.target import Graph
+
+from .sketch import SIDE, images_of, ranges_of
 
 
 @pytest.fixture(scope="session")
@@ -27,3 +30,31 @@ def dynamic_file(tmp_path_factory: pytest.TempPathFactory, carved_model: Path) -
     features = output_length(model)
     assert features == net(torch.zeros(1, 3, 32, 32)).shape[1]
     return path
+
+
+@pytest.fixture(scope="session")
+def exported():
+    """Nets of the support list at 64 pixels, their batch norms settled, with ranges from the same kind of images."""
+    made = {}
+
+    def make(arch):
+        if arch not in made:
+            torch.manual_seed(0)
+            net = create_backbone(arch, num_classes=10)
+            images = images_of(16, SIDE)
+            for module in net.modules():
+                if isinstance(module, torch.nn.BatchNorm2d):
+                    module.momentum = 0.5
+            with torch.no_grad():
+                for _ in range(2):
+                    net.train()(torch.from_numpy(images))
+            model = onnx_from_net(
+                net.eval(),
+                graph=Graph(opset=19, dynamic_batch=True, max_batch=16),
+                shape=(3, SIDE, SIDE),
+                metadata={},
+            )
+            made[arch] = model, ranges_of(model, images)
+        return made[arch]
+
+    return make

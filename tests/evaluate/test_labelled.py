@@ -90,7 +90,9 @@ def test_folder_without_labels_is_refused(unlabelled_folder):
         read(unlabelled_folder)
     assert caught.value.problem == "these images have no labels"
     assert caught.value.where == {"data": str(unlabelled_folder)}
-    assert caught.value.hint == "put each class in a folder of its own: ROOT/CLASS/image.jpg"
+    assert caught.value.hint == (
+        "put each class in a folder of its own: ROOT/CLASS/image.jpg; shards carry the class of every image as a .cls member"
+    )
 
 
 def test_test_folder_without_labels_is_refused(image_folder, unlabelled_folder):

@@ -7,6 +7,7 @@ from PIL import Image
 
 from edgecl.recipe import recipe_from_tables
 from edgecl.settings import override
+from edgecl.train.pretrain import pretrain
 
 
 @pytest.fixture(autouse=True)
@@ -56,6 +57,10 @@ def make_recipe():
         return recipe_from_tables(override(TABLES, list(assignments), error=RecipeError), source="test")
 
     return make
+
+
+def train(recipe, out, data, **settings):
+    return pretrain(recipe, recipe_name="tiny", out=out, data=str(data), device="cpu", **settings)
 
 
 def write_pictures(root, count, classes=()):

@@ -13,11 +13,8 @@ from edgecl.methods.sacl_xd import SaclXd
 from edgecl.train import loop
 from edgecl.train.guard import Guard
 from edgecl.train.monitor import read_metrics
-from edgecl.train.pretrain import pretrain
 
-
-def train(recipe, out, data, **settings):
-    return pretrain(recipe, recipe_name="tiny", out=out, data=str(data), device="cpu", **settings)
+from .conftest import train
 
 
 def break_losses(monkeypatch, calls):
@@ -116,7 +113,8 @@ def test_a_second_time_stops_the_run(tmp_path, make_recipe, pictures, monkeypatc
     )
     assert caught.value.where == {"run": out, "step": 7}
     assert "lower [optim] lr" in caught.value.hint
-    assert RunDir(out).read()["state"] == "stopped"
+    record = RunDir(out).read()
+    assert (record["state"], record["step"], record["error"]) == ("failed", 5, caught.value.problem)
     # The last good checkpoint is left to go on from.
     newest = read_newest(RunDir(out))
     assert newest.step == 5

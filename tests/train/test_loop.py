@@ -19,6 +19,8 @@ from edgecl.train import pretrain as pretraining
 from edgecl.train.monitor import read_metrics
 from edgecl.train.pretrain import pretrain
 
+from .conftest import train
+
 STEP_KEYS = {
     "step",
     "epoch",
@@ -36,10 +38,6 @@ STEP_KEYS = {
 }
 QUALITY_KEYS = {"step", "epoch", "rankme_host", "rankme_slim", "knn_top1_host", "knn_top1_slim"}
 STEPS = 5  # an epoch of 40 pictures in batches of 8
-
-
-def train(recipe, out, data, **settings):
-    return pretrain(recipe, recipe_name="tiny", out=out, data=str(data), device="cpu", **settings)
 
 
 def steps_of(path):
@@ -381,7 +379,9 @@ def test_a_collapse_is_warned_of_and_stops_the_run(tmp_path, make_recipe, pictur
     assert [(record["step"], record["event"], record["because"]) for record in events] == [
         (step, "warning", "collapse") for step in (1, 2, 3, 4)
     ]
-    assert RunDir(tmp_path / "run").read()["state"] == "stopped"
+    record = RunDir(tmp_path / "run").read()
+    assert (record["state"], record["step"]) == ("failed", 0)
+    assert record["error"].startswith("the embedding collapsed")
 
 
 def test_unreadable_images_within_what_is_allowed_do_not_stop_a_run(tmp_path, make_recipe, pictures, capsys):

@@ -19,7 +19,8 @@ from edgecl.checkpoint import read_newest
 from edgecl.errors import ArtifactError, RecipeError
 from edgecl.lock import hold
 from edgecl.train.monitor import read_metrics
-from edgecl.train.pretrain import pretrain
+
+from .conftest import train
 
 KILLS = 10
 
@@ -81,10 +82,6 @@ for out in (killed, whole):
         sys.exit(f"{out} ended with {status}")
 print(json.dumps({"seen": seen, "halves": halves}))
 """
-
-
-def train(recipe, out, data, **settings):
-    return pretrain(recipe, recipe_name="tiny", out=out, data=str(data), device="cpu", **settings)
 
 
 def without_clock(path):
@@ -260,9 +257,18 @@ def test_checkpoints_can_be_read_by_others(earlier):
             assert path.stat().st_mode & 0o444 == 0o444, path
 
 
-def test_fewer_epochs_than_are_done_are_refused(earlier, make_recipe, labelled_pictures):
-    with pytest.raises(RecipeError, match=r"the run is at step 10 already, beyond the 5 of 1 epochs"):
+def test_fewer_epochs_than_are_done_are_refused_before_a_word_of_resuming(
+    earlier, make_recipe, labelled_pictures, capsys
+):
+    before = RunDir(earlier).read()
+    with pytest.raises(RecipeError) as caught:
         train(make_recipe("run.epochs=1"), earlier, labelled_pictures, resume=True, allow=["run.epochs"])
+    assert caught.value.problem == (
+        "with run.epochs = 1 the run would end at step 5, and it is at step 10 already"
+    )
+    assert caught.value.hint == "set run.epochs to 2 or more, or start a new run in another --out"
+    assert "resuming" not in capsys.readouterr().err
+    assert RunDir(earlier).read() == before
 
 
 def test_two_runs_cannot_write_to_one_directory(earlier, make_recipe, labelled_pictures):

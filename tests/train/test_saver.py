@@ -1,9 +1,7 @@
 """The saver: what was at the time of saving is written, off the training thread, and its errors come out."""
 
-import contextlib
 import copy
 import os
-import resource
 import subprocess
 import sys
 import textwrap
@@ -12,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from disks import largest_file
 from torch import nn
 
 from edgecl.artifacts import RunDir
@@ -39,16 +38,6 @@ def slow_disk(monkeypatch):
     monkeypatch.setattr(os, "fsync", wait_for_disk)
     yield opened
     opened.set()
-
-
-@contextlib.contextmanager
-def largest_file(size):
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def save(saver, step, *, size=4, **options):

@@ -39,26 +39,26 @@ def test_memory_and_handles_stay_flat(tmp_path, recipe_file, image_folder):
         "run.checkpoint_epochs": 50,
     }
     words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
-    process = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "edgecl", "pretrain", str(recipe_file), "--data", str(image_folder)),
-            *("--out", str(out), "--device", "cpu", *words),
-        ],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    command = [
+        *(sys.executable, "-m", "edgecl", "pretrain", str(recipe_file), "--data", str(image_folder)),
+        *("--out", str(out), "--device", "cpu", *words),
+    ]
     samples = []
-    while process.poll() is None:
-        step = last_step(out / "metrics.jsonl")
-        if step > WARM_UP and (not samples or step > samples[-1][0]):
-            try:
-                handles = len(list(Path(f"/proc/{process.pid}/fd").iterdir()))
-                samples.append((step, memory_mib(process.pid), handles))
-            except (FileNotFoundError, StopIteration):
-                break
-        time.sleep(0.2)
-    assert process.wait() == 0, process.stderr.read()
+    said = tmp_path / "stderr.txt"
+    with (
+        said.open("w") as stderr,
+        subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=stderr) as process,
+    ):
+        while process.poll() is None:
+            step = last_step(out / "metrics.jsonl")
+            if step > WARM_UP and (not samples or step > samples[-1][0]):
+                try:
+                    handles = len(list(Path(f"/proc/{process.pid}/fd").iterdir()))
+                    samples.append((step, memory_mib(process.pid), handles))
+                except (FileNotFoundError, StopIteration):
+                    break
+            time.sleep(0.2)
+    assert process.returncode == 0, said.read_text()
     steps, memory, handles = np.array(samples).T
     assert len(steps) > 20
     slope = np.polyfit(steps / 1000, memory, 1)[0]

@@ -1,0 +1,421 @@
+"""Remote shards: over HTTP from a server that misbehaves, through other programs, without their secrets."""
+
+import hashlib
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("webdataset")
+
+from edgecl.data import fetching
+from edgecl.data.fetching import cached_place
+from edgecl.data.sources import absolute_uri, open_source
+
+from .tar_shards import complaint, numbers, pattern
+
+pytestmark = pytest.mark.usefixtures("cache")
+
+
+# --- over HTTP ---
+
+
+class Server(ThreadingHTTPServer):
+    """A real server of a folder that counts what it is asked and can misbehave."""
+
+    daemon_threads = True
+
+    def __init__(self, folder):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.folder = folder
+        self.asked = []
+        self.behave = "well"
+        self.release = threading.Event()
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        server = self.server
+        name = self.path.partition("?")[0].lstrip("/")
+        server.asked.append(self.path)
+        path = server.folder / name
+        if server.behave == "forbid" or not path.is_file():
+            self.send_error(403 if server.behave == "forbid" else 404)
+            return
+        content = path.read_bytes()
+        announced = len(content)
+        if server.behave == "break" or (server.behave == "break once" and len(server.asked) == 1):
+            content = content[: announced // 2]
+        if server.behave == "cut":
+            content = content[: announced // 2]
+            announced = len(content)
+        self.send_response(200)
+        self.send_header("Content-Length", str(announced))
+        self.end_headers()
+        if server.behave in ("stall", "wait"):
+            self.wfile.write(content[:8192])
+            self.wfile.flush()
+            server.release.wait(20)
+            content = content[8192:] if server.behave == "wait" else b""
+        self.wfile.write(content)
+
+
+@pytest.fixture
+def server(tmp_path):
+    server = Server(tmp_path / "data")
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+    thread.start()
+    yield server
+    server.release.set()
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_shards_come_over_http_once_and_are_as_on_the_disk(write_shards, server, cache):
+    root = write_shards(3)
+    uri = f"shards:{server.url}/x-{{000..002}}.tar"
+    source = open_source(uri)
+    assert numbers(source) == list(range(12))
+    assert source.fingerprint == open_source(pattern(root, 2)).fingerprint
+    assert source.describe(4) == f"{server.url}/x-001.tar:000004.png"
+    assert len(server.asked) == 3
+    assert open_source(uri).fingerprint == source.fingerprint
+    assert len(server.asked) == 3
+    assert not list(cache.glob("*.part"))
+
+
+def test_a_damaged_file_in_the_cache_is_fetched_again(write_shards, server, cache):
+    write_shards(1)
+    uri = f"shards:{server.url}/x-000.tar"
+    open_source(uri)
+    os.truncate(cached_place(uri.removeprefix("shards:")), 1000)
+    assert numbers(open_source(uri)) == [0, 1, 2, 3]
+    assert len(server.asked) == 2
+
+
+def test_a_shard_the_server_has_not_is_named(write_shards, server):
+    write_shards(1)
+    assert str(complaint(f"shards:{server.url}/x-{{000..001}}.tar")) == (
+        "the shard 'x-001.tar' could not be fetched: HTTP 404, there is no such file\n"
+        f"  url:  {server.url}/x-001.tar\n"
+        "  hint: compare the pattern's braces with what is there"
+    )
+
+
+def test_a_refused_login_says_where_a_login_belongs(write_shards, server):
+    write_shards(1)
+    server.behave = "forbid"
+    error = complaint(f"shards:http://me:geheim@127.0.0.1:{server.server_port}/x-000.tar?Signature=streng")
+    assert str(error) == (
+        "the shard 'x-000.tar' could not be fetched: HTTP 403\n"
+        f"  url:  {server.url}/x-000.tar\n"
+        "  hint: the login or the signature is missing, wrong or out of date; records keep neither, so give the URL "
+        "anew, or with ${NAME} and the secret in the environment variable WDS_NAME"
+    )
+
+
+def test_a_server_that_is_not_there_is_named(server):
+    server.shutdown()
+    server.server_close()
+    error = complaint(f"shards:{server.url}/x.tar")
+    assert error.problem == "the shard 'x.tar' could not be fetched: no connection: refused, or no way there"
+    assert error.where == {"url": f"{server.url}/x.tar"}
+
+
+def test_a_connection_that_breaks_is_tried_again(write_shards, server):
+    write_shards(1)
+    server.behave = "break once"
+    assert numbers(open_source(f"shards:{server.url}/x-000.tar")) == [0, 1, 2, 3]
+    assert len(server.asked) == 2
+
+
+def test_a_length_that_disagrees_with_content_length_is_found(write_shards, server, cache):
+    write_shards(1)
+    server.behave = "break"
+    error = complaint(f"shards:{server.url}/x-000.tar")
+    assert error.problem == (
+        "the shard 'x-000.tar' could not be fetched: the connection ended before the announced length "
+        "(Content-Length) (3 tries)"
+    )
+    assert len(server.asked) == 3
+    assert [path.suffix for path in cache.iterdir()] == [".lock"]
+
+
+def test_a_shard_that_is_cut_on_the_server_is_not_kept(write_shards, server, cache):
+    write_shards(1)
+    server.behave = "cut"
+    error = complaint(f"shards:{server.url}/x-000.tar")
+    assert error.problem.startswith("the shard 'x-000.tar' is cut short: ")
+    assert error.where["shard"] == f"{server.url}/x-000.tar"
+    assert [path.suffix for path in cache.iterdir()] == [".lock"]
+    server.behave = "well"
+    assert numbers(open_source(f"shards:{server.url}/x-000.tar")) == [0, 1, 2, 3]
+
+
+def test_a_server_that_falls_silent_is_given_up(write_shards, server, monkeypatch, cache):
+    write_shards(1)
+    server.behave = "stall"
+    monkeypatch.setattr(fetching, "STALL_S", 0.5)
+    error = complaint(f"shards:{server.url}/x-000.tar")
+    assert str(error) == (
+        "the shard 'x-000.tar' could not be fetched: not one byte came within 0 s\n"
+        f"  url:  {server.url}/x-000.tar\n"
+        "  hint: try again later; what is fetched stays"
+    )
+    assert [path.suffix for path in cache.iterdir()] == [".lock"]
+
+
+def open_there(uri, answers):
+    source = open_source(uri)
+    answers.put((source.fingerprint, source.order(7, 0, np.arange(len(source))).tolist()))
+
+
+def start_open(uri, answers):
+    """Open shards in a process of its own."""
+    process = multiprocessing.get_context("fork").Process(target=open_there, args=(uri, answers))
+    with warnings.catch_warnings():
+        # The server's thread goes on here alone; newer Pythons warn of it.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        process.start()
+    return process
+
+
+def wait_until(condition):
+    for _ in range(600):
+        if condition():
+            return
+        time.sleep(0.05)
+    raise AssertionError("never happened")
+
+
+def test_processes_that_want_the_same_shard_fetch_it_once_and_agree(write_shards, server):
+    write_shards(1)
+    server.behave = "wait"
+    uri = f"shards:{server.url}/x-000.tar"
+    answers = multiprocessing.get_context("fork").SimpleQueue()
+    processes = [start_open(uri, answers) for _ in range(3)]
+    wait_until(lambda: server.asked)
+    # Time for the others to come to the lock.
+    time.sleep(0.5)
+    server.release.set()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    one, two, three = (answers.get() for _ in processes)
+    assert one == two == three
+    assert len(server.asked) == 1
+
+
+def test_a_process_killed_while_fetching_leaves_nothing_in_the_way(write_shards, server, cache):
+    write_shards(1)
+    server.behave = "wait"
+    uri = f"shards:{server.url}/x-000.tar"
+    process = start_open(uri, None)
+    wait_until(lambda: [path for path in cache.glob("*.part") if path.stat().st_size])
+    process.kill()
+    process.join()
+    assert list(cache.glob("*.part"))
+    server.release.set()
+    server.behave = "well"
+    assert numbers(open_source(uri)) == [0, 1, 2, 3]
+    assert not list(cache.glob("*.part"))
+
+
+def test_ctrl_c_ends_fetching_and_leaves_nothing_behind(write_shards, server, cache):
+    write_shards(1)
+    server.behave = "stall"
+    process = start_open(f"shards:{server.url}/x-000.tar", None)
+    wait_until(lambda: [path for path in cache.glob("*.part") if path.stat().st_size])
+    os.kill(process.pid, signal.SIGINT)
+    # The server stays silent for longer, and edgecl's own patience would be longer still.
+    process.join(15)
+    assert process.exitcode == 1
+    assert [path.suffix for path in cache.iterdir()] == [".lock"]
+
+
+def test_a_process_that_waits_for_one_that_gets_nowhere_gives_up(write_shards, server, cache, monkeypatch):
+    write_shards(1)
+    url = f"{server.url}/x-000.tar"
+    lock = cached_place(url).with_name(f"{cached_place(url).name}.lock")
+    cache.mkdir(parents=True)
+    holder = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            f"import fcntl, time; f = open({str(lock)!r}, 'ab'); fcntl.flock(f, fcntl.LOCK_EX); "
+            "print('held', flush=True); time.sleep(60)",
+        ],
+        stdout=subprocess.PIPE,
+    )
+    assert holder.stdout.readline() == b"held\n"
+    monkeypatch.setattr(fetching, "STALL_S", 0.25)
+    error = complaint(f"shards:{url}")
+    holder.kill()
+    holder.communicate()
+    assert error.problem == "another process fetches the shard 'x-000.tar' and got no further for 0 s"
+    assert error.where == {"url": url, "lock": str(lock)}
+
+
+def test_a_cache_that_cannot_be_written_is_named(write_shards, server, monkeypatch, tmp_path):
+    write_shards(1)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("EDGECL_CACHE", str(tmp_path / "file"))
+    error = complaint(f"shards:{server.url}/x-000.tar")
+    assert error.problem == "the cache cannot be written: Not a directory"
+    assert error.where["cache"] == tmp_path / "file" / "shards"
+    assert error.hint.startswith("EDGECL_CACHE names another place")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_disk_is_named(write_shards, server, cache):
+    write_shards(1)
+    url = f"{server.url}/x-000.tar"
+    cache.mkdir(parents=True)
+
+    def full(place, who):
+        part = place.with_name(f"{place.name}.{who}.part")
+        part.symlink_to("/dev/full")
+        return part
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fetching, "_part", full)
+        error = complaint(f"shards:{url}")
+    assert error.problem == "no room for the shard 'x-000.tar'"
+    assert [path.suffix for path in cache.iterdir()] == [".lock"]
+
+
+# --- secrets ---
+
+
+def test_a_signed_url_finds_its_shard_however_it_is_signed_and_recorded(write_shards, server, monkeypatch):
+    write_shards(1)
+    signed = (
+        f"shards:http://me:geheim@127.0.0.1:{server.server_port}/x-000.tar?X-Amz-Expires=60&X-Amz-Signature="
+    )
+    source = open_source(signed + "streng")
+    assert server.asked == ["/x-000.tar?X-Amz-Expires=60&X-Amz-Signature=streng"]
+    recorded = absolute_uri(signed + "streng")
+    assert recorded == source.uri == f"shards:{server.url}/x-000.tar"
+    assert source.describe(0) == f"{server.url}/x-000.tar:000000.png"
+    for uri in (signed + "anew", recorded):
+        assert open_source(uri).fingerprint == source.fingerprint
+    assert len(server.asked) == 1
+
+
+def test_urls_that_differ_in_more_than_a_signature_are_different_shards():
+    places = {
+        cached_place(f"http://h/get?{query}")
+        for query in ("shard=1", "shard=2", "shard=2&sig=x", "shard=2&sig=y")
+    }
+    assert len(places) == 2
+
+
+def test_a_secret_in_the_environment_stays_out_of_the_record(write_shards, server, monkeypatch):
+    write_shards(1)
+    monkeypatch.setenv("WDS_SIGNATURE", "token=geheim")
+    uri = f"shards:{server.url}/x-000.tar?${{SIGNATURE}}"
+    assert open_source(uri).uri == uri
+    assert server.asked == ["/x-000.tar?token=geheim"]
+    assert absolute_uri(uri) == uri
+
+
+# --- through other programs ---
+
+
+@pytest.fixture
+def program(tmp_path, monkeypatch):
+    """Put a real program of a given name first on the PATH."""
+
+    def put(name, script):
+        folder = tmp_path / "bin"
+        folder.mkdir(exist_ok=True)
+        path = folder / name
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+    return put
+
+
+def test_s3_is_read_by_the_aws_program(write_shards, program, tmp_path):
+    root = write_shards(2)
+    program("aws", f'echo "$@" >> {tmp_path}/asked\ncat {root}/$(basename "$3")')
+    source = open_source("shards:s3://bucket/train/x-{000..001}.tar")
+    assert numbers(source) == list(range(8))
+    assert sorted((tmp_path / "asked").read_text().splitlines()) == [
+        "s3 cp s3://bucket/train/x-000.tar -",
+        "s3 cp s3://bucket/train/x-001.tar -",
+    ]
+
+
+def test_what_aws_complains_about_is_shown(program):
+    program("aws", "echo >&2; echo 'fatal error: An error occurred (404): Not Found' >&2; exit 1")
+    assert str(complaint("shards:s3://bucket/x.tar")) == (
+        "the shard 'x.tar' could not be fetched: its program ended with status 1\n"
+        "  url:  s3://bucket/x.tar\n"
+        "  said: fatal error: An error occurred (404): Not Found"
+    )
+
+
+def test_a_missing_program_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    error = complaint("shards:s3://bucket/x.tar")
+    assert error.problem == "the shard 'x.tar' could not be fetched: the program 'aws' is not there"
+    assert error.hint == "install aws, or put it on the PATH"
+
+
+def test_an_unknown_kind_of_url_is_named():
+    error = complaint("shards:gopher://host/x.tar")
+    assert error.problem == (
+        "the shard 'x.tar' could not be fetched: gopher://host/x.tar: no gopen handler defined"
+    )
+
+
+def test_a_pipe_runs_only_where_it_is_allowed(write_shards, monkeypatch, tmp_path):
+    root = write_shards(1)
+    uri = f"shards:pipe:touch {tmp_path}/ran; cat {root}/x-000.tar"
+    error = complaint(uri)
+    assert error.problem == "a pipe runs a program, so it must be allowed first: 'pipe:touch …'"
+    assert error.hint == "if this is your own command, set EDGECL_SHARD_PIPES=1"
+    assert not (tmp_path / "ran").exists()
+    monkeypatch.setenv("EDGECL_SHARD_PIPES", "1")
+    assert numbers(open_source(uri)) == [0, 1, 2, 3]
+    assert (tmp_path / "ran").exists()
+    recorded = absolute_uri(uri)
+    assert recorded == "shards:pipe:touch …"
+    assert complaint(recorded).problem == "the command of 'pipe:touch …' was not kept in the record"
+
+
+def test_a_url_is_no_shell_command(server, tmp_path):
+    for place in (server.url, "s3://bucket"):
+        complaint(
+            f"shards:{place}/x'$(touch {tmp_path}/ran)`touch {tmp_path}/ran`;touch '{tmp_path}/ran'.tar"
+        )
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_cache_holds_what_the_server_has(write_shards, server):
+    root = write_shards(1)
+    url = f"{server.url}/x-000.tar"
+    open_source(f"shards:{url}")
+    digests = [
+        hashlib.sha256(path.read_bytes()).hexdigest() for path in (cached_place(url), root / "x-000.tar")
+    ]
+    assert digests[0] == digests[1]

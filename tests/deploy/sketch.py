@@ -1,0 +1,162 @@
+"""A small net with all that matters to INT8, written by hand, and ways to look into a graph."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import onnx
+import onnxruntime
+from onnx import TensorProto, helper, numpy_helper
+
+from edgecl.deploy.calibrate import calibrate
+from edgecl.deploy.quantise import quantise
+
+FORMS = ("int8-trt", "int8-trt-fp16", "int8-cpu")
+TENSORRT_FORMS = ("int8-trt", "int8-trt-fp16")
+# Of the pictures of real nets.
+SIDE = 64
+
+
+class Sketch:
+    """Nodes and constants of a graph in the making."""
+
+    def __init__(self):
+        self.random = np.random.default_rng(7)
+        self.nodes, self.constants = [], {}
+
+    def node(self, kind, inputs, output, **attributes):
+        self.nodes.append(helper.make_node(kind, inputs, [output], name=f"{output}_{kind}", **attributes))
+        return output
+
+    def constant(self, name, values):
+        self.constants[name] = np.asarray(values, np.float32)
+        return name
+
+    def conv(self, source, output, *, inputs, outputs, kernel=1, group=1, bias=True, stride=1):
+        shape = (outputs, inputs // group, kernel, kernel)
+        # Channels of very different size, as batch norm leaves them.
+        size = self.random.uniform(0.05, 1.0, (outputs, 1, 1, 1))
+        weights = self.random.normal(size=shape) * size / np.sqrt(np.prod(shape[1:]))
+        names = [source, self.constant(f"{output}_w", weights)]
+        if bias:
+            names.append(self.constant(f"{output}_b", self.random.normal(0, 0.3, outputs)))
+        pad = kernel // 2
+        return self.node("Conv", names, output, group=group, pads=[pad] * 4, strides=[stride] * 2)
+
+    def model(self, outputs, *, opset=17, batch="N", channels=3, side=16, features=None):
+        graph = helper.make_graph(
+            self.nodes,
+            "net",
+            [helper.make_tensor_value_info("input", TensorProto.FLOAT, [batch, channels, side, side])],
+            [
+                helper.make_tensor_value_info(
+                    name, TensorProto.FLOAT, [batch, features] if features else [batch, *"chw"]
+                )
+                for name in outputs
+            ],
+            [numpy_helper.from_array(values, name) for name, values in self.constants.items()],
+        )
+        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
+
+
+def sketch_net(*, opset=17, classifier=True, transposed=True):
+    """A stem with hard-swish, a block with ReLU6, a gate and a residual sum, a head."""
+    net = Sketch()
+    net.conv("input", "stem", inputs=3, outputs=16, kernel=3)
+    net.node("HardSigmoid", ["stem"], "stem_gate", alpha=1 / 6, beta=0.5)
+    net.node("Mul", ["stem", "stem_gate"], "stem_act")
+    net.conv("stem_act", "expand", inputs=16, outputs=32)
+    net.constant("zero", 0)
+    net.constant("six", 6)
+    net.node("Clip", ["expand", "zero", "six"], "expand_act")
+    net.conv("expand_act", "depth", inputs=32, outputs=32, kernel=3, group=32)
+    net.node("Relu", ["depth"], "depth_act")
+    net.node("GlobalAveragePool", ["depth_act"], "mean")
+    net.conv("mean", "reduce", inputs=32, outputs=8)
+    net.node("Relu", ["reduce"], "reduce_act")
+    net.conv("reduce_act", "excite", inputs=8, outputs=32)
+    net.node("HardSigmoid", ["excite"], "gate", alpha=1 / 6, beta=0.5)
+    net.node("Mul", ["depth_act", "gate"], "gated")
+    net.conv("gated", "project", inputs=32, outputs=16, bias=False)
+    net.node("Add", ["project", "stem_act"], "sum")
+    net.conv("sum", "head", inputs=16, outputs=24)
+    net.node("Relu", ["head"], "head_act")
+    net.node("GlobalAveragePool", ["head_act"], "pooled")
+    if not classifier:
+        net.node("Flatten", ["pooled"], "output")
+        return net.model(["output"], opset=opset, features=24)
+    net.node("Flatten", ["pooled"], "features")
+    weights = net.random.normal(0, 0.4, (10, 24))
+    net.constant("classes_w", weights if transposed else weights.T)
+    net.constant("classes_b", net.random.normal(0, 0.3, 10))
+    net.node("Gemm", ["features", "classes_w", "classes_b"], "output", transB=int(transposed))
+    return net.model(["output"], opset=opset, features=10)
+
+
+def images_of(count=16, side=16, seed=0):
+    random = np.random.default_rng(seed)
+    coarse = random.normal(size=(count, 3, side // 4, side // 4)).repeat(4, 2).repeat(4, 3)
+    return (coarse + 0.3 * random.normal(size=(count, 3, side, side))).astype(np.float32)
+
+
+def ranges_of(model, images=None):
+    images = images_of() if images is None else images
+    return calibrate(model, images, method="minmax")
+
+
+def quantise_net(form, *, keep=(), **options):
+    model = sketch_net(opset=19 if form == "int8-trt-fp16" else 17, **options)
+    return quantise(model, form=form, ranges=ranges_of(model), keep=keep)
+
+
+def run(model, images, *, plain=False):
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    if plain:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    return session.run(None, {"input": images})[0]
+
+
+def optimised_kinds(model, path):
+    """What ONNX Runtime runs: the kinds of nodes after its portable optimisations."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.optimized_model_filepath = str(path / "optimised.onnx")
+    onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return Counter(node.op_type for node in onnx.load(path / "optimised.onnx").graph.node)
+
+
+def maker(model, tensor):
+    return next((node for node in model.graph.node if tensor in node.output), None)
+
+
+def named(model, name):
+    return next(node for node in model.graph.node if node.name == name)
+
+
+def constants(model):
+    return {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+
+
+def kinds(model):
+    return Counter(node.op_type for node in model.graph.node)
+
+
+def pair_of(model, tensor):
+    """Return what a dequantised tensor was before, and the two nodes it went through; None where it is none."""
+    back = maker(model, tensor)
+    if back is None or back.op_type != "DequantizeLinear":
+        return None
+    there = maker(model, back.input[0])
+    return None if there is None else (there.input[0], there, back)
+
+
+def cosine(found, expected):
+    norms = np.linalg.norm(found, axis=1) * np.linalg.norm(expected, axis=1)
+    return float(((found * expected).sum(1) / norms).mean())

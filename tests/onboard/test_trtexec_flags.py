@@ -1,0 +1,312 @@
+"""trtexec's command lines per version, and the script that picks the version's."""
+
+import json
+import subprocess
+
+import pytest
+
+from edgecl.onboard import trtexec
+from edgecl.onboard.errors import DeviceError
+from edgecl.onboard.trtexec_flags import MODES, Net, bench_command, build_command, is_within
+
+from .fake_trtexec import FLAGS, make_trtexec
+from .trtexec_bundle import BUILD, DYNAMIC, STATIC, bench, calls, lines, manifest_of, write_bundle
+
+# --- exact commands ---
+
+
+@pytest.mark.parametrize(
+    ("version", "precision", "form", "expected"),
+    [
+        ("8.2.1", "fp16", "fp16", "--fp16 --workspace=1024 --profilingVerbosity=detailed --buildOnly"),
+        ("8.2.1", "fp32", "fp32", "--workspace=1024 --profilingVerbosity=detailed --buildOnly"),
+        (
+            "8.5.2",
+            "int8",
+            "int8-trt",
+            "--int8 --fp16 --memPoolSize=workspace:1024 --profilingVerbosity=detailed --buildOnly",
+        ),
+        (
+            "8.6.2",
+            "fp16",
+            "fp16",
+            "--fp16 --memPoolSize=workspace:1024 --builderOptimizationLevel=5 --profilingVerbosity=detailed "
+            "--skipInference",
+        ),
+        (
+            "10.3.0",
+            "int8",
+            "int8-trt",
+            "--int8 --fp16 --memPoolSize=workspace:1024 --builderOptimizationLevel=5 --profilingVerbosity=detailed "
+            "--skipInference",
+        ),
+        (
+            "10.3.0",
+            "int8",
+            "int8-trt-fp16",  # fp16 scales are for strongly typed networks
+            "--stronglyTyped --memPoolSize=workspace:1024 --builderOptimizationLevel=5 "
+            "--profilingVerbosity=detailed --skipInference",
+        ),
+        (
+            "10.16.2",
+            "fp16",
+            "fp16",
+            "--stronglyTyped --memPoolSize=workspace:1024 --builderOptimizationLevel=5 "
+            "--profilingVerbosity=detailed --skipInference",
+        ),
+        (
+            "11.1.0",
+            "int8",
+            "int8-trt-fp16",
+            "--memPoolSize=workspace:1024 --builderOptimizationLevel=5 --profilingVerbosity=detailed --skipInference",
+        ),
+    ],
+)
+def test_build_command_of_each_version(version, precision, form, expected):
+    head = ["trtexec", f"--onnx=model.{precision}.onnx", "--saveEngine=e.plan"]
+    assert lines(version, precision, form)["build"] == head + expected.split()
+
+
+OLD = "--duration=60 --iterations=1024 --avgRuns=100 --percentile=99 --streams=1 --useSpinWait"
+NEW = "--duration=60 --iterations=1024 --avgRuns=100 --percentile=50,90,95,99 --infStreams=1 --useSpinWait"
+
+
+@pytest.mark.parametrize(
+    ("version", "mode", "expected"),
+    [
+        ("8.2.1", "compute, CUDA graph", OLD + " --useCudaGraph --noDataTransfers"),
+        ("8.5.2", "compute", OLD + " --noDataTransfers"),
+        ("8.6.2", "with transfers", NEW),
+        ("10.3.0", "compute, CUDA graph", NEW + " --useCudaGraph --noDataTransfers"),
+        ("10.3.0", "with transfers, CUDA graph", NEW + " --useCudaGraph"),
+        ("10.16.2", "with transfers", NEW),
+        # From 11.0 on the defaults are the other way round.
+        ("11.0.0", "compute, CUDA graph", NEW + " --useCudaGraph --noDataTransfers"),
+        ("11.0.0", "compute", NEW + " --noCudaGraph --noDataTransfers"),
+        ("11.0.0", "with transfers, CUDA graph", NEW + " --useCudaGraph --includeDataTransfers"),
+        ("11.4.1", "with transfers", NEW + " --noCudaGraph --includeDataTransfers"),
+    ],
+)
+def test_bench_command_of_each_version_and_mode(version, mode, expected):
+    expected = ["trtexec", "--loadEngine=e.plan", "--warmUp=2000", *expected.split()]
+    assert bench(version, mode) == [*expected, "--separateProfileRun", "--exportTimes=t.json"]
+
+
+def test_command_lines_time_the_headline_mode_and_export_the_layers():
+    expected = bench("10.3", MODES[0])[:-1]
+    assert lines("10.3")["bench"] == [
+        *expected,
+        "--exportTimes=e.times.json",
+        "--exportLayerInfo=e.layers.json",
+    ]
+
+
+def test_the_lowest_version_of_a_range_counts():
+    assert lines(">=10.3,<10.8") == lines("10.3.0")
+    assert lines(">=10.13,<12") == lines("10.13.3")
+    assert lines("") == lines("8.2.1")
+    assert lines(">=8.0,<8.3") == lines("8.2.1")
+
+
+def test_shapes_are_said_only_where_the_batch_is_dynamic():
+    static, dynamic = lines("10.3"), lines("10.3", manifest_input=DYNAMIC)
+    assert not [word for command in static.values() for word in command if "hapes" in word]
+    assert [word for word in dynamic["build"] if "hapes" in word] == [
+        "--minShapes=input:1x3x96x96",
+        "--optShapes=input:16x3x96x96",
+        "--maxShapes=input:64x3x96x96",
+    ]
+    assert [word for word in dynamic["bench"] if "hapes" in word] == ["--shapes=input:16x3x96x96"]
+
+
+def test_tf32_is_switched_off_where_the_target_says_so():
+    assert "--noTF32" in lines("10.3", "fp32", build={**BUILD, "tf32": False})["build"]
+    assert "--noTF32" not in lines("10.3", "fp32")["build"]
+
+
+def test_dla_gets_its_core_its_memory_and_the_gpu_for_the_rest():
+    build = {**BUILD, "dla_core": 1}
+    command = lines("8.5", "int8", "int8-trt", build)
+    pools = "--memPoolSize=workspace:1024,dlaSRAM:1,dlaLocalDRAM:1024,dlaGlobalDRAM:512"
+    assert command["build"][3:8] == ["--int8", "--fp16", "--useDLACore=1", "--allowGPUFallback", pools]
+    assert command["bench"][2] == "--useDLACore=1"
+    assert lines("8.2", build=build)["build"][5:7] == ["--allowGPUFallback", "--workspace=1024"]
+    assert "--adjustForDLA" in lines("11.4.1", build=build)["build"]
+    assert lines("10.3", "fp32", build=build) == lines("10.3", "fp32")  # DLA computes no fp32
+
+
+@pytest.mark.parametrize("version", ["10.8", ">=10.12,<11", "11.3.1"])
+def test_dla_is_refused_for_versions_without_it(version):
+    with pytest.raises(
+        DeviceError, match=r"^TensorRT 1[\d.]+ has no DLA; 8\.2 to 10\.7 have it, and 11\.4 on AGX Orin$"
+    ):
+        lines(version, build={**BUILD, "dla_core": 0})
+
+
+@pytest.mark.parametrize("version", ["8.0.1", ">=7,<8.2", "<8.2"])
+def test_versions_before_8_2_are_refused(version):
+    with pytest.raises(DeviceError, match="edgecl knows trtexec from TensorRT 8.2 on, not " + version):
+        lines(version)
+
+
+def test_a_version_that_is_none_is_named():
+    with pytest.raises(DeviceError, match="'ten' is no version of TensorRT"):
+        lines("ten")
+
+
+@pytest.mark.parametrize("version", FLAGS)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("precision", "form"), [("fp32", "fp32"), ("fp16", "fp16"), ("int8", "int8-trt")])
+@pytest.mark.parametrize("manifest_input", [STATIC, DYNAMIC], ids=["static", "dynamic"])
+def test_every_flag_is_one_that_the_version_has(version, mode, precision, form, manifest_input):
+    build = {**BUILD, "tf32": False, "dla_core": None if version == "10.13.3" or version == "11.1.0" else 0}
+    net = Net(manifest_input, build, precision, form, "m.onnx")
+    commands = [
+        build_command(version, net, "e"),
+        bench_command(version, net, "e", mode=mode, times="t", layers="l"),
+    ]
+    used = [word[2:].partition("=")[0] for command in commands for word in command[1:]]
+    assert set(used) <= set(FLAGS[version])
+    assert all(len(set(command)) == len(command) for command in commands)
+
+
+@pytest.mark.parametrize(
+    ("version", "versions", "within"),
+    [
+        ("10.3.0", ">=10.3,<10.8", True),
+        ("10.8.0", ">=10.3,<10.8", False),
+        ("8.2.1", ">=10.3,<10.8", False),
+        ("10.3.0", "==10.3", True),
+        ("10.3.1", "<=10.3", True),
+        ("11.0.0", "<11", False),
+        ("10.3.0", ">10.3", False),
+        ("9.3.0", "", True),
+    ],
+)
+def test_a_version_lies_within_a_range_or_not(version, versions, within):
+    assert is_within(version, versions) is within
+
+
+# --- the script ---
+
+
+@pytest.fixture
+def bundle(tmp_path):
+    return write_bundle(tmp_path)
+
+
+def run_script(bundle, manifest, program, *arguments):
+    path = bundle / "trtexec.sh"
+    path.write_text(trtexec.script(manifest))
+    return subprocess.run(
+        ["sh", str(path), *arguments],
+        env={"TRTEXEC": str(program), "PATH": "/usr/bin:/bin"},
+        cwd="/",
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("version", "versions"),
+    [
+        ("8.2.1", ">=8.2,<8.3"),
+        ("10.3.0", ">=10.0,<12"),
+        ("10.13.3", ">=10.13,<12"),
+        ("11.1.0", ">=10.13,<12"),
+        ("8.6.2", ""),
+        ("11.4.1", ""),
+    ],
+)
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_script_runs_the_commands_of_the_version_that_is_there(
+    tmp_path, bundle, version, versions, precision
+):
+    program = make_trtexec(tmp_path / "bin", version)
+    manifest = manifest_of(versions=versions)
+    done = run_script(bundle, manifest, program, *([] if precision == "fp16" else [precision]))
+    assert done.returncode == 0, done.stdout + done.stderr
+    about = manifest["precisions"][precision]
+    net = Net(STATIC, BUILD, precision, about["form"], about["model"])
+    plan = f"engine-{precision}-trtexec.plan"
+    ran = calls(program)
+    assert ran[0] == ["--help"]
+    assert ran[1] == build_command(version, net, plan)[1:]
+    for mode, call in zip(MODES, ran[2:], strict=True):
+        times = next(word for word in call if word.startswith("--exportTimes="))[len("--exportTimes=") :]
+        layers = f"engine-{precision}-trtexec.layers.json"
+        assert call == bench_command(version, net, plan, mode=mode, times=times, layers=layers)[1:]
+        assert len(json.loads((bundle / layers).read_text())["Layers"]) == 3
+        assert len(trtexec.read_times(bundle / times)["compute"]) == 1024
+    assert len({tuple(call) for call in ran[2:]}) == len(list(bundle.glob("*.times-*.json"))) == 4
+
+
+def test_script_of_one_version_has_one_branch():
+    assert trtexec.script(manifest_of(">=10.3,<10.8")).count("--saveEngine") == 3
+    assert trtexec.script(manifest_of(">=10.0,<12")).count("--saveEngine") == 9
+
+
+@pytest.mark.parametrize(
+    ("version", "versions", "word"),
+    [
+        ("8.2.1", ">=10.3,<10.8", "older"),
+        ("10.13.3", ">=10.3,<10.8", "newer"),
+        ("11.1.0", ">=10.3,<10.8", "newer"),
+        ("11.1.0", ">=10.13,<=10", "newer"),
+        ("10.13.3", "==10.3", "newer"),
+        ("8.6.2", "==10.3", "older"),
+        ("8.2.1", ">8.2.1", "older"),
+        ("8.6.2", ">8.2.1", None),
+        ("10.3.0", "==10.3", None),
+        ("10.13.3", ">=10.3,<=10.13", None),
+        ("10.13.3", ">=10.3,<=10.13.2", "newer"),
+        ("10.13.3", "<11", None),
+        ("11.1.0", "<11", "newer"),
+    ],
+)
+def test_script_refuses_a_version_outside_the_range_at_either_end(tmp_path, bundle, version, versions, word):
+    program = make_trtexec(tmp_path / "bin", version)
+    done = run_script(bundle, manifest_of(versions), program)
+    assert is_within(version, versions) is (word is None)
+    if word is None:
+        assert done.returncode == 0, done.stdout + done.stderr
+        return
+    assert (done.returncode, done.stderr) == (
+        1,
+        f"this bundle is for TensorRT {versions}; {program} is {version}, which is {word}: export a bundle for it\n",
+    )
+    assert calls(program) == [["--help"]]
+
+
+def test_script_reads_a_version_that_is_written_with_dots(tmp_path, bundle):
+    program = make_trtexec(tmp_path / "bin", "11.1.0")
+    text = program.read_text()
+    program.write_text(
+        text.replace('print("&&&& RUNNING', 'BANNER = "[TensorRT v11.1.0.106] [b48]"\nprint("&&&& RUNNING')
+    )
+    assert "is 11.1.0, which is newer" in run_script(bundle, manifest_of(), program).stderr
+    assert run_script(bundle, manifest_of(">=10.13,<12"), program).returncode == 0
+
+
+def test_script_refuses_an_unknown_precision_and_a_missing_trtexec(tmp_path, bundle):
+    done = run_script(bundle, manifest_of(), make_trtexec(tmp_path / "b", "10.3.0"), "fp8")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "this bundle has no precision 'fp8'; it has fp16, int8, fp32\n",
+    )
+    done = run_script(bundle, manifest_of(), tmp_path / "no trtexec")
+    assert done.returncode == 1
+    assert "set TRTEXEC to where it is (package libnvinfer-bin)" in done.stderr
+
+
+def test_script_stops_at_a_build_that_fails(tmp_path, bundle):
+    program = make_trtexec(tmp_path / "bin", "10.3.0", fault="parse")
+    assert run_script(bundle, manifest_of(), program).returncode == 1
+    assert len(calls(program)) == 2
+
+
+def test_script_says_where_a_version_has_no_dla(tmp_path, bundle):
+    manifest = manifest_of(">=10.3,<11", dla_core=0)
+    done = run_script(bundle, manifest, make_trtexec(tmp_path / "new", "10.13.3"))
+    assert (done.returncode, done.stderr.partition(";")[0]) == (1, "TensorRT 10.12 has no DLA")
+    assert run_script(bundle, manifest, make_trtexec(tmp_path / "old", "10.3.0")).returncode == 0

@@ -1,0 +1,53 @@
+"""A bundle for trtexec, the commands that edgecl makes of it, and those that a program was started with."""
+
+import json
+
+from edgecl.onboard import trtexec
+from edgecl.onboard.trtexec_flags import Net, bench_command
+
+STATIC = {"name": "input", "shape": [1, 3, 224, 224], "dynamic_batch": False, "max_batch": 1}
+DYNAMIC = {"name": "input", "shape": [16, 3, 96, 96], "dynamic_batch": True, "max_batch": 64}
+BUILD = {"workspace_mib": 1024, "optimization_level": 5, "tf32": True, "dla_core": None}
+
+
+def lines(version, precision="fp16", form=None, build=BUILD, manifest_input=STATIC):
+    return trtexec.command_lines(
+        version,
+        manifest_input=manifest_input,
+        build=build,
+        precision=precision,
+        form=form or precision,
+        model=f"model.{precision}.onnx",
+        plan="e.plan",
+    )
+
+
+def bench(version, mode, manifest_input=STATIC):
+    net = Net(manifest_input, BUILD, "fp16", "fp16", "model.onnx")
+    return bench_command(version, net, "e.plan", mode=mode, duration_s=59.5, times="t.json")
+
+
+def write_bundle(folder):
+    path = folder / "bundle with space"
+    path.mkdir()
+    for name in ("model.onnx", "model.fp16.onnx", "model.int8.onnx"):
+        (path / name).write_bytes(name.encode())
+    return path
+
+
+def manifest_of(versions=">=10.3,<10.8", int8="int8-trt", **build):
+    forms = {
+        "fp16": ("model.fp16.onnx", "fp16"),
+        "int8": ("model.int8.onnx", int8),
+        "fp32": ("model.onnx", "fp32"),
+    }
+    return {
+        "precision": "fp16",
+        "precisions": {name: {"model": model, "form": form} for name, (model, form) in forms.items()},
+        "input": STATIC,
+        "target": {"versions": versions, "build": {**BUILD, **build}},
+    }
+
+
+def calls(program):
+    return [json.loads(line) for line in (program.parent / "calls.jsonl").read_text().splitlines()]
