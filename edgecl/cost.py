@@ -19,7 +19,7 @@ from edgecl.errors import RecipeError
 from edgecl.methods.sacl_xd import forward_units, other_width_units
 from edgecl.nets.backbone import count_parameters, create_backbone, feature_count
 from edgecl.nets.heads import Projector
-from edgecl.recipe import Recipe
+from edgecl.recipe import Recipe, arm_name
 
 IMAGENET_IMAGES = 1_281_167
 
@@ -141,7 +141,12 @@ class TrainingCost:
     def flops_per_image(self) -> float:
         """FLOPs of all passes of one image, projector apart."""
         pair = self.units["host"] * self.host_flops + self.units["slim"] * self.slim_flops
-        return pair + sum(other.units * other.flops for other in self.others)
+        return pair + self.others_flops_per_image
+
+    @property
+    def others_flops_per_image(self) -> float:
+        """FLOPs of one image in the slim nets below the widest: what they add to a run of the widest alone."""
+        return sum(other.units * other.flops for other in self.others)
 
     @property
     def total_flops(self) -> float:
@@ -170,7 +175,9 @@ def training_cost(recipe: Recipe, *, images: int) -> TrainingCost:
     # The loop starts slowly for whole epochs.
     dense_epochs = ceil(recipe.slim.slow_start * recipe.run.epochs)
     slow_start = dense_epochs / recipe.run.epochs
-    units = forward_units(arm=recipe.arm, xd_direction=recipe.loss.xd_direction, slow_start=slow_start)
+    # The passes of host and widest slim net are those of a run without the narrower ones.
+    arm = arm_name(recipe.host.width, recipe.slim.width, recipe.loss.alpha)
+    units = forward_units(arm=arm, xd_direction=recipe.loss.xd_direction, slow_start=slow_start)
     others = tuple(
         OtherWidth(width, flops[width], count)
         for width, count in other_width_units(recipe.slim.all_widths, slow_start=slow_start).items()
@@ -269,6 +276,8 @@ def cost_of_recipe(recipe: Recipe, *, recipe_name: str, images: int | None = Non
             "forward_units": round(priced.forward_units, 4),
             "flops_per_image": round(priced.flops_per_image),
             "total_flops": float(priced.total_flops),
+            "further_widths_flops_per_image": round(priced.others_flops_per_image),
+            "further_widths_total_flops": float(priced.others_flops_per_image * images * priced.epochs),
             "images": images,
             "epochs": priced.epochs,
             "host_forward_flops": priced.host_flops,

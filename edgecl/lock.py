@@ -45,9 +45,9 @@ os.register_at_fork(after_in_child=_close_in_child)
 def hold(directory: Path, *, what: str) -> Iterator[None]:
     """Hold a directory, made if it is missing, so that no other process writes into it.
 
-    The lock is an flock(2) on the file `.lock`, which names its holder and goes with a clean end. A process that is
-    killed leaves the file, but not the lock. Where the file system knows no locks this is said on stderr, and the
-    directory is not held.
+    Directories that were made and stayed empty go again. The lock is an flock(2) on the file `.lock`, which names its
+    holder and goes with a clean end. A process that is killed leaves the file, but not the lock. Where the file system
+    knows no locks this is said on stderr, and the directory is not held.
 
     Args:
         directory: what to hold.
@@ -57,24 +57,26 @@ def hold(directory: Path, *, what: str) -> Iterator[None]:
         ArtifactError: another process holds it, or it cannot be written.
     """
     file = directory / NAME
-    made = True
+    made: list[Path] = []
     with contextlib.suppress(OSError):
-        made = not directory.exists()
-    handle = _take(file, what)
-    _held.add(handle)
+        made = [folder for folder in (directory, *directory.parents) if not folder.exists()]
     try:
-        yield
+        handle = _take(file, what)
+        _held.add(handle)
+        try:
+            yield
+        finally:
+            if handle in _held:  # not in a forked child
+                # Unlinked while still held: who opened it before finds, once it gets the lock, that the name is gone.
+                if _is_named(handle, file):
+                    with contextlib.suppress(OSError):
+                        file.unlink()
+                _held.discard(handle)
+                os.close(handle)
     finally:
-        if handle in _held:  # not in a forked child
-            # Unlinked while still held: who opened it before finds, once it gets the lock, that the name is gone.
-            if _is_named(handle, file):
-                with contextlib.suppress(OSError):
-                    file.unlink()
-            _held.discard(handle)
-            os.close(handle)
-            if made:
-                with contextlib.suppress(OSError):
-                    directory.rmdir()  # only an empty one
+        with contextlib.suppress(OSError):
+            for folder in made:
+                folder.rmdir()  # only an empty one, and then not those above
 
 
 def _take(file: Path, what: str) -> int:

@@ -23,7 +23,7 @@ from edgecl.artifacts import (
 from edgecl.errors import ArtifactError, RecipeError, TargetError
 from edgecl.lock import NAME as LOCK
 from edgecl.lock import hold
-from edgecl.recipe import Recipe, recipe_from_tables
+from edgecl.recipe import Recipe, recipe_from_tables, width_as_given
 from edgecl.redaction import record_without_secrets
 from edgecl.target import read_target
 
@@ -88,17 +88,22 @@ def run(
     }
     with hold(out, what="pipeline directory"):
         stages = _resumed(pipeline, settings) if resume else _start(pipeline, settings)
-        _run_stages(
-            recipe,
-            pipeline,
-            settings,
-            stages,
-            labelled_data=labelled_data,
-            device=device,
-            resume=resume,
-            download=download,
-            say=say,
-        )
+        try:
+            _run_stages(
+                recipe,
+                pipeline,
+                settings,
+                stages,
+                labelled_data=labelled_data,
+                device=device,
+                resume=resume,
+                download=download,
+                say=say,
+            )
+        except Exception:
+            if not resume and not RunDir(pipeline.run).record_file.exists():
+                clear_directory(out, keep={LOCK})  # of a start that was refused nothing stays
+            raise
         say("report")
         from edgecl.report.report import report
 
@@ -161,7 +166,7 @@ def _run_stages(
         settings_now = read_target(target).model_dump(mode="json")
         for width, net in nets.items():
             # The widest has the stage's and the folder's plain name, as the only one has.
-            suffix = "" if net == pipeline.slim else f"-{width:g}"
+            suffix = "" if net == pipeline.slim else f"-{width_as_given(width)}"
             name = f"export {target}{suffix.replace('-', ' ')}"
             bundle = Bundle(pipeline.bundles / f"{Path(target).stem}{suffix}")
             before = stages.get(name, {}).get("target")
@@ -250,7 +255,10 @@ def _nets_of(recipe: Recipe, pipeline: PipelineDir) -> dict[float, Path]:
     """Return the model directory of each slim width: slim for the widest, slim-WIDTH for the others."""
     widest, *others = recipe.slim.all_widths
     folder = pipeline.slim
-    return {widest: folder, **{width: folder.with_name(f"{folder.name}-{width:g}") for width in others}}
+    return {
+        widest: folder,
+        **{width: folder.with_name(f"{folder.name}-{width_as_given(width)}") for width in others},
+    }
 
 
 def _carve(nets: dict[float, Path], pipeline: PipelineDir, *, force: bool) -> list[Path]:

@@ -86,13 +86,13 @@ class Progress:
     def _print_line(self, now: float) -> None:
         elapsed = now - self._started
         of_total, left = "", ""
+        note = f", {self._note}" if self._note else ""
         if self._total is not None:
             seconds = elapsed / max(self._done - self._first, 1) * (self._total - self._done)
             of_total, left = f"/{self._total}", f", about {seconds:.0f} s left"
         sys.stderr.write(
             f"{self._what}: {self._done}{of_total} {self._unit}, {self._rate(now)}, "
-            f"{elapsed:.0f} s gone{left} {self._note}".rstrip()
-            + "\n"
+            f"{elapsed:.0f} s gone{left}{note}\n"
         )
 
     def __exit__(

@@ -40,7 +40,7 @@ class Slim(Settings):
 
     width: float = Field(1.0, gt=0, le=4.0)
     """Channels as a multiple of the architecture's own; at the host's width the host itself is the slim net."""
-    widths: tuple[Annotated[float, Field(gt=0, le=4.0)], ...] = ()
+    widths: tuple[Annotated[float, Field(gt=0, le=4.0)], ...] = Field((), examples=[(0.5, 1.0)])
     """Every slim width of the run, `width` the widest of them; empty trains `width` alone."""
     slow_start: Fraction = 0.0
     """First fraction of the epochs in which both views go through the host only."""
@@ -172,7 +172,7 @@ class Run(Settings):
     """Steps since the last checkpoint whose loss is not finite that are left out before the run goes back to it."""
     quality_epochs: int = Field(10, ge=1)
     """Epochs between two looks at RankMe and, where there are labels, kNN."""
-    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = Field((), examples=[("tensorboard",)])
     """Also log through these; each must be installed."""
 
 
@@ -203,13 +203,13 @@ class Recipe(Settings):
     def _slim_fits_into_host(self) -> Recipe:
         if self.slim.width > self.host.width:
             raise ValueError(
-                f"slim width {self.slim.width:g} is above the host's {self.host.width:g}; "
+                f"slim width {width_as_given(self.slim.width)} is above the host's {width_as_given(self.host.width)}; "
                 "the slim net is a part of the host: widen [host] width or narrow [slim] width"
             )
         if self.slim.widths and max(self.slim.widths) != self.slim.width:
             raise ValueError(
-                f"'slim.widths' must have 'slim.width' {self.slim.width:g} as its widest, not "
-                f"{max(self.slim.widths):g}; set 'slim.width' to that, or leave it out"
+                f"'slim.widths' must have 'slim.width' {width_as_given(self.slim.width)} as its widest, not "
+                f"{width_as_given(max(self.slim.widths))}; set 'slim.width' to that, or leave it out"
             )
         if len(set(self.slim.widths)) < len(self.slim.widths):
             raise ValueError(f"'slim.widths' names a width twice: {list(self.slim.widths)}")
@@ -227,15 +227,20 @@ class Recipe(Settings):
 
     @property
     def arm(self) -> str:
-        """Which method of the family the settings amount to."""
-        return arm_name(self.host.width, self.slim.width, self.loss.alpha)
+        """Which method of the family the settings amount to; one net narrower than the host makes it slimmed."""
+        return arm_name(self.host.width, self.slim.all_widths[-1], self.loss.alpha)
 
 
 def arm_name(host_width: float, slim_width: float, alpha: float) -> str:
-    """Name the method that widths and alpha amount to."""
+    """Name the method that the host's width, the narrowest slim width and alpha amount to."""
     if host_width == slim_width:
         return "Barlow Twins" if alpha == 1 else "XD only"
     return "SACL only" if alpha == 1 else "SACL-XD"
+
+
+def width_as_given(width: float) -> str:
+    """Write a width with all its digits: rounded, it may read like another one."""
+    return str(width).removesuffix(".0")
 
 
 def read_recipe(name: str, assignments: list[str] | None = None) -> Recipe:
@@ -246,7 +251,9 @@ def read_recipe(name: str, assignments: list[str] | None = None) -> Recipe:
     """
     path = find_settings_file(name, folder="recipes", error=RecipeError, noun="recipe")
     tables = parse_toml(read_text(path, error=RecipeError), source=str(path), error=RecipeError)
-    return recipe_from_tables(override(tables, assignments or [], error=RecipeError), source=str(path))
+    assignments = assignments or []
+    tables = override(tables, assignments, error=RecipeError)
+    return validate(Recipe, tables, source=str(path), error=RecipeError, assignments=assignments)
 
 
 def recipe_from_tables(tables: dict[str, Any], *, source: str) -> Recipe:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
 
 from edgecl.errors import EdgeclError, near_matches
 
@@ -102,16 +105,31 @@ def override(tables: dict[str, Any], assignments: list[str], *, error: type[Edge
         for parent in parents:
             inner = table.setdefault(parent, {})
             if not isinstance(inner, dict):
-                raise error(f"cannot set '{key}': '{parent}' is a value, not a table")
+                raise error(
+                    f"cannot set '{key.strip()}': '{parent}' is a value, not a table",
+                    where={"--set": assignment},
+                )
             table = inner
         table[leaf] = value
     return result
 
 
 def validate(
-    model: type[SettingsT], tables: dict[str, Any], *, source: str, error: type[EdgeclError]
+    model: type[SettingsT],
+    tables: dict[str, Any],
+    *,
+    source: str,
+    error: type[EdgeclError],
+    assignments: Sequence[str] = (),
 ) -> SettingsT:
     """Validate tables against a model and report every problem at once, unknown keys with their near matches.
+
+    Args:
+        model: what the tables should be.
+        tables: with the assignments applied.
+        source: the file they were read from.
+        error: which class to raise.
+        assignments: what `override` applied; they answer for the keys they set.
 
     Raises:
         EdgeclError: of the given class, with one line per problem.
@@ -119,16 +137,35 @@ def validate(
     try:
         return model.model_validate(tables)
     except ValidationError as complaint:
-        lines = [_describe(problem, model) for problem in complaint.errors()]
-        raise error("; ".join(lines), where={"file": source}) from complaint
+        problems = complaint.errors()
+        lines = [_describe(problem, model) for problem in problems]
+        places = [".".join(map(str, problem["loc"])) for problem in problems]
+        where = _where_set(places, source=source, assignments=assignments)
+        raise error("; ".join(lines), where=where) from complaint
+
+
+def _where_set(places: Sequence[str], *, source: str, assignments: Sequence[str]) -> dict[str, object]:
+    """Say whether the file or `--set` holds the keys; one without a name is of several together, from either."""
+    given = {assignment.partition("=")[0].strip(): assignment for assignment in assignments}
+    blamed = {place: [key for key in given if _overlap(key, place)] for place in places}
+    chosen = [given[key] for key in given if any(key in keys for keys in blamed.values())]
+    where: dict[str, object] = {"--set": ", ".join(chosen)} if chosen else {}
+    return where if all(place and keys for place, keys in blamed.items()) else {"file": source, **where}
+
+
+def _overlap(key: str, place: str) -> bool:
+    """Tell whether one of two dotted keys lies in the other's table."""
+    return not place or f"{place}.".startswith(f"{key}.") or f"{key}.".startswith(f"{place}.")
 
 
 def _describe(problem: Any, model: type[BaseModel]) -> str:
     path = [str(part) for part in problem["loc"]]
     key = ".".join(path)
     if problem["type"] == "extra_forbidden":
-        return f"unknown key '{key}' ({near_matches(path[-1], _keys_at(model, path[:-1]))})"
+        return f"unknown key '{key}' ({near_matches(path[-1], _fields_at(model, path[:-1]))})"
     if problem["type"] == "missing":
+        if isinstance(problem["loc"][-1], int):  # of a list that is too short
+            return f"'{'.'.join(path[:-1])}' is {_shown(problem['input'])}: {_must_be_list(problem, model, path[:-1])}"
         return f"missing key '{key}'"
     message: str = problem["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
@@ -140,14 +177,30 @@ def _describe(problem: Any, model: type[BaseModel]) -> str:
         near = near_matches(word, choices)
         suggestion = f" ({near})" if near.startswith("did") else ""
         return f"'{key}' is {word!r}, not one of {', '.join(choices)}{suggestion}"
-    return f"'{key}' is {problem['input']!r}: {message}"
+    if problem["type"] == "model_type":
+        message = "must be a table"
+    if problem["type"] in ("tuple_type", "too_long", "too_short"):
+        message = _must_be_list(problem, model, path)
+    return f"'{key}' is {_shown(problem['input'])}: {message}"
 
 
-def _keys_at(model: type[BaseModel], path: list[str]) -> list[str]:
+def _shown(value: Any) -> str:
+    return repr(list(value) if isinstance(value, tuple) else value)
+
+
+def _must_be_list(problem: Any, model: type[BaseModel], path: list[str]) -> str:
+    """Say how a list is written, by the field's default or, where that is empty, by an example."""
+    field = _fields_at(model, path[:-1]).get(path[-1])
+    default = field.default if field and isinstance(field.default, tuple) else ()
+    example = default or (field.examples[0] if field and field.examples else [problem["input"]])
+    return f"must be a list such as {json.dumps(list(example))}"
+
+
+def _fields_at(model: type[BaseModel], path: list[str]) -> dict[str, FieldInfo]:
     for part in path:
         field = model.model_fields.get(part)
         inner = field.annotation if field else None
         if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
-            return []
+            return {}
         model = inner
-    return list(model.model_fields)
+    return dict(model.model_fields)

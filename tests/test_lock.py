@@ -124,7 +124,16 @@ def test_a_process_cannot_hold_twice(tmp_path):
 def test_a_directory_made_for_nothing_goes_again(tmp_path):
     with lock.hold(tmp_path / "a" / "b", what="run directory"):
         assert (tmp_path / "a" / "b" / lock.NAME).is_file()
-    assert not (tmp_path / "a" / "b").exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_directories_made_for_a_lock_that_was_refused_go_again(tmp_path, monkeypatch):
+    def no_room(handle):
+        raise OSError(errno.ENOSPC, "")
+
+    monkeypatch.setattr(lock, "_sign", no_room)
+    assert "no space left" in refused(tmp_path / "a" / "b").problem
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_directory_that_was_there_or_was_filled_stays(tmp_path):
@@ -134,6 +143,9 @@ def test_a_directory_that_was_there_or_was_filled_stays(tmp_path):
             if name == "filled":
                 (tmp_path / name / "run.json").touch()
         assert (tmp_path / name).is_dir()
+    with lock.hold(tmp_path / "new" / "run", what="run directory"):
+        (tmp_path / "new" / "other").mkdir()
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["other"]
 
 
 def test_another_ones_lock_is_not_removed(tmp_path):

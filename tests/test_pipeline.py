@@ -277,6 +277,14 @@ def test_failed_first_stage_can_be_resumed(again, tmp_path):
         again(out=tmp_path / "new", resume=True, data=tmp_path / "nowhere")
 
 
+def test_refused_start_leaves_nothing_and_another_may_follow(again, tmp_path, unlabelled_folder):
+    new = tmp_path / "a" / "new"
+    for _ in range(2):
+        with pytest.raises(DataError, match="a batch of 64 is larger than the data"):
+            again(out=new, resume=False, data=unlabelled_folder, assignments=["data.batch_size=64"])
+        assert not (tmp_path / "a").exists()
+
+
 def test_images_without_labels_give_no_comparison_and_no_error(again, tmp_path, unlabelled_folder):
     said = again(out=tmp_path / "new", resume=False, data=unlabelled_folder)
     assert said == [*STAGES, "report"]

@@ -32,7 +32,7 @@ def test_long_work_prints_plain_lines_with_rate_and_time_left(clock, capsys):
             clock.now += 1.0
             bar.advance(note="loss 3")
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "pretrain: 15/100 steps, 1 steps/s, 15 s gone, about 85 s left loss 3"
+    assert lines[0] == "pretrain: 15/100 steps, 1 steps/s, 15 s gone, about 85 s left, loss 3"
     assert len(lines) == 3  # at 15 s, at 30 s, and at the end
 
 

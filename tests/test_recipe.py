@@ -119,6 +119,28 @@ def test_assignment_of_an_unknown_key_suggests_a_near_one(write):
         read_recipe(write(MINIMAL), ["optim.lrr=0.2"])
 
 
+def test_settings_that_only_together_are_wrong_are_blamed_on_file_and_assignment(write):
+    path = write(MINIMAL)
+    with pytest.raises(RecipeError, match="slim width 2 is above the host's") as caught:
+        read_recipe(path, ["slim.width=2.0"])
+    assert caught.value.where == {"file": path, "--set": "slim.width=2.0"}
+
+
+@pytest.mark.parametrize(
+    ("assignment", "example"),
+    [
+        ("slim.widths=0.5", "[0.5, 1.0]"),
+        ("run.trackers=wandb", '["tensorboard"]'),
+        ("views.blur=1.0", "[1.0, 0.1]"),
+    ],
+)
+def test_single_value_where_a_list_belongs_is_refused_with_a_list(write, assignment, example):
+    with pytest.raises(RecipeError) as caught:
+        read_recipe(write(MINIMAL), [assignment])
+    assert caught.value.problem.endswith(f": must be a list such as {example}")
+    assert caught.value.where == {"--set": assignment}
+
+
 def test_recipe_without_an_architecture_says_so(write):
     with pytest.raises(RecipeError, match=r"missing key 'host\.arch'"):
         read_recipe(write("[host]\nwidth = 1.5\n"))
@@ -127,6 +149,11 @@ def test_recipe_without_an_architecture_says_so(write):
 def test_slim_net_wider_than_its_host_is_refused_with_both_widths(write):
     with pytest.raises(RecipeError, match=r"slim width 2 is above the host's 1\.5; .*widen \[host\] width"):
         read_recipe(write(MINIMAL + "[slim]\nwidth = 2.0\n"))
+
+
+def test_slim_net_a_little_wider_than_its_host_is_shown_with_all_its_digits(write):
+    with pytest.raises(RecipeError, match=r"slim width 1\.50000001 is above the host's 1\.5"):
+        read_recipe(write(MINIMAL + "[slim]\nwidth = 1.50000001\n"))
 
 
 def test_range_written_backwards_is_refused(write):
@@ -175,6 +202,20 @@ def test_recipe_is_frozen(write):
 )
 def test_widths_and_alpha_name_the_arm(write, host, alpha, arm):
     assert read_recipe(write(MINIMAL), [f"host.width={host}", f"loss.alpha={alpha}"]).arm == arm
+
+
+@pytest.mark.parametrize(
+    ("host", "widths", "alpha", "arm"),
+    [
+        (1.0, [0.5, 1.0], 1.0, "SACL only"),
+        (1.0, [0.5, 1.0], 0.95, "SACL-XD"),
+        (1.0, [1.0], 0.95, "XD only"),
+        (1.5, [0.5, 1.0], 0.95, "SACL-XD"),
+    ],
+)
+def test_narrower_nets_inside_a_slim_net_as_wide_as_the_host_are_slimmed(write, host, widths, alpha, arm):
+    settings = [f"host.width={host}", f"slim.widths={widths}", f"loss.alpha={alpha}"]
+    assert read_recipe(write(MINIMAL), settings).arm == arm
 
 
 def test_recipe_kept_in_a_run_reads_back_equal(write):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import pytest
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from edgecl.errors import RecipeError
 from edgecl.settings import Settings, find_settings_file, header_comment, override, parse_toml, validate
@@ -14,7 +14,9 @@ from edgecl.settings import Settings, find_settings_file, header_comment, overri
 class Inner(Settings):
     speed: float = 1.0
     colour: Literal["red", "green", "blue"] = "red"
-    sizes: tuple[int, ...] = ()
+    sizes: tuple[int, ...] = Field((), examples=[(3, 5)])
+    area: tuple[float, float] = (0.08, 1.0)
+    names: tuple[str, ...] = ()
 
 
 class Outer(Settings):
@@ -29,6 +31,18 @@ def check(tables):
 def complaint(tables):
     with pytest.raises(RecipeError) as caught:
         check(tables)
+    return caught.value
+
+
+def complaint_about(*assignments, file):
+    with pytest.raises(RecipeError) as caught:
+        validate(
+            Outer,
+            override(file, list(assignments), error=RecipeError),
+            source="x.toml",
+            error=RecipeError,
+            assignments=assignments,
+        )
     return caught.value
 
 
@@ -71,6 +85,41 @@ def test_choice_like_no_other_lists_all_once():
 
 def test_place_inside_a_list_is_named():
     assert "'inner.sizes.1' is 'two'" in complaint({"name": "a", "inner": {"sizes": [1, "two"]}}).problem
+
+
+@pytest.mark.parametrize(
+    ("table", "key", "problem"),
+    [
+        ({"sizes": 3}, "sizes", "is 3: must be a list such as [3, 5]"),
+        ({"area": 0.5}, "area", "is 0.5: must be a list such as [0.08, 1.0]"),
+        ({"area": [0.5]}, "area", "is [0.5]: must be a list such as [0.08, 1.0]"),
+        ({"area": [0, 1, 2]}, "area", "is [0, 1, 2]: must be a list such as [0.08, 1.0]"),
+        ({"names": "a"}, "names", """is 'a': must be a list such as ["a"]"""),
+    ],
+)
+def test_what_must_be_a_list_is_told_so_with_one(table, key, problem):
+    assert complaint({"name": "a", "inner": table}).problem == f"'inner.{key}' {problem}"
+
+
+def test_what_must_be_a_table_is_told_so():
+    assert complaint({"name": "a", "inner": 3}).problem == "'inner' is 3: must be a table"
+
+
+@pytest.mark.parametrize(
+    ("file", "assignments", "where"),
+    [
+        ({"name": "a"}, ["inner.speed=fast"], {"--set": "inner.speed=fast"}),
+        ({"name": "a"}, ["inner.sped = 2"], {"--set": "inner.sped = 2"}),
+        ({"name": "a"}, ["inner=3"], {"--set": "inner=3"}),
+        ({"name": "a"}, ["inner.sizes=[1, 'b']"], {"--set": "inner.sizes=[1, 'b']"}),
+        ({"name": "a"}, ["inner.speed=2", "nam=1", "inner.speed=x"], {"--set": "inner.speed=x, nam=1"}),
+        ({"name": 3}, ["inner.speed=2"], {"file": "x.toml"}),
+        ({}, ["inner.speed=2"], {"file": "x.toml"}),
+        ({"name": 3}, ["inner.speed=x"], {"file": "x.toml", "--set": "inner.speed=x"}),
+    ],
+)
+def test_a_wrong_key_or_value_is_blamed_on_what_set_it(file, assignments, where):
+    assert complaint_about(*assignments, file=file).where == where
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -120,8 +169,11 @@ def test_assignment_of_a_bad_form_says_how_to_write_it(assignment):
 
 
 def test_assignment_below_a_value_is_refused():
-    with pytest.raises(RecipeError, match=r"cannot set 'name\.first': 'name' is a value, not a table"):
+    with pytest.raises(
+        RecipeError, match=r"cannot set 'name\.first': 'name' is a value, not a table"
+    ) as caught:
         override({"name": "a"}, ["name.first=b"], error=RecipeError)
+    assert caught.value.where == {"--set": "name.first=b"}
 
 
 def test_text_that_is_no_toml_names_the_file_and_the_line():

@@ -13,7 +13,11 @@ def carve_command(
     out: Annotated[Path, typer.Option("--out", help="Model directory to write.")],
     width: Annotated[
         float | None,
-        typer.Option("--width", help="A trained width [default: the widest slim one, usually 1.0]"),
+        typer.Option(
+            "--width",
+            help="A trained width: a slim one, or the host's for the host itself "
+            "[default: the widest slim one, usually 1.0]",
+        ),
     ] = None,
     best: Annotated[
         bool,

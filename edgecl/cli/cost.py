@@ -60,46 +60,83 @@ def _print_cost(subject: str, record: dict[str, Any]) -> None:
     from edgecl.cli.output import print_rows
 
     size = " x ".join(str(side) for side in record["input"])
+    in_training = "training" in record
     rows = [
-        ("MACs", f"{record['macs'] / 1e6:,.2f} M", f"one image, {size}, as fvcore counts"),
-        ("FLOPs", f"{record['flops'] / 1e6:,.2f} M", "2 x MACs"),
-        (
-            "parameters",
-            f"{record['params'] / 1e6:,.3f} M",
-            "without classifier" if "training" in record else "",
-        ),
+        ("MACs", _count(record["macs"]), f"one image, {size}, as fvcore counts"),
+        ("FLOPs", _count(record["flops"]), "2 x MACs"),
+        ("parameters", _count(record["params"]), "without classifier" if in_training else ""),
     ]
     skipped = ", ".join(
         f"{name.removeprefix('aten::')} x{count}" for name, count in record["uncounted"].items()
     )
     rows.append(("not counted", skipped or "nothing", ""))
-    if "training" in record:
-        training = record["training"]
-        rows += [
-            ("method", training["arm"], f"{training['images']:,} images, {training['epochs']} epochs"),
-            (
-                "forward units",
-                f"{training['forward_units']:.2f}",
-                "slim forward passes per image; backward = 2",
-            ),
-            ("training", f"{training['flops_per_image'] / 1e9:.3f} GFLOPs per image", "projector apart"),
-            ("training, total", f"{training['total_flops'] / 1e17:.4g}e17 FLOPs", "projector apart"),
-            (
-                "projector",
-                f"{training['projector_total_flops'] / 1e17:.4g}e17 FLOPs",
-                f"{100 * training['projector_total_flops'] / training['total_flops']:.1f} % on top",
-            ),
-        ]
-        if len(record["widths"]) > 1:
-            rows += [
-                (
-                    f"width {one['width']:g}",
-                    f"{one['macs'] / 1e6:,.2f} M MACs, {one['params'] / 1e6:,.3f} M parameters",
-                    f"{one['forward_passes']:.2f} of its forward passes per image",
-                )
-                for one in record["widths"]
-            ]
+    if in_training:
+        rows += _training_rows(record["training"], record["widths"])
     print_rows(f"cost of {subject}", ["", "", ""], rows)
+
+
+def _training_rows(training: dict[str, Any], widths: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
+    total, projector = training["total_flops"], training["projector_total_flops"]
+    rows = [
+        (
+            "method",
+            training["arm"],
+            f"{_counted(training['images'], 'image')}, {_counted(training['epochs'], 'epoch')}",
+        ),
+        (
+            "forward units",
+            f"{training['forward_units']:.2f}",
+            "slim forward passes per image; backward = 2",
+        ),
+        ("training", f"{_flops(training['flops_per_image'])} per image", "projector apart"),
+        ("training, total", _total(total), "projector apart"),
+        ("projector", _total(projector), f"{100 * projector / total:.1f} % on top"),
+    ]
+    if len(widths) == 1:
+        return rows
+    further = training["further_widths_total_flops"]
+    widest, *others = (f"{one['width']:g}" for one in widths)
+    rows.append(
+        (
+            "further widths",
+            _total(further),
+            f"of the total, for {', '.join(others)}: {100 * further / (total - further):.1f} % on top of {widest} alone",
+        )
+    )
+    return rows + [
+        (
+            f"width {one['width']:g}",
+            f"{_count(one['macs'])} MACs, {_count(one['params'])} parameters",
+            f"{one['forward_passes']:.2f} of its forward passes per image",
+        )
+        for one in widths
+    ]
+
+
+def _scaled(count: float) -> tuple[str, str]:
+    """Write a count with four digits, and the prefix of its size."""
+    for size, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:,.4g}", prefix
+    return f"{count:.4g}", ""
+
+
+def _count(count: float) -> str:
+    return " ".join(_scaled(count)).rstrip()
+
+
+def _flops(count: float) -> str:
+    number, prefix = _scaled(count)
+    return f"{number} {prefix}FLOPs"
+
+
+def _total(flops: float) -> str:
+    """Write FLOPs of a whole run: in 1e17, as papers do, where that is readable."""
+    return f"{flops / 1e17:.4g}e17 FLOPs" if flops >= 1e16 else _flops(flops)
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:

@@ -7,6 +7,18 @@ import typer
 
 from edgecl.cli.options import Device, JsonOption
 
+# Those of edgecl.selftest.ARMS, which loads torch.
+ARMS = (
+    "Barlow Twins",
+    "XD only",
+    "SACL only",
+    "SACL-XD",
+    "SACL-XD, slim_only",
+    "SACL-XD, slow start",
+    "SACL-XD, 4 widths",
+    "SACL-XD, 2 parts",
+)
+
 selftest_app = typer.Typer(
     help="Try on this machine what a result rests on.", no_args_is_help=True, rich_markup_mode=None
 )
@@ -32,7 +44,11 @@ def ddp_command(
     ] = "auto",
     arm: Annotated[
         list[str] | None,
-        typer.Option("--arm", metavar="NAME", help="Only this way to train. Repeatable. [default: all]"),
+        typer.Option(
+            "--arm",
+            metavar="NAME",
+            help=f"Only this way to train; one of: {'; '.join(ARMS)}. Repeatable. [default: all]",
+        ),
     ] = None,
     json_: JsonOption = False,
 ) -> None:
@@ -42,8 +58,14 @@ def ddp_command(
     """
     from edgecl import processes
     from edgecl.cli.output import status_line
+    from edgecl.errors import near_matches
     from edgecl.selftest import STATUS, compare, is_launched, launch
 
+    for name in arm or ():
+        if name not in ARMS:
+            raise typer.BadParameter(
+                f"there is no arm '{name}'; {near_matches(name, ARMS)}", param_hint="--arm"
+            )
     if not is_launched():
         with status_line() as report:
             record = launch(count=count, device=device, report=report, names=arm or ())

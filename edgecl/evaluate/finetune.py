@@ -70,11 +70,13 @@ def finetune(
     """
     if quantize not in (None, "int8"):
         raise RecipeError(f"cannot quantise to '{quantize}'", hint="the one precision to train for is int8")
+    assignments = assignments or []
     settings: Supervision = validate(
         QuantisedSupervision if quantize else Supervision,
-        override({}, assignments or [], error=RecipeError),
+        override({}, assignments, error=RecipeError),
         source="--set",
         error=RecipeError,
+        assignments=assignments,
     )
     refuse_existing(out, force=force, kind=ModelDir.KIND)
     net, record = load_model(model)

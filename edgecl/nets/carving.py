@@ -18,7 +18,7 @@ from edgecl.nets.folding import fold_batch_norm
 from edgecl.nets.heads import Encoder
 from edgecl.nets.slimming import SlimmableNet
 from edgecl.onboard.bundle import sha256_of_file
-from edgecl.recipe import Recipe, recipe_from_tables
+from edgecl.recipe import Recipe, recipe_from_tables, width_as_given
 
 RECALIBRATION_IMAGES = 4096
 RECALIBRATION_BATCH = 64
@@ -77,10 +77,10 @@ def backbone_tensors(net: SlimmableNet, *, width: float) -> dict[str, Tensor]:
         SliceError: the net was not trained at this width.
     """
     if width not in (*net.slim_widths, net.host_width):
-        *first, last = (f"{known:g}" for known in sorted({*net.slim_widths, net.host_width}))
+        *first, last = map(width_as_given, sorted({*net.slim_widths, net.host_width}))
         trained = f"{', '.join(first)} and {last}" if first else last
         raise SliceError(
-            f"cannot carve width {width:g}: this run trained {trained}",
+            f"cannot carve width {width_as_given(width)}: this run trained {trained}",
             hint="each width has batch norms of its own, so only a trained width can be carved",
         )
     tensors = net.slim_tensors(width) if width in net.slim_widths else net.host.state_dict()
@@ -106,7 +106,7 @@ def carve(
     Args:
         run: a run directory.
         out: the model directory to write.
-        width: which trained width; None means the widest slim net.
+        width: which trained width, the host's among them; None means the widest slim net.
         checkpoint: the newest, or the one at which the slim net's features were judged best.
         recalibrate_norms: re-estimate batch-norm statistics on the run's own images, unaugmented. Without it the
             carved net equals the slim net of the checkpoint bit for bit.

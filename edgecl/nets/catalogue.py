@@ -13,5 +13,5 @@ NETS = {
 
 
 def list_nets() -> list[dict[str, str]]:
-    """List nets whose hosts, at any width from 1 to 4, hold their slim nets; any other timm net may be tried."""
+    """List nets that hold any narrower one of theirs at widths from 0.5 to 4; any other timm net may be tried."""
     return [{"name": name, "summary": summary} for name, summary in NETS.items()]

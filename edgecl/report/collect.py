@@ -182,7 +182,9 @@ def _read(kind: str, path: Path, notes: list[str]) -> Source:
                 f"{shown}: {counted(unreadable, 'line')} of metrics.jsonl cannot be read and "
                 f"{'is' if unreadable == 1 else 'are'} left out (the run was killed while writing)."
             )
-        if record.get("state") != "done":
+        if record.get("state") == "failed":
+            notes.append(f"{shown}: the run failed: {printable(record.get('error'))}.")
+        elif record.get("state") != "done":
             notes.append(f"{shown}: the run is not finished (state '{printable(record.get('state'))}').")
         if run.views_file.is_file():
             content = run.views_file.read_bytes()

@@ -299,7 +299,7 @@ def _run_in_words(run: dict[str, Any]) -> str:
     if run["wall_s"] is not None:
         parts.append(duration(run["wall_s"]))
     if run["state"] != "done":
-        parts.append("not finished")
+        parts.append("failed" if run["state"] == "failed" else "not finished")
     text = ", ".join(parts) + "."
     if run["steps_per_point"] > 1:
         text += f" Lines are means of {run['steps_per_point']} logged steps, bands their extremes."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -65,14 +66,30 @@ def verdict_of(
         return (
             f"{row_label(row, rows)} reaches {percent(value['top1'])} %{interval} {ACCURACIES[key]}; "
             "nothing was compared and nothing was timed."
-        ), precisions
+        ), [*precisions, _what_measures(rows, accuracy=False)]
     if rows:
         names = {row["name"] for row in rows}
         return (
             f"{counted(len(names), 'net')} found, with no accuracy and no latency measured yet.",
-            precisions,
+            [*precisions, _what_measures(rows, accuracy=True)],
         )
     return _runs_in_words(collection.of("run")), []
+
+
+def _what_measures(rows: Sequence[Row], *, accuracy: bool) -> str:
+    """Name the commands that measure latency and, where it is missing too, accuracy."""
+    models, bundles = (
+        list(dict.fromkeys(row[key] for row in rows if row[key])) for key in ("model_dir", "bundle_dir")
+    )
+    commands = []
+    if accuracy and models:
+        commands.append(f"`edgecl probe {shlex.join(models)} --data URI` for accuracy")
+    if bundles:
+        commands.append(f"`edgecl bench {shlex.quote(bundles[0])}` for latency")
+    else:
+        export = f"edgecl export {shlex.quote(models[0])} --target ort-cpu --out BUNDLE"
+        commands.append(f"`{export}` and `edgecl bench BUNDLE` for latency")
+    return f"Next: {'; '.join(commands)}."
 
 
 _CALLED = {
@@ -187,7 +204,7 @@ def _runs_in_words(runs: list[Source]) -> str:
     done = finite(run.steps[-1].get("step")) if run.steps else None
     of = f" of {fixed(total, 0)}" if total is not None else ""
     steps = f"{fixed(done, 0)}{of} steps" if done is not None else "no step logged yet"
-    state = "finished" if run.record.get("state") == "done" else "is not finished"
+    state = {"done": "finished", "failed": "failed"}.get(str(run.record.get("state")), "is not finished")
     more = f" ({counted(len(runs), 'run')} in all)" if len(runs) > 1 else ""
     return f"The run {run.name} {state}: {steps}; no net was measured{more}."
 

@@ -6,9 +6,11 @@ import contextlib
 import json
 import platform
 import shutil
+import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from math import ceil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,7 +35,7 @@ from edgecl.artifacts import (
 from edgecl.data.loading import TrainingImages
 from edgecl.data.sources import absolute_uri, open_source
 from edgecl.data.unreadable import say_skipped
-from edgecl.errors import DataError, DeviceError, Preempted, RecipeError
+from edgecl.errors import ArtifactError, DataError, DeviceError, EdgeclError, Preempted, RecipeError
 from edgecl.lock import NAME as LOCK
 from edgecl.lock import hold
 from edgecl.nets.backbone import count_parameters
@@ -123,7 +125,7 @@ def pretrain(
         resume = processes.from_main(resume)
         with contextlib.ExitStack() as stack:
             if main:
-                stack.enter_context(hold(out, what="run directory"))
+                stack.enter_context(_hold(run_dir))
             # Before anything is read for hours, and before anything is removed.
             processes.agree({"version of edgecl": __version__, **_settings_of(recipe)})
             return _run(
@@ -153,10 +155,7 @@ def _run(
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     main = accelerator.is_main_process
-    # The folder's index lies beside the run, for this run's next start and for its neighbours.
-    source = open_source(
-        uri, split="train", download=download, index_dir=run_dir.path.absolute().parent / ".edgecl"
-    )
+    source = open_source(uri, split="train", download=download, index_dir=_index_beside(run_dir))
     if resume and main:
         check_images(run_dir, source)
     images = TrainingImages(
@@ -180,10 +179,11 @@ def _run(
         training.restore(checkpoint)
         if training.step > training.total_steps:
             raise RecipeError(
-                f"the run is at step {training.step} already, beyond the {training.total_steps} of "
-                f"{recipe.run.epochs} epochs",
+                f"with run.epochs = {recipe.run.epochs} the run would end at step {training.total_steps}, "
+                f"and it is at step {training.step} already",
                 where={"run": run_dir.path},
-                hint="set [run] epochs to more, or start a new run in another --out",
+                hint=f"set run.epochs to {ceil(training.step / training.steps_per_epoch)} or more, "
+                "or start a new run in another --out",
             )
     record = {
         **record_header(RunDir.KIND, made_from=source.fingerprint),
@@ -202,7 +202,12 @@ def _run(
         "threads": torch.get_num_threads(),
         "steps_per_epoch": training.steps_per_epoch,
         "total_steps": training.total_steps,
-        "params": {"host": count_parameters(net.host), "slim": _count_slim(net)},
+        "params": {
+            "host": count_parameters(net.host),
+            "slim": _count_slim(net, net.slim_width),
+            # Named as in the metrics.
+            **{f"slim_at_{width:g}": _count_slim(net, width) for width in net.slim_widths[1:]},
+        },
         "versions": _versions(),
         "launch": processes.launch(),
         "state": "running",
@@ -211,6 +216,8 @@ def _run(
     }
     before_s = 0.0
     if main:
+        for change in changes:
+            sys.stderr.write(f"edgecl: resuming with a changed recipe: {change}\n")
         if resume:
             earlier = run_dir.read()
             before_s = float(earlier["wall_s"])
@@ -229,37 +236,44 @@ def _run(
     def elapsed() -> float:
         return round(before_s + time.monotonic() - started, 3)
 
+    def keep(step: int) -> None:
+        # A run that ends here keeps its step and its time, also when it is killed.
+        record["step"] = step
+        write_json(run_dir.record_file, {**record, "state": "running", "wall_s": elapsed()})
+
+    record["state"] = "stopped"
     try:
-        record["state"] = "stopped"
         with StopRequest() as stop:
-            finished = training.fit(
-                stop=stop,
-                # A run that is killed keeps the time up to its last checkpoint.
-                on_checkpoint=lambda step: write_json(
-                    run_dir.record_file,
-                    {**record, "state": "running", "step": step, "wall_s": elapsed()},
-                ),
-            )
+            finished = training.fit(stop=stop, on_checkpoint=keep)
         if finished:
-            record["state"] = "done"
+            record["state"], record["step"] = "done", training.step
+    except Exception as problem:
+        record["state"], record["error"] = "failed", _in_one_line(problem)
+        raise
     finally:
         for tracker in accelerator.trackers:
             tracker.finish()
         if main:
-            record["step"] = training.step
             record["wall_s"] = elapsed()
             record["data"]["skipped"] = list(images.skipped)
             if not images.is_cached:
                 # Met on the way; images held in memory were counted without them.
                 record["data"]["images"] = len(images) - len(images.skipped)
                 say_skipped(images.skipped, uri)
-            write_json(run_dir.record_file, record)
+            # On a full disk, what the run failed of is the error to show.
+            with contextlib.suppress(*[ArtifactError] if record["state"] == "failed" else []):
+                write_json(run_dir.record_file, record)
     if not finished:
         raise Preempted(
             f"stopped by SIGTERM after step {training.step} of {training.total_steps}, and saved; "
             f"go on with: {_resume_command()}"
         )
     return record
+
+
+def _in_one_line(problem: Exception) -> str:
+    first = (str(problem).splitlines() or [""])[0]
+    return first if isinstance(problem, EdgeclError) else f"{type(problem).__name__}: {first}"
 
 
 def _check_shares(recipe: Recipe) -> None:
@@ -314,6 +328,24 @@ def create_accelerator(recipe: Recipe, *, device: str, out: Path) -> Accelerator
     )
 
 
+def _index_beside(run_dir: RunDir) -> Path:
+    """Return where a folder's index is kept: beside the run, for its next start and for its neighbours."""
+    return run_dir.path.absolute().parent / ".edgecl"
+
+
+@contextlib.contextmanager
+def _hold(run_dir: RunDir) -> Iterator[None]:
+    """Hold the run directory; a start that is refused leaves none of the directories it made."""
+    index = _index_beside(run_dir)
+    alone = not index.parent.exists()
+    with hold(run_dir.path, what="run directory"):
+        try:
+            yield
+        finally:
+            if alone and not run_dir.record_file.exists():
+                shutil.rmtree(index, ignore_errors=True)
+
+
 def _only_traces(out: Path) -> bool:
     """Tell whether there is nothing, or no more than what a run killed in its first moments leaves."""
     if not out.exists():
@@ -344,11 +376,11 @@ def _resume_command() -> str:
     return " ".join([*words, "--resume"]) + (" (in all processes, as they were launched)" if launched else "")
 
 
-def _count_slim(net: SlimmableNet) -> int:
+def _count_slim(net: SlimmableNet, width: float) -> int:
     learned = {id(parameter) for parameter in net.parameters()}
     return sum(
         tensor.numel()
-        for name, tensor in net.slim_tensors().items()
+        for name, tensor in net.slim_tensors(width).items()
         if tensor.requires_grad or id(tensor) in learned
     )
 

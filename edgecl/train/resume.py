@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,7 +48,7 @@ def check_recipe(run_dir: RunDir, recipe: Recipe, *, allowed: Sequence[str]) -> 
         allowed: settings that may differ, e.g. "run.epochs".
 
     Returns:
-        What changed, one "key was …, now …" each; also said on stderr.
+        What changed, one "key was …, now …" each.
 
     Raises:
         ArtifactError: no run directory.
@@ -72,8 +71,6 @@ def check_recipe(run_dir: RunDir, recipe: Recipe, *, allowed: Sequence[str]) -> 
                 else "repeat the command the run was started with, or start a new run in another --out"
             ),
         )
-    for text in changes.values():
-        sys.stderr.write(f"edgecl: resuming with a changed recipe: {text}\n")
     return list(changes.values())
 
 

@@ -10,7 +10,9 @@ import typer
 from worlds import run_script
 
 from edgecl.cli import app, main
-from edgecl.selftest import _error_among
+from edgecl.cli.selftest import ARMS as ARM_NAMES
+from edgecl.errors import RecipeError
+from edgecl.selftest import ARMS, _error_among, chosen_arms
 
 # What torchrun starts, as one script that forks: `python -m edgecl selftest ddp …` in two processes, once per case.
 LAUNCHED = """
@@ -201,14 +203,14 @@ def test_words_of_processes_that_end_without_a_result_are_kept():
 def refusal(monkeypatch, capsys):
     """What the command says, in this process, when it refuses to start any."""
 
-    def say(*words, **environment):
+    def say(*words, code=1, **environment):
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         monkeypatch.setattr(sys, "argv", ["edgecl", "selftest", "ddp", *words])
         monkeypatch.setattr(subprocess, "Popen", None)
         with pytest.raises(SystemExit) as end:
             main()
-        assert end.value.code == 1
+        assert end.value.code == code
         out, err = capsys.readouterr()
         assert out == ""
         return err
@@ -216,11 +218,22 @@ def refusal(monkeypatch, capsys):
     return say
 
 
-def test_unknown_arm_is_named_before_anything_is_started(refusal):
-    assert refusal("--arm", "SACL XD") == (
-        "edgecl: there is no arm 'SACL XD'\n"
-        "  hint: did you mean 'SACL-XD' or 'SACL only' or 'SACL-XD, 2 parts'?\n"
-    )
+def test_unknown_arm_is_wrong_usage_with_the_near_ones(refusal):
+    said = refusal("--arm", "SACL XD", code=2)
+    assert "Invalid value for --arm: there is no arm 'SACL XD'; did you mean 'SACL-XD' or 'SACL only'" in said
+
+
+def test_unknown_arm_is_a_named_error_from_python():
+    with pytest.raises(RecipeError, match="there is no arm 'SACL XD'"):
+        chosen_arms(["SACL-XD", "SACL XD"])
+
+
+def test_help_lists_the_arms_there_are(monkeypatch, capsys):
+    assert tuple(arm.name for arm in ARMS) == ARM_NAMES
+    monkeypatch.setattr(sys, "argv", ["edgecl", "selftest", "ddp", "--help"])
+    with pytest.raises(SystemExit):
+        main()
+    assert f"one of: {'; '.join(ARM_NAMES)}." in " ".join(capsys.readouterr().out.split())
 
 
 def test_wait_that_is_no_number_is_named_before_anything_is_started(refusal):

@@ -101,6 +101,17 @@ def test_an_untrained_width_is_refused(edgecl, trained, tmp_path):
     assert not (tmp_path / "net").exists()
 
 
+def test_the_host_itself_can_be_carved_and_the_help_says_so(edgecl, trained, net, tmp_path):
+    done = edgecl("carve", trained, "--out", tmp_path / "host", "--width", 0.75, "--no-recalibrate")
+    assert done.returncode == 0, done.stderr
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    found, record = load_model(tmp_path / "host")
+    assert record["width"] == 0.75
+    with torch.no_grad():
+        assert torch.equal(found(images), net.host.backbone(images))
+    assert "or the host's for the host itself" in " ".join(edgecl("carve", "--help").stdout.split())
+
+
 def test_the_best_checkpoint_is_carved_on_request(edgecl, trained, tmp_path):
     done = edgecl("carve", trained, "--out", tmp_path / "net", "--best")
     assert done.returncode == 0, done.stderr
@@ -137,7 +148,47 @@ def test_cost_names_every_width(edgecl, recipe_file):
         (line,) = [line for line in done.stdout.splitlines() if f"width {width:g} " in line]
         assert f"{passes} of its forward passes per image" in line
     plain = edgecl("cost", recipe_file, "--images", 60)
-    assert "width 0.5" not in plain.stdout
+    assert "width" not in plain.stdout
+
+
+def test_cost_of_the_further_widths_is_a_line_of_its_own(edgecl, recipe_file):
+    several, alone = (
+        json.loads(edgecl("cost", recipe_file, "--images", 60, "--json", *words).stdout)["training"]
+        for words in (SET, ())
+    )
+    further = several["total_flops"] - alone["total_flops"]
+    (line,) = [
+        line
+        for line in edgecl("cost", recipe_file, "--images", 60, *SET).stdout.splitlines()
+        if "further widths" in line
+    ]
+    cells = [cell.strip() for cell in line.split("│")[1:-1]]
+    assert cells == [
+        "further widths",
+        f"{further / 1e6:.4g} MFLOPs",
+        f"of the total, for 0.4, 0.35: {100 * further / alone['total_flops']:.1f} % on top of 0.5 alone",
+    ]
+
+
+def test_small_costs_are_written_in_small_units(edgecl, recipe_file):
+    words = ("--images", 16, "--set", "data.image_size=16", "--set", "slim.width=0.25")
+    said = edgecl("cost", recipe_file, *words).stdout
+    record = json.loads(edgecl("cost", recipe_file, *words, "--json").stdout)
+    assert "e-" not in said
+    for cell in (
+        f"{record['macs'] / 1e3:.4g} k ",
+        f"{record['params'] / 1e3:.4g} k ",
+        f"{record['training']['flops_per_image'] / 1e6:.4g} MFLOPs per image",
+        f"{record['training']['total_flops'] / 1e6:.4g} MFLOPs ",
+        f"{record['training']['projector_total_flops'] / 1e6:.4g} MFLOPs ",
+        "16 images, 1 epoch ",
+    ):
+        assert cell in said, cell
+
+
+def test_large_costs_are_written_as_papers_do(edgecl):
+    said = edgecl("cost", "sacl-xd-mobilenetv3-large-200").stdout
+    assert "15.12e17 FLOPs" in said
 
 
 def test_widths_that_do_not_begin_at_the_slim_width_are_refused(edgecl, recipe_file, image_folder, tmp_path):

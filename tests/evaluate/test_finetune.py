@@ -128,7 +128,7 @@ def test_unknown_setting_suggests_a_near_one(tmp_path, plain_model, image_folder
     with pytest.raises(RecipeError) as caught:
         finetune(plain_model, data=str(image_folder), out=tmp_path / "m", assignments=["flp=0.5"])
     assert caught.value.problem == "unknown key 'flp' (did you mean 'flip'?)"
-    assert caught.value.where == {"file": "--set"}
+    assert caught.value.where == {"--set": "flp=0.5"}
 
 
 def test_existing_output_is_refused_before_training(tmp_path, plain_model, image_folder, monkeypatch):

@@ -227,6 +227,13 @@ def test_every_trained_width_is_in_the_error(tmp_path):
     assert caught.value.problem == "cannot carve width 0.6: this run trained 0.5, 0.75, 1 and 1.25"
 
 
+def test_a_width_that_almost_was_trained_is_shown_with_all_its_digits(tmp_path):
+    write_run(tmp_path / "run", tables=MANY)
+    with pytest.raises(SliceError) as caught:
+        carve(tmp_path / "run", out=tmp_path / "model", width=0.75000001)
+    assert caught.value.problem == "cannot carve width 0.75000001: this run trained 0.5, 0.75, 1 and 1.25"
+
+
 def test_the_only_trained_width_is_in_the_error(slimmable):
     net = slimmable(SMALL, host_width=0.5, slim_width=0.5)
     with pytest.raises(SliceError, match=r"cannot carve width 1: this run trained 0\.5\n"):

@@ -41,7 +41,7 @@ def test_verdict_of_a_row_tells_kept_from_kept_in_part_from_rejected(make, tmp_p
     bundle = make.bundle(tmp_path / "b", model=None, precisions={"int8": whole}, p50=None)
     record = report([bundle], out=tmp_path / "report")
     assert record["rows"][0]["verdict"]["state"] == "kept"
-    assert record["support"] == ["int8 kept."]
+    assert record["support"][0] == "int8 kept."
 
 
 def test_rejected_precision_is_the_fastest_but_never_named_as_best(rejected):

@@ -289,12 +289,33 @@ def test_bundle_without_bench(make, tmp_path):
     assert record["verdict"] == (
         "net reaches 56.5 % [54.6, 58.4] few-label top-1; nothing was compared and nothing was timed."
     )
+    assert record["support"][-1] == f"Next: `edgecl bench {tmp_path / 'bundle'}` for latency."
 
 
 def test_net_without_any_measurement(make, tmp_path):
-    net = make.model(tmp_path / "net", draws=None)
+    net = make.model(tmp_path / "a net", draws=None)
     (net / "cost.json").unlink()
-    assert "no accuracy and no latency" in report([net], out=tmp_path / "report")["verdict"]
+    record = report([net], out=tmp_path / "report")
+    assert "no accuracy and no latency" in record["verdict"]
+    assert record["support"] == [
+        f"Next: `edgecl probe '{net}' --data URI` for accuracy; "
+        f"`edgecl export '{net}' --target ort-cpu --out BUNDLE` and `edgecl bench BUNDLE` for latency."
+    ]
+    assert "edgecl probe" in (tmp_path / "report" / "report.md").read_text()
+
+
+def test_bundles_alone_without_any_measurement(make, tmp_path):
+    bundles = [make.bundle(tmp_path / name, model=None, p50=None) for name in ("one", "two")]
+    record = report(bundles, out=tmp_path / "report")
+    assert record["support"] == [f"Next: `edgecl bench {bundles[0]}` for latency."]
+
+
+def test_run_that_failed_says_of_what(make, tmp_path):
+    run = make.run(tmp_path / "run", steps=200, state="failed", error="the embedding collapsed")
+    record = report([run], out=tmp_path / "report")
+    assert record["verdict"] == "The run run failed: 200 of 1,200 steps; no net was measured."
+    assert f"{run}: the run failed: the embedding collapsed." in record["notes"]
+    assert ", failed." in (tmp_path / "report" / "report.html").read_text()
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2])
