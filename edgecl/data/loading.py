@@ -8,7 +8,7 @@ and nothing is distorted.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Literal, NamedTuple, TypeVar
 
@@ -163,6 +163,8 @@ class TrainingImages:
         limit: use only so many pictures, chosen by `choose_images`.
         decode: where plain JPEGs are decoded that are not in memory; 'cuda' gives slightly other pixels.
         read_timeout_s: longest wait for a batch.
+        left_out: names of pictures to leave out, where all are read into memory: those an earlier start could not
+            read, so that the others keep their places.
 
     Raises:
         DataError: too many pictures are unreadable, or reading one takes too long.
@@ -179,6 +181,7 @@ class TrainingImages:
         limit: int | None = None,
         decode: Literal["cpu", "cuda"] = "cpu",
         read_timeout_s: float = _READ_TIMEOUT_S,
+        left_out: Collection[str] = (),
     ):
         self.source = source
         self.canvas_size = canvas_size
@@ -188,10 +191,14 @@ class TrainingImages:
         self._instead: dict[int, int] = {}
         self._device = torch.device("cpu")
         self._chosen = choose_images(source.labels, len(source), limit)
-        self._bad = BadImages(source, chosen=self._chosen, max_bad_fraction=max_bad_fraction)
-        self._cache: tuple[Tensor, Tensor] | None = None
-        if 3 * canvas_size**2 * len(self._chosen) <= cache_mib * 2**20:
-            self._cache = self._read_everything()
+        fits = 3 * canvas_size**2 * len(self._chosen) <= cache_mib * 2**20
+        self._bad = BadImages(
+            source,
+            chosen=self._chosen,
+            max_bad_fraction=max_bad_fraction,
+            left_out=left_out if fits else (),
+        )
+        self._cache: tuple[Tensor, Tensor] | None = self._read_everything() if fits else None
 
     def __len__(self) -> int:
         """Count the pictures; of cached ones, the readable."""

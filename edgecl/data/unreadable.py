@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,9 +24,17 @@ class BadImages:
         source: of the images.
         chosen: (N,) positions in the source that take part.
         max_bad_fraction: of these that may be unreadable.
+        left_out: names of some that count as unreadable, whatever they are now.
     """
 
-    def __init__(self, source: ImageSource, *, chosen: NDArray[np.int64], max_bad_fraction: float):
+    def __init__(
+        self,
+        source: ImageSource,
+        *,
+        chosen: NDArray[np.int64],
+        max_bad_fraction: float,
+        left_out: Collection[str] = (),
+    ):
         self._source = source
         self._total = len(chosen)
         self._max_bad_fraction = max_bad_fraction
@@ -34,6 +42,10 @@ class BadImages:
         self._news: dict[int, str] = {}
         known = source.memory.known() if source.memory else {}
         self._reasons = {index: known[index] for index in np.intersect1d(chosen, [*known]).tolist()}
+        if left_out:
+            names = set(left_out)
+            again = (index for index in chosen.tolist() if source.describe(index) in names)
+            self._reasons |= dict.fromkeys(again, "left out when the run began")
 
     def __len__(self) -> int:
         """Count them."""

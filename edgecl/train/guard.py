@@ -8,7 +8,10 @@ from edgecl.errors import NonFiniteError
 
 # Of the learning rate, once a run had to go back.
 SMALLER_RATE = 0.5
-_HINT = "lower [optim] lr, lengthen [optim] warmup_epochs, set [optim] clip_norm, or train in fp32 or bf16"
+_HINT = (
+    "start a new run, in another --out, with a lower [optim] lr, longer [optim] warmup_epochs, [optim] clip_norm, "
+    "or in fp32 or bf16"
+)
 
 
 class Guard:

@@ -22,6 +22,7 @@ from edgecl.data.loading import Batch, TrainingImages
 from edgecl.data.randomness import uniforms
 from edgecl.data.sources import ImageSource
 from edgecl.data.views import make_views, write_views_grid
+from edgecl.errors import DataError
 from edgecl.methods.sacl_xd import sandwich
 from edgecl.nets.carving import create_slimmable
 from edgecl.nets.slimming import SlimmableNet
@@ -95,6 +96,7 @@ class Training:
             NonFiniteError: too many losses that are not finite, also after going back once.
             CollapseError: the embedding lost its dimensions.
             ArtifactError: the disk is full; the checkpoints before are whole.
+            DataError: too many images cannot be read, or one keeps the run waiting; where it is is saved.
         """
         run = self.recipe.run
         main = self.accelerator.is_main_process
@@ -114,7 +116,14 @@ class Training:
             self.guard.went_back |= processes.from_main(self._went_back_before())
             while self.step < self.total_steps:
                 # Left early when the run goes back to a checkpoint: the order starts again from there.
-                if self._train_epoch(stop, on_checkpoint, progress):
+                try:
+                    stopped = self._train_epoch(stop, on_checkpoint, progress)
+                except DataError:
+                    # The net is sound, and whoever brings the images back shall lose no step.
+                    if self._broken_weight() is None:
+                        self._save(on_checkpoint)
+                    raise
+                if stopped:
                     return False
         return True
 
@@ -150,7 +159,7 @@ class Training:
                 )
                 self.step += 1
                 if not outcome.finite and self._left_out(outcome):
-                    self._go_back()
+                    self._go_back(because=f"{counted(self.guard.skipped)} without a finite loss")
                     return False
                 if due:
                     now = time.monotonic()
@@ -159,7 +168,7 @@ class Training:
                     self._record_step(outcome, progress, images_per_s=rate)
                 progress.advance()
                 if not self._end_step(outcome, on_checkpoint):
-                    self._go_back()
+                    self._go_back(because="a net that is not finite")
                     return False
                 if outcome.stop and self.step < self.total_steps:
                     return True
@@ -201,7 +210,7 @@ class Training:
             self.step, terms=f"{text}, learning rate {self.stepper.rate:.3g}", where=self._where
         )
 
-    def _go_back(self) -> None:
+    def _go_back(self, *, because: str) -> None:
         """Start again from the last checkpoint, or from the first step, with a smaller rate."""
         left_out, broke_at = list(self.guard.skipped), self.step
         if self.saver:
@@ -218,7 +227,7 @@ class Training:
             self.metrics.keep_until(self.step)
         self._record_event(
             "went back",
-            because=f"{counted(left_out)} without a finite loss" if left_out else "a net that is not finite",
+            because=because,
             from_step=broke_at,
             left_out=left_out,
             rate_factor=self.guard.rate_factor,
@@ -299,22 +308,28 @@ class Training:
             self._warned(self.alarm.check_quality(record))
         if scheduled:
             self.guard.start_anew()
-        if save and self.saver and self.metrics:
-            self.metrics.sync()
-            self.saver.save(
-                step=self.step,
-                epoch=epoch,
-                model=self.net.state_dict(),
-                optimizer=self.stepper.optimizer.state_dict(),
-                state={
-                    **self.stepper.state(),
-                    "guard": self.guard.state(),
-                    "alarm": self.alarm.state(),
-                },
-                quality=quality,
-                on_written=partial(on_checkpoint, self.step),
-            )
+        if save:
+            self._save(on_checkpoint, quality=quality)
         return True
+
+    def _save(self, on_checkpoint: Callable[[int], None], *, quality: dict[str, Any] | None = None) -> None:
+        """Begin to write a checkpoint, in the main process."""
+        if not (self.saver and self.metrics):
+            return
+        self.metrics.sync()
+        self.saver.save(
+            step=self.step,
+            epoch=self.step // self.steps_per_epoch,
+            model=self.net.state_dict(),
+            optimizer=self.stepper.optimizer.state_dict(),
+            state={
+                **self.stepper.state(),
+                "guard": self.guard.state(),
+                "alarm": self.alarm.state(),
+            },
+            quality=quality,
+            on_written=partial(on_checkpoint, self.step),
+        )
 
     def _broken_weight(self) -> str | None:
         """Name a tensor of the net that is not finite: no checkpoint may hold one."""

@@ -130,7 +130,8 @@ class CollapseAlarm:
             raise CollapseError(
                 f"the embedding collapsed: {seen}, in {self._low} records in a row",
                 where={"run": self._run, "step": record["step"]},
-                hint="lower [optim] lr, raise [loss] off_diagonal, or use milder [views]",
+                hint="start a new run, in another --out, with a lower [optim] lr, a higher [loss] off_diagonal, or milder "
+                "[views]",
             )
         if self._low == 1:
             self._warn(

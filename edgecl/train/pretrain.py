@@ -50,7 +50,10 @@ from edgecl.train.resume import (
     check_allowed,
     check_images,
     check_recipe,
+    check_source,
+    left_out_before,
     newest_checkpoint,
+    other_surroundings,
     was_launched_as,
 )
 
@@ -78,7 +81,8 @@ def pretrain(
         data: a data URI in place of the recipe's.
         device: 'auto' takes a GPU when there is one.
         resume: continue the run in `out` from its newest whole checkpoint; start it where there is none yet.
-        allow: settings that may differ from the run's recipe when resuming, e.g. "run.epochs".
+        allow: what may differ from the run's recipe when resuming: settings, e.g. "run.epochs", or "data" for the
+            images themselves.
         force: replace an earlier run.
         download: let torchvision fetch a data set that is not on the disk.
 
@@ -114,14 +118,15 @@ def pretrain(
         changes: list[str] = []
         if main:
             # A launcher that starts failed processes again cannot add --resume.
-            if not resume and processes.restarts() > 0:
-                resume = was_launched_as(run_dir, processes.launch())
+            resume = resume or was_launched_as(run_dir, processes.launch())
             if _only_traces(out):
                 resume = False
+                _refuse_inside(run_dir, uri)
             elif resume:
                 changes = check_recipe(run_dir, recipe, allowed=allow)
             else:
                 refuse_existing(out, force=force, kind=RunDir.KIND)
+                _refuse_inside(run_dir, uri)
         resume = processes.from_main(resume)
         with contextlib.ExitStack() as stack:
             if main:
@@ -135,6 +140,7 @@ def pretrain(
                 uri=uri,
                 device=device,
                 resume=resume,
+                allow=allow,
                 changes=changes,
                 download=download,
             )
@@ -148,6 +154,7 @@ def _run(
     uri: str,
     device: str,
     resume: bool,
+    allow: Sequence[str],
     changes: list[str],
     download: bool,
 ) -> dict[str, Any]:
@@ -156,8 +163,11 @@ def _run(
         keep_freed_memory()
     main = accelerator.is_main_process
     source = open_source(uri, split="train", download=download, index_dir=_index_beside(run_dir))
+    other: list[str] = []
+    left_out: list[str] = []
     if resume and main:
-        check_images(run_dir, source)
+        other = check_source(run_dir, source, allowed=allow)
+        left_out = [] if other else left_out_before(run_dir)
     images = TrainingImages(
         source,
         canvas_size=recipe.data.canvas_size or recipe.data.image_size,
@@ -167,7 +177,10 @@ def _run(
         limit=recipe.data.limit,
         decode=recipe.data.decode,
         read_timeout_s=recipe.data.read_timeout_s,
+        left_out=processes.from_main(left_out),
     ).to(accelerator.device)
+    if resume and main:
+        changes = [*changes, *(other or check_images(run_dir, images, allowed=allow))]
     processes.agree({"images": f"{len(images)} with the fingerprint {source.fingerprint[:16]}"})
     checkpoint = processes.from_main(newest_checkpoint(run_dir) if resume and main else None)
     torch.manual_seed(recipe.run.seed)
@@ -192,6 +205,7 @@ def _run(
         "arm": recipe.arm,
         "data": {
             "uri": absolute_uri(uri),
+            "found": len(source),
             "images": len(images),
             "fingerprint": source.fingerprint,
             "skipped": list(images.skipped),
@@ -202,8 +216,9 @@ def _run(
         "threads": torch.get_num_threads(),
         "steps_per_epoch": training.steps_per_epoch,
         "total_steps": training.total_steps,
+        # As carved, without projector.
         "params": {
-            "host": count_parameters(net.host),
+            "host": count_parameters(net.host.get_submodule("backbone")),
             "slim": _count_slim(net, net.slim_width),
             # Named as in the metrics.
             **{f"slim_at_{width:g}": _count_slim(net, width) for width in net.slim_widths[1:]},
@@ -216,10 +231,11 @@ def _run(
     }
     before_s = 0.0
     if main:
-        for change in changes:
-            sys.stderr.write(f"edgecl: resuming with a changed recipe: {change}\n")
         if resume:
             earlier = run_dir.read()
+            surroundings = other_surroundings(earlier, record)
+            _say_resuming(training, changes=changes, surroundings=surroundings)
+            changes = [*changes, *surroundings]
             before_s = float(earlier["wall_s"])
             record["resumed_with"] = record["command"]
             record["command"] = earlier["command"]
@@ -243,7 +259,7 @@ def _run(
 
     record["state"] = "stopped"
     try:
-        with StopRequest() as stop:
+        with StopRequest() as stop, processes.explain_lost_peers():
             finished = training.fit(stop=stop, on_checkpoint=keep)
         if finished:
             record["state"], record["step"] = "done", training.step
@@ -271,6 +287,16 @@ def _run(
     return record
 
 
+def _say_resuming(training: Training, *, changes: list[str], surroundings: list[str]) -> None:
+    for change in changes:
+        sys.stderr.write(f"edgecl: resuming with a change: {change}\n")
+    if surroundings:
+        sys.stderr.write(
+            f"edgecl: resuming elsewhere: {'; '.join(surroundings)}; results agree to rounding, not bit for bit\n"
+        )
+    sys.stderr.write(f"edgecl: going on from step {training.step} of {training.total_steps}\n")
+
+
 def _in_one_line(problem: Exception) -> str:
     first = (str(problem).splitlines() or [""])[0]
     return first if isinstance(problem, EdgeclError) else f"{type(problem).__name__}: {first}"
@@ -284,11 +310,26 @@ def _check_shares(recipe: Recipe) -> None:
             f"a batch of {batch} cannot be shared evenly by {world} processes",
             hint=f"set [data] batch_size to a multiple of {world}",
         )
+    if batch // world < 2:
+        raise DataError(
+            f"a batch of {batch} leaves each of {world} processes one image, and a correlation needs two",
+            hint=f"set [data] batch_size to {2 * world} or more, or start fewer processes",
+        )
     if batch // world % parts or batch // world // parts < 2:
         raise DataError(
             f"a share of {batch // world} images cannot be cut into {parts} equal parts of two or more",
             hint="set [run] accumulate to "
             + (" or ".join(str(n) for n in range(1, batch // world // 2 + 1) if batch // world % n == 0)),
+        )
+
+
+def _refuse_inside(run_dir: RunDir, uri: str) -> None:
+    """Refuse to write among the images: the pictures a run writes would count as images from the next start on."""
+    folder = Path(uri).expanduser()
+    if folder.is_dir() and run_dir.path.resolve().is_relative_to(folder.resolve()):
+        raise DataError(
+            f"the output '{run_dir.path}' would lie among the images of '{uri}'",
+            hint="choose an --out outside that folder: pictures that a run writes would count as images",
         )
 
 
@@ -381,7 +422,7 @@ def _count_slim(net: SlimmableNet, width: float) -> int:
     return sum(
         tensor.numel()
         for name, tensor in net.slim_tensors(width).items()
-        if tensor.requires_grad or id(tensor) in learned
+        if name.startswith("backbone.") and (tensor.requires_grad or id(tensor) in learned)
     )
 
 

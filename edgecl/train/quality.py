@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+import torch.distributed
 from accelerate import Accelerator
 from torch import Tensor
 
@@ -77,6 +78,10 @@ class QualityWatch:
             backbone = create_backbone(host.arch, width=width, stem_stride=host.stem_stride)
         backbone.load_state_dict(backbone_tensors(net, width=width))
         backbone.to(self._accelerator.device)
+        if self._accelerator.num_processes > 1:
+            # Norms that are not synchronised differ; the first process's are those of the checkpoint.
+            for buffer in backbone.buffers():
+                torch.distributed.broadcast(buffer, src=0)
         features = extract_features(
             backbone, self._share, normalise=lambda part: normalise(part, data.mean, data.std)
         )

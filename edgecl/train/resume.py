@@ -7,7 +7,8 @@ from typing import Any
 
 from edgecl.artifacts import RunDir
 from edgecl.checkpoint import Checkpoint, has_checkpoint, read_newest
-from edgecl.data.sources import ImageSource
+from edgecl.data.loading import TrainingImages
+from edgecl.data.sources import ImageSource, absolute_uri
 from edgecl.errors import ArtifactError, RecipeError, near_matches
 from edgecl.recipe import Recipe, recipe_from_tables
 from edgecl.redaction import record_without_secrets
@@ -24,8 +25,18 @@ MAY_CHANGE = (
     "run.trackers",
     "data.workers",
     "data.read_timeout_s",
+    "data.max_bad_fraction",
 )
 """Settings that do not decide what a step computes; epochs does change the schedule from here on."""
+
+IMAGES = "data"
+"""What stands for the images themselves where settings are allowed to differ."""
+
+_NAMED = 5
+_WITH_OTHERS = (
+    f"go on with those there are by --allow {IMAGES}: their order, and with their number the schedule, is another from "
+    "here on; or start a new run in another --out"
+)
 
 
 def check_allowed(keys: Sequence[str]) -> None:
@@ -35,8 +46,10 @@ def check_allowed(keys: Sequence[str]) -> None:
         RecipeError: one of them decides what a step computes.
     """
     for key in keys:
-        if key not in MAY_CHANGE:
-            raise RecipeError(f"'{key}' cannot change within a run", hint=near_matches(key, MAY_CHANGE))
+        if key not in (*MAY_CHANGE, IMAGES):
+            raise RecipeError(
+                f"'{key}' cannot change within a run", hint=near_matches(key, [*MAY_CHANGE, IMAGES])
+            )
 
 
 def check_recipe(run_dir: RunDir, recipe: Recipe, *, allowed: Sequence[str]) -> list[str]:
@@ -97,28 +110,87 @@ def _read(run_dir: RunDir) -> dict[str, Any]:
     return record
 
 
-def check_images(run_dir: RunDir, source: ImageSource) -> None:
-    """Hold the images to those the run was started with.
+def check_source(run_dir: RunDir, source: ImageSource, *, allowed: Sequence[str]) -> list[str]:
+    """Hold the images to those the run was started with, by their names and sizes.
+
+    Returns:
+        What changed, in one text, where that is allowed.
 
     Raises:
         RecipeError: they are others.
     """
     before = _read(run_dir)["data"]
-    if before["fingerprint"] != source.fingerprint:
-        raise RecipeError(
-            "cannot resume with other images",
-            where={"run": run_dir.path, "was": before["uri"], "now": source.uri},
-            hint="name the same --data, unchanged, or start a new run in another --out",
-        )
+    if before["fingerprint"] == source.fingerprint:
+        return []
+    was = f"{before['uri']} with {before['found']:,} images" if "found" in before else before["uri"]
+    now = f"{absolute_uri(source.uri)} with {len(source):,} images"
+    if IMAGES in allowed:
+        return [f"the images were {was}, now {now}"]
+    raise RecipeError(
+        "cannot resume with other images",
+        where={"run": run_dir.path, "was": was, "now": now},
+        hint=f"bring them back as they were, name by name and of the same sizes; or {_WITH_OTHERS}",
+    )
+
+
+def left_out_before(run_dir: RunDir) -> list[str]:
+    """Name the images that the run could not read so far."""
+    return list(_read(run_dir)["data"].get("skipped", []))
+
+
+def check_images(run_dir: RunDir, images: TrainingImages, *, allowed: Sequence[str]) -> list[str]:
+    """Hold images in memory to those the run was started with: each one less moves all others in the order.
+
+    Images that are read batch by batch keep their places, and another stands in for an unreadable one.
+
+    Returns:
+        What changed, in one text, where that is allowed.
+
+    Raises:
+        RecipeError: some cannot be read any more.
+    """
+    known = set(left_out_before(run_dir))
+    gone = [name for name in images.skipped if name not in known] if images.is_cached else []
+    if not gone:
+        return []
+    named = ", ".join(gone[:_NAMED]) + (" …" if len(gone) > _NAMED else "")
+    if IMAGES in allowed:
+        return [f"the images lost {len(gone):,} that cannot be read any more: {named}"]
+    raise RecipeError(
+        f"cannot resume: {len(gone):,} of the run's images cannot be read any more",
+        where={"run": run_dir.path, "unreadable": named},
+        hint=f"repair them; or {_WITH_OTHERS}",
+    )
 
 
 def newest_checkpoint(run_dir: RunDir) -> Checkpoint | None:
     """Read the checkpoint a run goes on from; None when it was stopped before its first.
 
     Raises:
-        ArtifactError: it has checkpoints, and none is whole.
+        ArtifactError: it has checkpoints, and none is whole; or it had some, and they are gone.
     """
-    return read_newest(run_dir) if has_checkpoint(run_dir) else None
+    if has_checkpoint(run_dir):
+        return read_newest(run_dir)
+    step = int(_read(run_dir).get("step", 0))
+    if step > 0:
+        raise ArtifactError(
+            f"the run is at step {step}, and its checkpoints are gone",
+            where={"directory": run_dir.checkpoints},
+            hint="bring them back (is the disk they are on mounted?), or start anew with --force",
+        )
+    return None
+
+
+def other_surroundings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Say what differs between two records of a run that makes results differ in their last digits.
+
+    Returns:
+        one "key was …, now …" each.
+    """
+    found = {key: (before.get(key), now[key]) for key in ("device", "processes", "threads")}
+    versions = before.get("versions") or {}
+    found |= {name: (versions.get(name), version) for name, version in now["versions"].items()}
+    return [f"{key} was {was}, now {is_}" for key, (was, is_) in found.items() if was not in (None, is_)]
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:

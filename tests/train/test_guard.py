@@ -129,8 +129,8 @@ def test_having_gone_back_outlives_a_kill(tmp_path, make_recipe, pictures, monke
         break_losses(patch, {8, 9})
         go_back = loop.Training._go_back
 
-        def and_die(self):
-            go_back(self)
+        def and_die(self, **settings):
+            go_back(self, **settings)
             raise KeyboardInterrupt
 
         patch.setattr(loop.Training, "_go_back", and_die)

@@ -12,8 +12,7 @@ from edgecl.artifacts import RunDir
 from edgecl.checkpoint import read_newest
 from edgecl.errors import ArtifactError, CollapseError, DataError, DeviceError, RecipeError
 from edgecl.methods.sacl_xd import SaclXd
-from edgecl.nets.backbone import count_parameters
-from edgecl.nets.heads import Encoder
+from edgecl.nets.backbone import count_parameters, create_backbone
 from edgecl.train import loop
 from edgecl.train import pretrain as pretraining
 from edgecl.train.monitor import read_metrics
@@ -154,7 +153,7 @@ def test_parameters_are_those_of_plain_nets(runs, arm, make_recipe, arm_settings
     recipe = make_recipe(*arm_settings[arm])
     with torch.device("meta"):
         expected = {
-            name: count_parameters(Encoder(recipe.host.arch, width=width, projector=recipe.projector.sizes))
+            name: count_parameters(create_backbone(recipe.host.arch, width=width))
             for name, width in (("host", recipe.host.width), ("slim", recipe.slim.width))
         }
     assert RunDir(runs / arm).read()["params"] == expected
@@ -266,6 +265,8 @@ def test_a_run_stopped_before_its_first_checkpoint_starts_over(
     copy = tmp_path / "run"
     shutil.copytree(runs / "SACL-XD", copy)
     shutil.rmtree(copy / "checkpoints")
+    record = json.loads((copy / "run.json").read_text())
+    (copy / "run.json").write_text(json.dumps({**record, "state": "running", "step": 0}))
     train(make_recipe(), copy, labelled_pictures, resume=True)
     assert same_weights(runs / "SACL-XD", copy)
     assert without_clock(runs / "SACL-XD") == without_clock(copy)

@@ -60,7 +60,7 @@ def test_a_spread_that_stays_low_is_warned_of_and_stops_the_run(alarm, tmp_path,
         "and the diagonal of the correlation 0.02, in 5 records in a row"
     )
     assert caught.value.where == {"run": tmp_path, "step": 5}
-    assert "raise [loss] off_diagonal" in caught.value.hint
+    assert "a higher [loss] off_diagonal" in caught.value.hint
 
 
 def test_a_spread_that_recovers_goes_on(alarm):

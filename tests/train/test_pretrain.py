@@ -11,8 +11,7 @@ from edgecl.artifacts import RunDir, disk_errors
 from edgecl.checkpoint import read_newest, write_checkpoint
 from edgecl.data import index
 from edgecl.errors import ArtifactError, DataError, RecipeError, SliceError
-from edgecl.nets.backbone import count_parameters
-from edgecl.nets.heads import Encoder
+from edgecl.nets.backbone import count_parameters, create_backbone
 from edgecl.train import loop, pretrain, saver
 
 from .conftest import train
@@ -64,7 +63,7 @@ def test_parameters_of_every_width_are_in_the_record(tmp_path, make_recipe, pict
     params = train(recipe, tmp_path / "run", pictures)["params"]
     with torch.device("meta"):
         expected = {
-            name: count_parameters(Encoder(recipe.host.arch, width=width, projector=recipe.projector.sizes))
+            name: count_parameters(create_backbone(recipe.host.arch, width=width))
             for name, width in (("host", 0.75), ("slim", 0.5), ("slim_at_0.4", 0.4), ("slim_at_0.35", 0.35))
         }
     assert params == expected

@@ -210,7 +210,7 @@ def test_what_decides_a_step_cannot_change(earlier, make_recipe, labelled_pictur
 
 def test_more_epochs_can_be_allowed(earlier, make_recipe, labelled_pictures, capsys):
     record = train(make_recipe("run.epochs=3"), earlier, labelled_pictures, resume=True, allow=["run.epochs"])
-    assert "resuming with a changed recipe: run.epochs was 2, now 3" in capsys.readouterr().err
+    assert "resuming with a change: run.epochs was 2, now 3" in capsys.readouterr().err
     assert (record["state"], record["step"], record["changes"]) == ("done", 15, ["run.epochs was 2, now 3"])
     assert read_newest(RunDir(earlier)).step == 15
     assert RunDir(earlier).read()["recipe"]["run"]["epochs"] == 3

@@ -1,0 +1,190 @@
+"""Runs that go on when their images, their place or their surroundings are no longer what they were."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from edgecl.artifacts import RunDir
+from edgecl.checkpoint import read_newest
+from edgecl.data import index
+from edgecl.errors import ArtifactError, DataError, RecipeError
+from edgecl.train import loop
+from edgecl.train.monitor import read_metrics
+
+from .conftest import train, write_pictures
+
+
+@pytest.fixture(autouse=True)
+def index_at_once(monkeypatch):
+    """Keep an index of a folder also when it has just been written."""
+    monkeypatch.setattr(index, "_RACY_NS", 0)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder of 40 pictures that a test may damage."""
+    return write_pictures(tmp_path / "photos", 40)
+
+
+@pytest.fixture
+def stop_after(monkeypatch):
+    """Make a run end, as by Ctrl-C, right after a step."""
+
+    def stop(step, recipe, out, data):
+        end = loop.Training._end_step
+
+        def and_end(self, outcome, on_checkpoint):
+            going = end(self, outcome, on_checkpoint)
+            if self.step == step:
+                raise KeyboardInterrupt
+            return going
+
+        with monkeypatch.context() as patch:
+            patch.setattr(loop.Training, "_end_step", and_end)
+            with pytest.raises(KeyboardInterrupt):
+                train(recipe, out, data)
+
+    return stop
+
+
+def blank(path):
+    """Make a picture unreadable and leave its size."""
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def losses(out):
+    return [record["loss"] for record in read_metrics(RunDir(out).metrics_file) if "loss" in record]
+
+
+def test_a_picture_in_memory_that_became_unreadable_is_named(tmp_path, make_recipe, photos, stop_after):
+    out, recipe = tmp_path / "run", make_recipe("run.checkpoint_steps=2", "data.max_bad_fraction=0.2")
+    stop_after(4, recipe, out, photos)
+    for name in ("007.png", "011.png"):
+        blank(photos / name)
+    with pytest.raises(RecipeError) as caught:
+        train(recipe, out, photos, resume=True)
+    assert caught.value.problem == "cannot resume: 2 of the run's images cannot be read any more"
+    assert caught.value.where["unreadable"].replace(str(photos), "") == "/007.png, /011.png"
+    assert "repair them" in caught.value.hint
+    assert "--allow data" in caught.value.hint
+    assert RunDir(out).read()["step"] == 4
+
+
+def test_a_run_may_go_on_without_them(tmp_path, make_recipe, photos, stop_after, capsys):
+    out = tmp_path / "run"
+    recipe = make_recipe("run.checkpoint_steps=2", "data.max_bad_fraction=0.2", "data.batch_size=4")
+    stop_after(4, recipe, out, photos)
+    for name in ("007.png", "011.png"):
+        blank(photos / name)
+    record = train(recipe, out, photos, resume=True, allow=["data"])
+    assert (record["state"], record["steps_per_epoch"], record["data"]["images"]) == ("done", 9, 38)
+    assert "the images lost 2 that cannot be read any more" in record["changes"][0]
+    said = capsys.readouterr().err
+    assert "resuming with a change: the images lost 2" in said
+    assert "going on from step 4 of 18" in said
+
+
+def test_what_was_left_out_at_first_stays_left_out(tmp_path, make_recipe, photos, stop_after):
+    """Else a repaired picture would move all others in the order."""
+    good = (photos / "007.png").read_bytes()
+    blank(photos / "007.png")
+    recipe = make_recipe("run.checkpoint_steps=2", "data.max_bad_fraction=0.2", "data.batch_size=4")
+    train(recipe, tmp_path / "whole", photos)
+    stop_after(4, recipe, tmp_path / "run", photos)
+    shutil.rmtree(tmp_path / ".edgecl")
+    (photos / "007.png").write_bytes(good)
+    train(recipe, tmp_path / "run", photos, resume=True)
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+def test_other_images_are_counted_and_may_be_allowed(tmp_path, make_recipe, photos, stop_after):
+    out, recipe = tmp_path / "run", make_recipe("run.checkpoint_steps=2", "data.batch_size=4")
+    stop_after(4, recipe, out, photos)
+    (photos / "007.png").unlink()
+    with pytest.raises(RecipeError) as caught:
+        train(recipe, out, photos, resume=True)
+    assert caught.value.problem == "cannot resume with other images"
+    assert caught.value.where["was"] == f"{photos} with 40 images"
+    assert caught.value.where["now"] == f"{photos} with 39 images"
+    record = train(recipe, out, photos, resume=True, allow=["data"])
+    assert record["changes"] == [f"the images were {photos} with 40 images, now {photos} with 39 images"]
+    assert (record["state"], record["steps_per_epoch"]) == ("done", 9)
+
+
+def test_more_unreadable_images_may_be_allowed(tmp_path, make_recipe, photos, stop_after):
+    words = ["run.checkpoint_steps=2", "data.cache_mib=0"]
+    stop_after(4, make_recipe(*words), tmp_path / "run", photos)
+    record = train(
+        make_recipe(*words, "data.max_bad_fraction=0.5"),
+        tmp_path / "run",
+        photos,
+        resume=True,
+        allow=["data.max_bad_fraction"],
+    )
+    assert record["state"] == "done"
+
+
+def test_images_that_fail_cost_no_step(tmp_path, make_recipe, photos):
+    """Too many are unreadable in the middle of an epoch: what was learnt until then is on the disk."""
+    recipe = make_recipe("data.cache_mib=0", "data.workers=0", "run.checkpoint_epochs=2")
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    train(recipe, whole, photos)
+    shutil.copytree(photos, tmp_path / "kept")
+    record_step = loop.Training._record_step
+
+    def and_damage(self, outcome, progress, **settings):
+        record_step(self, outcome, progress, **settings)
+        if self.step == 7:
+            for path in photos.glob("*.png"):
+                blank(path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.Training, "_record_step", and_damage)
+        with pytest.raises(DataError):
+            train(recipe, out, photos)
+    assert read_newest(RunDir(out)).step == 7
+    assert (RunDir(out).read()["state"], RunDir(out).read()["step"]) == ("failed", 7)
+    shutil.copytree(tmp_path / "kept", photos, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / ".edgecl")
+    train(recipe, out, photos, resume=True)
+    assert losses(out) == losses(whole)
+
+
+def test_checkpoints_that_are_gone_are_missed(tmp_path, make_recipe, photos):
+    out = tmp_path / "run"
+    train(make_recipe(), out, photos)
+    metrics = RunDir(out).metrics_file.read_bytes()
+    (out / "checkpoints").rename(tmp_path / "unmounted")
+    with pytest.raises(ArtifactError) as caught:
+        train(make_recipe(), out, photos, resume=True)
+    assert caught.value.problem == "the run is at step 10, and its checkpoints are gone"
+    assert "mounted" in caught.value.hint
+    assert RunDir(out).metrics_file.read_bytes() == metrics
+
+
+def test_other_surroundings_are_said_and_kept(tmp_path, make_recipe, photos, stop_after, capsys):
+    out, recipe = tmp_path / "run", make_recipe("run.checkpoint_steps=2")
+    stop_after(4, recipe, out, photos)
+    capsys.readouterr()
+    torch.set_num_threads(2)
+    record = train(recipe, out, photos, resume=True)
+    said = capsys.readouterr().err
+    assert (
+        "edgecl: resuming elsewhere: threads was 1, now 2; results agree to rounding, not bit for bit" in said
+    )
+    assert "edgecl: going on from step 4 of 10" in said
+    assert record["changes"] == ["threads was 1, now 2"]
+
+
+@pytest.mark.parametrize("inside", ["run", "runs/tiny"])
+def test_a_run_is_not_written_among_its_images(make_recipe, photos, inside, monkeypatch):
+    with pytest.raises(DataError) as caught:
+        train(make_recipe(), photos / inside, photos)
+    assert caught.value.problem.endswith(f"would lie among the images of '{photos}'")
+    assert "choose an --out outside" in caught.value.hint
+    assert len(list(photos.rglob("*"))) == 40
+    monkeypatch.chdir(photos)
+    with pytest.raises(DataError, match="would lie among the images"):
+        train(make_recipe(), Path(inside), ".")
