@@ -183,6 +183,11 @@ KINDS: tuple[type[RunDir | ModelDir | Bundle | ReportDir | PipelineDir], ...] = 
 )
 
 
+_RECORDS = {kind.KIND: kind.RECORD for kind in KINDS}
+# As `write_bytes` names what it writes aside.
+_LEFTOVER = re.compile(r"\..+\.(?P<pid>\d+)-\d+\.part")
+
+
 def kind_of(path: Path) -> str | None:
     """Return which kind of edgecl output a directory is, or None.
 
@@ -235,7 +240,9 @@ def read_record(path: Path, *, kind: str) -> dict[str, Any]:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as complaint:
         raise ArtifactError(
-            f"'{path.name}' is not valid JSON: {complaint}", where={"file": path}
+            f"'{path.name}' is not valid JSON: {complaint}",
+            where={"file": path},
+            hint=f"restore it from a copy, or make the {kind} directory anew in another --out",
         ) from complaint
     if not isinstance(record, dict) or record.get("kind") != kind:
         raise ArtifactError(f"'{path.name}' is not the record of a {kind}", where={"file": path})
@@ -302,6 +309,28 @@ def write_bytes(path: Path, content: bytes) -> None:
         aside.unlink(missing_ok=True)
 
 
+def remove_leftovers(directory: Path) -> None:
+    """Remove files that a killed process left half written; the directory must be held.
+
+    Those of this very process too: it wrote nothing yet, and in a container one number comes again and again.
+    """
+    with contextlib.suppress(OSError):
+        for path in directory.iterdir():
+            match = _LEFTOVER.fullmatch(path.name)
+            if match and (int(match["pid"]) == os.getpid() or not _is_running(int(match["pid"]))):
+                path.unlink()
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass  # somebody else's
+    return True
+
+
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
     """Turn a full disk or a refused write into a named error."""
@@ -347,14 +376,27 @@ def refuse_existing(path: Path, *, force: bool, kind: str) -> None:
     if path.is_dir() and not any(path.iterdir()):
         return
     if not force:
+        go_on = "go on with --resume, " if _is_unfinished(path, kind) else ""
         raise ArtifactError(
-            f"output '{path}' already exists", hint="choose another --out, or replace it with --force"
+            f"output '{path}' already exists",
+            hint=f"{go_on}choose another --out, or replace it with --force",
         )
     if not path.is_dir() or kind_of(path) != kind:
+        name = _RECORDS.get(kind)
+        why = f": its {name} is not the record of one" if name and (path / name).is_file() else ""
         raise ArtifactError(
-            f"--force replaces only a {kind} directory, and '{path}' is not one",
+            f"--force replaces only a {kind} directory, and '{path}' is not one{why}",
             hint="remove it yourself, or choose another --out",
         )
+
+
+def _is_unfinished(path: Path, kind: str) -> bool:
+    """Tell whether this is a run or a pipeline that `--resume` would take further."""
+    if kind_of(path) != kind:
+        return False
+    if kind == RunDir.KIND:
+        return bool(RunDir(path).read().get("state", "done") != "done")
+    return kind == PipelineDir.KIND and not ReportDir(PipelineDir(path).report).record_file.exists()
 
 
 @contextlib.contextmanager

@@ -134,10 +134,7 @@ def read_newest(run_dir: RunDir) -> Checkpoint:
     for path in reversed(_existing(run_dir)):
         with _passing_over(path):
             return _read(path)
-    raise ArtifactError(
-        f"the run directory '{run_dir.path}' has no whole checkpoint",
-        hint="a run writes its first checkpoint after [run] checkpoint_epochs epochs; start it again with --force",
-    )
+    raise _none_whole(run_dir)
 
 
 def read_best(run_dir: RunDir) -> Checkpoint:
@@ -150,12 +147,34 @@ def read_best(run_dir: RunDir) -> Checkpoint:
     for path in _existing(run_dir):
         with _passing_over(path):
             records[path] = _record_of(path)
-    for path in _by_quality(records):
+    ranked = _by_quality(records)
+    for path in ranked:
         with _passing_over(path):
             return _read(path)
-    raise ArtifactError(
-        f"the run directory '{run_dir.path}' has no whole checkpoint with a quality",
-        hint="a run looks at quality every [run] quality_epochs epochs; take its newest checkpoint instead",
+    for path in reversed([path for path in records if path not in ranked]):
+        with _passing_over(path):
+            _read(path)
+            raise ArtifactError(
+                f"the run directory '{run_dir.path}' has no whole checkpoint with a quality",
+                hint="a run looks at quality every [run] quality_epochs epochs; take its newest checkpoint instead",
+            )
+    raise _none_whole(run_dir)
+
+
+def _none_whole(run_dir: RunDir) -> ArtifactError:
+    names = [path.name for path in _existing(run_dir)]
+    if not names:
+        return ArtifactError(
+            f"the run directory '{run_dir.path}' has no checkpoint",
+            hint="a run writes its first checkpoint after [run] checkpoint_epochs epochs; start it again with --force",
+        )
+    count = (
+        f"{len(names)} checkpoints, and none is whole" if len(names) > 1 else "one checkpoint, and it is torn"
+    )
+    return ArtifactError(
+        f"the run directory '{run_dir.path}' has {count}",
+        where={"torn": ", ".join(names)},
+        hint="restore one from a copy, or start the run again with --force",
     )
 
 

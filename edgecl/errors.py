@@ -108,4 +108,5 @@ def near_matches(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     if close:
         return "did you mean " + " or ".join(repr(match) for match in close) + "?"
-    return "known: " + ", ".join(known)
+    # Names that hold a comma need another sign between them.
+    return "known: " + ("; " if any("," in one for one in known) else ", ").join(known)

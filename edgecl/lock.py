@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from edgecl.artifacts import command_line
+from edgecl.artifacts import command_line, remove_leftovers
 from edgecl.errors import ArtifactError
 
 NAME = ".lock"
@@ -47,7 +47,8 @@ def hold(directory: Path, *, what: str) -> Iterator[None]:
 
     Directories that were made and stayed empty go again. The lock is an flock(2) on the file `.lock`, which names its
     holder and goes with a clean end. A process that is killed leaves the file, but not the lock. Where the file system
-    knows no locks this is said on stderr, and the directory is not held.
+    knows no locks this is said on stderr, and the directory is not held. What a killed process left half written in the
+    directory is removed.
 
     Args:
         directory: what to hold.
@@ -64,6 +65,7 @@ def hold(directory: Path, *, what: str) -> Iterator[None]:
         handle = _take(file, what)
         _held.add(handle)
         try:
+            remove_leftovers(directory)
             yield
         finally:
             if handle in _held:  # not in a forked child

@@ -28,6 +28,8 @@ from edgecl.redaction import record_without_secrets
 from edgecl.target import read_target
 
 BENCH_S = 5.0
+# What a pipeline that is resumed must be given again as it was; targets may be added.
+_KEPT = ("recipe", "data", "test")
 
 
 def run(
@@ -154,6 +156,8 @@ def _run_stages(
         "pretrain",
         lambda: _pretrain(recipe, pipeline, settings, device=device, resume=resume, download=download),
     )
+    if not stale:
+        _check_images(pipeline, uri, download=download)
     nets = _nets_of(recipe, pipeline)
     stale = stage("carve", lambda: _carve(nets, pipeline, force=resume), stale=stale)
     stage("cost", lambda: _cost(nets), stale=stale)
@@ -199,21 +203,34 @@ def _only_a_lock(out: Path) -> bool:
 
 def _resumed(pipeline: PipelineDir, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Hold the settings to those the pipeline was started with, and return the stages that are done."""
+    from edgecl.train.resume import differences
+
     before = read_record(pipeline.record_file, kind=PipelineDir.KIND)
     # Settings that are newer than the record have their defaults there.
     recipe = recipe_from_tables(before["recipe"], source=str(pipeline.record_file))
     before["recipe"] = recipe.model_dump(mode="json")
-    changed = [
-        key
-        for key in ("recipe", "data", "test")
-        if record_without_secrets(before.get(key)) != record_without_secrets(settings[key])
-    ]
-    if changed:
+    was, now = ({key: record_without_secrets(of.get(key)) for key in _KEPT} for of in (before, settings))
+    changes = [*differences(was.pop("recipe"), now.pop("recipe")).values()]
+    changes += [f"{key} was {was[key]!r}, now {now[key]!r}" for key in now if was[key] != now[key]]
+    if changes:
         raise ArtifactError(
-            f"cannot resume '{pipeline.path}': its {' and '.join(changed)} changed",
+            f"cannot resume '{pipeline.path}' with other settings: {'; '.join(changes)}",
             hint="repeat the command it was started with, or choose another --out",
         )
     return dict(before.get("stages", {}))
+
+
+def _check_images(pipeline: PipelineDir, uri: str, *, download: bool) -> None:
+    """Hold the images that later stages read to those the run was trained on."""
+    from edgecl.data.sources import open_source
+    from edgecl.train.resume import IMAGES, check_source
+
+    source = open_source(uri, split="train", download=download)
+    if changes := check_source(RunDir(pipeline.run), source, allowed=[IMAGES]):
+        raise ArtifactError(
+            f"cannot resume '{pipeline.path}' with other images: {'; '.join(changes)}",
+            hint="bring them back as they were, name by name and of the same sizes, or choose another --out",
+        )
 
 
 def _start(pipeline: PipelineDir, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -237,7 +254,13 @@ def _pretrain(
 ) -> list[Path]:
     from edgecl.train.pretrain import pretrain
 
-    started = RunDir(pipeline.run).record_file.exists()
+    run_dir = RunDir(pipeline.run)
+    started = run_dir.record_file.exists()
+    if not started and run_dir.checkpoints.exists():
+        raise ArtifactError(
+            f"the run directory '{run_dir.path}' has checkpoints but no {RunDir.RECORD}",
+            hint=f"restore {RunDir.RECORD} from a copy, or remove the directory yourself: the run then starts anew",
+        )
     pretrain(
         recipe,
         recipe_name=settings["recipe_name"],

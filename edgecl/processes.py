@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import secrets
 import signal
 import sys
 import threading
@@ -27,6 +28,12 @@ DEFAULT_WAIT_S = 600.0
 # A process that fails says so itself; the others give it this long before they speak for it.
 _PATIENCE_S = 3.0
 _REPORT_KEY = "edgecl/reported"
+# Where a process of this launch wrote the name of the first attempt.
+_LAUNCH_KEY = "edgecl/launch"
+# Between two looks at who has come.
+_POLL_S = 0.02
+# An agent that holds a store is on this machine or has just answered; longer than this it is not there.
+_AGENT_S = 10.0
 # How gloo, NCCL and the store word that the other side is gone or silent.
 _LOST = re.compile(
     r"closed by peer|connection reset|broken pipe|connection refused|timed? ?out|remote process|"
@@ -35,6 +42,11 @@ _LOST = re.compile(
 )
 
 _store: Any = None
+# The names of this attempt and of the first one of the launch, drawn by chance.
+_attempt: str | None = None
+_launch: str | None = None
+# Whether this process may fail where the others of its machine do not.
+_on_its_own = False
 
 
 def world_size() -> int:
@@ -70,18 +82,26 @@ def wait_s() -> float:
     return seconds
 
 
-def restarts() -> int:
-    """Return how often an elastic launcher has already started this run again."""
-    return _from_environment("TORCHELASTIC_RESTART_COUNT", 0)
-
-
 def launch() -> str | None:
-    """Return the name an elastic launcher gave this run, the same in all its attempts."""
-    return os.environ.get("TORCHELASTIC_RUN_ID")
+    """Return the name of this launch, drawn by chance, the same in all its processes and all its attempts; see `join`.
+
+    A launch lives as long as the agent of torchrun that holds its store, the one of the first machine. Where that agent
+    is replaced, or none holds a store (processes started without torchrun, or TORCH_DISABLE_SHARE_RDZV_TCP_STORE), every
+    attempt is a launch of its own. None before `join`, without a launcher, where one process under torchrun cannot reach
+    its agent, and where the caller has set up torch.distributed itself.
+    """
+    return _launch
+
+
+def started_again() -> bool:
+    """Tell whether an earlier attempt of this launch had met already; torchrun's own count differs between machines."""
+    return _launch != _attempt
 
 
 def join(device: str = "auto") -> None:
     """Meet the other processes that a launcher started: NCCL between GPUs, gloo between CPUs; alone, do nothing.
+
+    One process that torchrun started meets nobody; it only asks torchrun's agent for the name of the launch.
 
     Args:
         device: 'auto', 'cpu' or 'cuda'.
@@ -90,46 +110,135 @@ def join(device: str = "auto") -> None:
         DeviceError: more processes than GPUs on this machine.
         ProcessError: the others did not come.
     """
-    global _store
+    global _store, _attempt, _launch, _on_its_own
     if world_size() == 1:
+        if _launch is None and _is_launched() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            from torch.distributed.rendezvous import rendezvous
+
+            # A name is no reason to fail.
+            with contextlib.suppress(RuntimeError, ValueError):
+                store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=_AGENT_S)))
+                _attempt, _launch = meet(store, 0, 1, limit_s=_AGENT_S)
         return
     import torch
     from torch import distributed
     from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
-    if not distributed.is_initialized():
-        on_gpu = device != "cpu" and torch.cuda.is_available()
-        if on_gpu:
-            local = _from_environment("LOCAL_RANK", 0)
-            if local >= torch.cuda.device_count():
-                raise DeviceError(
-                    f"process {local} of this machine has no GPU of its own: it has {torch.cuda.device_count()}",
-                    hint="start as many processes per machine as it has GPUs (--nproc-per-node), or use --device cpu",
-                )
-            torch.cuda.set_device(local)
-        try:
-            limit = timedelta(seconds=wait_s())
-            store, number, count = next(rendezvous("env://", timeout=limit))
-            store.set_timeout(limit)
-            distributed.init_process_group(
-                # gloo beside NCCL: small decisions on the CPU need no kernel.
-                "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-                # The launcher's store outlives an attempt, and with it the addresses of processes that are gone.
-                store=PrefixStore(f"edgecl/attempt-{restarts()}", store),
-                rank=number,
-                world_size=count,
-                timeout=limit,
-            )
-        except (RuntimeError, ValueError) as complaint:
-            raise ProcessError(
-                f"the {world_size()} processes of the run did not find each other: "
-                f"{str(complaint).splitlines()[0]}",
-                where={"meeting point": f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"},
-                hint="start them with torchrun, with the same --rdzv-endpoint on every machine",
-            ) from complaint
-    # Kept, since the group may be gone when an error is to be shown.
-    _store = distributed.distributed_c10d._get_default_store()
+    if distributed.is_initialized():
+        _store = _store or distributed.distributed_c10d._get_default_store()
+        return
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    if on_gpu:
+        _take_gpu()
+    limit_s = wait_s()
+    limit = timedelta(seconds=limit_s)
+    _on_its_own = True
+    try:
+        store, number, count = next(rendezvous("env://", timeout=limit))
+        store.set_timeout(limit)
+        _attempt, _launch = meet(store, number, count, limit_s=limit_s)
+        # Kept, since the group may be gone, or never come to be, when an error is to be shown.
+        _store = PrefixStore(f"edgecl/{_attempt}", store)
+        distributed.init_process_group(
+            # gloo beside NCCL: small decisions on the CPU need no kernel.
+            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+            store=_store,
+            rank=number,
+            world_size=count,
+            timeout=limit,
+        )
+    except (RuntimeError, ValueError, OSError) as complaint:
+        raise ProcessError(
+            f"the {world_size()} processes of the run did not find each other: "
+            f"{(str(complaint).splitlines() or [type(complaint).__name__])[0]}",
+            where={
+                "this process": f"{rank()} of {world_size()} on {os.uname().nodename}",
+                "meeting point": f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}",
+            },
+            hint="start them with torchrun, with the same --rdzv-endpoint on every machine",
+        ) from complaint
+
+
+def meet(store: Any, number: int, count: int, *, limit_s: float) -> tuple[str, str]:
+    """Agree with the living processes on a name for this attempt, under which no dead process has left anything.
+
+    The store of torchrun's agent outlives an attempt, and with it the addresses of processes that are gone. Its count of
+    restarts is no name: every agent counts its own. So process 0 draws one and tells it to whoever answers:
+
+    - process r leaves a nonce under hello/r and waits for welcome/NONCE, which holds the name;
+    - process 0 answers every nonce it has not yet answered, until each process has acknowledged the name.
+
+    The hello of a dead process is answered too, and never acknowledged.
+
+    Args:
+        store: the one all processes see, of this attempt or of all attempts of the launch.
+        number: of this process, from 0.
+        count: of all processes.
+        limit_s: the longest wait.
+
+    Returns:
+        The names of this attempt and of the first attempt that met in this store, which is the name of the launch.
+
+    Raises:
+        TimeoutError: not all came in time; says who.
+    """
+    until = time.monotonic() + limit_s
+    pause_s = _POLL_S * max(1.0, count / 100)  # a thousand processes shall not ask more often than a hundred
+    own = secrets.token_hex(8)
+    if number > 0:
+        store.set(f"edgecl/hello/{number}", own)
+        while not store.check([f"edgecl/welcome/{own}"]):
+            _pause(pause_s, until, f"process 0 did not answer within {limit_s:g} s")
+        attempt, launch_name = store.get(f"edgecl/welcome/{own}").decode().split()
+        store.set(f"edgecl/ack/{attempt}/{number}", "yes")
+        return attempt, launch_name
+    launch_name = store.compare_set(_LAUNCH_KEY, "", own).decode()
+    # The nonce answered last to each process that has yet to acknowledge.
+    answered = dict.fromkeys(range(1, count), "")
+    while True:
+        for other in list(answered):
+            if store.check([f"edgecl/ack/{own}/{other}"]):
+                del answered[other]
+            elif store.check([f"edgecl/hello/{other}"]):
+                nonce = store.get(f"edgecl/hello/{other}").decode()
+                if nonce != answered[other]:
+                    store.set(f"edgecl/welcome/{nonce}", f"{own} {launch_name}")
+                    answered[other] = nonce
+        if not answered:
+            return own, launch_name
+        first = ", ".join(str(other) for other in list(answered)[:8]) + (", …" if len(answered) > 8 else "")
+        _pause(
+            pause_s, until, f"of the processes 1 to {count - 1}, {first} did not come within {limit_s:g} s"
+        )
+
+
+def _pause(seconds: float, until: float, complaint: str) -> None:
+    if time.monotonic() > until:
+        raise TimeoutError(complaint)
+    time.sleep(seconds)
+
+
+def _take_gpu() -> None:
+    """Give this process the GPU of its number, or refuse in all processes of the machine alike, before any of them waits.
+
+    Raises:
+        DeviceError: more processes than GPUs on this machine.
+    """
+    global _on_its_own
+    import torch
+
+    number, gpus = _from_environment("LOCAL_RANK", 0), torch.cuda.device_count()
+    need = max(number + 1, _from_environment("LOCAL_WORLD_SIZE", 1))
+    if re.fullmatch("[^,]+", os.environ.get("CUDA_VISIBLE_DEVICES", "")):
+        # Perhaps each process was given its own, as number 0 (torchrun --virtual-local-rank): each can judge only itself.
+        _on_its_own, need = True, number + 1
+    if need > gpus:
+        raise DeviceError(
+            f"{need} processes on this machine need as many GPUs, it has {gpus}",
+            hint="start as many processes per machine as it has GPUs (--nproc-per-node), or use --device cpu",
+        )
+    torch.cuda.set_device(number)
 
 
 def leave() -> None:
@@ -199,15 +308,24 @@ def explain_lost_peers() -> Iterator[None]:
                 "memory": memory_figures(),
                 "seen": first,
             },
-            hint="a process that the system killed was most often out of memory (see `dmesg`): lower [data] batch_size "
-            f"or cache_mib, or start fewer processes per machine; then go on with --resume. {WAIT_VARIABLE} sets the wait",
+            hint=(
+                "it was stopped, its machine swaps or hangs, or the network between is dead: look at the run's "
+                f"machines, then go on with --resume. {WAIT_VARIABLE} sets the wait"
+                if silent
+                else "a process that the system killed was most often out of memory (see `dmesg`): lower [data] batch_size "
+                "or cache_mib, or start fewer processes per machine; then go on with --resume"
+            ),
         ) from complaint
 
 
 def claim_report() -> bool:
-    """Tell whether this process is the one to show its error: the first that asks, among all of the run."""
+    """Tell whether this process is the one to show its error: the first that asks, among all of the run.
+
+    Before the processes have met nobody can be asked: then every process that waited for others shows its own, and of
+    what all processes of a machine find alike, the first of the machine.
+    """
     if _store is None:
-        return is_main()
+        return _on_its_own or _from_launcher("LOCAL_RANK", 0) == 0
     try:
         mine = str(rank())
         claimed: bytes = _store.compare_set(_REPORT_KEY, "", mine)
@@ -254,10 +372,13 @@ def _group() -> Any:
     return None
 
 
-def _from_launcher(name: str, otherwise: int) -> int:
+def _is_launched() -> bool:
     # All of these, or nobody launched us: a shell may well have a WORLD_SIZE of its own.
-    launched = all(variable in os.environ for variable in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))
-    return _from_environment(name, otherwise) if launched else otherwise
+    return all(variable in os.environ for variable in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))
+
+
+def _from_launcher(name: str, otherwise: int) -> int:
+    return _from_environment(name, otherwise) if _is_launched() else otherwise
 
 
 def _from_environment(name: str, otherwise: int) -> int:

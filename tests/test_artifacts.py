@@ -161,6 +161,35 @@ def test_existing_output_is_refused(tmp_path):
     assert caught.value.hint == "choose another --out, or replace it with --force"
 
 
+@pytest.mark.parametrize(
+    ("kind", "more", "go_on"),
+    [
+        (RunDir, {"state": "stopped"}, True),
+        (RunDir, {"state": "failed"}, True),
+        (RunDir, {"state": "running"}, True),
+        (RunDir, {"state": "done"}, False),
+        (PipelineDir, {"stages": {}}, True),
+    ],
+)
+def test_what_can_go_on_is_said_to(tmp_path, kind, more, go_on):
+    make(tmp_path / "out", kind, **more)
+    with pytest.raises(ArtifactError) as caught:
+        refuse_existing(tmp_path / "out", force=False, kind=kind.KIND)
+    hint = "choose another --out, or replace it with --force"
+    assert caught.value.hint == ("go on with --resume, " if go_on else "") + hint
+    with pytest.raises(ArtifactError) as caught:  # another verb cannot go on with it
+        refuse_existing(tmp_path / "out", force=False, kind="model")
+    assert caught.value.hint == hint
+
+
+def test_pipeline_with_a_report_is_done(tmp_path):
+    make(tmp_path / "out", PipelineDir)
+    make(tmp_path / "out" / "report", ReportDir)
+    with pytest.raises(ArtifactError) as caught:
+        refuse_existing(tmp_path / "out", force=False, kind="pipeline")
+    assert caught.value.hint == "choose another --out, or replace it with --force"
+
+
 def test_force_replaces_a_directory_of_the_same_kind(tmp_path):
     make(tmp_path / "out", ModelDir, mark="earlier")
     (tmp_path / "out" / "probe.json").write_text("{}")
@@ -175,6 +204,16 @@ def test_force_refuses_a_directory_of_another_kind(tmp_path, other):
     make(tmp_path / "out", other)
     with pytest.raises(ArtifactError, match=r"--force replaces only a model directory, and '.*' is not one"):
         refuse_existing(tmp_path / "out", force=True, kind="model")
+
+
+def test_force_says_that_a_record_is_broken(tmp_path):
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(ArtifactError) as caught:
+        refuse_existing(tmp_path, force=True, kind="run")
+    assert str(caught.value) == (
+        f"--force replaces only a run directory, and '{tmp_path}' is not one: its run.json is not the record of one\n"
+        "  hint: remove it yourself, or choose another --out"
+    )
 
 
 def test_force_refuses_a_folder_of_the_users(tmp_path):
@@ -393,6 +432,7 @@ def test_torn_record_is_named(tmp_path, content):
     with pytest.raises(ArtifactError, match=r"'model\.json' is not valid JSON") as caught:
         ModelDir(tmp_path).read()
     assert caught.value.where == {"file": tmp_path / "model.json"}
+    assert caught.value.hint == "restore it from a copy, or make the model directory anew in another --out"
 
 
 @pytest.mark.parametrize("kind", KINDS)

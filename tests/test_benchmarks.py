@@ -125,6 +125,31 @@ def test_step_benchmark_prints_a_table_and_json():
     assert "the same step by plain nets" in said
 
 
+def test_goals_are_set_apart_from_what_they_are_goals_of(step):
+    result = {
+        "ratios": {
+            "masks": {"over_slices": 1.2},
+            "plain nets": {"engine_overhead": 0.134},
+            "four passes": {"engine_overhead": 0.04},
+        }
+    }
+    assert step.judge(result) == [
+        ("masks take 1.20 times the time of slices; goal: at least 1.3", False),
+        ("the step takes 13.4 % more than the same step by plain nets; goal: at most 5 %", False),
+        (
+            "the step takes 4.0 % more than its four bare passes, losses and optimiser included; goal: at most 5 %",
+            True,
+        ),
+    ]
+
+
+def test_help_says_that_a_missed_goal_is_no_failure(step, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["step.py", "--help"])
+    with pytest.raises(SystemExit):
+        step.main()
+    assert "The exit status is 0 either way" in capsys.readouterr().out
+
+
 # --- scaling.py ---
 
 

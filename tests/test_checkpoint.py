@@ -349,8 +349,11 @@ def test_no_whole_checkpoint_is_an_error(run_dir, capsys):
     assert has_checkpoint(run_dir)
     with pytest.raises(ArtifactError) as caught:
         read_newest(run_dir)
-    assert caught.value.problem == f"the run directory '{run_dir.path}' has no whole checkpoint"
-    assert "[run] checkpoint_epochs" in caught.value.hint
+    assert str(caught.value) == (
+        f"the run directory '{run_dir.path}' has 3 checkpoints, and none is whole\n"
+        "  torn: step-000000001, step-000000002, step-000000003\n"
+        "  hint: restore one from a copy, or start the run again with --force"
+    )
     said = capsys.readouterr().err.splitlines()
     assert [line.split()[2] for line in said] == [f"step-{step:09d}" for step in (3, 2, 1)]
 
@@ -359,8 +362,19 @@ def test_no_whole_checkpoint_is_an_error(run_dir, capsys):
 def test_a_run_without_checkpoints_says_so(tmp_path, read):
     run_dir = RunDir(tmp_path / "nothing")
     assert not has_checkpoint(run_dir)
-    with pytest.raises(ArtifactError, match="has no whole checkpoint"):
+    with pytest.raises(ArtifactError, match="has no checkpoint") as caught:
         read(run_dir)
+    assert "[run] checkpoint_epochs" in caught.value.hint
+
+
+@pytest.mark.parametrize("quality", [None, 1.0])
+def test_the_newest_is_not_recommended_instead_of_the_best_where_it_is_torn(run_dir, quality):
+    file = write(run_dir, 1, quality=quality) / "model.safetensors"
+    file.write_bytes(bytes(file.stat().st_size))
+    with pytest.raises(ArtifactError) as caught:
+        read_best(run_dir)
+    assert caught.value.problem == f"the run directory '{run_dir.path}' has one checkpoint, and it is torn"
+    assert caught.value.hint == "restore one from a copy, or start the run again with --force"
 
 
 @pytest.mark.parametrize(

@@ -59,3 +59,8 @@ def test_near_matches_are_joined_by_or():
 
 def test_without_a_near_match_all_are_listed_in_order():
     assert near_matches("zzz", ["b", "a"]) == "known: a, b"
+
+
+def test_names_that_hold_a_comma_are_listed_with_semicolons():
+    known = ["SACL-XD", "SACL-XD, 2 parts", "XD only"]
+    assert near_matches("zzz", known) == "known: SACL-XD; SACL-XD, 2 parts; XD only"

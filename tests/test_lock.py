@@ -112,6 +112,17 @@ def test_a_killed_holder_frees_it_at_once(tmp_path):
         assert list(tmp_path.iterdir()) == []
 
 
+def test_what_a_killed_process_left_half_written_goes(tmp_path):
+    with process("print(flush=True); import sys; sys.stdin.read()") as dead:
+        pass
+    for pid in (dead.pid, os.getpid(), os.getppid()):
+        (tmp_path / f".run.json.{pid}-{pid}.part").touch()
+    (tmp_path / "my.1-2.part").touch()
+    with lock.hold(tmp_path, what="run directory"):
+        found = {path.name for path in tmp_path.iterdir()}
+    assert found == {lock.NAME, f".run.json.{os.getppid()}-{os.getppid()}.part", "my.1-2.part"}
+
+
 def test_a_process_cannot_hold_twice(tmp_path):
     with lock.hold(tmp_path, what="run directory"):
         assert f"is in use by process {os.getpid()} on " in str(refused(tmp_path))

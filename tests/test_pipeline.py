@@ -217,13 +217,44 @@ def test_further_target_is_added(again, out):
 def test_changed_recipe_cannot_resume(again, out):
     with pytest.raises(ArtifactError) as caught:
         again(assignments=["optim.lr=0.02"])
-    assert caught.value.problem == f"cannot resume '{out}': its recipe changed"
+    problem = f"cannot resume '{out}' with other settings: optim.lr was 0.01, now 0.02"
+    assert caught.value.problem == problem
     assert caught.value.hint == "repeat the command it was started with, or choose another --out"
 
 
-def test_changed_data_cannot_resume(again, unlabelled_folder):
-    with pytest.raises(ArtifactError, match="its data changed"):
+def test_changed_data_cannot_resume(again, image_folder, unlabelled_folder):
+    with pytest.raises(ArtifactError, match=f"data was '{image_folder}', now '{unlabelled_folder}'"):
         again(data=unlabelled_folder)
+
+
+def test_changed_pictures_cannot_resume_once_the_net_is_trained(again, tmp_path, image_folder):
+    data = shutil.copytree(image_folder, tmp_path / "data")
+    out = tmp_path / "new"
+    again(out=out, resume=False, data=data)
+    (out / "comparison.json").unlink()
+    shutil.copy(data / "red" / "000.png", data / "red" / "new.png")
+    with pytest.raises(ArtifactError) as caught:
+        again(out=out, data=data)
+    assert caught.value.problem == (
+        f"cannot resume '{out}' with other images: the images were {data} with 60 images, now {data} with 61 images"
+    )
+    assert caught.value.hint == (
+        "bring them back as they were, name by name and of the same sizes, or choose another --out"
+    )
+    assert not (out / "comparison.json").exists()
+    (data / "red" / "new.png").unlink()
+    assert "probe" in again(out=out, data=data)
+
+
+def test_run_that_lost_its_record_is_not_trained_over(again, out):
+    (out / "pretrain" / "run.json").unlink()
+    with pytest.raises(ArtifactError) as caught:
+        again()
+    assert str(caught.value) == (
+        f"the run directory '{out / 'pretrain'}' has checkpoints but no run.json\n"
+        "  hint: restore run.json from a copy, or remove the directory yourself: the run then starts anew"
+    )
+    assert list((out / "pretrain" / "checkpoints").iterdir())
 
 
 def test_force_does_not_replace_a_folder_of_the_users(again, tmp_path):

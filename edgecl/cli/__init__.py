@@ -110,12 +110,9 @@ def main() -> None:
         raise SystemExit(1) from None
     except SystemExit as stop:
         # typer turns Ctrl-C into this exit before anyone can catch it.
-        if stop.code == INTERRUPTED:
-            hint = "; pretrain and run go on from their checkpoint with --resume"
-            resumable = getattr(_root, "verb", None) in RESUMABLE
-            sys.stderr.write(f"edgecl: interrupted{hint if resumable else ''}\n")
-        elif stop.code == TERMINATED:
-            sys.stderr.write("edgecl: terminated\n")
+        if stop.code in (INTERRUPTED, TERMINATED):
+            hint = "; go on from there with --resume" if getattr(_root, "verb", None) in RESUMABLE else ""
+            sys.stderr.write(f"edgecl: {'interrupted' if stop.code == INTERRUPTED else 'terminated'}{hint}\n")
         raise
     except OSError as complaint:
         if complaint.errno != errno.ENOSPC:

@@ -18,7 +18,7 @@ DataOption = Annotated[
     typer.Option(
         "--data",
         metavar="URI",
-        help="A folder of images, `demo`, or e.g. cifar10:PATH (`edgecl ls datasets`).",
+        help="A folder of images, `demo`, shards:PATTERN (paths or URLs), or e.g. cifar10:PATH (`edgecl ls datasets`).",
     ),
 ]
 LabelledOption = Annotated[
@@ -57,3 +57,9 @@ ResumeOption = Annotated[
 ]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace an earlier output.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON value.")]
+
+
+def refuse_both(*, resume: bool, force: bool) -> None:
+    """Refuse `--resume` beside `--force`: one keeps what the other removes."""
+    if resume and force:
+        raise typer.BadParameter("--resume goes on, --force starts anew: give one")

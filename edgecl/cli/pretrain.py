@@ -13,6 +13,7 @@ from edgecl.cli.options import (
     RecipeArgument,
     ResumeOption,
     SetOption,
+    refuse_both,
 )
 
 
@@ -35,6 +36,7 @@ def pretrain_command(
     download: DownloadOption = False,
 ) -> None:
     """Pretrain from unlabelled images."""
+    refuse_both(resume=resume, force=force)
     from edgecl import processes
     from edgecl.recipe import read_recipe, recipe_name
 

@@ -16,6 +16,7 @@ from edgecl.cli.options import (
     SetOption,
     TargetsOption,
     TestOption,
+    refuse_both,
 )
 
 
@@ -50,10 +51,11 @@ def run_command(
 
 def demo_command(
     out: Annotated[Path, typer.Option("--out", help="Directory to write.")] = Path("edgecl-demo"),
+    resume: ResumeOption = False,
     force: ForceOption = False,
 ) -> None:
     """Go the whole road on pictures edgecl draws."""
-    _run("demo", out=out, force=force, device="cpu")
+    _run("demo", out=out, resume=resume, force=force, device="cpu")
 
 
 def _run(
@@ -69,6 +71,7 @@ def _run(
     force: bool = False,
     download: bool = False,
 ) -> None:
+    refuse_both(resume=resume, force=force)
     from edgecl.recipe import read_recipe, recipe_name
 
     name = recipe_name(recipe)

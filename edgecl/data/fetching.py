@@ -52,6 +52,7 @@ _CURL = {
 # For the status alone: what the server sends with it is thrown away, and a slow answer is given up.
 _ASKING = ["-o", os.devnull, "--max-time", str(_STATUS_WITHIN_S)]
 _BROKEN_MIDWAY = {18, 52, 55, 56, 92}
+_NOT_REACHED = {5, 6, 7}
 _BY_CURL = {"http", "https", "ftps", "sftp", "scp", "htgs", "hf"}
 # Of a signed URL these change from one signing to the next, while the file stays the same.
 _SIGNATURE = re.compile(
@@ -321,7 +322,13 @@ def _failure(url: str, status: int, stream: Any) -> _Failed:
     if scheme in _BY_CURL:
         if status == 22:
             return _refusal(url)
-        return _Failed(_CURL.get(status, f"curl ended with status {status}"), broke=status in _BROKEN_MIDWAY)
+        return _Failed(
+            _CURL.get(status, f"curl ended with status {status}"),
+            hint="check the URL's host and port, and that its server is up; what is fetched stays"
+            if status in _NOT_REACHED
+            else None,
+            broke=status in _BROKEN_MIDWAY,
+        )
     said = getattr(stream, "said", None)
     lines: list[str] = []
     if said is not None:

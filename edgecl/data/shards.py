@@ -19,7 +19,7 @@ from urllib.request import url2pathname
 import numpy as np
 from numpy.typing import NDArray
 
-from edgecl.data.fetching import cache_folder, fetch
+from edgecl.data.fetching import cache_folder, cached_place, fetch
 from edgecl.data.randomness import permutation
 from edgecl.data.sources import ImageSource, Labels, Split, UnreadableImage
 from edgecl.data.tar_index import TarIndex, indexed, stamp_of
@@ -152,6 +152,7 @@ def open_shards(uri: str, *, split: Split = "train") -> ImageSource:
         )
     urls = _expand(uri.partition(":")[2], shown)
     _refuse_missing(urls, shown)
+    _refuse_twice(urls, shown)
     shards = _index_all(urls)
     counts = [len(shard.tar) for shard in shards]
     if not sum(counts):
@@ -272,6 +273,21 @@ def _refuse_missing(urls: Sequence[str], shown: str) -> None:
         where={"data": shown, "missing": named, "there": f"{len(local) - len(missing)} of {len(local)}"},
         hint="compare the pattern's braces with what is there",
     )
+
+
+def _refuse_twice(urls: Sequence[str], shown: str) -> None:
+    """Refuse a shard that is named twice, however it is spelled: its images would count double."""
+    named: dict[Path, str] = {}
+    for url in urls:
+        spelled = without_secrets(url)
+        place = cached_place(url) if is_remote(url) else _local(url).resolve()
+        if place in named:
+            raise DataError(
+                f"the shard '{_basename(spelled)}' is named twice",
+                where={"data": shown, "first": named[place], "again": spelled},
+                hint="name each shard once: look for braces that overlap, and for two spellings of one path",
+            )
+        named[place] = spelled
 
 
 def _index_all(urls: Sequence[str]) -> list[_Shard]:

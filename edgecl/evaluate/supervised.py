@@ -98,7 +98,8 @@ def train_classifier(
     warmup_steps = min(max(1, steps // 10), steps - 1)
     schedule = CosineLRScheduler(
         optimizer,
-        t_initial=steps - warmup_steps,
+        # Of a single step timm says that it is no cosine; of two the first is the same.
+        t_initial=max(2, steps - warmup_steps),
         warmup_t=warmup_steps,
         # Not zero: the first step shall move something.
         warmup_lr_init=min(group["lr"] for group in optimizer.param_groups) / (warmup_steps + 1),

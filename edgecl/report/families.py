@@ -8,10 +8,12 @@ from typing import Any
 
 from edgecl.report.collect import Collection, Source
 from edgecl.report.notation import MISSING, between, counted, milliseconds, percent, printable, scaled
+from edgecl.report.pareto import SIZES
 from edgecl.report.rows import (
     ACCURACIES,
     ORIGINS,
     Row,
+    comparable_accuracies,
     conditions_in_words,
     conditions_key,
     is_rejected,
@@ -157,20 +159,33 @@ def _cells(
 
 
 def family_in_words(family: Family, rows: Sequence[Row]) -> str:
-    """Say in a sentence what one run gave: how many nets, over which widths, accuracies and costs."""
+    """Say in a sentence what one run gave: how many nets, and widths, accuracies and sizes from end to end."""
     nets = sorted(nets_of([rows[index] for index in family["rows"]]), key=lambda row: row["width"])
     parts = []
-    for key, name in ACCURACIES.items():
-        gains = [net[key]["top1"] for net in nets if net[key]]
-        if len(gains) == len(nets):
-            parts.append(f"{percent(min(gains))} to {percent(max(gains))} % {name}")
+    for key in comparable_accuracies(nets):
+        if all(net[key] for net in nets):
+            parts.append(_gains_in_words([(net["width"], net[key]["top1"]) for net in nets], ACCURACIES[key]))
             break
-    macs = [net["macs"] for net in nets if net["macs"] is not None]
-    if len(macs) == len(nets):
-        parts.append(f"{scaled(min(macs))} to {scaled(max(macs))} MACs")
+    for key, name in SIZES.items():
+        if all(net[key] is not None for net in nets):
+            parts.append(f"{scaled(nets[0][key])} to {scaled(nets[-1][key])} {name}")
+            break
     low, high = family["widths"][0], family["widths"][-1]
     return (
         f"One run gave {counted(len(nets), 'net')} ({family['name']}), from width {low:g} to {high:g}"
         + (f": {', '.join(parts)}" if parts else "")
         + "."
     )
+
+
+def _gains_in_words(gains: Sequence[tuple[float, float]], name: str) -> str:
+    """Say the accuracy at the narrowest and at the widest width, and what lies between them and is beyond both."""
+    (_, first), *inner, (_, last) = gains
+    text = f"{percent(first)} to {percent(last)} % {name}"
+    beyond = []
+    for end, word in ((min, "as low as"), (max, "up to")):
+        width, gain = end(gains, key=lambda one: one[1])
+        # As written: what rounds to the same is not beyond.
+        if (width, gain) in inner and percent(gain) not in (percent(first), percent(last)):
+            beyond.append(f"{word} {percent(gain)} % at {width:g}")
+    return f"{text} ({', '.join(beyond)})" if beyond else text

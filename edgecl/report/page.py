@@ -19,7 +19,15 @@ from edgecl.report.figures.scatter import scatter_figure
 from edgecl.report.markup import captioned, detail_table
 from edgecl.report.markup import escaped as _e
 from edgecl.report.notation import MISSING, duration, finite, fixed, percent, points
-from edgecl.report.rows import conditions_in_words, conditions_of_row, is_rejected, net_of_row
+from edgecl.report.pareto import SIZES
+from edgecl.report.rows import (
+    as_net,
+    conditions_in_words,
+    conditions_of_row,
+    is_rejected,
+    is_timed,
+    net_of_row,
+)
 from edgecl.report.text import (
     Table,
     cells_of_row,
@@ -47,6 +55,7 @@ def page(record: dict[str, Any], *, views: Mapping[str, bytes]) -> str:
         _tables(record),
         _comparisons(record),
         _scatter(record),
+        _size_scatter(record),
         _families(record),
         bundle_sections(record),
         _runs(record),
@@ -240,15 +249,50 @@ def _scatter(record: dict[str, Any]) -> str:
         caption += f" One front for each way of timing ({named})."
     else:
         caption += f" Timed on {_group_in_words(groups[0])}."
-    drawn = {line["family"] for group in groups for line in group["families"]}
-    if drawn:
-        which = "A solid line joins" if drawn == {0} else "The lines named above join"
-        caption += f" {which} the nets of one run, from the narrowest to the widest."
+    lines = [line for group in groups for line in group["families"]]
+    if lines:
+        caption += f" {_joined(lines)}"
     svg = scatter_figure(rows, trade, families=record["families"], prefix="scatter")
     return (
         "<section>\n<h2>Accuracy against latency</h2>\n"
         f'<div class="single">\n{captioned(svg, caption)}</div>\n</section>'
     )
+
+
+def _size_scatter(record: dict[str, Any]) -> str:
+    trade = record["size_trade_off"]
+    if not trade:
+        return ""
+    (group,) = trade["groups"]
+    caption = (
+        "Up and to the left is better. Bars are 95 % intervals; "
+        "filled dots and the dashed line are the Pareto front."
+    )
+    if len(group["front"]) < len(group["rows"]):
+        caption += " A hollow dot is beaten in both by another net."
+    caption += f" {_joined(group['families'])} "
+    caption += (
+        "Fewer than two of them have a latency that counts"
+        if any(map(is_timed, record["rows"]))
+        else "Nothing was timed"
+    )
+    caption += ": `edgecl export` and `edgecl bench` put latency in the place of this."
+    if trade["cost"] == "params":
+        caption += " `edgecl cost MODEL_DIR` counts MACs, which say more about speed than parameters do."
+    rows = [as_net(row) for row in record["rows"]]
+    svg = scatter_figure(rows, trade, families=record["families"], prefix="size")
+    return (
+        f"<section>\n<h2>Accuracy against {SIZES[trade['cost']]}</h2>\n"
+        f'<div class="single">\n{captioned(svg, caption)}</div>\n</section>'
+    )
+
+
+def _joined(lines: Sequence[dict[str, Any]]) -> str:
+    """Say what the families' lines are; the first family's alone is solid."""
+    which = (
+        "A solid line joins" if {line["family"] for line in lines} == {0} else "The lines named above join"
+    )
+    return f"{which} the nets of one run, from the narrowest to the widest."
 
 
 def _group_in_words(group: dict[str, Any]) -> str:

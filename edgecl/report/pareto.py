@@ -1,11 +1,21 @@
-"""Which rows nothing beats: the Pareto front of accuracy and latency, for each way of timing."""
+"""Which rows nothing beats: the Pareto front of accuracy and latency, for each way of timing, or of accuracy and size."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from edgecl.report.rows import ACCURACIES, Row, conditions_key, gain_of, is_rejected, is_timed
+from edgecl.report.rows import (
+    Row,
+    comparable_accuracies,
+    conditions_key,
+    gain_of,
+    is_rejected,
+    is_timed,
+)
+
+# What a net costs wherever it runs, the closer to its latency first.
+SIZES = {"macs": "MACs", "params": "parameters"}
 
 
 def pareto_front(points_: Sequence[tuple[float, float]]) -> list[int]:
@@ -32,28 +42,24 @@ def trade_off(rows: list[Row]) -> dict[str, Any] | None:
     A rejected precision is shown, but is on no front. Sets the rows' `on_pareto_front`.
 
     Returns:
-        `accuracy` (a key of ACCURACIES), `label`, and `groups`: conditions, indices of rows, and those on the
-        front. None when no row has both an accuracy and a latency.
+        `cost` ("latency"), `accuracy` (a key of ACCURACIES), `label`, and `groups`: conditions, indices of rows, and
+        those on the front. None when no row has both an accuracy and a latency.
     """
     timed = [index for index, row in enumerate(rows) if is_timed(row)]
-    labels_per_class = {str(row["few_label"]["labels_per_class"]) for row in rows if row["few_label"]}
+    names = comparable_accuracies(rows)
     counts = {
         key: (
             sum(1 for index in timed if gain_of(rows[index], key)),
             # Of two that equally many rows have, the one that was measured on the exported files.
             sum(1 for index in timed if gain_of(rows[index], key) not in (None, rows[index][key])),
         )
-        for key in ACCURACIES
-        # Accuracies at different label counts are not like for like.
-        if key != "few_label" or len(labels_per_class) < 2
+        for key in names
     }
     best = max(counts, key=lambda key: counts[key], default=None)
     if best is None or counts[best][0] == 0:
         return None
-    label = ACCURACIES[best]
-    if best == "few_label":
-        label += f", {labels_per_class.pop()} labels per class"
-    elif best == "finetuned" and counts[best][1]:
+    label = names[best]
+    if best == "finetuned" and counts[best][1]:
         label = "top-1"  # of files, with or without a fine-tuned net's own figure beside them
     groups: dict[tuple[Any, ...], list[int]] = {}
     for index in timed:
@@ -79,10 +85,52 @@ def trade_off(rows: list[Row]) -> dict[str, Any] | None:
                 "front": [running[place] for place in front],
             }
         )
-    return {"accuracy": best, "label": label, "groups": result}
+    return {"cost": "latency", "accuracy": best, "label": label, "groups": result}
 
 
 def _point(row: Row, key: str) -> tuple[float, float]:
     gain = gain_of(row, key)
     assert gain is not None
     return row["latency_ms"]["p50"], gain["top1"]
+
+
+def size_trade_off(rows: Sequence[Row], families: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """Choose the accuracy and the size to set side by side for the nets of one run, for want of a latency.
+
+    MACs where every net of the families has them, else parameters. Other nets with the same numbers are shown, too.
+
+    Args:
+        rows: of the report.
+        families: what `families_of` returns.
+
+    Returns:
+        As `trade_off`, with "macs" or "params" as `cost` and one group, which has `families`: lines as of `lines_of`.
+        None when no family has two widths with an accuracy and a size.
+    """
+    nets: dict[str, int] = {}
+    for index, row in enumerate(rows):
+        if row["model_dir"] is not None:
+            nets.setdefault(row["model_dir"], index)
+    members = [[index for index in family["rows"] if index in nets.values()] for family in families]
+    of_families = [index for indices in members for index in indices]
+    names = comparable_accuracies([rows[index] for index in nets.values()])
+    counts = {key: sum(1 for index in of_families if rows[index][key]) for key in names}
+    best = max(counts, key=lambda key: counts[key])
+    accurate = [index for index in of_families if rows[index][best]]
+    cost = next((key for key in SIZES if all(rows[index][key] is not None for index in accurate)), None)
+    if cost is None:
+        return None
+    shown = [index for index in nets.values() if rows[index][best] and rows[index][cost] is not None]
+    lines: list[dict[str, Any]] = [
+        {
+            "family": place,
+            "rows": sorted(set(indices) & set(shown), key=lambda index: rows[index]["width"]),
+        }
+        for place, indices in enumerate(members)
+    ]
+    lines = [line for line in lines if len({rows[index]["width"] for index in line["rows"]}) > 1]
+    if not lines:
+        return None
+    front = pareto_front([(rows[index][cost], rows[index][best]["top1"]) for index in shown])
+    group = {"rows": shown, "front": [shown[place] for place in front], "families": lines}
+    return {"cost": cost, "accuracy": best, "label": names[best], "groups": [group]}

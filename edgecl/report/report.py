@@ -14,7 +14,7 @@ from edgecl.report.curves import MOST_POINTS, curves
 from edgecl.report.families import families_of, family_in_words, lines_of
 from edgecl.report.notation import finite, printable
 from edgecl.report.page import page
-from edgecl.report.pareto import trade_off
+from edgecl.report.pareto import size_trade_off, trade_off
 from edgecl.report.precisions import bundle_record
 from edgecl.report.rows import ORIGINS, rows_of
 from edgecl.report.sentences import verdict_of, warnings_of
@@ -73,6 +73,7 @@ def report_record(collection: Collection) -> dict[str, Any]:
     trade = trade_off(rows)
     for group in trade["groups"] if trade else []:
         group["families"] = lines_of(families, rows, group["rows"])
+    joined = any(group["families"] for group in trade["groups"]) if trade else False
     bundles = [bundle_record(bundle) for bundle in collection.of("bundle")]
     verdict, support = verdict_of(comparisons, rows, bundles, collection)
     header = record_header("report", made_from=collection.sha256())
@@ -87,6 +88,7 @@ def report_record(collection: Collection) -> dict[str, Any]:
         "comparison": comparisons[0] if comparisons else None,
         "further_comparisons": comparisons[1:],
         "trade_off": trade,
+        "size_trade_off": None if joined else size_trade_off(rows, families),
         "families": families,
         "runs": [_run(run) for run in collection.of("run")],
         "notes": [*collection.notes, *warnings_of(rows, collection)],

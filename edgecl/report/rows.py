@@ -38,6 +38,11 @@ _OF_THE_NET = {
     "knn": "net_knn_top1",
     "few_label": "few_label_top1",
 }
+# What a row has only where its net was exported.
+_OF_A_BUNDLE = (
+    *("bundle", "precision", "accuracy", "verdict", "latency_ms"),
+    *("device", "power_mode", "runtime", "mode", "threads", "batch"),
+)
 # What an accuracy measured on the exported file is the like of.
 _MEASURED_AS = {"finetuned": "top1", "knn": "knn_top1"}
 
@@ -206,6 +211,23 @@ def nets_of(rows: Sequence[Row]) -> list[Row]:
         if row["model_dir"] is not None:
             found.setdefault(row["model_dir"], row)
     return list(found.values())
+
+
+def as_net(row: Row) -> Row:
+    """Return what a row says of its net, without bundle, precision and measurement."""
+    return {**row, **dict.fromkeys(_OF_A_BUNDLE)}
+
+
+def comparable_accuracies(rows: Sequence[Row]) -> dict[str, str]:
+    """Return those of ACCURACIES that are like for like in these rows, each with its full name.
+
+    Few-label accuracies at different label counts are not.
+    """
+    counts = {str(row["few_label"]["labels_per_class"]) for row in rows if row["few_label"]}
+    names = {key: name for key, name in ACCURACIES.items() if key != "few_label" or len(counts) < 2}
+    if len(counts) == 1:
+        names["few_label"] += f", {counts.pop()} labels per class"
+    return names
 
 
 def conditions_of_row(row: Row) -> str:

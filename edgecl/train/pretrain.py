@@ -118,7 +118,7 @@ def pretrain(
         changes: list[str] = []
         if main:
             # A launcher that starts failed processes again cannot add --resume.
-            resume = resume or was_launched_as(run_dir, processes.launch())
+            resume = resume or (processes.started_again() and was_launched_as(run_dir, processes.launch()))
             if _only_traces(out):
                 resume = False
                 _refuse_inside(run_dir, uri)

@@ -71,7 +71,7 @@ def check_recipe(run_dir: RunDir, recipe: Recipe, *, allowed: Sequence[str]) -> 
     before = recipe_from_tables(record["recipe"], source=str(run_dir.record_file))
     # A record holds no login and no signature, and these may well be new.
     now = record_without_secrets(recipe.model_dump(mode="json"))
-    changes = _differences(before.model_dump(mode="json"), now)
+    changes = differences(before.model_dump(mode="json"), now)
     refused = {key: text for key, text in changes.items() if key not in allowed}
     if refused:
         could = [key for key in refused if key in MAY_CHANGE]
@@ -193,7 +193,8 @@ def other_surroundings(before: dict[str, Any], now: dict[str, Any]) -> list[str]
     return [f"{key} was {was}, now {is_}" for key, (was, is_) in found.items() if was not in (None, is_)]
 
 
-def _differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
+def differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
+    """Say what differs between two recipes' tables: "table.key" -> "table.key was …, now …"."""
     return {
         f"{table}.{key}": f"{table}.{key} was {before[table][key]!r}, now {value!r}"
         for table, values in now.items()

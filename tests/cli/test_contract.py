@@ -21,7 +21,7 @@ from edgecl.cli import app, main
 OPTIONS = {
     "ls": ("--json", ""),
     "run": ("--data --target --out --set --resume --force", "--test --device --download"),
-    "demo": ("--out --force", ""),
+    "demo": ("--out --force", "--resume"),
     "pretrain": ("--data --out --set --device --resume --force", "--download --allow"),
     "selftest": ("", ""),
     "carve": ("--out --width --recalibrate --no-recalibrate --force", "--best"),
@@ -136,6 +136,13 @@ def test_wrong_usage_is_2_and_says_so_on_stderr(edgecl, words):
     assert code == 2
     assert out == ""
     assert err
+
+
+@pytest.mark.parametrize("words", [["pretrain", "demo"], ["run", "demo"], ["demo"]], ids=" ".join)
+def test_resume_and_force_together_are_wrong_usage(edgecl, words):
+    code, _, err = edgecl(*words, "--resume", "--force")
+    assert code == 2
+    assert "--resume goes on, --force starts anew: give one" in err
 
 
 @pytest.mark.parametrize(
@@ -387,7 +394,7 @@ def test_run_without_a_checkpoint_cannot_be_carved(edgecl, tmp_path, trained_run
     shutil.rmtree(run / "checkpoints")
     code, _, err = edgecl("carve", run, "--out", tmp_path / "m")
     assert code == 1
-    assert err.startswith(f"edgecl: the run directory '{run}' has no whole checkpoint\n")
+    assert err.startswith(f"edgecl: the run directory '{run}' has no checkpoint\n")
 
 
 # --- manifests that lie ---
@@ -475,14 +482,19 @@ def test_signal_ends_the_measuring_process_too(tmp_path, number, code, last):
     assert not list(bundle.glob("bench-*"))
 
 
+@pytest.mark.parametrize(
+    ("number", "status", "said"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
 @pytest.mark.parametrize("verb", ["pretrain", "run", "bench"])
-def test_interrupted_training_says_how_to_go_on_and_nothing_else_does(edgecl, monkeypatch, verb):
+def test_interrupted_training_says_how_to_go_on_and_nothing_else_does(
+    edgecl, monkeypatch, verb, number, status, said
+):
     def interrupted(*_, **__):
-        raise KeyboardInterrupt
+        signal.raise_signal(number)
 
     monkeypatch.setattr("edgecl.recipe.read_recipe", interrupted)
     monkeypatch.setattr("edgecl.deploy.bench.bench", interrupted)
     code, _, err = edgecl(verb, "x")
-    assert code == 130
-    hint = "; pretrain and run go on from their checkpoint with --resume" if verb != "bench" else ""
-    assert err == f"edgecl: interrupted{hint}\n"
+    assert code == status
+    hint = "; go on from there with --resume" if verb != "bench" else ""
+    assert err == f"edgecl: {said}{hint}\n"

@@ -137,6 +137,7 @@ def test_a_server_that_is_not_there_is_named(server):
     error = complaint(f"shards:{server.url}/x.tar")
     assert error.problem == "the shard 'x.tar' could not be fetched: no connection: refused, or no way there"
     assert error.where == {"url": f"{server.url}/x.tar"}
+    assert error.hint == "check the URL's host and port, and that its server is up; what is fetched stays"
 
 
 def test_a_connection_that_breaks_is_tried_again(write_shards, server):

@@ -234,6 +234,37 @@ def test_many_missing_shards_are_counted(tmp_path):
     assert f"{tmp_path}/x-004.tar and 15 more\n" in str(complaint(pattern(tmp_path, 19)))
 
 
+@pytest.mark.parametrize(
+    "twice",
+    [
+        "{root}/x-000.tar::{root}/x-000.tar",
+        "{root}/x-{{000..001}}.tar::{root}/x-{{000..000}}.tar",
+        "{root}/x-000.tar::{root}/../{root.name}/x-000.tar",
+        "{root}::{root}/x-000.tar",
+        "{root}/x-000.tar::file:{root}/x-000.tar",
+    ],
+)
+def test_a_shard_named_twice_is_refused(write_shards, twice):
+    pattern = "shards:" + twice.format(root=write_shards(2))
+    error = complaint(pattern)
+    assert error.problem == "the shard 'x-000.tar' is named twice"
+    assert error.where["data"] == pattern
+    assert error.where["first"].endswith("x-000.tar")
+    assert error.where["again"].endswith("x-000.tar")
+    assert (
+        error.hint == "name each shard once: look for braces that overlap, and for two spellings of one path"
+    )
+
+
+def test_a_remote_shard_named_twice_is_refused_however_it_is_signed():
+    error = complaint(
+        "shards:http://h.example/x.tar?Signature=geheim::http://h.example/x.tar?Signature=streng"
+    )
+    assert error.problem == "the shard 'x.tar' is named twice"
+    assert "geheim" not in str(error)
+    assert "streng" not in str(error)
+
+
 def test_a_shard_that_shrinks_during_the_run_is_counted_and_named(write_shards):
     root = write_shards(2)
     images = training(open_source(pattern(root, 1)), cache_mib=0)
@@ -326,7 +357,7 @@ def test_an_absolute_uri_means_the_same_from_anywhere(write_shards, monkeypatch,
     monkeypatch.setenv("WDS_PLACE", "data")
     for uri in [
         "shards:data/x-{000..001}.tar",
-        "shards:{data,./data}/x-000.tar::data/x-001.tar",
+        "shards:{data/x-000,./data/x-001}.tar",
         "shards:${PLACE}",
     ]:
         absolute = absolute_uri(uri)

@@ -54,6 +54,12 @@ def test_separable_classes_are_learned(train, coloured, preprocessing):
     assert classifier_top1(train(steps=40), coloured.test, preprocessing) == 100
 
 
+@pytest.mark.parametrize("steps", [1, 2])
+def test_few_steps_are_nothing_to_warn_of(train, caplog, steps):
+    train(steps=steps)
+    assert caplog.text == ""
+
+
 def test_untrained_net_is_near_chance(tiny_net, coloured, preprocessing):
     assert classifier_top1(tiny_net, coloured.test, preprocessing) < 70
 

@@ -319,7 +319,7 @@ def test_a_run_without_a_checkpoint_is_named(tmp_path):
         path.rmdir()
     with pytest.raises(ArtifactError) as caught:
         carve(tmp_path / "run", out=tmp_path / "model")
-    assert caught.value.problem == f"the run directory '{tmp_path / 'run'}' has no whole checkpoint"
+    assert caught.value.problem == f"the run directory '{tmp_path / 'run'}' has no checkpoint"
     assert "start it again with --force" in caught.value.hint
     assert not (tmp_path / "model").exists()
 

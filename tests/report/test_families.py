@@ -28,12 +28,18 @@ def draws(shift):
 
 
 def write_family(
-    make, root, *, made_from=CHECKPOINT, widths=NETS, device="build-box", precisions=None, timed=True
+    make, root, *, made_from=CHECKPOINT, widths=NETS, shifts=None, device="build-box", timed=True, costs=True
 ):
-    """Write a net and a bundle per width; return the directories."""
+    """Write a net and a bundle per width; return the directories.
+
+    Args:
+        shifts: width -> the few-label draws' shift, instead of those of NETS.
+        costs: whether `edgecl cost` was run.
+    """
     dirs = []
     for width in widths:
         p50, params, macs, shift = NETS[width]
+        shift = (shifts or {}).get(width, shift)
         model = make.model(
             root / f"net-{width:g}",
             width=width,
@@ -45,6 +51,8 @@ def write_family(
             made_from=made_from,
         )
         dirs.append(model)
+        if not costs:
+            (model / "cost.json").unlink()
         if timed:
             dirs.append(
                 make.bundle(root / f"bundle-{width:g}", model=model, p50=p50, p99=1.3 * p50, device=device)
@@ -240,11 +248,116 @@ def test_the_terminal_shows_the_family(family, tmp_path, edgecl_process):
     assert re.search(r"0\.75×\s+130 k\s+2\.7 M", done.stdout)
 
 
+@pytest.mark.parametrize(
+    ("shifts", "said"),
+    [
+        # The wider net may be the worse one.
+        ({0.5: 0.0, 0.75: -4.0, 1.0: -9.0}, "56.5 to 47.5 % few-label top-1,"),
+        ({0.5: -9.0, 0.75: 2.0, 1.0: 0.0}, "47.5 to 56.5 % few-label top-1 (up to 58.5 % at 0.75),"),
+        ({0.5: 0.0, 0.75: -20.0, 1.0: -9.0}, "56.5 to 47.5 % few-label top-1 (as low as 36.5 % at 0.75),"),
+        ({0.5: 0.0, 0.75: 0.01, 1.0: -9.0}, "56.5 to 47.5 % few-label top-1,"),
+    ],
+)
+def test_the_sentence_pairs_each_end_with_its_own_accuracy(make, tmp_path, shifts, said):
+    record = report(write_family(make, tmp_path, shifts=shifts), out=tmp_path / "report")
+    assert record["support"][-1].startswith(f"One run gave 3 nets (demo), from width 0.5 to 1: {said} 1.3 M")
+
+
+def chart_of(out):
+    page = (out / "report.html").read_text(encoding="utf-8")
+    charts = [svg for svg in re.findall(r"<svg.*?</svg>", page, re.DOTALL) if "one run: widths" in svg]
+    assert len(charts) == 1
+    return page, charts[0]
+
+
+def test_a_family_that_was_not_timed_is_drawn_over_macs(make, tmp_path):
+    record = report(write_family(make, tmp_path / "nets", timed=False)[::-1], out=tmp_path / "report")
+    trade = record["size_trade_off"]
+    assert record["trade_off"] is None
+    assert (trade["cost"], trade["accuracy"]) == ("macs", "few_label")
+    ((line,),) = [group["families"] for group in trade["groups"]]
+    assert [record["rows"][index]["width"] for index in line["rows"]] == [0.5, 0.75, 1.0]
+    page, chart = chart_of(tmp_path / "report")
+    assert "<h2>Accuracy against MACs</h2>" in page
+    assert ">MACs, millions<" in chart
+    assert "net-0.5 1.30 M, 47.5 %; " in "".join(re.findall(r'aria-label="([^"]*)"', chart)) + "; "
+    assert "latency" not in chart
+    assert "A solid line joins the nets of one run" in page
+    assert "Nothing was timed" in page
+
+
+def test_without_macs_it_is_drawn_over_parameters(make, tmp_path):
+    record = report(write_family(make, tmp_path / "nets", timed=False, costs=False), out=tmp_path / "report")
+    assert record["size_trade_off"]["cost"] == "params"
+    page, chart = chart_of(tmp_path / "report")
+    assert "<h2>Accuracy against parameters</h2>" in page
+    assert ">parameters, thousands<" in chart
+    assert "`edgecl cost MODEL_DIR` counts MACs" in page
+    assert record["support"][-1].endswith("47.5 to 56.5 % few-label top-1, 60.1 k to 231 k parameters.")
+
+
+def test_an_exported_family_that_was_not_timed_has_one_point_per_net(make, tmp_path):
+    dirs = write_family(make, tmp_path / "nets", timed=False)
+    precisions = {name: make.precision(name) for name in ("int8", "fp32")}
+    exported = [
+        make.bundle(tmp_path / f"b{place}", model=model, p50=None, precisions=precisions)
+        for place, model in enumerate(dirs)
+    ]
+    record = report([*dirs, *exported], out=tmp_path / "report")
+    assert len(record["rows"]) == 6
+    ((shown,),) = [[group["rows"]] for group in record["size_trade_off"]["groups"]]
+    assert sorted(record["rows"][index]["width"] for index in shown) == [0.5, 0.75, 1.0]
+    _, chart = chart_of(tmp_path / "report")
+    assert "int8" not in chart
+
+
+def test_another_net_stands_beside_a_family_over_macs(make, tmp_path):
+    dirs = write_family(make, tmp_path / "nets", timed=False)
+    dirs.append(make.model(tmp_path / "random", origin="random", draws=draws(-20.0)))
+    record = report(dirs, out=tmp_path / "report")
+    (group,) = record["size_trade_off"]["groups"]
+    assert len(group["rows"]) == 4
+    assert len(group["front"]) == 3
+    assert "random" in chart_of(tmp_path / "report")[1]
+
+
+def test_a_family_with_a_line_over_latency_has_none_over_macs(family, tmp_path):
+    assert report(family, out=tmp_path / "report")["size_trade_off"] is None
+
+
+def test_a_family_of_which_one_net_was_timed_is_drawn_over_macs_too(make, tmp_path):
+    dirs = write_family(make, tmp_path / "nets", timed=False)
+    dirs.append(make.bundle(tmp_path / "bundle", model=dirs[0]))
+    record = report(dirs, out=tmp_path / "report")
+    assert record["trade_off"]["groups"][0]["families"] == []
+    assert record["size_trade_off"]["cost"] == "macs"
+    page, _ = chart_of(tmp_path / "report")
+    assert "Fewer than two of them have a latency that counts" in page
+
+
+def test_the_legend_names_the_widths_that_are_drawn(make, tmp_path):
+    dirs = write_family(make, tmp_path / "nets", timed=False)
+    (dirs[-1] / "probe.json").unlink()
+    record = report(dirs, out=tmp_path / "report")
+    assert record["families"][0]["widths"] == [0.5, 0.75, 1.0]
+    assert "one run: widths 0.5 to 0.75<" in chart_of(tmp_path / "report")[1]
+
+
+def test_a_family_without_an_accuracy_has_no_chart(make, tmp_path):
+    dirs = write_family(make, tmp_path / "nets", timed=False)
+    for model in dirs:
+        (model / "probe.json").unlink()
+    record = report(dirs, out=tmp_path / "report")
+    assert record["families"]
+    assert record["size_trade_off"] is None
+
+
 @pytest.mark.browser
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH")
+@pytest.mark.parametrize("timed", [True, False])
 @pytest.mark.parametrize("width", [1200, 500])
-def test_the_family_fits_the_page(family, tmp_path, width):
-    report(family, out=tmp_path / "report")
+def test_the_family_fits_the_page(make, tmp_path, width, timed):
+    report(write_family(make, tmp_path / "nets", timed=timed), out=tmp_path / "report")
     dom = probed(tmp_path / "report", tmp_path, width)
     assert 'data-wide="0"' in dom
     assert 'data-texts="[]"' in dom

@@ -1,18 +1,26 @@
 """A run in several real processes over gloo: the same as in one, and one error where there is one."""
 
+import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
-from worlds import run_script
+from accelerate import Accelerator
+from worlds import free_port, run_script
 
 from edgecl.artifacts import RunDir
 from edgecl.checkpoint import read_newest
+from edgecl.data.sources import open_source
+from edgecl.nets.carving import create_slimmable
+from edgecl.recipe import recipe_from_tables
 from edgecl.train.monitor import read_metrics
+from edgecl.train.quality import QualityWatch
 
 STEPS = 5
 
@@ -24,6 +32,7 @@ import torch
 torch.set_num_threads(1)
 import edgecl.train.pretrain
 from edgecl.cli import main
+from accelerate import Accelerator
 from worlds import free_port, launcher_environment
 
 folder, scenarios = Path(sys.argv[1]), json.loads(sys.argv[2])
@@ -164,6 +173,20 @@ def test_two_processes_are_one(scenarios):
     assert codes["two"] == [0, 0], said(folder, "two")
     assert RunDir(folder / "two").read()["processes"] == 2
     assert_close_runs(folder / "one", folder / "two")
+
+
+def test_looks_at_quality_are_of_the_net_that_is_saved(scenarios, labelled_pictures):
+    """Norms that are not synchronised differ between processes; what is saved are the first one's."""
+    run = RunDir(scenarios[0] / "two-apart")
+    recipe = recipe_from_tables(run.read()["recipe"], source="run.json")
+    net = create_slimmable(recipe)
+    net.load_state_dict(read_newest(run).model)
+    alone = QualityWatch(
+        recipe, source=open_source(str(labelled_pictures)), images=40, accelerator=Accelerator(cpu=True)
+    ).measure(net)
+    last = looks_of(run.path)[-1]
+    for key, value in alone.items():
+        assert last[key] == pytest.approx(value, rel=1e-4), key
 
 
 def test_a_batch_in_parts_is_a_batch_in_processes(scenarios):
@@ -332,3 +355,74 @@ def test_torchrun_starts_a_failed_run_again_where_it_was(tmp_path, labelled_pict
     assert (record["state"], record["step"]) == ("done", 30)
     assert "resumed_with" in record
     assert printed.count("SACL-XD on 40 images") == 1
+
+
+# Meets twice: waits to be killed the first time, and parts the second time.
+MEETING = """
+import os, sys, time
+from pathlib import Path
+from edgecl import processes
+
+processes.join("cpu")
+name = "again" if processes.started_again() else "first"
+words = [os.getpid(), processes.launch(), os.environ["TORCHELASTIC_RESTART_COUNT"]]
+file = Path(sys.argv[1]) / f"{name}-{processes.rank()}"
+file.with_suffix(".part").write_text(" ".join(map(str, words)))
+file.with_suffix(".part").replace(file)
+if name == "first":
+    time.sleep(120)
+processes.from_main(None)
+processes.leave()
+"""
+
+
+@pytest.mark.slow
+def test_processes_of_two_agents_meet_again_after_one_is_killed(tmp_path):
+    """Only the agent whose process died counts a restart, so no count can name where they meet."""
+    script = tmp_path / "meeting.py"
+    script.write_text(MEETING, encoding="utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+    command += [
+        "--max-restarts",
+        "3",
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        f"localhost:{free_port()}",
+    ]
+    command += ["--rdzv-id", "x", "--local-addr", "localhost", str(script), str(tmp_path)]
+
+    def words_of(name, within_s):
+        files = [tmp_path / f"{name}-{rank}" for rank in range(2)]
+        until = time.monotonic() + within_s
+        while not all(file.exists() for file in files):
+            assert time.monotonic() < until, [
+                (tmp_path / f"agent-{number}.txt").read_text() for number in range(2)
+            ]
+            time.sleep(0.05)
+        return [file.read_text().split() for file in files]
+
+    with contextlib.ExitStack() as stack:
+        agents = []
+        for number in range(2):
+            log = stack.enter_context((tmp_path / f"agent-{number}.txt").open("w"))
+            agents.append(
+                subprocess.Popen(
+                    command,
+                    env={
+                        **os.environ,
+                        "OMP_NUM_THREADS": "1",
+                        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+                    },
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                )
+            )
+            # An agent that gets this one ends its process, too.
+            stack.callback(agents[-1].terminate)
+        first = words_of("first", 90)
+        os.kill(int(first[1][0]), signal.SIGKILL)
+        again = words_of("again", 60)
+        assert [agent.wait(60) for agent in agents] == [0, 0]
+    assert len({launch for _, launch, _ in first + again}) == 1
+    assert [count for _, _, count in again] == ["0", "1"]

@@ -1,4 +1,4 @@
-"""Accuracy over latency, with the Pareto front of each way of timing."""
+"""Accuracy over latency, with the Pareto front of each way of timing; or over MACs or parameters."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from edgecl.report.figures.drawing import (
     spread,
 )
 from edgecl.report.notation import milliseconds, percent, shortened
+from edgecl.report.pareto import SIZES
 from edgecl.report.rows import Row, gain_of, is_rejected, is_timed, row_label
 
 if TYPE_CHECKING:
@@ -40,14 +41,15 @@ _LEGEND_LINE = 16.0
 def scatter_figure(
     rows: Sequence[Row], trade: dict[str, Any], *, families: Sequence[dict[str, Any]] = (), prefix: str
 ) -> str:
-    """Draw accuracy over median latency with 95 % intervals and the Pareto front of each device.
+    """Draw accuracy over median latency, MACs or parameters with 95 % intervals and the Pareto front of each group.
 
     The shape of a point says its precision; a cross was rejected. What has the same kind of accuracy but was
     never timed is a tick at the right edge. A line joins the nets of one run, and a legend names it.
     """
     key = trade["accuracy"]
     width, height, left, right, top, bottom = 480.0, 330.0, 56.0, 20.0, 14.0, 48.0
-    untimed = [row for row in rows if gain_of(row, key) and not is_timed(row)]
+    by_latency = trade["cost"] == "latency"
+    untimed = [row for row in rows if gain_of(row, key) and not is_timed(row)] if by_latency else []
     if untimed:
         right = 12.0 + LETTER * SMALL * max(len(_untimed_label(row, rows)) for row in untimed)
     drawn = sorted({line["family"] for group in trade["groups"] for line in group.get("families", ())})
@@ -60,9 +62,9 @@ def scatter_figure(
     members = [
         (group, index) for group in range(len(trade["groups"])) for index in trade["groups"][group]["rows"]
     ]
-    times = [_times(rows[index]) for _, index in members]
+    costs, axis, unit = _costs(rows, trade)
     gains = [_gains(rows[index], key) for _, index in members] + [_gains(row, key) for row in untimed]
-    low, high = min(time[1] for time in times), max(time[2] for time in times)
+    low, high = min(cost[1] for cost in costs.values()), max(cost[2] for cost in costs.values())
     if high > 8 * low > 0:
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(log_ticks())
@@ -75,27 +77,35 @@ def scatter_figure(
     axes.set_ylim(max(0.0, bottom_gain - pad), min(100.0, top_gain + pad))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.xaxis.set_minor_formatter("")
-    axes.set_xlabel("median latency, ms", color=MUTED, fontsize=TEXT)
+    axes.set_xlabel(axis, color=MUTED, fontsize=TEXT)
     axes.set_ylabel(trade["label"] + ", %", color=MUTED, fontsize=TEXT)
     grid(axes, "both")
 
     alone = SERIES[0] if len(trade["groups"]) == 1 else INK
     for place, family in enumerate(drawn):
-        _name_family(
-            figure, families[family], family, colour=alone, left=left, down=12 + _LEGEND_LINE * place
+        widths = [
+            rows[index]["width"]
+            for group in trade["groups"]
+            for line in group.get("families", ())
+            if line["family"] == family
+            for index in line["rows"]
+        ]
+        name = (
+            f"{shortened(families[family]['name'], 30)}, one run: widths {min(widths):g} to {max(widths):g}"
         )
+        _name_family(figure, name, family, colour=alone, left=left, down=12 + _LEGEND_LINE * place)
     for place, group in enumerate(trade["groups"]):
         colour = SERIES[place % len(SERIES)]
         for line in group.get("families", ()):
             axes.plot(
-                [_times(rows[index])[0] for index in line["rows"]],
+                [costs[index][0] for index in line["rows"]],
                 [_gains(rows[index], key)[0] for index in line["rows"]],
                 color=colour,
                 linestyle=_FAMILY_LINES[line["family"] % len(_FAMILY_LINES)],
                 linewidth=1.8,
                 zorder=2,
             )
-        front = [(_times(rows[index])[0], _gains(rows[index], key)[0]) for index in group["front"]]
+        front = [(costs[index][0], _gains(rows[index], key)[0]) for index in group["front"]]
         # The front is a staircase: between two nets, the slower one's accuracy is not yet to be had.
         if front:
             axes.step(
@@ -109,7 +119,7 @@ def scatter_figure(
                 zorder=1,
             )
         for index in group["rows"]:
-            x, x_low, x_high = _times(rows[index])
+            x, x_low, x_high = costs[index]
             y, y_low, y_high = _gains(rows[index], key)
             rejected, precision = is_rejected(rows[index]), rows[index]["precision"]
             width_of_bar = 1 if rejected else 2
@@ -126,7 +136,7 @@ def scatter_figure(
                 markeredgewidth=1 if rejected else 2,
                 zorder=4,
             )
-    _label_points(axes, rows, trade, members)
+    _label_points(axes, rows, trade, members, costs)
     heights = [_gains(row, key)[0] for row in untimed]
     for row, gain, shown in zip(untimed, heights, spread(axes, heights, SMALL + 3), strict=True):
         axes.plot(
@@ -145,9 +155,9 @@ def scatter_figure(
     return inlined(
         figure,
         prefix=prefix,
-        title=f"{trade['label']} over median latency: "
+        title=f"{trade['label']} over {axis.rpartition(',')[0]}: "
         + "; ".join(
-            f"{row_label(rows[index], rows)} {milliseconds(_times(rows[index])[0])} ms, "
+            f"{row_label(rows[index], rows)} {milliseconds(costs[index][0])} {unit}, "
             f"{percent(_gains(rows[index], key)[0])} %"
             f"{', rejected' if is_rejected(rows[index]) else ''}"
             for _, index in members
@@ -155,9 +165,7 @@ def scatter_figure(
     )
 
 
-def _name_family(
-    figure: Figure, family: dict[str, Any], place: int, *, colour: str, left: float, down: float
-) -> None:
+def _name_family(figure: Figure, name: str, place: int, *, colour: str, left: float, down: float) -> None:
     """Write a line of the legend over the chart: a piece of the family's line, and its name."""
     from matplotlib.lines import Line2D
 
@@ -172,13 +180,29 @@ def _name_family(
             linewidth=1.8,
         )
     )
-    low, high = family["widths"][0], family["widths"][-1]
-    name = f"{shortened(family['name'], 30)}, one run: widths {low:g} to {high:g}"
     figure.text((left + 32) / width, level, name, va="center", color=INK, fontsize=SMALL)
 
 
 def _untimed_label(row: Row, rows: Sequence[Row]) -> str:
     return shortened(row_label(row, rows), 16) + ", not timed"
+
+
+# The unit of an axis, and how a value in it is written.
+_UNITS = ((1e9, "billions", "G"), (1e6, "millions", "M"), (1e3, "thousands", "k"), (1.0, "each", ""))
+
+
+def _costs(
+    rows: Sequence[Row], trade: dict[str, Any]
+) -> tuple[dict[int, tuple[float, float, float]], str, str]:
+    """Return what each point costs (value, low, high), the axis's name, and the unit."""
+    members = [index for group in trade["groups"] for index in group["rows"]]
+    key = trade["cost"]
+    if key == "latency":
+        return {index: _times(rows[index]) for index in members}, "median latency, ms", "ms"
+    most = max(rows[index][key] for index in members)
+    limit, words, unit = next(one for one in _UNITS if most >= one[0] or one[0] == 1)
+    sizes = {index: rows[index][key] / limit for index in members}
+    return {index: (size, size, size) for index, size in sizes.items()}, f"{SIZES[key]}, {words}", unit
 
 
 def _times(row: Row) -> tuple[float, float, float]:
@@ -196,7 +220,11 @@ def _gains(row: Row, key: str) -> tuple[float, float, float]:
 
 
 def _label_points(
-    axes: Axes, rows: Sequence[Row], trade: dict[str, Any], members: list[tuple[int, int]]
+    axes: Axes,
+    rows: Sequence[Row],
+    trade: dict[str, Any],
+    members: list[tuple[int, int]],
+    costs: dict[int, tuple[float, float, float]],
 ) -> None:
     """Write each point's name beside it, at the first place where it touches no name, point, bar or front."""
     key = trade["accuracy"]
@@ -206,7 +234,7 @@ def _label_points(
     frame = (box.x0 * scale, box.y0 * scale, box.x1 * scale, box.y1 * scale)
     taken: list[tuple[float, float, float, float]] = []
     for _, index in members:
-        x, x_low, x_high = _times(rows[index])
+        x, x_low, x_high = costs[index]
         y, y_low, y_high = _gains(rows[index], key)
         (left, bottom), (right, top) = to_pixels((x_low, y_low)) * scale, to_pixels((x_high, y_high)) * scale
         centre = to_pixels((x, y)) * scale
@@ -214,8 +242,7 @@ def _label_points(
         taken.append((centre[0] - 5, bottom - 2, centre[0] + 5, top + 2))
     for front_of in trade["groups"]:
         stairs: list[Any] = [
-            to_pixels((_times(rows[index])[0], _gains(rows[index], key)[0])) * scale
-            for index in front_of["front"]
+            to_pixels((costs[index][0], _gains(rows[index], key)[0])) * scale for index in front_of["front"]
         ]
         ends = [*stairs[1:], *((frame[2], y) for _, y in stairs[-1:])]
         for (x, y), (x_next, y_next) in zip(stairs, ends, strict=True):
@@ -223,8 +250,7 @@ def _label_points(
             taken.append((x_next - 1, y, x_next + 1, y_next))
         for line in front_of.get("families", ()):
             joints = [
-                to_pixels((_times(rows[index])[0], _gains(rows[index], key)[0])) * scale
-                for index in line["rows"]
+                to_pixels((costs[index][0], _gains(rows[index], key)[0])) * scale for index in line["rows"]
             ]
             for start, end in pairwise(joints):
                 for share in range(21):
@@ -237,7 +263,7 @@ def _label_points(
         spots += [(x, y, ha) for y in (reach, -reach) for x, ha in ((10.0, "left"), (-10.0, "right"))]
     for group, index in members:
         text = shortened(row_label(rows[index], rows, without=without), 26)
-        point = (_times(rows[index])[0], _gains(rows[index], key)[0])
+        point = (costs[index][0], _gains(rows[index], key)[0])
         centre = to_pixels(point) * scale
         wide, high = LETTER * SMALL * len(text), SMALL * 1.25
         for spot in spots:
