@@ -240,6 +240,15 @@ def open_source(
     raise DataError(f"no folder '{uri}'", hint="a data URI is one of: " + ", ".join(_SUMMARIES))
 
 
+def folder_of(uri: str) -> Path | None:
+    """Return the folder of pictures that a data URI names; None where it names none, as `demo` does beside a folder `demo`."""
+    scheme = uri.partition(":")[0]
+    if uri == "demo" or scheme in (*_TORCHVISION, "shards"):
+        return None
+    root = Path(uri).expanduser()
+    return root if root.is_dir() else None
+
+
 def absolute_uri(uri: str) -> str:
     """Return a data URI that means the same from any working directory, for records that others read later."""
     scheme, separator, path = uri.partition(":")

@@ -33,7 +33,7 @@ from edgecl.artifacts import (
     write_json,
 )
 from edgecl.data.loading import TrainingImages
-from edgecl.data.sources import absolute_uri, open_source
+from edgecl.data.sources import absolute_uri, folder_of, open_source
 from edgecl.data.unreadable import say_skipped
 from edgecl.errors import ArtifactError, DataError, DeviceError, EdgeclError, Preempted, RecipeError
 from edgecl.lock import NAME as LOCK
@@ -325,8 +325,8 @@ def _check_shares(recipe: Recipe) -> None:
 
 def _refuse_inside(run_dir: RunDir, uri: str) -> None:
     """Refuse to write among the images: the pictures a run writes would count as images from the next start on."""
-    folder = Path(uri).expanduser()
-    if folder.is_dir() and run_dir.path.resolve().is_relative_to(folder.resolve()):
+    folder = folder_of(uri)
+    if folder and run_dir.path.resolve().is_relative_to(folder.resolve()):
         raise DataError(
             f"the output '{run_dir.path}' would lie among the images of '{uri}'",
             hint="choose an --out outside that folder: pictures that a run writes would count as images",

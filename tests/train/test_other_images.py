@@ -188,3 +188,11 @@ def test_a_run_is_not_written_among_its_images(make_recipe, photos, inside, monk
     monkeypatch.chdir(photos)
     with pytest.raises(DataError, match="would lie among the images"):
         train(make_recipe(), Path(inside), ".")
+
+
+def test_the_demo_images_are_no_folder(tmp_path, make_recipe, monkeypatch):
+    """A folder that happens to be called `demo`, such as the one `edgecl demo` writes, holds none of them."""
+    (tmp_path / "demo").mkdir()
+    monkeypatch.chdir(tmp_path)
+    record = train(make_recipe("data.limit=16", "run.epochs=1"), Path("demo") / "run", "demo")
+    assert record["state"] == "done"
