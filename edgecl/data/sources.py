@@ -241,7 +241,7 @@ def open_source(
 
 
 def folder_of(uri: str) -> Path | None:
-    """Return the folder of pictures that a data URI names; None where it names none, as `demo` does beside a folder `demo`."""
+    """Return the folder of pictures that a data URI names; None where it names none: `demo` beside a folder `demo`, too."""
     scheme = uri.partition(":")[0]
     if uri == "demo" or scheme in (*_TORCHVISION, "shards"):
         return None
