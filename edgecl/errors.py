@@ -20,7 +20,7 @@ Preempted is none of them: a run that was asked to end, and has saved; exit 0.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 
 class EdgeclError(Exception):
@@ -100,6 +100,11 @@ class ParityError(EdgeclError):
 
 class DeviceError(EdgeclError):
     """A device or runtime that is not there."""
+
+
+def first_of(names: Sequence[str], *, count: int = 5) -> str:
+    """Name the first few, with a sign where there are more."""
+    return ", ".join(names[:count]) + (" …" if len(names) > count else "")
 
 
 def near_matches(name: str, known: Iterable[str]) -> str:

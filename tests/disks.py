@@ -23,13 +23,18 @@ def largest_file(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@contextlib.contextmanager
-def disk_of(kib: int, place: Path) -> Iterator[Path]:
+def disk_of(kib: int, place: Path) -> contextlib.AbstractContextManager[Path]:
     """Put a file system of so many KiB at a place that is not there yet; where that is not permitted, skip."""
+    return mounted(place, f"size={kib}k")
+
+
+@contextlib.contextmanager
+def mounted(place: Path, options: str) -> Iterator[Path]:
+    """Put a file system in memory at a place that is not there yet; where that is not permitted, skip."""
     place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", str(place)]
+    mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)]
     if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting a small file system is not permitted here")
+        pytest.skip("mounting a file system is not permitted here")
     try:
         yield place
     finally:

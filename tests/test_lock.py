@@ -15,6 +15,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from disks import mounted
 
 from edgecl import lock
 from edgecl.errors import ArtifactError
@@ -344,18 +345,6 @@ def test_a_lock_that_is_a_link_or_a_directory_is_not_followed(tmp_path):
     assert (
         str(refused(tmp_path / "run")) == f"cannot write the run directory '{tmp_path}/run': is a directory"
     )
-
-
-@contextlib.contextmanager
-def mounted(place, options):
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)]
-    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting a file system is not permitted here")
-    try:
-        yield place
-    finally:
-        subprocess.run(["umount", str(place)], check=True)
 
 
 def test_a_file_system_that_is_read_only_is_named(tmp_path):

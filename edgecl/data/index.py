@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgecl.artifacts import write_bytes
-from edgecl.errors import EdgeclError
+from edgecl.errors import EdgeclError, first_of
 from edgecl.processes import is_main
 from edgecl.progress import Progress
 
@@ -33,7 +33,6 @@ _MAGIC = "edgecl-index 2"
 _SAMPLE = 1024
 # A folder that changed this shortly before it was read may change again without its time of change showing it.
 _RACY_NS = 2_000_000_000
-_NAMED = 5
 _NOWHERE = "a link that leads nowhere"
 _KINDS = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
 _COUNT_EVERY = 1000
@@ -289,14 +288,10 @@ def _say_left_out(listing: Listing, root: Path) -> None:
     if count := len(listing.left_out):
         sys.stderr.write(
             f"edgecl: {count} link{'s' if count > 1 else ''} in '{root}' left out, "
-            f"leading back to what was already read: {_named(listing.left_out)}\n"
+            f"leading back to what was already read: {first_of(listing.left_out)}\n"
         )
     if count := len(listing.no_files):
-        named = _named([f"{name} ({kind})" for name, kind in listing.no_files])
+        named = first_of([f"{name} ({kind})" for name, kind in listing.no_files])
         sys.stderr.write(
             f"edgecl: {count} name{'s' if count > 1 else ''} in '{root}' left out, with no file behind: {named}\n"
         )
-
-
-def _named(names: list[str]) -> str:
-    return ", ".join(names[:_NAMED]) + (" …" if len(names) > _NAMED else "")

@@ -9,7 +9,7 @@ from edgecl.artifacts import RunDir
 from edgecl.checkpoint import Checkpoint, has_checkpoint, read_newest
 from edgecl.data.loading import TrainingImages
 from edgecl.data.sources import ImageSource, absolute_uri
-from edgecl.errors import ArtifactError, RecipeError, near_matches
+from edgecl.errors import ArtifactError, RecipeError, first_of, near_matches
 from edgecl.recipe import Recipe, recipe_from_tables
 from edgecl.redaction import record_without_secrets
 
@@ -32,7 +32,6 @@ MAY_CHANGE = (
 IMAGES = "data"
 """What stands for the images themselves where settings are allowed to differ."""
 
-_NAMED = 5
 _WITH_OTHERS = (
     f"go on with those there are by --allow {IMAGES}: their order, and with their number the schedule, is another from "
     "here on; or start a new run in another --out"
@@ -153,7 +152,7 @@ def check_images(run_dir: RunDir, images: TrainingImages, *, allowed: Sequence[s
     gone = [name for name in images.skipped if name not in known] if images.is_cached else []
     if not gone:
         return []
-    named = ", ".join(gone[:_NAMED]) + (" …" if len(gone) > _NAMED else "")
+    named = first_of(gone)
     if IMAGES in allowed:
         return [f"the images lost {len(gone):,} that cannot be read any more: {named}"]
     raise RecipeError(
