@@ -50,6 +50,17 @@ def create_backbone(
     return net
 
 
+def activate_beside_input(net: nn.Module) -> None:
+    """Have activations whose gradient is a function of their input leave it be, for training.
+
+    timm has them work in place. Autograd then copies the input first, a pass over memory per layer that buys nothing.
+    ReLU's gradient is a function of its output: it stays in place.
+    """
+    for module in net.modules():
+        if isinstance(module, (nn.Hardtanh, nn.SiLU, nn.Hardswish, nn.Hardsigmoid, nn.Mish)):
+            module.inplace = False
+
+
 def feature_count(net: nn.Module) -> int:
     """Return F, the length of the feature vector of a backbone with num_classes=0."""
     # timm's num_features is the trunk's; MobileNetV3 and V4 pass it through one more convolution.

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from edgecl.nets.backbone import create_backbone, feature_count
+from edgecl.nets.backbone import activate_beside_input, create_backbone, feature_count
 
 
 class Projector(nn.Sequential):
@@ -33,6 +33,7 @@ class Encoder(nn.Module):
     def __init__(self, arch: str, *, width: float, projector: Sequence[int], stem_stride: int | None = None):
         super().__init__()
         self.backbone = create_backbone(arch, width=width, stem_stride=stem_stride)
+        activate_beside_input(self.backbone)
         self.projector = Projector(feature_count(self.backbone), projector)
 
     def forward(self, images: Tensor) -> Tensor:

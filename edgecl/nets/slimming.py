@@ -9,9 +9,10 @@ for another (METHOD: evaluation features drift by standard deviations when they 
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -67,10 +68,20 @@ class SlimView:
             for leaf, tensor in [*norm.named_parameters(), *norm.named_buffers()]
         }
 
-    def tensors_in(self, host: nn.Module) -> dict[str, Tensor]:
-        """Return all parameters and buffers by name: views of the host's weights, and the norms'."""
+    def tensors_in(
+        self, host: nn.Module, *, cut: Callable[[Tensor, tuple[slice, ...]], Tensor] = operator.getitem
+    ) -> dict[str, Tensor]:
+        """Return all parameters and buffers by name: blocks of the host's, and the norms'.
+
+        Args:
+            host: what holds the shared tensors.
+            cut: takes a block of a tensor; the default gives views.
+        """
         whole = {**dict(host.named_parameters()), **dict(host.named_buffers())}
-        return {**{name: whole[name][block] for name, block in self.slices.items()}, **self.private_tensors()}
+        return {
+            **{name: cut(whole[name], block) for name, block in self.slices.items()},
+            **self.private_tensors(),
+        }
 
     def replace_norm(self, name: str, norm: nn.Module) -> None:
         """Put another norm where the one of this name stands."""
@@ -277,7 +288,7 @@ class SlimmableNet(nn.Module):
         view = self._view(width)
         if view is None:
             return self.forward_host(images)
-        tensors = view.tensors_in(self.host)
+        tensors = view.tensors_in(self.host, cut=_dense_block)
         if self.watched is not None and torch.is_grad_enabled() and view.width == self.slim_width:
             for name in view.slices:
                 if tensors[name].requires_grad:
@@ -329,6 +340,33 @@ class SlimmableNet(nn.Module):
         finally:
             for norm, track in zip(norms, tracked, strict=True):
                 norm.track_running_stats = track
+
+
+class _DenseBlock(torch.autograd.Function):
+    """A block of a tensor without gaps; backward, its gradient amid zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, whole: Tensor, block: tuple[slice, ...]) -> Tensor:
+        ctx.save_for_backward(whole)
+        ctx.block = block
+        return whole[block].clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (whole,) = ctx.saved_tensors
+        gradient = torch.zeros_like(whole)
+        gradient[ctx.block] = gradients[0]
+        return gradient, None
+
+
+def _dense_block(whole: Tensor, block: tuple[slice, ...]) -> Tensor:
+    """Copy a block once for a whole pass.
+
+    A view with the host's strides would be copied by its convolution, and again on the way back, where each dimension
+    that is cut would fill a gradient of its own.
+    """
+    view = whole[block]
+    return view if view.shape == whole.shape else cast(Tensor, _DenseBlock.apply(whole, block))
 
 
 @contextlib.contextmanager

@@ -82,6 +82,32 @@ def test_slim_pass_is_that_of_a_plain_net_with_the_sliced_tensors(net, images, c
         assert float((gradient - parameter.grad).abs().max()) <= 2e-3 * scale, name
 
 
+def test_blocks_are_copied_once_and_change_no_bit(net, images, monkeypatch):
+    """Against plain indexing, whose views every convolution copies anew, there and back."""
+    net.to(memory_format=torch.channels_last)
+    images = images.contiguous(memory_format=torch.channels_last)
+    statistics = slim_statistics(net)
+
+    def learn():
+        with torch.autograd.profiler.profile() as seen:
+            outputs = net.forward_slim(images)
+            outputs.square().sum().backward()
+        gradients = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+        net.zero_grad()
+        for name, tensor in net.slim_norms.named_buffers():
+            tensor.copy_(statistics[name])
+        return outputs, gradients, sum(event.name == "aten::copy_" for event in seen.function_events)
+
+    outputs, gradients, copies = learn()
+    monkeypatch.setattr("edgecl.nets.slimming._dense_block", lambda whole, block: whole[block])
+    plain_outputs, plain_gradients, plain_copies = learn()
+    assert torch.equal(outputs, plain_outputs)
+    assert gradients.keys() == plain_gradients.keys()
+    for name, gradient in gradients.items():
+        assert torch.equal(gradient, plain_gradients[name]), name
+    assert copies < plain_copies
+
+
 def test_gradient_of_the_slim_net_stays_inside_its_block(net, images):
     net.forward_slim(images).square().sum().backward()
     reached = 0
