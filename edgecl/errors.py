@@ -14,7 +14,7 @@ EdgeclError                 exit 1: a problem, where it is, and what to do next
 ├── ParityError             two forms of one net that disagree
 └── DeviceError             a device or runtime that is not there
 
-Preempted is none of them: a run that was asked to end, and has saved; exit 0.
+Preempted is none of them: a run that was asked to end, and has saved; exit 0, or 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -87,11 +87,16 @@ class ProcessError(EdgeclError):
 
 
 class Preempted(Exception):  # noqa: N818 - an end that was asked for, not an error
-    """A run that was asked to end (SIGTERM) and has saved where it is; exit 0.
+    """A run that was asked to end and has saved where it is.
 
     Args:
         text: where it is, and the command that goes on from there.
+        signal: how it was asked: SIGTERM, a scheduler's, or SIGINT, Ctrl-C.
     """
+
+    def __init__(self, text: str, *, signal: int):
+        super().__init__(text)
+        self.signal = signal
 
 
 class ParityError(EdgeclError):

@@ -83,7 +83,7 @@ def main() -> None:
     """Run the command line.
 
     Exit 0 when done (also when SIGTERM let a run save and end), 1 on a named error, 2 on wrong usage, 130 and 143 on
-    SIGINT and SIGTERM. Of the processes of one run, one shows an error.
+    SIGINT and SIGTERM otherwise. Of the processes of one run, one shows an error.
     """
     from edgecl import processes
     from edgecl.errors import EdgeclError, Preempted
@@ -100,6 +100,9 @@ def main() -> None:
     except Preempted as end:
         if processes.is_main():
             sys.stdout.write(f"{end}\n")
+        if end.signal == signal.SIGINT:
+            # What the shell would run next needs the whole run.
+            raise SystemExit(INTERRUPTED) from None
     except EdgeclError as error:
         if getattr(_root, "debug", False):
             raise

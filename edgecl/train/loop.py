@@ -82,7 +82,7 @@ class Training:
         self.alarm.restore(checkpoint.state.get("alarm", {}))
         self.step = checkpoint.step
 
-    def fit(self, *, stop: StopRequest, on_checkpoint: Callable[[int], None]) -> bool:
+    def fit(self, *, stop: StopRequest, on_checkpoint: Callable[[int], None]) -> int:
         """Train to the last step.
 
         Args:
@@ -90,7 +90,7 @@ class Training:
             on_checkpoint: called with its step, in another thread, when a checkpoint is on the disk.
 
         Returns:
-            whether the last step was reached.
+            0, or the signal that ended it before the last step.
 
         Raises:
             NonFiniteError: too many losses that are not finite, also after going back once.
@@ -124,13 +124,13 @@ class Training:
                         self._save(on_checkpoint)
                     raise
                 if stopped:
-                    return False
-        return True
+                    return stopped
+        return 0
 
     def _train_epoch(
         self, stop: StopRequest, on_checkpoint: Callable[[int], None], progress: Progress
-    ) -> bool:
-        """Train to the end of the epoch; return whether the run shall end before."""
+    ) -> int:
+        """Train to the end of the epoch; return the signal by which the run shall end before, or 0."""
         recipe = self.recipe
         epoch, done = divmod(self.step, self.steps_per_epoch)
         dense = epoch < recipe.slim.slow_start * recipe.run.epochs
@@ -160,7 +160,7 @@ class Training:
                 self.step += 1
                 if not outcome.finite and self._left_out(outcome):
                     self._go_back(because=f"{counted(self.guard.skipped)} without a finite loss")
-                    return False
+                    return 0
                 if due:
                     now = time.monotonic()
                     rate = (self.step - since) * recipe.data.batch_size / max(now - clock, 1e-9)
@@ -169,10 +169,10 @@ class Training:
                 progress.advance()
                 if not self._end_step(outcome, on_checkpoint):
                     self._go_back(because="a net that is not finite")
-                    return False
+                    return 0
                 if outcome.stop and self.step < self.total_steps:
-                    return True
-        return False
+                    return outcome.stop
+        return 0
 
     def _views(self, batch: Batch, epoch: int) -> tuple[Tensor, Tensor]:
         recipe = self.recipe
@@ -287,7 +287,7 @@ class Training:
         save = within == 0 and (last or epoch % run.checkpoint_epochs == 0)
         save = save or (run.checkpoint_steps is not None and self.step % run.checkpoint_steps == 0)
         scheduled = save
-        save = save or outcome.stop
+        save = save or outcome.stop != 0
         measure = within == 0 and (last or epoch % run.quality_epochs == 0)
         if not (save or measure):
             return True

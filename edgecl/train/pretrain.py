@@ -6,6 +6,7 @@ import contextlib
 import json
 import platform
 import shutil
+import signal
 import sys
 import time
 import warnings
@@ -96,7 +97,7 @@ def pretrain(
         CollapseError, NonFiniteError: the run must not go on.
         DeviceError: no such device, or a tracker that is not installed.
         ProcessError: another process of the run is gone or silent.
-        Preempted: SIGTERM; the run has saved where it is.
+        Preempted: SIGTERM or Ctrl-C; the run has saved where it is.
     """
     check_allowed(allow)
     if allow and not resume:
@@ -260,8 +261,8 @@ def _run(
     record["state"] = "stopped"
     try:
         with StopRequest() as stop, processes.explain_lost_peers():
-            finished = training.fit(stop=stop, on_checkpoint=keep)
-        if finished:
+            stopped_by = training.fit(stop=stop, on_checkpoint=keep)
+        if not stopped_by:
             record["state"], record["step"] = "done", training.step
     except Exception as problem:
         record["state"], record["error"] = "failed", _in_one_line(problem)
@@ -279,10 +280,11 @@ def _run(
             # On a full disk, what the run failed of is the error to show.
             with contextlib.suppress(*[ArtifactError] if record["state"] == "failed" else []):
                 write_json(run_dir.record_file, record)
-    if not finished:
+    if stopped_by:
         raise Preempted(
-            f"stopped by SIGTERM after step {training.step} of {training.total_steps}, and saved; "
-            f"go on with: {_resume_command()}"
+            f"stopped by {'Ctrl-C' if stopped_by == signal.SIGINT else 'SIGTERM'} after step {training.step} of "
+            f"{training.total_steps}, and saved; go on with: {_resume_command()}",
+            signal=stopped_by,
         )
     return record
 

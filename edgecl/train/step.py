@@ -29,14 +29,14 @@ class Outcome(NamedTuple):
         projections: of this process's share.
         gradient_norms: through the host and through the slim net; empty unless they were watched.
         finite: whether the loss was; if not, nothing was changed.
-        stop: whether any process was asked to end.
+        stop: the signal by which a process was asked to end; 0 when none was.
     """
 
     losses: Losses
     projections: Projections
     gradient_norms: dict[str, float | None]
     finite: bool
-    stop: bool
+    stop: int
 
 
 class Step:
@@ -92,7 +92,7 @@ class Step:
         dense: bool = False,
         widths: Sequence[float] | None = None,
         watch: bool = False,
-        stop: bool = False,
+        stop: int = 0,
     ) -> Outcome:
         """Take one step.
 
@@ -103,7 +103,7 @@ class Step:
             dense: both views through the host (slow start).
             widths: which slim nets take part, the slim width always; None means all.
             watch: also measure gradient norms, for which the host process waits.
-            stop: whether this process was asked to end.
+            stop: the signal by which this process was asked to end; 0 when it was not.
         """
         self.passes.train()
         self._statistics.remember()
@@ -226,7 +226,7 @@ class _Input(NamedTuple):
     dense: bool
     widths: Sequence[float] | None
     watch: bool
-    stop: bool
+    stop: int
 
 
 class _Learnt(NamedTuple):
@@ -240,12 +240,12 @@ class _Learnt(NamedTuple):
 
 
 class _Vote:
-    """Whether the loss is finite, and whether to stop: cast before the backward pass, read after it.
+    """Whether the loss is finite, and by which signal to stop: cast before the backward pass, read after it.
 
     On a GPU the answer is copied while the backward pass runs, so that reading it does not drain the device's queue.
     """
 
-    def __init__(self, loss: Tensor, *, stop: bool):
+    def __init__(self, loss: Tensor, *, stop: int):
         answer = torch.stack(
             [(~torch.isfinite(loss.detach())).float(), torch.full_like(loss.detach(), float(stop)).float()]
         )
@@ -260,12 +260,12 @@ class _Vote:
             answer = held
         self._answer = answer
 
-    def result(self) -> tuple[bool, bool]:
-        """Return (the loss is not finite, a process was asked to stop)."""
+    def result(self) -> tuple[bool, int]:
+        """Return (the loss is not finite, the signal by which a process was asked to stop)."""
         if self._copied is not None:
             self._copied.synchronize()
-        broken, stop = self._answer.numpy() > 0
-        return bool(broken), bool(stop)
+        broken, stop = self._answer.numpy()
+        return bool(broken), int(stop)
 
 
 class _Statistics:

@@ -86,7 +86,7 @@ print(json.dumps(codes))
 def scenarios(tmp_path_factory, tables, labelled_pictures):
     """Run every scenario once; give the folder and the exit codes of each scenario's processes."""
     folder = tmp_path_factory.mktemp("processes")
-    recipe = folder / "tiny.toml"
+    recipe = write_recipe(folder, tables)
     # Plain small steps: AdamW's first ones divide rounding by rounding, and large ones let it grow.
     plain = {"optim.name": "sgd", "optim.lr": 1e-4, "run.sync_norms": "all"}
 
@@ -101,11 +101,6 @@ def scenarios(tmp_path_factory, tables, labelled_pictures):
             *more,
         ]
 
-    lines = []
-    for table, values in tables.items():
-        lines.append(f"[{table}]")
-        lines += [f"{key} = {json.dumps(value)}" for key, value in values.items()]
-    recipe.write_text("\n".join(lines), encoding="utf-8")
     # Norms over four samples of one pixel divide rounding by next to nothing; these have ten of four.
     apart = {"run__sync_norms": "none", "data__batch_size": 20, "host__stem_stride": 1}
     long = {"run__epochs": 500, "run__quality_epochs": 500}
@@ -126,6 +121,10 @@ def scenarios(tmp_path_factory, tables, labelled_pictures):
         "preempted": {
             "ranks": [words("preempted", **long)] * 2,
             "kill": [1, "SIGTERM", str(folder / "preempted" / "metrics.jsonl"), 3],
+        },
+        "interrupted": {
+            "ranks": [words("interrupted", **long)] * 2,
+            "kill": [1, "SIGINT", str(folder / "interrupted" / "metrics.jsonl"), 3],
         },
     }
     script = folder / "processes.py"
@@ -251,17 +250,20 @@ def test_a_process_that_is_killed_is_spoken_for(scenarios):
     assert "Traceback" not in text
 
 
-def test_sigterm_to_one_process_saves_and_ends_all(scenarios):
+@pytest.mark.parametrize(
+    ("name", "by", "status"), [("preempted", "SIGTERM", 0), ("interrupted", "Ctrl-C", 130)]
+)
+def test_a_signal_to_one_process_saves_and_ends_all(scenarios, name, by, status):
     folder, codes = scenarios
-    assert codes["preempted"] == [0, 0], said(folder, "preempted")
-    first, second = printed(folder, "preempted")
+    assert codes[name] == [status] * 2, said(folder, name)
+    first, second = printed(folder, name)
     found = re.match(
-        r"stopped by SIGTERM after step (\d+) of 2500, and saved; go on with: edgecl pretrain", first
+        rf"stopped by {by} after step (\d+) of 2500, and saved; go on with: edgecl pretrain", first
     )
     assert found, first
     assert "--resume (in all processes, as they were launched)" in first
     assert second == ""
-    assert read_newest(RunDir(folder / "preempted")).step == int(found[1])
+    assert read_newest(RunDir(folder / name)).step == int(found[1])
 
 
 def test_another_number_of_processes_goes_on(scenarios, tmp_path):
@@ -288,14 +290,19 @@ def test_another_number_of_processes_goes_on(scenarios, tmp_path):
     assert_close_runs(folder / "two", run)
 
 
-def launched(launcher, *words, tmp_path, tables, pictures, **run):
-    """Start a run of two processes by a launcher's own command; give its directory and what it printed."""
-    recipe, out = tmp_path / "tiny.toml", tmp_path / "run"
+def write_recipe(folder, tables, **run):
     lines = []
     for table, values in {**tables, "run": {**tables["run"], **run}}.items():
         lines.append(f"[{table}]")
         lines += [f"{key} = {json.dumps(value)}" for key, value in values.items()]
+    recipe = folder / "tiny.toml"
     recipe.write_text("\n".join(lines), encoding="utf-8")
+    return recipe
+
+
+def launched(launcher, *words, tmp_path, tables, pictures, **run):
+    """Start a run of two processes by a launcher's own command; give its directory and what it printed."""
+    recipe, out = write_recipe(tmp_path, tables, **run), tmp_path / "run"
     done = subprocess.run(
         [
             *(sys.executable, "-m", *launcher, *words),
@@ -355,6 +362,35 @@ def test_torchrun_starts_a_failed_run_again_where_it_was(tmp_path, labelled_pict
     assert (record["state"], record["step"]) == ("done", 30)
     assert "resumed_with" in record
     assert printed.count("SACL-XD on 40 images") == 1
+
+
+@pytest.mark.slow
+def test_ctrl_c_at_torchruns_terminal_saves_once(tmp_path, labelled_pictures, tables):
+    """The terminal tells every process, and torchrun passes the signal on to its own, which hear it twice."""
+    recipe, out = write_recipe(tmp_path, tables, epochs=500, quality_epochs=500), tmp_path / "run"
+    with subprocess.Popen(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+            *("-m", "edgecl", "pretrain", str(recipe), "--data", str(labelled_pictures)),
+            *("--device", "cpu", "--out", str(out)),
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as launcher:
+        until = time.monotonic() + 120
+        while not ((out / "metrics.jsonl").is_file() and len(steps_of(out)) > 3):
+            assert time.monotonic() < until
+            assert launcher.poll() is None
+            time.sleep(0.05)
+        os.killpg(launcher.pid, signal.SIGINT)
+        printed, err = launcher.communicate(timeout=60)
+    found = re.match(r"stopped by Ctrl-C after step (\d+) of 2500, and saved", printed)
+    assert found, (printed, err)
+    assert read_newest(RunDir(out)).step == int(found[1])
+    assert err.count("edgecl: saving after this step") == 1
 
 
 # Meets twice: waits to be killed the first time, and parts the second time.

@@ -141,8 +141,13 @@ def wait_for(condition, process):
     assert condition(), process.communicate()
 
 
-def test_sigterm_saves_and_ends_well(tmp_path, edgecl_start, recipe_file, image_folder):
-    """As a scheduler pre-empts: SIGTERM, exit 0, and the printed command finishes the run, bit for bit."""
+@pytest.mark.parametrize(
+    ("number", "name", "status"), [(signal.SIGTERM, "SIGTERM", 0), (signal.SIGINT, "Ctrl-C", 130)]
+)
+def test_a_signal_saves_and_ends_well(
+    tmp_path, edgecl_start, recipe_file, image_folder, number, name, status
+):
+    """As a scheduler pre-empts, or a person at the terminal: the printed command finishes the run, bit for bit."""
     out = tmp_path / "a run"
     settings = ["--set", "run.epochs=20", "--set", "run.checkpoint_epochs=20", "--set", "run.log_every=1"]
     process = edgecl_start(
@@ -150,11 +155,12 @@ def test_sigterm_saves_and_ends_well(tmp_path, edgecl_start, recipe_file, image_
     )
     metrics = out / "metrics.jsonl"
     wait_for(lambda: metrics.is_file() and len(metrics.read_text().splitlines()) > 3, process)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     printed, said = process.communicate(timeout=120)
-    assert process.returncode == 0, said
+    assert process.returncode == status, said
+    assert ("saving after this step; Ctrl-C again ends at once" in said) == (number == signal.SIGINT)
     done = re.fullmatch(
-        r"stopped by SIGTERM after step (\d+) of (\d+), and saved; go on with: edgecl (pretrain .* --resume)\n",
+        rf"stopped by {name} after step (\d+) of (\d+), and saved; go on with: edgecl (pretrain .* --resume)\n",
         printed,
     )
     assert done, printed
@@ -300,7 +306,7 @@ def test_a_stop_within_an_epoch_leaves_no_trace(
         @property
         def asked(self):
             AfterSevenLooks.looks += 1
-            return AfterSevenLooks.looks == 7
+            return signal.SIGTERM if AfterSevenLooks.looks == 7 else 0
 
         @asked.setter
         def asked(self, value):
