@@ -107,6 +107,11 @@ class DeviceError(EdgeclError):
     """A device or runtime that is not there."""
 
 
+def counted(count: int, noun: str) -> str:
+    """Write a count with its noun, which takes an s: 1 thread, 2 threads."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
 def first_of(names: Sequence[str], *, count: int = 5) -> str:
     """Name the first few, with a sign where there are more."""
     return ", ".join(names[:count]) + (" …" if len(names) > count else "")

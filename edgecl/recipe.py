@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import Field, model_validator
 
@@ -41,9 +42,19 @@ class Slim(Settings):
     width: float = Field(1.0, gt=0, le=4.0)
     """Channels as a multiple of the architecture's own; at the host's width the host itself is the slim net."""
     widths: tuple[Annotated[float, Field(gt=0, le=4.0)], ...] = Field((), examples=[(0.5, 1.0)])
-    """Every slim width of the run, `width` the widest of them; empty trains `width` alone."""
+    """Every slim width of the run, `width` the widest of them and theirs by default; empty trains `width` alone."""
     slow_start: Fraction = 0.0
     """First fraction of the epochs in which both views go through the host only."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _widest(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "width" not in values:
+            with contextlib.suppress(
+                TypeError, ValueError
+            ):  # no list, an empty one, no numbers: said by their own checks
+                return {**values, "width": max(values.get("widths") or ())}
+        return values
 
     @property
     def all_widths(self) -> tuple[float, ...]:
@@ -209,7 +220,7 @@ class Recipe(Settings):
         if self.slim.widths and max(self.slim.widths) != self.slim.width:
             raise ValueError(
                 f"'slim.widths' must have 'slim.width' {width_as_given(self.slim.width)} as its widest, not "
-                f"{width_as_given(max(self.slim.widths))}; set 'slim.width' to that, or leave it out"
+                f"{width_as_given(max(self.slim.widths))}; set 'slim.width' to that, or leave it out of the recipe"
             )
         if len(set(self.slim.widths)) < len(self.slim.widths):
             raise ValueError(f"'slim.widths' names a width twice: {list(self.slim.widths)}")
@@ -254,6 +265,15 @@ def read_recipe(name: str, assignments: list[str] | None = None) -> Recipe:
     assignments = assignments or []
     tables = override(tables, assignments, error=RecipeError)
     return validate(Recipe, tables, source=str(path), error=RecipeError, assignments=assignments)
+
+
+def recipe_keys() -> set[str]:
+    """Return every setting's name, as `--set` takes it."""
+    return {
+        f"{table}.{key}"
+        for table, field in Recipe.model_fields.items()
+        for key in cast(type[Settings], field.annotation).model_fields
+    }
 
 
 def recipe_from_tables(tables: dict[str, Any], *, source: str) -> Recipe:

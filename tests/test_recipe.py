@@ -266,8 +266,22 @@ def test_slim_widths_are_put_in_order_with_the_widest_first(write):
 
 
 def test_the_slim_width_is_the_widest_of_its_widths(write):
+    slim = read_recipe(write(MINIMAL), ["slim.widths=[0.5, 0.75]"]).slim
+    assert (slim.width, slim.all_widths) == (0.75, (0.75, 0.5))
     with pytest.raises(RecipeError, match=r"'slim.widths' must have 'slim.width' 1 as its widest, not 0.75"):
-        read_recipe(write(MINIMAL), ["slim.widths=[0.5, 0.75]"])
+        read_recipe(write(MINIMAL), ["slim.width=1.0", "slim.widths=[0.5, 0.75]"])
+    with pytest.raises(RecipeError, match=r"slim width 2 is above the host's 1.5"):
+        read_recipe(write(MINIMAL), ["slim.widths=[0.5, 2]"])
+
+
+@pytest.mark.parametrize("widths", ["[]", '["a"]', "0.5", '"wide"', "[0.5, nan]"])
+def test_widths_that_are_no_numbers_decide_no_width(write, widths):
+    try:
+        slim = read_recipe(write(MINIMAL), [f"slim.widths={widths}"]).slim
+    except RecipeError as error:
+        assert "slim.widths" in str(error)  # noqa: PT017 - an empty list is none
+    else:
+        assert (widths, slim.width) == ("[]", 1.0)
 
 
 def test_a_width_named_twice_is_refused(write):

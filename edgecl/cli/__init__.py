@@ -113,8 +113,9 @@ def main() -> None:
         raise SystemExit(1) from None
     except SystemExit as stop:
         # typer turns Ctrl-C into this exit before anyone can catch it.
-        if stop.code in (INTERRUPTED, TERMINATED):
-            hint = "; go on from there with --resume" if getattr(_root, "verb", None) in RESUMABLE else ""
+        if stop.code in (INTERRUPTED, TERMINATED) and processes.is_main():
+            resumable = getattr(_root, "verb", None) in RESUMABLE
+            hint = "; --resume goes on from what was saved, if anything was" if resumable else ""
             sys.stderr.write(f"edgecl: {'interrupted' if stop.code == INTERRUPTED else 'terminated'}{hint}\n")
         raise
     except OSError as complaint:

@@ -34,6 +34,7 @@ _STATUS_WITHIN_S = 20
 
 # What curl's exit status says; webdataset runs it with -s, which keeps it from saying so itself.
 _CURL = {
+    1: "a redirection to another kind of URL",
     3: "the URL is malformed",
     5: "the proxy's name is not known",
     6: "the host's name is not known",
@@ -306,7 +307,9 @@ def _blocks(stream: Any, stop: threading.Event) -> Iterator[bytes]:
                 raise _Failed("stopped")
             if time.monotonic() > deadline:
                 raise _Failed(
-                    f"not one byte came within {STALL_S:.0f} s", hint="try again later; what is fetched stays"
+                    # A program may hold back a trickle until it fills a block.
+                    f"no block of data came within {STALL_S:.0f} s",
+                    hint="try again later; what is fetched stays",
                 )
         if stop.is_set():
             raise _Failed("stopped")

@@ -32,7 +32,7 @@ from edgecl.data.randomness import permutation
 from edgecl.data.sources import ImageSource, Labels, UnreadableImage
 from edgecl.data.threads import read_ahead
 from edgecl.data.unreadable import BadImages, say_skipped
-from edgecl.errors import DataError
+from edgecl.errors import DataError, counted
 from edgecl.progress import Progress
 
 Indices = NDArray[np.int64]
@@ -241,7 +241,7 @@ class TrainingImages:
         """
         if batch_size > len(self):
             raise DataError(
-                f"a batch of {batch_size:,} is larger than the data: {len(self):,} images",
+                f"a batch of {batch_size:,} is larger than the data: {counted(len(self), 'image')}",
                 where={"data": self.source.uri},
                 hint=f"set [data] batch_size to {len(self)} or less, or bring more images",
             )

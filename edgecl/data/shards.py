@@ -23,7 +23,7 @@ from edgecl.data.fetching import cache_folder, cached_place, fetch
 from edgecl.data.randomness import permutation
 from edgecl.data.sources import ImageSource, Labels, Split, UnreadableImage
 from edgecl.data.tar_index import TarIndex, indexed, stamp_of
-from edgecl.errors import DataError
+from edgecl.errors import DataError, counted
 from edgecl.processes import is_main
 from edgecl.progress import Progress
 from edgecl.redaction import without_secrets
@@ -157,10 +157,16 @@ def open_shards(uri: str, *, split: Split = "train") -> ImageSource:
     counts = [len(shard.tar) for shard in shards]
     if not sum(counts):
         raise DataError(
-            f"no images in the {len(shards)} shards of '{shown}'",
+            f"no images in the {counted(len(shards), 'shard')} of '{shown}'",
             hint="looked for members that end in .jpg, .jpeg, .png, .webp or .bmp",
         )
     images = _ShardImages(tuple(shards), np.concatenate([[0], np.cumsum(counts)]).astype(np.int64))
+    unused = sum(shard.tar.unused for shard in shards)
+    if unused and is_main():
+        sys.stderr.write(
+            f"edgecl: {counted(unused, 'image')} of '{shown}' not used: of those whose names agree up to the first dot, "
+            "which are one sample, one is\n"
+        )
     classes, labels = _classes([text for shard in shards for text in shard.tar.labels()], shown)
     digest = hashlib.sha256()
     for shard in shards:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
+import stat
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -17,6 +19,9 @@ from PIL import Image, UnidentifiedImageError
 
 from edgecl.data.index import EXTENSIONS, Memory, list_folder
 from edgecl.errors import DataError, near_matches
+
+# No honest picture is larger.
+_LARGEST_FILE = 2**30
 
 Split = Literal["train", "test"]
 Labels = NDArray[np.int64]
@@ -364,9 +369,21 @@ def _open_folder(uri: str, root: Path, index_dir: Path | None) -> ImageSource:
 
 
 def _content(path: str) -> bytes:
-    """Read a file; a Path for each picture would enter the name of each into Python's table of strings, which grows."""
-    with open(path, "rb") as file:  # noqa: PTH123
-        return file.read()
+    """Read a file; a Path for each picture would enter the name of each into Python's table of strings, which grows.
+
+    What was a picture when the folder was listed may since have become a pipe, which would block, or a file without end.
+    """
+    with open(path, "rb", opener=_open_without_waiting) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise UnreadableImage("no longer a file", lasting=True)
+        if status.st_size > _LARGEST_FILE:
+            raise UnreadableImage(f"{status.st_size / 2**30:.1f} GiB are suspiciously much", lasting=True)
+        return file.read(status.st_size)
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def _classes_from_names(uri: str, names: list[str]) -> tuple[tuple[str, ...] | None, Labels | None]:

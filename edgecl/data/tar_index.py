@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from edgecl.artifacts import write_bytes
 from edgecl.data.index import EXTENSIONS
-from edgecl.errors import ArtifactError, DataError
+from edgecl.errors import ArtifactError, DataError, counted
 
-_VERSION = 1
+_VERSION = 2
 _BLOCK = 512
 _LARGEST_LABEL = 1024
 _END_SEARCHED = 64 * 1024
@@ -57,6 +57,8 @@ class TarIndex:
     """Member names of the images, with NUL between them."""
     joined_labels: bytes
     """Content of each image's `.cls` member with NUL between them; empty where there is none."""
+    unused: int
+    """Further images of samples that have several."""
 
     def __len__(self) -> int:
         """Count the images."""
@@ -172,6 +174,7 @@ def _read(file: BinaryIO, shown: str) -> TarIndex:
         sizes=np.array([image[4] for image, _ in chosen], dtype=np.int64),
         joined_names="\0".join(image[2] for image, _ in chosen).encode(errors="surrogateescape"),
         joined_labels=labels,
+        unused=sum(len(sample.images) for sample in samples.values()) - len(chosen),
     )
 
 
@@ -293,7 +296,7 @@ def _refuse_cut(
     else:
         problem = f"is cut short: it ends inside {inside}"
     raise DataError(
-        f"the shard '{_last(shown)}' {problem}, after {whole} whole samples",
+        f"the shard '{_last(shown)}' {problem}, after {counted(whole, 'whole sample')}",
         where=where,
         hint="copy or fetch it again",
     ) from complaint
@@ -306,19 +309,20 @@ def _check_end(file: BinaryIO, end: int, samples: dict[str, _Sample], stamp: Sta
     whole = sum(1 for sample in samples.values() if sample.images)
     if len(mark) < _BLOCK:
         raise DataError(
-            f"the shard '{_last(shown)}' is cut short: after {whole} whole samples the tar's end mark is missing",
+            f"the shard '{_last(shown)}' is cut short: after {counted(whole, 'whole sample')} the tar's end mark is missing",
             where={"shard": shown, "bytes": f"{stamp.size:,}"},
             hint="copy or fetch it again; whoever wrote it must close the writer",
         )
     if any(mark):
         raise DataError(
-            f"the shard '{_last(shown)}' is damaged at byte {end:,}: no tar header there, after {whole} whole samples",
+            f"the shard '{_last(shown)}' is damaged at byte {end:,}: no tar header there, after "
+            f"{counted(whole, 'whole sample')}",
             where={"shard": shown},
             hint="copy or fetch it again",
         )
     if any(file.read(_END_SEARCHED)):
         raise DataError(
-            f"the shard '{_last(shown)}' goes on after its end mark, after {whole} samples",
+            f"the shard '{_last(shown)}' goes on after its end mark, after {counted(whole, 'sample')}",
             where={"shard": shown},
             hint="tar files cannot be joined with `cat`; name them both, with '::' between",
         )
@@ -336,6 +340,7 @@ def save_index(index: TarIndex, path: Path) -> None:
         sizes=index.sizes,
         names=np.frombuffer(index.joined_names, dtype=np.uint8),
         labels=np.frombuffer(index.joined_labels, dtype=np.uint8),
+        unused=np.int64(index.unused),
     )
     with suppress(OSError, ArtifactError):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -355,6 +360,7 @@ def load_index(path: Path) -> TarIndex | None:
                 sizes=kept["sizes"],
                 joined_names=kept["names"].tobytes(),
                 joined_labels=kept["labels"].tobytes(),
+                unused=int(kept["unused"]),
             )
     except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile):
         return None

@@ -107,11 +107,6 @@ def between(interval: list[float] | None, write: Any = percent) -> str:
     return "" if interval is None else f"[{write(interval[0])}, {write(interval[1])}]"
 
 
-def counted(count: int, noun: str) -> str:
-    """Write a count with its noun, which takes an s: 1 thread, 2 threads."""
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
-
-
 # What XML 1.0 cannot hold, and the surrogates that stand for undecodable bytes in a file name.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 

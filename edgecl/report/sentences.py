@@ -6,10 +6,10 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
+from edgecl.errors import counted
 from edgecl.report.collect import Collection, Source
 from edgecl.report.notation import (
     between,
-    counted,
     finite,
     fixed,
     megabytes,

@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from edgecl.errors import counted
 from edgecl.report.families import family_tables
 from edgecl.report.notation import (
     MINUS,
     MISSING,
     between,
-    counted,
     fixed,
     megabytes,
     milliseconds,

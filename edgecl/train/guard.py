@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from edgecl.errors import NonFiniteError
+from edgecl.errors import NonFiniteError, counted
 
 # Of the learning rate, once a run had to go back.
 SMALLER_RATE = 0.5
@@ -50,7 +50,7 @@ class Guard:
         if len(self.skipped) <= self._max_skipped:
             return False
         self._refuse_second_time(
-            f"{counted(self.skipped)} since the last checkpoint had no finite loss, the last with {terms}",
+            f"{counted(len(self.skipped), 'step')} since the last checkpoint had no finite loss, the last with {terms}",
             where,
         )
         return True
@@ -88,8 +88,3 @@ class Guard:
         """Take what a checkpoint kept."""
         self.went_back = bool(state.get("went_back", False))
         self.skipped = list(state.get("skipped", []))
-
-
-def counted(steps: list[int]) -> str:
-    """Say how many steps."""
-    return "1 step" if len(steps) == 1 else f"{len(steps)} steps"

@@ -22,14 +22,14 @@ from edgecl.data.loading import Batch, TrainingImages
 from edgecl.data.randomness import uniforms
 from edgecl.data.sources import ImageSource
 from edgecl.data.views import make_views, write_views_grid
-from edgecl.errors import DataError
+from edgecl.errors import DataError, counted
 from edgecl.methods.sacl_xd import sandwich
 from edgecl.nets.carving import create_slimmable
 from edgecl.nets.slimming import SlimmableNet
 from edgecl.progress import Progress
 from edgecl.quality import spread
 from edgecl.recipe import Recipe
-from edgecl.train.guard import Guard, counted
+from edgecl.train.guard import Guard
 from edgecl.train.monitor import CollapseAlarm, MetricsFile, read_metrics
 from edgecl.train.preemption import StopRequest
 from edgecl.train.quality import QualityWatch, quality_of
@@ -159,7 +159,7 @@ class Training:
                 )
                 self.step += 1
                 if not outcome.finite and self._left_out(outcome):
-                    self._go_back(because=f"{counted(self.guard.skipped)} without a finite loss")
+                    self._go_back(because=f"{counted(len(self.guard.skipped), 'step')} without a finite loss")
                     return 0
                 if due:
                     now = time.monotonic()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import platform
 import shutil
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -212,7 +214,8 @@ def _run(
             "skipped": list(images.skipped),
         },
         "seed": recipe.run.seed,
-        "device": str(accelerator.device),
+        # A processor is one device, however many processes it runs; accelerate numbers it.
+        "device": "cpu" if accelerator.device.type == "cpu" else str(accelerator.device),
         "processes": accelerator.num_processes,
         "threads": torch.get_num_threads(),
         "steps_per_epoch": training.steps_per_epoch,
@@ -253,10 +256,15 @@ def _run(
     def elapsed() -> float:
         return round(before_s + time.monotonic() - started, 3)
 
+    ended = False
+    writing = threading.Lock()
+
     def keep(step: int) -> None:
         # A run that ends here keeps its step and its time, also when it is killed.
-        record["step"] = step
-        write_json(run_dir.record_file, {**record, "state": "running", "wall_s": elapsed()})
+        with writing:
+            record["step"] = step
+            state = record["state"] if ended else "running"
+            write_json(run_dir.record_file, {**record, "state": state, "wall_s": elapsed()})
 
     record["state"] = "stopped"
     try:
@@ -278,12 +286,13 @@ def _run(
                 record["data"]["images"] = len(images) - len(images.skipped)
                 say_skipped(images.skipped, uri)
             # On a full disk, what the run failed of is the error to show.
-            with contextlib.suppress(*[ArtifactError] if record["state"] == "failed" else []):
+            with writing, contextlib.suppress(*[ArtifactError] if record["state"] == "failed" else []):
+                ended = True  # a checkpoint may still be on its way when Ctrl-C ends the run at once
                 write_json(run_dir.record_file, record)
     if stopped_by:
         raise Preempted(
             f"stopped by {'Ctrl-C' if stopped_by == signal.SIGINT else 'SIGTERM'} after step {training.step} of "
-            f"{training.total_steps}, and saved; go on with: {_resume_command()}",
+            f"{training.total_steps}, and saved; {_how_to_go_on()}",
             signal=stopped_by,
         )
     return record
@@ -413,10 +422,15 @@ def _start_run_dir(run_dir: RunDir, record: dict[str, Any]) -> None:
         run_dir.checkpoints.mkdir()
 
 
-def _resume_command() -> str:
+def _how_to_go_on() -> str:
     words = [word for word in command_line().split(" ") if word not in ("--force", "--resume")]
-    launched = processes.world_size() > 1
-    return " ".join([*words, "--resume"]) + (" (in all processes, as they were launched)" if launched else "")
+    command = " ".join([*words, "--resume"])
+    world = processes.world_size()
+    if world == 1:
+        return f"go on with: {command}"
+    if torch.distributed.is_torchelastic_launched() and os.environ.get("LOCAL_WORLD_SIZE") == str(world):
+        return f"go on with: torchrun --standalone --nproc-per-node {world} -m {command}"
+    return f"go on, in every process as it was launched, with: {command}"
 
 
 def _count_slim(net: SlimmableNet, width: float) -> int:

@@ -10,7 +10,7 @@ from edgecl.checkpoint import Checkpoint, has_checkpoint, read_newest
 from edgecl.data.loading import TrainingImages
 from edgecl.data.sources import ImageSource, absolute_uri
 from edgecl.errors import ArtifactError, RecipeError, first_of, near_matches
-from edgecl.recipe import Recipe, recipe_from_tables
+from edgecl.recipe import Recipe, recipe_from_tables, recipe_keys
 from edgecl.redaction import record_without_secrets
 
 MAY_CHANGE = (
@@ -44,10 +44,12 @@ def check_allowed(keys: Sequence[str]) -> None:
     Raises:
         RecipeError: one of them decides what a step computes.
     """
+    known = recipe_keys()
     for key in keys:
         if key not in (*MAY_CHANGE, IMAGES):
             raise RecipeError(
-                f"'{key}' cannot change within a run", hint=near_matches(key, [*MAY_CHANGE, IMAGES])
+                f"'{key}' cannot change within a run" if key in known else f"there is no setting '{key}'",
+                hint=near_matches(key, [*MAY_CHANGE, IMAGES]),
             )
 
 

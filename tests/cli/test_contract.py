@@ -496,5 +496,5 @@ def test_interrupted_training_says_how_to_go_on_and_nothing_else_does(
     monkeypatch.setattr("edgecl.deploy.bench.bench", interrupted)
     code, _, err = edgecl(verb, "x")
     assert code == status
-    hint = "; go on from there with --resume" if verb != "bench" else ""
+    hint = "; --resume goes on from what was saved, if anything was" if verb != "bench" else ""
     assert err == f"edgecl: {said}{hint}\n"

@@ -176,7 +176,7 @@ def test_a_server_that_falls_silent_is_given_up(write_shards, server, monkeypatc
     monkeypatch.setattr(fetching, "STALL_S", 0.5)
     error = complaint(f"shards:{server.url}/x-000.tar")
     assert str(error) == (
-        "the shard 'x-000.tar' could not be fetched: not one byte came within 0 s\n"
+        "the shard 'x-000.tar' could not be fetched: no block of data came within 0 s\n"
         f"  url:  {server.url}/x-000.tar\n"
         "  hint: try again later; what is fetched stays"
     )

@@ -2,6 +2,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from edgecl.data.loading import (
     split_holdout,
 )
 from edgecl.data.randomness import permutation
-from edgecl.data.sources import open_source
+from edgecl.data.sources import UnreadableImage, open_source
 from edgecl.errors import DataError
 
 
@@ -329,10 +330,45 @@ def test_a_picture_that_disappears_during_the_run_is_counted_named_and_replaced(
     )
 
 
+def endless(path):
+    path.symlink_to("/dev/zero")
+
+
+def huge(path):
+    with path.open("wb") as file:
+        file.truncate(3 * 2**29)
+
+
+@pytest.mark.parametrize(
+    ("put", "reason"),
+    [
+        (os.mkfifo, "no longer a file"),
+        (endless, "no longer a file"),
+        (os.mkdir, "Is a directory"),
+        (huge, "1.5 GiB are suspiciously much"),
+    ],
+)
+def test_what_has_taken_a_pictures_place_is_left_out(write_images, put, reason):
+    """After the folder was listed, which finds such things itself."""
+    root = write_images(10)
+    data = training(root, cache_mib=0, max_bad_fraction=0.1)
+    (root / "004.png").unlink()
+    put(root / "004.png")
+    batches = list(data.batches(0, 0, batch_size=5))
+    assert sum(len(batch.indices) for batch in batches) == 10
+    assert list(data.skipped) == [str(root / "004.png")]
+    with pytest.raises(UnreadableImage, match=reason):
+        data.source.read(4)
+
+
 @pytest.fixture
-def pipe_instead_of():
-    """Put a file that never answers in the place of another; its readers are let go after the test."""
+def pipe_instead_of(monkeypatch):
+    """Put a file that never answers in the place of another; its readers are let go after the test.
+
+    A pipe itself would be found out; here it stands for a file on a share that hangs, and is read as such.
+    """
     pipes = []
+    monkeypatch.setattr("edgecl.data.sources._content", lambda path: Path(path).read_bytes())
 
     def put(path):
         path.unlink()
@@ -404,13 +440,16 @@ def test_a_process_that_met_a_file_without_answer_ends(write_images):
     code = textwrap.dedent(
         f"""
         import os, sys
+        from pathlib import Path
+        from edgecl.data import sources
         from edgecl.data.loading import TrainingImages
-        from edgecl.data.sources import open_source
+        from edgecl.data.sources import UnreadableImage, open_source
         from edgecl.errors import DataError
 
         data = TrainingImages(open_source({str(root)!r}), canvas_size=8, cache_mib=0, read_timeout_s=0.3)
         os.unlink({str(root / "007.png")!r})
         os.mkfifo({str(root / "007.png")!r})
+        sources._content = lambda path: Path(path).read_bytes()  # as if a share hung
         try:
             list(data.batches(0, 0, batch_size=5))
         except DataError as error:

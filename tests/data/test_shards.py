@@ -59,6 +59,18 @@ def test_a_picture_without_a_class_means_no_labels_and_is_said(tmp_path, capsys)
     )
 
 
+def test_pictures_that_share_a_key_are_counted(tmp_path, capsys):
+    """Dates in names hold dots, and what shares a name up to the first dot is one sample."""
+    members = [(f"2024.01.{day:02}.png", picture(day)) for day in range(1, 4)]
+    uri = f"shards:{write_tar(tmp_path / 'x.tar', [*members, ('b.png', picture(9))])}"
+    for _ in range(2):  # read, and from the kept index
+        assert len(open_source(uri)) == 2
+        assert capsys.readouterr().err == (
+            f"edgecl: 2 images of '{uri}' not used: of those whose names agree up to the first dot, "
+            "which are one sample, one is\n"
+        )
+
+
 def test_text_in_cls_members_names_the_classes(tmp_path):
     members = [("a.png", picture(1)), ("a.cls", b"dog\n"), ("b.png", picture(2)), ("b.cls", b"cat")]
     source = open_source(f"shards:{write_tar(tmp_path / 'x.tar', members)}")

@@ -148,7 +148,7 @@ def test_a_shard_cut_inside_a_header_is_cut_short(tmp_path):
         long = archive.getmembers()[1]
     os.truncate(path, long.offset_data - 512)
     assert complaint(f"shards:{path}").problem == (
-        "the shard 'x.tar' is cut short: it ends inside a header, after 1 whole samples"
+        "the shard 'x.tar' is cut short: it ends inside a header, after 1 whole sample"
     )
 
 
@@ -160,7 +160,7 @@ def test_a_damaged_long_name_is_no_cut(tmp_path):
         file.seek(long.offset_data - 512)
         file.write(b"\xff" * 512)
     assert complaint(f"shards:{path}").problem == (
-        "the shard 'x.tar' is damaged: bad checksum, after 1 whole samples"
+        "the shard 'x.tar' is damaged: bad checksum, after 1 whole sample"
     )
 
 
@@ -201,7 +201,7 @@ def test_a_compressed_shard_is_refused(tmp_path):
         ),
         (
             bytes(10240),
-            "no images in the 1 shards of 'shards:{}/x.tar'\n"
+            "no images in the 1 shard of 'shards:{}/x.tar'\n"
             "  hint: looked for members that end in .jpg, .jpeg, .png, .webp or .bmp",
         ),
     ],

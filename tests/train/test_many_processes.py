@@ -258,10 +258,11 @@ def test_a_signal_to_one_process_saves_and_ends_all(scenarios, name, by, status)
     assert codes[name] == [status] * 2, said(folder, name)
     first, second = printed(folder, name)
     found = re.match(
-        rf"stopped by {by} after step (\d+) of 2500, and saved; go on with: edgecl pretrain", first
+        rf"stopped by {by} after step (\d+) of 2500, and saved; "
+        r"go on, in every process as it was launched, with: edgecl pretrain .*--resume\n$",
+        first,
     )
     assert found, first
-    assert "--resume (in all processes, as they were launched)" in first
     assert second == ""
     assert read_newest(RunDir(folder / name)).step == int(found[1])
 
@@ -387,7 +388,11 @@ def test_ctrl_c_at_torchruns_terminal_saves_once(tmp_path, labelled_pictures, ta
             time.sleep(0.05)
         os.killpg(launcher.pid, signal.SIGINT)
         printed, err = launcher.communicate(timeout=60)
-    found = re.match(r"stopped by Ctrl-C after step (\d+) of 2500, and saved", printed)
+    found = re.match(
+        r"stopped by Ctrl-C after step (\d+) of 2500, and saved; "
+        r"go on with: (torchrun --standalone --nproc-per-node 2 -m edgecl pretrain .*--resume)\n$",
+        printed,
+    )
     assert found, (printed, err)
     assert read_newest(RunDir(out)).step == int(found[1])
     assert err.count("edgecl: saving after this step") == 1

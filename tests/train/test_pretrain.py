@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import threading
 
 import pytest
 import torch
@@ -114,3 +115,27 @@ def test_failed_run_goes_on_and_forgets_its_error(tmp_path, make_recipe, picture
     record = train(make_recipe("run.epochs=1"), out, pictures, resume=True)
     assert (record["state"], record["step"]) == ("done", 5)
     assert "error" not in RunDir(out).read()
+
+
+def test_a_checkpoint_that_is_written_when_the_run_has_ended_leaves_its_state(
+    tmp_path, make_recipe, labelled_pictures, monkeypatch
+):
+    """Ctrl-C may end the wait for the writing thread, which then still says that its checkpoint stands."""
+    over, late = threading.Event(), []
+
+    def fit(self, *, stop, on_checkpoint):
+        def write():
+            over.wait()
+            on_checkpoint(3)
+
+        late.append(threading.Thread(target=write))
+        late[0].start()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop.Training, "fit", fit)
+    with pytest.raises(KeyboardInterrupt):
+        train(make_recipe(), tmp_path / "run", labelled_pictures)
+    over.set()
+    late[0].join()
+    record = RunDir(tmp_path / "run").read()
+    assert (record["state"], record["step"]) == ("stopped", 3)

@@ -212,6 +212,8 @@ def test_what_decides_a_step_cannot_change(earlier, make_recipe, labelled_pictur
     assert caught.value.hint.startswith("repeat the command")
     with pytest.raises(RecipeError, match=r"'optim\.lr' cannot change within a run"):
         train(make_recipe("optim.lr=0.5"), earlier, labelled_pictures, resume=True, allow=["optim.lr"])
+    with pytest.raises(RecipeError, match=r"there is no setting 'run\.epoch'"):
+        train(make_recipe(), earlier, labelled_pictures, resume=True, allow=["run.epoch"])
 
 
 def test_more_epochs_can_be_allowed(earlier, make_recipe, labelled_pictures, capsys):
