@@ -19,6 +19,7 @@ from PIL import Image, UnidentifiedImageError
 
 from edgecl.data.index import EXTENSIONS, Memory, list_folder
 from edgecl.errors import DataError, near_matches
+from edgecl.redaction import without_secrets
 
 # No honest picture is larger.
 _LARGEST_FILE = 2**30
@@ -237,6 +238,12 @@ def open_source(
     if root.exists():
         hint = f"write shards:{uri}" if root.suffix == ".tar" else f"pass the folder: {root.parent}"
         raise DataError(f"'{uri}' is a file, not a folder of images", hint=hint)
+    if "://" in uri:
+        shown = without_secrets(uri)
+        raise DataError(
+            f"'{shown}' is a URL, and folders of images are read from disks",
+            hint=f"for tar shards behind it write shards:{shown}",
+        )
     if colon and scheme.replace("-", "").replace("_", "").isalnum():
         raise DataError(
             f"unknown kind of data '{scheme}' in '{uri}'",

@@ -284,6 +284,15 @@ def test_an_unknown_scheme_suggests_a_near_one():
     )
 
 
+def test_a_url_without_the_scheme_is_told_the_scheme_and_keeps_its_secrets():
+    with pytest.raises(DataError) as caught:
+        open_source("https://me:secret@host/x.tar?Signature=hidden")
+    assert "is a URL, and folders of images are read from disks" in caught.value.problem
+    assert caught.value.hint.startswith("for tar shards behind it write shards:https://")
+    assert "secret" not in str(caught.value)
+    assert "hidden" not in str(caught.value)
+
+
 def test_a_scheme_without_a_path_is_an_error():
     with pytest.raises(DataError, match="'stl10' needs a place on disk"):
         open_source("stl10")
