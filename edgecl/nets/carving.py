@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -131,7 +132,7 @@ def carve(
     backbone = create_backbone(recipe.host.arch, width=width, stem_stride=recipe.host.stem_stride)
     backbone.load_state_dict(tensors)
     if recalibrate_norms:
-        _recalibrate_on_run(backbone, record["data"]["uri"], recipe)
+        _recalibrate_on_run(backbone, record["data"], recipe)
     return write_model(
         out,
         backbone,
@@ -152,13 +153,19 @@ def carve(
     )
 
 
-def _recalibrate_on_run(backbone: nn.Module, uri: str, recipe: Recipe) -> None:
+def _recalibrate_on_run(backbone: nn.Module, trained_on: dict[str, Any], recipe: Recipe) -> None:
     from edgecl.data.loading import load_eval_images
     from edgecl.data.sources import open_source
 
     data = recipe.data
+    source = open_source(trained_on["uri"], split="train")
+    if source.fingerprint != trained_on.get("fingerprint", source.fingerprint):
+        sys.stderr.write(
+            f"edgecl: the images of '{source.uri}' are not those that the run was trained on; the norms are re-estimated "
+            "on what is there now\n"
+        )
     images = load_eval_images(
-        open_source(uri, split="train"),
+        source,
         resize_size=data.resize_size or data.image_size,
         image_size=data.image_size,
         # The run held the whole of the data to what is allowed; a part of it may have more.

@@ -311,6 +311,23 @@ def test_recalibrated_statistics_are_those_of_the_unaugmented_images(tmp_path, w
     assert record["preprocessing"] == preprocessing_of(recipe)
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_recalibration_on_other_images_than_the_runs_is_said(tmp_path, write_pictures, capsys, same):
+    from edgecl.artifacts import write_json
+    from edgecl.data.sources import open_source
+
+    folder = write_pictures(12)
+    write_run(tmp_path / "run", data=folder)
+    record = RunDir(tmp_path / "run").read()
+    record["data"]["fingerprint"] = open_source(str(folder)).fingerprint
+    write_json(RunDir(tmp_path / "run").record_file, record)
+    if not same:
+        sorted(folder.iterdir())[0].unlink()
+    carve(tmp_path / "run", out=tmp_path / "model")
+    said = capsys.readouterr().err
+    assert ("are not those that the run was trained on" in said) is not same
+
+
 def test_a_run_without_a_checkpoint_is_named(tmp_path):
     write_run(tmp_path / "run")
     for path in (tmp_path / "run" / "checkpoints").iterdir():
