@@ -1,6 +1,6 @@
 """`python -m edgecl` is the command `edgecl`."""
 
-from edgecl.cli import main
+from edgecl.cli import program
 
 if __name__ == "__main__":
-    main()
+    program()

@@ -126,3 +126,20 @@ def main() -> None:
     finally:
         signal.signal(signal.SIGTERM, before)
         processes.leave()
+
+
+def program() -> None:
+    """Run the command line as a process of its own.
+
+    One that Ctrl-C ended dies of that signal, once all is written: a shell, which reports 130, then ends its script or its
+    loop too. After an ordinary exit it would start the next command.
+    """
+    try:
+        main()
+    except SystemExit as stop:
+        if stop.code == INTERRUPTED and os.name == "posix":
+            sys.stdout.flush()
+            sys.stderr.flush()
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
+        raise

@@ -37,6 +37,8 @@ def pretrain_command(
 ) -> None:
     """Pretrain from unlabelled images."""
     refuse_both(resume=resume, force=force)
+    import shlex
+
     from edgecl import processes
     from edgecl.recipe import read_recipe, recipe_name
 
@@ -62,5 +64,5 @@ def pretrain_command(
         return
     typer.echo(
         f"{record['arm']} on {record['data']['images']} images: {record['total_steps']} steps "
-        f"in {record['wall_s']:.0f} s; next: edgecl carve {out} --out MODEL_DIR"
+        f"in {record['wall_s']:.0f} s; next: edgecl carve {shlex.quote(str(out))} --out MODEL_DIR"
     )

@@ -43,7 +43,7 @@ class StopRequest:
             self.asked = self.asked or number
             if processes.is_main():
                 # The interrupted code may be writing to sys.stderr itself.
-                os.write(2, b"\nedgecl: saving after this step; Ctrl-C again ends at once\n")
+                os.write(2, b"\nedgecl: saving after this step or the next; Ctrl-C again ends at once\n")
         elif now - self._interrupted_at > _SAME_CTRL_C_S:
             raise KeyboardInterrupt
 

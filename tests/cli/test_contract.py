@@ -459,7 +459,7 @@ def is_running(pid):
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize(
     ("number", "code", "last"),
-    [(signal.SIGTERM, 143, "edgecl: terminated"), (signal.SIGINT, 130, "edgecl: interrupted")],
+    [(signal.SIGTERM, 143, "edgecl: terminated"), (signal.SIGINT, -signal.SIGINT, "edgecl: interrupted")],
 )
 def test_signal_ends_the_measuring_process_too(tmp_path, number, code, last):
     bundle = make_bundle(tmp_path / "b")
@@ -480,6 +480,27 @@ def test_signal_ends_the_measuring_process_too(tmp_path, number, code, last):
     assert err.splitlines()[-1] == last
     assert not any(map(is_running, measuring))
     assert not list(bundle.glob("bench-*"))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_ctrl_c_ends_the_script_around_it_too(tmp_path):
+    """As a terminal does it: the shell and the command get the signal, and a loop must not begin its next turn."""
+    bundle = make_bundle(tmp_path / "b")
+    command = f"'{sys.executable}' -m edgecl bench '{bundle}' --duration-s 60"
+    with subprocess.Popen(
+        ["bash", "-c", f"for turn in 1 2; do echo turn $turn; {command}; done; echo next"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    ) as shell:
+        assert shell.stderr.readline()  # it measures
+        os.killpg(shell.pid, signal.SIGINT)
+        printed, err = shell.communicate(timeout=60)
+    assert shell.returncode == -signal.SIGINT
+    assert printed == "turn 1\n"
+    assert err.splitlines()[-1] == "edgecl: interrupted"
 
 
 @pytest.mark.parametrize(

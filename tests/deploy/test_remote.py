@@ -306,7 +306,7 @@ def test_ctrl_c_ends_the_run_on_the_board(board, bundle):
         assert processes_naming(str(run / "record.json"))
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == -signal.SIGINT
     for _ in range(100):  # the board's end is told, and takes its moment
         if not processes_naming(str(run)) and not board.left_of_runs():
             break

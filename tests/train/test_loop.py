@@ -393,7 +393,7 @@ def test_unreadable_images_within_what_is_allowed_do_not_stop_a_run(tmp_path, ma
     record = train(make_recipe("data.max_bad_fraction=0.025", "run.epochs=1"), tmp_path / "run", folder)
     assert record["data"]["images"] == 39
     assert record["data"]["skipped"] == [str(folder / "000.png")]
-    assert "1 unreadable images" in capsys.readouterr().err
+    assert "1 unreadable image of" in capsys.readouterr().err
 
 
 def test_images_are_counted_alike_whether_held_in_memory_or_not(tmp_path, make_recipe, pictures):

@@ -28,7 +28,9 @@ def test_first_ctrl_c_is_a_wish_and_a_later_one_an_end(monkeypatch, capfd):
         now[0] += 1.0
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
-    assert capfd.readouterr().err == "\nedgecl: saving after this step; Ctrl-C again ends at once\n"
+    assert (
+        capfd.readouterr().err == "\nedgecl: saving after this step or the next; Ctrl-C again ends at once\n"
+    )
 
 
 def test_a_run_that_was_to_be_preempted_stays_so_on_ctrl_c():
