@@ -44,11 +44,12 @@ def check_allowed(keys: Sequence[str]) -> None:
     Raises:
         RecipeError: one of them decides what a step computes.
     """
-    known = recipe_keys()
     for key in keys:
         if key not in (*MAY_CHANGE, IMAGES):
             raise RecipeError(
-                f"'{key}' cannot change within a run" if key in known else f"there is no setting '{key}'",
+                f"'{key}' cannot change within a run"
+                if key in recipe_keys()
+                else f"there is no setting '{key}'",
                 hint=near_matches(key, [*MAY_CHANGE, IMAGES]),
             )
 

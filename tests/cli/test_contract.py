@@ -456,6 +456,18 @@ def is_running(pid):
         return False
 
 
+def at_a_terminal(command):
+    """Start a command as the first of a process group, which a terminal signals as one."""
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize(
     ("number", "code", "last"),
@@ -463,14 +475,7 @@ def is_running(pid):
 )
 def test_signal_ends_the_measuring_process_too(tmp_path, number, code, last):
     bundle = make_bundle(tmp_path / "b")
-    with subprocess.Popen(
-        [sys.executable, "-m", "edgecl", "bench", bundle, "--duration-s", "60"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        start_new_session=True,
-    ) as process:
+    with at_a_terminal([sys.executable, "-m", "edgecl", "bench", bundle, "--duration-s", "60"]) as process:
         assert process.stderr.readline()  # it measures
         measuring = children_of(process.pid)
         assert measuring
@@ -482,19 +487,12 @@ def test_signal_ends_the_measuring_process_too(tmp_path, number, code, last):
     assert not list(bundle.glob("bench-*"))
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_ctrl_c_ends_the_script_around_it_too(tmp_path):
     """As a terminal does it: the shell and the command get the signal, and a loop must not begin its next turn."""
     bundle = make_bundle(tmp_path / "b")
     command = f"'{sys.executable}' -m edgecl bench '{bundle}' --duration-s 60"
-    with subprocess.Popen(
-        ["bash", "-c", f"for turn in 1 2; do echo turn $turn; {command}; done; echo next"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        start_new_session=True,
-    ) as shell:
+    script = f"for turn in 1 2; do echo turn $turn; {command}; done; echo next"
+    with at_a_terminal(["bash", "-c", script]) as shell:
         assert shell.stderr.readline()  # it measures
         os.killpg(shell.pid, signal.SIGINT)
         printed, err = shell.communicate(timeout=60)

@@ -443,7 +443,7 @@ def test_a_process_that_met_a_file_without_answer_ends(write_images):
         from pathlib import Path
         from edgecl.data import sources
         from edgecl.data.loading import TrainingImages
-        from edgecl.data.sources import UnreadableImage, open_source
+        from edgecl.data.sources import open_source
         from edgecl.errors import DataError
 
         data = TrainingImages(open_source({str(root)!r}), canvas_size=8, cache_mib=0, read_timeout_s=0.3)
