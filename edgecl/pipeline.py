@@ -40,6 +40,7 @@ def run(
     data: str | None = None,
     test: str | None = None,
     targets: Sequence[str] = ("ort-cpu",),
+    precisions: Sequence[str] | None = None,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     resume: bool = False,
     force: bool = False,
@@ -55,6 +56,7 @@ def run(
         data: a data URI in place of the recipe's.
         test: a data URI of held-out labelled images; None takes the data set's own or holds out a fifth.
         targets: what to export for; each is verified and measured here.
+        precisions: to export, in place of each target's, the preferred one first.
         device: where to train.
         resume: keep the stages that are done and unchanged, and go on from there.
         force: replace an earlier output.
@@ -70,7 +72,7 @@ def run(
     uri = data or recipe.data.uri
     if uri is None:
         raise RecipeError(f"the recipe '{recipe_name}' names no images", hint="say which with --data URI")
-    _check_targets(targets)
+    _check_targets(targets, precisions)
     pipeline = PipelineDir(out)
     resume = resume and pipeline.record_file.exists()
     if not resume and not _only_a_lock(out):
@@ -87,6 +89,7 @@ def run(
         "data": uri,
         "test": test,
         "targets": list(targets),
+        "precisions": None if precisions is None else list(precisions),
     }
     with hold(out, what="pipeline directory"):
         stages = _resumed(pipeline, settings) if resume else _start(pipeline, settings)
@@ -166,8 +169,9 @@ def _run_stages(
         lambda: _probe(recipe, pipeline, uri, test=test, labelled_data=labelled_data, download=download),
         stale=stale,
     )
+    precisions = settings["precisions"]
     for target in settings["targets"]:
-        settings_now = read_target(target).model_dump(mode="json")
+        settings_now = read_target(target, precisions=precisions).model_dump(mode="json")
         for width, net in nets.items():
             # The widest has the stage's and the folder's plain name, as the only one has.
             suffix = "" if net == pipeline.slim else f"-{width_as_given(width)}"
@@ -176,18 +180,18 @@ def _run_stages(
             before = stages.get(name, {}).get("target")
             if stage(
                 name,
-                partial(_export, net, target, bundle, uri, name=name, force=resume, say=say),
+                partial(_export, net, target, bundle, uri, precisions, name=name, force=resume, say=say),
                 stale=stale or before != settings_now,
             ):
                 stages[name]["target"] = settings_now
                 save()
 
 
-def _check_targets(targets: Sequence[str]) -> None:
+def _check_targets(targets: Sequence[str], precisions: Sequence[str] | None) -> None:
     """Refuse targets that cannot be exported for before hours of training, not after them."""
     names: dict[str, str] = {}
     for target in targets:
-        read_target(target)
+        read_target(target, precisions=precisions)
         name = Path(target).stem
         if name in names:
             raise TargetError(
@@ -363,7 +367,15 @@ def _probe(
 
 
 def _export(
-    net: Path, target: str, bundle: Bundle, uri: str, *, name: str, force: bool, say: Callable[[str], None]
+    net: Path,
+    target: str,
+    bundle: Bundle,
+    uri: str,
+    precisions: Sequence[str] | None,
+    *,
+    name: str,
+    force: bool,
+    say: Callable[[str], None],
 ) -> list[Path]:
     """Export, verify, and measure where this machine has the target's runtime; a board's it measures later."""
     from edgecl.deploy.bench import bench
@@ -375,6 +387,7 @@ def _export(
         net,
         target=target,
         out=bundle.path,
+        precisions=precisions,
         calibration=uri,
         force=force,
         say=lambda line: say(f"{name}: {line}"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -212,13 +213,21 @@ class Target(Settings):
         return tolerance.model_copy(update={"top1_agreement": 0.0}) if features else tolerance
 
 
-def read_target(name: str) -> Target:
+def read_target(name: str, *, precisions: Sequence[str] | None = None) -> Target:
     """Read a packaged target or a TOML file; an alias is followed.
 
+    Args:
+        name: of a packaged target, or a path.
+        precisions: in place of the target's, the preferred one first.
+
     Raises:
-        TargetError: unknown name, key or value; every problem at once.
+        TargetError: unknown name, key or value, every problem at once; or a precision the target's device lacks.
     """
-    return _read(name)[1]
+    target = _read(name)[1]
+    if precisions is None:
+        return target
+    tables = {**target.model_dump(mode="json", exclude_unset=True), "precisions": list(precisions)}
+    return validate(Target, tables, source=name, error=TargetError)
 
 
 def target_name(name: str) -> str:

@@ -413,3 +413,16 @@ def test_changed_target_file_is_exported_for_anew(again, out, tmp_path):
     assert f"export {target}" in again(targets=[str(target)])
     manifest = json.loads((out / "bundles" / "mine" / "manifest.json").read_text())
     assert manifest["input"]["shape"][0] == 2
+
+
+def test_precisions_in_place_of_the_targets_are_exported_anew(again, out):
+    assert again(precisions=["fp32", "fp16"])[-2:] == ["export ort-cpu", "report"]
+    manifest = json.loads((out / "bundles" / "ort-cpu" / "manifest.json").read_text())
+    assert list(manifest["precisions"]) == ["fp32", "fp16"]
+    assert again(precisions=["fp32", "fp16"]) == [*(f"{stage}: already done" for stage in STAGES), "report"]
+
+
+def test_unknown_precision_is_refused_before_training(again, tmp_path):
+    with pytest.raises(TargetError, match="fp8"):
+        again(out=tmp_path / "new", precisions=["fp8"])
+    assert not (tmp_path / "new").exists()

@@ -6,7 +6,13 @@ from typing import Annotated, Any
 import typer
 
 from edgecl.cli.device_options import split_precisions
-from edgecl.cli.options import DownloadOption, ForceOption, JsonOption, ModelArgument
+from edgecl.cli.options import (
+    DownloadOption,
+    ExportPrecisionOption,
+    ForceOption,
+    JsonOption,
+    ModelArgument,
+)
 
 
 def export_command(
@@ -18,14 +24,7 @@ def export_command(
         ),
     ],
     out: Annotated[Path, typer.Option("--out", help="Bundle to write.")],
-    precision: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--precision",
-            metavar="P[,P]",
-            help="fp32, fp16, int8, the preferred one first. Repeatable. [default: the target's]",
-        ),
-    ] = None,
+    precision: ExportPrecisionOption = None,
     calibration: Annotated[
         str | None,
         typer.Option(

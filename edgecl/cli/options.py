@@ -45,6 +45,14 @@ TargetsOption = Annotated[
         "--target", metavar="NAME", help="A packaged target or a TOML file. Repeatable. [default: ort-cpu]"
     ),
 ]
+ExportPrecisionOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--precision",
+        metavar="P[,P]",
+        help="fp32, fp16, int8, the preferred one first. Repeatable. [default: the target's]",
+    ),
+]
 DeviceOption = Annotated[
     Device, typer.Option("--device", help="Where to train; auto takes a GPU when there is one.")
 ]

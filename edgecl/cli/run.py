@@ -5,11 +5,13 @@ from typing import Annotated
 
 import typer
 
+from edgecl.cli.device_options import split_precisions
 from edgecl.cli.options import (
     DataOption,
     Device,
     DeviceOption,
     DownloadOption,
+    ExportPrecisionOption,
     ForceOption,
     RecipeArgument,
     ResumeOption,
@@ -25,6 +27,7 @@ def run_command(
     data: DataOption = None,
     test: TestOption = None,
     target: TargetsOption = None,
+    precision: ExportPrecisionOption = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="Directory to write [default: runs/RECIPE]")
     ] = None,
@@ -40,6 +43,7 @@ def run_command(
         data=data,
         test=test,
         targets=target,
+        precisions=split_precisions(precision),
         out=out,
         set_=set_,
         device=device,
@@ -55,7 +59,7 @@ def demo_command(
     force: ForceOption = False,
 ) -> None:
     """Go the whole road on pictures edgecl draws."""
-    _run("demo", out=out, resume=resume, force=force, device="cpu")
+    _run("demo", out=out, precisions=["fp32", "int8"], resume=resume, force=force, device="cpu")
 
 
 def _run(
@@ -65,6 +69,7 @@ def _run(
     data: str | None = None,
     test: str | None = None,
     targets: list[str] | None = None,
+    precisions: list[str] | None = None,
     set_: list[str] | None = None,
     device: Device = "auto",
     resume: bool = False,
@@ -88,6 +93,7 @@ def _run(
         data=data,
         test=test,
         targets=targets or ["ort-cpu"],
+        precisions=precisions,
         device=device,
         resume=resume,
         force=force,

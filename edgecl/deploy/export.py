@@ -43,7 +43,6 @@ from edgecl.nets.carving import load_model
 from edgecl.onboard import trtexec
 from edgecl.onboard.bundle import engine_name, onnx_name, sha256_of_file
 from edgecl.onboard.errors import OnboardError
-from edgecl.settings import validate
 from edgecl.target import Precision, Target, read_target, target_name
 
 Array = NDArray[numpy.float32]
@@ -95,7 +94,7 @@ def export(
         ParityError: a form outside the target's tolerance; no bundle is left.
         DeviceError: the target needs a compiler that is not installed.
     """
-    chosen = _with_precisions(read_target(target), precisions, source=target)
+    chosen = read_target(target, precisions=precisions)
     refuse_existing(out, force=force, kind=Bundle.KIND)
     net, record = load_model(model)
     uri = calibration or record["data"]
@@ -160,13 +159,6 @@ def _tested_on(model: ModelDir) -> str | None:
         return None
     uri: str | None = read_record(model.evaluation_file, kind="evaluation").get("test_uri")
     return uri
-
-
-def _with_precisions(target: Target, precisions: Sequence[str] | None, *, source: str) -> Target:
-    if precisions is None:
-        return target
-    tables = {**target.model_dump(mode="json", exclude_unset=True), "precisions": list(precisions)}
-    return validate(Target, tables, source=source, error=TargetError)
 
 
 def _preprocessing(own: dict[str, Any], image_size: int | None) -> dict[str, Any]:
