@@ -52,6 +52,13 @@ class Anchor(Settings):
     knn: str
 
 
+class Comparison(Settings):
+    """Each of some arms with each of others."""
+
+    these: tuple[str, ...]
+    others: tuple[str, ...]
+
+
 class Campaign(Settings):
     """What is trained and how it is judged."""
 
@@ -67,7 +74,10 @@ class Campaign(Settings):
     """A data URI to judge on instead."""
     labels_per_class: int = Field(10, gt=0)
     draws: int = Field(5, gt=1)
+    learn_from: int | None = Field(None, gt=0)
+    """Labelled images that kNN and linear probe learn from, an even share of each class; None means all."""
     arms: dict[str, Arm]
+    compare: tuple[Comparison, ...] = ()
     anchors: tuple[Anchor, ...] = ()
 
 
@@ -106,6 +116,9 @@ def read_campaign(file: Path) -> Campaign:
                 raise RecipeError(f"'{name}' cannot match the FLOPs of '{target}'", where={"file": file})
     if given.recipe.endswith(".toml"):
         given = given.model_copy(update={"recipe": str(file.parent / given.recipe)})
+    named = {name for one in given.compare for name in (*one.these, *one.others)}
+    if unknown := sorted(named - given.arms.keys()):
+        raise RecipeError(f"there is no arm '{unknown[0]}' to compare", where={"file": file})
     if (given.hold_out is None) == (given.judge_on is None):
         raise RecipeError("a campaign has either 'hold_out' or 'judge_on'", where={"file": file})
     return given
@@ -130,6 +143,7 @@ def plan(given: Campaign, **common: object) -> list[Row]:
             untrained=arm.untrained,
             labels_per_class=given.labels_per_class,
             draws=given.draws,
+            learn_from=given.learn_from,
             **common,
         )
         runs = tuple(dataclasses.replace(run, seed=seed) for seed in range(given.seeds))
@@ -176,7 +190,7 @@ def print_tables(given: Campaign, rows: list[Row], directory: Path) -> dict:
     body = [cells_of(row, list(sound[row.arm, row.target].values())) for row in rows]
     body += [[one.name, one.epochs, "published", one.knn, *["–"] * 5] for one in given.anchors]
     print(table(head, body))
-    differences = differences_of(rows, sound)
+    differences = differences_of(given, rows, sound)
     if differences:
         print("\nDifferences in points, paired over seeds [95 %]:\n")
         print(table(["difference", "at equal", "seeds", "kNN", "linear", few], differences))
@@ -206,25 +220,30 @@ def value_of(line: dict, metric: str) -> float:
     return statistics.mean(line[metric]) if metric == "few" else line[metric]
 
 
-def differences_of(rows: list[Row], sound: dict) -> list[list[str]]:
-    """Compare every arm whose FLOPs others match with every other arm: at equal epochs, and at equal FLOPs."""
-    targets = list(dict.fromkeys(row.target for row in rows if row.target))
-    epochs = {(row.arm, row.target): row.epochs for row in rows}
+def differences_of(given: Campaign, rows: list[Row], sound: dict) -> list[list[str]]:
+    """Compare what the campaign asks for: at equal epochs, and at the FLOPs of every arm that both match."""
+    by_key = {(row.arm, row.target): row for row in rows}
+    # An arm has its own FLOPs at the campaign's epochs.
+    targets = dict.fromkeys(row.target for row in rows if row.target)
     body = []
-    for target in targets:
-        for row in rows:
-            if row.arm == target or row.target not in (None, target) or row.runs[0].untrained:
+    pairs = [(a, b) for one in given.compare for a in one.these for b in one.others]
+    for a, b in pairs:
+        for target in (None, *targets):
+            ours, theirs = (by_key.get((arm, None if arm == target else target)) for arm in (a, b))
+            if ours is None or theirs is None:
                 continue
-            ours, theirs = sound[target, None], sound[row.arm, row.target]
-            seeds = sorted(ours.keys() & theirs.keys())
             equal = (
-                "epochs" if row.target is None else f"FLOPs ({epochs[target, None]} and {row.epochs} epochs)"
+                "epochs"
+                if target is None
+                else f"FLOPs, those of {target} ({ours.epochs} and {theirs.epochs} epochs)"
             )
+            lines = [sound[row.arm, row.target] for row in (ours, theirs)]
+            seeds = sorted(lines[0].keys() & lines[1].keys())
             cells = [
-                paired(*([value_of(lines[seed], metric) for seed in seeds] for lines in (ours, theirs)))
+                paired(*([value_of(one[seed], metric) for seed in seeds] for one in lines))
                 for metric in METRICS
             ]
-            body.append([f"{target} - {row.arm}", equal, str(len(seeds)), *cells])
+            body.append([f"{a} - {b}", equal, str(len(seeds)), *cells])
     return body
 
 
@@ -260,6 +279,7 @@ def main() -> None:
         "--on-test", action="store_true", help="judge on the test images, once all is chosen"
     )
     options.add_argument("--core", type=int, help="stay on this core, with low priority")
+    options.add_argument("--threads", type=int, default=1, help="of each run")
     options.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     options.add_argument("--table", action="store_true", help="train nothing, print what there is")
     given = options.parse_args()
@@ -269,14 +289,13 @@ def main() -> None:
         os.sched_setaffinity(0, {given.core})
         os.nice(10)
     try:
-        stopped = run_campaign(given)
+        raise SystemExit(run_campaign(given))
     except EdgeclError as problem:
         raise SystemExit(f"arms.py: {problem}") from None
-    campaign.end(stopped)
 
 
 def run_campaign(given: argparse.Namespace) -> int:
-    """Do what the command line says; return the signal that ended it early, or 0."""
+    """Do what the command line says; return what to exit with."""
     listed = read_campaign(given.campaign)
     given.out.mkdir(parents=True, exist_ok=True)
     data, judge_on = given.data, listed.judge_on
@@ -289,11 +308,12 @@ def run_campaign(given: argparse.Namespace) -> int:
         judge_on=given.test if given.on_test else judge_on,
         split=split,
         device=given.device,
+        threads=given.threads,
     )
-    stopped = 0 if given.table else campaign.work(in_turn(rows), given.out)
+    status = 0 if given.table else campaign.work(in_turn(rows), given.out)
     counted = print_tables(listed, rows, given.out)
     print(json.dumps({"benchmark": "arms", "campaign": given.campaign.stem, "judged_on": split, **counted}))
-    return stopped
+    return status
 
 
 if __name__ == "__main__":

@@ -76,6 +76,7 @@ class Run:
         split: "validation" for choices, "test" for the report.
         labels_per_class: of the few-label probe.
         draws: how often these are drawn.
+        learn_from: labelled images that a probe learns from, an even share of each class; None means all.
         threads: of its process.
         device: as for `edgecl pretrain`.
         untrained: judge the net as it is initialised.
@@ -91,6 +92,7 @@ class Run:
     split: str = "validation"
     labels_per_class: int = 10
     draws: int = 5
+    learn_from: int | None = None
     threads: int = 1
     device: str = "cpu"
     untrained: bool = False
@@ -117,9 +119,8 @@ class Run:
     @property
     def identity(self) -> str:
         """What a line of results.jsonl is found by: the run and how it was judged."""
-        return (
-            f"{self.key.rpartition('-')[2]} {self.split} {self.labels_per_class} labels, {self.draws} draws"
-        )
+        judged = [self.split, self.labels_per_class, self.draws, self.learn_from]
+        return f"{self.key.rpartition('-')[2]} {' '.join(map(str, judged))}"
 
 
 # --- the directory ---
@@ -214,7 +215,8 @@ def work(runs: Sequence[Run], directory: Path) -> int:
     """Finish every run that no other process holds, one after another.
 
     Returns:
-        The signal that ended it early, or 0.
+        What the command should exit with, as `edgecl pretrain` does: 0 also when SIGTERM stopped it, 130 after Ctrl-C,
+        so that the script around it ends too, and 1 where a run could not be finished.
     """
     stop = Stop()
     directory.mkdir(parents=True, exist_ok=True)
@@ -242,8 +244,8 @@ def work(runs: Sequence[Run], directory: Path) -> int:
                 say(f"{run.key}: ended with {code}; its log ends:\n" + "\n".join(log[-5:]))
         if stop.asked:
             say("stopped; the same command goes on from here")
-            break
-    return stop.asked
+            return 130 if stop.asked == signal.SIGINT else 0
+    return 1 if failed else 0
 
 
 def _process_of(run: Run, directory: Path, stop: Stop) -> int:
@@ -271,12 +273,6 @@ def _process_of(run: Run, directory: Path, stop: Stop) -> int:
             return stop.child.wait()
         finally:
             stop.child = None
-
-
-def end(signal_number: int) -> None:
-    """End a command as `edgecl pretrain` ends: by SIGTERM orderly, by Ctrl-C so that the script around it ends too."""
-    if signal_number == signal.SIGINT:
-        raise SystemExit(130)
 
 
 def say(text: str) -> None:
@@ -311,6 +307,7 @@ def finish(run: Run, place: Path) -> dict:
         "epochs": recipe.run.epochs,
         **conditions(run),
     }
+    check_judged(run, recipe)
     trained: dict = {}
     if not run.untrained:
         try:
@@ -351,6 +348,18 @@ def train(run: Run, recipe: Recipe, out: Path) -> dict:
     }
 
 
+def limit_of(run: Run, recipe: Recipe) -> int | None:
+    return min((limit for limit in (recipe.data.limit, run.learn_from) if limit), default=None)
+
+
+def check_judged(run: Run, recipe: Recipe) -> None:
+    """Refuse what could not be judged, before hours are spent on it."""
+    from edgecl.evaluate.labelled import check_labelled
+
+    test = None if run.judge_on == DEMO_VALIDATION else run.judge_on
+    check_labelled(run.data, test=test, per_class=run.labels_per_class, limit=limit_of(run, recipe))
+
+
 def read_judged(run: Run, recipe: Recipe, preprocessing: dict):
     """Read the run's images with their labels, and those to judge on."""
     import torch
@@ -358,7 +367,7 @@ def read_judged(run: Run, recipe: Recipe, preprocessing: dict):
     from edgecl.data import demo_images
     from edgecl.evaluate.labelled import Part, read_labelled
 
-    limit = recipe.data.limit
+    limit = limit_of(run, recipe)
     if run.judge_on != DEMO_VALIDATION:
         return read_labelled(run.data, test=run.judge_on, preprocessing=preprocessing, limit=limit)
     labelled = read_labelled("demo", test=None, preprocessing=preprocessing, limit=limit)

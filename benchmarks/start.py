@@ -145,9 +145,9 @@ def main() -> None:
         runs[0].settings()
     except EdgeclError as problem:
         raise SystemExit(f"start.py: {problem}") from None
-    stopped = 0 if given.table else campaign.work(runs, given.out)
+    status = 0 if given.table else campaign.work(runs, given.out)
     print(json.dumps({"benchmark": "start", **print_table(runs, given.out)}))
-    campaign.end(stopped)
+    raise SystemExit(status)
 
 
 if __name__ == "__main__":
