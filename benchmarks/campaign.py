@@ -293,6 +293,8 @@ def brief(result: dict) -> str:
 
 def finish(run: Run, place: Path) -> dict:
     """Train what is left to train, carve, judge; return the line for results.jsonl."""
+    import torch
+
     from edgecl.nets.carving import carve, preprocessing_of
 
     recipe = run.settings()
@@ -315,6 +317,9 @@ def finish(run: Run, place: Path) -> dict:
         except (CollapseError, NonFiniteError) as problem:
             # That is a result too, and it would come again.
             return {**what, "failed": str(problem).splitlines()[0]}
+        if run.device == "cpu":
+            # Whatever the threads of the training, judging is the same.
+            torch.set_num_threads(1)
         carve(place / "pretrain", out=place / "slim", force=True)
     preprocessing = preprocessing_of(recipe)
     labelled = read_judged(run, recipe, preprocessing)
@@ -335,15 +340,16 @@ def train(run: Run, recipe: Recipe, out: Path) -> dict:
         pretrain(recipe, recipe_name=run.recipe, out=out, data=run.data, device=run.device, resume=True)
     record = run_dir.read()
     cost = training_cost(recipe, images=record["data"]["images"])
-    ends = [record for record in read_metrics(run_dir.metrics_file) if "diagonal" in record][-5:]
+    ends = [step for step in read_metrics(run_dir.metrics_file) if "diagonal" in step][-5:]
     return {
         "images": record["data"]["images"],
         "steps": record["total_steps"],
         "wall_s": record["wall_s"],
         "training_flops": cost.total_flops,
         "projector_flops": cost.projector_flops * cost.images * cost.epochs,
-        "diagonal": statistics.mean(record["diagonal"] for record in ends),
-        "off_diagonal_rms": statistics.mean(record["off_diagonal_rms"] for record in ends),
+        "diagonal": statistics.mean(step["diagonal"] for step in ends),
+        "off_diagonal_rms": statistics.mean(step["off_diagonal_rms"] for step in ends),
+        "plateau": (record.get("plateau") or {}).get("words"),
         "versions": record["versions"],
     }
 
