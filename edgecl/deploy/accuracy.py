@@ -211,7 +211,7 @@ def runner_of(model: onnx.ModelProto, *, runtime: str, form: str = "fp32") -> Ru
         model: in any form.
         runtime: 'openvino' runs it there; everything else on ONNX Runtime.
         form: of the model. ONNX Runtime computes the forms for TensorRT as they are written, unoptimised: it would
-            quantise biases as well, which flips roundings.
+            quantise biases as well, which flips roundings, and saturate on x86-64 without VNNI.
     """
     data = with_any_batch(model).SerializeToString()
     if runtime == "openvino":

@@ -11,7 +11,13 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from edgecl.deploy.graph import Names
-from edgecl.deploy.scales import asymmetric_scale, representable, symmetric_scale, weight_scales
+from edgecl.deploy.scales import (
+    asymmetric_scale,
+    paired_weight_scales,
+    representable,
+    symmetric_scale,
+    weight_scales,
+)
 from edgecl.deploy.structure import WEIGHTED, Links, attribute, baseline_keep, clips_at_zero
 from edgecl.errors import DataError
 
@@ -278,7 +284,9 @@ class CpuDraft(Draft):
         step = float(self._grid_of(node.input[0])[0])
         biased = len(node.input) > 2 and bool(node.input[2])
         bias = self.values(node.input[2]).astype(numpy.float64).reshape(-1) if biased else None
-        scale = weight_scales(weights, axis=axis)
+        # The kernels of depthwise convolutions multiply in 16 bits and lose nothing; all others are matrix products.
+        scales_of = weight_scales if _is_depthwise(node, weights) else paired_weight_scales
+        scale = scales_of(weights, axis=axis)
         if bias is not None:
             # A bias far larger than the weights of its channel must still fit into int32.
             scale = representable(numpy.maximum(scale, numpy.abs(bias) / (step * _BIAS_STEPS)), numpy.float32)
@@ -362,3 +370,8 @@ class CpuDraft(Draft):
 def _channel_axis(node: onnx.NodeProto) -> int:
     """Return the axis of a node's weights that counts its outputs."""
     return 0 if node.op_type == "Conv" or attribute(node, "transB", 0) else 1
+
+
+def _is_depthwise(node: onnx.NodeProto, weights: Array) -> bool:
+    """Tell whether every channel is convolved alone, into one."""
+    return 1 < attribute(node, "group", 1) == weights.shape[0] and weights.shape[1] == 1

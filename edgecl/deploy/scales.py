@@ -35,6 +35,24 @@ def weight_scales(weights: Array, *, axis: int, dtype: Any = numpy.float32) -> A
     return representable(numpy.where(reach > 0, reach, 1.0) / 127, dtype)
 
 
+def paired_weight_scales(weights: Array, *, axis: int) -> Array:
+    """Return the S8 scale of every output channel at which sums of two products with U8 fit into 16 bits.
+
+    x86-64 without VNNI multiplies two neighbours at once and adds them with saturation (`vpmaddubsw`). No such sum
+    saturates where no two weights of a channel that have the same sign exceed 128 steps together: 128 * 255 < 2**15.
+    Which weights are neighbours is the kernel's choice, so the two largest decide.
+
+    Returns:
+        (O,) float32, positive; from `weight_scales` up to about twice that.
+    """
+    single = weight_scales(weights, axis=axis)
+    channels = numpy.moveaxis(weights.astype(numpy.float64), axis, 0).reshape(weights.shape[axis], -1)
+    if channels.shape[1] < 2:
+        return single
+    ends = [numpy.partition(numpy.maximum(sign * channels, 0), -2, axis=1)[:, -2:].sum(1) for sign in (1, -1)]
+    return numpy.maximum(single, representable(numpy.maximum(*ends) / 128, numpy.float32))
+
+
 def representable(scale: Array, dtype: Any) -> Array:
     """Round a scale up to the next number of a type, so that the largest value is not clipped."""
     dtype = numpy.dtype(dtype)
