@@ -19,7 +19,7 @@ from edgecl.errors import RecipeError
 from edgecl.methods.sacl_xd import forward_units, other_width_units
 from edgecl.nets.backbone import count_parameters, create_backbone, feature_count
 from edgecl.nets.heads import Projector
-from edgecl.recipe import Recipe, arm_name
+from edgecl.recipe import Recipe
 
 IMAGENET_IMAGES = 1_281_167
 
@@ -176,8 +176,14 @@ def training_cost(recipe: Recipe, *, images: int) -> TrainingCost:
     dense_epochs = ceil(recipe.slim.slow_start * recipe.run.epochs)
     slow_start = dense_epochs / recipe.run.epochs
     # The passes of host and widest slim net are those of a run without the narrower ones.
-    arm = arm_name(recipe.host.width, recipe.slim.width, recipe.loss.alpha)
-    units = forward_units(arm=arm, xd_direction=recipe.loss.xd_direction, slow_start=slow_start)
+    units = forward_units(
+        slim_only=recipe.host.width == recipe.slim.width,
+        distils=recipe.loss.alpha < 1,
+        xd_direction=recipe.loss.xd_direction,
+        symmetric=recipe.loss.symmetric,
+        learn_targets=recipe.loss.learn_targets,
+        slow_start=slow_start,
+    )
     others = tuple(
         OtherWidth(width, flops[width], count)
         for width, count in other_width_units(recipe.slim.all_widths, slow_start=slow_start).items()

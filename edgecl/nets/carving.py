@@ -47,21 +47,24 @@ def create_slimmable(recipe: Recipe) -> SlimmableNet:
         slim_width=recipe.slim.width,
         other_widths=recipe.slim.all_widths[1:],
     )
-    _try_image_size(net, recipe)
+    sizes = [recipe.data.image_size, *([recipe.local_size] if recipe.views.local_count else [])]
+    for size in sizes:
+        _try_image_size(net, recipe.host.arch, size)
+    if recipe.host.nested_start:
+        net.nest()
     return net
 
 
-def _try_image_size(net: SlimmableNet, recipe: Recipe) -> None:
+def _try_image_size(net: SlimmableNet, arch: str, size: int) -> None:
     """Run one blank picture: some nets, transformers among them, take one size only."""
-    size = recipe.data.image_size
     net.eval()
     try:
         with torch.no_grad():
             net.forward_slim(torch.zeros(1, 3, size, size))
     except (RuntimeError, AssertionError, ValueError) as complaint:
         raise RecipeError(
-            f"'{recipe.host.arch}' does not take pictures of {size} x {size}: {str(complaint).splitlines()[0]}",
-            hint="set [data] image_size to a size the net takes, or choose another net",
+            f"'{arch}' does not take pictures of {size} x {size}: {str(complaint).splitlines()[0]}",
+            hint="set [data] image_size or [views] local_size to a size the net takes, or choose another net",
         ) from complaint
     finally:
         net.train()
@@ -129,6 +132,11 @@ def carve(
     net.load_state_dict(read.model)
     width = recipe.slim.width if width is None else width
     tensors = backbone_tensors(net, width=width)
+    if width == net.host_width and net.host_skips:
+        raise SliceError(
+            f"cannot carve the host: its skip connections are the slim net's, not timm's, in {', '.join(net.host_skips)}",
+            hint=f"carve a slim width, {', '.join(map(width_as_given, net.slim_widths))}; only they are for use",
+        )
     backbone = create_backbone(recipe.host.arch, width=width, stem_stride=recipe.host.stem_stride)
     backbone.load_state_dict(tensors)
     if recalibrate_norms:

@@ -48,7 +48,7 @@ def render(views, canvases=None, size=None, image_size=SIDE):
         batch.indices, sizes, views, view="a", image_size=image_size, seed=0, epoch=0
     )
     scaled = batch.canvases.float() / 255
-    return scaled, render_view(scaled, sizes, parameters, views, image_size=image_size), parameters
+    return scaled, render_view(scaled, sizes, parameters, views, side=image_size), parameters
 
 
 def each(operator, images, *columns):

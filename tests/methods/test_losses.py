@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from edgecl.errors import ShapeError
-from edgecl.methods.losses import cross_correlation, cross_correlation_loss, cross_distillation_loss
+from edgecl.methods.losses import cross_correlation, cross_correlation_loss
 
 SHAPES = [(2, 3), (8, 1), (16, 5), (5, 16), (64, 32)]
 
