@@ -97,8 +97,8 @@ class CodingRate(Settings):
     """L <- L - weight R: R, the coding rate, is large when the projections fill all their dimensions."""
 
     weight: float = Field(0.0, ge=0, allow_inf_nan=False)
-    epsilon: float = Field(0.5, gt=0, allow_inf_nan=False)
-    """Precision of the code: the smaller, the more small directions count."""
+    epsilon: float = Field(0.5, ge=0.01, allow_inf_nan=False)
+    """Precision of the code: the smaller, the more small directions count; below 0.01 float32 has too few digits."""
     until: float | None = Field(None, gt=0, le=1, examples=[0.5])
     """Fraction of the run at which the weight has fallen to 0, in a line; None keeps it constant."""
     encoders: Literal["both", "host", "slim"] = "both"

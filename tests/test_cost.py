@@ -18,7 +18,7 @@ from edgecl.cost import (
     training_cost,
 )
 from edgecl.errors import RecipeError
-from edgecl.methods.sacl_xd import SaclXd, sandwich
+from edgecl.methods.sacl_xd import Comparison, SaclXd, sandwich
 from edgecl.nets.backbone import count_parameters, create_backbone
 from edgecl.nets.carving import create_slimmable, write_model
 from edgecl.nets.slimming import SlimmableNet
@@ -219,7 +219,7 @@ def test_further_widths_cost_what_their_passes_take(host, widths, monkeypatch):
 
     net = create_slimmable(many)
     monkeypatch.setattr(SlimmableNet, "forward_slim", counted)
-    method = SaclXd(alpha=many.loss.alpha, off_diagonal=0.05)
+    method = SaclXd(alpha=many.loss.alpha, comparison=Comparison())
     method.project(net, *torch.randn(2, 2, 3, 32, 32), widths=sandwich(widths, seed=0, step=0))
     further = sum(
         passes[width] * forward_cost(create_backbone(SMALL, width=width), (1, 3, 32, 32)).training_flops

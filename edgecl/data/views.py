@@ -1,7 +1,8 @@
-"""A batch of pictures -> augmented views, two whole ones and any number of small local ones, batched on the pictures' device, every sample different.
+"""A batch of pictures -> two whole views and any number of small local ones, augmented, every sample different.
 
-The operators and their order are torchvision's (random resized crop, flip, colour jitter, greyscale, blur,
-solarise), and so are the distributions of their parameters; the tests hold both to torchvision.
+They are made in batches, on the pictures' device. The operators and their order are torchvision's (random resized crop,
+flip, colour jitter, greyscale, blur, solarise), and so are the distributions of their parameters; the tests hold both to
+torchvision.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ def make_views(
         the batch's device; float32 even under autocast.
     """
     sizes = batch.sizes.cpu().numpy()
-    sides = {name: image_size for name in WHOLE}
+    sides = dict.fromkeys(WHOLE, image_size)
     sides |= {f"local-{number}": local_size or image_size // 2 for number in range(settings.local_count)}
     drawn = {
         name: draw_parameters(batch.indices, sizes, settings, view=name, side=side, seed=seed, epoch=epoch)

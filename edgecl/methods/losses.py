@@ -140,7 +140,7 @@ def alignment_loss(z_a: Tensor, z_b: Tensor) -> Tensor:
         z_b: (N, D) projections of view B; same dtype and device as z_a.
 
     Returns:
-        () mean of 2 - 2 cos over the global batch; float32 even under autocast.
+        () mean of 2 - 2 cos of the standardised projections over the global batch; float32 even under autocast.
 
     Raises:
         ShapeError: shapes differ, or N < 2.
@@ -149,7 +149,9 @@ def alignment_loss(z_a: Tensor, z_b: Tensor) -> Tensor:
     """
     _check_pair(z_a, z_b)
     with torch.autocast(device_type=z_a.device.type, enabled=False):
-        cosines = functional.cosine_similarity(_wide(z_a), _wide(z_b), dim=1)
+        # Standardised as in the coding rate: a mean that all projections share would align them for nothing.
+        a, b = (_standardise(_wide(z))[0] for z in (z_a, z_b))
+        cosines = functional.cosine_similarity(a, b, dim=1)
         return 2 - 2 * sum_over_processes(cosines.sum()) / (len(cosines) * process_count())
 
 
@@ -164,7 +166,8 @@ def coding_rate(z: Tensor, *, epsilon: float) -> Tensor:
         epsilon: precision of the code, > 0: the smaller, the more small directions count.
 
     Returns:
-        () rate in nats, to be made large; float32 even under autocast (float64 for float64 inputs).
+        () rate in nats, to be made large; float32 even under autocast (float64 for float64 inputs); not a number where
+            the projections are none.
 
     Raises:
         ShapeError: not (N, D), or N < 2.
@@ -175,16 +178,17 @@ def coding_rate(z: Tensor, *, epsilon: float) -> Tensor:
     with torch.autocast(device_type=z.device.type, enabled=False):
         rows, count = _standardise(_wide(z))
         rows = functional.normalize(rows, dim=1)
-        # Both products have the same determinant (Sylvester). Only the D x D one is a sum over processes.
         dimensions = rows.shape[1]
-        if count < dimensions and process_count() == 1:
-            second_moment = rows @ rows.T
-        else:
-            second_moment = _sum_of_matrices(rows.T @ rows)
-        identity = torch.eye(len(second_moment), dtype=rows.dtype, device=rows.device)
-        # Its eigenvalues are at least 1, so it has a Cholesky factor however few directions are filled.
-        factor = torch.linalg.cholesky(identity + dimensions / (count * epsilon) * second_moment)
-        return factor.diagonal().log().sum()
+        # Both products give the same determinant (Sylvester). Only the D x D one is a sum over processes.
+        few = count < dimensions and process_count() == 1
+        product = rows @ rows.T if few else _sum_of_matrices(rows.T @ rows)
+        identity = torch.eye(len(product), dtype=rows.dtype, device=rows.device)
+        # Its eigenvalues are at least 1, so it has a Cholesky factor however few directions are filled. `cholesky` would
+        # wait for the device to say so, and raise where the guard leaves the step out.
+        factor, failed = torch.linalg.cholesky_ex(
+            identity + dimensions / (count * epsilon) * product, check_errors=False
+        )
+        return factor.diagonal().log().sum().masked_fill(failed != 0, torch.nan)
 
 
 def _of_all_processes(x: Tensor) -> Tensor:

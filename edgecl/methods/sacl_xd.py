@@ -7,8 +7,8 @@
 | slim width < host width, a = 1  | SACL only    | host(A), slim(B)                         |
 | slim width < host width, a < 1  | SACL-XD      | host(A), slim(B), [slim(A)], [host(B)]   |
 
-Barlow Twins' loss is one of three (`Comparison`): SimCLR's or the bare alignment may stand in its place in every arm, and the
-coding rate beside any of them.
+Barlow Twins' loss is one of three (`Comparison`): SimCLR's or the bare alignment may stand in its place in every arm, and
+the coding rate beside any of them.
 
 Several slim widths train in one run by the sandwich rule: each step, view B goes through the widest, the narrowest
 and one other, and all of them learn from the same host(A) and [host(B)].
@@ -69,9 +69,10 @@ class Projections(NamedTuple):
     Attributes:
         host_a: view A through the host.
         slim_b: view B through each width of the step, the slim width first; in a slow start through the host alone.
-        slim_a: view A through the slim width; None when nothing needs it. Frozen unless the method's four passes learn.
-        host_b: view B through the host; None when nothing needs it. Frozen unless the method's four passes learn.
-        local: each small local view through the slim width.
+        slim_a: view A through the slim width; None when nothing needs it, or where one net takes both views. Frozen
+            unless the method's four passes learn.
+        host_b: view B through the host; None and frozen as slim_a.
+        local: each small local view through the slim width, in a slow start through the host.
     """
 
     host_a: Tensor
@@ -136,7 +137,8 @@ class SaclXd:
         scale: multiplies L_SACL and L_D, > 0.
         xd_direction: 'both' as published; 'slim_only' leaves out L_D(z_A, [z_A]), which pulls the host towards
             the frozen slim net, and gives its weight to L_D(z_B, [z_B]).
-        symmetric: L_SACL is the mean over (z_A, z_B) and, both views through both encoders, (host(B), slim(A)).
+        symmetric: both views learn through both encoders: (host(B), slim(A)) is one more pair of L_SACL, and L_D pulls
+            slim(A) towards host(A) and host(B) towards slim(B), too. Changes nothing where one net takes both views.
         learn_targets: gradient flows into [z] too.
         rate_epsilon: epsilon of the coding rate R, > 0.
         rate_encoders: whose projections R is the mean of.
@@ -185,9 +187,9 @@ class SaclXd:
             SliceError: the net has no such slim width.
         """
         learnt = self.learning_passes(net, view_a, view_b, local=local, dense=dense, widths=widths)
-        if learnt.slim_a is not None or learnt.host_b is not None:
+        if self.four_learn:
             return learnt
-        slim_a, host_b = self.frozen_passes(net, view_a, view_b, learnt, dense=dense)
+        slim_a, host_b = self.frozen_passes(net, view_a, view_b, dense=dense)
         return learnt._replace(slim_a=slim_a, host_b=host_b)
 
     def learning_passes(
@@ -203,45 +205,45 @@ class SaclXd:
         """Run the passes that carry gradient; arguments as for project. What is frozen is None."""
         host_a = net.forward_host(view_a)
         if dense:
-            return Projections(host_a, (net.forward_host(view_b),), local=tuple(map(net.forward_host, local)))
-        chosen = dict.fromkeys([net.slim_width, *(net.slim_widths if widths is None else widths)])
-        learnt = Projections(
-            host_a,
-            tuple(net.forward_slim(view_b, width) for width in chosen),
-            local=tuple(map(net.forward_slim, local)),
-        )
-        if not (self.four_learn and net.has_slim):
+            slim_b = (net.forward_host(view_b),)
+        else:
+            chosen = dict.fromkeys([net.slim_width, *(net.slim_widths if widths is None else widths)])
+            slim_b = tuple(net.forward_slim(view_b, width) for width in chosen)
+        learnt = Projections(host_a, slim_b, local=self._local_passes(net, local, dense=dense))
+        if not self.four_learn or dense or not net.has_slim:
             return learnt
         wants_slim_a = self.symmetric or self.xd_direction == "both"
         return learnt._replace(
             slim_a=net.forward_slim(view_a) if wants_slim_a else None, host_b=net.forward_host(view_b)
         )
 
+    @staticmethod
+    def _local_passes(net: SlimmableNet, local: Sequence[Tensor], *, dense: bool) -> tuple[Tensor, ...]:
+        if not local:
+            return ()
+        # Running statistics are for whole pictures, which the nets will see when they are used.
+        with net.untracked():
+            return tuple(map(net.forward_host if dense else net.forward_slim, local))
+
     def frozen_passes(
         self,
         net: SlimmableNet,
         view_a: Tensor,
         view_b: Tensor,
-        learnt: Projections,
         *,
         dense: bool = False,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Run the passes that give targets; view_a, view_b and dense as for project.
-
-        Args:
-            learnt: what learning_passes returned for the same views.
+        """Run the passes that only give targets; arguments as for project.
 
         Returns:
             slim_a and host_b of Projections.
         """
-        if not self.distils:
+        # The targets of one net are its own projections: 6 forward-units, as Barlow Twins.
+        if not self.distils or dense or not net.has_slim:
             return None, None
-        pulls_host = self.xd_direction == "both"
-        if dense or not net.has_slim:
-            # The frozen passes of equal encoders are the passes just made: 6 forward-units, as Barlow Twins.
-            return learnt.host_a.detach() if pulls_host else None, learnt.slim_b[0].detach()
         with net.frozen():
-            return net.forward_slim(view_a) if pulls_host else None, net.forward_host(view_b)
+            slim_a = net.forward_slim(view_a) if self.xd_direction == "both" else None
+            return slim_a, net.forward_host(view_b)
 
     def losses(self, projections: Projections, *, rate_weight: float = 0.0) -> Losses:
         """Compute the loss terms of one step.
@@ -258,7 +260,7 @@ class SaclXd:
         barlow = self.comparison.name == "barlow-twins"
         first = watched.total if barlow else self.comparison(host_a, slim_b[0])
         pairs = [first, *(self.comparison(host_a, z) for z in (*slim_b[1:], *projections.local))]
-        if self.symmetric and projections.slim_a is not None and projections.host_b is not None:
+        if self.symmetric and projections.host_b is not None and projections.slim_a is not None:
             pairs.append(self.comparison(projections.host_b, projections.slim_a))
         sacl = _mean(pairs)
         xd_host, xd_slim = self._distillation(projections)
@@ -290,15 +292,16 @@ class SaclXd:
         host_a, slim_b, slim_a, host_b, _ = projections
         if not self.distils:
             return None, None
-        assert host_b is not None
+        two_views_learn = self.symmetric and host_b is not None
+        if host_b is None:  # one net: its targets are its own projections
+            slim_a, host_b = host_a, slim_b[0]
         slim_pairs, host_pairs = [(z, host_b) for z in slim_b], []
-        if slim_a is not None and self.xd_direction == "both":
+        if slim_a is not None:
             host_pairs.append((host_a, slim_a))
-        if slim_a is not None and self.symmetric and slim_a.requires_grad:
-            slim_pairs.append((slim_a, host_a))
-            if self.xd_direction == "both":
+            if two_views_learn:
+                slim_pairs.append((slim_a, host_a))
                 host_pairs.append((host_b, slim_b[0]))
-        return self._pull(host_pairs), self._pull(slim_pairs)
+        return self._pull(host_pairs if self.xd_direction == "both" else []), self._pull(slim_pairs)
 
     def _pull(self, pairs: list[tuple[Tensor, Tensor]]) -> Tensor | None:
         """Return the mean loss that pulls the first of each pair to the second, the target."""
@@ -312,8 +315,8 @@ class SaclXd:
         """Return the mean over the encoders that learn, and within an encoder over its whole views and widths."""
         host, slim = [projections.host_a], list(projections.slim_b)
         if self.four_learn:
-            host += [] if projections.host_b is None else [projections.host_b]
-            slim += [] if projections.slim_a is None else [projections.slim_a]
+            host += [z for z in (projections.host_b,) if z is not None]
+            slim += [z for z in (projections.slim_a,) if z is not None]
         asked = {"host": [host], "slim": [slim], "both": [host, slim]}[self.rate_encoders]
         return _mean([_mean([coding_rate(z, epsilon=self.rate_epsilon) for z in sets]) for sets in asked])
 

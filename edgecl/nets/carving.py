@@ -29,8 +29,8 @@ def create_slimmable(recipe: Recipe) -> SlimmableNet:
     """Build the encoder a recipe trains, with random weights.
 
     Raises:
-        RecipeError: unknown architecture.
-        SliceError: a slim net is not a prefix of the host.
+        RecipeError: unknown architecture, or one that does not take pictures of the recipe's sizes.
+        SliceError: a slim net is not a prefix of the host, or the host cannot begin as its slim nets.
     """
 
     def build(width: float) -> nn.Module:
@@ -121,7 +121,7 @@ def carve(
 
     Raises:
         ArtifactError: no run directory, no such whole checkpoint in it, or the output exists.
-        SliceError: the run was not trained at this width.
+        SliceError: the run was not trained at this width, or it is that of a host with the slim net's skip connections.
         DataError: recalibration needs the run's images and they are gone.
     """
     run_dir = RunDir(run)

@@ -137,7 +137,7 @@ class SlimmableNet(nn.Module):
         self.host_skips: dict[str, int] = {}
         """Blocks of the host whose skip connection `nest` changed -> how many of their first channels have one."""
         self.watched: dict[str, Tensor] | None = None
-        """When set to a dict, passes of the slim width that learn leave their slices here, gradients retained."""
+        """When set to a dict, a backward pass adds here the gradients of the slices of the slim width's passes, by name."""
         for width in self.slim_widths:
             if width != host_width:
                 self._add_view(build, width)
@@ -335,8 +335,7 @@ class SlimmableNet(nn.Module):
         if self.watched is not None and torch.is_grad_enabled() and view.width == self.slim_width:
             for name in view.slices:
                 if tensors[name].requires_grad:
-                    tensors[name].retain_grad()
-                    self.watched[name] = tensors[name]
+                    tensors[name].register_hook(partial(_add_to, self.watched, name))
         outputs: Tensor = functional_call(view.skeleton, tensors, (images,))
         return outputs
 
@@ -371,18 +370,27 @@ class SlimmableNet(nn.Module):
         return outputs
 
     @contextlib.contextmanager
-    def frozen(self) -> Iterator[None]:
-        """Give passes that learn nothing: no gradient, batch statistics used, running statistics left alone."""
+    def untracked(self) -> Iterator[None]:
+        """Let training passes use batch statistics and leave the running ones alone."""
         norms: list[Any] = [module for module in self.modules() if is_norm(module)]
         tracked = [norm.track_running_stats for norm in norms]
         for norm in norms:
             norm.track_running_stats = False
         try:
-            with torch.no_grad():
-                yield
+            yield
         finally:
             for norm, track in zip(norms, tracked, strict=True):
                 norm.track_running_stats = track
+
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Give passes that learn nothing: no gradient, batch statistics used, running statistics left alone."""
+        with self.untracked(), torch.no_grad():
+            yield
+
+
+def _add_to(sums: dict[str, Tensor], name: str, gradient: Tensor) -> None:
+    sums[name] = sums[name] + gradient if name in sums else gradient
 
 
 class _DenseBlock(torch.autograd.Function):

@@ -142,10 +142,7 @@ class Step:
         losses = self.method.losses(projections, rate_weight=self._rate_weight(given.number))
         vote = _Vote(losses.total, stop=given.stop)
         self.accelerator.backward(losses.total)
-        watched = {
-            name: piece.grad for name, piece in (self.net.watched or {}).items() if piece.grad is not None
-        }
-        self.net.watched = None
+        watched, self.net.watched = self.net.watched or {}, None
         return _Learnt(losses, projections, vote, watched)
 
     def _in_parts(self, given: _Input) -> _Learnt:
@@ -172,20 +169,16 @@ class Step:
             for leaf in projections.tensors()
             if leaf.requires_grad
         ]
-        watched: dict[str, Tensor] = {}
+        self.net.watched = {} if given.watch else None
         for part, views in enumerate(parts):
             last = part == self._parts - 1
-            self.net.watched = {} if given.watch else None
             self._seed_layers(given.number, part=part)
             # Gradients travel once, with the last part.
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.passes):
                 with self.accelerator.autocast():
                     learnt = self.passes(views, given.dense, given.widths, True)
                 torch.autograd.backward(learnt.tensors(), [pull[part] for pull in pulls])
-            for name, piece in (self.net.watched or {}).items():
-                if piece.grad is not None:
-                    watched[name] = piece.grad if name not in watched else watched[name] + piece.grad
-        self.net.watched = None
+        watched, self.net.watched = self.net.watched or {}, None
         return _Learnt(losses, projections, vote, watched)
 
     def _joined(self, parts: list[Projections]) -> Projections:
@@ -193,9 +186,9 @@ class Step:
         whole = parts[0].with_tensors(
             [torch.cat(pieces) for pieces in zip(*(part.tensors() for part in parts), strict=True)]
         )
-        targets = () if self.method.four_learn else (whole.slim_a, whole.host_b)
+        frozen = [] if self.method.four_learn else [whole.slim_a, whole.host_b]
         for z in whole.tensors():
-            z.requires_grad_(all(z is not target for target in targets))
+            z.requires_grad_(all(z is not target for target in frozen))
         return whole
 
     def _seed_layers(self, number: int, *, part: int) -> None:

@@ -208,6 +208,7 @@ def test_view_swap_decides_which_net_sees_which_view(tmp_path, make_recipe, pict
     project, make_views = SaclXd.project, loop.make_views
 
     def note_project(self, net, view_a, view_b, **named):
+        assert named["local"] == []
         seen.append((view_a.clone(), view_b.clone()))
         return project(self, net, view_a, view_b, **named)
 

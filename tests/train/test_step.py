@@ -38,15 +38,14 @@ class HostReads(TorchDispatchMode):
 @pytest.mark.parametrize("setting", ["optim.clip_norm=5.0", "run.accumulate=2", "optim.name='lars'"])
 def test_no_number_is_read_within_a_step(make_recipe, setting):
     step = make_step(make_recipe(setting))
-    view_a, view_b = views()
-    step(view_a, view_b, number=0)
+    step(views(), number=0)
     with HostReads() as reads:
-        outcome = step(view_a, view_b, number=1)
+        outcome = step(views(), number=1)
     assert reads.count == 0
     assert outcome.finite
     # The check can fail: a record reads.
     with HostReads() as reads:
-        step(view_a, view_b, number=2, watch=True)
+        step(views(), number=2, watch=True)
     assert reads.count > 0
 
 
@@ -61,7 +60,7 @@ def test_parts_take_the_whole_batchs_gradient(make_recipe):
         step.optimizer.step = lambda: seen.update(
             {name: parameter.grad.clone() for name, parameter in step.net.named_parameters()}
         )
-        step(*views(), number=0)
+        step(views(), number=0)
         return seen
 
     whole, parts = gradients("run.accumulate=1"), gradients("run.accumulate=4")
@@ -78,7 +77,7 @@ def test_compiled_passes_train_alike(make_recipe):
     losses = {}
     for compiled in ("false", "true"):
         step = make_step(make_recipe("optim.name='sgd'", "optim.lr=1e-5", f"run.compile={compiled}"))
-        losses[compiled] = [float(step(*views(), number=number).losses.total.detach()) for number in range(3)]
+        losses[compiled] = [float(step(views(), number=number).losses.total.detach()) for number in range(3)]
     assert losses["true"] == pytest.approx(losses["false"], rel=1e-3)
 
 
