@@ -217,7 +217,7 @@ class Step:
             scaler.load_state_dict(state["scaler"])
 
 
-def create_method(loss: Loss, rate: CodingRate) -> SaclXd:
+def create_method(loss: Loss, coding_rate: CodingRate) -> SaclXd:
     """Return the method that a recipe's settings describe."""
     return SaclXd(
         alpha=loss.alpha,
@@ -226,16 +226,16 @@ def create_method(loss: Loss, rate: CodingRate) -> SaclXd:
         xd_direction=loss.xd_direction,
         symmetric=loss.symmetric,
         learn_targets=loss.learn_targets,
-        rate_epsilon=rate.epsilon,
-        rate_encoders=rate.encoders,
+        rate_epsilon=coding_rate.epsilon,
+        rate_encoders=coding_rate.encoders,
     )
 
 
-def coding_rate_weight(rate: CodingRate, step: int, *, total_steps: int) -> float:
+def coding_rate_weight(coding_rate: CodingRate, step: int, *, total_steps: int) -> float:
     """Return the weight of the coding rate in a step, 0-based: constant, or falling in a line to 0 at `until`."""
-    if rate.until is None:
-        return rate.weight
-    return rate.weight * max(0.0, 1 - step / (rate.until * total_steps))
+    if coding_rate.until is None:
+        return coding_rate.weight
+    return coding_rate.weight * max(0.0, 1 - step / (coding_rate.until * total_steps))
 
 
 class _Input(NamedTuple):

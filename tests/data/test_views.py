@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -343,6 +345,68 @@ def test_views_on_a_gpu_wait_for_nothing():
         make_views(batch, Views(), epoch=1, **options)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+LOCAL = Views(local_count=3, local_scale=(0.05, 0.3))
+
+
+def views_with(local_count, rows=range(8), *, epoch=0, **settings):
+    canvases = pictures()[list(rows)]
+    batch = Batch(np.array(rows), canvases, torch.full((len(canvases), 2), SIDE, dtype=torch.int32))
+    views = LOCAL.model_copy(update={"local_count": local_count, **settings})
+    return make_views(
+        batch, views, image_size=SIDE, local_size=20, mean=NO_MEAN, std=NO_STD, seed=0, epoch=epoch
+    )
+
+
+@pytest.mark.parametrize("local_count", [0, 1, 3])
+def test_local_views_follow_the_whole_ones_at_their_own_size(local_count):
+    views = views_with(local_count)
+    assert [tuple(view.shape) for view in views] == [(8, 3, SIDE, SIDE)] * 2 + [(8, 3, 20, 20)] * local_count
+    assert all(view.dtype == torch.float32 for view in views)
+
+
+def test_local_views_have_streams_of_their_own():
+    """Views of one picture all differ, and none depends on how many there are."""
+    none, one, three = (views_with(count) for count in (0, 1, 3))
+    for views in (one, three):
+        assert torch.equal(views[0], none[0])
+        assert torch.equal(views[1], none[1])
+    assert torch.equal(one[2], three[2])
+    for first, second in itertools.combinations(three[2:], 2):
+        assert ((first - second).abs().mean(dim=(1, 2, 3)) > 1e-3).all()
+
+
+def test_a_local_view_depends_on_seed_epoch_and_picture_alone():
+    together = views_with(3)
+    alone = views_with(3, rows=range(4, 6))
+    for whole, part in zip(together, alone, strict=True):
+        torch.testing.assert_close(part, whole[4:6], atol=1e-6, rtol=0)
+    assert not torch.equal(views_with(3, epoch=1)[3], together[3])
+
+
+def test_local_crops_have_the_area_asked_for():
+    boxes = draw(LOCAL, count=2000, view="local-1", side=20).boxes
+    area = boxes[:, 2] * boxes[:, 3] / SIDE**2
+    # Whole pixels: a box may be half a pixel larger or smaller in each direction.
+    assert 0.03 < area.min() < 0.07
+    assert 0.26 < area.max() < 0.34
+    assert draw(LOCAL, count=2000, view="b", side=20).boxes[:, 2:].prod(axis=1).max() > 0.9 * SIDE**2
+
+
+def test_local_views_are_varied_like_view_b():
+    local = draw(Views(local_count=1), count=4000, view="local-0", side=16)
+    assert local.solarize.mean() == pytest.approx(0.2, abs=0.03)
+    assert local.blur.mean() == pytest.approx(Views().blur[1], abs=0.03)
+    assert local.sigma.max() <= 2.0 * 16 / 224
+
+
+def test_the_grid_has_a_row_for_each_local_view(tmp_path):
+    canvases = pictures(4)
+    batch = batch_of(canvases)
+    write_views_grid(tmp_path / "views.png", batch, views_with(2, rows=range(4)), mean=NO_MEAN, std=NO_STD)
+    with Image.open(tmp_path / "views.png") as page:
+        assert page.size == (4 * 100 - 4, 5 * 100 - 4)
 
 
 def test_the_grid_shows_pictures_above_their_views(tmp_path):

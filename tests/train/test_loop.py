@@ -27,6 +27,7 @@ STEP_KEYS = {
     "sacl",
     "xd_host",
     "xd_slim",
+    "coding_rate",
     "diagonal",
     "off_diagonal_rms",
     "std",
