@@ -48,7 +48,6 @@ def apart(found, expected):
 
 def hold_to_its_slim_nets(net, images):
     """In training mode, in float32 to its rounding and in float64 to its own."""
-    net = copy.deepcopy(net).train()
     for dtype, allowed in ((torch.float32, 1e-4), (torch.float64, 1e-9)):
         net, images = net.to(dtype), images.to(dtype)
         with torch.no_grad():

@@ -104,9 +104,13 @@ def scenarios(tmp_path_factory, tables, labelled_pictures):
     # Norms over four samples of one pixel divide rounding by next to nothing; these have ten of four.
     apart = {"run__sync_norms": "none", "data__batch_size": 20, "host__stem_stride": 1}
     everything = {
-        **{"host__stem_stride": 1, "host__nested_start": True, "data__batch_size": 20},
-        **{"coding_rate__weight": 0.1, "loss__symmetric": True},
-        **{"views__local_count": 2, "views__local_size": 24},
+        "host__stem_stride": 1,
+        "host__nested_start": True,
+        "data__batch_size": 20,
+        "coding_rate__weight": 0.1,
+        "loss__symmetric": True,
+        "views__local_count": 2,
+        "views__local_size": 24,
     }
     long = {"run__epochs": 500, "run__quality_epochs": 500}
     table = {
