@@ -121,10 +121,10 @@ def train_classifier(
                 order = permutation(settings.seed, epoch, len(part))
             index = order[place * batch : (place + 1) * batch]
             drawn = draw_parameters(
-                index, sizes[index], views, view="a", image_size=size, seed=settings.seed, epoch=epoch
+                index, sizes[index], views, view="a", side=size, seed=settings.seed, epoch=epoch
             )
             pictures = part.images[torch.from_numpy(index)].to(device).float().div_(255)
-            images = render_view(pictures, sizes[index], drawn, views, image_size=size)
+            images = render_view(pictures, sizes[index], drawn, views, side=size)
             loss = functional.cross_entropy(
                 net(_standardise(images, preprocessing).contiguous(memory_format=torch.channels_last)),
                 part.labels[torch.from_numpy(index)].to(device),

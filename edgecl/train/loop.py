@@ -145,12 +145,11 @@ class Training:
         clock, since = time.monotonic(), self.step
         with contextlib.closing(cast(Generator[Batch, None, None], batches)):
             for batch in batches:
-                view_a, view_b = self._views(batch, epoch)
+                views = self._views(batch, epoch)
                 due = (self.step + 1) % recipe.run.log_every == 0 or self.step + 1 == self.total_steps
                 self.stepper.rate_factor = self.guard.rate_factor
                 outcome = self.stepper(
-                    view_a,
-                    view_b,
+                    views,
                     number=self.step,
                     dense=dense,
                     widths=sandwich(self.net.slim_widths, seed=recipe.run.seed, step=self.step),
@@ -174,12 +173,13 @@ class Training:
                     return outcome.stop
         return 0
 
-    def _views(self, batch: Batch, epoch: int) -> tuple[Tensor, Tensor]:
+    def _views(self, batch: Batch, epoch: int) -> list[Tensor]:
         recipe = self.recipe
-        view_a, view_b = make_views(
+        view_a, view_b, *local = make_views(
             batch,
             recipe.views,
             image_size=recipe.data.image_size,
+            local_size=recipe.local_size,
             mean=recipe.data.mean,
             std=recipe.data.std,
             seed=recipe.run.seed,
@@ -187,11 +187,16 @@ class Training:
         )
         if self.step == 0 and self.accelerator.is_main_process:
             write_views_grid(
-                self.run_dir.views_file, batch, view_a, view_b, mean=recipe.data.mean, std=recipe.data.std
+                self.run_dir.views_file,
+                batch,
+                [view_a, view_b, *local],
+                mean=recipe.data.mean,
+                std=recipe.data.std,
             )
         # Decided once for the global batch, so that every process swaps alike.
         draw = uniforms(recipe.run.seed, 0, numpy.array([self.step]), stream="swap-views", count=1)[0, 0]
-        return (view_b, view_a) if draw < recipe.loss.swap_views else (view_a, view_b)
+        pair = [view_b, view_a] if draw < recipe.loss.swap_views else [view_a, view_b]
+        return [*pair, *local]
 
     def _left_out(self, outcome: Outcome) -> bool:
         """Record a step whose loss is not finite; return whether the run must go back."""
@@ -201,6 +206,7 @@ class Training:
             "sacl": losses.sacl,
             "xd_host": losses.xd_host,
             "xd_slim": losses.xd_slim,
+            "coding_rate": losses.coding_rate,
         }
         text = ", ".join(
             f"{name} {float(term.detach()):g}" for name, term in terms.items() if term is not None
@@ -264,6 +270,7 @@ class Training:
             "sacl": float(losses.sacl),
             "xd_host": None if losses.xd_host is None else float(losses.xd_host),
             "xd_slim": None if losses.xd_slim is None else float(losses.xd_slim),
+            "coding_rate": None if losses.coding_rate is None else float(losses.coding_rate),
             "diagonal": float(losses.diagonal),
             "off_diagonal_rms": float(losses.off_diagonal_rms),
             "std": float(spread(slim_b)),

@@ -14,7 +14,7 @@ from edgecl.data.loading import load_eval_images, normalise
 from edgecl.data.sources import ImageSource
 from edgecl.nets.backbone import create_backbone
 from edgecl.nets.carving import backbone_tensors
-from edgecl.nets.slimming import SlimmableNet
+from edgecl.nets.slimming import SlimmableNet, limit_skips
 from edgecl.quality import extract_features, knn_top1, rank_me
 from edgecl.recipe import Recipe
 
@@ -76,6 +76,9 @@ class QualityWatch:
         host, data = self._recipe.host, self._recipe.data
         with torch.random.fork_rng():
             backbone = create_backbone(host.arch, width=width, stem_stride=host.stem_stride)
+        if width == net.host_width:
+            prefix = "backbone."
+            limit_skips(backbone, {name.removeprefix(prefix): n for name, n in net.host_skips.items()})
         backbone.load_state_dict(backbone_tensors(net, width=width))
         backbone.to(self._accelerator.device)
         if self._accelerator.num_processes > 1:

@@ -27,6 +27,7 @@ STEP_KEYS = {
     "sacl",
     "xd_host",
     "xd_slim",
+    "coding_rate",
     "diagonal",
     "off_diagonal_rms",
     "std",
@@ -208,6 +209,7 @@ def test_view_swap_decides_which_net_sees_which_view(tmp_path, make_recipe, pict
     project, make_views = SaclXd.project, loop.make_views
 
     def note_project(self, net, view_a, view_b, **named):
+        assert named["local"] == []
         seen.append((view_a.clone(), view_b.clone()))
         return project(self, net, view_a, view_b, **named)
 
