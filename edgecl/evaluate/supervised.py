@@ -15,6 +15,7 @@ from edgecl.data.randomness import permutation
 from edgecl.data.views import draw_parameters, render_view
 from edgecl.errors import DeviceError, NonFiniteError
 from edgecl.evaluate.labelled import Part
+from edgecl.nets.small_maps import small_maps_sped_up
 from edgecl.progress import Progress
 from edgecl.recipe import Fraction, Views
 from edgecl.settings import Settings
@@ -114,7 +115,7 @@ def train_classifier(
     if settings.backbone_lr_fraction == 0:
         net.eval()
     order = permutation(settings.seed, 0, len(part))
-    with Progress(what, total=steps, unit="steps") as progress:
+    with small_maps_sped_up(net), Progress(what, total=steps, unit="steps") as progress:
         for step in range(steps):
             epoch, place = divmod(step, per_epoch)
             if place == 0:
