@@ -38,7 +38,7 @@ class SmallMapConv2d(nn.Conv2d):
                 return outputs.permute(0, 3, 1, 2)
             if self._is_depthwise and bias is None and input[0, 0].numel() < weight[0].numel():
                 return cast(Tensor, _DepthwiseOnSmallMap.apply(input, weight, self.stride, self.padding))
-        return super()._conv_forward(input, weight, bias)
+        return cast(Tensor, super()._conv_forward(input, weight, bias))
 
     @property
     def _is_pointwise(self) -> bool:
