@@ -79,6 +79,14 @@ def test_a_recorded_run_that_is_stuck_says_so_at_its_end(alarm):
     assert "[coding_rate] weight" in verdict["hint"]
 
 
+def test_a_recorded_run_that_leaves_the_plateau_is_warned_of_once_and_not_called_stuck(alarm):
+    """It gets there at step 110."""
+    records = recorded("leaves-sacl-xd")
+    (warned,) = [record["step"] for record in records if heed(alarm, record)]
+    assert 110 < warned < 110 + STEPS_OF_DEMO / 10
+    assert alarm.verdict() is None
+
+
 @pytest.mark.parametrize("name", sorted(path.stem for path in RECORDED.glob("starts-*.jsonl")))
 def test_a_recorded_run_that_starts_well_is_not_warned_of(alarm, said, name):
     for record in recorded(name):
@@ -224,8 +232,10 @@ def stuck(tmp_path, one_dimension, make_recipe, labelled_pictures):
     return tmp_path / "run"
 
 
-def test_a_stuck_run_is_warned_of_on_the_way_and_in_its_metrics(stuck, capsys):
-    warnings = [record for record in read_metrics(stuck / "metrics.jsonl") if record.get("event") == "warning"]
+def test_a_stuck_run_is_warned_of_on_the_way_and_in_its_metrics(capsys, stuck):
+    warnings = [
+        record for record in read_metrics(stuck / "metrics.jsonl") if record.get("event") == "warning"
+    ]
     assert [(record["step"], record["because"]) for record in warnings] == [(RECORDS, "plateau")]
     assert f"edgecl: {warnings[0]['words']}" in capsys.readouterr().err
 
