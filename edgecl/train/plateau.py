@@ -37,7 +37,11 @@ class PlateauAlarm:
 
     def __init__(self, *, warn: Callable[[str], None]):
         self._warn = warn
-        self.restore({})
+        self._alike = self._apart = 0
+        self._correlation = [0.0, 0.0]
+        self._first_knn: float | None = None
+        self._look: dict[str, Any] | None = None
+        self._since: int | None = None
 
     def check(self, record: dict[str, Any]) -> str | None:
         """Look at one metrics record of a step.
@@ -99,12 +103,12 @@ class PlateauAlarm:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take what a checkpoint kept; nothing of a run from before there was this alarm."""
-        self._alike: int = state.get("alike", 0)
-        self._apart: int = state.get("apart", 0)
-        self._correlation: list[float] = state.get("correlation", [0.0, 0.0])
-        self._first_knn: float | None = state.get("first_knn")
-        self._look: dict[str, Any] | None = state.get("look")
-        self._since: int | None = state.get("since")
+        self._alike = state.get("alike", 0)
+        self._apart = state.get("apart", 0)
+        self._correlation = state.get("correlation", [0.0, 0.0])
+        self._first_knn = state.get("first_knn")
+        self._look = state.get("look")
+        self._since = state.get("since")
 
     def _decide(self, step: int) -> str | None:
         poor = self._features_are_poor()
