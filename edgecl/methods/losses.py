@@ -188,7 +188,8 @@ def coding_rate(z: Tensor, *, epsilon: float) -> Tensor:
         factor, failed = torch.linalg.cholesky_ex(
             identity + dimensions / (count * epsilon) * product, check_errors=False
         )
-        return factor.diagonal().log().sum().masked_fill(failed != 0, torch.nan)
+        rate: Tensor = factor.diagonal().log().sum()
+        return rate.masked_fill(failed != 0, torch.nan)
 
 
 def _of_all_processes(x: Tensor) -> Tensor:

@@ -205,7 +205,7 @@ class SaclXd:
         """Run the passes that carry gradient; arguments as for project. What is frozen is None."""
         host_a = net.forward_host(view_a)
         if dense:
-            slim_b = (net.forward_host(view_b),)
+            slim_b: tuple[Tensor, ...] = (net.forward_host(view_b),)
         else:
             chosen = dict.fromkeys([net.slim_width, *(net.slim_widths if widths is None else widths)])
             slim_b = tuple(net.forward_slim(view_b, width) for width in chosen)
