@@ -291,7 +291,8 @@ class CpuDraft(Draft):
             # A bias far larger than the weights of its channel must still fit into int32.
             scale = representable(numpy.maximum(scale, numpy.abs(bias) / (step * _BIAS_STEPS)), numpy.float32)
         shape = [-1 if place == axis else 1 for place in range(weights.ndim)]
-        codes = numpy.clip(numpy.rint(weights / scale.astype(numpy.float64).reshape(shape)), -128, 127)
+        # Without -128, two of which beside each other overflow on Arm without dot products.
+        codes = numpy.clip(numpy.rint(weights / scale.astype(numpy.float64).reshape(shape)), -127, 127)
         wish = f"{node.name}_weight"
         changed = {
             0: self._activation(node.input[0]),
