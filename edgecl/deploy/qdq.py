@@ -375,9 +375,5 @@ def _channel_axis(node: onnx.NodeProto) -> int:
 
 def _is_depthwise(node: onnx.NodeProto, weights: Array) -> bool:
     """Tell whether every channel is convolved alone, into one."""
-<<<<<<< HEAD
-    return bool(1 < attribute(node, "group", 1) == weights.shape[0] and weights.shape[1] == 1)
-=======
     groups = int(attribute(node, "group", 1))
     return groups > 1 and weights.shape[:2] == (groups, 1)
->>>>>>> w-int8
