@@ -2,6 +2,7 @@
 
     python benchmarks/step.py --core 1                                      # three nets on one core: some ten minutes
     python benchmarks/step.py --device cuda --size 224 --batch 256 --precision bf16 --compile
+    python benchmarks/step.py --recipe demo --core 1                        # a recipe's step, convolved in two ways
 
 All ways to make a step live in one process and take turns, one step each per round, every other round backwards, so
 that whatever else the machine does meets all of them. On a CPU it is processor time that is compared: on a quiet machine
@@ -22,6 +23,10 @@ rounds of the ratios within a round.
 Before anything is timed, slices, masks and plain nets must agree on the loss, and slices and masks on the gradient of
 the host and on the loss after the step. Images are random: they decide no speed.
 
+With `--recipe` it is that recipe's step, on a CPU, that is timed in two ways: by torch's convolutions alone, and with
+small maps as matrix products (edgecl.nets.small_maps), as edgecl trains. With ONEDNN_MAX_CPU_ISA=AVX2 and
+ATEN_CPU_CAPABILITY=avx2 in the environment torch plays a processor without AVX-512.
+
 Goals are printed as reached or MISSED. The exit status is 0 either way; it is 1 where the ways disagree.
 """
 
@@ -40,6 +45,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import timm
 import torch
@@ -53,7 +59,7 @@ from edgecl.nets.backbone import is_norm
 from edgecl.nets.carving import create_slimmable
 from edgecl.nets.heads import Encoder
 from edgecl.nets.slimming import SlimmableNet
-from edgecl.recipe import Recipe, recipe_from_tables
+from edgecl.recipe import Recipe, read_recipe, recipe_from_tables
 from edgecl.train.allocator import keep_freed_memory
 from edgecl.train.optim import create_optimizer
 from edgecl.train.step import Step
@@ -87,6 +93,9 @@ def main() -> None:
         action="store_true",
         help="leave glibc as it is, which pretrain on a CPU does not",
     )
+    options.add_argument(
+        "--recipe", help="time this recipe's step with and without small maps' own convolutions"
+    )
     options.add_argument("--core", type=int, help="pin to this core [default: leave it to the system]")
     given = options.parse_args()
     if given.core is not None:
@@ -95,6 +104,9 @@ def main() -> None:
     if given.device == "cpu" and not given.default_allocator:
         keep_freed_memory()  # as pretrain does
     load_before = os.getloadavg()[0]
+    if given.recipe is not None:
+        small_maps(given, load_before)
+        return
     results = {}
     for arch in given.nets:
         print(f"{arch}: measuring", file=sys.stderr, flush=True)
@@ -415,6 +427,55 @@ def measure(arch: str, given: argparse.Namespace) -> dict:
     return result
 
 
+def small_maps(given: argparse.Namespace, load_before: float) -> None:
+    """Time a recipe's step with torch's convolutions and with small maps as matrix products, in turns."""
+    recipe = read_recipe(given.recipe)
+    accelerator = Accelerator(cpu=True)
+    torch.manual_seed(recipe.run.seed)
+    with mock.patch("edgecl.nets.heads.speed_up_small_maps"):
+        plain = create_slimmable(recipe)
+    quick = create_slimmable(recipe)
+    quick.load_state_dict(plain.state_dict())
+    steps = {
+        name: Step(recipe, net=net, accelerator=accelerator, steps_per_epoch=1_000_000)
+        for name, net in (("torch's convolutions", plain), ("small maps as products", quick))
+    }
+    size = recipe.data.image_size
+    views = [torch.randn(recipe.data.batch_size, 3, size, size) for _ in range(2)]
+    spent: dict[str, list[float]] = {name: [] for name in steps}
+    losses = []
+    for index in range(1 + given.rounds):
+        for name in list(steps) if index % 2 == 0 else list(reversed(steps)):
+            started = time.process_time()
+            outcome = steps[name](views, number=index)
+            if index == 0:
+                losses.append(outcome.losses.total)
+            else:
+                spent[name].append(1e3 * (time.process_time() - started))
+    if not apart(*losses) <= TOLERANCE["fp32"]["loss"]:
+        raise SystemExit(f"the ways differ in the loss of the first step by {apart(*losses):.2g}")
+    ratios = [theirs / ours for theirs, ours in zip(*spent.values(), strict=True)]
+    environment = ("OMP_NUM_THREADS", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
+    result = {
+        "ms": {name: statistics.median(times) for name, times in spent.items()},
+        "least_ms": {name: min(times) for name, times in spent.items()},
+        "ratio": statistics.median(ratios),
+        "range": [min(ratios), max(ratios)],
+    }
+    for name, times in spent.items():
+        print(f"{name:24} {statistics.median(times):6.1f} ms of processor time, least {min(times):.1f}")
+    print(f"ratio {result['ratio']:.2f} [{min(ratios):.2f}, {max(ratios):.2f}] over {given.rounds} rounds")
+    conditions = {
+        "name": processor_name(),
+        "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "environment": {key: os.environ[key] for key in environment if key in os.environ},
+        "load": [round(load_before, 2), round(os.getloadavg()[0], 2)],
+        "torch": torch.__version__,
+    }
+    print(json.dumps({"benchmark": "small maps", "recipe": given.recipe, "conditions": conditions, **result}))
+
+
 def timed(make: Callable[[], object], device: torch.device) -> dict[str, float]:
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -494,15 +555,9 @@ def matmul_rate(device: torch.device, precision: str, *, side: int = 8192, repea
 
 def describe(given: argparse.Namespace, load_before: float) -> dict:
     """Say on what, beside what and with which settings it was measured."""
-    name = platform.machine()
-    if given.device == "cuda":
-        name = torch.cuda.get_device_name()
-    elif Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
     return {
         "device": given.device,
-        "name": name,
+        "name": torch.cuda.get_device_name() if given.device == "cuda" else processor_name(),
         "cores": os.cpu_count(),
         "pinned_to_core": given.core,
         "threads": torch.get_num_threads(),
@@ -528,6 +583,14 @@ def describe(given: argparse.Namespace, load_before: float) -> dict:
             "python": platform.python_version(),
         },
     }
+
+
+def processor_name() -> str:
+    if not Path("/proc/cpuinfo").exists():
+        return platform.machine()
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
 
 
 def print_tables(results: dict[str, dict], conditions: dict) -> None:

@@ -9,7 +9,6 @@ for another (METHOD: evaluation features drift by standard deviations when they 
 from __future__ import annotations
 
 import contextlib
-import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -69,20 +68,21 @@ class SlimView:
             for leaf, tensor in [*norm.named_parameters(), *norm.named_buffers()]
         }
 
-    def tensors_in(
-        self, host: nn.Module, *, cut: Callable[[Tensor, tuple[slice, ...]], Tensor] = operator.getitem
-    ) -> dict[str, Tensor]:
-        """Return all parameters and buffers by name: blocks of the host's, and the norms'.
-
-        Args:
-            host: what holds the shared tensors.
-            cut: takes a block of a tensor; the default gives views.
-        """
+    def tensors_in(self, host: nn.Module) -> dict[str, Tensor]:
+        """Return all parameters and buffers by name: views of the host's, and the norms'."""
         whole = {**dict(host.named_parameters()), **dict(host.named_buffers())}
         return {
-            **{name: cut(whole[name], block) for name, block in self.slices.items()},
+            **{name: whole[name][block] for name, block in self.slices.items()},
             **self.private_tensors(),
         }
+
+    def blocks_of(self, host: nn.Module) -> dict[str, Tensor]:
+        """Return the shared tensors by name, each as large as in this width and without gaps."""
+        whole = {**dict(host.named_parameters()), **dict(host.named_buffers())}
+        found = {name: whole[name][block] for name, block in self.slices.items()}
+        smaller = [name for name, block in found.items() if block.shape != whole[name].shape]
+        dense = _dense_blocks([whole[name] for name in smaller], [self.slices[name] for name in smaller])
+        return {**found, **dict(zip(smaller, dense, strict=True))}
 
     def replace_norm(self, name: str, norm: nn.Module) -> None:
         """Put another norm where the one of this name stands."""
@@ -331,12 +331,14 @@ class SlimmableNet(nn.Module):
         view = self._view(width)
         if view is None:
             return self.forward_host(images)
-        tensors = view.tensors_in(self.host, cut=_dense_block)
+        # Its norms stand in the skeleton already.
+        blocks = view.blocks_of(self.host)
         if self.watched is not None and torch.is_grad_enabled() and view.width == self.slim_width:
-            for name in view.slices:
-                if tensors[name].requires_grad:
-                    tensors[name].register_hook(partial(_add_to, self.watched, name))
-        outputs: Tensor = functional_call(view.skeleton, tensors, (images,))
+            for name, block in blocks.items():
+                if block.requires_grad:
+                    block.register_hook(partial(_add_to, self.watched, name))
+        # No tensor has two names here, which torch would look for in every pass.
+        outputs: Tensor = functional_call(view.skeleton, blocks, (images,), tie_weights=False)
         return outputs
 
     def forward_slim_part(
@@ -393,31 +395,31 @@ def _add_to(sums: dict[str, Tensor], name: str, gradient: Tensor) -> None:
     sums[name] = sums[name] + gradient if name in sums else gradient
 
 
-class _DenseBlock(torch.autograd.Function):
-    """A block of a tensor without gaps; backward, its gradient amid zeros."""
+class _DenseBlocks(torch.autograd.Function):
+    """Blocks of tensors without gaps; backward, their gradients amid zeros. One step of autograd for a whole net."""
 
     @staticmethod
-    def forward(ctx: Any, whole: Tensor, block: tuple[slice, ...]) -> Tensor:
-        ctx.save_for_backward(whole)
-        ctx.block = block
-        return whole[block].clone()
+    def forward(ctx: Any, blocks: list[tuple[slice, ...]], *whole: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(*whole)
+        ctx.blocks = blocks
+        return tuple(tensor[block].clone() for tensor, block in zip(whole, blocks, strict=True))
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (whole,) = ctx.saved_tensors
-        gradient = torch.zeros_like(whole)
-        gradient[ctx.block] = gradients[0]
-        return gradient, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        found = []
+        for tensor, block, gradient in zip(ctx.saved_tensors, ctx.blocks, gradients, strict=True):
+            found.append(torch.zeros_like(tensor))
+            found[-1][block] = gradient
+        return None, *found
 
 
-def _dense_block(whole: Tensor, block: tuple[slice, ...]) -> Tensor:
-    """Copy a block once for a whole pass.
+def _dense_blocks(whole: list[Tensor], blocks: list[tuple[slice, ...]]) -> tuple[Tensor, ...]:
+    """Copy blocks once for a whole pass.
 
     A view with the host's strides would be copied by its convolution, and again on the way back, where each dimension
     that is cut would fill a gradient of its own.
     """
-    view = whole[block]
-    return view if view.shape == whole.shape else cast(Tensor, _DenseBlock.apply(whole, block))
+    return cast(tuple[Tensor, ...], _DenseBlocks.apply(blocks, *whole)) if whole else ()
 
 
 def limit_skips(net: nn.Module, skips: dict[str, int]) -> None:

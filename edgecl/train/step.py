@@ -102,7 +102,8 @@ class Step:
             watch: also measure gradient norms, for which the host process waits.
             stop: the signal by which this process was asked to end; 0 when it was not.
         """
-        self.passes.train()
+        if not self.passes.training:  # to set it takes a walk over all modules
+            self.passes.train()
         self._statistics.remember()
         given = _Input(
             [view.contiguous(memory_format=self._memory_format) for view in views],

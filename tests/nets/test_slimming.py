@@ -78,7 +78,8 @@ def test_slim_pass_is_that_of_a_plain_net_with_the_sliced_tensors(net, images, c
         else:
             module, _, leaf = name.rpartition(".")
             gradient = net.slim_norms[module.replace(".", "/")].get_parameter(leaf).grad
-        scale = max(float(parameter.grad.abs().max()), 1e-3)
+        # What a norm cancels has no gradient but rounding, which the two layouts do not share.
+        scale = max(float(parameter.grad.abs().max()), 1e-2)
         assert float((gradient - parameter.grad).abs().max()) <= 2e-3 * scale, name
 
 
@@ -99,7 +100,10 @@ def test_blocks_are_copied_once_and_change_no_bit(net, images, monkeypatch):
         return outputs, gradients, sum(event.name == "aten::copy_" for event in seen.function_events)
 
     outputs, gradients, copies = learn()
-    monkeypatch.setattr("edgecl.nets.slimming._dense_block", lambda whole, block: whole[block])
+    monkeypatch.setattr(
+        "edgecl.nets.slimming._dense_blocks",
+        lambda whole, blocks: tuple(tensor[block] for tensor, block in zip(whole, blocks, strict=True)),
+    )
     plain_outputs, plain_gradients, plain_copies = learn()
     assert torch.equal(outputs, plain_outputs)
     assert gradients.keys() == plain_gradients.keys()
