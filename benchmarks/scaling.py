@@ -359,7 +359,7 @@ def stepping(
         nonlocal done
         for _ in range(steps):
             views = torch.randn(2, batch, 3, given.size, given.size, generator=generator)
-            step(views[0], views[1], number=done)
+            step(list(views), number=done)
             done += 1
 
     return run, GradientSums(step.passes)

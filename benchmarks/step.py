@@ -48,7 +48,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from edgecl.cost import forward_cost
-from edgecl.methods.losses import cross_correlation_loss
 from edgecl.methods.sacl_xd import Projections, SaclXd
 from edgecl.nets.backbone import is_norm
 from edgecl.nets.carving import create_slimmable
@@ -161,7 +160,7 @@ class MaskedNet(nn.Module):
             tensors[name] = tensors[name] * mask
         return functional_call(self.host, tensors, (images,))
 
-    frozen = SlimmableNet.frozen
+    frozen, untracked = SlimmableNet.frozen, SlimmableNet.untracked
 
 
 class PlainNets(nn.Module):
@@ -186,7 +185,7 @@ class PlainNets(nn.Module):
     def forward_slim(self, images: Tensor, width: float | None = None) -> Tensor:
         return self.slim(images)
 
-    frozen = SlimmableNet.frozen
+    frozen, untracked = SlimmableNet.frozen, SlimmableNet.untracked
 
 
 class Ways:
@@ -240,13 +239,13 @@ class Ways:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
 
     def slices(self) -> Tensor:
-        outcome = self.step(*self.views, number=self.number)
+        outcome = self.step(self.views, number=self.number)
         self.number += 1
         return outcome.losses.total.detach()
 
     def by_compiled(self) -> Tensor:
         assert self.compiled
-        return self.compiled(*self.views, number=self.number).losses.total.detach()
+        return self.compiled(self.views, number=self.number).losses.total.detach()
 
     def masks(self) -> Tensor:
         return self._whole(self.masked, self.masked, self._masked_optimiser)
@@ -279,7 +278,7 @@ class Ways:
 
     def losses(self) -> None:
         z_a, z_b, frozen_a, frozen_b = (z.clone() for z in self._projections)
-        given = Projections(z_a.requires_grad_(), (z_b.requires_grad_(),), frozen_a, frozen_b)
+        given = Projections(z_a.requires_grad_(), (z_b.requires_grad_(),), slim_a=frozen_a, host_b=frozen_b)
         self.method.losses(given).total.backward()
 
     def optimiser(self) -> None:
@@ -291,8 +290,7 @@ class Ways:
     def barlow_twins(self) -> Tensor:
         with self._autocast():
             z_a, z_b = (self.twins(view) for view in self.views)
-        loss = cross_correlation_loss(z_a, z_b, off_diagonal=self.method.off_diagonal).total
-        loss = self.method.scale * loss
+        loss = self.method.scale * self.method.comparison(z_a, z_b)
         loss.backward()
         self._twins_optimiser.step()
         _forget(self.twins)

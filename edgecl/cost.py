@@ -19,7 +19,7 @@ from edgecl.errors import RecipeError
 from edgecl.methods.sacl_xd import forward_units, other_width_units
 from edgecl.nets.backbone import count_parameters, create_backbone, feature_count
 from edgecl.nets.heads import Projector
-from edgecl.recipe import Recipe, arm_name
+from edgecl.recipe import Recipe
 
 IMAGENET_IMAGES = 1_281_167
 
@@ -127,6 +127,10 @@ class TrainingCost:
         images: images per epoch.
         epochs: epochs.
         others: the slim widths below the widest, widest first.
+        local_flops_per_image: FLOPs of one image's local views, three forward passes each.
+        rate_flops: FLOPs of one image's share of the coding rate, backward included, in a step that takes it; not in
+            flops_per_image, as the projector.
+        rate_share: of the steps that take it.
     """
 
     host_flops: int
@@ -136,12 +140,15 @@ class TrainingCost:
     images: int
     epochs: int
     others: tuple[OtherWidth, ...] = ()
+    local_flops_per_image: float = 0.0
+    rate_flops: float = 0.0
+    rate_share: float = 0.0
 
     @property
     def flops_per_image(self) -> float:
-        """FLOPs of all passes of one image, projector apart."""
+        """FLOPs of all passes of one image, projector and losses apart."""
         pair = self.units["host"] * self.host_flops + self.units["slim"] * self.slim_flops
-        return pair + self.others_flops_per_image
+        return pair + self.others_flops_per_image + self.local_flops_per_image
 
     @property
     def others_flops_per_image(self) -> float:
@@ -162,6 +169,11 @@ class TrainingCost:
 def training_cost(recipe: Recipe, *, images: int) -> TrainingCost:
     """Price a recipe.
 
+    A local view costs three forward passes of the slim net at its own size, of the host in a slow start. The coding rate
+    costs, for each of the S sets of (N, D) projections that it is taken of, one product of m x m numbers, m = min(N, D),
+    and its Cholesky factor, and twice that backward: 3 S (2 N D m + m^3 / 3) FLOPs a step of N images. (Many processes
+    take the D x D product whatever N is.)
+
     Args:
         recipe: what is trained.
         images: images per epoch.
@@ -176,12 +188,22 @@ def training_cost(recipe: Recipe, *, images: int) -> TrainingCost:
     dense_epochs = ceil(recipe.slim.slow_start * recipe.run.epochs)
     slow_start = dense_epochs / recipe.run.epochs
     # The passes of host and widest slim net are those of a run without the narrower ones.
-    arm = arm_name(recipe.host.width, recipe.slim.width, recipe.loss.alpha)
-    units = forward_units(arm=arm, xd_direction=recipe.loss.xd_direction, slow_start=slow_start)
+    units = forward_units(
+        slim_only=recipe.host.width == recipe.slim.width,
+        distils=recipe.loss.alpha < 1,
+        xd_direction=recipe.loss.xd_direction,
+        symmetric=recipe.loss.symmetric,
+        learn_targets=recipe.loss.learn_targets,
+        slow_start=slow_start,
+    )
     others = tuple(
         OtherWidth(width, flops[width], count)
         for width, count in other_width_units(recipe.slim.all_widths, slow_start=slow_start).items()
     )
+    # Forward passes of an image's local views, by width.
+    local = dict.fromkeys([recipe.host.width, recipe.slim.width], 0.0)
+    local[recipe.host.width] += 3 * recipe.views.local_count * slow_start
+    local[recipe.slim.width] += 3 * recipe.views.local_count * (1 - slow_start)
     heads = {
         width: 2 * sum(layer.weight.numel() for layer in _linears(feature_count(net), recipe))
         for width, net in backbones.items()
@@ -192,11 +214,38 @@ def training_cost(recipe: Recipe, *, images: int) -> TrainingCost:
         units=units,
         projector_flops=units["host"] * heads[recipe.host.width]
         + units["slim"] * heads[recipe.slim.width]
-        + sum(other.units * heads[other.width] for other in others),
+        + sum(other.units * heads[other.width] for other in others)
+        + sum(count * heads[width] for width, count in local.items()),
         images=images,
         epochs=recipe.run.epochs,
         others=others,
+        local_flops_per_image=sum(
+            count
+            * forward_cost(backbones[width], (1, 3, recipe.local_size, recipe.local_size)).training_flops
+            for width, count in local.items()
+            if count
+        ),
+        rate_flops=_coding_rate_flops(recipe, slow_start=slow_start),
+        rate_share=recipe.coding_rate.until or 1.0,
     )
+
+
+def _coding_rate_flops(recipe: Recipe, *, slow_start: float) -> float:
+    if not recipe.coding_rate.weight:
+        return 0.0
+    count, dimensions = recipe.data.batch_size, recipe.projector.sizes[-1]
+    less = min(count, dimensions)
+    one_set = 3 * (2 * count * dimensions * less + less**3 / 3) / count
+    loss = recipe.loss
+    learns = loss.symmetric or (loss.alpha < 1 and loss.learn_targets)
+    second = learns and recipe.host.width != recipe.slim.width
+    sets = {
+        "host": 1 + second,
+        "slim": min(3, len(recipe.slim.all_widths))
+        + (second and (loss.symmetric or loss.xd_direction == "both")),
+    }
+    asked = ["host", "slim"] if recipe.coding_rate.encoders == "both" else [recipe.coding_rate.encoders]
+    return one_set * sum(slow_start + (1 - slow_start) * sets[encoder] for encoder in asked)
 
 
 def _linears(features: int, recipe: Recipe) -> list[nn.Linear]:
@@ -278,6 +327,9 @@ def cost_of_recipe(recipe: Recipe, *, recipe_name: str, images: int | None = Non
             "total_flops": float(priced.total_flops),
             "further_widths_flops_per_image": round(priced.others_flops_per_image),
             "further_widths_total_flops": float(priced.others_flops_per_image * images * priced.epochs),
+            "local_views_flops_per_image": round(priced.local_flops_per_image),
+            "coding_rate_flops_per_image": round(priced.rate_flops),
+            "coding_rate_total_flops": float(priced.rate_flops * priced.rate_share * images * priced.epochs),
             "images": images,
             "epochs": priced.epochs,
             "host_forward_flops": priced.host_flops,

@@ -34,6 +34,8 @@ class Host(Settings):
     """Channels as a multiple of the architecture's own."""
     stem_stride: Literal[1, 2] | None = None
     """Stride of the first convolution; None keeps the architecture's. 1 suits images of 32 pixels."""
+    nested_start: bool = False
+    """Begin as the slim net plus channels that do not touch it yet: both compute the same at step 0."""
 
 
 class Slim(Settings):
@@ -72,15 +74,35 @@ class Projector(Settings):
 class Loss(Settings):
     """L = alpha L_SACL + (1 - alpha) (L_D(z_A, [z_A]) + L_D(z_B, [z_B])) / 2."""
 
+    name: Literal["barlow-twins", "simclr", "cosine"] = "barlow-twins"
+    """The loss inside L_SACL and L_D; cosine only aligns and needs [coding_rate] weight."""
     alpha: Fraction = 0.95
     off_diagonal: float = Field(0.0051, ge=0)
-    """Weight of the redundancy term."""
+    """Barlow Twins: weight of the redundancy term."""
+    temperature: float = Field(0.2, gt=0, le=100)
+    """SimCLR: temperature of the softmax."""
     scale: float = Field(0.1, gt=0)
     """Multiplies the whole loss."""
     xd_direction: Literal["both", "slim_only"] = "both"
     """slim_only leaves out L_D(z_A, [z_A]), which pulls the host towards the frozen slim net."""
     swap_views: Fraction = 0.5
     """Probability, per step, that the host sees view B and the slim net view A."""
+    symmetric: bool = False
+    """Both views through both encoders, all four passes with gradient."""
+    learn_targets: bool = False
+    """Gradient flows into [z] too, through all four passes."""
+
+
+class CodingRate(Settings):
+    """L <- L - weight R: R, the coding rate, is large when the projections fill all their dimensions."""
+
+    weight: float = Field(0.0, ge=0, allow_inf_nan=False)
+    epsilon: float = Field(0.5, ge=0.01, allow_inf_nan=False)
+    """Precision of the code: the smaller, the more small directions count; below 0.01 float32 has too few digits."""
+    until: float | None = Field(None, gt=0, le=1, examples=[0.5])
+    """Fraction of the run at which the weight has fallen to 0, in a line; None keeps it constant."""
+    encoders: Literal["both", "host", "slim"] = "both"
+    """Whose projections it is taken of."""
 
 
 class Data(Settings):
@@ -132,6 +154,12 @@ class Views(Settings):
     blur_sigma: Range = (0.1, 2.0)
     """Standard deviation of the blur, pixels of a 224-pixel view; scaled with image_size."""
     solarize: PerView = (0.0, 0.2)
+    local_count: int = Field(0, ge=0, le=32)
+    """Further views of each picture: small crops, varied like view B, through the slim net alone."""
+    local_size: int | None = Field(None, ge=8)
+    """Height and width of a local view, pixels; None means half of image_size."""
+    local_scale: tuple[Fraction, Fraction] = (0.05, 0.3)
+    """Area of a local crop as a fraction of the picture's."""
 
 
 class Optim(Settings):
@@ -204,6 +232,7 @@ class Recipe(Settings):
     slim: Slim = Slim()
     projector: Projector = Projector()
     loss: Loss = Loss()
+    coding_rate: CodingRate = CodingRate()
     data: Data = Data()
     views: Views = Views()
     optim: Optim = Optim()
@@ -224,7 +253,16 @@ class Recipe(Settings):
             )
         if len(set(self.slim.widths)) < len(self.slim.widths):
             raise ValueError(f"'slim.widths' names a width twice: {list(self.slim.widths)}")
-        for name in ("crop_scale", "crop_ratio", "blur_sigma"):
+        if self.loss.name == "cosine" and self.coding_rate.weight == 0:
+            raise ValueError(
+                "'loss.name' cosine only pulls views together, and every picture to one point; set 'coding_rate.weight'"
+            )
+        if self.coding_rate.weight > 0 and self.data.batch_size < 3:
+            raise ValueError(
+                "'coding_rate.weight' needs a 'data.batch_size' of 3 or more: of two standardised projections one is "
+                "always the other's opposite"
+            )
+        for name in ("crop_scale", "crop_ratio", "blur_sigma", "local_scale"):
             low, high = getattr(self.views, name)
             if low > high:
                 raise ValueError(
@@ -239,14 +277,23 @@ class Recipe(Settings):
     @property
     def arm(self) -> str:
         """Which method of the family the settings amount to; one net narrower than the host makes it slimmed."""
-        return arm_name(self.host.width, self.slim.all_widths[-1], self.loss.alpha)
+        return arm_name(self.host.width, self.slim.all_widths[-1], self.loss.alpha, loss=self.loss.name)
+
+    @property
+    def local_size(self) -> int:
+        """Side of a local view, pixels."""
+        return self.views.local_size or max(8, self.data.image_size // 2)
 
 
-def arm_name(host_width: float, slim_width: float, alpha: float) -> str:
-    """Name the method that the host's width, the narrowest slim width and alpha amount to."""
-    if host_width == slim_width:
-        return "Barlow Twins" if alpha == 1 else "XD only"
-    return "SACL only" if alpha == 1 else "SACL-XD"
+_LOSS_NAMES = {"barlow-twins": "Barlow Twins", "simclr": "SimCLR", "cosine": "cosine and coding rate"}
+
+
+def arm_name(host_width: float, slim_width: float, alpha: float, *, loss: str = "barlow-twins") -> str:
+    """Name the method that the host's width, the narrowest slim width, alpha and the loss amount to."""
+    if host_width == slim_width and alpha == 1:
+        return _LOSS_NAMES[loss]
+    name = "XD only" if host_width == slim_width else "SACL only" if alpha == 1 else "SACL-XD"
+    return name if loss == "barlow-twins" else f"{name} ({_LOSS_NAMES[loss]})"
 
 
 def width_as_given(width: float) -> str:

@@ -69,6 +69,10 @@ ARMS = (
     Arm("SACL-XD, slow start", {"slim": {"slow_start": 1.0}}, dense=True),
     Arm("SACL-XD, 4 widths", {"slim": {"widths": [1.0, 0.75, 0.6, 0.5]}}),
     Arm("SACL-XD, 2 parts", {"run": {"accumulate": 2}}),
+    Arm("SACL-XD, coding rate", {"coding_rate": {"weight": 0.3}}),
+    Arm("SACL-XD, symmetric", {"loss": {"symmetric": True, "learn_targets": True}}),
+    Arm("SACL-XD, local views", {"views": {"local_count": 2}}),
+    Arm("SimCLR", {"host": {"width": 1.0}, "loss": {"name": "simclr", "alpha": 1.0}}),
 )
 
 
@@ -84,7 +88,7 @@ def recipe_of(arm: Arm, *, batch_size: int) -> Recipe:
         "run": {"sync_norms": "all", "epochs": 1},
     }
     for name, settings in arm.settings.items():
-        tables[name] = {**tables[name], **settings}
+        tables[name] = {**tables.get(name, {}), **settings}
     return recipe_from_tables(tables, source="selftest")
 
 
@@ -126,11 +130,11 @@ def run_arms(
         # More than one step, or timm remarks that the rate's schedule is none.
         step = Step(recipe, net=net, accelerator=accelerator, steps_per_epoch=2)
         parts = recipe.run.accumulate if world_size == 1 else 1
-        view_a, view_b = (
+        views = [
             _laid_out(view, shares=shares, parts=parts).chunk(world_size)[rank].to(accelerator.device)
-            for view in _views(recipe.data.batch_size)
-        )
-        results[arm.name] = _take(step, view_a, view_b, recipe, dense=arm.dense)
+            for view in _views(recipe)
+        ]
+        results[arm.name] = _take(step, views, recipe, dense=arm.dense)
     return results
 
 
@@ -143,13 +147,22 @@ def fresh_net(host_width: float, slim_widths: tuple[float, ...]) -> SlimmableNet
     return create_slimmable(recipe).double()
 
 
-def _views(batch_size: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
+def _views(recipe: Recipe) -> list[Tensor]:
+    batch_size, generator = recipe.data.batch_size, torch.Generator().manual_seed(0)
+
+    def varied(view: Tensor) -> Tensor:
+        return view + 0.5 * torch.randn(view.shape, generator=generator, dtype=torch.float64)
+
     view_a = torch.randn(batch_size, 3, 32, 32, generator=generator, dtype=torch.float64)
     # No two shares are alike in mean and scale, so that statistics of one share are wrong for the whole.
     ramp = torch.linspace(0, 2, batch_size, dtype=torch.float64).view(-1, 1, 1, 1)
     view_a = view_a * (1 + ramp) + ramp
-    return view_a, view_a + 0.5 * torch.randn(view_a.shape, generator=generator, dtype=torch.float64)
+    side = recipe.local_size
+    return [
+        view_a,
+        varied(view_a),
+        *(varied(view_a[..., :side, :side]) for _ in range(recipe.views.local_count)),
+    ]
 
 
 def _laid_out(view: Tensor, *, shares: int, parts: int) -> Tensor:
@@ -157,7 +170,7 @@ def _laid_out(view: Tensor, *, shares: int, parts: int) -> Tensor:
     return view.view(shares, parts, -1, *view.shape[1:]).transpose(0, 1).reshape(view.shape)
 
 
-def _take(step: Step, view_a: Tensor, view_b: Tensor, recipe: Recipe, *, dense: bool) -> Results:
+def _take(step: Step, views: Sequence[Tensor], recipe: Recipe, *, dense: bool) -> Results:
     found: Results = {}
 
     def keep_gradients(*_: Any) -> None:
@@ -167,7 +180,7 @@ def _take(step: Step, view_a: Tensor, view_b: Tensor, recipe: Recipe, *, dense: 
 
     step.optimizer.optimizer.register_step_pre_hook(keep_gradients)
     widths = sandwich(recipe.slim.all_widths, seed=recipe.run.seed, step=0)
-    outcome = step(view_a, view_b, number=0, dense=dense, widths=widths, watch=True)
+    outcome = step(views, number=0, dense=dense, widths=widths, watch=True)
     found["loss/total"] = outcome.losses.total.detach().cpu()
     for name, norm in outcome.gradient_norms.items():
         if norm is not None:

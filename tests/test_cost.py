@@ -18,11 +18,13 @@ from edgecl.cost import (
     training_cost,
 )
 from edgecl.errors import RecipeError
-from edgecl.methods.sacl_xd import SaclXd, sandwich
+from edgecl.methods import sacl_xd
+from edgecl.methods.sacl_xd import Comparison, SaclXd, sandwich
 from edgecl.nets.backbone import count_parameters, create_backbone
 from edgecl.nets.carving import create_slimmable, write_model
 from edgecl.nets.slimming import SlimmableNet
 from edgecl.recipe import read_recipe, recipe_from_tables
+from edgecl.train.step import create_method
 
 SMALL = "mobilenetv3_small_100"
 
@@ -219,7 +221,7 @@ def test_further_widths_cost_what_their_passes_take(host, widths, monkeypatch):
 
     net = create_slimmable(many)
     monkeypatch.setattr(SlimmableNet, "forward_slim", counted)
-    method = SaclXd(alpha=many.loss.alpha, off_diagonal=0.05)
+    method = SaclXd(alpha=many.loss.alpha, comparison=Comparison())
     method.project(net, *torch.randn(2, 2, 3, 32, 32), widths=sandwich(widths, seed=0, step=0))
     further = sum(
         passes[width] * forward_cost(create_backbone(SMALL, width=width), (1, 3, 32, 32)).training_flops
@@ -285,6 +287,71 @@ def test_a_recipe_is_priced_with_its_own_slim_net():
     assert priced["params"] == count_parameters(net)
     assert priced["macs"] == forward_cost(net, (1, 3, 32, 32)).macs
     assert priced["flops"] == 2 * priced["macs"]
+
+
+@pytest.mark.parametrize(
+    ("host", "slow_start", "host_passes", "slim_passes"),
+    [(1.5, 0.0, 0, 12), (1.5, 0.25, 3, 9), (1.0, 0.25, 0, 12)],
+)
+def test_local_views_cost_three_passes_each_at_their_own_size(host, slow_start, host_passes, slim_passes):
+    tables = {
+        "host": {"arch": SMALL, "width": host},
+        "slim": {"slow_start": slow_start},
+        "run": {"epochs": 4},
+        "data": {"image_size": 64},
+    }
+    with_local = recipe(**tables, views={"local_count": 4, "local_size": 40})
+    found = cost_of_recipe(with_local, recipe_name="tiny", images=1000)["training"]
+    without = cost_of_recipe(recipe(**tables), recipe_name="tiny", images=1000)["training"]
+    nets = {width: create_backbone(SMALL, width=width) for width in (host, 1.0)}
+    flops = {width: forward_cost(net, (1, 3, 40, 40)).training_flops for width, net in nets.items()}
+    local = host_passes * flops[host] + slim_passes * flops[1.0]
+    assert without["local_views_flops_per_image"] == 0
+    assert found["local_views_flops_per_image"] == round(local)
+    assert found["flops_per_image"] == round(without["flops_per_image"] + local)
+    heads = {width: 2 * (net.head_hidden_size * 16 + 16 * 8) for width, net in nets.items()}
+    added = found["projector_flops_per_image"] - without["projector_flops_per_image"]
+    assert added == round(host_passes * heads[host] + slim_passes * heads[1.0])
+
+
+@pytest.mark.parametrize(
+    ("settings", "sets"),
+    [
+        ({}, 2),
+        ({"coding_rate": {"encoders": "host"}}, 1),
+        ({"loss": {"symmetric": True}}, 4),
+        ({"loss": {"learn_targets": True, "xd_direction": "slim_only"}}, 3),
+        ({"loss": {"learn_targets": True, "alpha": 1.0}}, 2),
+        ({"slim": {"widths": [1.0, 0.75, 0.5]}}, 4),
+        ({"slim": {"width": 1.5}, "loss": {"symmetric": True}}, 2),
+    ],
+)
+def test_the_coding_rate_is_priced_apart_by_the_sets_it_is_taken_of(settings, sets, monkeypatch):
+    """Counted in a real step; the product and the factor of each by the formula."""
+    tables = {"projector": {"sizes": [16, 8]}, "data": {"image_size": 32, "batch_size": 4}, **settings}
+    rate = {"weight": 0.1, "until": 0.5, **settings.get("coding_rate", {})}
+    given = recipe(**{**tables, "coding_rate": rate})
+    found = cost_of_recipe(given, recipe_name="tiny", images=1000)["training"]
+    without = cost_of_recipe(recipe(**{**tables, "coding_rate": {}}), recipe_name="tiny", images=1000)[
+        "training"
+    ]
+    one_set = 3 * (2 * 4 * 8 * 4 + 4**3 / 3)
+    assert found["coding_rate_flops_per_image"] == round(sets * one_set / 4)
+    assert found["coding_rate_total_flops"] == pytest.approx(sets * one_set / 4 * 1000 * 200 * 0.5)
+    assert without["coding_rate_total_flops"] == 0
+    assert found["total_flops"] == without["total_flops"]
+    taken = []
+    rate_of = sacl_xd.coding_rate
+    monkeypatch.setattr(sacl_xd, "coding_rate", lambda z, **named: (taken.append(1), rate_of(z, **named))[1])
+    method = create_method(given.loss, given.coding_rate)
+    method.losses(method.project(create_slimmable(given), *torch.randn(2, 4, 3, 32, 32)), rate_weight=0.1)
+    assert len(taken) == sets
+
+
+def test_another_loss_costs_the_same():
+    before = cost_of_recipe(recipe(), recipe_name="tiny", images=1000)["training"]
+    other = cost_of_recipe(recipe(loss={"name": "simclr"}), recipe_name="tiny", images=1000)["training"]
+    assert {**other, "arm": before["arm"]} == before
 
 
 def test_fewer_images_than_a_batch_are_named():

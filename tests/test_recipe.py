@@ -184,6 +184,75 @@ def test_value_out_of_range_is_refused_by_key(write, assignment, key):
         read_recipe(write(MINIMAL), [assignment])
 
 
+@pytest.mark.parametrize(
+    ("assignments", "key"),
+    [
+        (["coding_rate.weight=-0.1"], "coding_rate.weight"),
+        (["coding_rate.weight=nan"], "coding_rate.weight"),
+        (["coding_rate.weight=inf"], "coding_rate.weight"),
+        (["coding_rate.epsilon=0.001"], "coding_rate.epsilon"),
+        (["coding_rate.epsilon=nan"], "coding_rate.epsilon"),
+        (["coding_rate.until=0.0"], "coding_rate.until"),
+        (["coding_rate.until=1.5"], "coding_rate.until"),
+        (["coding_rate.weight=0.1", "data.batch_size=2"], "data.batch_size"),
+        (["loss.name='cosine'"], "coding_rate.weight"),
+        (["loss.temperature=0.0"], "loss.temperature"),
+        (["views.local_count=-1"], "views.local_count"),
+        (["views.local_size=4"], "views.local_size"),
+        (["views.local_scale=[0.4, 0.1]"], "local_scale"),
+    ],
+)
+def test_coding_rate_losses_and_local_views_out_of_range_are_refused_by_key(write, assignments, key):
+    with pytest.raises(RecipeError, match=re.escape(key)):
+        read_recipe(write(MINIMAL), assignments)
+
+
+def test_the_papers_recipes_have_neither_rate_nor_nested_start_nor_local_views():
+    for name in PACKAGED:
+        if re.match("(sacl-)?xd-", name):
+            recipe = read_recipe(name)
+            assert recipe.coding_rate.weight == 0
+            assert not recipe.host.nested_start
+            assert recipe.views.local_count == 0
+            assert (recipe.loss.name, recipe.loss.symmetric, recipe.loss.learn_targets) == (
+                "barlow-twins",
+                False,
+                False,
+            )
+
+
+@pytest.mark.parametrize(
+    ("image_size", "asked", "side"), [(32, None, 16), (224, None, 112), (12, None, 8), (32, 24, 24)]
+)
+def test_a_local_view_is_half_as_wide_unless_said_otherwise(image_size, asked, side):
+    tables = {
+        "host": {"arch": "mobilenetv3_small_100"},
+        "data": {"image_size": image_size},
+        "views": {"local_size": asked},
+    }
+    assert recipe_from_tables(tables, source="test").local_size == side
+
+
+@pytest.mark.parametrize(
+    ("loss", "alpha", "host", "arm"),
+    [
+        ("simclr", 1.0, 1.0, "SimCLR"),
+        ("simclr", 0.9, 1.0, "XD only (SimCLR)"),
+        ("simclr", 0.9, 1.5, "SACL-XD (SimCLR)"),
+        ("cosine", 1.0, 1.0, "cosine and coding rate"),
+        ("cosine", 1.0, 1.5, "SACL only (cosine and coding rate)"),
+    ],
+)
+def test_another_loss_is_in_the_arms_name(write, loss, alpha, host, arm):
+    assignments = [
+        f"loss.name='{loss}'",
+        f"loss.alpha={alpha}",
+        f"host.width={host}",
+        "coding_rate.weight=0.1",
+    ]
+    assert read_recipe(write(MINIMAL), assignments).arm == arm
+
+
 def test_mistyped_optimiser_suggests_the_near_one(write):
     with pytest.raises(
         RecipeError, match=r"'optim\.name' is 'adam', not one of lars, adamw, sgd \(did you mean 'adamw'\?\)"

@@ -92,6 +92,13 @@ def _training_rows(training: dict[str, Any], widths: list[dict[str, Any]]) -> li
         ("training, total", _total(total), "projector apart"),
         ("projector", _total(projector), f"{100 * projector / total:.1f} % on top"),
     ]
+    if training["local_views_flops_per_image"]:
+        local = training["local_views_flops_per_image"]
+        share = 100 * local / training["flops_per_image"]
+        rows.append(("local views", f"{_flops(local)} per image", f"{share:.1f} % of the training"))
+    if training["coding_rate_total_flops"]:
+        rate = training["coding_rate_total_flops"]
+        rows.append(("coding rate", _total(rate), f"{100 * rate / total:.1f} % on top"))
     if len(widths) == 1:
         return rows
     further = training["further_widths_total_flops"]

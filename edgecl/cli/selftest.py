@@ -17,6 +17,10 @@ ARMS = (
     "SACL-XD, slow start",
     "SACL-XD, 4 widths",
     "SACL-XD, 2 parts",
+    "SACL-XD, coding rate",
+    "SACL-XD, symmetric",
+    "SACL-XD, local views",
+    "SimCLR",
 )
 
 selftest_app = typer.Typer(

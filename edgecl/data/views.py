@@ -1,7 +1,8 @@
-"""A batch of pictures -> two augmented views, batched on the pictures' device, every sample different.
+"""A batch of pictures -> two whole views and any number of small local ones, augmented, every sample different.
 
-The operators and their order are torchvision's (random resized crop, flip, colour jitter, greyscale, blur,
-solarise), and so are the distributions of their parameters; the tests hold both to torchvision.
+They are made in batches, on the pictures' device. The operators and their order are torchvision's (random resized crop,
+flip, colour jitter, greyscale, blur, solarise), and so are the distributions of their parameters; the tests hold both to
+torchvision.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,7 +30,8 @@ from edgecl.recipe import Views
 Floats = NDArray[np.float64]
 Rows = NDArray[np.int64]
 
-VIEWS: tuple[Literal["a"], Literal["b"]] = ("a", "b")
+WHOLE = ("a", "b")
+"""The two views that every run has; of a pair of settings the first holds for a, the second for all other views."""
 
 # Blur is stated for this side (BYOL's) and scales with the view.
 _BLUR_VIEW_SIZE = 224
@@ -72,32 +74,35 @@ def make_views(
     settings: Views,
     *,
     image_size: int,
+    local_size: int | None = None,
     mean: Sequence[float],
     std: Sequence[float],
     seed: int,
     epoch: int,
-) -> tuple[Tensor, Tensor]:
-    """Make views A and B of every picture.
+) -> list[Tensor]:
+    """Make views A and B of every picture, and its local views.
 
     Args:
         batch: pictures, on the device where the views are wanted.
         settings: probabilities and strengths.
-        image_size: side of a view, pixels.
+        image_size: side of views A and B, pixels.
+        local_size: side of a local view, pixels; None means half of image_size.
         mean: of each channel, in 0..1.
         std: of each channel, in 0..1.
         seed: of the run.
         epoch: 0-based.
 
     Returns:
-        Twice (N, 3, image_size, image_size), normalised, on the batch's device; float32 even under autocast.
+        A and B, (N, 3, image_size, image_size), then the local views, (N, 3, local_size, local_size); normalised, on
+        the batch's device; float32 even under autocast.
     """
     sizes = batch.sizes.cpu().numpy()
-    drawn = [
-        draw_parameters(
-            batch.indices, sizes, settings, view=name, image_size=image_size, seed=seed, epoch=epoch
-        )
-        for name in VIEWS
-    ]
+    sides = dict.fromkeys(WHOLE, image_size)
+    sides |= {f"local-{number}": local_size or image_size // 2 for number in range(settings.local_count)}
+    drawn = {
+        name: draw_parameters(batch.indices, sizes, settings, view=name, side=side, seed=seed, epoch=epoch)
+        for name, side in sides.items()
+    }
     device = batch.canvases.device
     count = len(sizes)
     # All at once on a GPU, and where threads share the work. On one core a large picture alone stays in its cache:
@@ -105,20 +110,15 @@ def make_views(
     alone = device.type == "cpu" and image_size >= _ALONE_FROM and torch.get_num_threads() == 1
     if alone:
         _keep_freed_memory()
-    shape = (count, 3, image_size, image_size)
-    views = [torch.empty(shape, dtype=torch.float32, device=device) for _ in VIEWS] if alone else []
+    pieces: dict[str, list[Tensor]] = {name: [] for name in sides}
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         for rows in [slice(row, row + 1) for row in range(count)] if alone else [slice(count)]:
             pictures = batch.canvases[rows].float().div_(255)
-            for number, parameters in enumerate(drawn):
+            for name, parameters in drawn.items():
                 part = Parameters._make(column[rows] for column in parameters)
-                view = render_view(pictures, sizes[rows], part, settings, image_size=image_size)
-                view = _normalised(view, mean, std)
-                if alone:
-                    views[number][rows] = view
-                else:
-                    views.append(view)
-    return views[0], views[1]
+                view = render_view(pictures, sizes[rows], part, settings, side=sides[name])
+                pieces[name].append(_normalised(view, mean, std))
+    return [parts[0] if len(parts) == 1 else torch.cat(parts) for parts in pieces.values()]
 
 
 def draw_parameters(
@@ -126,8 +126,8 @@ def draw_parameters(
     sizes: NDArray[np.integer[Any]],
     settings: Views,
     *,
-    view: Literal["a", "b"],
-    image_size: int,
+    view: str,
+    side: int,
     seed: int,
     epoch: int,
 ) -> Parameters:
@@ -137,8 +137,8 @@ def draw_parameters(
         indices: (N,) pictures.
         sizes: (N, 2) true height and width, pixels.
         settings: probabilities and strengths.
-        view: which of the two.
-        image_size: side of a view, pixels.
+        view: 'a', 'b', or 'local-' with a number.
+        side: of the view, pixels.
         seed: of the run.
         epoch: 0-based.
     """
@@ -146,16 +146,15 @@ def draw_parameters(
     def draw(what: str, count: int) -> Floats:
         return uniforms(seed, epoch, indices, stream=f"view-{view} {what}", count=count)
 
-    which = VIEWS.index(view)
+    which = 0 if view == "a" else 1
+    scale = settings.crop_scale if view in WHOLE else settings.local_scale
     chance = draw("chances", 6)
     strengths = np.array([settings.brightness, settings.contrast, settings.saturation, settings.hue])
     low = np.array([*(1 - strengths[:3]).clip(0), -strengths[3]])
     high = np.array([*(1 + strengths[:3]), strengths[3]])
-    sigma_low, sigma_high = (sigma * image_size / _BLUR_VIEW_SIZE for sigma in settings.blur_sigma)
+    sigma_low, sigma_high = (sigma * side / _BLUR_VIEW_SIZE for sigma in settings.blur_sigma)
     return Parameters(
-        boxes=_crop_boxes(
-            draw("crop", 2 * _CROP_ATTEMPTS + 2), sizes, settings.crop_scale, settings.crop_ratio
-        ),
+        boxes=_crop_boxes(draw("crop", 2 * _CROP_ATTEMPTS + 2), sizes, scale, settings.crop_ratio),
         flip=chance[:, 0] < settings.flip,
         flip_vertical=chance[:, 1] < settings.flip_vertical,
         jitter=chance[:, 2] < settings.jitter,
@@ -174,7 +173,7 @@ def render_view(
     parameters: Parameters,
     settings: Views,
     *,
-    image_size: int,
+    side: int,
 ) -> Tensor:
     """Apply drawn parameters.
 
@@ -183,12 +182,12 @@ def render_view(
         sizes: (N, 2) true height and width, pixels.
         parameters: of N samples.
         settings: those that the parameters were drawn with.
-        image_size: side of the view, pixels.
+        side: of the view, pixels.
 
     Returns:
-        (N, 3, image_size, image_size) float32 in 0..1, a new tensor.
+        (N, 3, side, side) float32 in 0..1, a new tensor.
     """
-    view = _crop(pictures, sizes, parameters, image_size)
+    view = _crop(pictures, sizes, parameters, side)
     _jitter(view, parameters, settings)
     _change(view, np.flatnonzero(parameters.grey), lambda part: _grey(part).expand_as(part))
     blurred = np.flatnonzero(parameters.blur & (parameters.sigma > _SIGMA_WITHOUT_EFFECT))
@@ -205,20 +204,18 @@ def render_view(
 def write_views_grid(
     path: Path | str,
     batch: Batch,
-    view_a: Tensor,
-    view_b: Tensor,
+    views: Sequence[Tensor],
+    *,
     mean: Sequence[float],
     std: Sequence[float],
-    *,
     count: int = 8,
 ) -> None:
-    """Write a PNG: pictures in their true proportions above, view A below them, view B at the bottom.
+    """Write a PNG: pictures in their true proportions above, below them a row for each view.
 
     Args:
         path: of the PNG.
         batch: pictures.
-        view_a: (N, 3, H, W) float32, normalised.
-        view_b: like view A.
+        views: (N, 3, H, W) float32 each, normalised; all are drawn at the side of the first.
         mean: that the views were normalised with.
         std: that the views were normalised with.
         count: of pictures shown, the first of the batch.
@@ -227,16 +224,16 @@ def write_views_grid(
         ArtifactError: the disk is full.
     """
     count = min(count, len(batch.indices))
-    side = view_a.shape[-1]
+    side = views[0].shape[-1]
     tile = side * max(1, math.ceil(_TILE / side))
     step = tile + _GAP
-    page = Image.new("RGB", (count * step - _GAP, 3 * step - _GAP), "white")
+    page = Image.new("RGB", (count * step - _GAP, (1 + len(views)) * step - _GAP), "white")
     for column in range(count):
         height, width = (int(pixels) for pixels in batch.sizes[column])
         shape = (max(1, tile * width // max(height, width)), max(1, tile * height // max(height, width)))
         whole = _image(batch.canvases[column]).resize(shape, Image.Resampling.BILINEAR)
         page.paste(whole, (column * step + (tile - shape[0]) // 2, (tile - shape[1]) // 2))
-        for row, view in enumerate((view_a, view_b), start=1):
+        for row, view in enumerate(views, start=1):
             part = _image(_denormalised(view[column], mean, std))
             page.paste(part.resize((tile, tile), Image.Resampling.NEAREST), (column * step, row * step))
     png = io.BytesIO()
@@ -274,19 +271,17 @@ def _crop_boxes(
     return np.stack([top, left, h, w], axis=1)
 
 
-def _crop(
-    pictures: Tensor, sizes: NDArray[np.integer[Any]], parameters: Parameters, image_size: int
-) -> Tensor:
+def _crop(pictures: Tensor, sizes: NDArray[np.integer[Any]], parameters: Parameters, side: int) -> Tensor:
     # Crops become fractions of the picture, and so hold for the canvas whatever its side.
     start = parameters.boxes[:, :2] / sizes
     extent = parameters.boxes[:, 2:] / sizes
     flips = np.stack([parameters.flip_vertical, parameters.flip], axis=1)
     start, extent = np.where(flips, start + extent, start), np.where(flips, -extent, extent)
     # The grid runs over -1..1 from edge to edge. (affine_grid would take three times as long.)
-    centres = (np.arange(image_size) + 0.5) / image_size
+    centres = (np.arange(side) + 0.5) / side
     places = 2 * (start[:, :, None] + extent[:, :, None] * centres) - 1
     y, x = _sent(places, pictures).unbind(1)
-    shape = (len(sizes), image_size, image_size)
+    shape = (len(sizes), side, side)
     grid = torch.stack((x[:, None, :].expand(shape), y[:, :, None].expand(shape)), dim=-1)
     return F.grid_sample(pictures, grid, mode="bilinear", padding_mode="border", align_corners=False)
 

@@ -30,7 +30,14 @@ from edgecl.data.sources import has_test_split, open_source
 from edgecl.data.unreadable import say_skipped
 from edgecl.deploy.accuracy import HOLDOUT, MAX_BAD_FRACTION, open_judge
 from edgecl.deploy.engine import compile_rtx
-from edgecl.deploy.forms import PARITY_IMAGES, Form, float_net, make_forms, torch_outputs
+from edgecl.deploy.forms import (
+    PARITY_IMAGES,
+    REFERENCE_IMAGES,
+    Form,
+    float_net,
+    make_forms,
+    torch_outputs,
+)
 from edgecl.deploy.onboard_zip import write_onboard
 from edgecl.deploy.onnx import INPUT, OUTPUT, save_onnx
 from edgecl.deploy.parity import slim_view_rung
@@ -47,7 +54,6 @@ from edgecl.target import Precision, Target, read_target, target_name
 
 Array = NDArray[numpy.float32]
 
-REFERENCE_IMAGES = 16
 LEAST_CALIBRATION_IMAGES = 64
 SPEED_S = 2.0
 

@@ -374,4 +374,4 @@ def _channel_axis(node: onnx.NodeProto) -> int:
 
 def _is_depthwise(node: onnx.NodeProto, weights: Array) -> bool:
     """Tell whether every channel is convolved alone, into one."""
-    return 1 < attribute(node, "group", 1) == weights.shape[0] and weights.shape[1] == 1
+    return bool(1 < attribute(node, "group", 1) == weights.shape[0] and weights.shape[1] == 1)

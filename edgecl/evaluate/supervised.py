@@ -15,6 +15,7 @@ from edgecl.data.randomness import permutation
 from edgecl.data.views import draw_parameters, render_view
 from edgecl.errors import DeviceError, NonFiniteError
 from edgecl.evaluate.labelled import Part
+from edgecl.nets.small_maps import small_maps_sped_up
 from edgecl.progress import Progress
 from edgecl.recipe import Fraction, Views
 from edgecl.settings import Settings
@@ -114,17 +115,17 @@ def train_classifier(
     if settings.backbone_lr_fraction == 0:
         net.eval()
     order = permutation(settings.seed, 0, len(part))
-    with Progress(what, total=steps, unit="steps") as progress:
+    with small_maps_sped_up(net), Progress(what, total=steps, unit="steps") as progress:
         for step in range(steps):
             epoch, place = divmod(step, per_epoch)
             if place == 0:
                 order = permutation(settings.seed, epoch, len(part))
             index = order[place * batch : (place + 1) * batch]
             drawn = draw_parameters(
-                index, sizes[index], views, view="a", image_size=size, seed=settings.seed, epoch=epoch
+                index, sizes[index], views, view="a", side=size, seed=settings.seed, epoch=epoch
             )
             pictures = part.images[torch.from_numpy(index)].to(device).float().div_(255)
-            images = render_view(pictures, sizes[index], drawn, views, image_size=size)
+            images = render_view(pictures, sizes[index], drawn, views, side=size)
             loss = functional.cross_entropy(
                 net(_standardise(images, preprocessing).contiguous(memory_format=torch.channels_last)),
                 part.labels[torch.from_numpy(index)].to(device),

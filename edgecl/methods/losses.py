@@ -1,4 +1,4 @@
-"""Cross-correlation and cross-distillation losses, as functions of projections."""
+"""Losses between two sets of projections, and the coding rate of one set; all of the global batch."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed
 from torch import Tensor
+from torch.nn import functional
 
 from edgecl.errors import ShapeError
 from edgecl.nets.sync_norms import process_count, sum_over_processes
@@ -45,17 +46,24 @@ def cross_correlation(z_a: Tensor, z_b: Tensor) -> Tensor:
 
     Source: Zbontar et al. 2021, arXiv:2103.03230, equation 2, with the biased variance and epsilon of batch norm.
     """
+    _check_pair(z_a, z_b)
+    with torch.autocast(device_type=z_a.device.type, enabled=False):
+        a, count = _standardise(_wide(z_a))
+        b, _ = _standardise(_wide(z_b))
+        return _sum_of_matrices(a.T @ b) / count
+
+
+def _check_pair(z_a: Tensor, z_b: Tensor) -> None:
     if z_a.ndim != 2 or z_a.shape != z_b.shape:
         raise ShapeError(
             f"projections must be two (N, D) tensors, got {tuple(z_a.shape)} and {tuple(z_b.shape)}"
         )
     if z_a.shape[0] < 2:
-        raise ShapeError(f"a correlation needs at least 2 samples, got {z_a.shape[0]}")
-    with torch.autocast(device_type=z_a.device.type, enabled=False):
-        dtype = torch.promote_types(z_a.dtype, torch.float32)
-        a, count = _standardise(z_a.to(dtype))
-        b, _ = _standardise(z_b.to(dtype))
-        return _sum_of_matrices(a.T @ b) / count
+        raise ShapeError(f"a batch of projections needs at least 2 samples, got {z_a.shape[0]}")
+
+
+def _wide(z: Tensor) -> Tensor:
+    return z.to(torch.promote_types(z.dtype, torch.float32))
 
 
 def _standardise(z: Tensor) -> tuple[Tensor, int]:
@@ -94,24 +102,103 @@ def cross_correlation_loss(z_a: Tensor, z_b: Tensor, *, off_diagonal: float) -> 
     )
 
 
-def cross_distillation_loss(z: Tensor, frozen_z: Tensor, *, off_diagonal: float) -> Tensor:
-    """Pull projections towards those of the other, frozen encoder on the same view.
+def contrastive_loss(z_a: Tensor, z_b: Tensor, *, temperature: float) -> Tensor:
+    """Tell each picture's other view from all other views of the batch (NT-Xent).
 
     Args:
-        z: (N, D) projections that learn.
-        frozen_z: (N, D) projections [z] of the same images by the other encoder; no gradient flows into them.
-        off_diagonal: weight of the redundancy term, unitless, >= 0.
+        z_a: (N, D) projections of view A; any scale.
+        z_b: (N, D) projections of view B; same dtype and device as z_a.
+        temperature: of the softmax over cosines, > 0.
 
     Returns:
-        () the correlation loss between z and [z]. Between equal encoders the diagonal is 1 and only the
-        decorrelation of z's own dimensions is left.
+        () mean cross-entropy over the 2N views of the global batch, nats; float32 even under autocast.
 
     Raises:
         ShapeError: shapes differ, or N < 2.
 
-    Source: Meng et al. 2023 (SACL-XD, NeurIPS), equation 10: L_D has the form of L_SACL.
+    Source: Chen et al. 2020 (SimCLR), arXiv:2002.05709, equation 1.
     """
-    return cross_correlation_loss(z, frozen_z.detach(), off_diagonal=off_diagonal).total
+    _check_pair(z_a, z_b)
+    with torch.autocast(device_type=z_a.device.type, enabled=False):
+        views = torch.cat([_of_all_processes(functional.normalize(_wide(z), dim=1)) for z in (z_a, z_b)])
+        similarity = views @ views.T / temperature
+        # A view is no candidate for itself.
+        similarity = similarity.masked_fill(
+            torch.eye(len(views), dtype=torch.bool, device=views.device), float("-inf")
+        )
+        other_view = torch.arange(len(views), device=views.device).roll(len(views) // 2)
+        return functional.cross_entropy(similarity, other_view)
+
+
+def alignment_loss(z_a: Tensor, z_b: Tensor) -> Tensor:
+    """Turn the projections of two views into the same direction.
+
+    Nothing in it keeps the projections apart: it needs the coding rate beside it.
+
+    Args:
+        z_a: (N, D) projections of view A; any scale.
+        z_b: (N, D) projections of view B; same dtype and device as z_a.
+
+    Returns:
+        () mean of 2 - 2 cos of the standardised projections over the global batch; float32 even under autocast.
+
+    Raises:
+        ShapeError: shapes differ, or N < 2.
+
+    Source: Tong et al. 2023 (EMP-SSL), arXiv:2304.03977, the similarity term of equation 5.
+    """
+    _check_pair(z_a, z_b)
+    with torch.autocast(device_type=z_a.device.type, enabled=False):
+        # Standardised as in the coding rate: a mean that all projections share would align them for nothing.
+        a, b = (_standardise(_wide(z))[0] for z in (z_a, z_b))
+        cosines = functional.cosine_similarity(a, b, dim=1)
+        return 2 - 2 * sum_over_processes(cosines.sum()) / (len(cosines) * process_count())
+
+
+def coding_rate(z: Tensor, *, epsilon: float) -> Tensor:
+    """Measure how many directions a batch of projections fills: 1/2 logdet(I + D / (N epsilon) Z^T Z).
+
+    Rows of Z are the projections, standardised per dimension over the batch and then scaled to length 1. The
+    determinant pulls hardest on the smallest eigenvalues, where the correlation losses hardly pull at all.
+
+    Args:
+        z: (N, D) projections; any scale.
+        epsilon: precision of the code, > 0: the smaller, the more small directions count.
+
+    Returns:
+        () rate in nats, to be made large; float32 even under autocast (float64 for float64 inputs); not a number where
+            the projections are none.
+
+    Raises:
+        ShapeError: not (N, D), or N < 2.
+
+    Source: Yu et al. 2020 (MCR2), arXiv:2006.08558, equation 7; standardised as SACL-XD's projections are.
+    """
+    _check_pair(z, z)
+    with torch.autocast(device_type=z.device.type, enabled=False):
+        rows, count = _standardise(_wide(z))
+        rows = functional.normalize(rows, dim=1)
+        dimensions = rows.shape[1]
+        # Both products give the same determinant (Sylvester). Only the D x D one is a sum over processes.
+        few = count < dimensions and process_count() == 1
+        product = rows @ rows.T if few else _sum_of_matrices(rows.T @ rows)
+        identity = torch.eye(len(product), dtype=rows.dtype, device=rows.device)
+        # Its eigenvalues are at least 1, so it has a Cholesky factor however few directions are filled. `cholesky` would
+        # wait for the device to say so, and raise where the guard leaves the step out.
+        factor, failed = torch.linalg.cholesky_ex(
+            identity + dimensions / (count * epsilon) * product, check_errors=False
+        )
+        rate: Tensor = factor.diagonal().log().sum()
+        return rate.masked_fill(failed != 0, torch.nan)
+
+
+def _of_all_processes(x: Tensor) -> Tensor:
+    """Join the rows of all processes, in the order of their ranks, with a gradient."""
+    if process_count() == 1:
+        return x
+    whole = x.new_zeros(process_count(), *x.shape)
+    whole[torch.distributed.get_rank()] = x
+    return sum_over_processes(whole).flatten(0, 1)
 
 
 def _sum_of_matrices(x: Tensor) -> Tensor:

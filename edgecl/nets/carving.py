@@ -29,8 +29,8 @@ def create_slimmable(recipe: Recipe) -> SlimmableNet:
     """Build the encoder a recipe trains, with random weights.
 
     Raises:
-        RecipeError: unknown architecture.
-        SliceError: a slim net is not a prefix of the host.
+        RecipeError: unknown architecture, or one that does not take pictures of the recipe's sizes.
+        SliceError: a slim net is not a prefix of the host, or the host cannot begin as its slim nets.
     """
 
     def build(width: float) -> nn.Module:
@@ -47,21 +47,24 @@ def create_slimmable(recipe: Recipe) -> SlimmableNet:
         slim_width=recipe.slim.width,
         other_widths=recipe.slim.all_widths[1:],
     )
-    _try_image_size(net, recipe)
+    sizes = [recipe.data.image_size, *([recipe.local_size] if recipe.views.local_count else [])]
+    for size in sizes:
+        _try_image_size(net, recipe.host.arch, size)
+    if recipe.host.nested_start:
+        net.nest()
     return net
 
 
-def _try_image_size(net: SlimmableNet, recipe: Recipe) -> None:
+def _try_image_size(net: SlimmableNet, arch: str, size: int) -> None:
     """Run one blank picture: some nets, transformers among them, take one size only."""
-    size = recipe.data.image_size
     net.eval()
     try:
         with torch.no_grad():
             net.forward_slim(torch.zeros(1, 3, size, size))
     except (RuntimeError, AssertionError, ValueError) as complaint:
         raise RecipeError(
-            f"'{recipe.host.arch}' does not take pictures of {size} x {size}: {str(complaint).splitlines()[0]}",
-            hint="set [data] image_size to a size the net takes, or choose another net",
+            f"'{arch}' does not take pictures of {size} x {size}: {str(complaint).splitlines()[0]}",
+            hint="set [data] image_size or [views] local_size to a size the net takes, or choose another net",
         ) from complaint
     finally:
         net.train()
@@ -118,7 +121,7 @@ def carve(
 
     Raises:
         ArtifactError: no run directory, no such whole checkpoint in it, or the output exists.
-        SliceError: the run was not trained at this width.
+        SliceError: the run was not trained at this width, or it is that of a host with the slim net's skip connections.
         DataError: recalibration needs the run's images and they are gone.
     """
     run_dir = RunDir(run)
@@ -129,6 +132,11 @@ def carve(
     net.load_state_dict(read.model)
     width = recipe.slim.width if width is None else width
     tensors = backbone_tensors(net, width=width)
+    if width == net.host_width and net.host_skips:
+        raise SliceError(
+            f"cannot carve the host: its skip connections are the slim net's, not timm's, in {', '.join(net.host_skips)}",
+            hint=f"carve a slim width, {', '.join(map(width_as_given, net.slim_widths))}; only they are for use",
+        )
     backbone = create_backbone(recipe.host.arch, width=width, stem_stride=recipe.host.stem_stride)
     backbone.load_state_dict(tensors)
     if recalibrate_norms:

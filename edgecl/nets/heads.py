@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from edgecl.nets.backbone import activate_beside_input, create_backbone, feature_count
+from edgecl.nets.small_maps import speed_up_small_maps
 
 
 class Projector(nn.Sequential):
@@ -34,6 +35,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.backbone = create_backbone(arch, width=width, stem_stride=stem_stride)
         activate_beside_input(self.backbone)
+        speed_up_small_maps(self.backbone)
         self.projector = Projector(feature_count(self.backbone), projector)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import contextlib
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -133,8 +134,10 @@ class SlimmableNet(nn.Module):
         # No submodules: of a skeleton only the norms, registered below, are parameters, and its convolutions stay
         # on the meta device for good. A slim net as wide as the host is the host and has no view.
         self._views: dict[float, SlimView] = {}
+        self.host_skips: dict[str, int] = {}
+        """Blocks of the host whose skip connection `nest` changed -> how many of their first channels have one."""
         self.watched: dict[str, Tensor] | None = None
-        """When set to a dict, passes of the slim width that learn leave their slices here, gradients retained."""
+        """When set to a dict, a backward pass adds here the gradients of the slices of the slim width's passes, by name."""
         for width in self.slim_widths:
             if width != host_width:
                 self._add_view(build, width)
@@ -205,6 +208,46 @@ class SlimmableNet(nn.Module):
                 where=where,
                 hint=_NESTING_HINT,
             )
+
+    def nest(self) -> None:
+        """Let the host begin as its slim nets plus channels that do not touch them yet.
+
+        Every weight that leads from a channel outside a slim net to one inside it becomes zero, so that the host computes
+        exactly what the slim net computes on the outputs they share. The weights into the other channels stay, so
+        gradients reach them and they join in as they learn. Where only one of host and slim net has a skip connection,
+        the host is made like the slim net: `host_skips` tells which blocks.
+
+        Raises:
+            SliceError: two slim nets differ in their skip connections, so that the host cannot be like both.
+        """
+        whole = dict(self.host.named_parameters())
+        with torch.no_grad():
+            for view in self._views.values():
+                for name, block in view.slices.items():
+                    if name in whole and len(block) > 1:
+                        rows, columns = block[0].stop, block[1].stop
+                        whole[name][:rows, columns:] = 0
+        self._match_skips()
+
+    def _match_skips(self) -> None:
+        """Give the host the skip connections of the slim nets."""
+        if not self._views:
+            return
+        hosts = dict(self.host.named_modules())
+        views = list(self._views.values())
+        for name, block in views[0].skeleton.named_modules():
+            skips = getattr(block, "has_skip", None)
+            for other in views[1:]:
+                if getattr(other.skeleton.get_submodule(name), "has_skip", None) != skips:
+                    raise SliceError(
+                        f"the slim nets of width {views[0].width:g} and {other.width:g} differ in the skip connection of "
+                        f"'{name}', so no host can begin as both",
+                        hint="set [host] nested_start = false, or choose other [slim] widths",
+                    )
+            if skips is not None and skips != getattr(hosts[name], "has_skip", None):
+                last = [layer for layer in block.modules() if isinstance(layer, nn.Conv2d)][-1]
+                self.host_skips[name] = last.out_channels if skips else 0
+        limit_skips(self.host, self.host_skips)
 
     @property
     def has_slim(self) -> bool:
@@ -292,8 +335,7 @@ class SlimmableNet(nn.Module):
         if self.watched is not None and torch.is_grad_enabled() and view.width == self.slim_width:
             for name in view.slices:
                 if tensors[name].requires_grad:
-                    tensors[name].retain_grad()
-                    self.watched[name] = tensors[name]
+                    tensors[name].register_hook(partial(_add_to, self.watched, name))
         outputs: Tensor = functional_call(view.skeleton, tensors, (images,))
         return outputs
 
@@ -328,18 +370,27 @@ class SlimmableNet(nn.Module):
         return outputs
 
     @contextlib.contextmanager
-    def frozen(self) -> Iterator[None]:
-        """Give passes that learn nothing: no gradient, batch statistics used, running statistics left alone."""
+    def untracked(self) -> Iterator[None]:
+        """Let training passes use batch statistics and leave the running ones alone."""
         norms: list[Any] = [module for module in self.modules() if is_norm(module)]
         tracked = [norm.track_running_stats for norm in norms]
         for norm in norms:
             norm.track_running_stats = False
         try:
-            with torch.no_grad():
-                yield
+            yield
         finally:
             for norm, track in zip(norms, tracked, strict=True):
                 norm.track_running_stats = track
+
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Give passes that learn nothing: no gradient, batch statistics used, running statistics left alone."""
+        with self.untracked(), torch.no_grad():
+            yield
+
+
+def _add_to(sums: dict[str, Tensor], name: str, gradient: Tensor) -> None:
+    sums[name] = sums[name] + gradient if name in sums else gradient
 
 
 class _DenseBlock(torch.autograd.Function):
@@ -367,6 +418,25 @@ def _dense_block(whole: Tensor, block: tuple[slice, ...]) -> Tensor:
     """
     view = whole[block]
     return view if view.shape == whole.shape else cast(Tensor, _DenseBlock.apply(whole, block))
+
+
+def limit_skips(net: nn.Module, skips: dict[str, int]) -> None:
+    """Let blocks skip their first channels only.
+
+    Args:
+        net: of timm's blocks; changed in place.
+        skips: name of a block -> how many channels, 0 for none.
+    """
+    for name, channels in skips.items():
+        block = net.get_submodule(name)
+        setattr(block, "has_skip", False)  # noqa: B010 - timm's attribute, unknown to nn.Module's types
+        if channels:
+            block.register_forward_hook(partial(_skip_first, channels))
+
+
+def _skip_first(channels: int, block: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    """Add the first channels of a block's input to those of its output, as a forward hook."""
+    return torch.cat([output[:, :channels] + inputs[0][:, :channels], output[:, channels:]], dim=1)
 
 
 @contextlib.contextmanager

@@ -31,6 +31,7 @@ from edgecl.quality import spread
 from edgecl.recipe import Recipe
 from edgecl.train.guard import Guard
 from edgecl.train.monitor import CollapseAlarm, MetricsFile, read_metrics
+from edgecl.train.plateau import RECORDS, PlateauAlarm
 from edgecl.train.preemption import StopRequest
 from edgecl.train.quality import QualityWatch, quality_of
 from edgecl.train.resume import newest_checkpoint
@@ -72,6 +73,11 @@ class Training:
         self.quality = QualityWatch(recipe, source=source, images=len(images), accelerator=accelerator)
         self.guard = Guard(max_skipped=recipe.run.max_skipped)
         self.alarm = CollapseAlarm(run=run_dir.path, warn=_warn)
+        self.plateau = PlateauAlarm(warn=_warn)
+        # A tenth of the way: late enough for the records that the alarm asks for.
+        self._early_look = max(-(-self.total_steps // 10), RECORDS * recipe.run.log_every)
+        if self._early_look >= min(recipe.run.quality_epochs * self.steps_per_epoch, self.total_steps):
+            self._early_look = 0
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go back to where a checkpoint was written."""
@@ -80,6 +86,7 @@ class Training:
         self.stepper.restore(checkpoint.state)
         self.guard.restore(checkpoint.state.get("guard", {}))
         self.alarm.restore(checkpoint.state.get("alarm", {}))
+        self.plateau.restore(checkpoint.state.get("plateau", {}))
         self.step = checkpoint.step
 
     def fit(self, *, stop: StopRequest, on_checkpoint: Callable[[int], None]) -> int:
@@ -133,6 +140,8 @@ class Training:
         """Train to the end of the epoch; return the signal by which the run shall end before, or 0."""
         recipe = self.recipe
         epoch, done = divmod(self.step, self.steps_per_epoch)
+        if self.step == 0:
+            self._record_quality(self.quality.measure(self.net, untrained=True))
         dense = epoch < recipe.slim.slow_start * recipe.run.epochs
         batches = self.images.batches(
             recipe.run.seed,
@@ -145,12 +154,11 @@ class Training:
         clock, since = time.monotonic(), self.step
         with contextlib.closing(cast(Generator[Batch, None, None], batches)):
             for batch in batches:
-                view_a, view_b = self._views(batch, epoch)
+                views = self._views(batch, epoch)
                 due = (self.step + 1) % recipe.run.log_every == 0 or self.step + 1 == self.total_steps
                 self.stepper.rate_factor = self.guard.rate_factor
                 outcome = self.stepper(
-                    view_a,
-                    view_b,
+                    views,
                     number=self.step,
                     dense=dense,
                     widths=sandwich(self.net.slim_widths, seed=recipe.run.seed, step=self.step),
@@ -174,12 +182,13 @@ class Training:
                     return outcome.stop
         return 0
 
-    def _views(self, batch: Batch, epoch: int) -> tuple[Tensor, Tensor]:
+    def _views(self, batch: Batch, epoch: int) -> list[Tensor]:
         recipe = self.recipe
-        view_a, view_b = make_views(
+        view_a, view_b, *local = make_views(
             batch,
             recipe.views,
             image_size=recipe.data.image_size,
+            local_size=recipe.local_size,
             mean=recipe.data.mean,
             std=recipe.data.std,
             seed=recipe.run.seed,
@@ -187,11 +196,16 @@ class Training:
         )
         if self.step == 0 and self.accelerator.is_main_process:
             write_views_grid(
-                self.run_dir.views_file, batch, view_a, view_b, mean=recipe.data.mean, std=recipe.data.std
+                self.run_dir.views_file,
+                batch,
+                [view_a, view_b, *local],
+                mean=recipe.data.mean,
+                std=recipe.data.std,
             )
         # Decided once for the global batch, so that every process swaps alike.
         draw = uniforms(recipe.run.seed, 0, numpy.array([self.step]), stream="swap-views", count=1)[0, 0]
-        return (view_b, view_a) if draw < recipe.loss.swap_views else (view_a, view_b)
+        pair = [view_b, view_a] if draw < recipe.loss.swap_views else [view_a, view_b]
+        return [*pair, *local]
 
     def _left_out(self, outcome: Outcome) -> bool:
         """Record a step whose loss is not finite; return whether the run must go back."""
@@ -201,6 +215,7 @@ class Training:
             "sacl": losses.sacl,
             "xd_host": losses.xd_host,
             "xd_slim": losses.xd_slim,
+            "coding_rate": losses.coding_rate,
         }
         text = ", ".join(
             f"{name} {float(term.detach()):g}" for name, term in terms.items() if term is not None
@@ -251,6 +266,7 @@ class Training:
         self.net.load_state_dict(create_slimmable(self.recipe).state_dict())
         self.stepper.optimizer.state.clear()
         self.alarm.restore({})
+        self.plateau.restore({})
         self.step = 0
 
     def _record_step(self, outcome: Outcome, progress: Progress, *, images_per_s: float) -> None:
@@ -264,6 +280,7 @@ class Training:
             "sacl": float(losses.sacl),
             "xd_host": None if losses.xd_host is None else float(losses.xd_host),
             "xd_slim": None if losses.xd_slim is None else float(losses.xd_slim),
+            "coding_rate": None if losses.coding_rate is None else float(losses.coding_rate),
             "diagonal": float(losses.diagonal),
             "off_diagonal_rms": float(losses.off_diagonal_rms),
             "std": float(spread(slim_b)),
@@ -277,6 +294,7 @@ class Training:
             {key: value for key, value in record.items() if value is not None}, step=self.step
         )
         self._warned(self.alarm.check(record))
+        self._say_plateau(self.plateau.check(record))
         progress.advance(0, note=f"loss {record['loss']:.3g}, diagonal {record['diagonal']:.2f}")
 
     def _end_step(self, outcome: Outcome, on_checkpoint: Callable[[int], None]) -> bool:
@@ -288,7 +306,8 @@ class Training:
         save = save or (run.checkpoint_steps is not None and self.step % run.checkpoint_steps == 0)
         scheduled = save
         save = save or outcome.stop != 0
-        measure = within == 0 and (last or epoch % run.quality_epochs == 0)
+        regular = within == 0 and (last or epoch % run.quality_epochs == 0)
+        measure = regular or self.step == self._early_look
         if not (save or measure):
             return True
         # Norms that are not synchronised differ between processes; what would be written decides for all.
@@ -301,16 +320,23 @@ class Training:
             return False
         quality = None
         if measure:
-            record = {"step": self.step, "epoch": float(epoch), **looks}
             quality = quality_of(looks)
-            if self.metrics:
-                self.metrics.append(record)
-            self._warned(self.alarm.check_quality(record))
+            record = self._record_quality(looks)
+            if regular:
+                self._warned(self.alarm.check_quality(record))
         if scheduled:
             self.guard.start_anew()
         if save:
             self._save(on_checkpoint, quality=quality)
         return True
+
+    def _record_quality(self, looks: dict[str, float | None]) -> dict[str, Any]:
+        record = {"step": self.step, "epoch": self.step / self.steps_per_epoch, **looks}
+        if self.metrics:
+            self.metrics.append(record)
+        images, features = self.quality.shape
+        self._say_plateau(self.plateau.check_quality(record, images=images, features=features))
+        return record
 
     def _save(self, on_checkpoint: Callable[[int], None], *, quality: dict[str, Any] | None = None) -> None:
         """Begin to write a checkpoint, in the main process."""
@@ -326,6 +352,7 @@ class Training:
                 **self.stepper.state(),
                 "guard": self.guard.state(),
                 "alarm": self.alarm.state(),
+                "plateau": self.plateau.state(),
             },
             quality=quality,
             on_written=partial(on_checkpoint, self.step),
@@ -346,6 +373,10 @@ class Training:
     def _warned(self, cause: str | None) -> None:
         if cause:
             self._record_event("warning", because=cause)
+
+    def _say_plateau(self, words: str | None) -> None:
+        if words:
+            self._record_event("warning", because="plateau", words=words)
 
     @property
     def _where(self) -> dict[str, object]:

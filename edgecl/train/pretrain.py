@@ -60,6 +60,9 @@ from edgecl.train.resume import (
     was_launched_as,
 )
 
+# Of a view: three channels of float32.
+_BYTES_PER_PIXEL = 3 * 4
+
 
 def pretrain(
     recipe: Recipe,
@@ -93,7 +96,9 @@ def pretrain(
         the record in run.json.
 
     Raises:
-        RecipeError: no data named, a resumed run had another recipe, or processes have different ones.
+        RecipeError: no data named, a resumed run had another recipe, processes have different ones, the net does not
+            take pictures of the recipe's sizes, or a step's views do not fit into memory.
+        SliceError: a slim net is not a prefix of the host, or the host cannot begin as its slim nets.
         DataError: no images, too few for a batch, or too many unreadable.
         ArtifactError: the output exists or is in use, or the disk is full.
         CollapseError, NonFiniteError: the run must not go on.
@@ -165,6 +170,10 @@ def _run(
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     main = accelerator.is_main_process
+    # Before the images are read, which can take hours: what the recipe asks for may not be possible.
+    _check_memory(recipe, accelerator.device)
+    torch.manual_seed(recipe.run.seed)
+    net = create_slimmable(recipe)
     source = open_source(uri, split="train", download=download, index_dir=_index_beside(run_dir))
     other: list[str] = []
     left_out: list[str] = []
@@ -186,8 +195,6 @@ def _run(
         changes = [*changes, *(other or check_images(run_dir, images, allowed=allow))]
     processes.agree({"images": f"{len(images)} with the fingerprint {source.fingerprint[:16]}"})
     checkpoint = processes.from_main(newest_checkpoint(run_dir) if resume and main else None)
-    torch.manual_seed(recipe.run.seed)
-    net = create_slimmable(recipe)
     training = Training(
         recipe, net=net, images=images, source=source, accelerator=accelerator, run_dir=run_dir
     )
@@ -228,13 +235,18 @@ def _run(
             **{f"slim_at_{width:g}": _count_slim(net, width) for width in net.slim_widths[1:]},
         },
         "versions": _versions(),
+        # Blocks of the host that a nested start gave the slim net's skip connection -> how many channels have one.
+        "host_skips": net.host_skips,
         "launch": processes.launch(),
+        # Set while training is stuck on the plateau of one dimension, and at the end when it ended there.
+        "plateau": training.plateau.verdict(),
         "state": "running",
         "step": training.step,
         "wall_s": 0.0,
     }
     before_s = 0.0
     if main:
+        _say_host_skips(net)
         if resume:
             earlier = run_dir.read()
             surroundings = other_surroundings(earlier, record)
@@ -262,7 +274,7 @@ def _run(
     def keep(step: int) -> None:
         # A run that ends here keeps its step and its time, also when it is killed.
         with writing:
-            record["step"] = step
+            record["step"], record["plateau"] = step, training.plateau.verdict()
             state = record["state"] if ended else "running"
             write_json(run_dir.record_file, {**record, "state": state, "wall_s": elapsed()})
 
@@ -279,7 +291,7 @@ def _run(
         for tracker in accelerator.trackers:
             tracker.finish()
         if main:
-            record["wall_s"] = elapsed()
+            record["wall_s"], record["plateau"] = elapsed(), training.plateau.verdict()
             record["data"]["skipped"] = list(images.skipped)
             if not images.is_cached:
                 # Met on the way; images held in memory were counted without them.
@@ -296,6 +308,20 @@ def _run(
             signal=stopped_by,
         )
     return record
+
+
+def _say_host_skips(net: SlimmableNet) -> None:
+    if net.host_skips:
+        changes = [
+            f"{block} adds its input to its first {channels} channels only"
+            if channels
+            else f"{block} has none"
+            for block, channels in net.host_skips.items()
+        ]
+        sys.stderr.write(
+            "edgecl: nested start: the host's skip connections are made like the slim net's; "
+            f"{', '.join(changes)}\n"
+        )
 
 
 def _say_resuming(training: Training, *, changes: list[str], surroundings: list[str]) -> None:
@@ -331,6 +357,24 @@ def _check_shares(recipe: Recipe) -> None:
             f"a share of {batch // world} images cannot be cut into {parts} equal parts of two or more",
             hint="set [run] accumulate to "
             + (" or ".join(str(n) for n in range(1, batch // world // 2 + 1) if batch // world % n == 0)),
+        )
+
+
+def _check_memory(recipe: Recipe, device: torch.device) -> None:
+    """Refuse a step whose views alone do not fit into the memory of the device they are made on."""
+    views, share = recipe.views, recipe.data.batch_size // processes.world_size()
+    pixels = 2 * recipe.data.image_size**2 + views.local_count * recipe.local_size**2
+    needed = share * pixels * _BYTES_PER_PIXEL
+    if device.type == "cuda":
+        there, holds = torch.cuda.get_device_properties(device).total_memory, "the GPU"
+    else:
+        there, holds = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine"
+    if needed > there:
+        raise RecipeError(
+            f"the {share} x {2 + views.local_count} views of one step take {needed / 2**30:.1f} GiB, "
+            f"and {holds} has {there / 2**30:.1f} GiB of memory",
+            hint="lower [data] batch_size or image_size"
+            + (", or [views] local_count or local_size" if views.local_count else ""),
         )
 
 

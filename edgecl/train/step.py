@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,10 +14,10 @@ from torch import Tensor
 
 from edgecl import processes
 from edgecl.data.randomness import whole_numbers
-from edgecl.methods.sacl_xd import Losses, Passes, Projections, SaclXd
+from edgecl.methods.sacl_xd import Comparison, Losses, Passes, Projections, SaclXd
 from edgecl.nets.slimming import SlimmableNet
 from edgecl.nets.sync_norms import synchronise_norms
-from edgecl.recipe import Recipe
+from edgecl.recipe import CodingRate, Loss, Recipe
 from edgecl.train.monitor import gradient_norms
 from edgecl.train.optim import create_optimizer, create_schedule
 
@@ -53,12 +54,7 @@ class Step:
         run = recipe.run
         self.net = net
         self.accelerator = accelerator
-        self.method = SaclXd(
-            alpha=recipe.loss.alpha,
-            off_diagonal=recipe.loss.off_diagonal,
-            scale=recipe.loss.scale,
-            xd_direction=recipe.loss.xd_direction,
-        )
+        self.method = create_method(recipe.loss, recipe.coding_rate)
         self.rate_factor = 1.0
         """What the schedule's rate is multiplied by."""
         self._seed = run.seed
@@ -74,19 +70,20 @@ class Step:
         optimizer = create_optimizer(net, recipe.optim, batch_size=recipe.data.batch_size)
         self.passes, self.optimizer = accelerator.prepare(Passes(net, self.method), optimizer)
         self._local_passes: Passes = accelerator.unwrap_model(self.passes)
+        total_steps = steps_per_epoch * run.epochs
+        self._rate_weight = partial(coding_rate_weight, recipe.coding_rate, total_steps=total_steps)
         self._schedule = create_schedule(
             optimizer,
             recipe.optim,
             batch_size=recipe.data.batch_size,
             steps_per_epoch=steps_per_epoch,
-            total_steps=steps_per_epoch * run.epochs,
+            total_steps=total_steps,
         )
         self._statistics = _Statistics(net)
 
     def __call__(
         self,
-        view_a: Tensor,
-        view_b: Tensor,
+        views: Sequence[Tensor],
         *,
         number: int,
         dense: bool = False,
@@ -97,10 +94,10 @@ class Step:
         """Take one step.
 
         Args:
-            view_a: (n, 3, H, W) for the host, this process's share of the batch.
-            view_b: (n, 3, H, W) for the slim nets.
+            views: (n, 3, H, W) for the host, the same for the slim nets, then any local views, (n, 3, h, w) each, for
+                the slim net; this process's share of the batch.
             number: steps taken before this one.
-            dense: both views through the host (slow start).
+            dense: all views through the host (slow start).
             widths: which slim nets take part, the slim width always; None means all.
             watch: also measure gradient norms, for which the host process waits.
             stop: the signal by which this process was asked to end; 0 when it was not.
@@ -108,8 +105,7 @@ class Step:
         self.passes.train()
         self._statistics.remember()
         given = _Input(
-            view_a.contiguous(memory_format=self._memory_format),
-            view_b.contiguous(memory_format=self._memory_format),
+            [view.contiguous(memory_format=self._memory_format) for view in views],
             number,
             dense,
             widths,
@@ -142,14 +138,11 @@ class Step:
         self.net.watched = {} if given.watch else None
         self._seed_layers(given.number, part=0)
         with self.accelerator.autocast():
-            projections = self.passes(given.view_a, given.view_b, given.dense, given.widths)
-        losses = self.method.losses(projections)
+            projections = self.passes(given.views, given.dense, given.widths)
+        losses = self.method.losses(projections, rate_weight=self._rate_weight(given.number))
         vote = _Vote(losses.total, stop=given.stop)
         self.accelerator.backward(losses.total)
-        watched = {
-            name: piece.grad for name, piece in (self.net.watched or {}).items() if piece.grad is not None
-        }
-        self.net.watched = None
+        watched, self.net.watched = self.net.watched or {}, None
         return _Learnt(losses, projections, vote, watched)
 
     def _in_parts(self, given: _Input) -> _Learnt:
@@ -161,35 +154,42 @@ class Step:
 
         Source: Gao et al. 2021 (GradCache), arXiv:2101.06983, section 3.
         """
-        parts = list(zip(given.view_a.chunk(self._parts), given.view_b.chunk(self._parts), strict=True))
+        parts = list(zip(*(view.chunk(self._parts) for view in given.views), strict=True))
         ahead: list[Projections] = []
-        for part, (part_a, part_b) in enumerate(parts):
+        for part, views in enumerate(parts):
             self._seed_layers(given.number, part=part)
             with self.net.frozen(), self.accelerator.autocast():
-                ahead.append(self._local_passes(part_a, part_b, given.dense, given.widths))
-        projections = _joined(ahead)
-        losses = self.method.losses(projections)
+                ahead.append(self._local_passes(views, given.dense, given.widths))
+        projections = self._joined(ahead)
+        losses = self.method.losses(projections, rate_weight=self._rate_weight(given.number))
         vote = _Vote(losses.total, stop=given.stop)
         self.accelerator.backward(losses.total)
         pulls = [
             leaf.grad.chunk(self._parts)  # type: ignore[union-attr]
-            for leaf in (projections.host_a, *projections.slim_b)
+            for leaf in projections.tensors()
+            if leaf.requires_grad
         ]
-        watched: dict[str, Tensor] = {}
-        for part, (part_a, part_b) in enumerate(parts):
+        self.net.watched = {} if given.watch else None
+        for part, views in enumerate(parts):
             last = part == self._parts - 1
-            self.net.watched = {} if given.watch else None
             self._seed_layers(given.number, part=part)
             # Gradients travel once, with the last part.
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.passes):
                 with self.accelerator.autocast():
-                    learnt = self.passes(part_a, part_b, given.dense, given.widths, True)
-                torch.autograd.backward([learnt.host_a, *learnt.slim_b], [pull[part] for pull in pulls])
-            for name, piece in (self.net.watched or {}).items():
-                if piece.grad is not None:
-                    watched[name] = piece.grad if name not in watched else watched[name] + piece.grad
-        self.net.watched = None
+                    learnt = self.passes(views, given.dense, given.widths, True)
+                torch.autograd.backward(learnt.tensors(), [pull[part] for pull in pulls])
+        watched, self.net.watched = self.net.watched or {}, None
         return _Learnt(losses, projections, vote, watched)
+
+    def _joined(self, parts: list[Projections]) -> Projections:
+        """Join parts of a batch; the projections that learn become leaves that collect gradients."""
+        whole = parts[0].with_tensors(
+            [torch.cat(pieces) for pieces in zip(*(part.tensors() for part in parts), strict=True)]
+        )
+        frozen = [] if self.method.four_learn else [whole.slim_a, whole.host_b]
+        for z in whole.tensors():
+            z.requires_grad_(all(z is not target for target in frozen))
+        return whole
 
     def _seed_layers(self, number: int, *, part: int) -> None:
         """Seed layers that draw random numbers (dropout, stochastic depth), so that nothing depends on history."""
@@ -217,11 +217,31 @@ class Step:
             scaler.load_state_dict(state["scaler"])
 
 
+def create_method(loss: Loss, coding_rate: CodingRate) -> SaclXd:
+    """Return the method that a recipe's settings describe."""
+    return SaclXd(
+        alpha=loss.alpha,
+        comparison=Comparison(loss.name, off_diagonal=loss.off_diagonal, temperature=loss.temperature),
+        scale=loss.scale,
+        xd_direction=loss.xd_direction,
+        symmetric=loss.symmetric,
+        learn_targets=loss.learn_targets,
+        rate_epsilon=coding_rate.epsilon,
+        rate_encoders=coding_rate.encoders,
+    )
+
+
+def coding_rate_weight(coding_rate: CodingRate, step: int, *, total_steps: int) -> float:
+    """Return the weight of the coding rate in a step, 0-based: constant, or falling in a line to 0 at `until`."""
+    if coding_rate.until is None:
+        return coding_rate.weight
+    return coding_rate.weight * max(0.0, 1 - step / (coding_rate.until * total_steps))
+
+
 class _Input(NamedTuple):
     """What a step is made of, as `Step.__call__` takes it."""
 
-    view_a: Tensor
-    view_b: Tensor
+    views: list[Tensor]
     number: int
     dense: bool
     widths: Sequence[float] | None
@@ -294,20 +314,3 @@ class _Statistics:
         """Restore them."""
         for live, kept in self._groups.values():
             torch._foreach_copy_(live, kept)
-
-
-def _joined(parts: list[Projections]) -> Projections:
-    """Join parts of a batch; the learning projections become leaves that collect gradients."""
-
-    def leaf(pieces: list[Tensor]) -> Tensor:
-        return torch.cat(pieces).requires_grad_()
-
-    first = parts[0]
-    host_a = leaf([part.host_a for part in parts])
-    slim_b = tuple(leaf([part.slim_b[which] for part in parts]) for which in range(len(first.slim_b)))
-
-    def frozen(name: str) -> Tensor | None:
-        pieces = [getattr(part, name) for part in parts]
-        return None if pieces[0] is None else torch.cat(pieces)
-
-    return Projections(host_a, slim_b, frozen("frozen_slim_a"), frozen("frozen_host_b"))

@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -33,22 +35,18 @@ def batch_of(canvases, size=None):
     return Batch(np.arange(count), canvases, sizes)
 
 
-def draw(views, *, count=N, size=(SIDE, SIDE), view="a", image_size=SIDE, seed=0, epoch=0):
+def draw(views, *, count=N, size=(SIDE, SIDE), view="a", side=SIDE, seed=0, epoch=0):
     sizes = np.tile(np.array(size), (count, 1))
-    return draw_parameters(
-        np.arange(count), sizes, views, view=view, image_size=image_size, seed=seed, epoch=epoch
-    )
+    return draw_parameters(np.arange(count), sizes, views, view=view, side=side, seed=seed, epoch=epoch)
 
 
-def render(views, canvases=None, size=None, image_size=SIDE):
+def render(views, canvases=None, size=None, side=SIDE):
     """Return pictures in 0..1, view A and its parameters."""
     batch = batch_of(pictures() if canvases is None else canvases, size)
     sizes = batch.sizes.numpy()
-    parameters = draw_parameters(
-        batch.indices, sizes, views, view="a", image_size=image_size, seed=0, epoch=0
-    )
+    parameters = draw_parameters(batch.indices, sizes, views, view="a", side=side, seed=0, epoch=0)
     scaled = batch.canvases.float() / 255
-    return scaled, render_view(scaled, sizes, parameters, views, image_size=image_size), parameters
+    return scaled, render_view(scaled, sizes, parameters, views, side=side), parameters
 
 
 def each(operator, images, *columns):
@@ -99,7 +97,7 @@ def test_jitter_applies_its_operators_in_each_samples_own_order():
 def test_grey_pixels_keep_their_colour_whatever_the_hue():
     grey = torch.full((4, 3, 8, 8), 90, dtype=torch.uint8)
     before, after, _ = render(
-        settings(jitter=1.0, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.5), grey, image_size=8
+        settings(jitter=1.0, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.5), grey, side=8
     )
     torch.testing.assert_close(after, before, atol=1e-6, rtol=0)
 
@@ -133,7 +131,7 @@ def test_blur_of_a_large_view_equals_torchvisions():
     # Side 130 is no multiple of the pieces a large picture is blurred in; these sigmas are 1 to 2.5 there.
     views = settings(blur=(1.0, 0.0), blur_sigma=(1.8, 4.3))
     canvases = pictures(6, side=130)
-    parameters = draw(views, count=6, size=(130, 130), image_size=130)
+    parameters = draw(views, count=6, size=(130, 130), side=130)
     (after, _) = make_views(
         batch_of(canvases), views, image_size=130, mean=NO_MEAN, std=NO_STD, seed=0, epoch=0
     )
@@ -163,9 +161,7 @@ def test_flips_mirror_the_picture():
 
 def test_crops_equal_torchvisions_where_nothing_is_downsampled():
     side, crop = 32, 96  # pictures are enlarged, where antialiasing changes nothing
-    before, after, parameters = render(
-        settings(crop_scale=(0.2, 0.6), crop_ratio=(0.75, 4 / 3)), image_size=crop
-    )
+    before, after, parameters = render(settings(crop_scale=(0.2, 0.6), crop_ratio=(0.75, 4 / 3)), side=crop)
 
     def cut(image, box):
         top, left, height, width = (int(pixels) for pixels in box)
@@ -256,7 +252,7 @@ def test_all_24_orders_of_jitter_are_equally_likely():
 
 
 def test_blur_scales_with_the_view():
-    sigma = draw(Views(blur_sigma=(0.1, 2.0)), count=5000, image_size=112).sigma
+    sigma = draw(Views(blur_sigma=(0.1, 2.0)), count=5000, side=112).sigma
     assert sigma.min() == pytest.approx(0.05, abs=0.01)
     assert sigma.max() == pytest.approx(1.0, abs=0.01)
 
@@ -295,9 +291,9 @@ def test_large_views_made_one_after_another_equal_those_made_together(image_size
     batch = batch_of(canvases, (90, 130))
     alone = make_views(batch, views, image_size=image_size, mean=NO_MEAN, std=NO_STD, seed=0, epoch=0)
     for name, view in zip(("a", "b"), alone, strict=True):
-        parameters = draw(views, count=24, size=(90, 130), view=name, image_size=image_size)
+        parameters = draw(views, count=24, size=(90, 130), view=name, side=image_size)
         together = render_view(
-            canvases.float() / 255, batch.sizes.numpy(), parameters, views, image_size=image_size
+            canvases.float() / 255, batch.sizes.numpy(), parameters, views, side=image_size
         )
         differing = (view - together).abs() > 1e-5
         assert differing.float().mean() < 1e-4  # rounding decides at the threshold of solarise
@@ -351,11 +347,73 @@ def test_views_on_a_gpu_wait_for_nothing():
         torch.cuda.set_sync_debug_mode("default")
 
 
+LOCAL = Views(local_count=3, local_scale=(0.05, 0.3))
+
+
+def views_with(local_count, rows=range(8), *, epoch=0, **settings):
+    canvases = pictures()[list(rows)]
+    batch = Batch(np.array(rows), canvases, torch.full((len(canvases), 2), SIDE, dtype=torch.int32))
+    views = LOCAL.model_copy(update={"local_count": local_count, **settings})
+    return make_views(
+        batch, views, image_size=SIDE, local_size=20, mean=NO_MEAN, std=NO_STD, seed=0, epoch=epoch
+    )
+
+
+@pytest.mark.parametrize("local_count", [0, 1, 3])
+def test_local_views_follow_the_whole_ones_at_their_own_size(local_count):
+    views = views_with(local_count)
+    assert [tuple(view.shape) for view in views] == [(8, 3, SIDE, SIDE)] * 2 + [(8, 3, 20, 20)] * local_count
+    assert all(view.dtype == torch.float32 for view in views)
+
+
+def test_local_views_have_streams_of_their_own():
+    """Views of one picture all differ, and none depends on how many there are."""
+    none, one, three = (views_with(count) for count in (0, 1, 3))
+    for views in (one, three):
+        assert torch.equal(views[0], none[0])
+        assert torch.equal(views[1], none[1])
+    assert torch.equal(one[2], three[2])
+    for first, second in itertools.combinations(three[2:], 2):
+        assert ((first - second).abs().mean(dim=(1, 2, 3)) > 1e-3).all()
+
+
+def test_a_local_view_depends_on_seed_epoch_and_picture_alone():
+    together = views_with(3)
+    alone = views_with(3, rows=range(4, 6))
+    for whole, part in zip(together, alone, strict=True):
+        torch.testing.assert_close(part, whole[4:6], atol=1e-6, rtol=0)
+    assert not torch.equal(views_with(3, epoch=1)[3], together[3])
+
+
+def test_local_crops_have_the_area_asked_for():
+    boxes = draw(LOCAL, count=2000, view="local-1", side=20).boxes
+    area = boxes[:, 2] * boxes[:, 3] / SIDE**2
+    # Whole pixels: a box may be half a pixel larger or smaller in each direction.
+    assert 0.03 < area.min() < 0.07
+    assert 0.26 < area.max() < 0.34
+    assert draw(LOCAL, count=2000, view="b", side=20).boxes[:, 2:].prod(axis=1).max() > 0.9 * SIDE**2
+
+
+def test_local_views_are_varied_like_view_b():
+    local = draw(Views(local_count=1), count=4000, view="local-0", side=16)
+    assert local.solarize.mean() == pytest.approx(0.2, abs=0.03)
+    assert local.blur.mean() == pytest.approx(Views().blur[1], abs=0.03)
+    assert local.sigma.max() <= 2.0 * 16 / 224
+
+
+def test_the_grid_has_a_row_for_each_local_view(tmp_path):
+    canvases = pictures(4)
+    batch = batch_of(canvases)
+    write_views_grid(tmp_path / "views.png", batch, views_with(2, rows=range(4)), mean=NO_MEAN, std=NO_STD)
+    with Image.open(tmp_path / "views.png") as page:
+        assert page.size == (4 * 100 - 4, 5 * 100 - 4)
+
+
 def test_the_grid_shows_pictures_above_their_views(tmp_path):
     batch = batch_of(pictures(4), size=(16, 32))
     options = {"mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2)}
     views = make_views(batch, PLAIN, image_size=SIDE, seed=0, epoch=0, **options)
-    write_views_grid(tmp_path / "views.png", batch, *views, **options, count=3)
+    write_views_grid(tmp_path / "views.png", batch, views, **options, count=3)
     with Image.open(tmp_path / "views.png") as page:
         pixels = np.asarray(page)
     assert pixels.shape == (3 * 100 - 4, 3 * 100 - 4, 3)

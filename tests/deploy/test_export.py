@@ -310,10 +310,19 @@ def test_images_that_fine_tuning_held_out_are_judged_on(tmp_path, classifier, ca
     assert (accuracy["data"], accuracy["n"]) == (str(test), 12)
 
 
-def test_few_images_give_no_verdict(tmp_path, classifier):
+@pytest.fixture
+def lenient(tmp_path):
+    """A target for TensorRT that takes INT8 as it comes: a net of seconds may be near no tolerance."""
+    lines = ["runtime = 'tensorrt'", "device = 'gpu'", "precisions = ['fp16', 'int8']", "[tolerance.int8]"]
+    lines += ["max_relative_difference = 100", "top1_agreement = 0", "mean_cosine = 0"]
+    (tmp_path / "lenient.toml").write_text("\n".join(lines))
+    return str(tmp_path / "lenient.toml")
+
+
+def test_few_images_give_no_verdict(tmp_path, classifier, lenient):
     few = write_folder(tmp_path / "few", per_class=5)
     manifest = export(
-        classifier[0], target="jetson", eval_uri=str(few), precisions=["int8"], out=tmp_path / "b"
+        classifier[0], target=lenient, eval_uri=str(few), precisions=["int8"], out=tmp_path / "b"
     )
     assert manifest["precision"] == "fp32"
     assert manifest["precisions"]["int8"]["verdict"]["words"] == (
@@ -321,12 +330,12 @@ def test_few_images_give_no_verdict(tmp_path, classifier):
     )
 
 
-def test_classifier_without_labelled_images_is_not_judged(tmp_path, classifier):
+def test_classifier_without_labelled_images_is_not_judged(tmp_path, classifier, lenient):
     other = write_folder(tmp_path / "other", per_class=60, classes={"x": (1, 2, 3), "y": (200, 1, 9)})
     model = shutil.copytree(classifier[0], tmp_path / "m")
     record = json.loads((model / "model.json").read_text())
     write_sealed(model / "model.json", {**record, "data": str(other)})
-    manifest = export(model, target="jetson", precisions=["int8"], out=tmp_path / "b")
+    manifest = export(model, target=lenient, precisions=["int8"], out=tmp_path / "b")
     assert manifest["precisions"]["int8"]["verdict"]["words"].startswith(
         "not judged: no images labelled with the net's classes"
     )
@@ -467,6 +476,25 @@ def test_images_that_are_gone_are_named(tmp_path, carved_model):
     write_sealed(model / "model.json", {**record, "data": f"{tmp_path}/gone"})
     with pytest.raises(DataError, match=f"no folder '{tmp_path}/gone'"):
         export(model, target="ort-cpu", out=tmp_path / "b")
+
+
+@pytest.mark.parametrize("images", [64, 16])
+def test_int8_outside_its_tolerance_is_left_out_and_the_rest_is_written(
+    tmp_path, carved_model, monkeypatch, images
+):
+    """On all images, or only on those that a device will be held to, with which verifying would fail."""
+    pictures = write_folder(tmp_path / "pictures", per_class=40)
+
+    def breaches(step, tolerance):
+        return ["too far"] if (step["to"], step["images"]) == ("ONNX int8", images) else []
+
+    monkeypatch.setattr(edgecl.deploy.forms, "breaches", breaches)
+    manifest = export(
+        carved_model, target="ort-cpu", precisions=["int8"], calibration=str(pictures), out=tmp_path / "b"
+    )
+    assert list(manifest["precisions"]) == ["fp32"]
+    assert manifest["left_out"]["int8"]["verdict"]["outside_tolerance"] == ["too far"]
+    assert not manifest["left_out"]["int8"]["verdict"]["kept"]
 
 
 # --- odd pictures ---

@@ -149,7 +149,6 @@ def test_every_operator_of_a_net_computes_there_what_it_does_here(tmp_path):
     pairs = [(quantise_net("int8-cpu", classifier=classifier), images_of()) for classifier in (True, False)]
     for (model, images), found in zip(pairs, run_there(pairs, tmp_path), strict=True):
         for here in (run(model, images), run(model, images, plain=True)):
-            print(np.abs(found - here).max() / np.abs(here).max())
             assert np.abs(found - here).max() < 0.02 * np.abs(here).max()
 
 
@@ -162,5 +161,4 @@ def test_bundle_computes_there_what_it_does_here(tmp_path, carved_model):
         out = tmp_path / f"{emulated}.npy"
         run_python(RUN_BUNDLE, bundle, out, emulated=emulated, PYTHONPATH=str(bundle / "onboard.pyz"))
         found[emulated] = np.load(out)
-    print(np.abs(found[True] - found[False]).max() / np.abs(found[False]).max())
     assert np.abs(found[True] - found[False]).max() < 0.02 * np.abs(found[False]).max()

@@ -5,7 +5,14 @@ import pytest
 import torch
 
 from edgecl.errors import ShapeError
-from edgecl.methods.losses import cross_correlation, cross_correlation_loss, cross_distillation_loss
+from edgecl.methods.losses import (
+    alignment_loss,
+    coding_rate,
+    contrastive_loss,
+    cross_correlation,
+    cross_correlation_loss,
+)
+from edgecl.methods.sacl_xd import Comparison, Projections, SaclXd
 
 SHAPES = [(2, 3), (8, 1), (16, 5), (5, 16), (64, 32)]
 
@@ -42,6 +49,13 @@ def loss_reference(a, b, off_diagonal):
     return total
 
 
+def distillation_loss(z, target, *, off_diagonal):
+    """L_D(z, [z]) alone, as the method takes it."""
+    comparison = Comparison(off_diagonal=off_diagonal)
+    alone = SaclXd(alpha=0.0, comparison=comparison, xd_direction="slim_only")
+    return alone.losses(Projections(target.detach(), (z,), host_b=target)).total
+
+
 def pair(shape):
     a = projections(shape, seed=1)
     return a, 0.5 * a + projections(shape, seed=2)
@@ -73,7 +87,7 @@ def test_correlation_loss_is_the_references(shape, off_diagonal):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_distillation_loss_is_the_references(shape):
     a, b = pair(shape)
-    found = cross_distillation_loss(torch.from_numpy(a), torch.from_numpy(b), off_diagonal=0.3)
+    found = distillation_loss(torch.from_numpy(a), torch.from_numpy(b), off_diagonal=0.3)
     assert float(found) == pytest.approx(loss_reference(a, b, 0.3), rel=1e-9)
 
 
@@ -134,7 +148,7 @@ def test_autocast_changes_neither_value_nor_dtype(dtype):
     plain = cross_correlation_loss(a, b, off_diagonal=0.1)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         cast = cross_correlation_loss(a, b, off_diagonal=0.1)
-        distilled = cross_distillation_loss(a, b, off_diagonal=0.1)
+        distilled = distillation_loss(a, b, off_diagonal=0.1)
     assert cast.total.dtype == plain.total.dtype == distilled.dtype == torch.float32
     assert torch.equal(cast.total, plain.total)
     assert torch.equal(distilled, plain.total)
@@ -152,7 +166,7 @@ def test_correlation_loss_has_the_gradient_of_finite_differences(shape):
 def test_distillation_loss_has_the_gradient_of_finite_differences(shape):
     a, b = (torch.from_numpy(z) for z in pair(shape))
     assert torch.autograd.gradcheck(
-        lambda z: cross_distillation_loss(z, b, off_diagonal=0.3), (a.requires_grad_(),), atol=1e-5, rtol=1e-4
+        lambda z: distillation_loss(z, b, off_diagonal=0.3), (a.requires_grad_(),), atol=1e-5, rtol=1e-4
     )
 
 
@@ -187,7 +201,7 @@ def distillation_gradient_between_equals(z, off_diagonal):
 def test_distillation_between_equal_encoders_has_the_closed_gradient(shape, off_diagonal):
     z = projections(shape)
     learned = torch.from_numpy(z).requires_grad_()
-    cross_distillation_loss(learned, learned, off_diagonal=off_diagonal).backward()
+    distillation_loss(learned, learned, off_diagonal=off_diagonal).backward()
     expected = distillation_gradient_between_equals(z, off_diagonal)
     np.testing.assert_allclose(learned.grad, expected, rtol=1e-8, atol=1e-12)
 
@@ -202,13 +216,13 @@ def test_only_decorrelation_is_left_between_equal_encoders():
     z = projections((64, 8))
     c = correlation_reference(z, z)
     redundancy = (c**2).sum() - (np.diag(c) ** 2).sum()
-    found = cross_distillation_loss(torch.from_numpy(z), torch.from_numpy(z), off_diagonal=0.2)
+    found = distillation_loss(torch.from_numpy(z), torch.from_numpy(z), off_diagonal=0.2)
     assert float(found) == pytest.approx(0.2 * redundancy, rel=1e-6)
 
 
 def test_no_gradient_flows_into_frozen_projections():
     a, b = (torch.from_numpy(z).requires_grad_() for z in pair((16, 4)))
-    cross_distillation_loss(a, b, off_diagonal=0.1).backward()
+    distillation_loss(a, b, off_diagonal=0.1).backward()
     assert a.grad.abs().max() > 0
     assert b.grad is None
 
@@ -228,11 +242,212 @@ def test_watched_numbers_carry_no_gradient():
         ((4, 3), (5, 3), "projections must be two (N, D) tensors, got (4, 3) and (5, 3)"),
         ((4,), (4,), "projections must be two (N, D) tensors, got (4,) and (4,)"),
         ((4, 3, 1), (4, 3, 1), "projections must be two (N, D) tensors, got (4, 3, 1) and (4, 3, 1)"),
-        ((1, 3), (1, 3), "a correlation needs at least 2 samples, got 1"),
+        ((1, 3), (1, 3), "a batch of projections needs at least 2 samples, got 1"),
     ],
 )
-def test_wrong_shapes_are_named(a, b, text):
-    for loss in (cross_correlation_loss, cross_distillation_loss):
-        with pytest.raises(ShapeError) as caught:
-            loss(torch.zeros(a), torch.zeros(b), off_diagonal=0.1)
-        assert str(caught.value) == text
+@pytest.mark.parametrize("name", ["barlow-twins", "simclr", "cosine"])
+def test_wrong_shapes_are_named(a, b, text, name):
+    with pytest.raises(ShapeError) as caught:
+        Comparison(name)(torch.zeros(a), torch.zeros(b))
+    assert str(caught.value) == text
+
+
+# --- SimCLR's loss, and alignment ---
+
+
+def contrastive_reference(a, b, temperature):
+    """Compute NT-Xent by loops: each view's cross-entropy, its other view against all others of the batch."""
+    views = [z / np.sqrt((z**2).sum()) for z in (*a, *b)]
+    count, total = len(a), 0.0
+    for i, view in enumerate(views):
+        scores = {k: float(view @ other) / temperature for k, other in enumerate(views) if k != i}
+        partner = (i + count) % (2 * count)
+        total += np.log(sum(np.exp(score) for score in scores.values())) - scores[partner]
+    return total / (2 * count)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("temperature", [0.1, 0.5, 1.0])
+def test_contrastive_loss_is_the_references(shape, temperature):
+    a, b = pair(shape)
+    found = contrastive_loss(torch.from_numpy(a), torch.from_numpy(b), temperature=temperature)
+    assert float(found) == pytest.approx(contrastive_reference(a, b, temperature), rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_alignment_loss_is_the_mean_square_distance_on_the_sphere(shape):
+    """Of projections standardised per dimension, as everywhere."""
+    a, b = pair(shape)
+    rows = [standardised_reference(z) for z in (a, b)]
+    x, y = (z / np.sqrt((z**2).sum(axis=1, keepdims=True)) for z in rows)
+    distances = ((x - y) ** 2).sum(axis=1)
+    found = alignment_loss(torch.from_numpy(a), torch.from_numpy(b))
+    assert float(found) == pytest.approx(np.mean(distances), rel=1e-9, abs=1e-12)
+
+
+def test_contrastive_loss_is_small_where_each_picture_has_its_own_direction_and_large_where_all_share_one():
+    apart, together = torch.eye(8), torch.ones(8, 8)
+    assert float(contrastive_loss(apart, apart, temperature=0.05)) < 1e-3
+    # 15 candidates, all alike.
+    assert float(contrastive_loss(together, together, temperature=0.05)) == pytest.approx(
+        np.log(15), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("comparison", [Comparison("simclr", temperature=0.5), Comparison("cosine")])
+def test_losses_on_the_sphere_have_the_gradient_of_finite_differences(comparison):
+    a, b = (torch.from_numpy(z).requires_grad_() for z in pair((6, 4)))
+    assert torch.autograd.gradcheck(comparison, (a, b), atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("comparison", [Comparison("simclr", temperature=0.5), Comparison("cosine")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_changes_no_loss_on_the_sphere(comparison, dtype):
+    a, b = (torch.from_numpy(z).to(dtype) for z in pair((32, 16)))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = comparison(a, b)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, comparison(a, b))
+    wide = comparison(a.double(), b.double())
+    assert float(found) == pytest.approx(float(wide), rel=1e-5)
+
+
+# --- the coding rate ---
+
+RATE_SHAPES = [(3, 2), (8, 1), (16, 5), (5, 16), (64, 32), (32, 64)]
+
+
+def rate_reference(z, epsilon):
+    """Both forms of the determinant, by NumPy in float64: of the N x N and of the D x D matrix."""
+    rows = standardised_reference(z)
+    rows = rows / np.sqrt((rows**2).sum(axis=1, keepdims=True))
+    n, d = rows.shape
+    forms = [
+        np.linalg.slogdet(np.eye(len(product)) + d / (n * epsilon) * product)[1] / 2
+        for product in (rows @ rows.T, rows.T @ rows)
+    ]
+    assert forms[0] == pytest.approx(forms[1], rel=1e-9)
+    return forms[0]
+
+
+def rate_gradient(z, epsilon):
+    """Differentiate the rate by hand.
+
+    With U the rows of length 1, c = d / (n eps): dR/dU = c (I + c U U^T)^-1 U. Through u = s / |s|, with g = dR/du,
+    dR/ds = (g - u (g . u)) / |s|; through the standardisation as in distillation_gradient_between_equals.
+    """
+    mean = z.mean(axis=0)
+    r = 1 / np.sqrt(((z - mean) ** 2).mean(axis=0) + 1e-5)
+    s = (z - mean) * r
+    lengths = np.sqrt((s**2).sum(axis=1, keepdims=True))
+    u = s / lengths
+    n, d = u.shape
+    c = d / (n * epsilon)
+    g = c * np.linalg.solve(np.eye(n) + c * u @ u.T, u)
+    g = (g - u * (g * u).sum(axis=1, keepdims=True)) / lengths
+    return r * (g - g.mean(axis=0) - s * (g * s).mean(axis=0))
+
+
+@pytest.mark.parametrize("shape", RATE_SHAPES)
+@pytest.mark.parametrize("epsilon", [0.01, 0.5, 4.0])
+def test_coding_rate_is_the_references(shape, epsilon):
+    z = projections(shape)
+    found = coding_rate(torch.from_numpy(z), epsilon=epsilon)
+    assert float(found) == pytest.approx(rate_reference(z, epsilon), rel=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(16, 5), (5, 16), (64, 32), (32, 64)])
+@pytest.mark.parametrize("epsilon", [0.05, 0.5])
+def test_coding_rate_has_the_closed_gradient(shape, epsilon):
+    z = projections(shape)
+    learned = torch.from_numpy(z).requires_grad_()
+    coding_rate(learned, epsilon=epsilon).backward()
+    expected = rate_gradient(z, epsilon)
+    np.testing.assert_allclose(learned.grad, expected, rtol=1e-6, atol=1e-9 * abs(expected).max())
+
+
+@pytest.mark.parametrize("shape", [(7, 3), (4, 6)])
+def test_coding_rate_has_the_gradient_of_finite_differences(shape):
+    z = torch.from_numpy(projections(shape)).requires_grad_()
+    assert torch.autograd.gradcheck(lambda z: coding_rate(z, epsilon=0.5), (z,), atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [*RATE_SHAPES, (128, 512), (512, 128)])
+def test_float32_rate_and_gradient_are_the_references_to_single_precision(shape):
+    z = projections(shape).astype(np.float32)
+    learned = torch.from_numpy(z).requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = coding_rate(learned, epsilon=0.5)
+    found.backward()
+    assert found.dtype == torch.float32
+    assert float(found.detach()) == pytest.approx(rate_reference(z.astype(np.float64), 0.5), rel=1e-5)
+    expected = rate_gradient(z.astype(np.float64), 0.5)
+    np.testing.assert_allclose(learned.grad, expected, rtol=0, atol=2e-4 * abs(expected).max() + 1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_changes_no_bit_of_the_rate(dtype):
+    z = torch.from_numpy(projections((32, 16))).to(dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(coding_rate(z, epsilon=0.5), coding_rate(z.float(), epsilon=0.5))
+
+
+@pytest.mark.parametrize("shape", [(64, 16), (16, 64), (64, 512)])
+@pytest.mark.parametrize("noise", [0.0, 1e-7, 1e-3])
+def test_rate_of_one_function_in_every_dimension_is_that_of_one_direction(shape, noise):
+    """Where correlation losses stall. The matrix is I + (d / eps) times a projection: 1/2 log(1 + d / eps)."""
+    n, d = shape
+    draws = np.random.default_rng(0)
+    z = draws.normal(size=(n, 1)) * np.ones((1, d)) + noise * draws.normal(size=shape)
+    expected = np.log(1 + d / 0.5) / 2
+    for dtype in (torch.float64, torch.float32):
+        learned = torch.from_numpy(z).to(dtype).requires_grad_()
+        found = coding_rate(learned, epsilon=0.5)
+        found.backward()
+        assert float(found.detach()) == pytest.approx(expected, rel=1e-3 if noise < 1e-3 else 0.1)
+        assert torch.isfinite(learned.grad).all()
+
+
+@pytest.mark.parametrize("shape", [(8, 4), (4, 8)])
+def test_rate_of_equal_projections_is_nothing_and_pulls_nowhere(shape):
+    z = torch.full(shape, 3.0, requires_grad=True)
+    rate = coding_rate(z, epsilon=0.5)
+    rate.backward()
+    assert float(rate.detach()) == 0
+    assert float(z.grad.abs().max()) == 0
+
+
+@pytest.mark.parametrize("shape", [(64, 16), (16, 64)])
+def test_rate_pulls_apart_what_lies_in_one_direction(shape):
+    """A few steps along the gradient fill more directions."""
+    draws = np.random.default_rng(0)
+    z = torch.from_numpy(draws.normal(size=(shape[0], 1)) + 1e-2 * draws.normal(size=shape)).requires_grad_()
+    before = float(coding_rate(z, epsilon=0.5).detach())
+    for _ in range(20):
+        (gradient,) = torch.autograd.grad(coding_rate(z, epsilon=0.5), z)
+        z = (z + 1e-2 * gradient / gradient.norm()).detach().requires_grad_()
+    assert float(coding_rate(z, epsilon=0.5).detach()) > before + 0.1
+
+
+@pytest.mark.parametrize(("shape", "side"), [((5, 16), 5), ((16, 5), 5), ((8, 8), 8)])
+def test_rate_is_taken_of_the_smaller_matrix(shape, side, monkeypatch):
+    factor, sides = torch.linalg.cholesky_ex, []
+    monkeypatch.setattr(
+        torch.linalg, "cholesky_ex", lambda x, **named: (sides.append(len(x)), factor(x, **named))[1]
+    )
+    coding_rate(torch.from_numpy(projections(shape)), epsilon=0.5)
+    assert sides == [side]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_rate_of_no_numbers_is_none_and_no_error(bad):
+    """The guard leaves such a step out; an exception would end the run."""
+    z = torch.from_numpy(projections((8, 4)))
+    z[2, 1] = bad
+    assert torch.isnan(coding_rate(z, epsilon=0.5))
+
+
+@pytest.mark.parametrize("shape", [(4,), (1, 4)])
+def test_rate_of_too_little_is_named(shape):
+    with pytest.raises(ShapeError):
+        coding_rate(torch.zeros(shape), epsilon=0.5)

@@ -139,6 +139,10 @@ def test_arms_are_all_ways_to_train():
         "SACL-XD, slow start",
         "SACL-XD, 4 widths",
         "SACL-XD, 2 parts",
+        "SACL-XD, coding rate",
+        "SACL-XD, symmetric",
+        "SACL-XD, local views",
+        "SimCLR",
     ]
 
 
@@ -184,6 +188,68 @@ def test_plain_all_reduce_everywhere_fails_by_about_the_number_of_processes(resu
     assert found["loss"] <= TOLERANCE
     assert found["gradients"] > 0.1
     assert found["too short by"] == pytest.approx(int(rank[0]), rel=0.3)
+
+
+LOSSES = """
+import json, sys
+import torch
+from worlds import fork_world
+
+from edgecl import processes
+from edgecl.methods.losses import coding_rate
+from edgecl.methods.sacl_xd import Comparison
+
+FOLDER = sys.argv[1]
+LOSSES = {
+    "coding rate": lambda a, b: coding_rate(a, epsilon=0.5) + coding_rate(b, epsilon=0.1),
+    "simclr": Comparison("simclr", temperature=0.5),
+    "cosine": Comparison("cosine"),
+}
+
+
+def value_and_gradient(loss, a, b):
+    a, b = a.clone().requires_grad_(), b.clone().requires_grad_()
+    total = loss(a, b)
+    total.backward()
+    return total.detach(), torch.stack([a.grad, b.grad])
+
+
+def shared():
+    wholes = {}
+    for dimensions in (3, 32):
+        # One process computes the whole before the others are met; 32 dimensions are more than all samples.
+        a, b = torch.randn(2, 12, dimensions, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        a[:6] += 1
+        for name, loss in LOSSES.items():
+            wholes[name, dimensions] = (a, b, *value_and_gradient(loss, a, b))
+    processes.join("cpu")
+    rank, count = processes.rank(), processes.world_size()
+    rows = {}
+    for (name, dimensions), (a, b, whole, gradient) in wholes.items():
+        mine, pull = value_and_gradient(LOSSES[name], a.chunk(count)[rank], b.chunk(count)[rank])
+        # Data-parallel training averages what the processes find.
+        part = gradient.chunk(count, dim=1)[rank]
+        rows[f"{name} {dimensions}"] = [
+            float(abs(mine - whole) / abs(whole)), float((pull / count - part).abs().max() / part.abs().max())
+        ]
+    with open(f"{FOLDER}/{rank}.json", "w") as file:
+        json.dump(rows, file)
+    processes.leave()
+
+
+fork_world(shared, 2)
+"""
+
+
+def test_rate_and_losses_on_the_sphere_are_of_the_global_batch(tmp_path):
+    script = tmp_path / "losses.py"
+    script.write_text(LOSSES, encoding="utf-8")
+    run_script(script, tmp_path)
+    for rank in range(2):
+        rows = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert len(rows) == 6
+        for name, differences in rows.items():
+            assert max(differences) < 1e-12, (rank, name, differences)
 
 
 @pytest.mark.parametrize("rank", ["2-0", "2-1"])

@@ -27,6 +27,7 @@ STEP_KEYS = {
     "sacl",
     "xd_host",
     "xd_slim",
+    "coding_rate",
     "diagonal",
     "off_diagonal_rms",
     "std",
@@ -93,7 +94,13 @@ def test_every_step_has_every_number(runs, arm):
 @pytest.mark.parametrize("arm", ARMS)
 def test_quality_is_looked_at_each_time_it_is_due(runs, arm):
     records = looks_of(runs / arm)
-    assert [(record["step"], record["epoch"]) for record in records] == [(5, 1.0), (10, 2.0)]
+    # Before the first step, once the plateau alarm has its records, and after each epoch.
+    assert [(record["step"], record["epoch"]) for record in records] == [
+        (0, 0.0),
+        (3, 0.6),
+        (5, 1.0),
+        (10, 2.0),
+    ]
     for record in records:
         assert record.keys() == QUALITY_KEYS
         assert 1 <= record["rankme_host"] <= 40
@@ -208,6 +215,7 @@ def test_view_swap_decides_which_net_sees_which_view(tmp_path, make_recipe, pict
     project, make_views = SaclXd.project, loop.make_views
 
     def note_project(self, net, view_a, view_b, **named):
+        assert named["local"] == []
         seen.append((view_a.clone(), view_b.clone()))
         return project(self, net, view_a, view_b, **named)
 

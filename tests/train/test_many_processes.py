@@ -103,6 +103,15 @@ def scenarios(tmp_path_factory, tables, labelled_pictures):
 
     # Norms over four samples of one pixel divide rounding by next to nothing; these have ten of four.
     apart = {"run__sync_norms": "none", "data__batch_size": 20, "host__stem_stride": 1}
+    everything = {
+        "host__stem_stride": 1,
+        "host__nested_start": True,
+        "data__batch_size": 20,
+        "coding_rate__weight": 0.1,
+        "loss__symmetric": True,
+        "views__local_count": 2,
+        "views__local_size": 24,
+    }
     long = {"run__epochs": 500, "run__quality_epochs": 500}
     table = {
         "one": {"ranks": [words("one")]},
@@ -110,6 +119,8 @@ def scenarios(tmp_path_factory, tables, labelled_pictures):
         "parts": {"ranks": [words("parts", **apart, run__accumulate=2)]},
         "two apart": {"ranks": [words("two-apart", **apart)] * 2},
         "whole": {"ranks": [words("whole", **apart, run__epochs=1)]},
+        "all in one": {"ranks": [words("all-one", **everything)]},
+        "all in two": {"ranks": [words("all-two", **everything)] * 2},
         "slow start": {"ranks": [words("slow", slim__slow_start=0.5, run__quality_epochs=2)] * 2},
         "uneven": {"ranks": [words("uneven", data__batch_size=7)] * 2},
         "other recipe": {"ranks": [words("other"), words("other", optim__lr=2e-4)]},
@@ -155,6 +166,7 @@ def assert_close_runs(one, other):
     assert [record["step"] for record in first] == [record["step"] for record in second]
     for before, after in zip(first, second, strict=True):
         for key in before.keys() - {"images_per_s"}:
+            assert (after[key] is None) == (before[key] is None)
             assert after[key] == pytest.approx(before[key], rel=2e-3, abs=5e-4), (before["step"], key)
     for key in ("loss", "diagonal", "std", "grad_norm_host", "grad_norm_slim"):
         assert second[0][key] == pytest.approx(first[0][key], rel=1e-4, abs=1e-5), key
@@ -172,6 +184,14 @@ def test_two_processes_are_one(scenarios):
     assert codes["two"] == [0, 0], said(folder, "two")
     assert RunDir(folder / "two").read()["processes"] == 2
     assert_close_runs(folder / "one", folder / "two")
+
+
+def test_two_processes_are_one_with_rate_symmetric_passes_and_local_views(scenarios):
+    folder, codes = scenarios
+    assert codes["all in one"] == [0]
+    assert codes["all in two"] == [0, 0], said(folder, "all in two")
+    assert steps_of(folder / "all-one")[0]["coding_rate"] > 0
+    assert_close_runs(folder / "all-one", folder / "all-two")
 
 
 def test_looks_at_quality_are_of_the_net_that_is_saved(scenarios, labelled_pictures):

@@ -8,13 +8,9 @@ import torch
 
 from edgecl.errors import CollapseError
 from edgecl.methods.losses import cross_correlation_loss
-from edgecl.methods.sacl_xd import SaclXd
+from edgecl.methods.sacl_xd import Comparison, SaclXd
 from edgecl.nets.carving import create_slimmable
 from edgecl.train.monitor import CollapseAlarm, MetricsFile, gradient_norms, read_metrics
-
-
-def watched_gradients(watched):
-    return {name: part.grad for name, part in watched.items() if part.grad is not None}
 
 
 def record(step=1, *, loss=1.0, std=0.9, diagonal=0.9, xd_host=0.5):
@@ -141,6 +137,16 @@ def test_a_fresh_run_drops_everything(tmp_path):
     assert read_metrics(path) == []
 
 
+def test_a_run_that_starts_again_keeps_what_happened_but_not_its_first_look(tmp_path):
+    """The look before the first step is taken again."""
+    metrics = MetricsFile(tmp_path / "metrics.jsonl")
+    for record in ({"step": 0, "rankme_host": 9.0}, {"step": 0, "event": "went back"}, {"step": 1}):
+        metrics.append(record)
+    metrics.keep_until(0)
+    metrics.close()
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 0, "event": "went back"}]
+
+
 def test_a_line_torn_by_a_kill_is_left_out(tmp_path):
     path = tmp_path / "metrics.jsonl"
     write_metrics(path, [1, 2])
@@ -174,11 +180,11 @@ def test_gradient_norms_are_those_of_the_two_passes_apart(make_recipe, alpha, di
     torch.manual_seed(0)
     net = create_slimmable(make_recipe())
     views = torch.randn(2, 8, 3, 32, 32)
-    method = SaclXd(alpha=alpha, off_diagonal=0.05, xd_direction=direction)
+    method = SaclXd(alpha=alpha, comparison=Comparison(off_diagonal=0.05), xd_direction=direction)
 
     net.watched = {}
     (method.losses(method.project(net, views[0], views[1])).total * scale).backward()
-    found = gradient_norms(net, watched_gradients(net.watched), scale=scale)
+    found = gradient_norms(net, net.watched, scale=scale)
     net.watched = None
 
     parameters = list(net.parameters())
@@ -202,6 +208,6 @@ def test_one_net_has_no_slim_gradient(make_recipe):
     cross_correlation_loss(
         net.forward_host(views[0]), net.forward_host(views[1]), off_diagonal=0.1
     ).total.backward()
-    found = gradient_norms(net, watched_gradients(net.watched), scale=1.0)
+    found = gradient_norms(net, net.watched, scale=1.0)
     assert found["grad_norm_slim"] is None
     assert found["grad_norm_host"] == pytest.approx(norm(p.grad for p in net.parameters()), rel=1e-6)

@@ -8,6 +8,7 @@ import threading
 import pytest
 import torch
 
+from edgecl import pipeline
 from edgecl.artifacts import RunDir, disk_errors
 from edgecl.checkpoint import read_newest, write_checkpoint
 from edgecl.data import index
@@ -56,7 +57,119 @@ def test_refused_start_keeps_what_was_there(tmp_path, make_recipe, pictures):
     assert [path.name for path in (tmp_path / "runs").iterdir()] == [".edgecl"]
 
 
+NESTED = ["host.nested_start=true", "data.batch_size=8"]
+IMPOSSIBLE = {
+    "a size that the net does not take": (
+        ["host.arch=vit_tiny_patch16_224", "host.width=1.0", "slim.width=1.0"],
+        RecipeError,
+        r"does not take pictures of 32 x 32",
+    ),
+    "local views that the net does not take": (
+        [
+            *("host.arch=vit_tiny_patch16_224", "host.width=1.0", "slim.width=1.0", "data.image_size=224"),
+            *("views.local_count=1", "views.local_size=96"),
+        ],
+        RecipeError,
+        r"does not take pictures of 96 x 96",
+    ),
+    "tensors that do not nest": (
+        [*NESTED, "host.arch=resnet18", "host.width=1.5", "slim.width=1.0"],
+        SliceError,
+        r"cannot slice this net",
+    ),
+    "slim nets that differ in their skips": (
+        [
+            *NESTED,
+            "host.arch=mobilenetv3_large_100",
+            "host.width=1.5",
+            "slim.widths=[0.5, 1.0]",
+            "slim.width=1.0",
+        ],
+        SliceError,
+        r"differ in the skip connection",
+    ),
+    "more views than memory": (
+        ["views.local_count=30", "views.local_size=100000"],
+        RecipeError,
+        r"the 8 x 32 views of one step take \d+\.\d GiB, and this machine has \d+\.\d GiB of memory",
+    ),
+    "views too large for memory": (
+        ["data.image_size=1000000"],
+        RecipeError,
+        r"the 8 x 2 views of one step take \d+\.\d GiB",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", IMPOSSIBLE)
+def test_the_impossible_is_refused_before_the_images_are_read(
+    tmp_path, make_recipe, pictures, monkeypatch, case
+):
+    settings, error, text = IMPOSSIBLE[case]
+    monkeypatch.setattr(pretrain, "open_source", None)
+    with pytest.raises(error, match=text) as caught:
+        train(make_recipe(*settings), tmp_path / "run", pictures)
+    assert caught.value.hint
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_to_lower_is_said_of_more_views_than_memory(tmp_path, make_recipe, pictures):
+    hints = []
+    for settings in (["data.image_size=1000000"], ["views.local_count=30", "views.local_size=100000"]):
+        with pytest.raises(RecipeError) as caught:
+            train(make_recipe(*settings), tmp_path / "run", pictures)
+        hints.append(caught.value.hint)
+    assert all("batch_size or image_size" in hint for hint in hints)
+    assert ["local_count" in hint for hint in hints] == [False, True]
+
+
+def test_views_that_just_fit_are_not_refused(make_recipe, monkeypatch):
+    """8 pictures: two views of 32 pixels a side and three of 16, three channels of four bytes."""
+    needed = 8 * (2 * 32 * 32 + 3 * 16 * 16) * 12
+    recipe = make_recipe("views.local_count=3")
+    memory = {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": needed}
+    monkeypatch.setattr(pretrain.os, "sysconf", memory.__getitem__)
+    pretrain._check_memory(recipe, torch.device("cpu"))
+    memory["SC_PHYS_PAGES"] -= 1
+    with pytest.raises(RecipeError):
+        pretrain._check_memory(recipe, torch.device("cpu"))
+
+
+def test_the_whole_road_refuses_the_impossible_before_the_images_are_read(
+    tmp_path, make_recipe, labelled_pictures, monkeypatch
+):
+    monkeypatch.setattr(pretrain, "open_source", None)
+    with pytest.raises(RecipeError, match="GiB"):
+        pipeline.run(
+            make_recipe("data.image_size=1000000"),
+            recipe_name="tiny",
+            out=tmp_path / "road",
+            data=str(labelled_pictures),
+            device="cpu",
+        )
+    assert not (tmp_path / "road" / "run").exists()
+
+
 # --- the record ---
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_skips_that_a_nested_start_changed_are_recorded_and_said_once(
+    tmp_path, make_recipe, pictures, capsys, nested
+):
+    recipe = make_recipe(
+        "host.arch=mobilenetv3_small_050",
+        "host.width=1.5",
+        "slim.width=1.0",
+        f"host.nested_start={str(nested).lower()}",
+        "run.epochs=1",
+    )
+    record = train(recipe, tmp_path / "run", pictures)
+    said = capsys.readouterr().err
+    assert record["host_skips"] == ({"backbone.blocks.3.0": 24} if nested else {})
+    assert RunDir(tmp_path / "run").read()["host_skips"] == record["host_skips"]
+    assert said.count("skip connections") == nested
+    assert ("backbone.blocks.3.0 adds its input to its first 24 channels only" in said) == nested
 
 
 def test_parameters_of_every_width_are_in_the_record(tmp_path, make_recipe, pictures):

@@ -10,7 +10,8 @@ from accelerate import Accelerator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from edgecl.nets.carving import create_slimmable
-from edgecl.train.step import Step
+from edgecl.recipe import CodingRate
+from edgecl.train.step import Step, coding_rate_weight
 
 
 def make_step(recipe, steps_per_epoch=5):
@@ -35,40 +36,119 @@ class HostReads(TorchDispatchMode):
         return operator(*arguments, **(named or {}))
 
 
-@pytest.mark.parametrize("setting", ["optim.clip_norm=5.0", "run.accumulate=2", "optim.name='lars'"])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "optim.clip_norm=5.0",
+        "run.accumulate=2",
+        "optim.name='lars'",
+        "coding_rate.weight=0.1",
+        "loss.name='simclr'",
+    ],
+)
 def test_no_number_is_read_within_a_step(make_recipe, setting):
     step = make_step(make_recipe(setting))
-    view_a, view_b = views()
-    step(view_a, view_b, number=0)
+    step(views(), number=0)
     with HostReads() as reads:
-        outcome = step(view_a, view_b, number=1)
+        outcome = step(views(), number=1)
     assert reads.count == 0
     assert outcome.finite
     # The check can fail: a record reads.
     with HostReads() as reads:
-        step(view_a, view_b, number=2, watch=True)
+        step(views(), number=2, watch=True)
     assert reads.count > 0
 
 
-def test_parts_take_the_whole_batchs_gradient(make_recipe):
+EVERYTHING = ["coding_rate.weight=0.2", "loss.symmetric=true", "loss.learn_targets=true"]
+WAYS = {
+    "SACL-XD": [],
+    "coding rate": ["coding_rate.weight=0.2"],
+    "learnt targets": ["loss.learn_targets=true"],
+    "symmetric": ["loss.symmetric=true"],
+    "symmetric, slim_only": ["loss.symmetric=true", "loss.xd_direction='slim_only'"],
+    "all of them": EVERYTHING,
+    "one net": ["host.width=0.5", *EVERYTHING],
+    "one net, frozen targets": ["host.width=0.5"],
+    "slow start": ["slim.slow_start=1.0", *EVERYTHING],
+    "SimCLR": ["loss.name='simclr'"],
+    "several widths": ["slim.widths=[0.5, 0.35]", *EVERYTHING],
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_parts_take_the_whole_batchs_gradient(make_recipe, way):
     """Without batch norm in training mode the parts see what the whole sees, and the steps are equal."""
+    given = [*views(), *(view[..., :16, :16] for view in views())]
 
     def gradients(setting):
-        step = make_step(make_recipe(setting, "optim.name='sgd'"))
+        recipe = make_recipe(setting, "optim.name='sgd'", *WAYS[way])
+        step = make_step(recipe)
         step.passes.train = lambda mode=True: step.passes  # stay in evaluation: fixed statistics
         step.net.eval()
         seen = {}
         step.optimizer.step = lambda: seen.update(
-            {name: parameter.grad.clone() for name, parameter in step.net.named_parameters()}
+            {
+                name: parameter.grad.clone()
+                for name, parameter in step.net.named_parameters()
+                if parameter.grad is not None
+            }
         )
-        step(*views(), number=0)
+        outcome = step(given, number=0, dense=recipe.slim.slow_start > 0, watch=True)
+        seen["norms"] = torch.tensor(
+            [norm or 0.0 for norm in outcome.gradient_norms.values()], dtype=torch.float32
+        )
         return seen
 
     whole, parts = gradients("run.accumulate=1"), gradients("run.accumulate=4")
+    assert whole.keys() == parts.keys()
+    torch.testing.assert_close(parts.pop("norms"), whole.pop("norms"), rtol=1e-3, atol=1e-4)
     largest = max(float(gradient.abs().max()) for gradient in whole.values())
     assert largest > 0
     for name, gradient in whole.items():
         torch.testing.assert_close(parts[name], gradient, rtol=1e-3, atol=1e-5 * largest, msg=name)
+
+
+def test_the_norm_of_the_slim_nets_gradient_is_of_all_its_passes(make_recipe):
+    """Against differentiating by the slim passes alone: those of view A, view B and the local ones."""
+    step = make_step(make_recipe("loss.symmetric=true", "optim.name='sgd'"))
+    given = [*views(), *(view[..., :16, :16] for view in views())]
+    step.optimizer.step = lambda: None
+    net = step.net
+    net.watched = {}
+    projections = step.method.project(net, *given[:2], local=given[2:])
+    step.method.losses(projections).total.backward()
+    watched, net.watched = net.watched, None
+    slim = net._views[net.slim_width].slices
+    net.zero_grad()
+    again = step.method.project(net, *given[:2], local=given[2:])
+    cut = again._replace(host_a=again.host_a.detach(), host_b=again.host_b.detach())
+    step.method.losses(cut).total.backward()
+    host = dict(net.host.named_parameters())
+    for name, gradient in watched.items():
+        expected = host[name].grad[slim[name]]
+        torch.testing.assert_close(
+            gradient, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()) + 1e-6, msg=name
+        )
+
+
+@pytest.mark.parametrize(
+    ("until", "expected"), [(None, [0.4] * 4), (1.0, [0.4, 0.3, 0.2, 0.1]), (0.5, [0.4, 0.2, 0.0, 0.0])]
+)
+def test_the_weight_of_the_rate_is_constant_or_falls_in_a_line_to_nothing(until, expected):
+    setting = CodingRate(weight=0.4, until=until)
+    found = [coding_rate_weight(setting, step, total_steps=4) for step in range(4)]
+    assert found == pytest.approx(expected)
+
+
+def test_a_step_takes_the_rate_of_its_number(make_recipe):
+    recipe = make_recipe("coding_rate.weight=0.5", "coding_rate.until=0.5", "optim.lr=0.0")
+    step = make_step(recipe)  # ten steps
+    losses = [step(views(), number=number).losses for number in (0, 4, 5)]
+    assert losses[2].coding_rate is None
+    rates = [float(loss.coding_rate) for loss in losses[:2]]
+    plain = float(losses[2].total.detach())
+    for loss, rate, weight in zip(losses, rates, (0.5, 0.1), strict=False):
+        assert float(loss.total.detach()) == pytest.approx(plain - weight * rate, rel=1e-3)
 
 
 @pytest.mark.slow
@@ -78,7 +158,7 @@ def test_compiled_passes_train_alike(make_recipe):
     losses = {}
     for compiled in ("false", "true"):
         step = make_step(make_recipe("optim.name='sgd'", "optim.lr=1e-5", f"run.compile={compiled}"))
-        losses[compiled] = [float(step(*views(), number=number).losses.total.detach()) for number in range(3)]
+        losses[compiled] = [float(step(views(), number=number).losses.total.detach()) for number in range(3)]
     assert losses["true"] == pytest.approx(losses["false"], rel=1e-3)
 
 
