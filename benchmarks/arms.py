@@ -8,8 +8,9 @@ command goes on, and the same command with another --core helps. Lists may be ed
 
 Every arm gives the same net, is trained on the same images in the same order, and is probed on the same label draws. An
 arm with `match_flops = ["sacl-xd"]` is trained a second time, for as many epochs as cost what sacl-xd costs: passes by
-edgecl.cost.training_cost, projector included, since it is computed too. Choices are made on images held out of the
-training images; the test images are looked at with --on-test only. Differences are paired over seeds, intervals are 95 %.
+edgecl.cost.training_cost, projector and coding rate included, since they are computed too. Choices are made on images
+held out of the training images; the test images are looked at with --on-test only. Differences are paired over seeds,
+intervals are 95 %.
 """
 
 from __future__ import annotations
@@ -159,11 +160,11 @@ def plan(given: Campaign, **common: object) -> list[Row]:
 
 
 def price(recipe: Recipe) -> float:
-    """Return the training FLOPs of one image, the projector included."""
+    """Return the training FLOPs of one image, projector and coding rate included."""
     from edgecl.cost import training_cost
 
     cost = training_cost(recipe, images=1)
-    return cost.flops_per_image + cost.projector_flops
+    return cost.flops_per_image + cost.projector_flops + cost.rate_flops * cost.rate_share
 
 
 def in_turn(rows: list[Row]) -> list[Run]:

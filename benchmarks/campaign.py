@@ -347,6 +347,7 @@ def train(run: Run, recipe: Recipe, out: Path) -> dict:
         "wall_s": record["wall_s"],
         "training_flops": cost.total_flops,
         "projector_flops": cost.projector_flops * cost.images * cost.epochs,
+        "rate_flops": cost.rate_flops * cost.rate_share * cost.images * cost.epochs,
         "diagonal": statistics.mean(step["diagonal"] for step in ends),
         "off_diagonal_rms": statistics.mean(step["off_diagonal_rms"] for step in ends),
         "plateau": (record.get("plateau") or {}).get("words"),
