@@ -23,6 +23,8 @@ from pathlib import Path
 
 BENCHMARKS = Path(__file__).parent
 WHOLE_S = 9 * 60.0
+# Where the cores are shared a toy waits for them: it is to go through, not to be timed.
+TOY_WHOLE_S, TOY_PART_S = 30 * 60.0, 5 * 60.0
 # Of the whole, for the arms; measuring ends where this begins.
 ARMS_S = 4 * 60.0
 # To stop the runs, and then to print their table.
@@ -77,11 +79,11 @@ def parts_as_toys() -> list[Part]:
     photos = [str(BENCHMARKS / "input.py"), "--photo", "96", "72", "--images", "4", "--rounds", "1"]
     step = [str(BENCHMARKS / "step.py"), "--nets", "mobilenetv3_small_100", "--size", "32", "--batch", "8"]
     return [
-        Part("machine", 60, (here, "--part", "machine")),
-        Part("pretrain fp32", 60, (here, "--part", "pretrain", "--toy", "--images", "demo")),
-        Part("input", 60, (*photos, "--device", "cuda")),
-        Part("views", 60, (here, "--part", "views", "--toy")),
-        Part("step fp32", 60, (*step, "--projector", "24", "24", "--rounds", "1")),
+        Part("machine", TOY_PART_S, (here, "--part", "machine")),
+        Part("pretrain fp32", TOY_PART_S, (here, "--part", "pretrain", "--toy", "--images", "demo")),
+        Part("input", TOY_PART_S, (*photos, "--device", "cuda")),
+        Part("views", TOY_PART_S, (here, "--part", "views", "--toy")),
+        Part("step fp32", TOY_PART_S, (*step, "--projector", "24", "24", "--rounds", "1")),
     ]
 
 
@@ -389,7 +391,8 @@ def main() -> None:
 
 def take_turn(given: argparse.Namespace) -> None:
     """Measure, then train, and be done in time."""
-    turn = Turn(given.out, time.monotonic() + WHOLE_S - given.spent)
+    whole = TOY_WHOLE_S if given.toy else WHOLE_S
+    turn = Turn(given.out, time.monotonic() + whole - given.spent)
     scratch = Path(tempfile.mkdtemp(prefix="edgecl-gpu-"))
     directory = scratch / "arms"
     directory.mkdir()

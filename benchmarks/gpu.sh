@@ -2,7 +2,7 @@
 # What only a GPU can tell, in one command of at most nine minutes; stopped at any moment it keeps what it has.
 #
 #     benchmarks/gpu.sh --cifar FOLDER --out DIR        # one GPU; FOLDER holds train.tar.xz and test.tar.xz
-#     benchmarks/gpu.sh --toy --out DIR                 # the same parts on a CPU, tiny: whether they run at all
+#     benchmarks/gpu.sh --toy --out DIR                 # the same parts on a CPU, tiny, without the nine minutes' limit
 #
 # Parts, each in a process of its own with a time limit; one that fails is written down, and the next begins:
 #

@@ -61,7 +61,7 @@ def begin(name, *words):
 
 
 def complete(process):
-    said, complaints = process.communicate(timeout=600)
+    said, complaints = process.communicate(timeout=1800)
     assert process.returncode == 0, complaints
     lines = said.splitlines()
     return "\n".join(lines[:-1]), json.loads(lines[-1])
@@ -359,7 +359,7 @@ def test_the_gpu_run_goes_through_as_a_toy_on_a_cpu(tmp_path):
         capture_output=True,
         text=True,
         env={**environment(), "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""},
-        timeout=600,
+        timeout=1800,
     )
     assert done.returncode == 0, done.stderr
     parts = {

@@ -8,13 +8,17 @@ from types import SimpleNamespace
 
 import onnx
 import pytest
+from typer.testing import CliRunner
 
 import edgecl.pipeline
 from edgecl.artifacts import Bundle, ModelDir, PipelineDir, ReportDir, RunDir, kind_of
+from edgecl.cli import app
 from edgecl.errors import ArtifactError, DataError, RecipeError, TargetError
+from edgecl.nets.heads import Encoder
 from edgecl.onboard.bundle import sha256_of_file
 from edgecl.pipeline import run
 from edgecl.recipe import read_recipe
+from edgecl.report.report import report
 
 
 @pytest.fixture(scope="module")
@@ -333,6 +337,28 @@ def test_report_without_labels_is_written(again, tmp_path, unlabelled_folder, mo
     again(out=tmp_path / "new", resume=False, data=unlabelled_folder)
     record = json.loads((tmp_path / "new" / "report" / "report.json").read_text())
     assert record["comparison"] is None
+
+
+def test_verdict_on_a_stuck_run_begins_with_that(tmp_path, monkeypatch, recipe_file, image_folder):
+    """Every projector repeats its first output, so that no training leaves the plateau."""
+    forward = Encoder.forward
+
+    def repeated(self, images):
+        z = forward(self, images)
+        return z[:, :1].expand(z.shape).contiguous()
+
+    monkeypatch.setattr(Encoder, "forward", repeated)
+    monkeypatch.setattr("edgecl.report.report.report", report)
+    done = CliRunner().invoke(
+        app, ["run", str(recipe_file), "--data", str(image_folder), "--out", str(tmp_path / "out")]
+    )
+    assert done.exit_code == 0, done.output
+    pipeline = PipelineDir(tmp_path / "out")
+    words = RunDir(pipeline.run).read()["plateau"]["words"]
+    verdict = json.loads((pipeline.report / "report.json").read_text())["verdict"]
+    assert verdict.startswith(f"{words} ")
+    assert "random initialisation" in verdict
+    assert done.stdout.startswith(verdict)
 
 
 # --- several widths ---

@@ -66,3 +66,6 @@ def pretrain_command(
         f"{record['arm']} on {record['data']['images']} images: {record['total_steps']} steps "
         f"in {record['wall_s']:.0f} s; next: edgecl carve {shlex.quote(str(out))} --out MODEL_DIR"
     )
+    if plateau := record["plateau"]:
+        # Last, where it is read.
+        typer.echo(f"{plateau['words']} Before you use this net, start anew: {plateau['hint']}.")

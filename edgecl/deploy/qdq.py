@@ -291,7 +291,8 @@ class CpuDraft(Draft):
             # A bias far larger than the weights of its channel must still fit into int32.
             scale = representable(numpy.maximum(scale, numpy.abs(bias) / (step * _BIAS_STEPS)), numpy.float32)
         shape = [-1 if place == axis else 1 for place in range(weights.ndim)]
-        codes = numpy.clip(numpy.rint(weights / scale.astype(numpy.float64).reshape(shape)), -128, 127)
+        # Without -128, two of which beside each other overflow on Arm without dot products.
+        codes = numpy.clip(numpy.rint(weights / scale.astype(numpy.float64).reshape(shape)), -127, 127)
         wish = f"{node.name}_weight"
         changed = {
             0: self._activation(node.input[0]),
@@ -374,4 +375,5 @@ def _channel_axis(node: onnx.NodeProto) -> int:
 
 def _is_depthwise(node: onnx.NodeProto, weights: Array) -> bool:
     """Tell whether every channel is convolved alone, into one."""
-    return bool(1 < attribute(node, "group", 1) == weights.shape[0] and weights.shape[1] == 1)
+    groups = int(attribute(node, "group", 1))
+    return groups > 1 and weights.shape[:2] == (groups, 1)

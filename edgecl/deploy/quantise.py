@@ -4,7 +4,8 @@
 skip input of a residual sum, whose other side is fused into the convolution that makes it. `int8-trt-fp16` is the same
 with fp16 scales and the rest in fp16, for strongly typed networks, which would run the rest in fp32 otherwise.
 `int8-cpu` is what ONNX Runtime fuses: asymmetric U8 activations, S8 weights, int32 biases, and Q/DQ behind every
-operator that has an integer kernel. The first two exclude the last: TensorRT refuses U8 and int32, and ONNX Runtime
+operator that has an integer kernel. Its weights leave room for the 16-bit sums of processors without VNNI, so that
+all processors compute the same. The first two exclude the last: TensorRT refuses U8 and int32, and ONNX Runtime
 fuses nothing in a graph without quantised outputs.
 """
 

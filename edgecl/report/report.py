@@ -17,7 +17,7 @@ from edgecl.report.page import page
 from edgecl.report.pareto import size_trade_off, trade_off
 from edgecl.report.precisions import bundle_record
 from edgecl.report.rows import ORIGINS, rows_of
-from edgecl.report.sentences import verdict_of, warnings_of
+from edgecl.report.sentences import plateaus_in_words, verdict_of, warnings_of
 from edgecl.report.text import markdown
 
 _STEP_KEYS = (
@@ -76,13 +76,14 @@ def report_record(collection: Collection) -> dict[str, Any]:
     joined = any(group["families"] for group in trade["groups"]) if trade else False
     bundles = [bundle_record(bundle) for bundle in collection.of("bundle")]
     verdict, support = verdict_of(comparisons, rows, bundles, collection)
+    stuck, what_to_change = plateaus_in_words(collection.of("run"))
     header = record_header("report", made_from=collection.sha256())
     return {
         **header,
         "command": printable(header["command"]),
         "title": _title(collection),
-        "verdict": verdict,
-        "support": [*support, *(family_in_words(family, rows) for family in families)],
+        "verdict": " ".join([*stuck, verdict]),
+        "support": [*what_to_change, *support, *(family_in_words(family, rows) for family in families)],
         "rows": rows,
         "bundles": bundles,
         "comparison": comparisons[0] if comparisons else None,

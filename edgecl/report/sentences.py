@@ -76,6 +76,20 @@ def verdict_of(
     return _runs_in_words(collection.of("run")), []
 
 
+def plateaus_in_words(runs: Sequence[Source]) -> tuple[list[str], list[str]]:
+    """Say of each run that is stuck on the plateau of one dimension that it is, and what to change.
+
+    Returns:
+        what the verdict must begin with, and what must stand right below it; both empty where no run is stuck.
+    """
+    stuck = [(run, plateau) for run in runs if isinstance(plateau := run.record.get("plateau"), dict)]
+    words = [
+        (f"{run.name}: " if len(runs) > 1 else "") + printable(plateau.get("words")) for run, plateau in stuck
+    ]
+    hints = dict.fromkeys(printable(plateau.get("hint")) for _, plateau in stuck)
+    return words, [f"To get off the plateau, start anew: {hint}." for hint in hints]
+
+
 def _what_measures(rows: Sequence[Row], *, accuracy: bool) -> str:
     """Name the commands that measure latency and, where it is missing too, accuracy."""
     models, bundles = (

@@ -31,6 +31,7 @@ from edgecl.quality import spread
 from edgecl.recipe import Recipe
 from edgecl.train.guard import Guard
 from edgecl.train.monitor import CollapseAlarm, MetricsFile, read_metrics
+from edgecl.train.plateau import RECORDS, PlateauAlarm
 from edgecl.train.preemption import StopRequest
 from edgecl.train.quality import QualityWatch, quality_of
 from edgecl.train.resume import newest_checkpoint
@@ -72,6 +73,11 @@ class Training:
         self.quality = QualityWatch(recipe, source=source, images=len(images), accelerator=accelerator)
         self.guard = Guard(max_skipped=recipe.run.max_skipped)
         self.alarm = CollapseAlarm(run=run_dir.path, warn=_warn)
+        self.plateau = PlateauAlarm(warn=_warn)
+        # A tenth of the way: late enough for the records that the alarm asks for.
+        self._early_look = max(-(-self.total_steps // 10), RECORDS * recipe.run.log_every)
+        if self._early_look >= min(recipe.run.quality_epochs * self.steps_per_epoch, self.total_steps):
+            self._early_look = 0
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go back to where a checkpoint was written."""
@@ -80,6 +86,7 @@ class Training:
         self.stepper.restore(checkpoint.state)
         self.guard.restore(checkpoint.state.get("guard", {}))
         self.alarm.restore(checkpoint.state.get("alarm", {}))
+        self.plateau.restore(checkpoint.state.get("plateau", {}))
         self.step = checkpoint.step
 
     def fit(self, *, stop: StopRequest, on_checkpoint: Callable[[int], None]) -> int:
@@ -133,6 +140,8 @@ class Training:
         """Train to the end of the epoch; return the signal by which the run shall end before, or 0."""
         recipe = self.recipe
         epoch, done = divmod(self.step, self.steps_per_epoch)
+        if self.step == 0:
+            self._record_quality(self.quality.measure(self.net, untrained=True))
         dense = epoch < recipe.slim.slow_start * recipe.run.epochs
         batches = self.images.batches(
             recipe.run.seed,
@@ -257,6 +266,7 @@ class Training:
         self.net.load_state_dict(create_slimmable(self.recipe).state_dict())
         self.stepper.optimizer.state.clear()
         self.alarm.restore({})
+        self.plateau.restore({})
         self.step = 0
 
     def _record_step(self, outcome: Outcome, progress: Progress, *, images_per_s: float) -> None:
@@ -284,6 +294,7 @@ class Training:
             {key: value for key, value in record.items() if value is not None}, step=self.step
         )
         self._warned(self.alarm.check(record))
+        self._say_plateau(self.plateau.check(record))
         progress.advance(0, note=f"loss {record['loss']:.3g}, diagonal {record['diagonal']:.2f}")
 
     def _end_step(self, outcome: Outcome, on_checkpoint: Callable[[int], None]) -> bool:
@@ -295,7 +306,8 @@ class Training:
         save = save or (run.checkpoint_steps is not None and self.step % run.checkpoint_steps == 0)
         scheduled = save
         save = save or outcome.stop != 0
-        measure = within == 0 and (last or epoch % run.quality_epochs == 0)
+        regular = within == 0 and (last or epoch % run.quality_epochs == 0)
+        measure = regular or self.step == self._early_look
         if not (save or measure):
             return True
         # Norms that are not synchronised differ between processes; what would be written decides for all.
@@ -308,16 +320,23 @@ class Training:
             return False
         quality = None
         if measure:
-            record = {"step": self.step, "epoch": float(epoch), **looks}
             quality = quality_of(looks)
-            if self.metrics:
-                self.metrics.append(record)
-            self._warned(self.alarm.check_quality(record))
+            record = self._record_quality(looks)
+            if regular:
+                self._warned(self.alarm.check_quality(record))
         if scheduled:
             self.guard.start_anew()
         if save:
             self._save(on_checkpoint, quality=quality)
         return True
+
+    def _record_quality(self, looks: dict[str, float | None]) -> dict[str, Any]:
+        record = {"step": self.step, "epoch": self.step / self.steps_per_epoch, **looks}
+        if self.metrics:
+            self.metrics.append(record)
+        images, features = self.quality.shape
+        self._say_plateau(self.plateau.check_quality(record, images=images, features=features))
+        return record
 
     def _save(self, on_checkpoint: Callable[[int], None], *, quality: dict[str, Any] | None = None) -> None:
         """Begin to write a checkpoint, in the main process."""
@@ -333,6 +352,7 @@ class Training:
                 **self.stepper.state(),
                 "guard": self.guard.state(),
                 "alarm": self.alarm.state(),
+                "plateau": self.plateau.state(),
             },
             quality=quality,
             on_written=partial(on_checkpoint, self.step),
@@ -353,6 +373,10 @@ class Training:
     def _warned(self, cause: str | None) -> None:
         if cause:
             self._record_event("warning", because=cause)
+
+    def _say_plateau(self, words: str | None) -> None:
+        if words:
+            self._record_event("warning", because="plateau", words=words)
 
     @property
     def _where(self) -> dict[str, object]:

@@ -41,8 +41,12 @@ class MetricsFile:
         self.keep_until(after_step)
 
     def keep_until(self, step: int) -> None:
-        """Drop the records of later steps."""
-        kept = [record for record in read_metrics(self._path) if record["step"] <= step]
+        """Drop the records of later steps; at the first step also the look before it, which is taken again."""
+        kept = [
+            record
+            for record in read_metrics(self._path)
+            if record["step"] <= step and (step > 0 or "event" in record)
+        ]
         if self._file:
             self._file.close()
         write_bytes(self._path, "".join(json.dumps(record) + "\n" for record in kept).encode())

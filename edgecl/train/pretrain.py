@@ -238,6 +238,8 @@ def _run(
         # Blocks of the host that a nested start gave the slim net's skip connection -> how many channels have one.
         "host_skips": net.host_skips,
         "launch": processes.launch(),
+        # Set while training is stuck on the plateau of one dimension, and at the end when it ended there.
+        "plateau": training.plateau.verdict(),
         "state": "running",
         "step": training.step,
         "wall_s": 0.0,
@@ -272,7 +274,7 @@ def _run(
     def keep(step: int) -> None:
         # A run that ends here keeps its step and its time, also when it is killed.
         with writing:
-            record["step"] = step
+            record["step"], record["plateau"] = step, training.plateau.verdict()
             state = record["state"] if ended else "running"
             write_json(run_dir.record_file, {**record, "state": state, "wall_s": elapsed()})
 
@@ -289,7 +291,7 @@ def _run(
         for tracker in accelerator.trackers:
             tracker.finish()
         if main:
-            record["wall_s"] = elapsed()
+            record["wall_s"], record["plateau"] = elapsed(), training.plateau.verdict()
             record["data"]["skipped"] = list(images.skipped)
             if not images.is_cached:
                 # Met on the way; images held in memory were counted without them.

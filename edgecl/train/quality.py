@@ -12,13 +12,15 @@ from torch import Tensor
 
 from edgecl.data.loading import load_eval_images, normalise
 from edgecl.data.sources import ImageSource
-from edgecl.nets.backbone import create_backbone
-from edgecl.nets.carving import backbone_tensors
+from edgecl.nets.backbone import create_backbone, recalibrate
+from edgecl.nets.carving import RECALIBRATION_BATCH, backbone_tensors
 from edgecl.nets.slimming import SlimmableNet, limit_skips
 from edgecl.quality import extract_features, knn_top1, rank_me
 from edgecl.recipe import Recipe
 
 IMAGES = 2048
+# Of them, for the norms of a net that has not learnt yet.
+NORM_IMAGES = 512
 
 
 class QualityWatch:
@@ -50,9 +52,19 @@ class QualityWatch:
         self._count = len(loaded.images)
         self._share = loaded.images.tensor_split(accelerator.num_processes)[accelerator.process_index]
         self._labels = loaded.labels
+        # The same in every process, so that their nets are the same.
+        self._norm_images = loaded.images[:: max(1, self._count // NORM_IMAGES)][:NORM_IMAGES]
+        self.shape = (0, 0)
+        """(N, F) of the features that were looked at last: the slim net's, the host's where there is none."""
 
-    def measure(self, net: SlimmableNet) -> dict[str, float | None]:
+    def measure(self, net: SlimmableNet, *, untrained: bool = False) -> dict[str, float | None]:
         """Return RankMe and, where there are labels, kNN accuracy of host and slim nets; every process must call.
+
+        Args:
+            net: host and slim nets.
+            untrained: before the first step, when running statistics say nothing: estimate the norms, as for the
+                random net that a carved one is compared with. (Without, features of the demo's random net, hardly
+                changed pixels, reach kNN 62 %; with, 26 %.)
 
         Returns:
             "rankme_host", "knn_top1_host", "rankme_slim", "knn_top1_slim", and with "_at_WIDTH" behind it those of
@@ -66,13 +78,15 @@ class QualityWatch:
             record[f"rankme_{name}"] = record[f"knn_top1_{name}"] = None
             if name == "slim" and not net.has_slim:
                 continue
-            features = self._features(net, width)
+            features = self._features(net, width, untrained=untrained)
+            if name in ("host", "slim"):
+                self.shape = (features.shape[0], features.shape[1])
             finite = bool(torch.isfinite(features).all())
             record[f"rankme_{name}"] = rank_me(features) if finite else math.nan
             record[f"knn_top1_{name}"] = self._knn(features) if finite else None
         return record
 
-    def _features(self, net: SlimmableNet, width: float) -> Tensor:
+    def _features(self, net: SlimmableNet, width: float, *, untrained: bool) -> Tensor:
         host, data = self._recipe.host, self._recipe.data
         with torch.random.fork_rng():
             backbone = create_backbone(host.arch, width=width, stem_stride=host.stem_stride)
@@ -81,6 +95,14 @@ class QualityWatch:
             limit_skips(backbone, {name.removeprefix(prefix): n for name, n in net.host_skips.items()})
         backbone.load_state_dict(backbone_tensors(net, width=width))
         backbone.to(self._accelerator.device)
+        if untrained:
+            batches = (part for part in self._norm_images.split(RECALIBRATION_BATCH) if len(part) > 1)
+            with torch.random.fork_rng():
+                recalibrate(
+                    backbone,
+                    (normalise(part, data.mean, data.std) for part in batches),
+                    device=self._accelerator.device,
+                )
         if self._accelerator.num_processes > 1:
             # Norms that are not synchronised differ; the first process's are those of the checkpoint.
             for buffer in backbone.buffers():

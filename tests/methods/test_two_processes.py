@@ -103,7 +103,7 @@ def shared():
 
 # Made once, not in every process.
 for arm in selftest.ARMS:
-    recipe = selftest.recipe_of(arm, batch_size=2)
+    recipe = selftest.recipe_of(arm, batch_size=4)
     selftest.fresh_net(recipe.host.width, recipe.slim.all_widths)
 fork_world(whole, 1)
 for count in WORLDS:

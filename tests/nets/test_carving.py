@@ -390,12 +390,20 @@ def test_weights_of_another_net_are_named(tmp_path):
         load_model(tmp_path / "model")
 
 
-def test_a_net_that_takes_one_size_only_is_refused_by_name():
-    recipe = recipe_from_tables(
-        {"host": {"arch": "vit_tiny_patch16_224", "width": 1.0}, "data": {"image_size": 32}}, source="test"
-    )
-    with pytest.raises(RecipeError, match=r"'vit_tiny_patch16_224' does not take pictures of 32 x 32"):
-        create_slimmable(recipe)
+@pytest.mark.parametrize(
+    ("image_size", "views", "refused"),
+    [(32, {}, 32), (224, {"local_count": 1}, 112), (224, {"local_count": 1, "local_size": 96}, 96)],
+)
+def test_a_net_that_takes_one_size_only_is_refused_by_name(image_size, views, refused):
+    tables = {
+        "host": {"arch": "vit_tiny_patch16_224", "width": 1.0},
+        "data": {"image_size": image_size},
+        "views": views,
+    }
+    text = rf"'vit_tiny_patch16_224' does not take pictures of {refused} x {refused}"
+    with pytest.raises(RecipeError, match=text) as caught:
+        create_slimmable(recipe_from_tables(tables, source="test"))
+    assert "local_size" in caught.value.hint
 
 
 # --- quantised nets ---

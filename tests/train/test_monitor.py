@@ -137,6 +137,16 @@ def test_a_fresh_run_drops_everything(tmp_path):
     assert read_metrics(path) == []
 
 
+def test_a_run_that_starts_again_keeps_what_happened_but_not_its_first_look(tmp_path):
+    """The look before the first step is taken again."""
+    metrics = MetricsFile(tmp_path / "metrics.jsonl")
+    for record in ({"step": 0, "rankme_host": 9.0}, {"step": 0, "event": "went back"}, {"step": 1}):
+        metrics.append(record)
+    metrics.keep_until(0)
+    metrics.close()
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 0, "event": "went back"}]
+
+
 def test_a_line_torn_by_a_kill_is_left_out(tmp_path):
     path = tmp_path / "metrics.jsonl"
     write_metrics(path, [1, 2])

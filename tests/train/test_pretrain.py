@@ -64,14 +64,6 @@ IMPOSSIBLE = {
         RecipeError,
         r"does not take pictures of 32 x 32",
     ),
-    "local views that the net does not take": (
-        [
-            *("host.arch=vit_tiny_patch16_224", "host.width=1.0", "slim.width=1.0", "data.image_size=224"),
-            *("views.local_count=1", "views.local_size=96"),
-        ],
-        RecipeError,
-        r"does not take pictures of 96 x 96",
-    ),
     "tensors that do not nest": (
         [*NESTED, "host.arch=resnet18", "host.width=1.5", "slim.width=1.0"],
         SliceError,

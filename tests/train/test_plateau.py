@@ -1,0 +1,276 @@
+"""A run that is stuck on the plateau of one dimension is told from one that starts well, early and at its end."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from edgecl.artifacts import ReportDir, RunDir
+from edgecl.cli import app
+from edgecl.methods.losses import cross_correlation_loss
+from edgecl.nets.heads import Encoder
+from edgecl.report.report import report
+from edgecl.train.monitor import read_metrics
+from edgecl.train.plateau import RECORDS, PlateauAlarm
+
+from .conftest import train
+
+RECORDED = Path(__file__).with_name("recorded")
+DEMO = {"images": 2048, "features": 1024}
+STEPS_OF_DEMO = 744
+
+
+@pytest.fixture
+def said():
+    return []
+
+
+@pytest.fixture
+def alarm(said):
+    return PlateauAlarm(warn=said.append)
+
+
+def heed(alarm, record, **shape):
+    if "loss" in record:
+        return alarm.check(record)
+    return alarm.check_quality(record, **(shape or DEMO))
+
+
+def recorded(name):
+    return read_metrics(RECORDED / f"{name}.jsonl")
+
+
+def step(number, diagonal=0.5, rms=0.5):
+    return {"step": number, "loss": 1.0, "diagonal": diagonal, "off_diagonal_rms": rms}
+
+
+def look(number, *, rankme=5.0, knn=None, net="slim"):
+    other = {"slim": "host", "host": "slim"}[net]
+    absent = None if net == "host" else 500.0
+    return {
+        "step": number,
+        f"rankme_{net}": rankme,
+        f"knn_top1_{net}": knn,
+        f"rankme_{other}": absent,
+        f"knn_top1_{other}": absent and 90.0,
+    }
+
+
+def test_a_recorded_run_that_is_stuck_is_warned_of_within_its_first_tenth(alarm, said):
+    warned = [record["step"] for record in recorded("stuck-sacl-xd") if heed(alarm, record)]
+    assert warned[0] <= math.ceil(STEPS_OF_DEMO / 10)
+    assert len(said) == len(warned)
+    for words in ("plateau", "[coding_rate] weight", "[host] nested_start", "[optim] lr"):
+        assert words in said[0]
+
+
+def test_a_recorded_run_that_is_stuck_says_so_at_its_end(alarm):
+    records = recorded("stuck-sacl-xd")
+    for record in records:
+        heed(alarm, record)
+    verdict = alarm.verdict()
+    last = [record for record in records if "rankme_slim" in record][-1]
+    assert verdict["since"] < records[-1]["step"]
+    assert f"RankMe is {last['rankme_slim']:.1f} of at most 1,024" in verdict["words"]
+    assert f"kNN {last['knn_top1_slim']:.1f} %" in verdict["words"]
+    assert "[coding_rate] weight" in verdict["hint"]
+
+
+def test_a_recorded_run_that_leaves_the_plateau_is_warned_of_once_and_not_called_stuck(alarm):
+    """It gets there at step 110."""
+    records = recorded("leaves-sacl-xd")
+    (warned,) = [record["step"] for record in records if heed(alarm, record)]
+    assert 110 < warned < 110 + STEPS_OF_DEMO / 10
+    assert alarm.verdict() is None
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in RECORDED.glob("starts-*.jsonl")))
+def test_a_recorded_run_that_starts_well_is_not_warned_of(alarm, said, name):
+    for record in recorded(name):
+        assert heed(alarm, record) is None
+    assert said == []
+    assert alarm.verdict() is None
+
+
+@pytest.mark.parametrize("width", [16, 128])
+def test_projections_that_all_say_the_same_are_what_the_alarm_looks_for(alarm, width):
+    """A function of the picture, plus noise of each view, in every dimension with a sign of its own."""
+    generator = torch.Generator().manual_seed(0)
+    alarm.check_quality(look(0, rankme=200.0), **DEMO)
+    alarm.check_quality(look(1), **DEMO)
+    signs = torch.randn(width, generator=generator).sign()
+    for number in range(2, 2 + RECORDS):
+        said_of_picture = torch.randn(64, 1, generator=generator)
+        z_a, z_b = ((said_of_picture + torch.randn(64, 1, generator=generator)) * signs for _ in range(2))
+        seen = cross_correlation_loss(z_a, z_b, off_diagonal=0.01)
+        assert alarm.verdict() is None
+        alarm.check(step(number, float(seen.diagonal), float(seen.off_diagonal_rms)))
+    assert alarm.verdict()
+
+
+def test_two_dimensions_are_no_plateau_of_one(alarm):
+    generator = torch.Generator().manual_seed(0)
+    alarm.check_quality(look(1), **DEMO)
+    for number in range(2, 12):
+        two = torch.randn(64, 2, generator=generator).repeat(1, 8)
+        noise = torch.randn(2, 64, 2, generator=generator).repeat(1, 1, 8)
+        seen = cross_correlation_loss(two + noise[0], two + noise[1], off_diagonal=0.01)
+        alarm.check(step(number, float(seen.diagonal), float(seen.off_diagonal_rms)))
+    assert alarm.verdict() is None
+
+
+def feed(alarm, count, start=1, **numbers):
+    for number in range(start, start + count):
+        alarm.check(step(number, **numbers))
+
+
+def test_few_records_are_too_few_to_judge(alarm):
+    feed(alarm, RECORDS - 1)
+    alarm.check_quality(look(RECORDS), **DEMO)
+    assert alarm.verdict() is None
+
+
+def test_without_a_look_after_the_first_step_nothing_is_judged(alarm):
+    alarm.check_quality(look(0, rankme=1.0, knn=10.0), **DEMO)
+    feed(alarm, 10)
+    assert alarm.verdict() is None
+
+
+def test_a_record_apart_starts_the_count_again(alarm):
+    alarm.check_quality(look(1), **DEMO)
+    for start in (2, 10, 20):
+        feed(alarm, RECORDS - 1, start)
+        feed(alarm, 1, start + 5, diagonal=0.9, rms=0.1)
+    assert alarm.verdict() is None
+
+
+def test_the_sign_of_the_diagonal_does_not_matter(alarm):
+    alarm.check_quality(look(1), **DEMO)
+    feed(alarm, RECORDS, diagonal=-0.3, rms=0.3)
+    assert alarm.verdict()
+
+
+@pytest.mark.parametrize(("rankme", "stuck"), [(101.0, True), (104.0, False)])
+def test_rankme_is_held_to_what_features_and_images_allow(alarm, rankme, stuck):
+    alarm.check_quality(look(1, rankme=rankme), **DEMO)
+    feed(alarm, RECORDS)
+    assert bool(alarm.verdict()) is stuck
+
+
+@pytest.mark.parametrize(("knn", "stuck"), [(20.0, True), (28.0, True), (31.0, False)])
+def test_neighbours_are_held_to_those_before_the_first_step_and_their_noise(alarm, knn, stuck):
+    """1,024 queries at 26 %: a difference of two has a standard error of 1.9 points."""
+    alarm.check_quality(look(0, rankme=200.0, knn=26.0), **DEMO)
+    alarm.check_quality(look(1, rankme=200.0, knn=knn), **DEMO)
+    feed(alarm, RECORDS)
+    assert bool(alarm.verdict()) is stuck
+
+
+def test_without_a_slim_net_the_host_is_judged(alarm):
+    alarm.check_quality(look(0, knn=26.0, net="host"), **DEMO)
+    alarm.check_quality(look(1, rankme=7.0, knn=30.0, net="host"), **DEMO)
+    feed(alarm, RECORDS)
+    assert "RankMe is 7.0" in alarm.verdict()["words"]
+    assert "kNN 30.0 % (before the first step 26.0 %)" in alarm.verdict()["words"]
+
+
+def test_a_run_that_leaves_the_plateau_is_not_called_stuck(alarm, said):
+    alarm.check_quality(look(1), **DEMO)
+    feed(alarm, 2 * RECORDS)
+    assert len(said) == 1
+    feed(alarm, RECORDS - 1, 50, diagonal=0.8, rms=0.2)
+    assert alarm.verdict()
+    feed(alarm, 1, 60, diagonal=0.8, rms=0.2)
+    assert alarm.verdict() is None
+
+
+def test_features_that_become_good_end_it_too(alarm):
+    alarm.check_quality(look(1), **DEMO)
+    feed(alarm, RECORDS)
+    alarm.check_quality(look(9, rankme=300.0, knn=80.0), **DEMO)
+    assert alarm.verdict() is None
+
+
+def test_numbers_that_are_not_finite_are_left_out(alarm):
+    alarm.check_quality(look(1), **DEMO)
+    feed(alarm, RECORDS - 1)
+    feed(alarm, 5, 10, diagonal=math.nan)
+    feed(alarm, 1, 20)
+    assert alarm.verdict()
+
+
+def test_an_alarm_that_is_resumed_anywhere_says_what_one_that_ran_on_says(said):
+    records = recorded("stuck-sacl-xd")
+    whole = PlateauAlarm(warn=said.append)
+    expected = [heed(whole, record) for record in records]
+    for cut in range(len(records)):
+        first, second = PlateauAlarm(warn=said.append), PlateauAlarm(warn=said.append)
+        found = [heed(first, record) for record in records[:cut]]
+        second.restore(json.loads(json.dumps(first.state())))
+        assert found + [heed(second, record) for record in records[cut:]] == expected
+        assert second.verdict() == whole.verdict()
+
+
+@pytest.fixture
+def one_dimension(monkeypatch):
+    """Have every projector repeat its first output, so that no training leaves the plateau."""
+    forward = Encoder.forward
+
+    def repeated(self, images):
+        z = forward(self, images)
+        return z[:, :1].expand(z.shape).contiguous()
+
+    monkeypatch.setattr(Encoder, "forward", repeated)
+
+
+@pytest.fixture
+def stuck(tmp_path, one_dimension, make_recipe, labelled_pictures):
+    train(make_recipe(), tmp_path / "run", labelled_pictures)
+    return tmp_path / "run"
+
+
+def test_a_stuck_run_is_warned_of_on_the_way_and_in_its_metrics(capsys, stuck):
+    warnings = [
+        record for record in read_metrics(stuck / "metrics.jsonl") if record.get("event") == "warning"
+    ]
+    assert [(record["step"], record["because"]) for record in warnings] == [(RECORDS, "plateau")]
+    assert f"edgecl: {warnings[0]['words']}" in capsys.readouterr().err
+
+
+def test_a_stuck_run_is_called_stuck_in_its_record(stuck):
+    plateau = RunDir(stuck).read()["plateau"]
+    assert plateau["since"] == RECORDS
+    assert "plateau of one dimension" in plateau["words"]
+
+
+def test_a_stuck_run_that_is_resumed_at_its_end_is_still_called_stuck(stuck, make_recipe, labelled_pictures):
+    before = RunDir(stuck).read()["plateau"]
+    assert train(make_recipe(), stuck, labelled_pictures, resume=True)["plateau"] == before
+
+
+def test_the_report_of_a_stuck_run_begins_with_it(stuck, tmp_path):
+    plateau = RunDir(stuck).read()["plateau"]
+    record = report([stuck], out=tmp_path / "report")
+    assert record["verdict"].startswith(plateau["words"])
+    assert plateau["hint"] in record["support"][0]
+    header = ReportDir(tmp_path / "report").page_file.read_text(encoding="utf-8").partition("</header>")[0]
+    assert plateau["words"] in header
+    assert plateau["hint"] in header
+
+
+def test_pretrain_says_last_that_it_is_stuck(tmp_path, one_dimension, recipe_file, image_folder):
+    done = CliRunner().invoke(
+        app, ["pretrain", str(recipe_file), "--data", str(image_folder), "--out", str(tmp_path / "run")]
+    )
+    plateau = RunDir(tmp_path / "run").read()["plateau"]
+    last = done.stdout.splitlines()[-1]
+    assert last.startswith(plateau["words"])
+    assert plateau["hint"] in last
+
+
+def test_a_run_that_is_not_stuck_has_no_plateau_in_its_record(trained_run, tmp_path):
+    assert RunDir(trained_run).read()["plateau"] is None
+    assert "plateau" not in report([trained_run], out=tmp_path / "report")["verdict"]
