@@ -28,13 +28,17 @@ _MOST_POSITIONS = 4096
 
 
 class SmallMapConv2d(nn.Conv2d):
-    """A torch.nn.Conv2d that computes small maps on a CPU another way: equal to rounding, by the same parameters."""
+    """A torch.nn.Conv2d that computes small maps on a CPU another way while it trains, equal to rounding.
+
+    In evaluation it is torch's own, so that a net taken out of a run computes what it computed within, to the bit.
+    """
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: A002
-        if _is_measured_kind(input, weight):
+        if self.training and _is_measured_kind(input, weight):
             if self._is_pointwise and input.numel() <= _MOST_POSITIONS * self.in_channels:
-                # Views only: the channels are last already.
-                outputs: Tensor = F.linear(input.permute(0, 2, 3, 1), weight.flatten(1), bias)
+                # The channels are last already. A slice of a weight is copied: its strides shall decide no bit.
+                flat = weight.flatten(1).contiguous()
+                outputs: Tensor = F.linear(input.permute(0, 2, 3, 1), flat, bias)
                 return outputs.permute(0, 3, 1, 2)
             if self._is_depthwise and bias is None and input[0, 0].numel() < weight[0].numel():
                 return cast(Tensor, _DepthwiseOnSmallMap.apply(input, weight, self.stride, self.padding))

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from edgecl.cost import forward_cost
+from edgecl.methods.losses import Comparison
 from edgecl.methods.sacl_xd import SaclXd
 from edgecl.nets.backbone import activate_beside_input, create_backbone
 from edgecl.nets.heads import Encoder
@@ -174,6 +175,17 @@ def test_small_maps_of_the_measured_kind_are_matrix_products_and_all_others_torc
         assert "aten::convolution" in operators_of(pointwise(), small)
 
 
+def test_evaluation_is_torchs_own_to_the_bit():
+    torch.manual_seed(0)
+    plain = create_backbone("mobilenetv3_small_050").eval().to(memory_format=torch.channels_last)
+    quick = copy.deepcopy(plain)
+    speed_up_small_maps(quick)
+    images = torch.randn(4, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        assert torch.equal(quick(images), plain(images))
+        assert not torch.equal(quick.train()(images), plain.train()(images))
+
+
 def test_a_traced_net_holds_convolutions():
     """What counts operators, and exporters that trace, read the net that was written."""
     images = torch.randn(1, 4, 4, 4).contiguous(memory_format=torch.channels_last)
@@ -239,7 +251,7 @@ def test_the_gradients_of_a_step_are_those_of_torchs_convolutions(arch):
     plain.load_state_dict(quick.state_dict())
     exact = copy.deepcopy(plain).double()
     views = [torch.randn(16, 3, 32, 32).contiguous(memory_format=torch.channels_last) for _ in range(2)]
-    method = SaclXd(alpha=0.5, off_diagonal=1 / 16)
+    method = SaclXd(alpha=0.5, comparison=Comparison(off_diagonal=1 / 16))
 
     def gradient_of(net, given):
         net.to(memory_format=torch.channels_last).train()
