@@ -88,7 +88,7 @@ def scenarios(tmp_path_factory, tables, labelled_pictures):
     folder = tmp_path_factory.mktemp("processes")
     recipe = write_recipe(folder, tables)
     # Plain small steps: AdamW's first ones divide rounding by rounding, and large ones let it grow.
-    plain = {"optim.name": "sgd", "optim.lr": 1e-4, "run.sync_norms": "all"}
+    plain = {"optim.name": "sgd", "optim.lr": 2e-5, "run.sync_norms": "all"}
 
     def words(out, *more, **settings):
         chosen = {**plain, **settings}
@@ -111,6 +111,8 @@ def scenarios(tmp_path_factory, tables, labelled_pictures):
         "loss__symmetric": True,
         "views__local_count": 2,
         "views__local_size": 24,
+        # The rate's gradient is large where projections are almost alike, and rounding grows with it.
+        "optim__lr": 2e-6,
     }
     long = {"run__epochs": 500, "run__quality_epochs": 500}
     table = {
@@ -167,6 +169,8 @@ def assert_close_runs(one, other):
     for before, after in zip(first, second, strict=True):
         for key in before.keys() - {"images_per_s"}:
             assert (after[key] is None) == (before[key] is None)
+            if before[key] is None:
+                continue
             assert after[key] == pytest.approx(before[key], rel=2e-3, abs=5e-4), (before["step"], key)
     for key in ("loss", "diagonal", "std", "grad_norm_host", "grad_norm_slim"):
         assert second[0][key] == pytest.approx(first[0][key], rel=1e-4, abs=1e-5), key

@@ -29,7 +29,7 @@ def test_a_look_at_a_nested_host_skips_as_it_does(make_recipe, pictures):
             backbone, watch._share, normalise=lambda part: normalise(part, recipe.data.mean, recipe.data.std)
         )
 
-    found = watch._features(net, net.host_width)
+    found = watch._features(net, net.host_width, untrained=False)
     host = net.host.get_submodule("backbone").eval()
     torch.testing.assert_close(found, features(host), rtol=1e-5, atol=1e-6)
     # With timm's own skip connections it would be another net.
