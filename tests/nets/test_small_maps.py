@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 from edgecl.cost import forward_cost
-from edgecl.methods.losses import Comparison
-from edgecl.methods.sacl_xd import SaclXd
+from edgecl.methods.sacl_xd import Comparison, SaclXd
 from edgecl.nets.backbone import activate_beside_input, create_backbone
 from edgecl.nets.heads import Encoder
 from edgecl.nets.slimming import SlimmableNet
