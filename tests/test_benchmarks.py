@@ -125,6 +125,14 @@ def test_step_benchmark_prints_a_table_and_json():
     assert "the same step by plain nets" in said
 
 
+def test_step_benchmark_times_a_recipe_with_and_without_small_maps():
+    said, found = run("step", "--recipe", "demo", "--rounds", 1)
+    assert found["recipe"] == "demo"
+    assert list(found["ms"]) == ["torch's convolutions", "small maps as products"]
+    assert {"name", "threads", "capability", "environment", "load", "torch"} <= set(found["conditions"])
+    assert f"ratio {found['ratio']:.2f}" in said
+
+
 def test_goals_are_set_apart_from_what_they_are_goals_of(step):
     result = {
         "ratios": {

@@ -19,6 +19,7 @@ from edgecl.nets.small_maps import small_maps_sped_up
 from edgecl.progress import Progress
 from edgecl.recipe import Fraction, Views
 from edgecl.settings import Settings
+from edgecl.train.allocator import keep_freed_memory
 
 
 class Supervision(Settings):
@@ -92,6 +93,8 @@ def train_classifier(
     """
     device = choose_device(settings.device)
     views = views or settings.views()
+    if device.type == "cpu":
+        keep_freed_memory()
     net.to(device)
     # Several times faster than the default layout for the depthwise convolutions of small nets on a CPU.
     net.to(memory_format=torch.channels_last)

@@ -10,7 +10,7 @@ def keep_freed_memory() -> None:
     """Have glibc keep freed memory; do nothing where the C library is another.
 
     Every step on the CPU frees gigabytes and takes them again. By default each large block goes back to the system, and
-    coming back costs page faults: 6 to 8 % of a step (docs/results.md).
+    coming back costs page faults: 6 to 8 % of a step of pretraining, a fifth of a classifier's (docs/results.md).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
