@@ -242,7 +242,7 @@ def test_a_process_killed_while_fetching_leaves_nothing_in_the_way(write_shards,
 def test_ctrl_c_ends_fetching_and_leaves_nothing_behind(write_shards, server, cache):
     write_shards(1)
     server.behave = "stall"
-    # Not forked: what is tested is how Python ends after Ctrl-C, and a copy of this process, threads and all, ends another way.
+    # Not forked: a copy of this process, threads and all, ends otherwise than Python does after Ctrl-C.
     open_it = f"from edgecl.data.sources import open_source; open_source('shards:{server.url}/x-000.tar')"
     with subprocess.Popen([sys.executable, "-c", open_it], stderr=subprocess.DEVNULL) as process:
         wait_until(lambda: [path for path in cache.glob("*.part") if path.stat().st_size])
