@@ -255,6 +255,8 @@ def test_gradients_reach_the_weights_through_the_rounding(train, badly_calibrate
     assert [name.rpartition(".")[2] for name in unchanged(net, before)] == ["scale"] * 4
 
 
-@pytest.mark.parametrize("key", QuantisedSupervision.model_fields.keys() - Supervision.model_fields.keys())
+@pytest.mark.parametrize(
+    "key", sorted(QuantisedSupervision.model_fields.keys() - Supervision.model_fields.keys())
+)
 def test_no_setting_of_quantised_training_is_dead(key):
     assert f"settings.{key}" in Path(edgecl.evaluate.finetune.__file__).read_text(encoding="utf-8")
