@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from edgecl.artifacts import ModelDir, record_header
+from edgecl.evaluate.few_labels import FewLabels, train_on_few
 from edgecl.evaluate.labelled import Labelled, draw_few
 from edgecl.evaluate.probe import load_feature_net, probe_net, summary
-from edgecl.evaluate.supervised import Supervision, classifier_top1, train_classifier
+from edgecl.evaluate.supervised import Supervision
 from edgecl.intervals import mean_interval
 from edgecl.nets.backbone import create_backbone
-from edgecl.nets.carving import (
-    create_blank,
-    load_backbone,
-    load_model,
-    recalibrate_on,
-    write_model,
-)
+from edgecl.nets.carving import recalibrate_on, write_model
 from edgecl.recipe import Views
 
 
@@ -106,21 +101,29 @@ def compare(
                 "linear_top1": result["linear_top1"],
             }
         )
-    record = ModelDir(pretrained).read()
-    for name, start in (("fine-tuned", pretrained), ("from scratch", None)):
-        top1 = [
-            train_on_few(
-                start,
-                record,
-                labelled,
-                few=draw_few(labelled.train.labels, per_class=labels_per_class, draw=draw),
-                steps=scratch_steps,
-                settings=Supervision(lr=scratch_lr, seed=seed + draw, device="cpu"),
-                views=views,
-                what=f"{name}, draw {draw + 1}",
-            )
-            for draw in range(draws)
-        ]
+    starts = {"fine-tuned": pretrained, "from scratch": None}
+    few = [draw_few(labelled.train.labels, per_class=labels_per_class, draw=draw) for draw in range(draws)]
+    found = iter(
+        train_on_few(
+            [
+                FewLabels(
+                    start=start,
+                    record=ModelDir(pretrained).read(),
+                    classes=labelled.classes,
+                    images=labelled.train.images[chosen].numpy(),
+                    labels=labelled.train.labels[chosen].numpy(),
+                    steps=scratch_steps,
+                    settings=Supervision(lr=scratch_lr, seed=seed + draw, device="cpu"),
+                    views=views,
+                )
+                for start in starts.values()
+                for draw, chosen in enumerate(few)
+            ],
+            labelled.test,
+        )
+    )
+    for name in starts:
+        top1 = list(islice(found, draws))
         rows.append(
             {
                 "name": name,
@@ -160,31 +163,3 @@ def difference(a: str, b: str, of_a: Sequence[float], of_b: Sequence[float]) -> 
     paired = [x - y for x, y in zip(of_a, of_b, strict=True)]
     low, high = mean_interval(paired)
     return {"a": a, "b": b, "mean": mean(paired), "ci95": [low, high], "resolved": low > 0 or high < 0}
-
-
-def train_on_few(
-    start: Path | None,
-    record: dict[str, Any],
-    labelled: Labelled,
-    *,
-    few: Tensor,
-    steps: int,
-    settings: Supervision,
-    views: Views,
-    what: str,
-) -> float:
-    """Train the net on a few labels, from a model directory's weights or from random ones, and test it."""
-    torch.manual_seed(settings.seed)
-    net = create_blank({**record, "classes": list(labelled.classes)})
-    if start is not None:
-        load_backbone(net, load_model(start)[0])
-    train_classifier(
-        net,
-        labelled.train.take(few),
-        steps=steps,
-        settings=settings,
-        preprocessing=record["preprocessing"],
-        what=what,
-        views=views,
-    )
-    return classifier_top1(net, labelled.test, record["preprocessing"])

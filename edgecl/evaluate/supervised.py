@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, Literal, cast
 
 import torch
@@ -74,7 +75,7 @@ def train_classifier(
     steps: int,
     settings: Supervision,
     preprocessing: dict[str, Any],
-    what: str,
+    what: str | None = None,
     views: Views | None = None,
 ) -> None:
     """Train a net in place, on views of the images that differ at every step.
@@ -85,7 +86,7 @@ def train_classifier(
         steps: optimiser steps.
         settings: how.
         preprocessing: of the net, as in model.json.
-        what: for the progress bar.
+        what: for the progress bar; without, none is shown.
         views: how the images are varied, in place of the settings' own.
 
     Raises:
@@ -118,7 +119,8 @@ def train_classifier(
     if settings.backbone_lr_fraction == 0:
         net.eval()
     order = permutation(settings.seed, 0, len(part))
-    with small_maps_sped_up(net), Progress(what, total=steps, unit="steps") as progress:
+    shown = Progress(what, total=steps, unit="steps") if what else None
+    with small_maps_sped_up(net), shown or nullcontext() as progress:
         for step in range(steps):
             epoch, place = divmod(step, per_epoch)
             if place == 0:
@@ -144,8 +146,10 @@ def train_classifier(
                     raise NonFiniteError(
                         f"the loss is {value:g} at step {step + 1}", hint="lower the rate, e.g. --set lr=3e-4"
                     )
-                progress.advance(0, note=f"loss {value:.3g}")
-            progress.advance()
+                if progress:
+                    progress.advance(0, note=f"loss {value:.3g}")
+            if progress:
+                progress.advance()
     net.eval().to("cpu").to(memory_format=torch.contiguous_format)
 
 

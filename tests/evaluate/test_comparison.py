@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 
-import edgecl.evaluate.comparison
+import edgecl.evaluate.few_labels
 from edgecl.artifacts import ModelDir
 from edgecl.evaluate.comparison import compare, difference, write_random
 from edgecl.evaluate.labelled import Part, draw_few, read_labelled
@@ -33,7 +33,8 @@ def compared(tmp_path_factory, carved_model, image_folder):
         trained_on.append((part, options, next(net.parameters()).detach().clone()))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(edgecl.evaluate.comparison, "train_classifier", watching)
+        patch.setattr(edgecl.evaluate.few_labels, "train_classifier", watching)
+        patch.setattr(edgecl.evaluate.few_labels, "MAX_PROCESSES", 1)
         comparison, probes = compare(
             pretrained,
             home / "random",
