@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Union
 
-from .bundle import check_files, read_manifest
+from .bundle import check_files, is_plain_file, read_manifest
 from .conditions import Check, check, check_conditions, check_memory
 from .devices import DEVICES
 from .errors import OnboardError
@@ -354,7 +354,7 @@ def _check_disk(bundle: Union[str, Path, None], manifest: Optional[Dict[str, Any
         sizes = [
             (place / about["model"]).stat().st_size
             for about in manifest["precisions"].values()
-            if (place / about["model"]).is_file()
+            if is_plain_file(place / about["model"])
         ]
         needed_mib += 2 * sum(sizes) >> 20
     try:
