@@ -163,7 +163,13 @@ def _run_named(options: argparse.Namespace) -> Dict[str, Any]:
         place = traceback.extract_tb(sys.exc_info()[2])[-1]
         raise BundleError(
             "'%s' is not what edgecl writes (%s: %s, at %s:%d)"
-            % (options.bundle, type(complaint).__name__, complaint, Path(place.filename).name, place.lineno or 0),
+            % (
+                options.bundle,
+                type(complaint).__name__,
+                complaint,
+                Path(place.filename).name,
+                place.lineno or 0,
+            ),
             "do not use this bundle if a stranger made it; else export it again, and report this if it stays",
         ) from complaint
     except OSError as complaint:

@@ -128,7 +128,8 @@ def plain_file(bundle: Union[str, Path], name: str, *, most_bytes: int = _FILE_B
         )
     if not stat.S_ISREG(found.st_mode):
         raise BundleError(
-            "'%s' of the bundle '%s' is no plain file" % (name, bundle), "do not use this bundle; export it again"
+            "'%s' of the bundle '%s' is no plain file" % (name, bundle),
+            "do not use this bundle; export it again",
         )
     if found.st_size > most_bytes:
         raise BundleError(

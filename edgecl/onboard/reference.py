@@ -35,9 +35,12 @@ def read_reference(bundle: Union[str, Path], manifest: Dict[str, Any]) -> Tuple[
             outputs = np.ascontiguousarray(arrays["outputs.npy"], dtype=np.float32)
     except BundleError:
         raise
-    except Exception as complaint:  # of damaged bytes zipfile and NumPy complain in a dozen classes, some not documented
+    except (
+        Exception
+    ) as complaint:  # of damaged bytes zipfile and NumPy complain in a dozen classes, some not documented
         raise BundleError(
-            "'%s' holds no reference inputs and outputs: %s" % (path, str(complaint) or type(complaint).__name__),
+            "'%s' holds no reference inputs and outputs: %s"
+            % (path, str(complaint) or type(complaint).__name__),
             _AGAIN,
         ) from complaint
     if not np.isfinite(outputs).all():
@@ -69,6 +72,4 @@ def _check_shapes(inputs: Tuple[int, ...], outputs: Tuple[int, ...], manifest: D
         )
     # In float64, the widest, which is what it takes while it is being read.
     if 8 * (prod(inputs) + prod(outputs)) > ARRAY_BYTES:
-        raise BundleError(
-            "'%s' states %d images, more than edgecl reads" % (REFERENCE, inputs[0]), _AGAIN
-        )
+        raise BundleError("'%s' states %d images, more than edgecl reads" % (REFERENCE, inputs[0]), _AGAIN)
