@@ -234,9 +234,9 @@ def runner_of(model: onnx.ModelProto, *, runtime: str, form: str = "fp32") -> Ru
 
 def _openvino(data: bytes) -> Run:
     try:
-        import openvino
-    except ImportError as complaint:
-        raise DeviceError("openvino is not installed", hint="pip install openvino") from complaint
+        openvino = import_openvino()
+    except OnboardError as error:
+        raise DeviceError(error.problem, hint=error.hint) from error
     core = openvino.Core()
     settings = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32"}
     compiled = core.compile_model(core.read_model(data), "CPU", settings)

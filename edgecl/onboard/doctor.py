@@ -21,8 +21,10 @@ OLDEST_PYTHON = (3, 6)
 SPARE_MIB = 64
 
 # Says of a module what it is, in a process of its own: a module built for another processor kills the one that imports it.
+# See `runners.openvino.import_openvino` for the telemetry.
 _PROBE = """
 import importlib, json, sys
+sys.modules["openvino_telemetry"] = None
 module = importlib.import_module(sys.argv[1])
 if getattr(module, "__file__", None) is None:
     raise ImportError("there is a folder of that name, but no module in it")

@@ -323,7 +323,7 @@ def test_killed_run_is_told_with_its_signal(board, bundle):
                 if str(board.home) in Path(f"/proc/{pid}/cmdline").read_text():
                     os.kill(pid, signal.SIGKILL)
 
-    with pytest.raises(DeviceError, match=r"the measuring process was killed by SIGKILL \(9\)") as caught:
+    with pytest.raises(DeviceError, match=r"the net's process was killed by SIGKILL \(9\)") as caught:
         bench(bundle, host=board.host, ssh_options=board.options, report=kill)
     assert "memory ran out" in caught.value.hint
     assert caught.value.where["board"] == board.host

@@ -65,7 +65,9 @@ def test_one_precision_of_several_can_be_asked(tmp_path):
 
 
 def test_missing_runtime_is_a_device_error_and_no_verdict(bundle, monkeypatch):
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    code = "import sys; sys.modules['onnxruntime'] = None; "
+    code += "from edgecl.onboard.__main__ import main; sys.exit(main())"
+    monkeypatch.setattr("edgecl.deploy.process._ONBOARD", [sys.executable, "-c", code])
     with pytest.raises(DeviceError, match="hint:   pip install onnxruntime"):
         verify(bundle)
     assert not (bundle / "verify.json").exists()
