@@ -19,6 +19,8 @@ from edgecl.data.unreadable import say_skipped
 from edgecl.deploy.onnx import with_any_batch
 from edgecl.errors import DataError, DeviceError
 from edgecl.intervals import proportion_interval
+from edgecl.onboard.errors import OnboardError
+from edgecl.onboard.runners.openvino import import_openvino
 from edgecl.quality import knn_correct
 
 Array = NDArray[numpy.float32]
