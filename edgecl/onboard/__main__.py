@@ -157,7 +157,15 @@ def _run_named(options: argparse.Namespace) -> Dict[str, Any]:
     """
     try:
         return _run(options)
-    except (ArithmeticError, AttributeError, LookupError, MemoryError, TypeError, ValueError) as complaint:
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        MemoryError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ) as complaint:
         if options.bundle is None:
             raise
         place = traceback.extract_tb(sys.exc_info()[2])[-1]

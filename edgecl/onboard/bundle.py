@@ -104,7 +104,13 @@ def read_plain(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def plain_file(bundle: Union[str, Path], name: str, *, most_bytes: int = _FILE_BYTES) -> Path:
+def plain_file(
+    bundle: Union[str, Path],
+    name: str,
+    *,
+    most_bytes: int = _FILE_BYTES,
+    if_missing: Optional[BundleError] = None,
+) -> Path:
     """Return the path of a file of a bundle once it is seen to be one that may be opened.
 
     A link may lead out of the bundle, and a pipe or a device never ends.
@@ -115,12 +121,12 @@ def plain_file(bundle: Union[str, Path], name: str, *, most_bytes: int = _FILE_B
     path = Path(bundle) / name
     try:
         found = os.lstat(str(path))
+    except (FileNotFoundError, NotADirectoryError) as complaint:
+        raise if_missing or BundleError(
+            "'%s' is missing from the bundle '%s'" % (name, bundle), "export the bundle again"
+        ) from complaint
     except (OSError, ValueError) as complaint:
-        if isinstance(complaint, (FileNotFoundError, NotADirectoryError)):
-            problem = "'%s' is missing from the bundle '%s'" % (name, bundle)
-        else:
-            problem = _unreadable(name, complaint)
-        raise BundleError(problem, "export the bundle again") from complaint
+        raise BundleError(_unreadable(str(path), complaint)) from complaint
     if stat.S_ISLNK(found.st_mode):
         raise BundleError(
             "'%s' of the bundle '%s' is a link, which may lead out of it" % (name, bundle),
@@ -167,16 +173,15 @@ def read_manifest(bundle: Union[str, Path]) -> Dict[str, Any]:
             value than it needs there.
     """
     path = Path(bundle) / MANIFEST
-    try:
-        missing = not os.path.lexists(str(path))
-    except ValueError:  # a path that no file can have
-        missing = True
-    if missing:
-        raise BundleError(
+    plain_file(
+        bundle,
+        MANIFEST,
+        most_bytes=_MANIFEST_BYTES,
+        if_missing=BundleError(
             "'%s' is not a bundle directory: it has no %s" % (bundle, MANIFEST),
             "`edgecl export` writes bundles",
-        )
-    plain_file(bundle, MANIFEST, most_bytes=_MANIFEST_BYTES)
+        ),
+    )
     try:
         manifest = json.loads(path.read_bytes().decode("utf-8"))
         too_deep = _is_deeper(manifest, _DEEPEST)
