@@ -73,6 +73,19 @@ def test_missing_runtime_is_a_device_error_and_no_verdict(bundle, monkeypatch):
     assert not (bundle / "verify.json").exists()
 
 
+def test_a_verdict_that_cannot_be_kept_is_no_failure(bundle, monkeypatch):
+    def refuse(path, content):
+        raise ArtifactError(f"no permission to write '{path.name}'")
+
+    monkeypatch.setattr("edgecl.deploy.verify.write_json", refuse)
+    lines = []
+    assert verify(bundle, report=lines.append)["ok"] is True
+    assert lines == ["the verdict is not kept: no permission to write 'verify.json'"]
+    done = run_command(bundle)
+    assert done.exit_code == 0
+    assert "largest relative difference" in done.stdout
+
+
 def test_a_directory_that_is_no_bundle_is_named(tmp_path):
     with pytest.raises(ArtifactError, match=r"is not a bundle directory: it has no manifest\.json"):
         verify(tmp_path)
