@@ -91,7 +91,7 @@ class TensorrtRunner:
         self, bundle: Path, manifest: Dict[str, Any], about: Dict[str, Any], report: Optional[Report]
     ) -> None:
         self._loader: Any = self._make(lambda: self._trt.Runtime(self._log.logger), "a runtime")
-        build = manifest.get("target", {}).get("build", {})
+        build = (manifest.get("target") or {}).get("build") or {}
         core = build.get("dla_core")
         if core is not None and self._precision != "fp32" and self._runtime_name == "tensorrt":
             self._loader.DLA_core = core
