@@ -8,7 +8,6 @@ import json
 import math
 import re
 import shutil
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 
 from edgecl.artifacts import SCHEMA, RunDir, disk_errors, flush, new_directory, write_json
-from edgecl.errors import ArtifactError
+from edgecl.errors import ArtifactError, tell
 from edgecl.onboard.bundle import sha256_of_file
 
 KEEP = 2
@@ -243,7 +242,7 @@ def _passing_over(path: Path) -> Iterator[None]:
     try:
         yield
     except _NotWholeError as problem:
-        sys.stderr.write(f"edgecl: checkpoint {path.name} passed over: {problem}\n")
+        tell(f"checkpoint {path.name} passed over: {problem}")
 
 
 @contextlib.contextmanager

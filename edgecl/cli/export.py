@@ -54,6 +54,7 @@ def export_command(
     """Export to ONNX in every precision, proven against torch."""
     from edgecl.cli.output import print_json
     from edgecl.deploy.export import export
+    from edgecl.errors import tell
 
     record = export(
         model,
@@ -65,7 +66,7 @@ def export_command(
         run=run,
         force=force,
         download=download,
-        say=lambda line: typer.echo(f"edgecl: {line}", err=True),
+        say=tell,
     )
     if json_:
         print_json(record)
@@ -74,7 +75,7 @@ def export_command(
 
 
 def _print_bundle(record: dict[str, Any], out: Path) -> None:
-    from edgecl.cli.output import print_rows
+    from edgecl.cli.output import print_line, print_rows
 
     rows = []
     for name, about in record["precisions"].items():
@@ -96,5 +97,5 @@ def _print_bundle(record: dict[str, Any], out: Path) -> None:
     )
     for name, about in {**record["precisions"], **record.get("left_out", {})}.items():
         if about["verdict"]:
-            typer.echo(f"{name}: {about['verdict']['words']}")
-    typer.echo(f"-> {out}")
+            print_line(f"{name}: {about['verdict']['words']}")
+    print_line(f"-> {out}")

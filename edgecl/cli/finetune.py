@@ -33,6 +33,7 @@ def finetune_command(
     download: DownloadOption = False,
 ) -> None:
     """Add a classifier and train with labels."""
+    from edgecl.cli.output import print_line
     from edgecl.evaluate.finetune import finetune
 
     record = finetune(
@@ -53,7 +54,7 @@ def finetune_command(
         if quantize
         else ""
     )
-    typer.echo(
+    print_line(
         f"{before}top-1 {found['top1']:.1f} % [{low:.1f}, {high:.1f}] on {found['n_test']} held-out images, "
         f"{len(record['classes'])} classes -> {out}"
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from edgecl.artifacts import ModelDir, RunDir, new_directory, record_header, write_sealed
 from edgecl.checkpoint import read_best, read_newest
-from edgecl.errors import ArtifactError, RecipeError, SliceError
+from edgecl.errors import ArtifactError, RecipeError, SliceError, tell
 from edgecl.nets.backbone import count_parameters, create_backbone, feature_count, recalibrate
 from edgecl.nets.fake_quant import insert_fake_quant
 from edgecl.nets.folding import fold_batch_norm
@@ -168,9 +167,9 @@ def _recalibrate_on_run(backbone: nn.Module, trained_on: dict[str, Any], recipe:
     data = recipe.data
     source = open_source(trained_on["uri"], split="train")
     if source.fingerprint != trained_on.get("fingerprint", source.fingerprint):
-        sys.stderr.write(
-            f"edgecl: the images of '{source.uri}' are not those that the run was trained on; the norms are re-estimated "
-            "on what is there now\n"
+        tell(
+            f"the images of '{source.uri}' are not those that the run was trained on; the norms are re-estimated on what "
+            "is there now"
         )
     images = load_eval_images(
         source,

@@ -23,10 +23,10 @@ from edgecl.artifacts import (
     kind_of,
     read_record,
 )
-from edgecl.errors import ArtifactError, counted
+from edgecl.errors import ArtifactError, counted, printable
 from edgecl.onboard import bundle as bundle_names
 from edgecl.onboard.bundle import sha256_of_file
-from edgecl.report.notation import finite, printable
+from edgecl.report.notation import finite
 
 Record = dict[str, Any]
 

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from edgecl.artifacts import ReportDir, kind_of, read_record, record_header
-from edgecl.errors import ArtifactError
+from edgecl.errors import ArtifactError, printable
 from edgecl.report.collect import collect
-from edgecl.report.notation import printable
 from edgecl.report.report import report_record
 from edgecl.report.rows import Row, row_label
 from edgecl.report.rules import METRICS, Metric, Rule, change_percent

@@ -6,7 +6,6 @@ import itertools
 import json
 import math
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -14,7 +13,7 @@ from typing import IO, Any
 from torch import Tensor
 
 from edgecl.artifacts import disk_errors, write_bytes
-from edgecl.errors import CollapseError
+from edgecl.errors import CollapseError, tell
 from edgecl.nets.slimming import SlimmableNet
 
 # Below a tenth of an even spread the projections agree on almost every dimension (METHOD section 4, row 11).
@@ -90,7 +89,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             float(record["step"])
         except (ValueError, TypeError, KeyError, RecursionError):
             if number < len(lines):
-                sys.stderr.write(f"edgecl: line {number} of '{path}' is no record and left out\n")
+                tell(f"line {number} of '{path}' is no record and left out")
             continue
         records.append(record)
     return records
