@@ -23,6 +23,7 @@ from edgecl import __version__
 from edgecl.errors import ArtifactError, EdgeclError
 from edgecl.onboard import bundle as bundle_names
 from edgecl.onboard.bundle import sha256_of_file
+from edgecl.reading import read_json
 from edgecl.redaction import record_without_secrets, without_secrets
 
 SCHEMA = bundle_names.SCHEMA
@@ -82,7 +83,7 @@ class ModelDir:
         Raises:
             ArtifactError: not a model directory, or the weights changed since it was written.
         """
-        record = read_record(self.record_file, kind=self.KIND)
+        record = read_record(self.record_file, kind=self.KIND, whole=True)
         check_seal(
             record,
             {"file": self.record_file},
@@ -195,8 +196,8 @@ def kind_of(path: Path) -> str | None:
     """
     for kind in KINDS:
         try:
-            record = json.loads((path / kind.RECORD).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
+            record = read_json(path / kind.RECORD)
+        except (FileNotFoundError, NotADirectoryError, ArtifactError):
             continue
         if isinstance(record, dict) and record.get("kind") == kind.KIND and "schema" in record:
             return kind.KIND
@@ -225,27 +226,46 @@ def command_line() -> str:
     )
 
 
-def read_record(path: Path, *, kind: str) -> dict[str, Any]:
-    """Read a JSON record and hold it to its kind and schema.
+def read_record(path: Path, *, kind: str, whole: bool = False) -> dict[str, Any]:
+    """Read a JSON record and hold it to its kind and schema, and to the types that the host relies on.
+
+    Args:
+        path: the file.
+        kind: what it should be the record of.
+        whole: whether it must have every entry that the host relies on.
 
     Raises:
-        ArtifactError: missing, not JSON, of another kind, or of a newer schema than this edgecl knows.
+        ArtifactError: missing, no regular file, not JSON, of another kind, of a newer schema than this edgecl knows, or
+            with an entry of another type.
     """
-    if not path.is_file():
+    if not path.exists():
         found = kind_of(path.parent) if path.parent.is_dir() else None
         problem = f"'{path.parent}' is not a {kind} directory"
         problem += f" but a {found} directory" if found else f": it has no {path.name}"
         raise ArtifactError(problem, hint=_HOW_TO_MAKE.get(kind))
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as complaint:
-        raise ArtifactError(
-            f"'{path.name}' is not valid JSON: {complaint}",
-            where={"file": path},
-            hint=f"restore it from a copy, or make the {kind} directory anew in another --out",
-        ) from complaint
+    record = read_json(path)
     if not isinstance(record, dict) or record.get("kind") != kind:
         raise ArtifactError(f"'{path.name}' is not the record of a {kind}", where={"file": path})
+    _check(record, path, whole=whole)
+    return record
+
+
+def read_side_record(path: Path) -> dict[str, Any]:
+    """Read a JSON record that lies beside another one, of whatever kind.
+
+    Raises:
+        ArtifactError: no regular file, not JSON, no record, of a newer schema, or with an entry of another type.
+    """
+    record = read_json(path)
+    if not isinstance(record, dict):
+        raise ArtifactError(f"'{path.name}' is not a record", where={"file": path})
+    _check(record, path, whole=False)
+    return record
+
+
+def _check(record: dict[str, Any], path: Path, *, whole: bool) -> None:
+    from edgecl.records import check_record
+
     schema = record.get("schema", 0)
     if not isinstance(schema, int):
         raise ArtifactError(f"'{path.name}' has the schema {schema!r}, not a number", where={"file": path})
@@ -255,7 +275,7 @@ def read_record(path: Path, *, kind: str) -> dict[str, Any]:
             where={"file": path, "made by": record.get("made_by")},
             hint="upgrade edgecl",
         )
-    return record
+    check_record(record, path=path, whole=whole)
 
 
 _HOW_TO_MAKE = {

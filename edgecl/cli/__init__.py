@@ -84,8 +84,8 @@ def _say_ended(code: int) -> None:
     from edgecl import processes
 
     if processes.is_main():
-        commands = sys.modules.get("edgecl.cli.commands")
-        resumable = hasattr(commands, "given") and commands.given.verb in RESUMABLE
+        commands = sys.modules.get("edgecl.cli.commands")  # it may not have been imported yet
+        resumable = getattr(getattr(commands, "given", None), "verb", None) in RESUMABLE
         hint = "; --resume goes on from what was saved, if anything was" if resumable else ""
         sys.stderr.write(f"edgecl: {'interrupted' if code == INTERRUPTED else 'terminated'}{hint}\n")
 

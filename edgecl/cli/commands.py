@@ -1,6 +1,5 @@
 """Every command in one visible list."""
 
-from dataclasses import dataclass
 from typing import Annotated
 
 import typer
@@ -45,7 +44,6 @@ app.command("report", cls=ReportCommand)(report_command)
 app.add_typer(selftest_app, name="selftest")
 
 
-@dataclass
 class Given:
     """What was given to `edgecl` itself, before the command's own options."""
 

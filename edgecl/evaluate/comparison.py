@@ -115,7 +115,7 @@ def compare(
                 labelled,
                 few=draw_few(labelled.train.labels, per_class=labels_per_class, draw=draw),
                 steps=scratch_steps,
-                settings=Supervision(lr=scratch_lr, seed=seed + draw, device="cpu"),
+                settings=Supervision(lr=scratch_lr, seed=(seed + draw) % 2**63, device="cpu"),
                 views=views,
                 what=f"{name}, draw {draw + 1}",
             )

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from edgecl.artifacts import ModelDir, RunDir, new_directory, record_header, write_sealed
+from edgecl.artifacts import ModelDir, RunDir, new_directory, read_record, record_header, write_sealed
 from edgecl.checkpoint import read_best, read_newest
 from edgecl.errors import ArtifactError, RecipeError, SliceError, tell
 from edgecl.nets.backbone import count_parameters, create_backbone, feature_count, recalibrate
@@ -18,6 +19,7 @@ from edgecl.nets.folding import fold_batch_norm
 from edgecl.nets.heads import Encoder
 from edgecl.nets.slimming import SlimmableNet
 from edgecl.onboard.bundle import sha256_of_file
+from edgecl.reading import reading
 from edgecl.recipe import Recipe, recipe_from_tables, width_as_given
 
 RECALIBRATION_IMAGES = 4096
@@ -124,11 +126,12 @@ def carve(
         DataError: recalibration needs the run's images and they are gone.
     """
     run_dir = RunDir(run)
-    record = run_dir.read()
+    record = read_record(run_dir.record_file, kind=RunDir.KIND, whole=True)
     recipe = recipe_from_tables(record["recipe"], source=str(run_dir.record_file))
     read = read_best(run_dir) if checkpoint == "best" else read_newest(run_dir)
     net = create_slimmable(recipe)
-    net.load_state_dict(read.model)
+    with reading(run_dir.record_file):
+        net.load_state_dict(read.model)
     width = recipe.slim.width if width is None else width
     tensors = backbone_tensors(net, width=width)
     if width == net.host_width and net.host_skips:
@@ -277,9 +280,12 @@ def load_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     """
     directory = ModelDir(path)
     record = directory.read()
-    net = create_blank(record)
+    with reading(directory.record_file):
+        net = create_blank(record)
+    with reading(directory.weights_file, SafetensorError):
+        tensors = load_file(directory.weights_file)
     try:
-        net.load_state_dict(load_file(directory.weights_file))
+        net.load_state_dict(tensors)
     except RuntimeError as complaint:
         raise ArtifactError(
             f"the weights are not those of '{record['arch']}' at width {record['width']:g}"
