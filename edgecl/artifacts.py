@@ -185,8 +185,8 @@ KINDS: tuple[type[RunDir | ModelDir | Bundle | ReportDir | PipelineDir], ...] = 
 
 
 _RECORDS = {kind.KIND: kind.RECORD for kind in KINDS}
-# As `write_bytes` names what it writes aside.
-_LEFTOVER = re.compile(r"\..+\.(?P<pid>\d+)-\d+\.part")
+# As `write_bytes` and `new_directory` name what they write and set aside.
+_LEFTOVER = re.compile(r"\..+\.(?P<pid>\d+)-\w+\.(part|old)")
 
 
 def kind_of(path: Path) -> str | None:
@@ -330,15 +330,25 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Remove files that a killed process left half written; the directory must be held.
+    """Remove files and directories that a killed process left half written, at any depth; the directory must be held.
 
     Those of this very process too: it wrote nothing yet, and in a container one number comes again and again.
     """
-    with contextlib.suppress(OSError):
-        for path in directory.iterdir():
-            match = _LEFTOVER.fullmatch(path.name)
+    for parent, folders, files in os.walk(directory):
+        for name in [*folders, *files]:
+            match = _LEFTOVER.fullmatch(name)
             if match and (int(match["pid"]) == os.getpid() or not _is_running(int(match["pid"]))):
-                path.unlink()
+                with contextlib.suppress(OSError):
+                    _remove(Path(parent) / name)
+        folders[:] = [name for name in folders if not _LEFTOVER.fullmatch(name)]
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or a directory with all in it; of a link the link alone."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _is_running(pid: int) -> bool:
@@ -410,6 +420,21 @@ def refuse_existing(path: Path, *, force: bool, kind: str) -> None:
         )
 
 
+def refuse_own_input(out: Path, made_from: Path) -> None:
+    """Refuse an output that is, holds or lies inside the directory that it is made from.
+
+    Raises:
+        ArtifactError: written there, it would replace or change its own input.
+    """
+    output, given = out.resolve(), made_from.resolve()
+    if output.is_relative_to(given) or given.is_relative_to(output):
+        how = "is" if output == given else "lies inside" if output.is_relative_to(given) else "holds"
+        raise ArtifactError(
+            f"the output '{out}' {how} the directory '{made_from}' that it is made from",
+            hint="choose another --out, outside of it",
+        )
+
+
 def _is_unfinished(path: Path, kind: str) -> bool:
     """Tell whether this is a run or a pipeline that `--resume` would take further."""
     if kind_of(path) != kind:
@@ -435,7 +460,7 @@ def new_directory(path: Path, *, kind: str, force: bool = False) -> Iterator[Pat
     path = path.resolve()  # '.' and links have no name of their own to rename to
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
+        aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.{os.getpid()}-", suffix=".part", dir=path.parent))
     try:
         with disk_errors(path):
             yield aside
@@ -445,7 +470,9 @@ def new_directory(path: Path, *, kind: str, force: bool = False) -> Iterator[Pat
                     file.chmod(0o644)  # safetensors writes for its owner alone
             flush_tree(aside)
             if path.exists():
-                old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
+                old = Path(
+                    tempfile.mkdtemp(prefix=f".{path.name}.{os.getpid()}-", suffix=".old", dir=path.parent)
+                )
                 path.replace(old / path.name)
                 aside.replace(path)
                 shutil.rmtree(old)
@@ -458,12 +485,8 @@ def new_directory(path: Path, *, kind: str, force: bool = False) -> Iterator[Pat
 def clear_directory(directory: Path, *, keep: Collection[str]) -> None:
     """Remove all that is in a directory but these names; of links the link alone."""
     for path in directory.iterdir():
-        if path.name in keep:
-            continue
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        if path.name not in keep:
+            _remove(path)
 
 
 def flush_tree(directory: Path) -> None:

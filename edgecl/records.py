@@ -25,13 +25,12 @@ class _Header(_Table):
     arm: str | None = None
 
 
-_Side = Annotated[int, Field(ge=1, le=1 << 15)]
 _PerChannel = Annotated[list[float], Field(min_length=3, max_length=3)]
 
 
 class _Preprocessing(_Table):
-    image_size: _Side
-    resize_size: _Side
+    image_size: int = Field(ge=1, le=4096)
+    resize_size: int = Field(ge=1, le=8192)
     mean: _PerChannel
     std: _PerChannel
 

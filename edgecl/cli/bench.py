@@ -31,12 +31,14 @@ def bench_command(
         typer.Option(
             "--duration-s",
             min=0.001,
+            max=86_400,
             help="Seconds to sample each precision for, once warm; at least 1,024 runs where the net allows. "
             "60 for numbers to publish.",
         ),
     ] = 10.0,
     threads: Annotated[
-        int | None, typer.Option("--threads", min=1, help="Threads to compute with [default: every core]")
+        int | None,
+        typer.Option("--threads", min=1, max=1024, help="Threads to compute with [default: every core]"),
     ] = None,
     json_: JsonOption = False,
 ) -> None:

@@ -22,7 +22,9 @@ def finetune_command(
     test: TestOption = None,
     epochs: Annotated[
         int | None,
-        typer.Option("--epochs", min=1, help="Passes over the data [default: 20, with --quantize 3]"),
+        typer.Option(
+            "--epochs", min=1, max=10**6, help="Passes over the data [default: 20, with --quantize 3]"
+        ),
     ] = None,
     quantize: Annotated[
         Literal["int8"] | None,

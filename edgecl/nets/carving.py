@@ -10,7 +10,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from edgecl.artifacts import ModelDir, RunDir, new_directory, read_record, record_header, write_sealed
+from edgecl.artifacts import (
+    ModelDir,
+    RunDir,
+    new_directory,
+    read_record,
+    record_header,
+    refuse_own_input,
+    write_sealed,
+)
 from edgecl.checkpoint import read_best, read_newest
 from edgecl.errors import ArtifactError, RecipeError, SliceError, tell
 from edgecl.nets.backbone import count_parameters, create_backbone, feature_count, recalibrate
@@ -125,6 +133,7 @@ def carve(
         SliceError: the run was not trained at this width, or it is that of a host with the slim net's skip connections.
         DataError: recalibration needs the run's images and they are gone.
     """
+    refuse_own_input(out, run)
     run_dir = RunDir(run)
     record = read_record(run_dir.record_file, kind=RunDir.KIND, whole=True)
     recipe = recipe_from_tables(record["recipe"], source=str(run_dir.record_file))
