@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -112,8 +113,11 @@ def check_record(record: dict[str, Any], *, path: Path, whole: bool) -> None:
         ArtifactError: an entry is of another type or range, or missing.
     """
     kind = record.get("kind")
+    model = _KINDS.get(kind if isinstance(kind, str) else "", _Header)
+    # Names of files need not be UTF-8, and are in commands; pydantic takes no such text.
+    text = json.dumps(record, ensure_ascii=False).encode("utf-8", "replace")
     try:
-        _KINDS.get(kind if isinstance(kind, str) else "", _Header).model_validate(record)
+        model.model_validate_json(text)
     except ValidationError as complaint:
         problems = [
             f"'{bounded('.'.join(map(str, problem['loc'])), 100)}': {problem['msg'].lower()}"

@@ -57,9 +57,8 @@ def main() -> None:
             sys.stdout.flush()
     except BrokenPipeError:
         raise SystemExit(1) from None
-    except (
-        KeyboardInterrupt
-    ):  # during the imports; later typer turns it into an exit before anyone can catch it
+    except KeyboardInterrupt:
+        # During the imports; later typer turns it into an exit before anyone can catch it.
         _say_ended(INTERRUPTED)
         raise SystemExit(INTERRUPTED) from None
     except SystemExit as stop:
