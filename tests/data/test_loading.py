@@ -189,7 +189,7 @@ def test_too_many_unreadable_images_are_an_error(write_images, cache_mib):
         "2 of 20 images cannot be read: 10.0%, 5.0% are allowed\n"
         f"  data:       {root}\n"
         f"  unreadable: {root}/003.png (empty file)\n"
-        f"              {root}/007.png (not an image of a known format)\n"
+        f"              {root}/007.png (not a JPEG, PNG, WebP or BMP file)\n"
         "  hint:       repair or remove them, or raise [data] max_bad_fraction"
     )
 
