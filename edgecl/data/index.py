@@ -293,7 +293,7 @@ def _read(file: Path) -> Listing | None:
             fields["left_out"],
             [(name, kind) for name, kind in fields["no_files"]],
         )
-        return listing if _is_sound(listing, joined) else None
+        return listing if len(listing.names) == fields["count"] and _is_sound(listing, joined) else None
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         # Whoever writes an index can also write its sum.
         return None

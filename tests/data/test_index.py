@@ -209,6 +209,7 @@ FORGED = {
         names.rpartition(b"\0")[0],
         sizes,
     ),
+    "no names": lambda fields, names, sizes: (fields | {"names_bytes": 0}, b"", b""),
     "half a size": lambda fields, names, sizes: (fields, names, sizes[:-4]),
     "a size below zero": lambda fields, names, sizes: (fields, names, b"\xff" * len(sizes)),
     "names out of order": lambda fields, names, sizes: (

@@ -22,7 +22,6 @@ from edgecl.data.sources import UnreadableImage
 from edgecl.errors import EdgeclError
 from edgecl.onboard.errors import OnboardError
 
-NAMED = (EdgeclError, OnboardError, UnreadableImage)
 # Of processor time, and of waiting on what never comes.
 BUSY_S, WAITING_S = 15.0, 60.0
 MEMORY = 2 << 30
@@ -40,6 +39,7 @@ _CHANGES = {
     "os.mkdir", "os.remove", "os.rmdir", "os.rename", "os.link", "os.symlink", "os.truncate", "os.chmod", "os.chown",
     "os.utime", "os.setxattr", "shutil.rmtree",
 }  # fmt: skip
+_OF_TWO = ("os.rename", "os.link", "os.symlink")
 _NEVER = {
     "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.forkpty", "pickle.find_class",
     "socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto", "code.__new__", "ctypes.dlopen",
@@ -67,7 +67,8 @@ class _Watch:
         if event == "open" and isinstance(given[2], int) and given[2] & _WRITING:
             self._hold(event, given[0])
         elif event in _CHANGES:
-            for path in given[: 2 if event in ("os.rename", "os.link") else 1]:
+            # Of a link the place that it leads to stays as it is.
+            for path in given[event in ("os.link", "os.symlink") : 1 + (event in _OF_TWO)]:
                 self._hold(event, path)
 
     def _while_importing(self) -> bool:
@@ -81,7 +82,7 @@ class _Watch:
     def _hold(self, event: str, path: Any) -> None:
         if not isinstance(path, (str, bytes, os.PathLike)):
             return  # a descriptor, which was held when it was opened
-        text = os.path.abspath(os.fsdecode(path))
+        text = os.path.abspath(os.fsdecode(path))  # noqa: PTH100 - Path.resolve would follow links
         if text == os.devnull or "__pycache__" in text or text.startswith(f"{self.place}{os.sep}"):
             return
         if event.startswith(("os.mkdir", "os.utime")) and text == self.place:
@@ -112,12 +113,17 @@ def judge(case: Callable[[Path], None], place: Path) -> str | None:
                 case(place)
             finally:
                 _watch.place = None
-    except NAMED as complaint:
+    except EdgeclError as complaint:
         problem = _bad_text(str(complaint))
+    except (OnboardError, UnreadableImage):
+        pass  # their texts become part of such an error
     except TooLongError:
         problem = f"longer than {BUSY_S:.0f} s of processor or {WAITING_S:.0f} s of waiting"
+    except OSError as complaint:
+        # The command line says these too, with the file; without a number they are no system's.
+        problem = None if complaint.errno else _described(complaint)
     except Exception as complaint:
-        problem = f"{type(complaint).__name__}: {str(complaint)[:300]}\n{_where(complaint)}"
+        problem = _described(complaint)
     finally:
         os.chdir(begun)
         gc.enable()
@@ -128,6 +134,8 @@ def run_command(*words: str) -> int:
     """Run `edgecl` in this process, as `main` does; what is not a named error or wrong usage comes out."""
     from edgecl.cli import main
 
+    if any("\0" in word for word in words):
+        return 2  # no system hands such a word over
     begun = len(_text(sys.stderr))
     with mock.patch.object(sys, "argv", ["edgecl", *words]):
         try:
@@ -152,14 +160,16 @@ def _text(stream: Any) -> str:
 def _bad_text(text: str) -> str | None:
     if steers := sorted(_STEERS.intersection(text)):
         return f"output that steers a terminal: {steers}"
-    if len(text) > LONGEST_ERROR:
+    # Wrong usage repeats the words that were given, however long.
+    if len(text) > LONGEST_ERROR and not text.startswith("Usage: "):
         return f"output of {len(text):,} letters: {text[:200]}"
     return None
 
 
-def _where(complaint: Exception) -> str:
-    frames = traceback.extract_tb(complaint.__traceback__)
-    return "\n".join(f"    {frame.filename}:{frame.lineno} {frame.name}" for frame in frames[-6:])
+def _described(complaint: Exception) -> str:
+    frames = traceback.extract_tb(complaint.__traceback__)[-6:]
+    where = "".join(f"\n    {frame.filename}:{frame.lineno} {frame.name}" for frame in frames)
+    return f"{type(complaint).__name__}: {str(complaint)[:300]!r}{where}"
 
 
 @contextlib.contextmanager
