@@ -129,7 +129,7 @@ def carve(
     recipe = recipe_from_tables(record["recipe"], source=str(run_dir.record_file))
     read = read_best(run_dir) if checkpoint == "best" else read_newest(run_dir)
     net = create_slimmable(recipe)
-    net.load_state_dict(read.model)
+    net.load_state_dict(read.net)
     width = recipe.slim.width if width is None else width
     tensors = backbone_tensors(net, width=width)
     if width == net.host_width and net.host_skips:
