@@ -18,6 +18,7 @@ from edgecl.artifacts import ModelDir, record_header, write_json
 from edgecl.errors import RecipeError
 from edgecl.nets.backbone import count_parameters, create_backbone, feature_count
 from edgecl.nets.heads import Projector
+from edgecl.reading import reading
 from edgecl.recipe import Recipe
 
 IMAGENET_IMAGES = 1_281_167
@@ -239,10 +240,9 @@ def cost(model: Path) -> dict[str, Any]:
 
     net, record = load_model(model)
     size = record["preprocessing"]["image_size"]
-    result = {
-        **record_header("cost", made_from=ModelDir(model).sha256),
-        **_net_cost(net, (1, 3, size, size)),
-    }
+    with reading(ModelDir(model).record_file, AssertionError):  # a net may not take pictures of that size
+        counted = _net_cost(net, (1, 3, size, size))
+    result = {**record_header("cost", made_from=ModelDir(model).sha256), **counted}
     write_json(ModelDir(model).cost_file, result)
     return result
 

@@ -12,9 +12,15 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field, create_model, model_validator
 
-from edgecl.errors import RecipeError, near_matches
+from edgecl.errors import RecipeError, bounded, near_matches
 from edgecl.settings import (
+    Count,
+    Decay,
+    Factor,
+    Rate,
+    Seed,
     Settings,
+    Side,
     find_settings_file,
     header_comment,
     override,
@@ -28,7 +34,22 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 PerView = tuple[Fraction, Fraction]
 DEFAULT_METHOD = "sacl-xd"
 """Of a recipe that names none."""
-Range = tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]]
+Range = tuple[Annotated[float, Field(ge=0.01, le=100)], Annotated[float, Field(ge=0.01, le=100)]]
+Strength = Annotated[float, Field(ge=0, le=100)]
+PerChannel = tuple[
+    Annotated[float, Field(ge=-10, le=10)],
+    Annotated[float, Field(ge=-10, le=10)],
+    Annotated[float, Field(ge=-10, le=10)],
+]
+PerChannelSpread = tuple[
+    Annotated[float, Field(ge=0.001, le=10)],
+    Annotated[float, Field(ge=0.001, le=10)],
+    Annotated[float, Field(ge=0.001, le=10)],
+]
+_LARGER_PICTURES = "larger pictures do not fit into memory by the batch"
+_A_LAYER = "a layer between two of 32,768 has 4 GiB of weights"
+_A_WEEK = "a picture that takes over a week will not come"
+_THREADS = "a process cannot start that many threads"
 
 
 class Host(Settings):
@@ -49,7 +70,9 @@ class Slim(Settings):
 
     width: float = Field(1.0, gt=0, le=4.0)
     """Channels as a multiple of the architecture's own; at the host's width the host itself is the slim net."""
-    widths: tuple[Annotated[float, Field(gt=0, le=4.0)], ...] = Field((), examples=[(0.5, 1.0)])
+    widths: tuple[Annotated[float, Field(gt=0, le=4.0)], ...] = Field(
+        (), max_length=64, examples=[(0.5, 1.0)]
+    )
     """Every slim width of the run, `width` the widest of them and theirs by default; empty trains `width` alone."""
     slow_start: Fraction = 0.0
     """First fraction of the epochs in which both views go through the host only."""
@@ -73,7 +96,9 @@ class Slim(Settings):
 class Projector(Settings):
     """The MLP between features and loss, thrown away after training."""
 
-    sizes: tuple[Annotated[int, Field(gt=0)], ...] = Field((2048, 2048, 2048), min_length=1)
+    sizes: tuple[Annotated[int, Field(gt=0, le=32_768)], ...] = Field(
+        (2048, 2048, 2048), min_length=1, max_length=16, description=_A_LAYER
+    )
     """Width of each linear layer; the last is D."""
 
 
@@ -155,27 +180,27 @@ class Data(Settings):
 
     uri: str | None = None
     """A data URI; None asks for --data."""
-    image_size: int = Field(224, ge=8)
+    image_size: Side = 224
     """Height and width of a view and of a test image, pixels."""
-    canvas_size: int | None = Field(None, ge=8)
+    canvas_size: int | None = Field(None, ge=8, le=8192, description=_LARGER_PICTURES)
     """Each picture is decoded whole to a square of this side before cropping, pixels; None means image_size."""
-    resize_size: int | None = Field(None, ge=8)
+    resize_size: int | None = Field(None, ge=8, le=8192, description=_LARGER_PICTURES)
     """Shorter side before the centre crop of a test image, pixels; None means image_size."""
-    batch_size: int = Field(256, ge=2)
+    batch_size: int = Field(256, ge=2, le=10**9)
     """Images per step, over all processes."""
     max_bad_fraction: Fraction = 0.01
     """Unreadable images skipped (and named) before the run stops."""
-    cache_mib: int = Field(4096, ge=0)
+    cache_mib: int = Field(4096, ge=0, le=10**9)
     """Keep the decoded images in memory when they fit into this."""
-    workers: int = Field(2, ge=0)
+    workers: int = Field(2, ge=0, le=1024, description=_THREADS)
     """Decoding threads when they do not."""
     decode: Literal["cpu", "cuda"] = "cpu"
     """Where JPEGs that do not fit into memory are decoded; cuda uses nvJPEG through torchvision."""
-    read_timeout_s: float = Field(300.0, gt=0)
+    read_timeout_s: float = Field(300.0, gt=0, le=604_800, description=_A_WEEK)
     """Longest wait for a batch of pictures before the run stops."""
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    limit: int | None = Field(None, ge=2)
+    mean: PerChannel = (0.485, 0.456, 0.406)
+    std: PerChannelSpread = (0.229, 0.224, 0.225)
+    limit: int | None = Field(None, ge=2, le=10**12)
     """Use only so many images, an even choice per class where there are classes; None means all."""
 
 
@@ -190,9 +215,9 @@ class Views(Settings):
     flip_vertical: Fraction = 0.0
     jitter: Fraction = 0.8
     """Probability of colour jitter."""
-    brightness: float = Field(0.4, ge=0)
-    contrast: float = Field(0.4, ge=0)
-    saturation: float = Field(0.2, ge=0)
+    brightness: Strength = 0.4
+    contrast: Strength = 0.4
+    saturation: Strength = 0.2
     hue: float = Field(0.1, ge=0, le=0.5)
     grey: Fraction = 0.2
     blur: PerView = (1.0, 0.1)
@@ -201,7 +226,7 @@ class Views(Settings):
     solarize: PerView = (0.0, 0.2)
     local_count: int = Field(0, ge=0, le=32)
     """Further views of each picture: small crops, varied like view B."""
-    local_size: int | None = Field(None, ge=8)
+    local_size: int | None = Field(None, ge=8, le=4096, description=_LARGER_PICTURES)
     """Height and width of a local view, pixels; None means half of image_size."""
     local_scale: tuple[Fraction, Fraction] = (0.05, 0.3)
     """Area of a local crop as a fraction of the picture's."""
@@ -211,50 +236,50 @@ class Optim(Settings):
     """The optimiser and its schedule."""
 
     name: Literal["lars", "adamw", "sgd"] = "lars"
-    lr: float = Field(0.3, gt=0)
+    lr: Rate = 0.3
     """Peak learning rate; with lr_batch, for a batch of that size, scaled linearly."""
-    lr_batch: int | None = Field(None, gt=0)
-    weight_decay: float = Field(1e-4, ge=0)
+    lr_batch: int | None = Field(None, gt=0, le=10**9)
+    weight_decay: Decay = 1e-4
     """Not applied to biases and norms."""
     momentum: Fraction = 0.9
-    trust_coefficient: float = Field(0.02, gt=0)
+    trust_coefficient: Factor = 0.02
     """LARS's eta."""
     trust_clip: bool = True
     """LARS: never take a step longer than plain SGD's."""
-    warmup_epochs: float = Field(0.0, ge=0)
+    warmup_epochs: float = Field(0.0, ge=0, le=1e9)
     final_lr_fraction: Fraction = 0.0
     """Learning rate at the end of the cosine, as a fraction of the peak."""
-    clip_norm: float | None = Field(None, gt=0)
+    clip_norm: float | None = Field(None, gt=0, le=1e30)
     """Gradient norm above which gradients are scaled down."""
 
 
 class Run(Settings):
     """How long, how exact, and how often to look."""
 
-    epochs: int = Field(200, ge=1)
-    seed: int = Field(0, ge=0)
+    epochs: Count = 200
+    seed: Seed = 0
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     channels_last: bool = True
     compile: bool = False
     """Compile the passes with torch.compile."""
-    accumulate: int = Field(1, ge=1)
+    accumulate: Count = 1
     """Parts of each process's share of a batch that go through the net one after another, to save memory; the
     correlations stay those of the whole batch, the batch norms see a part."""
     sync_norms: Literal["none", "projector", "all"] = "none"
     """Which batch norms take their statistics over all processes."""
-    log_every: int = Field(10, ge=1)
+    log_every: Count = 10
     """Steps between two records in metrics.jsonl."""
-    checkpoint_epochs: int = Field(1, ge=1)
+    checkpoint_epochs: Count = 1
     """Epochs between two checkpoints."""
-    checkpoint_steps: int | None = Field(None, ge=1)
+    checkpoint_steps: int | None = Field(None, ge=1, le=10**9)
     """Steps between two checkpoints within an epoch; None writes them between epochs only."""
-    keep_checkpoints: int = Field(2, ge=1)
+    keep_checkpoints: Count = 2
     """How many of the newest checkpoints are kept."""
     keep_best: bool = True
     """Also keep the checkpoint with the best kNN accuracy or, without labels, RankMe of the slim net."""
-    max_skipped: int = Field(10, ge=0)
+    max_skipped: int = Field(10, ge=0, le=10**9)
     """Steps since the last checkpoint whose loss is not finite that are left out before the run goes back to it."""
-    quality_epochs: int = Field(10, ge=1)
+    quality_epochs: Count = 10
     """Epochs between two looks at RankMe and, where there are labels, kNN."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = Field((), examples=[("tensorboard",)])
     """Also log through these; each must be installed."""
@@ -263,11 +288,11 @@ class Run(Settings):
 class Probe(Settings):
     """How `edgecl run` judges the result."""
 
-    labels_per_class: int = Field(10, ge=1)
-    draws: int = Field(5, ge=2)
-    scratch_steps: int = Field(200, ge=1)
+    labels_per_class: Count = 10
+    draws: int = Field(5, ge=2, le=10_000)
+    scratch_steps: Count = 200
     """Steps of the same net trained, from scratch and from the pretrained weights, on the same few labels."""
-    scratch_lr: float = Field(3e-3, gt=0)
+    scratch_lr: Rate = 3e-3
 
 
 class Recipe(Settings):
@@ -342,9 +367,9 @@ def find_method(name: Any, *, where: dict[str, object] | None = None) -> Any:
     known = list_methods()
     if name not in known:
         raise RecipeError(
-            f"'method.name' is {name!r}, not one of {', '.join(known)}",
+            f"'method.name' is {bounded(repr(name), 200)}, not one of {', '.join(known)}",
             where=where,
-            hint=near_matches(str(name), known),
+            hint=near_matches(bounded(str(name), 200), known),
         )
     return importlib.import_module(f"edgecl.methods.{name.replace('-', '_')}")
 

@@ -379,7 +379,7 @@ def test_a_model_is_counted_at_its_own_size(tmp_path):
         width=0.5,
         stem_stride=1,
         classes=None,
-        preprocessing={"image_size": 32},
+        preprocessing={"image_size": 32, "resize_size": 32, "mean": [0.5] * 3, "std": [0.5] * 3},
         origin="random",
         made_from=None,
         data=None,

@@ -13,7 +13,7 @@ from torch.nn import functional
 from edgecl.errors import ShapeError
 from edgecl.nets.sync_norms import process_count, sum_over_processes
 from edgecl.recipe import Recipe
-from edgecl.settings import Settings
+from edgecl.settings import Settings, Weight
 
 # nn.BatchNorm1d's, which the public Barlow Twins codes normalise with.
 VARIANCE_EPSILON = 1e-5
@@ -181,8 +181,8 @@ def alignment_loss(z_a: Tensor, z_b: Tensor) -> Tensor:
 class CodingRate(Settings):
     """L <- L - weight R: R, the coding rate, is large when the projections fill all their dimensions."""
 
-    weight: float = Field(0.0, ge=0)
-    epsilon: float = Field(0.5, ge=0.01)
+    weight: Weight = 0.0
+    epsilon: float = Field(0.5, ge=0.01, le=1e6)
     """Precision of the code: the smaller, the more small directions count; below 0.01 float32 has too few digits."""
     until: float | None = Field(None, gt=0, le=1, examples=[0.5])
     """Fraction of the run at which the weight has fallen to 0, in a line; None keeps it constant."""

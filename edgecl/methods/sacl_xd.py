@@ -42,6 +42,7 @@ from edgecl.methods.losses import (
 from edgecl.methods.method import Embeddings, Method, Terms
 from edgecl.nets.slimming import SlimmableNet
 from edgecl.recipe import ForwardPasses, Fraction, MethodConfig, Panel, Recipe
+from edgecl.settings import Factor, Weight
 
 _LOSS_NAMES = {"barlow-twins": "Barlow Twins", "simclr": "SimCLR", "cosine": "cosine and coding rate"}
 
@@ -69,11 +70,11 @@ class Config(MethodConfig):
     loss: Literal["barlow-twins", "simclr", "cosine"] = "barlow-twins"
     """The loss inside L_SACL and L_D; cosine only aligns and needs the coding rate."""
     alpha: Fraction = 0.95
-    off_diagonal: float = Field(0.0051, ge=0)
+    off_diagonal: Weight = 0.0051
     """Barlow Twins: weight of the redundancy term."""
     temperature: float = Field(0.2, gt=0, le=100)
     """SimCLR: temperature of the softmax."""
-    scale: float = Field(0.1, gt=0)
+    scale: Factor = 0.1
     """Multiplies L_SACL and L_D."""
     xd_direction: Literal["both", "slim_only"] = "both"
     """slim_only leaves out L_D(z_A, [z_A]), which pulls the host towards the frozen slim net, and gives its weight to

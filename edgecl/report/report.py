@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from edgecl.artifacts import ReportDir, new_directory, record_header, refuse_existing, write_bytes, write_json
+from edgecl.errors import printable
 from edgecl.report.collect import Collection, Source, collect
 from edgecl.report.comparison import comparison_of
 from edgecl.report.curves import MOST_POINTS, curves
 from edgecl.report.families import families_of, family_in_words, lines_of
-from edgecl.report.notation import finite, printable
+from edgecl.report.notation import finite
 from edgecl.report.page import page
 from edgecl.report.pareto import size_trade_off, trade_off
 from edgecl.report.precisions import bundle_record
@@ -76,9 +77,8 @@ def report_record(collection: Collection) -> dict[str, Any]:
     verdict, support = verdict_of(comparisons, rows, bundles, collection)
     stuck, what_to_change = plateaus_in_words(collection.of("run"))
     header = record_header("report", made_from=collection.sha256())
-    return {
+    record = {
         **header,
-        "command": printable(header["command"]),
         "title": _title(collection),
         "verdict": " ".join([*stuck, verdict]),
         "support": [*what_to_change, *support, *(family_in_words(family, rows) for family in families)],
@@ -93,6 +93,8 @@ def report_record(collection: Collection) -> dict[str, Any]:
         "notes": [*collection.notes, *warnings_of(rows, collection)],
         "conditions": _conditions(collection),
     }
+    plain: dict[str, Any] = _plain(record)
+    return plain
 
 
 def _title(collection: Collection) -> str:
@@ -173,7 +175,7 @@ def _conditions(collection: Collection) -> list[dict[str, Any]]:
                     "about": _ABOUT.get(name.partition("-")[0].removesuffix(".json"), "") or _about(source),
                     "file": printable(source.path / name),
                     "made_from_name": made_from_name if record.get("made_from") else None,
-                    "record": _plain(record),
+                    "record": record,
                 }
             )
     return result
@@ -198,10 +200,10 @@ def _about(source: Source) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Copy a record so that it can be written as strict JSON: not-a-number is null, text is printable."""
+    """Copy a record so that it can be shown and written as strict JSON: not-a-number is null, text is printable."""
     if isinstance(value, dict):
         return {printable(key): _plain(one) for key, one in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, (list, tuple)):
         return [_plain(one) for one in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None

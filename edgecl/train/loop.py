@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import sys
 import time
 from collections.abc import Callable, Generator
 from functools import partial
@@ -20,7 +19,7 @@ from edgecl.checkpoint import Checkpoint, restore_optimizer
 from edgecl.data.loading import Batch, TrainingImages
 from edgecl.data.sources import ImageSource
 from edgecl.data.views import make_views, write_views_grid
-from edgecl.errors import DataError, counted
+from edgecl.errors import DataError, counted, tell
 from edgecl.methods.method import create_method
 from edgecl.nets.carving import create_slimmable
 from edgecl.nets.slimming import SlimmableNet
@@ -369,4 +368,4 @@ class Training:
 
 def _warn(text: str) -> None:
     if processes.is_main():
-        sys.stderr.write(f"edgecl: {text}\n")
+        tell(text)

@@ -6,7 +6,6 @@ import itertools
 import json
 import math
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -14,8 +13,9 @@ from typing import IO, Any
 from torch import Tensor
 
 from edgecl.artifacts import disk_errors, write_bytes
-from edgecl.errors import CollapseError
+from edgecl.errors import CollapseError, tell
 from edgecl.nets.slimming import SlimmableNet
+from edgecl.reading import METRICS_BYTES, parse_json, read_bytes
 
 # Below a tenth of an even spread the projections agree on almost every dimension (METHOD section 4, row 11).
 COLLAPSE_SPREAD = 0.1
@@ -83,14 +83,14 @@ class MetricsFile:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Read metrics.jsonl; a last line torn by a kill is left out, any other that is no record is named on stderr."""
     records: list[dict[str, Any]] = []
-    lines = path.read_bytes().splitlines() if path.is_file() else []
+    lines = read_bytes(path, most=METRICS_BYTES).splitlines() if path.exists() else []
     for number, line in enumerate(lines, start=1):
         try:
-            record = json.loads(line)
+            record = parse_json(line)
             float(record["step"])
-        except (ValueError, TypeError, KeyError, RecursionError):
+        except (ValueError, TypeError, KeyError):
             if number < len(lines):
-                sys.stderr.write(f"edgecl: line {number} of '{path}' is no record and left out\n")
+                tell(f"line {number} of '{path}' is no record and left out")
             continue
         records.append(record)
     return records

@@ -8,7 +8,6 @@ import os
 import platform
 import shutil
 import signal
-import sys
 import threading
 import time
 import warnings
@@ -38,7 +37,7 @@ from edgecl.artifacts import (
 from edgecl.data.loading import TrainingImages
 from edgecl.data.sources import absolute_uri, folder_of, open_source
 from edgecl.data.unreadable import say_skipped
-from edgecl.errors import ArtifactError, DataError, DeviceError, EdgeclError, Preempted, RecipeError
+from edgecl.errors import ArtifactError, DataError, DeviceError, EdgeclError, Preempted, RecipeError, tell
 from edgecl.lock import NAME as LOCK
 from edgecl.lock import hold
 from edgecl.nets.backbone import count_parameters
@@ -320,20 +319,15 @@ def _say_host_skips(net: SlimmableNet) -> None:
             else f"{block} has none"
             for block, channels in net.host_skips.items()
         ]
-        sys.stderr.write(
-            "edgecl: nested start: the host's skip connections are made like the slim net's; "
-            f"{', '.join(changes)}\n"
-        )
+        tell(f"nested start: the host's skip connections are made like the slim net's; {', '.join(changes)}")
 
 
 def _say_resuming(training: Training, *, changes: list[str], surroundings: list[str]) -> None:
     for change in changes:
-        sys.stderr.write(f"edgecl: resuming with a change: {change}\n")
+        tell(f"resuming with a change: {change}")
     if surroundings:
-        sys.stderr.write(
-            f"edgecl: resuming elsewhere: {'; '.join(surroundings)}; results agree to rounding, not bit for bit\n"
-        )
-    sys.stderr.write(f"edgecl: going on from step {training.step} of {training.total_steps}\n")
+        tell(f"resuming elsewhere: {'; '.join(surroundings)}; results agree to rounding, not bit for bit")
+    tell(f"going on from step {training.step} of {training.total_steps}")
 
 
 def _in_one_line(problem: Exception) -> str:

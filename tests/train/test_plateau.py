@@ -9,7 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 from edgecl.artifacts import ReportDir, RunDir
-from edgecl.cli import app
+from edgecl.cli.commands import app
 from edgecl.methods.losses import cross_correlation_loss
 from edgecl.nets.heads import Encoder
 from edgecl.report.report import report
