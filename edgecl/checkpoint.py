@@ -37,6 +37,10 @@ _GROUPS = "groups"
 _NOT_FINITE = "not finite"
 
 
+METHODS_OWN = "method."
+"""What the names of tensors begin with that are a method's own, and not the net's."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """The state of a run after so many steps.
@@ -44,7 +48,7 @@ class Checkpoint:
     Attributes:
         step: steps done.
         epoch: whole epochs done.
-        model: the training net's tensors by name, host and slim norms.
+        model: tensors by name: of the training net, host and slim norms, and the method's own.
         optimizer: the optimiser's state dict.
         state: what else a run goes on from, as JSON knows it: numbers, texts, lists and tables.
         quality: {"name", "value"} of the last look at quality, higher is better; None when there was none.
@@ -58,6 +62,11 @@ class Checkpoint:
     state: dict[str, Any]
     quality: dict[str, Any] | None
     sha256: str
+
+    @property
+    def net(self) -> dict[str, Tensor]:
+        """Those tensors that are the training net's."""
+        return {name: tensor for name, tensor in self.model.items() if not name.startswith(METHODS_OWN)}
 
 
 def write_checkpoint(

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
+import pkgutil
+from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
-from pydantic import Field, model_validator
+from pydantic import Field, create_model, model_validator
 
-from edgecl.errors import RecipeError
+from edgecl.errors import RecipeError, bounded, near_matches
 from edgecl.settings import (
     Count,
     Decay,
@@ -17,7 +21,6 @@ from edgecl.settings import (
     Seed,
     Settings,
     Side,
-    Weight,
     find_settings_file,
     header_comment,
     override,
@@ -29,6 +32,8 @@ from edgecl.settings import (
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 PerView = tuple[Fraction, Fraction]
+DEFAULT_METHOD = "sacl-xd"
+"""Of a recipe that names none."""
 Range = tuple[Annotated[float, Field(ge=0.01, le=100)], Annotated[float, Field(ge=0.01, le=100)]]
 Strength = Annotated[float, Field(ge=0, le=100)]
 PerChannel = tuple[
@@ -97,38 +102,77 @@ class Projector(Settings):
     """Width of each linear layer; the last is D."""
 
 
-class Loss(Settings):
-    """L = alpha L_SACL + (1 - alpha) (L_D(z_A, [z_A]) + L_D(z_B, [z_B])) / 2."""
+class Panel(NamedTuple):
+    """A chart of the report: what is logged of a method, over epochs."""
 
-    name: Literal["barlow-twins", "simclr", "cosine"] = "barlow-twins"
-    """The loss inside L_SACL and L_D; cosine only aligns and needs [coding_rate] weight."""
-    alpha: Fraction = 0.95
-    off_diagonal: Weight = 0.0051
-    """Barlow Twins: weight of the redundancy term."""
-    temperature: float = Field(0.2, gt=0, le=100)
-    """SimCLR: temperature of the softmax."""
-    scale: Factor = 0.1
-    """Multiplies the whole loss."""
-    xd_direction: Literal["both", "slim_only"] = "both"
-    """slim_only leaves out L_D(z_A, [z_A]), which pulls the host towards the frozen slim net."""
-    swap_views: Fraction = 0.5
-    """Probability, per step, that the host sees view B and the slim net view A."""
-    symmetric: bool = False
-    """Both views through both encoders, all four passes with gradient."""
-    learn_targets: bool = False
-    """Gradient flows into [z] too, through all four passes."""
+    title: str
+    lines: dict[str, str]
+    """Key in metrics.jsonl -> the name of its line."""
+    unit: str = ""
+    log: bool = False
+    """A logarithmic axis, where every value is positive and they span a decade."""
 
 
-class CodingRate(Settings):
-    """L <- L - weight R: R, the coding rate, is large when the projections fill all their dimensions."""
+class ForwardPasses(NamedTuple):
+    """What one image costs in forward passes; a backward pass counts as two.
 
-    weight: Weight = 0.0
-    epsilon: float = Field(0.5, ge=0.01, le=1e6)
-    """Precision of the code: the smaller, the more small directions count; below 0.01 float32 has too few digits."""
-    until: float | None = Field(None, gt=0, le=1, examples=[0.5])
-    """Fraction of the run at which the weight has fallen to 0, in a line; None keeps it constant."""
-    encoders: Literal["both", "host", "slim"] = "both"
-    """Whose projections it is taken of."""
+    Attributes:
+        whole: width -> passes of whole views.
+        local: width -> passes of local views.
+        coding_rates: sets of embeddings that the coding rate is taken of, in a step that takes it.
+        coding_rate_share: of the steps that take it.
+    """
+
+    whole: dict[float, float]
+    local: dict[float, float]
+    coding_rates: float = 0.0
+    coding_rate_share: float = 1.0
+
+
+class MethodConfig(Settings):
+    """The [method] table. A method's own file, edgecl/methods/NAME.py, derives its own from this one.
+
+    What follows from settings alone is said here, so that names, prices and checks need no net.
+    """
+
+    panels: ClassVar[tuple[Panel, ...]] = (Panel("Loss", {"loss": "total"}, log=True),)
+    """What the report draws of the method; the key "loss" is the total, the others are the terms of its loss."""
+    has_host: ClassVar[bool] = False
+    """Whether slim nets train inside a wider host; without, there is one encoder, and its width is that of both."""
+
+    name: str
+    """Of the method: of its file, with hyphens."""
+
+    @property
+    def whole_views(self) -> int:
+        """How many whole views of each picture it wants, at most 26; [views] says how many local ones there are besides."""
+        return 2
+
+    def arm(self, recipe: Recipe) -> str:
+        """Return what the settings amount to, in the words of the field."""
+        return self.name
+
+    def check(self, recipe: Recipe) -> None:
+        """Refuse settings that only together are wrong.
+
+        Raises:
+            ValueError: with what to change.
+        """
+        widths = {recipe.host.width, *recipe.slim.all_widths}
+        if not self.has_host and (len(widths) > 1 or recipe.slim.slow_start):
+            raise ValueError(
+                f"'method.name' {self.name} trains one encoder: set 'host.width' and 'slim.width' to its width, and no "
+                "other 'slim.widths' or 'slim.slow_start'"
+            )
+
+    def forward_passes(self, recipe: Recipe) -> ForwardPasses:
+        """Return the cost of one image; here that of one encoder through which every view learns."""
+        width = recipe.host.width
+        return ForwardPasses({width: 3.0 * self.whole_views}, {width: 3.0 * recipe.views.local_count})
+
+    def has_idle_parameters(self, recipe: Recipe) -> bool:
+        """Tell whether some steps give some parameters no gradient, which many processes must know."""
+        return False
 
 
 class Data(Settings):
@@ -181,7 +225,7 @@ class Views(Settings):
     """Standard deviation of the blur, pixels of a 224-pixel view; scaled with image_size."""
     solarize: PerView = (0.0, 0.2)
     local_count: int = Field(0, ge=0, le=32)
-    """Further views of each picture: small crops, varied like view B, through the slim net alone."""
+    """Further views of each picture: small crops, varied like view B."""
     local_size: int | None = Field(None, ge=8, le=4096, description=_LARGER_PICTURES)
     """Height and width of a local view, pixels; None means half of image_size."""
     local_scale: tuple[Fraction, Fraction] = (0.05, 0.3)
@@ -257,8 +301,7 @@ class Recipe(Settings):
     host: Host
     slim: Slim = Slim()
     projector: Projector = Projector()
-    loss: Loss = Loss()
-    coding_rate: CodingRate = CodingRate()
+    method: MethodConfig
     data: Data = Data()
     views: Views = Views()
     optim: Optim = Optim()
@@ -279,15 +322,6 @@ class Recipe(Settings):
             )
         if len(set(self.slim.widths)) < len(self.slim.widths):
             raise ValueError(f"'slim.widths' names a width twice: {list(self.slim.widths)}")
-        if self.loss.name == "cosine" and self.coding_rate.weight == 0:
-            raise ValueError(
-                "'loss.name' cosine only pulls views together, and every picture to one point; set 'coding_rate.weight'"
-            )
-        if self.coding_rate.weight > 0 and self.data.batch_size < 3:
-            raise ValueError(
-                "'coding_rate.weight' needs a 'data.batch_size' of 3 or more: of two standardised projections one is "
-                "always the other's opposite"
-            )
         for name in ("crop_scale", "crop_ratio", "blur_sigma", "local_scale"):
             low, high = getattr(self.views, name)
             if low > high:
@@ -298,12 +332,13 @@ class Recipe(Settings):
             raise ValueError(
                 f"'data.resize_size' {self.data.resize_size} is below 'data.image_size' {self.data.image_size}"
             )
+        self.method.check(self)
         return self
 
     @property
     def arm(self) -> str:
-        """Which method of the family the settings amount to; one net narrower than the host makes it slimmed."""
-        return arm_name(self.host.width, self.slim.all_widths[-1], self.loss.alpha, loss=self.loss.name)
+        """What the method and its settings amount to, in the words of the field."""
+        return self.method.arm(self)
 
     @property
     def local_size(self) -> int:
@@ -311,15 +346,40 @@ class Recipe(Settings):
         return self.views.local_size or max(8, self.data.image_size // 2)
 
 
-_LOSS_NAMES = {"barlow-twins": "Barlow Twins", "simclr": "SimCLR", "cosine": "cosine and coding rate"}
+_SHARED = {"losses", "method"}
+"""Files of edgecl/methods/ that are no method."""
 
 
-def arm_name(host_width: float, slim_width: float, alpha: float, *, loss: str = "barlow-twins") -> str:
-    """Name the method that the host's width, the narrowest slim width, alpha and the loss amount to."""
-    if host_width == slim_width and alpha == 1:
-        return _LOSS_NAMES[loss]
-    name = "XD only" if host_width == slim_width else "SACL only" if alpha == 1 else "SACL-XD"
-    return name if loss == "barlow-twins" else f"{name} ({_LOSS_NAMES[loss]})"
+def list_methods() -> list[str]:
+    """List the methods that there are: the files of edgecl/methods/."""
+    folder = importlib.import_module("edgecl.methods").__path__
+    return sorted(
+        name.replace("_", "-") for _, name, _ in pkgutil.iter_modules(folder) if name not in _SHARED
+    )
+
+
+def find_method(name: Any, *, where: dict[str, object] | None = None) -> Any:
+    """Import the file of a method, and torch with it: a module that has `Config` and `METHOD`.
+
+    Raises:
+        RecipeError: no such method; near names are suggested.
+    """
+    known = list_methods()
+    if name not in known:
+        raise RecipeError(
+            f"'method.name' is {bounded(repr(name), 200)}, not one of {', '.join(known)}",
+            where=where,
+            hint=near_matches(bounded(str(name), 200), known),
+        )
+    return importlib.import_module(f"edgecl.methods.{name.replace('-', '_')}")
+
+
+@cache
+def _recipe_with(config: type[MethodConfig]) -> type[Recipe]:
+    """Return the recipe whose [method] table is a method's own."""
+    return create_model(
+        "Recipe", __base__=Recipe, __module__=__name__, method=(config, config.model_validate({}))
+    )
 
 
 def width_as_given(width: float) -> str:
@@ -337,25 +397,42 @@ def read_recipe(name: str, assignments: list[str] | None = None) -> Recipe:
     tables = parse_toml(read_text(path, error=RecipeError), source=str(path), error=RecipeError)
     assignments = assignments or []
     tables = override(tables, assignments, error=RecipeError)
-    return validate(Recipe, tables, source=str(path), error=RecipeError, assignments=assignments)
+    return recipe_from_tables(tables, source=str(path), assignments=assignments)
 
 
-def recipe_keys() -> set[str]:
-    """Return every setting's name, as `--set` takes it."""
-    return {
-        f"{table}.{key}"
-        for table, field in Recipe.model_fields.items()
-        for key in cast(type[Settings], field.annotation).model_fields
-    }
-
-
-def recipe_from_tables(tables: dict[str, Any], *, source: str) -> Recipe:
+def recipe_from_tables(tables: dict[str, Any], *, source: str, assignments: Sequence[str] = ()) -> Recipe:
     """Validate parsed tables, for example those of a run directory.
 
+    Args:
+        tables: with the assignments applied.
+        source: the file they were read from.
+        assignments: of `--set`, for errors.
+
     Raises:
-        RecipeError: unknown key or wrong value.
+        RecipeError: unknown method, key or wrong value.
     """
-    return validate(Recipe, tables, source=source, error=RecipeError)
+    for old, new in (("loss", "method"), ("coding_rate", "method.coding_rate")):
+        if old in tables:
+            raise RecipeError(
+                f"the table [{old}] is now [{new}]",
+                where={"file": source, **({"--set": ", ".join(assignments)} if assignments else {})},
+                hint="[loss] name is [method] loss; [method] name is the method's, 'sacl-xd' unless said otherwise",
+            )
+    method = tables.get("method", {})
+    name = method.get("name", DEFAULT_METHOD) if isinstance(method, dict) else DEFAULT_METHOD
+    model = _recipe_with(find_method(name, where={"file": source}).Config)
+    return validate(model, tables, source=source, error=RecipeError, assignments=assignments)
+
+
+def flatten(tables: Mapping[str, Any]) -> dict[str, Any]:
+    """Name every setting of a recipe's tables as `--set` does: "method.coding_rate.weight"."""
+    flat: dict[str, Any] = {}
+    for key, value in tables.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{key}.{inner}": one for inner, one in flatten(value).items()}
+        else:
+            flat[key] = value
+    return flat
 
 
 def recipe_name(name: str) -> str:

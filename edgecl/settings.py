@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from collections.abc import Sequence
@@ -111,7 +112,7 @@ def override(tables: dict[str, Any], assignments: list[str], *, error: type[Edge
     Raises:
         EdgeclError: of the given class, for an assignment without a '='.
     """
-    result = {name: dict(value) if isinstance(value, dict) else value for name, value in tables.items()}
+    result = copy.deepcopy(tables)
     for assignment in assignments:
         key, separator, text = assignment.partition("=")
         if not separator or not key.strip():

@@ -140,7 +140,7 @@ def carve(
     read = read_best(run_dir) if checkpoint == "best" else read_newest(run_dir)
     net = create_slimmable(recipe)
     with reading(run_dir.record_file):
-        net.load_state_dict(read.model)
+        net.load_state_dict(read.net)
     width = recipe.slim.width if width is None else width
     tensors = backbone_tensors(net, width=width)
     if width == net.host_width and net.host_skips:

@@ -29,11 +29,9 @@ _RECORD_FILES = {
     "comparison": "comparison.json",
     "pipeline": "pipeline.json",
 }
+# Logged of every method; what else a method logs, it says itself, in the panels of its run.
 _STEP_KEYS = (
     "loss",
-    "sacl",
-    "xd_host",
-    "xd_slim",
     "diagonal",
     "off_diagonal_rms",
     "std",
@@ -133,6 +131,8 @@ def _run(run: Source) -> dict[str, Any]:
     # The axis ends where the plan ends, so that an unfinished run looks unfinished; it begins at zero unless
     # the run went on from a checkpoint so late that its own part would be a sliver.
     epochs = max(planned or 0.0, last) or 1.0
+    panels = _panels(record)
+    own = [key for panel in panels for key in panel["lines"]]
     return {
         "name": run.name,
         "arm": printable(record["arm"]) if record.get("arm") else None,
@@ -144,8 +144,29 @@ def _run(run: Source) -> dict[str, Any]:
         "from_epoch": float(math.floor(first)) if 0.25 * epochs < first < epochs else 0.0,
         "epochs": epochs,
         "steps_per_point": max(1, -(-len(run.steps) // MOST_POINTS)),
-        "curves": {**curves(run.steps, _STEP_KEYS), **curves(run.quality, _quality_keys(run.quality))},
+        "panels": panels,
+        "curves": {
+            **curves(run.steps, tuple(dict.fromkeys([*_STEP_KEYS, *own]))),
+            **curves(run.quality, _quality_keys(run.quality)),
+        },
     }
+
+
+def _panels(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the panels that a run's method asks for: title, unit, log, and the name of each key's line."""
+    found = []
+    for panel in record.get("panels") or []:
+        lines = panel.get("lines") if isinstance(panel, dict) else None
+        if isinstance(lines, dict):
+            found.append(
+                {
+                    "title": printable(panel.get("title")),
+                    "unit": printable(panel.get("unit") or ""),
+                    "log": panel.get("log") is True,
+                    "lines": {key: printable(name) for key, name in lines.items()},
+                }
+            )
+    return found or [{"title": "Loss", "unit": "", "log": True, "lines": {"loss": "total"}}]
 
 
 def _conditions(collection: Collection) -> list[dict[str, Any]]:

@@ -157,7 +157,9 @@ def test_printable_escapes_what_steers_a_terminal_and_keeps_everything_else():
     for code in range(0x11000):
         sign = chr(code)
         steers = unicodedata.category(sign) in ("Cc", "Cs") and sign not in "\n\t"
-        unsafe = steers or code in BIDIRECTIONAL or code in (0xFFFE, 0xFFFF)  # the last two no report can hold
+        unsafe = (
+            steers or code in BIDIRECTIONAL or code in (0xFFFE, 0xFFFF)
+        )  # the last two no report can hold
         shown = printable(sign)
         if unsafe:
             assert shown.isascii()

@@ -6,7 +6,7 @@ import pytest
 
 from edgecl.errors import RecipeError, TargetError
 from edgecl.evaluate.supervised import Supervision
-from edgecl.recipe import Recipe, read_recipe
+from edgecl.recipe import Recipe, find_method, list_methods, read_recipe
 from edgecl.settings import override, parse_toml, validate
 from edgecl.target import read_target
 
@@ -39,9 +39,9 @@ IMPOSSIBLE = [
     "optim.weight_decay=1e308",
     "optim.warmup_epochs=1e308",
     "optim.trust_coefficient=1e308",
-    "loss.scale=1e308",
-    "loss.off_diagonal=1e308",
-    "coding_rate.weight=1e308",
+    "method.scale=1e308",
+    "method.off_diagonal=1e308",
+    "method.coding_rate.weight=1e308",
     "probe.draws=100000000000000000000",
     "probe.scratch_lr=1e300",
 ]
@@ -87,7 +87,8 @@ def test_every_number_of_a_recipe_has_both_bounds():
             "minimum" in schema or "exclusiveMinimum" in schema,
             "maximum" in schema or "exclusiveMaximum" in schema,
         )
-        for where, schema in numbers(Recipe.model_json_schema(), "")
+        for model in (Recipe, *(find_method(name).Config for name in list_methods()))
+        for where, schema in numbers(model.model_json_schema(), "")
     ]
     assert len(bounds) > 50
     # An optional setting has its bounds beside its type.

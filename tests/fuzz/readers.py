@@ -66,8 +66,15 @@ def corpus(suffixes: tuple[str, ...]) -> tuple[bytes, ...]:
 # --- settings ---
 
 
+@cache
+def _recipe_keys() -> tuple[str, ...]:
+    from edgecl.recipe import flatten, read_recipe
+
+    return tuple(sorted(flatten(read_recipe("demo").model_dump())))
+
+
 def recipes(mutator: Mutator, seeds: Seeds, place: Path) -> None:
-    from edgecl.recipe import read_recipe, recipe_keys
+    from edgecl.recipe import read_recipe
 
     file = place / "recipe.toml"
     _write_text(
@@ -78,7 +85,7 @@ def recipes(mutator: Mutator, seeds: Seeds, place: Path) -> None:
         _spoil(mutator, file)
     assignments = []
     while mutator.chance(0.4):
-        key = mutator.pick(sorted(recipe_keys())) if mutator.chance(0.9) else mutator.pick(TEXTS)
+        key = mutator.pick(_recipe_keys()) if mutator.chance(0.9) else mutator.pick(TEXTS)
         assignments.append(f"{key}={mutator.literal()}")
     if mutator.chance(0.03):
         run_command("cost", _name(mutator, file), *(word for one in assignments for word in ("--set", one)))
