@@ -23,7 +23,6 @@ app = typer.Typer(
     name="edgecl",
     help="Train, then compile: small vision networks from unlabelled images, measured on the device that runs them.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     # Plain help: loading rich for it would take longer than all the rest of the start.
     rich_markup_mode=None,
