@@ -99,12 +99,13 @@ class Run:
     machine: str = ""
 
     def settings(self) -> Recipe:
-        """Return the recipe with all changes made.
+        """Return the recipe with all changes made; its threads are the run's own.
 
         Raises:
             RecipeError: an unknown recipe, key or value.
         """
-        return read_recipe(self.recipe, [*self.assignments, f"run.seed={self.seed}"])
+        recipe = read_recipe(self.recipe, [*self.assignments, f"run.seed={self.seed}"])
+        return recipe.model_copy(update={"run": recipe.run.model_copy(update={"threads": None})})
 
     @cached_property
     def key(self) -> str:

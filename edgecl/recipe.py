@@ -262,6 +262,9 @@ class Run(Settings):
     channels_last: bool = True
     compile: bool = False
     """Compile the passes with torch.compile."""
+    threads: int | None = Field(None, ge=1, le=1024, description=_THREADS)
+    """With which a CPU trains; None means as many as torch takes. Steps of a few milliseconds gain little from a second one,
+    and wait for it all the time where another program has its core."""
     accumulate: Count = 1
     """Parts of each process's share of a batch that go through the net one after another, to save memory; the
     correlations stay those of the whole batch, the batch norms see a part."""

@@ -140,6 +140,7 @@ def pretrain(
                 stack.enter_context(_hold(run_dir))
             # Before anything is read for hours, and before anything is removed.
             processes.agree({"version of edgecl": __version__, **_settings_of(recipe)})
+            stack.enter_context(_threads(recipe.run.threads))
             return _run(
                 recipe,
                 recipe_name=recipe_name,
@@ -309,6 +310,16 @@ def _run(
             signal=stopped_by,
         )
     return record
+
+
+@contextlib.contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _say_host_skips(net: SlimmableNet) -> None:

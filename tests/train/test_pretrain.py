@@ -164,6 +164,15 @@ def test_skips_that_a_nested_start_changed_are_recorded_and_said_once(
     assert ("backbone.blocks.3.0 adds its input to its first 24 channels only" in said) == nested
 
 
+def test_training_takes_the_threads_it_is_given_and_gives_them_back(tmp_path, make_recipe, pictures):
+    record = train(make_recipe("run.threads=2", "run.epochs=1"), tmp_path / "run", pictures)
+    assert record["threads"] == 2
+    assert torch.get_num_threads() == 1  # the fixture's
+    with pytest.raises(DataError):
+        train(make_recipe("run.threads=2", "data.batch_size=64"), tmp_path / "other", pictures)
+    assert torch.get_num_threads() == 1
+
+
 def test_parameters_of_every_width_are_in_the_record(tmp_path, make_recipe, pictures):
     recipe = make_recipe("slim.widths=[0.35, 0.4, 0.5]", "run.epochs=1")
     params = train(recipe, tmp_path / "run", pictures)["params"]
