@@ -1,14 +1,56 @@
 """Train, then compile: small vision networks from unlabelled images, measured on the device that runs them.
 
-Importing edgecl imports nothing heavy. Each verb of the command line is one function in one module,
-for example `from edgecl.nets.carving import carve`; `docs/architecture.md` lists them.
+The verbs of the command line are functions here: `edgecl.pretrain`, `carve`, `probe`, `finetune`, `cost`, `export`,
+`verify`, `bench` and `report`; see `edgecl.api`. Importing edgecl imports neither them nor torch before they are used.
 """
 
 import os
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from edgecl.api import bench, carve, cost, export, finetune, pretrain, probe, report, verify
 
 # Libraries that report what they are used for read these while they are imported; onnxruntime's own switch acts too late.
 # `edgecl.onboard`, which travels alone, says the first for itself.
 os.environ.update(ORT_DISABLE_TELEMETRY="1", HF_HUB_DISABLE_TELEMETRY="1", DO_NOT_TRACK="1")
 
 __version__ = "0.3.0"
-__all__ = ["__version__"]
+__all__ = [
+    "__version__",
+    "bench",
+    "carve",
+    "cost",
+    "export",
+    "finetune",
+    "pretrain",
+    "probe",
+    "report",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Load a verb when it is first asked for."""
+    if name not in __all__:
+        raise AttributeError(f"module 'edgecl' has no attribute '{name}'")
+    from edgecl import api
+
+    return getattr(api, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """A package in which a verb stays a function though a module has its name."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        # An import of the modules edgecl.cost and edgecl.report would put them in the place of the functions.
+        if name not in __all__ or not isinstance(value, ModuleType):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -20,19 +20,13 @@ Preempted is none of them: a run that was asked to end, and has saved; exit 0, o
 from __future__ import annotations
 
 import difflib
-import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 
+from edgecl.onboard.errors import printable as printable
+
 # An error says what is wrong; it does not quote whole files.
 LONGEST = 2000
-
-# What steers a terminal (control characters but newline and tab), what turns the order of the letters that follow
-# (U+061C, the marks, embeddings, overrides and isolates), the surrogates that stand for undecodable bytes in a file
-# name, and what XML cannot hold.
-_UNSAFE = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
-)
 
 
 class EdgeclError(Exception):
@@ -120,19 +114,6 @@ class ParityError(EdgeclError):
 
 class DeviceError(EdgeclError):
     """A device or runtime that is not there."""
-
-
-def printable(text: object) -> str:
-    """Return text that every output may show: what could steer a terminal, or turn its letters, as visible escapes.
-
-    Newlines and tabs stay.
-    """
-    return _UNSAFE.sub(_escape, str(text))
-
-
-def _escape(match: re.Match[str]) -> str:
-    code = ord(match[0])
-    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
 
 
 def bounded(text: str, length: int = LONGEST) -> str:

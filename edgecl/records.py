@@ -92,12 +92,19 @@ class _Evaluation(_Header):
     test_uri: str | None = None
 
 
+class _Bench(_Header):
+    batch: int | None = None
+    threads: int | None = None
+    runtime: str | None = None
+
+
 _KINDS: dict[str, type[_Header]] = {
     "model": _Model,
     "run": _Run,
     "pipeline": _Pipeline,
     "bundle": _Bundle,
     "evaluation": _Evaluation,
+    "bench": _Bench,
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from types import SimpleNamespace
 
 import onnx
@@ -56,7 +57,7 @@ def quick(monkeypatch, exported_bundle):
     chance = SimpleNamespace(top1=lambda features, labels: 33.0)
     monkeypatch.setattr("edgecl.evaluate.probe.fit_linear", lambda features, labels, *, classes: chance)
     # nor about reports.
-    monkeypatch.setattr("edgecl.report.report.report", lambda dirs, *, out, force: {"made": True})
+    monkeypatch.setattr(sys.modules[report.__module__], "report", lambda dirs, *, out, force: {"made": True})
 
 
 @pytest.fixture
@@ -348,7 +349,7 @@ def test_verdict_on_a_stuck_run_begins_with_that(tmp_path, monkeypatch, recipe_f
         return z[:, :1].expand(z.shape).contiguous()
 
     monkeypatch.setattr(Encoder, "forward", repeated)
-    monkeypatch.setattr("edgecl.report.report.report", report)
+    monkeypatch.setattr(sys.modules[report.__module__], "report", report)
     done = CliRunner().invoke(
         app, ["run", str(recipe_file), "--data", str(image_folder), "--out", str(tmp_path / "out")]
     )

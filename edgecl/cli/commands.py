@@ -1,6 +1,8 @@
 """Every command in one visible list."""
 
-from typing import Annotated
+import contextlib
+from collections.abc import Iterator
+from typing import Annotated, Any
 
 import typer
 
@@ -18,12 +20,38 @@ from edgecl.cli.report import ReportCommand, report_command
 from edgecl.cli.run import demo_command, run_command
 from edgecl.cli.selftest import selftest_app
 from edgecl.cli.verify import verify_command
+from edgecl.errors import bounded, printable
+
+
+@contextlib.contextmanager
+def _printable_usage() -> Iterator[None]:
+    try:
+        yield
+    except Exception as problem:
+        if hasattr(problem, "format_message"):  # an error of usage, whichever library's typer builds on
+            problem.message = printable(bounded(problem.message))  # type: ignore[attr-defined]
+        raise
+
+
+class Root(typer.core.TyperGroup):
+    """`edgecl`, whose errors of usage are printable: a shell's `*` may stand for a stranger's file name."""
+
+    def make_context(self, *args: Any, **named: Any) -> Any:
+        """Read the words before the command."""
+        with _printable_usage():
+            return super().make_context(*args, **named)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Read the command's own words, and run it."""
+        with _printable_usage():
+            return super().invoke(ctx)
+
 
 app = typer.Typer(
     name="edgecl",
+    cls=Root,
     help="Train, then compile: small vision networks from unlabelled images, measured on the device that runs them.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     # Plain help: loading rich for it would take longer than all the rest of the start.
     rich_markup_mode=None,

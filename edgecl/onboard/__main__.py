@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 from .bundle import MANIFEST, write_whole
-from .errors import BundleError, DeviceError, OnboardError, printable
+from .errors import BundleError, DeviceError, OnboardError, bounded, printable
 
 RUNTIMES = ("ort", "onnxruntime", "openvino", "tensorrt", "tensorrt_rtx")
 
@@ -75,7 +75,7 @@ def program() -> int:
 
 def _say(text: str) -> None:
     """Write to stderr; all that this code tells people goes through here, since strangers' words are in it."""
-    print(printable(text), file=sys.stderr, flush=True)
+    print(printable(bounded(text)), file=sys.stderr, flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:

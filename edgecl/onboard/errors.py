@@ -6,31 +6,34 @@ OnboardError                a problem, and what to do next
 └── DeviceError             a runtime or device that is not there, or cannot do what was asked
 """
 
-import unicodedata
+import re
 from typing import Any, Dict, Optional
 
-# They turn the order of what follows on the screen: U+061C, LRM, RLM, the embeddings and overrides, the isolates.
-_BIDIRECTIONAL = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+# What steers a terminal (control characters but newline and tab), what turns the order of the letters that follow
+# (U+061C, the marks, embeddings, overrides and isolates), the surrogates that stand for undecodable bytes in a file
+# name, and what XML cannot hold.
+_UNSAFE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
+)
 # An error says what is wrong; it does not quote whole files.
 _LONGEST = 4000
 
 
-def printable(text: str) -> str:
-    """Return a text as a terminal may show it: what could steer it, or turn its letters, as visible escapes.
+def printable(text: object) -> str:
+    """Return text that every output may show: what could steer a terminal, or turn its letters, as visible escapes.
 
-    Newlines and tabs stay. `edgecl.errors` has a twin for the host, which this code cannot import.
+    Newlines and tabs stay. The host uses it too.
     """
-    if len(text) > _LONGEST:
-        text = text[:_LONGEST] + "..."
-    return "".join(_escape(sign) if _is_unsafe(sign) else sign for sign in text)
+    return _UNSAFE.sub(_escape, str(text))
 
 
-def _is_unsafe(sign: str) -> bool:
-    return sign not in "\n\t" and (unicodedata.category(sign) in ("Cc", "Cs") or sign in _BIDIRECTIONAL)
+def bounded(text: str) -> str:
+    """Cut a text that is too long for an error."""
+    return text if len(text) <= _LONGEST else text[:_LONGEST] + "..."
 
 
-def _escape(sign: str) -> str:
-    code = ord(sign)
+def _escape(match: Any) -> str:
+    code = ord(match.group(0))
     return "\\x%02x" % code if code < 256 else "\\u%04x" % code
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from edgecl.artifacts import ReportDir, new_directory, record_header, refuse_existing, write_bytes, write_json
 from edgecl.errors import printable
+from edgecl.reading import reading
 from edgecl.report.collect import Collection, Source, collect
 from edgecl.report.comparison import comparison_of
 from edgecl.report.curves import MOST_POINTS, curves
@@ -21,6 +22,13 @@ from edgecl.report.rows import ORIGINS, rows_of
 from edgecl.report.sentences import plateaus_in_words, verdict_of, warnings_of
 from edgecl.report.text import markdown
 
+_RECORD_FILES = {
+    "run": "run.json",
+    "model": "model.json",
+    "bundle": "manifest.json",
+    "comparison": "comparison.json",
+    "pipeline": "pipeline.json",
+}
 # Logged of every method; what else a method logs, it says itself, in the panels of its run.
 _STEP_KEYS = (
     "loss",
@@ -67,13 +75,13 @@ def report(dirs: Sequence[Path], *, out: Path, force: bool = False) -> dict[str,
 def report_record(collection: Collection) -> dict[str, Any]:
     """Make the content of report.json: every number the page shows, and the records behind them."""
     rows = rows_of(collection)
-    comparisons = [comparison_of(source, collection) for source in collection.of("comparison")]
+    comparisons = [_made(comparison_of, one, collection) for one in collection.of("comparison")]
     families = families_of(collection, rows)
     trade = trade_off(rows)
     for group in trade["groups"] if trade else []:
         group["families"] = lines_of(families, rows, group["rows"])
     joined = any(group["families"] for group in trade["groups"]) if trade else False
-    bundles = [bundle_record(bundle) for bundle in collection.of("bundle")]
+    bundles = [_made(bundle_record, bundle) for bundle in collection.of("bundle")]
     verdict, support = verdict_of(comparisons, rows, bundles, collection)
     stuck, what_to_change = plateaus_in_words(collection.of("run"))
     header = record_header("report", made_from=collection.sha256())
@@ -89,12 +97,18 @@ def report_record(collection: Collection) -> dict[str, Any]:
         "trade_off": trade,
         "size_trade_off": None if joined else size_trade_off(rows, families),
         "families": families,
-        "runs": [_run(run) for run in collection.of("run")],
+        "runs": [_made(_run, run) for run in collection.of("run")],
         "notes": [*collection.notes, *warnings_of(rows, collection)],
         "conditions": _conditions(collection),
     }
     plain: dict[str, Any] = _plain(record)
     return plain
+
+
+def _made(part: Callable[..., dict[str, Any]], source: Source, *more: Any) -> dict[str, Any]:
+    """Make a part of the report from one source; a record that does not fit is named."""
+    with reading(source.path / _RECORD_FILES[source.kind]):
+        return part(source, *more)
 
 
 def _title(collection: Collection) -> str:
@@ -157,16 +171,9 @@ def _panels(record: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _conditions(collection: Collection) -> list[dict[str, Any]]:
     result = []
-    record_files = {
-        "run": "run.json",
-        "model": "model.json",
-        "bundle": "manifest.json",
-        "comparison": "comparison.json",
-        "pipeline": "pipeline.json",
-    }
     for source in collection.sources:
         maker = collection.maker_of(source)
-        files = [(record_files[source.kind], source.record, maker.name if maker else None)]
+        files = [(_RECORD_FILES[source.kind], source.record, maker.name if maker else None)]
         files += [(name, record, source.name) for name, record in sorted(source.beside.items())]
         for name, record, made_from_name in files:
             result.append(

@@ -116,3 +116,21 @@ def test_no_name_in_a_record_reaches_the_report_raw(tmp_path, monkeypatch, capsy
     gather(report([model], out=tmp_path / "again"))
     assert any("\\x1b[2J" in text for text in texts)
     assert not unsafe("".join(texts))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["verify", "a", "b\x1b[2J\u202ec"],
+        ["\u2066verify"],
+        ["verify", "--\u202ejson"],
+    ],
+)
+def test_wrong_usage_is_printable(words, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["edgecl", *words])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    said = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert "\\u20" in said
+    assert not set(said) & set("\x1b\u202e\u2066")

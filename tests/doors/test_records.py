@@ -260,6 +260,27 @@ def test_a_command_with_a_file_name_that_is_no_utf8_is_no_fault_of_the_record(mo
     assert ModelDir(model).read()["command"].endswith("--out m")
 
 
+@pytest.mark.parametrize("key", ["batch", "threads", "runtime"])
+def test_a_measurement_under_conditions_of_another_type_is_named(tmp_path, key):
+    maker = Maker()
+    bundle = maker.bundle(tmp_path / "bundle", model=maker.model(tmp_path / "net"))
+    (file,) = bundle.glob("bench-*.json")
+    record = {**json.loads(file.read_text(encoding="utf-8")), key: ["a"]}
+    file.write_text(json.dumps(record), encoding="utf-8")
+    with pytest.raises(ArtifactError, match=rf"bench-.*{key}"):
+        report([tmp_path / "net", bundle], out=tmp_path / "r")
+
+
+def test_a_comparison_that_holds_a_number_for_a_difference_is_named(tmp_path):
+    pipeline = Maker().pipeline(tmp_path / "p")
+    file = pipeline / "comparison.json"
+    record = json.loads(file.read_text(encoding="utf-8"))
+    record["differences"] = [1]
+    file.write_text(json.dumps(record), encoding="utf-8")
+    with pytest.raises(ArtifactError, match=r"comparison\.json.*not what edgecl writes"):
+        report([pipeline], out=tmp_path / "r")
+
+
 # --- the handler ---
 
 

@@ -88,7 +88,7 @@ def test_a_session_on_another_provider_than_asked_is_refused(bundle, monkeypatch
 
     session = onnxruntime.InferenceSession
 
-    class Fallback(session):
+    class Fallback(session):  # type: ignore[valid-type]
         """A runtime that quietly takes another provider than it was asked for."""
 
         def get_providers(self):

@@ -105,7 +105,7 @@ def test_intervals_of_dependent_samples_hold_the_truth_where_independent_ones_fa
     series = latencies(ar1(draws, 100, 4096, 0.9))
     truth = float(latencies(np.array(z)))
     assert coverage(series, fraction, truth, quick_interval) >= 0.89
-    alone = coverage(series[:50], fraction, truth, lambda *asked: independent_interval(*asked, draws))
+    alone = coverage(series[:50], fraction, truth, lambda values, q: independent_interval(values, q, draws))
     assert alone <= 0.7
 
 

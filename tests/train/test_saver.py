@@ -80,7 +80,7 @@ def same(one, other):
 
 def everything(device="cpu"):
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).to(device, memory_format=torch.channels_last)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(net.parameters(), lr=torch.tensor(0.1), betas=(0.9, 0.95), foreach=False)
     for _ in range(2):
         net(torch.randn(2, 3, 8, 8, device=device)).square().sum().backward()

@@ -1,0 +1,389 @@
+"""The verbs of the command line as Python functions: `import edgecl; edgecl.pretrain("photos", data="photos/")`.
+
+Each does what the command of its name does, and returns the record that it also writes to the disk. stdout stays empty;
+`pretrain` and `finetune` show their progress on stderr. Paths may be strings. What goes wrong is an
+`edgecl.errors.EdgeclError`. torch is imported by the first call that needs it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+__all__ = ["bench", "carve", "cost", "export", "finetune", "pretrain", "probe", "report", "verify"]
+
+# A record as it stands in a JSON file.
+Record = dict[str, Any]
+# Settings to change: {"optim.lr": 0.2}, or ["optim.lr=0.2"] as the command line writes them.
+Changes = Mapping[str, object] | Sequence[str]
+AnyPath = str | Path
+
+
+def pretrain(
+    recipe: AnyPath,
+    *,
+    data: AnyPath | None = None,
+    out: AnyPath | None = None,
+    set: Changes = (),
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    resume: bool = False,
+    allow: Sequence[str] = (),
+    force: bool = False,
+    download: bool = False,
+) -> Record:
+    """Pretrain from unlabelled images and write a run directory.
+
+    Args:
+        recipe: a packaged recipe (`edgecl ls recipes`) or a TOML file.
+        data: a data URI in place of the recipe's, such as a folder of images or "demo".
+        out: the run directory to write; None takes runs/RECIPE.
+        set: settings of the recipe to change, as {"optim.lr": 0.2} or ["optim.lr=0.2"].
+        device: where to train; "auto" takes a GPU when there is one.
+        resume: continue the run in `out`; start it where there is none yet.
+        allow: when resuming, settings that may differ, such as "run.epochs".
+        force: replace an earlier run.
+        download: let torchvision fetch a data set that is not on the disk.
+
+    Returns:
+        The content of run.json, with `total_steps`, `wall_s` and `plateau` (None, or why the run is stuck).
+
+    Raises:
+        RecipeError: unknown recipe, setting or value, or no images named.
+        EdgeclError: of another class, as `edgecl.train.pretrain.pretrain` lists them.
+    """
+    from edgecl.recipe import read_recipe, recipe_name
+    from edgecl.train.pretrain import pretrain as run
+
+    name = recipe_name(str(recipe))
+    return run(
+        read_recipe(str(recipe), _assignments(set)),
+        recipe_name=name,
+        out=Path("runs", name) if out is None else Path(out),
+        data=_uri(data),
+        device=device,
+        resume=resume,
+        allow=allow,
+        force=force,
+        download=download,
+    )
+
+
+def carve(
+    run: AnyPath,
+    *,
+    out: AnyPath,
+    width: float | None = None,
+    checkpoint: Literal["newest", "best"] = "newest",
+    recalibrate_norms: bool = True,
+    force: bool = False,
+) -> Record:
+    """Carve a slim net out of a run's host and write it as a model directory.
+
+    Args:
+        run: a run directory.
+        out: the model directory to write.
+        width: a trained width, the host's among them; None takes the widest slim net.
+        checkpoint: the newest, or the one with the best features.
+        recalibrate_norms: re-estimate batch-norm statistics on the run's own images; without, a bit-for-bit copy.
+        force: replace an earlier model directory.
+
+    Returns:
+        The content of model.json, with `arch`, `width`, `step`, `params` and `features`.
+
+    Raises:
+        ArtifactError: not a run directory, no whole checkpoint in it, or the output exists.
+        SliceError: the run was not trained at this width.
+        DataError: the run's images are gone, and recalibration needs them.
+    """
+    from edgecl.nets.carving import carve as carve_run
+
+    return carve_run(
+        Path(run),
+        out=Path(out),
+        width=width,
+        checkpoint=checkpoint,
+        recalibrate_norms=recalibrate_norms,
+        force=force,
+    )
+
+
+def probe(
+    model: AnyPath,
+    *,
+    data: AnyPath,
+    test: AnyPath | None = None,
+    labels_per_class: int | None = None,
+    seeds: int = 3,
+    download: bool = False,
+) -> Record:
+    """Evaluate a net's frozen features and write probe.json into its model directory.
+
+    Args:
+        model: a model directory.
+        data: a data URI with labels to learn from, such as a folder of class folders.
+        test: a data URI with labels, held out; None takes the set's own test split, or holds out a fifth.
+        labels_per_class: labels of the few-label probe; None takes 10.
+        seeds: draws of the few labels; one alone has no interval.
+        download: let torchvision fetch a data set that is not on the disk.
+
+    Returns:
+        The content of probe.json, with `knn_top1`, `linear_top1` and `few_label_top1`, in percent, and their 95 % intervals.
+
+    Raises:
+        ArtifactError: not a model directory.
+        DataError: no labels, or fewer of a class than asked for.
+    """
+    from edgecl.evaluate.probe import probe as probe_model
+
+    return probe_model(
+        Path(model),
+        data=str(data),
+        test=_uri(test),
+        labels_per_class=labels_per_class,
+        seeds=seeds,
+        download=download,
+    )
+
+
+def finetune(
+    model: AnyPath,
+    *,
+    data: AnyPath,
+    out: AnyPath,
+    test: AnyPath | None = None,
+    epochs: int | None = None,
+    quantize: Literal["int8"] | None = None,
+    set: Changes = (),
+    force: bool = False,
+    download: bool = False,
+) -> Record:
+    """Add a classifier to a net, train both with labels, and write a new model directory.
+
+    Args:
+        model: a model directory.
+        data: a data URI with labels, such as a folder of class folders.
+        out: the model directory to write.
+        test: a data URI with labels, held out; None takes the set's own test split, or holds out a fifth.
+        epochs: passes over the data; None takes 20, or 3 with `quantize`.
+        quantize: "int8" trains the net as the int8 net it will be; None trains in float.
+        set: settings of fine-tuning to change, as {"lr": 0.01} or ["lr=0.01"].
+        force: replace an earlier model directory.
+        download: let torchvision fetch a data set that is not on the disk.
+
+    Returns:
+        The content of model.json, and under "evaluation" that of evaluation.json, with `top1` in percent and its 95 %
+        interval.
+
+    Raises:
+        ArtifactError: not a model directory, a net that is quantized already, or the output exists.
+        DataError: no labels, or other classes than those of the classifier to quantize.
+        RecipeError: unknown setting or value, or a net that cannot be quantized.
+    """
+    from edgecl.evaluate.finetune import finetune as finetune_model
+
+    return finetune_model(
+        Path(model),
+        data=str(data),
+        out=Path(out),
+        test=_uri(test),
+        epochs=epochs,
+        quantize=quantize,
+        assignments=_assignments(set),
+        force=force,
+        download=download,
+    )
+
+
+def cost(subject: AnyPath, *, set: Changes = (), images: int | None = None) -> Record:
+    """Count a net's MACs and parameters, and a recipe's training FLOPs too.
+
+    Args:
+        subject: a model directory, into which cost.json is written; or a packaged recipe or TOML file.
+        set: of a recipe, settings to change, as {"slim.width": 0.5} or ["slim.width=0.5"].
+        images: of a recipe, images per epoch; None takes those of its own data, else ImageNet-1K's.
+
+    Returns:
+        A record with `macs`, `flops` and `params`, and of a recipe `training` and `widths`.
+
+    Raises:
+        ArtifactError: not a model directory.
+        RecipeError: unknown recipe, setting or value, or fewer images than a batch.
+    """
+    if Path(subject).is_dir():
+        from edgecl.cost import cost as cost_of_model
+
+        return cost_of_model(Path(subject))
+    from edgecl.cost import cost_of_recipe
+    from edgecl.recipe import read_recipe, recipe_name
+
+    recipe = read_recipe(str(subject), _assignments(set))
+    return cost_of_recipe(recipe, recipe_name=recipe_name(str(subject)), images=images)
+
+
+def export(
+    model: AnyPath,
+    *,
+    target: AnyPath,
+    out: AnyPath,
+    precisions: Sequence[str] | None = None,
+    calibration: AnyPath | None = None,
+    eval_uri: AnyPath | None = None,
+    run: AnyPath | None = None,
+    force: bool = False,
+    download: bool = False,
+    say: Callable[[str], None] | None = None,
+) -> Record:
+    """Export a net to ONNX in every precision, prove each against torch, and write a bundle.
+
+    Args:
+        model: a model directory.
+        target: a packaged target (`edgecl ls targets`) or a TOML file.
+        out: the bundle to write.
+        precisions: of "fp32", "fp16" and "int8", the preferred one first; None takes the target's.
+        calibration: a data URI of real images to calibrate and to compare on; None takes those of the net's run.
+        eval_uri: a data URI of labelled images to evaluate the precisions on; None takes the held-out part of the
+            net's own.
+        run: the run directory that the model was carved from, to compare with the slim net in its host too.
+        force: replace an earlier bundle.
+        download: let torchvision fetch a data set that is not on the disk.
+        say: called with one line at a time on how far it is, `print` for example.
+
+    Returns:
+        The content of manifest.json; `precisions` has the parity and accuracy of each, and of INT8 the decision.
+
+    Raises:
+        ArtifactError: not a model directory, or the output exists.
+        TargetError: unknown target, or a precision that the target's device lacks.
+        DataError: no images to compare on, or too few to calibrate on.
+        ParityError: a precision outside the target's tolerance; no bundle is left.
+        DeviceError: the target needs a compiler that is not installed.
+    """
+    from edgecl.deploy.export import export as export_model
+
+    return export_model(
+        Path(model),
+        target=str(target),
+        out=Path(out),
+        precisions=precisions,
+        calibration=_uri(calibration),
+        eval_uri=_uri(eval_uri),
+        run=None if run is None else Path(run),
+        force=force,
+        download=download,
+        say=say or _silence,
+    )
+
+
+def verify(
+    bundle: AnyPath,
+    *,
+    precisions: Sequence[str] | None = None,
+    runtime: str | None = None,
+    host: str | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Record:
+    """Check a bundle's hashes and its outputs against torch's, here or on a board, and write verify.json into it.
+
+    Args:
+        bundle: a bundle.
+        precisions: which to run; None takes all in the bundle.
+        runtime: "ort", "openvino", "tensorrt" or "tensorrt_rtx"; None takes the one the bundle is made for.
+        host: USER@BOARD[:PORT] to verify on, over ssh; None takes this machine.
+        say: called with one line at a time on how far a board is.
+
+    Returns:
+        The content of verify.json; `precisions` has the largest difference and the top-1 agreement of each, and what is
+        allowed.
+
+    Raises:
+        ArtifactError: not a bundle, or a file is missing or changed.
+        ParityError: outputs further from torch's than the bundle allows.
+        DeviceError: the runtime is not installed or cannot load the net, or the board cannot be reached.
+    """
+    from edgecl.deploy.verify import verify as verify_bundle
+
+    return verify_bundle(Path(bundle), precisions=precisions, runtime=runtime, host=host, report=say)
+
+
+def bench(
+    bundle: AnyPath,
+    *,
+    precisions: Sequence[str] | None = None,
+    runtime: str | None = None,
+    duration_s: float = 10.0,
+    threads: int | None = None,
+    power: bool = True,
+    host: str | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Record:
+    """Measure a bundle's latency, and its energy where a board tells it, and write a record into the bundle.
+
+    Args:
+        bundle: a bundle.
+        precisions: which to measure, in turn in one session; None takes the bundle's default alone.
+        runtime: "ort", "openvino", "tensorrt", "tensorrt_rtx" or "trtexec"; None takes the one the bundle is made for.
+        duration_s: seconds to sample each precision for, > 0.
+        threads: how many to compute with, >= 1; None takes every core.
+        power: read the board's power rails, where it has any.
+        host: USER@BOARD[:PORT] to measure on, over ssh; None takes this machine.
+        say: called about once a second with one line on how far it is.
+
+    Returns:
+        The record, with one of `measurements` per precision and mode, in it `latency_ms` with its intervals; and `device`.
+
+    Raises:
+        ArtifactError: not a bundle, it lacks a precision, or a file is missing or changed.
+        DeviceError: the runtime is not installed or cannot load the net, or the board cannot be reached.
+    """
+    from edgecl.deploy.bench import bench as bench_bundle
+
+    return bench_bundle(
+        Path(bundle),
+        precisions=precisions,
+        runtime=runtime,
+        duration_s=duration_s,
+        threads=threads,
+        power=power,
+        host=host,
+        report=say,
+    )
+
+
+def report(dirs: AnyPath | Sequence[AnyPath], *, out: AnyPath, force: bool = False) -> Record:
+    """Write one page (report.html, report.md, report.json) about runs, nets and bundles.
+
+    Args:
+        dirs: run, model, bundle or pipeline directories, one or several.
+        out: the directory to write.
+        force: replace an earlier report.
+
+    Returns:
+        The content of report.json, with `verdict`, `rows`, `comparison` and `notes`.
+
+    Raises:
+        ArtifactError: a directory that edgecl did not write, an unreadable record, or the output exists.
+    """
+    from edgecl.report.report import report as report_on
+
+    several = [dirs] if isinstance(dirs, str | Path) else dirs
+    return report_on([Path(path) for path in several], out=Path(out), force=force)
+
+
+def _assignments(changes: Changes) -> list[str]:
+    """Return changed settings as `--set` takes them: KEY=VALUE, the value in TOML."""
+    if isinstance(changes, Mapping):
+        # Of strings, numbers, truth values and lists of these, JSON is TOML.
+        return [
+            f"{key}={json.dumps(value, ensure_ascii=False, default=str)}" for key, value in changes.items()
+        ]
+    return [changes] if isinstance(changes, str) else list(changes)
+
+
+def _uri(data: AnyPath | None) -> str | None:
+    return None if data is None else str(data)
+
+
+def _silence(line: str) -> None:
+    pass

@@ -1,0 +1,220 @@
+"""The Python API: light to import, the commands' own functions underneath, one call of each verb."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+import edgecl
+from edgecl import api
+from edgecl.errors import EdgeclError, RecipeError
+
+VERBS = ["bench", "carve", "cost", "export", "finetune", "pretrain", "probe", "report", "verify"]
+# The function that each verb calls, and its parameters under other names here, or not here.
+BENEATH = {
+    "pretrain": ("edgecl.train.pretrain", {"recipe_name"}),
+    "carve": ("edgecl.nets.carving", set()),
+    "probe": ("edgecl.evaluate.probe", set()),
+    "finetune": ("edgecl.evaluate.finetune", {"assignments"}),
+    "export": ("edgecl.deploy.export", set()),
+    "verify": ("edgecl.deploy.verify", {"report", "ssh_options"}),
+    "bench": ("edgecl.deploy.bench", {"report", "ssh_options"}),
+    "report": ("edgecl.report.report", set()),
+}
+
+
+def written(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def python(code):
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+# --- the package ---
+
+
+def test_importing_edgecl_imports_nothing_heavy():
+    code = (
+        "import edgecl, sys; print({'torch', 'numpy', 'pydantic', 'typer', 'edgecl.api'} & set(sys.modules))"
+    )
+    assert python(code) == "set()"
+
+
+def test_naming_every_verb_imports_no_torch():
+    code = f"import edgecl, sys; [getattr(edgecl, verb) for verb in {VERBS}]; print('torch' in sys.modules)"
+    assert python(code) == "False"
+
+
+def test_every_verb_is_public_and_listed():
+    assert set(edgecl.__all__) == {*api.__all__, "__version__"} == {*VERBS, "__version__"}
+    assert set(edgecl.__all__) <= set(dir(edgecl))
+    assert all(getattr(edgecl, verb) is getattr(api, verb) for verb in VERBS)
+
+
+@pytest.mark.parametrize("verb", ["cost", "report"])
+def test_verb_stays_a_function_after_the_module_of_its_name_is_imported(verb):
+    code = f"import edgecl.{verb}, edgecl; from edgecl.{verb} import __doc__; print(callable(edgecl.{verb}))"
+    assert python(code) == "True"
+
+
+def test_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="train_it"):
+        _ = edgecl.train_it
+
+
+# --- against the functions beneath ---
+
+
+@pytest.mark.parametrize("verb", BENEATH)
+def test_verb_has_the_parameters_and_defaults_of_the_function_beneath(verb):
+    module, elsewhere = BENEATH[verb]
+    beneath = inspect.signature(getattr(importlib.import_module(module), verb)).parameters
+    here = inspect.signature(getattr(api, verb)).parameters
+    assert set(beneath) - set(here) == elsewhere
+    # pretrain names its run directory itself; `say` is silent by None.
+    other = {"say"} | ({"out"} if verb == "pretrain" else set())
+    for name in (set(beneath) & set(here)) - other:
+        assert here[name].default == beneath[name].default, name
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_parameter_is_documented(verb):
+    function = getattr(api, verb)
+    for name in inspect.signature(function).parameters:
+        assert f"        {name}: " in inspect.getdoc(function).replace("\n    ", "\n        "), name
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optim.lr": 1e-05, "optim.name": "adamw", "projector.sizes": (8, 16), "host.nested_start": True},
+        ["optim.lr=1e-05", "optim.name=adamw", "projector.sizes=[8, 16]", "host.nested_start=true"],
+    ],
+    ids=["mapping", "assignments"],
+)
+def test_changes_reach_the_recipe(changes):
+    from edgecl.recipe import read_recipe
+
+    recipe = read_recipe("demo", api._assignments(changes))
+    assert (recipe.optim.lr, recipe.optim.name) == (1e-05, "adamw")
+    assert recipe.projector.sizes == (8, 16)
+    assert recipe.host.nested_start is True
+
+
+def test_one_assignment_may_stand_alone():
+    assert api._assignments("optim.lr=0.2") == ["optim.lr=0.2"]
+
+
+def test_unknown_setting_is_named():
+    with pytest.raises(RecipeError, match="lrr"):
+        edgecl.cost("demo", set={"optim.lrr": 1})
+
+
+# --- each on a toy ---
+
+
+@pytest.fixture
+def model(tmp_path, carved_model):
+    return shutil.copytree(carved_model, tmp_path / "model")
+
+
+@pytest.fixture
+def bundle(tmp_path, exported_bundle):
+    return shutil.copytree(exported_bundle, tmp_path / "bundle")
+
+
+def test_pretrain_takes_a_recipe_by_path_and_changes(tmp_path, recipe_file, image_folder, capsys):
+    out = tmp_path / "run"
+    record = edgecl.pretrain(
+        str(recipe_file), data=image_folder, out=str(out), set={"optim.lr": 0.02}, device="cpu"
+    )
+    assert record == written(out / "run.json")
+    assert record["recipe"]["optim"]["lr"] == 0.02
+    assert record["data"]["images"] == 60
+    assert capsys.readouterr().out == ""
+
+
+def test_pretrain_writes_to_runs_and_the_recipes_name_by_default(
+    tmp_path, recipe_file, image_folder, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    edgecl.pretrain(recipe_file, data=image_folder, device="cpu")
+    assert (tmp_path / "runs" / recipe_file.stem / "run.json").is_file()
+
+
+def test_carve_writes_a_model_directory(tmp_path, trained_run):
+    record = edgecl.carve(str(trained_run), out=str(tmp_path / "slim"), recalibrate_norms=False)
+    assert record == written(tmp_path / "slim" / "model.json")
+    assert record["width"] == 0.5
+
+
+def test_probe_judges_a_model(model, image_folder):
+    record = edgecl.probe(str(model), data=image_folder, labels_per_class=2)
+    assert record == written(model / "probe.json")
+    assert 0 <= record["knn_top1"] <= 100
+
+
+def test_finetune_writes_a_classifier(tmp_path, model, image_folder):
+    record = edgecl.finetune(
+        model, data=image_folder, out=tmp_path / "classifier", epochs=1, set={"lr": 0.01}
+    )
+    assert record.pop("evaluation") == written(tmp_path / "classifier" / "evaluation.json")
+    assert record == written(tmp_path / "classifier" / "model.json")
+    assert record["classes"] == ["blue", "green", "red"]
+
+
+def test_cost_counts_a_model_and_prices_a_recipe(model, recipe_file):
+    counted = edgecl.cost(str(model))
+    assert counted == written(model / "cost.json")
+    priced = edgecl.cost(recipe_file, images=60)
+    assert priced["macs"] == counted["macs"]
+    assert priced["training"]["images"] == 60
+
+
+def test_cost_of_a_changed_recipe_differs(recipe_file):
+    narrow = edgecl.cost(recipe_file, images=60)
+    wide = edgecl.cost(recipe_file, images=60, set={"slim.width": 0.75})
+    assert wide["macs"] > narrow["macs"]
+
+
+def test_export_writes_a_bundle_and_says_how_far_it_is(tmp_path, carved_model):
+    lines = []
+    record = edgecl.export(
+        str(carved_model), target="ort-cpu", out=tmp_path / "bundle", precisions=["fp32"], say=lines.append
+    )
+    assert record == written(tmp_path / "bundle" / "manifest.json")
+    assert list(record["precisions"]) == ["fp32"]
+
+
+def test_verify_checks_a_bundle(bundle):
+    record = edgecl.verify(str(bundle))
+    assert record == written(bundle / "verify.json")
+    assert record["ok"]
+
+
+def test_bench_measures_a_bundle(bundle):
+    record = edgecl.bench(str(bundle), duration_s=0.01, threads=1)
+    (one,) = record["measurements"]
+    assert one["latency_ms"]["p50"] > 0
+    assert record in [written(path) for path in bundle.glob("bench-*.json")]
+
+
+def test_report_takes_one_directory_or_several(tmp_path, trained_run, carved_model):
+    edgecl.report(str(carved_model), out=tmp_path / "one")
+    record = edgecl.report([trained_run, carved_model], out=str(tmp_path / "two"))
+    assert record == written(tmp_path / "two" / "report.json")
+    assert len(record["runs"]) == 1
+
+
+def test_what_goes_wrong_is_an_edgecl_error(tmp_path):
+    for verb in (edgecl.verify, edgecl.bench):
+        with pytest.raises(EdgeclError):
+            verb(tmp_path / "nothing")
