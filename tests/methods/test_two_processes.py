@@ -143,6 +143,8 @@ def test_arms_are_all_ways_to_train():
         "SACL-XD, symmetric",
         "SACL-XD, local views",
         "SimCLR",
+        "simclr, local views",
+        "emp-ssl, 3 views",
     ]
 
 
