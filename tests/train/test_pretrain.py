@@ -81,14 +81,14 @@ IMPOSSIBLE = {
         r"differ in the skip connection",
     ),
     "more views than memory": (
-        ["views.local_count=30", "views.local_size=100000"],
+        ["data.batch_size=100000", "views.local_count=30", "views.local_size=4096"],
         RecipeError,
-        r"the 8 x 32 views of one step take \d+\.\d GiB, and this machine has \d+\.\d GiB of memory",
+        r"the 100,?000 x 32 views of one step take \d+\.\d GiB, and this machine has \d+\.\d GiB of memory",
     ),
     "views too large for memory": (
-        ["data.image_size=1000000"],
+        ["data.batch_size=100000", "data.image_size=4096"],
         RecipeError,
-        r"the 8 x 2 views of one step take \d+\.\d GiB",
+        r"the 100,?000 x 2 views of one step take \d+\.\d GiB",
     ),
 }
 
@@ -107,7 +107,10 @@ def test_the_impossible_is_refused_before_the_images_are_read(
 
 def test_what_to_lower_is_said_of_more_views_than_memory(tmp_path, make_recipe, pictures):
     hints = []
-    for settings in (["data.image_size=1000000"], ["views.local_count=30", "views.local_size=100000"]):
+    for settings in (
+        ["data.batch_size=100000", "data.image_size=4096"],
+        ["data.batch_size=100000", "views.local_count=30", "views.local_size=4096"],
+    ):
         with pytest.raises(RecipeError) as caught:
             train(make_recipe(*settings), tmp_path / "run", pictures)
         hints.append(caught.value.hint)
@@ -133,7 +136,7 @@ def test_the_whole_road_refuses_the_impossible_before_the_images_are_read(
     monkeypatch.setattr(pretrain, "open_source", None)
     with pytest.raises(RecipeError, match="GiB"):
         pipeline.run(
-            make_recipe("data.image_size=1000000"),
+            make_recipe("data.batch_size=100000", "data.image_size=4096"),
             recipe_name="tiny",
             out=tmp_path / "road",
             data=str(labelled_pictures),
