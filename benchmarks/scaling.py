@@ -59,10 +59,10 @@ class Arm:
 # L_SACL(z_A, z_B); L_D(z_A, [z_A]) and L_D(z_B, [z_B]), in each of which one side is frozen.
 ARMS = {
     "SACL-XD": Arm(3, 4, {}),
-    "SACL-XD, slim_only": Arm(2, 3, {"loss": {"xd_direction": "slim_only"}}),
+    "SACL-XD, slim_only": Arm(2, 3, {"method": {"xd_direction": "slim_only"}}),
     "XD only": Arm(3, 4, {"host": {"width": 1.0}}),
-    "SACL only": Arm(1, 2, {"loss": {"alpha": 1.0}}),
-    "Barlow Twins": Arm(1, 2, {"host": {"width": 1.0}, "loss": {"alpha": 1.0}}),
+    "SACL only": Arm(1, 2, {"method": {"alpha": 1.0}}),
+    "Barlow Twins": Arm(1, 2, {"host": {"width": 1.0}, "method": {"alpha": 1.0}}),
 }
 HOST_WIDTH, SLIM_WIDTH = 1.5, 1.0
 

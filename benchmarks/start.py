@@ -2,7 +2,7 @@
 
     python benchmarks/start.py --out DIR                              # 10 seeds, 1 and 2 threads
     python benchmarks/start.py --out DIR --table                      # what there is so far
-    python benchmarks/start.py --out DIR --set coding_rate.weight=0   # another recipe, in the same directory
+    python benchmarks/start.py --out DIR --set method.coding_rate.weight=0   # another recipe, in the same directory
 
 A run is lucky or not by its seed, and by its rounding: by the number of threads and by the kernels that a processor
 chooses. So each has a process of its own with its threads set from the start, and its line names the processor; on

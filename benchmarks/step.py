@@ -54,7 +54,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from edgecl.cost import forward_cost
-from edgecl.methods.sacl_xd import Projections, SaclXd
+from edgecl.methods.method import Embeddings, create_method
 from edgecl.nets.backbone import is_norm
 from edgecl.nets.carving import create_slimmable
 from edgecl.nets.heads import Encoder
@@ -123,6 +123,8 @@ def recipe_for(arch: str, given: argparse.Namespace, *, compiled: bool = False) 
             "host": {"arch": arch, "width": HOST_WIDTH},
             "slim": {"width": SLIM_WIDTH},
             "projector": {"sizes": given.projector},
+            # Of random views every order is as good.
+            "method": {"swap_views": 0.0},
             "data": {"image_size": given.size, "batch_size": given.batch},
             "optim": {"name": "lars", "lr": 0.1},
             "run": {"precision": given.precision, "compile": compiled, "epochs": 1000},
@@ -223,7 +225,6 @@ class Ways:
                 accelerator=accelerator,
                 steps_per_epoch=steps,
             )
-        self.method: SaclXd = self.step.method
         layout = torch.channels_last
         self.masked = MaskedNet(net).to(self.device).train()
 
@@ -231,6 +232,10 @@ class Ways:
             return Encoder(arch, width=width, projector=given.projector)
 
         self.plain = PlainNets(net, build, layout).to(self.device).train()
+        self.methods = {
+            one: create_method(self.recipe, one, steps_per_epoch=steps)
+            for one in (net, self.masked, self.plain)
+        }
         self.twins = copy.deepcopy(self.plain.slim)
         self._masked_optimiser = self._optimiser(self.masked)
         self._plain_optimiser = self._optimiser(self.plain.changed)
@@ -253,11 +258,11 @@ class Ways:
     def slices(self) -> Tensor:
         outcome = self.step(self.views, number=self.number)
         self.number += 1
-        return outcome.losses.total.detach()
+        return outcome.loss.detach()
 
     def by_compiled(self) -> Tensor:
         assert self.compiled
-        return self.compiled(self.views, number=self.number).losses.total.detach()
+        return self.compiled(self.views, number=self.number).loss.detach()
 
     def masks(self) -> Tensor:
         return self._whole(self.masked, self.masked, self._masked_optimiser)
@@ -273,9 +278,10 @@ class Ways:
         return loss.detach()
 
     def loss_of(self, net) -> Tensor:
+        method = self.methods[net]
         with self._autocast():
-            projections = self.method.project(net, *self.views)
-        return self.method.losses(projections).total
+            embeddings = method(self.views, 0)
+        return method.loss(embeddings, 0)[0]
 
     def four_passes(self) -> None:
         view_a, view_b = self.views
@@ -290,8 +296,9 @@ class Ways:
 
     def losses(self) -> None:
         z_a, z_b, frozen_a, frozen_b = (z.clone() for z in self._projections)
-        given = Projections(z_a.requires_grad_(), (z_b.requires_grad_(),), slim_a=frozen_a, host_b=frozen_b)
-        self.method.losses(given).total.backward()
+        learnt = {"host_a": z_a.requires_grad_(), "slim_b": z_b.requires_grad_()}
+        given = Embeddings(learnt, {"slim_a": frozen_a, "host_b": frozen_b})
+        self.step.method.loss(given, 0)[0].backward()
 
     def optimiser(self) -> None:
         for parameter, gradient in zip(self.plain.changed.parameters(), self._gradients, strict=True):
@@ -302,7 +309,7 @@ class Ways:
     def barlow_twins(self) -> Tensor:
         with self._autocast():
             z_a, z_b = (self.twins(view) for view in self.views)
-        loss = self.method.scale * self.method.comparison(z_a, z_b)
+        loss = self.recipe.method.scale * self.step.method.compare(z_a, z_b)
         loss.backward()
         self._twins_optimiser.step()
         _forget(self.twins)
@@ -449,7 +456,7 @@ def small_maps(given: argparse.Namespace, load_before: float) -> None:
             started = time.process_time()
             outcome = steps[name](views, number=index)
             if index == 0:
-                losses.append(outcome.losses.total)
+                losses.append(outcome.loss)
             else:
                 spent[name].append(1e3 * (time.process_time() - started))
     if not apart(*losses) <= TOLERANCE["fp32"]["loss"]:

@@ -4,12 +4,17 @@ The verbs of the command line are functions here: `edgecl.pretrain`, `carve`, `p
 `verify`, `bench` and `report`; see `edgecl.api`. Importing edgecl imports neither them nor torch before they are used.
 """
 
+import os
 import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from edgecl.api import bench, carve, cost, export, finetune, pretrain, probe, report, verify
+
+# Libraries that report what they are used for read these while they are imported; onnxruntime's own switch acts too late.
+# `edgecl.onboard`, which travels alone, says the first for itself.
+os.environ.update(ORT_DISABLE_TELEMETRY="1", HF_HUB_DISABLE_TELEMETRY="1", DO_NOT_TRACK="1")
 
 __version__ = "0.3.0"
 __all__ = [

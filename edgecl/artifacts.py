@@ -23,6 +23,7 @@ from edgecl import __version__
 from edgecl.errors import ArtifactError, EdgeclError
 from edgecl.onboard import bundle as bundle_names
 from edgecl.onboard.bundle import sha256_of_file
+from edgecl.reading import read_json
 from edgecl.redaction import record_without_secrets, without_secrets
 
 SCHEMA = bundle_names.SCHEMA
@@ -82,7 +83,7 @@ class ModelDir:
         Raises:
             ArtifactError: not a model directory, or the weights changed since it was written.
         """
-        record = read_record(self.record_file, kind=self.KIND)
+        record = read_record(self.record_file, kind=self.KIND, whole=True)
         check_seal(
             record,
             {"file": self.record_file},
@@ -184,8 +185,8 @@ KINDS: tuple[type[RunDir | ModelDir | Bundle | ReportDir | PipelineDir], ...] = 
 
 
 _RECORDS = {kind.KIND: kind.RECORD for kind in KINDS}
-# As `write_bytes` names what it writes aside.
-_LEFTOVER = re.compile(r"\..+\.(?P<pid>\d+)-\d+\.part")
+# As `write_bytes` and `new_directory` name what they write and set aside.
+_LEFTOVER = re.compile(r"\..+\.(?P<pid>\d+)-\w+\.(part|old)")
 
 
 def kind_of(path: Path) -> str | None:
@@ -195,8 +196,8 @@ def kind_of(path: Path) -> str | None:
     """
     for kind in KINDS:
         try:
-            record = json.loads((path / kind.RECORD).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
+            record = read_json(path / kind.RECORD)
+        except (FileNotFoundError, NotADirectoryError, ArtifactError):
             continue
         if isinstance(record, dict) and record.get("kind") == kind.KIND and "schema" in record:
             return kind.KIND
@@ -225,27 +226,46 @@ def command_line() -> str:
     )
 
 
-def read_record(path: Path, *, kind: str) -> dict[str, Any]:
-    """Read a JSON record and hold it to its kind and schema.
+def read_record(path: Path, *, kind: str, whole: bool = False) -> dict[str, Any]:
+    """Read a JSON record and hold it to its kind and schema, and to the types that the host relies on.
+
+    Args:
+        path: the file.
+        kind: what it should be the record of.
+        whole: whether it must have every entry that the host relies on.
 
     Raises:
-        ArtifactError: missing, not JSON, of another kind, or of a newer schema than this edgecl knows.
+        ArtifactError: missing, no regular file, not JSON, of another kind, of a newer schema than this edgecl knows, or
+            with an entry of another type.
     """
-    if not path.is_file():
+    if not path.exists():
         found = kind_of(path.parent) if path.parent.is_dir() else None
         problem = f"'{path.parent}' is not a {kind} directory"
         problem += f" but a {found} directory" if found else f": it has no {path.name}"
         raise ArtifactError(problem, hint=_HOW_TO_MAKE.get(kind))
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as complaint:
-        raise ArtifactError(
-            f"'{path.name}' is not valid JSON: {complaint}",
-            where={"file": path},
-            hint=f"restore it from a copy, or make the {kind} directory anew in another --out",
-        ) from complaint
+    record = read_json(path)
     if not isinstance(record, dict) or record.get("kind") != kind:
         raise ArtifactError(f"'{path.name}' is not the record of a {kind}", where={"file": path})
+    _check(record, path, whole=whole)
+    return record
+
+
+def read_side_record(path: Path) -> dict[str, Any]:
+    """Read a JSON record that lies beside another one, of whatever kind.
+
+    Raises:
+        ArtifactError: no regular file, not JSON, no record, of a newer schema, or with an entry of another type.
+    """
+    record = read_json(path)
+    if not isinstance(record, dict):
+        raise ArtifactError(f"'{path.name}' is not a record", where={"file": path})
+    _check(record, path, whole=False)
+    return record
+
+
+def _check(record: dict[str, Any], path: Path, *, whole: bool) -> None:
+    from edgecl.records import check_record
+
     schema = record.get("schema", 0)
     if not isinstance(schema, int):
         raise ArtifactError(f"'{path.name}' has the schema {schema!r}, not a number", where={"file": path})
@@ -255,7 +275,7 @@ def read_record(path: Path, *, kind: str) -> dict[str, Any]:
             where={"file": path, "made by": record.get("made_by")},
             hint="upgrade edgecl",
         )
-    return record
+    check_record(record, path=path, whole=whole)
 
 
 _HOW_TO_MAKE = {
@@ -310,15 +330,25 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Remove files that a killed process left half written; the directory must be held.
+    """Remove files and directories that a killed process left half written, at any depth; the directory must be held.
 
     Those of this very process too: it wrote nothing yet, and in a container one number comes again and again.
     """
-    with contextlib.suppress(OSError):
-        for path in directory.iterdir():
-            match = _LEFTOVER.fullmatch(path.name)
+    for parent, folders, files in os.walk(directory):
+        for name in [*folders, *files]:
+            match = _LEFTOVER.fullmatch(name)
             if match and (int(match["pid"]) == os.getpid() or not _is_running(int(match["pid"]))):
-                path.unlink()
+                with contextlib.suppress(OSError):
+                    _remove(Path(parent) / name)
+        folders[:] = [name for name in folders if not _LEFTOVER.fullmatch(name)]
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or a directory with all in it; of a link the link alone."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _is_running(pid: int) -> bool:
@@ -390,6 +420,21 @@ def refuse_existing(path: Path, *, force: bool, kind: str) -> None:
         )
 
 
+def refuse_own_input(out: Path, made_from: Path) -> None:
+    """Refuse an output that is, holds or lies inside the directory that it is made from.
+
+    Raises:
+        ArtifactError: written there, it would replace or change its own input.
+    """
+    output, given = out.resolve(), made_from.resolve()
+    if output.is_relative_to(given) or given.is_relative_to(output):
+        how = "is" if output == given else "lies inside" if output.is_relative_to(given) else "holds"
+        raise ArtifactError(
+            f"the output '{out}' {how} the directory '{made_from}' that it is made from",
+            hint="choose another --out, outside of it",
+        )
+
+
 def _is_unfinished(path: Path, kind: str) -> bool:
     """Tell whether this is a run or a pipeline that `--resume` would take further."""
     if kind_of(path) != kind:
@@ -415,7 +460,7 @@ def new_directory(path: Path, *, kind: str, force: bool = False) -> Iterator[Pat
     path = path.resolve()  # '.' and links have no name of their own to rename to
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
+        aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.{os.getpid()}-", suffix=".part", dir=path.parent))
     try:
         with disk_errors(path):
             yield aside
@@ -425,7 +470,9 @@ def new_directory(path: Path, *, kind: str, force: bool = False) -> Iterator[Pat
                     file.chmod(0o644)  # safetensors writes for its owner alone
             flush_tree(aside)
             if path.exists():
-                old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
+                old = Path(
+                    tempfile.mkdtemp(prefix=f".{path.name}.{os.getpid()}-", suffix=".old", dir=path.parent)
+                )
                 path.replace(old / path.name)
                 aside.replace(path)
                 shutil.rmtree(old)
@@ -438,12 +485,8 @@ def new_directory(path: Path, *, kind: str, force: bool = False) -> Iterator[Pat
 def clear_directory(directory: Path, *, keep: Collection[str]) -> None:
     """Remove all that is in a directory but these names; of links the link alone."""
     for path in directory.iterdir():
-        if path.name in keep:
-            continue
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        if path.name not in keep:
+            _remove(path)
 
 
 def flush_tree(directory: Path) -> None:

@@ -8,7 +8,6 @@ import json
 import math
 import re
 import shutil
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +15,14 @@ from typing import Any
 
 import numpy
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor
 
 from edgecl.artifacts import SCHEMA, RunDir, disk_errors, flush, new_directory, write_json
-from edgecl.errors import ArtifactError
+from edgecl.errors import ArtifactError, tell
 from edgecl.onboard.bundle import sha256_of_file
+from edgecl.reading import read_bytes, read_json
 
 KEEP = 2
 
@@ -36,6 +37,10 @@ _GROUPS = "groups"
 _NOT_FINITE = "not finite"
 
 
+METHODS_OWN = "method."
+"""What the names of tensors begin with that are a method's own, and not the net's."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """The state of a run after so many steps.
@@ -43,7 +48,7 @@ class Checkpoint:
     Attributes:
         step: steps done.
         epoch: whole epochs done.
-        model: the training net's tensors by name, host and slim norms.
+        model: tensors by name: of the training net, host and slim norms, and the method's own.
         optimizer: the optimiser's state dict.
         state: what else a run goes on from, as JSON knows it: numbers, texts, lists and tables.
         quality: {"name", "value"} of the last look at quality, higher is better; None when there was none.
@@ -57,6 +62,11 @@ class Checkpoint:
     state: dict[str, Any]
     quality: dict[str, Any] | None
     sha256: str
+
+    @property
+    def net(self) -> dict[str, Tensor]:
+        """Those tensors that are the training net's."""
+        return {name: tensor for name, tensor in self.model.items() if not name.startswith(METHODS_OWN)}
 
 
 def write_checkpoint(
@@ -182,7 +192,7 @@ def read_sealed(run_dir: RunDir, sha256: str) -> Checkpoint | None:
     """Read the checkpoint with a hash, as something made from it names it; None when it is gone or not whole."""
     for path in _existing(run_dir):
         with contextlib.suppress(OSError, _NotWholeError):
-            if sha256_of_file(path / _STATE) == sha256:
+            if path.joinpath(_STATE).is_file() and sha256_of_file(path / _STATE) == sha256:
                 return _read(path)
     return None
 
@@ -243,7 +253,7 @@ def _passing_over(path: Path) -> Iterator[None]:
     try:
         yield
     except _NotWholeError as problem:
-        sys.stderr.write(f"edgecl: checkpoint {path.name} passed over: {problem}\n")
+        tell(f"checkpoint {path.name} passed over: {problem}")
 
 
 @contextlib.contextmanager
@@ -341,7 +351,7 @@ def _record_of(path: Path) -> dict[str, Any]:
         _NotWholeError: torn or changed.
     """
     with _unreadable():
-        record = json.loads((path / _STATE).read_text(encoding="utf-8"))
+        record = read_json(path / _STATE)
         own = record.pop("own_sha256", None)
         # Runs begun before state.json held its own hash can still go on.
         if own != _digest(record) and not (own is None and path.name.startswith("epoch-")):
@@ -350,6 +360,8 @@ def _record_of(path: Path) -> dict[str, Any]:
             found = (path / name).stat().st_size
             if found != length:
                 raise _NotWholeError(f"{name} has {found} bytes, not {length}")
+        if type(record["step"]) is not int or type(record["epoch"]) is not int:
+            raise _NotWholeError(f"{_STATE} counts no whole steps and epochs")
     return dict(record)
 
 
@@ -364,7 +376,7 @@ def _read(path: Path) -> Checkpoint:
     with _unreadable():
         for name in (_MODEL, _OPTIMIZER):
             # The very bytes that were held to the hash become tensors; a mapped file could change under them.
-            content = (path / name).read_bytes()
+            content = read_bytes(path / name)
             if hashlib.sha256(content).hexdigest() != record["sha256"][name]:
                 raise _NotWholeError(f"{name} does not match its hash")
             tensors[name] = load(content)
@@ -384,8 +396,17 @@ def _read(path: Path) -> Checkpoint:
 def _unreadable() -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as complaint:
-        raise _NotWholeError(f"unreadable ({complaint})") from complaint
+    except (
+        OSError,
+        ArtifactError,
+        SafetensorError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+    ) as complaint:
+        first = (str(complaint).splitlines() or [""])[0]
+        raise _NotWholeError(f"unreadable ({first})") from complaint
 
 
 def _digest(record: dict[str, Any]) -> str:

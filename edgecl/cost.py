@@ -7,7 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import ceil, prod
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,9 @@ from torch import nn
 
 from edgecl.artifacts import ModelDir, record_header, write_json
 from edgecl.errors import RecipeError
-from edgecl.methods.sacl_xd import forward_units, other_width_units
 from edgecl.nets.backbone import count_parameters, create_backbone, feature_count
 from edgecl.nets.heads import Projector
+from edgecl.reading import reading
 from edgecl.recipe import Recipe
 
 IMAGENET_IMAGES = 1_281_167
@@ -169,10 +169,10 @@ class TrainingCost:
 def training_cost(recipe: Recipe, *, images: int) -> TrainingCost:
     """Price a recipe.
 
-    A local view costs three forward passes of the slim net at its own size, of the host in a slow start. The coding rate
-    costs, for each of the S sets of (N, D) projections that it is taken of, one product of m x m numbers, m = min(N, D),
-    and its Cholesky factor, and twice that backward: 3 S (2 N D m + m^3 / 3) FLOPs a step of N images. (Many processes
-    take the D x D product whatever N is.)
+    The method says how many forward passes there are; a local view's are at its own size. The coding rate costs, for each
+    of the S sets of (N, D) embeddings that it is taken of, one product of m x m numbers, m = min(N, D), and its Cholesky
+    factor, and twice that backward: 3 S (2 N D m + m^3 / 3) FLOPs a step of N images. (Many processes take the D x D product
+    whatever N is.)
 
     Args:
         recipe: what is trained.
@@ -184,68 +184,44 @@ def training_cost(recipe: Recipe, *, images: int) -> TrainingCost:
         for width in dict.fromkeys([recipe.host.width, *recipe.slim.all_widths])
     }
     flops = {width: forward_cost(net, (1, 3, size, size)).training_flops for width, net in backbones.items()}
-    # The loop starts slowly for whole epochs.
-    dense_epochs = ceil(recipe.slim.slow_start * recipe.run.epochs)
-    slow_start = dense_epochs / recipe.run.epochs
-    # The passes of host and widest slim net are those of a run without the narrower ones.
-    units = forward_units(
-        slim_only=recipe.host.width == recipe.slim.width,
-        distils=recipe.loss.alpha < 1,
-        xd_direction=recipe.loss.xd_direction,
-        symmetric=recipe.loss.symmetric,
-        learn_targets=recipe.loss.learn_targets,
-        slow_start=slow_start,
-    )
+    passes = recipe.method.forward_passes(recipe)
+    host, slim = recipe.host.width, recipe.slim.width
+    # A slim net as wide as the host is the host, and so are its passes.
+    units = {"host": passes.whole[host], "slim": 0.0 if slim == host else passes.whole[slim]}
     others = tuple(
-        OtherWidth(width, flops[width], count)
-        for width, count in other_width_units(recipe.slim.all_widths, slow_start=slow_start).items()
+        OtherWidth(width, flops[width], passes.whole[width]) for width in recipe.slim.all_widths[1:]
     )
-    # Forward passes of an image's local views, by width.
-    local = dict.fromkeys([recipe.host.width, recipe.slim.width], 0.0)
-    local[recipe.host.width] += 3 * recipe.views.local_count * slow_start
-    local[recipe.slim.width] += 3 * recipe.views.local_count * (1 - slow_start)
     heads = {
         width: 2 * sum(layer.weight.numel() for layer in _linears(feature_count(net), recipe))
         for width, net in backbones.items()
     }
     return TrainingCost(
-        host_flops=flops[recipe.host.width],
-        slim_flops=flops[recipe.slim.width],
+        host_flops=flops[host],
+        slim_flops=flops[slim],
         units=units,
-        projector_flops=units["host"] * heads[recipe.host.width]
-        + units["slim"] * heads[recipe.slim.width]
+        projector_flops=units["host"] * heads[host]
+        + units["slim"] * heads[slim]
         + sum(other.units * heads[other.width] for other in others)
-        + sum(count * heads[width] for width, count in local.items()),
+        + sum(count * heads[width] for width, count in passes.local.items()),
         images=images,
         epochs=recipe.run.epochs,
         others=others,
         local_flops_per_image=sum(
             count
             * forward_cost(backbones[width], (1, 3, recipe.local_size, recipe.local_size)).training_flops
-            for width, count in local.items()
+            for width, count in passes.local.items()
             if count
         ),
-        rate_flops=_coding_rate_flops(recipe, slow_start=slow_start),
-        rate_share=recipe.coding_rate.until or 1.0,
+        rate_flops=passes.coding_rates * _coding_rate_flops(recipe),
+        rate_share=passes.coding_rate_share,
     )
 
 
-def _coding_rate_flops(recipe: Recipe, *, slow_start: float) -> float:
-    if not recipe.coding_rate.weight:
-        return 0.0
+def _coding_rate_flops(recipe: Recipe) -> float:
+    """Return one image's share of the coding rate of one set of embeddings."""
     count, dimensions = recipe.data.batch_size, recipe.projector.sizes[-1]
     less = min(count, dimensions)
-    one_set = 3 * (2 * count * dimensions * less + less**3 / 3) / count
-    loss = recipe.loss
-    learns = loss.symmetric or (loss.alpha < 1 and loss.learn_targets)
-    second = learns and recipe.host.width != recipe.slim.width
-    sets = {
-        "host": 1 + second,
-        "slim": min(3, len(recipe.slim.all_widths))
-        + (second and (loss.symmetric or loss.xd_direction == "both")),
-    }
-    asked = ["host", "slim"] if recipe.coding_rate.encoders == "both" else [recipe.coding_rate.encoders]
-    return one_set * sum(slow_start + (1 - slow_start) * sets[encoder] for encoder in asked)
+    return 3 * (2 * count * dimensions * less + less**3 / 3) / count
 
 
 def _linears(features: int, recipe: Recipe) -> list[nn.Linear]:
@@ -264,10 +240,9 @@ def cost(model: Path) -> dict[str, Any]:
 
     net, record = load_model(model)
     size = record["preprocessing"]["image_size"]
-    result = {
-        **record_header("cost", made_from=ModelDir(model).sha256),
-        **_net_cost(net, (1, 3, size, size)),
-    }
+    with reading(ModelDir(model).record_file, AssertionError):  # a net may not take pictures of that size
+        counted = _net_cost(net, (1, 3, size, size))
+    result = {**record_header("cost", made_from=ModelDir(model).sha256), **counted}
     write_json(ModelDir(model).cost_file, result)
     return result
 

@@ -20,11 +20,25 @@ Preempted is none of them: a run that was asked to end, and has saved; exit 0, o
 from __future__ import annotations
 
 import difflib
+import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
+
+# An error says what is wrong; it does not quote whole files.
+LONGEST = 2000
+
+# What steers a terminal (control characters but newline and tab), what turns the order of the letters that follow
+# (U+061C, the marks, embeddings, overrides and isolates), the surrogates that stand for undecodable bytes in a file
+# name, and what XML cannot hold.
+_UNSAFE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
+)
 
 
 class EdgeclError(Exception):
     """A problem the user can act on.
+
+    Its text is `printable` and `bounded`, wherever it is written: names and values in it may be a stranger's.
 
     Args:
         problem: what is wrong, with the offending name and both values; no full stop.
@@ -39,11 +53,12 @@ class EdgeclError(Exception):
         super().__init__(str(self))
 
     def __str__(self) -> str:
-        rows = [(label, str(place)) for label, place in self.where.items()]
+        rows = [(label, bounded(str(place))) for label, place in self.where.items()]
         if self.hint:
-            rows.append(("hint", self.hint))
+            rows.append(("hint", bounded(self.hint)))
         pad = max((len(label) for label, _ in rows), default=0) + 1
-        return "\n".join([self.problem, *(f"  {label + ':':<{pad}} {place}" for label, place in rows)])
+        lines = [bounded(self.problem), *(f"  {label + ':':<{pad}} {place}" for label, place in rows)]
+        return printable("\n".join(lines))
 
 
 class RecipeError(EdgeclError):
@@ -105,6 +120,29 @@ class ParityError(EdgeclError):
 
 class DeviceError(EdgeclError):
     """A device or runtime that is not there."""
+
+
+def printable(text: object) -> str:
+    """Return text that every output may show: what could steer a terminal, or turn its letters, as visible escapes.
+
+    Newlines and tabs stay.
+    """
+    return _UNSAFE.sub(_escape, str(text))
+
+
+def _escape(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
+
+def bounded(text: str, length: int = LONGEST) -> str:
+    """Cut a text that is longer than so many characters, and say by how much."""
+    return text if len(text) <= length else f"{text[:length]}… ({len(text) - length:,} more characters)"
+
+
+def tell(line: str) -> None:
+    """Write a line for the user on stderr, `printable` and `bounded`."""
+    sys.stderr.write(f"edgecl: {printable(bounded(line))}\n")
 
 
 def counted(count: int, noun: str) -> str:

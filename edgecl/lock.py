@@ -9,14 +9,13 @@ import fcntl
 import json
 import os
 import platform
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from edgecl.artifacts import command_line, remove_leftovers
-from edgecl.errors import ArtifactError
+from edgecl.errors import ArtifactError, tell
 
 NAME = ".lock"
 
@@ -115,9 +114,7 @@ def _take(file: Path, what: str) -> int:
 
 
 def _say_no_locks(directory: Path, why: str) -> None:
-    sys.stderr.write(
-        f"edgecl: the file system of '{directory}' has no locks ({why}): nothing keeps a second run out of it\n"
-    )
+    tell(f"the file system of '{directory}' has no locks ({why}): nothing keeps a second run out of it")
 
 
 def _open(file: Path, what: str) -> int:

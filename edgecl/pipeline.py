@@ -209,7 +209,7 @@ def _resumed(pipeline: PipelineDir, settings: dict[str, Any]) -> dict[str, dict[
     """Hold the settings to those the pipeline was started with, and return the stages that are done."""
     from edgecl.train.resume import differences
 
-    before = read_record(pipeline.record_file, kind=PipelineDir.KIND)
+    before = read_record(pipeline.record_file, kind=PipelineDir.KIND, whole=True)
     # Settings that are newer than the record have their defaults there.
     recipe = recipe_from_tables(before["recipe"], source=str(pipeline.record_file))
     before["recipe"] = recipe.model_dump(mode="json")

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
+import pkgutil
+from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
-from pydantic import Field, model_validator
+from pydantic import Field, create_model, model_validator
 
-from edgecl.errors import RecipeError
+from edgecl.errors import RecipeError, bounded, near_matches
 from edgecl.settings import (
+    Count,
+    Decay,
+    Factor,
+    Rate,
+    Seed,
     Settings,
+    Side,
     find_settings_file,
     header_comment,
     override,
@@ -22,7 +32,24 @@ from edgecl.settings import (
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 PerView = tuple[Fraction, Fraction]
-Range = tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]]
+DEFAULT_METHOD = "sacl-xd"
+"""Of a recipe that names none."""
+Range = tuple[Annotated[float, Field(ge=0.01, le=100)], Annotated[float, Field(ge=0.01, le=100)]]
+Strength = Annotated[float, Field(ge=0, le=100)]
+PerChannel = tuple[
+    Annotated[float, Field(ge=-10, le=10)],
+    Annotated[float, Field(ge=-10, le=10)],
+    Annotated[float, Field(ge=-10, le=10)],
+]
+PerChannelSpread = tuple[
+    Annotated[float, Field(ge=0.001, le=10)],
+    Annotated[float, Field(ge=0.001, le=10)],
+    Annotated[float, Field(ge=0.001, le=10)],
+]
+_LARGER_PICTURES = "larger pictures do not fit into memory by the batch"
+_A_LAYER = "a layer between two of 32,768 has 4 GiB of weights"
+_A_WEEK = "a picture that takes over a week will not come"
+_THREADS = "a process cannot start that many threads"
 
 
 class Host(Settings):
@@ -43,7 +70,9 @@ class Slim(Settings):
 
     width: float = Field(1.0, gt=0, le=4.0)
     """Channels as a multiple of the architecture's own; at the host's width the host itself is the slim net."""
-    widths: tuple[Annotated[float, Field(gt=0, le=4.0)], ...] = Field((), examples=[(0.5, 1.0)])
+    widths: tuple[Annotated[float, Field(gt=0, le=4.0)], ...] = Field(
+        (), max_length=64, examples=[(0.5, 1.0)]
+    )
     """Every slim width of the run, `width` the widest of them and theirs by default; empty trains `width` alone."""
     slow_start: Fraction = 0.0
     """First fraction of the epochs in which both views go through the host only."""
@@ -67,42 +96,83 @@ class Slim(Settings):
 class Projector(Settings):
     """The MLP between features and loss, thrown away after training."""
 
-    sizes: tuple[Annotated[int, Field(gt=0)], ...] = Field((2048, 2048, 2048), min_length=1)
+    sizes: tuple[Annotated[int, Field(gt=0, le=32_768)], ...] = Field(
+        (2048, 2048, 2048), min_length=1, max_length=16, description=_A_LAYER
+    )
     """Width of each linear layer; the last is D."""
 
 
-class Loss(Settings):
-    """L = alpha L_SACL + (1 - alpha) (L_D(z_A, [z_A]) + L_D(z_B, [z_B])) / 2."""
+class Panel(NamedTuple):
+    """A chart of the report: what is logged of a method, over epochs."""
 
-    name: Literal["barlow-twins", "simclr", "cosine"] = "barlow-twins"
-    """The loss inside L_SACL and L_D; cosine only aligns and needs [coding_rate] weight."""
-    alpha: Fraction = 0.95
-    off_diagonal: float = Field(0.0051, ge=0)
-    """Barlow Twins: weight of the redundancy term."""
-    temperature: float = Field(0.2, gt=0, le=100)
-    """SimCLR: temperature of the softmax."""
-    scale: float = Field(0.1, gt=0)
-    """Multiplies the whole loss."""
-    xd_direction: Literal["both", "slim_only"] = "both"
-    """slim_only leaves out L_D(z_A, [z_A]), which pulls the host towards the frozen slim net."""
-    swap_views: Fraction = 0.5
-    """Probability, per step, that the host sees view B and the slim net view A."""
-    symmetric: bool = False
-    """Both views through both encoders, all four passes with gradient."""
-    learn_targets: bool = False
-    """Gradient flows into [z] too, through all four passes."""
+    title: str
+    lines: dict[str, str]
+    """Key in metrics.jsonl -> the name of its line."""
+    unit: str = ""
+    log: bool = False
+    """A logarithmic axis, where every value is positive and they span a decade."""
 
 
-class CodingRate(Settings):
-    """L <- L - weight R: R, the coding rate, is large when the projections fill all their dimensions."""
+class ForwardPasses(NamedTuple):
+    """What one image costs in forward passes; a backward pass counts as two.
 
-    weight: float = Field(0.0, ge=0, allow_inf_nan=False)
-    epsilon: float = Field(0.5, ge=0.01, allow_inf_nan=False)
-    """Precision of the code: the smaller, the more small directions count; below 0.01 float32 has too few digits."""
-    until: float | None = Field(None, gt=0, le=1, examples=[0.5])
-    """Fraction of the run at which the weight has fallen to 0, in a line; None keeps it constant."""
-    encoders: Literal["both", "host", "slim"] = "both"
-    """Whose projections it is taken of."""
+    Attributes:
+        whole: width -> passes of whole views.
+        local: width -> passes of local views.
+        coding_rates: sets of embeddings that the coding rate is taken of, in a step that takes it.
+        coding_rate_share: of the steps that take it.
+    """
+
+    whole: dict[float, float]
+    local: dict[float, float]
+    coding_rates: float = 0.0
+    coding_rate_share: float = 1.0
+
+
+class MethodConfig(Settings):
+    """The [method] table. A method's own file, edgecl/methods/NAME.py, derives its own from this one.
+
+    What follows from settings alone is said here, so that names, prices and checks need no net.
+    """
+
+    panels: ClassVar[tuple[Panel, ...]] = (Panel("Loss", {"loss": "total"}, log=True),)
+    """What the report draws of the method; the key "loss" is the total, the others are the terms of its loss."""
+    has_host: ClassVar[bool] = False
+    """Whether slim nets train inside a wider host; without, there is one encoder, and its width is that of both."""
+
+    name: str
+    """Of the method: of its file, with hyphens."""
+
+    @property
+    def whole_views(self) -> int:
+        """How many whole views of each picture it wants, at most 26; [views] says how many local ones there are besides."""
+        return 2
+
+    def arm(self, recipe: Recipe) -> str:
+        """Return what the settings amount to, in the words of the field."""
+        return self.name
+
+    def check(self, recipe: Recipe) -> None:
+        """Refuse settings that only together are wrong.
+
+        Raises:
+            ValueError: with what to change.
+        """
+        widths = {recipe.host.width, *recipe.slim.all_widths}
+        if not self.has_host and (len(widths) > 1 or recipe.slim.slow_start):
+            raise ValueError(
+                f"'method.name' {self.name} trains one encoder: set 'host.width' and 'slim.width' to its width, and no "
+                "other 'slim.widths' or 'slim.slow_start'"
+            )
+
+    def forward_passes(self, recipe: Recipe) -> ForwardPasses:
+        """Return the cost of one image; here that of one encoder through which every view learns."""
+        width = recipe.host.width
+        return ForwardPasses({width: 3.0 * self.whole_views}, {width: 3.0 * recipe.views.local_count})
+
+    def has_idle_parameters(self, recipe: Recipe) -> bool:
+        """Tell whether some steps give some parameters no gradient, which many processes must know."""
+        return False
 
 
 class Data(Settings):
@@ -110,27 +180,27 @@ class Data(Settings):
 
     uri: str | None = None
     """A data URI; None asks for --data."""
-    image_size: int = Field(224, ge=8)
+    image_size: Side = 224
     """Height and width of a view and of a test image, pixels."""
-    canvas_size: int | None = Field(None, ge=8)
+    canvas_size: int | None = Field(None, ge=8, le=8192, description=_LARGER_PICTURES)
     """Each picture is decoded whole to a square of this side before cropping, pixels; None means image_size."""
-    resize_size: int | None = Field(None, ge=8)
+    resize_size: int | None = Field(None, ge=8, le=8192, description=_LARGER_PICTURES)
     """Shorter side before the centre crop of a test image, pixels; None means image_size."""
-    batch_size: int = Field(256, ge=2)
+    batch_size: int = Field(256, ge=2, le=10**9)
     """Images per step, over all processes."""
     max_bad_fraction: Fraction = 0.01
     """Unreadable images skipped (and named) before the run stops."""
-    cache_mib: int = Field(4096, ge=0)
+    cache_mib: int = Field(4096, ge=0, le=10**9)
     """Keep the decoded images in memory when they fit into this."""
-    workers: int = Field(2, ge=0)
+    workers: int = Field(2, ge=0, le=1024, description=_THREADS)
     """Decoding threads when they do not."""
     decode: Literal["cpu", "cuda"] = "cpu"
     """Where JPEGs that do not fit into memory are decoded; cuda uses nvJPEG through torchvision."""
-    read_timeout_s: float = Field(300.0, gt=0)
+    read_timeout_s: float = Field(300.0, gt=0, le=604_800, description=_A_WEEK)
     """Longest wait for a batch of pictures before the run stops."""
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    limit: int | None = Field(None, ge=2)
+    mean: PerChannel = (0.485, 0.456, 0.406)
+    std: PerChannelSpread = (0.229, 0.224, 0.225)
+    limit: int | None = Field(None, ge=2, le=10**12)
     """Use only so many images, an even choice per class where there are classes; None means all."""
 
 
@@ -145,9 +215,9 @@ class Views(Settings):
     flip_vertical: Fraction = 0.0
     jitter: Fraction = 0.8
     """Probability of colour jitter."""
-    brightness: float = Field(0.4, ge=0)
-    contrast: float = Field(0.4, ge=0)
-    saturation: float = Field(0.2, ge=0)
+    brightness: Strength = 0.4
+    contrast: Strength = 0.4
+    saturation: Strength = 0.2
     hue: float = Field(0.1, ge=0, le=0.5)
     grey: Fraction = 0.2
     blur: PerView = (1.0, 0.1)
@@ -155,8 +225,8 @@ class Views(Settings):
     """Standard deviation of the blur, pixels of a 224-pixel view; scaled with image_size."""
     solarize: PerView = (0.0, 0.2)
     local_count: int = Field(0, ge=0, le=32)
-    """Further views of each picture: small crops, varied like view B, through the slim net alone."""
-    local_size: int | None = Field(None, ge=8)
+    """Further views of each picture: small crops, varied like view B."""
+    local_size: int | None = Field(None, ge=8, le=4096, description=_LARGER_PICTURES)
     """Height and width of a local view, pixels; None means half of image_size."""
     local_scale: tuple[Fraction, Fraction] = (0.05, 0.3)
     """Area of a local crop as a fraction of the picture's."""
@@ -166,50 +236,50 @@ class Optim(Settings):
     """The optimiser and its schedule."""
 
     name: Literal["lars", "adamw", "sgd"] = "lars"
-    lr: float = Field(0.3, gt=0)
+    lr: Rate = 0.3
     """Peak learning rate; with lr_batch, for a batch of that size, scaled linearly."""
-    lr_batch: int | None = Field(None, gt=0)
-    weight_decay: float = Field(1e-4, ge=0)
+    lr_batch: int | None = Field(None, gt=0, le=10**9)
+    weight_decay: Decay = 1e-4
     """Not applied to biases and norms."""
     momentum: Fraction = 0.9
-    trust_coefficient: float = Field(0.02, gt=0)
+    trust_coefficient: Factor = 0.02
     """LARS's eta."""
     trust_clip: bool = True
     """LARS: never take a step longer than plain SGD's."""
-    warmup_epochs: float = Field(0.0, ge=0)
+    warmup_epochs: float = Field(0.0, ge=0, le=1e9)
     final_lr_fraction: Fraction = 0.0
     """Learning rate at the end of the cosine, as a fraction of the peak."""
-    clip_norm: float | None = Field(None, gt=0)
+    clip_norm: float | None = Field(None, gt=0, le=1e30)
     """Gradient norm above which gradients are scaled down."""
 
 
 class Run(Settings):
     """How long, how exact, and how often to look."""
 
-    epochs: int = Field(200, ge=1)
-    seed: int = Field(0, ge=0)
+    epochs: Count = 200
+    seed: Seed = 0
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     channels_last: bool = True
     compile: bool = False
     """Compile the passes with torch.compile."""
-    accumulate: int = Field(1, ge=1)
+    accumulate: Count = 1
     """Parts of each process's share of a batch that go through the net one after another, to save memory; the
     correlations stay those of the whole batch, the batch norms see a part."""
     sync_norms: Literal["none", "projector", "all"] = "none"
     """Which batch norms take their statistics over all processes."""
-    log_every: int = Field(10, ge=1)
+    log_every: Count = 10
     """Steps between two records in metrics.jsonl."""
-    checkpoint_epochs: int = Field(1, ge=1)
+    checkpoint_epochs: Count = 1
     """Epochs between two checkpoints."""
-    checkpoint_steps: int | None = Field(None, ge=1)
+    checkpoint_steps: int | None = Field(None, ge=1, le=10**9)
     """Steps between two checkpoints within an epoch; None writes them between epochs only."""
-    keep_checkpoints: int = Field(2, ge=1)
+    keep_checkpoints: Count = 2
     """How many of the newest checkpoints are kept."""
     keep_best: bool = True
     """Also keep the checkpoint with the best kNN accuracy or, without labels, RankMe of the slim net."""
-    max_skipped: int = Field(10, ge=0)
+    max_skipped: int = Field(10, ge=0, le=10**9)
     """Steps since the last checkpoint whose loss is not finite that are left out before the run goes back to it."""
-    quality_epochs: int = Field(10, ge=1)
+    quality_epochs: Count = 10
     """Epochs between two looks at RankMe and, where there are labels, kNN."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = Field((), examples=[("tensorboard",)])
     """Also log through these; each must be installed."""
@@ -218,11 +288,11 @@ class Run(Settings):
 class Probe(Settings):
     """How `edgecl run` judges the result."""
 
-    labels_per_class: int = Field(10, ge=1)
-    draws: int = Field(5, ge=2)
-    scratch_steps: int = Field(200, ge=1)
+    labels_per_class: Count = 10
+    draws: int = Field(5, ge=2, le=10_000)
+    scratch_steps: Count = 200
     """Steps of the same net trained, from scratch and from the pretrained weights, on the same few labels."""
-    scratch_lr: float = Field(3e-3, gt=0)
+    scratch_lr: Rate = 3e-3
 
 
 class Recipe(Settings):
@@ -231,8 +301,7 @@ class Recipe(Settings):
     host: Host
     slim: Slim = Slim()
     projector: Projector = Projector()
-    loss: Loss = Loss()
-    coding_rate: CodingRate = CodingRate()
+    method: MethodConfig
     data: Data = Data()
     views: Views = Views()
     optim: Optim = Optim()
@@ -253,15 +322,6 @@ class Recipe(Settings):
             )
         if len(set(self.slim.widths)) < len(self.slim.widths):
             raise ValueError(f"'slim.widths' names a width twice: {list(self.slim.widths)}")
-        if self.loss.name == "cosine" and self.coding_rate.weight == 0:
-            raise ValueError(
-                "'loss.name' cosine only pulls views together, and every picture to one point; set 'coding_rate.weight'"
-            )
-        if self.coding_rate.weight > 0 and self.data.batch_size < 3:
-            raise ValueError(
-                "'coding_rate.weight' needs a 'data.batch_size' of 3 or more: of two standardised projections one is "
-                "always the other's opposite"
-            )
         for name in ("crop_scale", "crop_ratio", "blur_sigma", "local_scale"):
             low, high = getattr(self.views, name)
             if low > high:
@@ -272,12 +332,13 @@ class Recipe(Settings):
             raise ValueError(
                 f"'data.resize_size' {self.data.resize_size} is below 'data.image_size' {self.data.image_size}"
             )
+        self.method.check(self)
         return self
 
     @property
     def arm(self) -> str:
-        """Which method of the family the settings amount to; one net narrower than the host makes it slimmed."""
-        return arm_name(self.host.width, self.slim.all_widths[-1], self.loss.alpha, loss=self.loss.name)
+        """What the method and its settings amount to, in the words of the field."""
+        return self.method.arm(self)
 
     @property
     def local_size(self) -> int:
@@ -285,15 +346,40 @@ class Recipe(Settings):
         return self.views.local_size or max(8, self.data.image_size // 2)
 
 
-_LOSS_NAMES = {"barlow-twins": "Barlow Twins", "simclr": "SimCLR", "cosine": "cosine and coding rate"}
+_SHARED = {"losses", "method"}
+"""Files of edgecl/methods/ that are no method."""
 
 
-def arm_name(host_width: float, slim_width: float, alpha: float, *, loss: str = "barlow-twins") -> str:
-    """Name the method that the host's width, the narrowest slim width, alpha and the loss amount to."""
-    if host_width == slim_width and alpha == 1:
-        return _LOSS_NAMES[loss]
-    name = "XD only" if host_width == slim_width else "SACL only" if alpha == 1 else "SACL-XD"
-    return name if loss == "barlow-twins" else f"{name} ({_LOSS_NAMES[loss]})"
+def list_methods() -> list[str]:
+    """List the methods that there are: the files of edgecl/methods/."""
+    folder = importlib.import_module("edgecl.methods").__path__
+    return sorted(
+        name.replace("_", "-") for _, name, _ in pkgutil.iter_modules(folder) if name not in _SHARED
+    )
+
+
+def find_method(name: Any, *, where: dict[str, object] | None = None) -> Any:
+    """Import the file of a method, and torch with it: a module that has `Config` and `METHOD`.
+
+    Raises:
+        RecipeError: no such method; near names are suggested.
+    """
+    known = list_methods()
+    if name not in known:
+        raise RecipeError(
+            f"'method.name' is {bounded(repr(name), 200)}, not one of {', '.join(known)}",
+            where=where,
+            hint=near_matches(bounded(str(name), 200), known),
+        )
+    return importlib.import_module(f"edgecl.methods.{name.replace('-', '_')}")
+
+
+@cache
+def _recipe_with(config: type[MethodConfig]) -> type[Recipe]:
+    """Return the recipe whose [method] table is a method's own."""
+    return create_model(
+        "Recipe", __base__=Recipe, __module__=__name__, method=(config, config.model_validate({}))
+    )
 
 
 def width_as_given(width: float) -> str:
@@ -311,25 +397,42 @@ def read_recipe(name: str, assignments: list[str] | None = None) -> Recipe:
     tables = parse_toml(read_text(path, error=RecipeError), source=str(path), error=RecipeError)
     assignments = assignments or []
     tables = override(tables, assignments, error=RecipeError)
-    return validate(Recipe, tables, source=str(path), error=RecipeError, assignments=assignments)
+    return recipe_from_tables(tables, source=str(path), assignments=assignments)
 
 
-def recipe_keys() -> set[str]:
-    """Return every setting's name, as `--set` takes it."""
-    return {
-        f"{table}.{key}"
-        for table, field in Recipe.model_fields.items()
-        for key in cast(type[Settings], field.annotation).model_fields
-    }
-
-
-def recipe_from_tables(tables: dict[str, Any], *, source: str) -> Recipe:
+def recipe_from_tables(tables: dict[str, Any], *, source: str, assignments: Sequence[str] = ()) -> Recipe:
     """Validate parsed tables, for example those of a run directory.
 
+    Args:
+        tables: with the assignments applied.
+        source: the file they were read from.
+        assignments: of `--set`, for errors.
+
     Raises:
-        RecipeError: unknown key or wrong value.
+        RecipeError: unknown method, key or wrong value.
     """
-    return validate(Recipe, tables, source=source, error=RecipeError)
+    for old, new in (("loss", "method"), ("coding_rate", "method.coding_rate")):
+        if old in tables:
+            raise RecipeError(
+                f"the table [{old}] is now [{new}]",
+                where={"file": source, **({"--set": ", ".join(assignments)} if assignments else {})},
+                hint="[loss] name is [method] loss; [method] name is the method's, 'sacl-xd' unless said otherwise",
+            )
+    method = tables.get("method", {})
+    name = method.get("name", DEFAULT_METHOD) if isinstance(method, dict) else DEFAULT_METHOD
+    model = _recipe_with(find_method(name, where={"file": source}).Config)
+    return validate(model, tables, source=source, error=RecipeError, assignments=assignments)
+
+
+def flatten(tables: Mapping[str, Any]) -> dict[str, Any]:
+    """Name every setting of a recipe's tables as `--set` does: "method.coding_rate.weight"."""
+    flat: dict[str, Any] = {}
+    for key, value in tables.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{key}.{inner}": one for inner, one in flatten(value).items()}
+        else:
+            flat[key] = value
+    return flat
 
 
 def recipe_name(name: str) -> str:

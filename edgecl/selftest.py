@@ -29,7 +29,6 @@ from torch import Tensor
 import edgecl
 from edgecl import processes
 from edgecl.errors import DeviceError, ProcessError, RecipeError, near_matches
-from edgecl.methods.sacl_xd import sandwich
 from edgecl.nets.carving import create_slimmable
 from edgecl.nets.slimming import SlimmableNet
 from edgecl.recipe import Recipe, recipe_from_tables
@@ -53,26 +52,30 @@ Results = dict[str, Tensor]
 
 
 class Arm(NamedTuple):
-    """One way to train: settings of a recipe, and whether the step is one of a slow start."""
+    """One way to train: settings of a recipe."""
 
     name: str
     settings: dict[str, dict[str, Any]]
-    dense: bool = False
 
 
 ARMS = (
-    Arm("Barlow Twins", {"host": {"width": 1.0}, "loss": {"alpha": 1.0}}),
+    Arm("Barlow Twins", {"host": {"width": 1.0}, "method": {"alpha": 1.0}}),
     Arm("XD only", {"host": {"width": 1.0}}),
-    Arm("SACL only", {"loss": {"alpha": 1.0}}),
+    Arm("SACL only", {"method": {"alpha": 1.0}}),
     Arm("SACL-XD", {}),
-    Arm("SACL-XD, slim_only", {"loss": {"xd_direction": "slim_only"}}),
-    Arm("SACL-XD, slow start", {"slim": {"slow_start": 1.0}}, dense=True),
+    Arm("SACL-XD, slim_only", {"method": {"xd_direction": "slim_only"}}),
+    Arm("SACL-XD, slow start", {"slim": {"slow_start": 1.0}}),
     Arm("SACL-XD, 4 widths", {"slim": {"widths": [1.0, 0.75, 0.6, 0.5]}}),
     Arm("SACL-XD, 2 parts", {"run": {"accumulate": 2}}),
-    Arm("SACL-XD, coding rate", {"coding_rate": {"weight": 0.3}}),
-    Arm("SACL-XD, symmetric", {"loss": {"symmetric": True, "learn_targets": True}}),
+    Arm("SACL-XD, coding rate", {"method": {"coding_rate": {"weight": 0.3}}}),
+    Arm("SACL-XD, symmetric", {"method": {"symmetric": True, "learn_targets": True}}),
     Arm("SACL-XD, local views", {"views": {"local_count": 2}}),
-    Arm("SimCLR", {"host": {"width": 1.0}, "loss": {"name": "simclr", "alpha": 1.0}}),
+    Arm("SimCLR", {"host": {"width": 1.0}, "method": {"loss": "simclr", "alpha": 1.0}}),
+    Arm(
+        "simclr, local views",
+        {"host": {"width": 1.0}, "method": {"name": "simclr"}, "views": {"local_count": 2}},
+    ),
+    Arm("emp-ssl, 3 views", {"host": {"width": 1.0}, "method": {"name": "emp-ssl", "views": 3}}),
 )
 
 
@@ -82,13 +85,14 @@ def recipe_of(arm: Arm, *, batch_size: int) -> Recipe:
         "host": {"arch": "mobilenetv3_small_050", "width": 1.5, "stem_stride": 1},
         "slim": {"width": 1.0},
         "projector": {"sizes": [32, 32, 16]},
-        "loss": {"alpha": 0.7, "off_diagonal": 0.05, "scale": 1.0},
+        "method": {"alpha": 0.7, "off_diagonal": 0.05, "scale": 1.0},
         "data": {"image_size": 32, "batch_size": batch_size},
         "optim": {"name": "sgd", "momentum": 0.0},
         "run": {"sync_norms": "all", "epochs": 1},
     }
     for name, settings in arm.settings.items():
-        tables[name] = {**tables.get(name, {}), **settings}
+        # Another method has other settings.
+        tables[name] = settings if "name" in settings else {**tables.get(name, {}), **settings}
     return recipe_from_tables(tables, source="selftest")
 
 
@@ -134,7 +138,7 @@ def run_arms(
             _laid_out(view, shares=shares, parts=parts).chunk(world_size)[rank].to(accelerator.device)
             for view in _views(recipe)
         ]
-        results[arm.name] = _take(step, views, recipe, dense=arm.dense)
+        results[arm.name] = _take(step, views)
     return results
 
 
@@ -160,7 +164,7 @@ def _views(recipe: Recipe) -> list[Tensor]:
     side = recipe.local_size
     return [
         view_a,
-        varied(view_a),
+        *(varied(view_a) for _ in range(recipe.method.whole_views - 1)),
         *(varied(view_a[..., :side, :side]) for _ in range(recipe.views.local_count)),
     ]
 
@@ -170,7 +174,7 @@ def _laid_out(view: Tensor, *, shares: int, parts: int) -> Tensor:
     return view.view(shares, parts, -1, *view.shape[1:]).transpose(0, 1).reshape(view.shape)
 
 
-def _take(step: Step, views: Sequence[Tensor], recipe: Recipe, *, dense: bool) -> Results:
+def _take(step: Step, views: Sequence[Tensor]) -> Results:
     found: Results = {}
 
     def keep_gradients(*_: Any) -> None:
@@ -179,9 +183,8 @@ def _take(step: Step, views: Sequence[Tensor], recipe: Recipe, *, dense: bool) -
             found[f"gradients/{name}"] = gradient.detach().cpu().clone()
 
     step.optimizer.optimizer.register_step_pre_hook(keep_gradients)
-    widths = sandwich(recipe.slim.all_widths, seed=recipe.run.seed, step=0)
-    outcome = step(views, number=0, dense=dense, widths=widths, watch=True)
-    found["loss/total"] = outcome.losses.total.detach().cpu()
+    outcome = step(views, number=0, watch=True)
+    found["loss/total"] = outcome.loss.detach().cpu()
     for name, norm in outcome.gradient_norms.items():
         if norm is not None:
             found[f"gradients/{name}"] = torch.tensor(norm, dtype=torch.float64)

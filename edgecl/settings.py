@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
-from edgecl.errors import EdgeclError, near_matches
+from edgecl.errors import EdgeclError, bounded, near_matches
+from edgecl.reading import read_bytes
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -24,6 +26,25 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+
+# A settings file of edgecl has a few kB.
+_MOST_BYTES = 1 << 20
+_MOST_PROBLEMS = 20
+
+# What a setting may be, with the reason, which an error says.
+Count = Annotated[int, Field(ge=1, le=10**9, description="nothing is counted that far")]
+Seed = Annotated[int, Field(ge=0, lt=2**63, description="torch takes seeds of 63 bits")]
+Side = Annotated[int, Field(ge=8, le=4096, description="larger pictures do not fit into memory by the batch")]
+Rate = Annotated[
+    float, Field(gt=0, le=1e4, description="weights of float32 do not survive one step of a larger one")
+]
+Decay = Annotated[
+    float, Field(ge=0, le=1e4, description="weights of float32 do not survive one step of a larger one")
+]
+Weight = Annotated[
+    float, Field(ge=0, le=1e6, description="beside a larger one nothing else in the sum counts")
+]
+Factor = Annotated[float, Field(gt=0, le=1e6, description="a larger one leaves the range of float32")]
 
 SettingsT = TypeVar("SettingsT", bound=Settings)
 
@@ -60,7 +81,7 @@ def find_settings_file(name: str, *, folder: str, error: type[EdgeclError], noun
 def read_text(path: Path, *, error: type[EdgeclError]) -> str:
     """Return the text of a settings file; a byte-order mark, as Windows editors write it, is left out."""
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return read_bytes(path, most=_MOST_BYTES, error=error).decode("utf-8-sig")
     except UnicodeDecodeError as complaint:
         raise error(f"not a text file: {complaint}", where={"file": path}) from complaint
 
@@ -69,8 +90,10 @@ def parse_toml(text: str, *, source: str, error: type[EdgeclError]) -> dict[str,
     """Parse TOML text, with the parser's complaint turned into a named error."""
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as complaint:
+    except ValueError as complaint:  # of numbers with too many digits it is Python's
         raise error(f"not valid TOML: {complaint}", where={"file": source}) from complaint
+    except RecursionError:
+        raise error("nested too deep to be read", where={"file": source}) from None
 
 
 def header_comment(text: str) -> str:
@@ -89,7 +112,7 @@ def override(tables: dict[str, Any], assignments: list[str], *, error: type[Edge
     Raises:
         EdgeclError: of the given class, for an assignment without a '='.
     """
-    result = {name: dict(value) if isinstance(value, dict) else value for name, value in tables.items()}
+    result = copy.deepcopy(tables)
     for assignment in assignments:
         key, separator, text = assignment.partition("=")
         if not separator or not key.strip():
@@ -100,6 +123,8 @@ def override(tables: dict[str, Any], assignments: list[str], *, error: type[Edge
             value = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:
             value = text.strip()
+        except (ValueError, RecursionError) as complaint:
+            raise error(f"cannot read --set '{bounded(assignment, 100)}': {complaint}") from complaint
         table = result
         *parents, leaf = key.strip().split(".")
         for parent in parents:
@@ -138,7 +163,9 @@ def validate(
         return model.model_validate(tables)
     except ValidationError as complaint:
         problems = complaint.errors()
-        lines = [_describe(problem, model) for problem in problems]
+        lines = [_describe(problem, model) for problem in problems[:_MOST_PROBLEMS]]
+        if len(problems) > _MOST_PROBLEMS:
+            lines.append(f"and {len(problems) - _MOST_PROBLEMS:,} more")
         places = [".".join(map(str, problem["loc"])) for problem in problems]
         where = _where_set(places, source=source, assignments=assignments)
         raise error("; ".join(lines), where=where) from complaint
@@ -160,7 +187,7 @@ def _overlap(key: str, place: str) -> bool:
 
 def _describe(problem: Any, model: type[BaseModel]) -> str:
     path = [str(part) for part in problem["loc"]]
-    key = ".".join(path)
+    key = bounded(".".join(path), 200)
     if problem["type"] == "extra_forbidden":
         return f"unknown key '{key}' ({near_matches(path[-1], _fields_at(model, path[:-1]))})"
     if problem["type"] == "missing":
@@ -172,7 +199,8 @@ def _describe(problem: Any, model: type[BaseModel]) -> str:
     if not key:
         return message
     if problem["type"] == "literal_error":
-        word = str(problem["input"])
+        word = problem["input"] if isinstance(problem["input"], str) else _shown(problem["input"])
+        word = bounded(word, 200)
         choices = problem["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
         near = near_matches(word, choices)
         suggestion = f" ({near})" if near.startswith("did") else ""
@@ -181,11 +209,19 @@ def _describe(problem: Any, model: type[BaseModel]) -> str:
         message = "must be a table"
     if problem["type"] in ("tuple_type", "too_long", "too_short"):
         message = _must_be_list(problem, model, path)
+    if problem["type"].startswith(("greater_than", "less_than")):
+        # An entry of a list has the reason of the list.
+        field = next((key for key in reversed(path) if not key.isdigit()), "")
+        reason = _fields_at(model, path[: path.index(field)]).get(field) if field else None
+        message += f"; {reason.description}" if reason and reason.description else ""
     return f"'{key}' is {_shown(problem['input'])}: {message}"
 
 
 def _shown(value: Any) -> str:
-    return repr(list(value) if isinstance(value, tuple) else value)
+    try:
+        return bounded(repr(list(value) if isinstance(value, tuple) else value), 200)
+    except ValueError:  # hexadecimal may have any number of digits
+        return "a number of thousands of digits"
 
 
 def _must_be_list(problem: Any, model: type[BaseModel], path: list[str]) -> str:

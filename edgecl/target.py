@@ -11,6 +11,8 @@ from pydantic import Field, model_validator
 from edgecl.errors import TargetError
 from edgecl.onboard.devices import DEVICES
 from edgecl.settings import (
+    Count,
+    Factor,
     Settings,
     find_settings_file,
     header_comment,
@@ -30,7 +32,9 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 # TensorRT -> the newest opset its parser documents. Source: onnx-tensorrt's branches, docs/operators.md.
 _OPSETS = {(8, 0): 13, (8, 4): 17, (9, 0): 19, (10, 0): 20, (11, 0): 22}
 
-_SPECIFIER = re.compile(r"(>=|<=|==|<|>)(\d+(?:\.\d+)*)")
+_LARGER_PICTURES = "larger pictures do not fit into memory by the batch"
+
+_SPECIFIER = re.compile(r"(>=|<=|==|<|>)(\d{1,9}(?:\.\d{1,9})*)")
 
 
 class Graph(Settings):
@@ -41,25 +45,25 @@ class Graph(Settings):
     """As one HardSwish node (opset 14 and later), as HardSigmoid and Mul, or as Add, Clip and Mul."""
     int8: Int8Form = "int8-trt"
     """Which form of explicit quantisation the runtime takes."""
-    image_size: int | None = Field(None, ge=8)
+    image_size: int | None = Field(None, ge=8, le=4096, description=_LARGER_PICTURES)
     """Height and width of the input in pixels; the net's own where it is not said."""
-    batch: int = Field(1, ge=1)
+    batch: int = Field(1, ge=1, le=65_536)
     """Images per inference when the batch is static, and the size that is measured."""
     dynamic_batch: bool = False
     """Accept any batch from 1 to max_batch."""
-    max_batch: int = Field(64, ge=1)
+    max_batch: int = Field(64, ge=1, le=65_536)
 
 
 class Build(Settings):
     """How a TensorRT engine is built."""
 
-    workspace_mib: int = Field(1024, ge=16)
+    workspace_mib: int = Field(1024, ge=16, le=1 << 20)
     """Most scratch memory of the builder; on the device also bounded by half of what is free."""
     optimization_level: int = Field(3, ge=0, le=5)
     """0 builds fast, 5 searches long; from TensorRT 8.6."""
     tf32: bool = True
     """Let fp32 layers use TF32 where the GPU has it."""
-    dla_core: int | None = Field(None, ge=0)
+    dla_core: int | None = Field(None, ge=0, le=63)
     """Run on this DLA core, and on the GPU what DLA cannot."""
     compute_capabilities: tuple[ComputeCapability, ...] = ()
     """What a TensorRT-RTX engine is compiled for."""
@@ -68,8 +72,8 @@ class Build(Settings):
 class Quantization(Settings):
     """How INT8 is made and judged."""
 
-    calibration_images: int = Field(256, ge=1)
-    holdout_images: int = Field(256, ge=1)
+    calibration_images: Count = 256
+    holdout_images: Count = 256
     """Images apart from those that calibrate, on which the methods are compared."""
     methods: Annotated[tuple[Literal["minmax", "entropy", "percentile"], ...], Field(min_length=1)] = (
         "minmax",
@@ -77,7 +81,7 @@ class Quantization(Settings):
         "percentile",
     )
     """Tried in this order; the one that keeps most accuracy on the held-out images is taken."""
-    max_loss_points: float = Field(1.0, ge=0)
+    max_loss_points: float = Field(1.0, ge=0, le=100)
     """Most points of top-1 (of kNN top-1 for a net without classifier) that INT8 may cost."""
     min_cosine: Fraction = 0.98
     """Least mean cosine similarity with the fp32 features, for a net without classifier."""
@@ -88,7 +92,7 @@ class Quantization(Settings):
 class Tolerance(Settings):
     """How far the exported net may be from torch, on real images."""
 
-    max_relative_difference: float = Field(1e-3, gt=0)
+    max_relative_difference: Factor = 1e-3
     """Largest absolute difference of an output, divided by the largest absolute output of torch."""
     top1_agreement: Fraction = 0.99
     """Fraction of images with the same largest output."""

@@ -432,7 +432,7 @@ def test_torn_record_is_named(tmp_path, content):
     with pytest.raises(ArtifactError, match=r"'model\.json' is not valid JSON") as caught:
         ModelDir(tmp_path).read()
     assert caught.value.where == {"file": tmp_path / "model.json"}
-    assert caught.value.hint == "restore it from a copy, or make the model directory anew in another --out"
+    assert caught.value.hint == "restore it from a copy, or make its directory anew in another --out"
 
 
 @pytest.mark.parametrize("kind", KINDS)

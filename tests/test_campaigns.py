@@ -39,7 +39,7 @@ draws = 2
 [arms.sacl-xd]
 
 [arms.barlow-twins]
-set = ["host.width=0.5", "loss.alpha=1.0"]
+set = ["host.width=0.5", "method.alpha=1.0"]
 """
 
 
@@ -206,9 +206,9 @@ def test_equal_settings_are_one_run_and_others_another(tmp_path):
     def run(*assignments, **more):
         return campaign.Run("x", "demo", assignments, 0, data="demo", judge_on="", **more)
 
-    default = read_recipe("demo").loss.alpha
-    assert run().key == run(f"loss.alpha={default}").key
-    keys = [run().key, run("loss.alpha=0.5").key, run(threads=2).key, run(machine="another").key]
+    default = read_recipe("demo").method.alpha
+    assert run().key == run(f"method.alpha={default}").key
+    keys = [run().key, run("method.alpha=0.5").key, run(threads=2).key, run(machine="another").key]
     assert len(set(keys)) == 4
     assert run().key == run(labels_per_class=3).key
     assert run().identity != run(labels_per_class=3).identity

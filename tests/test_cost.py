@@ -18,13 +18,12 @@ from edgecl.cost import (
     training_cost,
 )
 from edgecl.errors import RecipeError
-from edgecl.methods import sacl_xd
-from edgecl.methods.sacl_xd import Comparison, SaclXd, sandwich
+from edgecl.methods import losses
+from edgecl.methods.method import create_method
 from edgecl.nets.backbone import count_parameters, create_backbone
 from edgecl.nets.carving import create_slimmable, write_model
 from edgecl.nets.slimming import SlimmableNet
 from edgecl.recipe import read_recipe, recipe_from_tables
-from edgecl.train.step import create_method
 
 SMALL = "mobilenetv3_small_100"
 
@@ -151,7 +150,7 @@ def test_training_is_priced_by_its_passes(alpha, slim, direction, slow_start, ho
     priced = training_cost(
         recipe(
             slim={"width": slim, "slow_start": slow_start},
-            loss={"alpha": alpha, "xd_direction": direction},
+            method={"alpha": alpha, "xd_direction": direction},
             run={"epochs": 4},
         ),
         images=1000,
@@ -221,8 +220,7 @@ def test_further_widths_cost_what_their_passes_take(host, widths, monkeypatch):
 
     net = create_slimmable(many)
     monkeypatch.setattr(SlimmableNet, "forward_slim", counted)
-    method = SaclXd(alpha=many.loss.alpha, comparison=Comparison())
-    method.project(net, *torch.randn(2, 2, 3, 32, 32), widths=sandwich(widths, seed=0, step=0))
+    create_method(many, net, steps_per_epoch=1)(torch.randn(2, 2, 3, 32, 32), 0)
     further = sum(
         passes[width] * forward_cost(create_backbone(SMALL, width=width), (1, 3, 32, 32)).training_flops
         for width in widths[1:]
@@ -319,39 +317,51 @@ def test_local_views_cost_three_passes_each_at_their_own_size(host, slow_start, 
     ("settings", "sets"),
     [
         ({}, 2),
-        ({"coding_rate": {"encoders": "host"}}, 1),
-        ({"loss": {"symmetric": True}}, 4),
-        ({"loss": {"learn_targets": True, "xd_direction": "slim_only"}}, 3),
-        ({"loss": {"learn_targets": True, "alpha": 1.0}}, 2),
+        ({"method": {"coding_rate": {"encoders": "host"}}}, 1),
+        ({"method": {"symmetric": True}}, 4),
+        ({"method": {"learn_targets": True, "xd_direction": "slim_only"}}, 3),
+        ({"method": {"learn_targets": True, "alpha": 1.0}}, 2),
         ({"slim": {"widths": [1.0, 0.75, 0.5]}}, 4),
-        ({"slim": {"width": 1.5}, "loss": {"symmetric": True}}, 2),
+        (
+            {
+                "host": {"arch": SMALL, "width": 1.0},
+                "method": {"name": "simclr"},
+                "views": {"local_count": 2},
+            },
+            2,
+        ),
+        ({"host": {"arch": SMALL, "width": 1.0}, "method": {"name": "emp-ssl", "views": 3}}, 3),
+        ({"slim": {"width": 1.5}, "method": {"symmetric": True}}, 2),
     ],
 )
 def test_the_coding_rate_is_priced_apart_by_the_sets_it_is_taken_of(settings, sets, monkeypatch):
     """Counted in a real step; the product and the factor of each by the formula."""
     tables = {"projector": {"sizes": [16, 8]}, "data": {"image_size": 32, "batch_size": 4}, **settings}
-    rate = {"weight": 0.1, "until": 0.5, **settings.get("coding_rate", {})}
-    given = recipe(**{**tables, "coding_rate": rate})
+    method = settings.get("method", {})
+    rate = {"weight": 0.1, "until": 0.5, **method.get("coding_rate", {})}
+    given = recipe(**{**tables, "method": {**method, "coding_rate": rate}})
     found = cost_of_recipe(given, recipe_name="tiny", images=1000)["training"]
-    without = cost_of_recipe(recipe(**{**tables, "coding_rate": {}}), recipe_name="tiny", images=1000)[
-        "training"
-    ]
+    # EMP-SSL refuses to be without.
+    rate = {"weight": 0.1 if method.get("name") == "emp-ssl" else 0.0}
+    other = recipe(**{**tables, "method": {**method, "coding_rate": rate}})
+    without = cost_of_recipe(other, recipe_name="tiny", images=1000)["training"]
     one_set = 3 * (2 * 4 * 8 * 4 + 4**3 / 3)
     assert found["coding_rate_flops_per_image"] == round(sets * one_set / 4)
     assert found["coding_rate_total_flops"] == pytest.approx(sets * one_set / 4 * 1000 * 200 * 0.5)
-    assert without["coding_rate_total_flops"] == 0
+    assert (without["coding_rate_total_flops"] == 0) == (rate["weight"] == 0)
     assert found["total_flops"] == without["total_flops"]
     taken = []
-    rate_of = sacl_xd.coding_rate
-    monkeypatch.setattr(sacl_xd, "coding_rate", lambda z, **named: (taken.append(1), rate_of(z, **named))[1])
-    method = create_method(given.loss, given.coding_rate)
-    method.losses(method.project(create_slimmable(given), *torch.randn(2, 4, 3, 32, 32)), rate_weight=0.1)
+    rate_of = losses.coding_rate
+    monkeypatch.setattr(losses, "coding_rate", lambda z, **named: (taken.append(1), rate_of(z, **named))[1])
+    trained = create_method(given, create_slimmable(given), steps_per_epoch=1)
+    views = given.method.whole_views + given.views.local_count
+    trained.loss(trained(torch.randn(views, 4, 3, 32, 32), 0), 0)
     assert len(taken) == sets
 
 
 def test_another_loss_costs_the_same():
     before = cost_of_recipe(recipe(), recipe_name="tiny", images=1000)["training"]
-    other = cost_of_recipe(recipe(loss={"name": "simclr"}), recipe_name="tiny", images=1000)["training"]
+    other = cost_of_recipe(recipe(method={"loss": "simclr"}), recipe_name="tiny", images=1000)["training"]
     assert {**other, "arm": before["arm"]} == before
 
 
@@ -369,7 +379,7 @@ def test_a_model_is_counted_at_its_own_size(tmp_path):
         width=0.5,
         stem_stride=1,
         classes=None,
-        preprocessing={"image_size": 32},
+        preprocessing={"image_size": 32, "resize_size": 32, "mean": [0.5] * 3, "std": [0.5] * 3},
         origin="random",
         made_from=None,
         data=None,

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import edgecl.pipeline
 from edgecl.artifacts import Bundle, ModelDir, PipelineDir, ReportDir, RunDir, kind_of
-from edgecl.cli import app
+from edgecl.cli.commands import app
 from edgecl.errors import ArtifactError, DataError, RecipeError, TargetError
 from edgecl.nets.heads import Encoder
 from edgecl.onboard.bundle import sha256_of_file

@@ -11,8 +11,17 @@ from pydantic import ValidationError
 
 import edgecl
 from edgecl.errors import RecipeError
-from edgecl.recipe import Recipe, list_recipes, read_recipe, recipe_from_tables, recipe_name
-from edgecl.settings import header_comment, packaged_files, parse_toml
+from edgecl.recipe import (
+    Recipe,
+    find_method,
+    flatten,
+    list_methods,
+    list_recipes,
+    read_recipe,
+    recipe_from_tables,
+    recipe_name,
+)
+from edgecl.settings import header_comment, override, packaged_files
 
 PACKAGED = packaged_files("recipes")
 MINIMAL = '[host]\narch = "mobilenetv3_small_100"\n'
@@ -110,8 +119,10 @@ def test_text_that_is_no_toml_names_the_file(write):
 
 
 def test_assignments_are_applied_over_the_file(write):
-    recipe = read_recipe(write(MINIMAL), ["optim.lr=0.2", "data.batch_size=8", "loss.xd_direction=slim_only"])
-    assert (recipe.optim.lr, recipe.data.batch_size, recipe.loss.xd_direction) == (0.2, 8, "slim_only")
+    recipe = read_recipe(
+        write(MINIMAL), ["optim.lr=0.2", "data.batch_size=8", "method.xd_direction=slim_only"]
+    )
+    assert (recipe.optim.lr, recipe.data.batch_size, recipe.method.xd_direction) == (0.2, 8, "slim_only")
 
 
 def test_assignment_of_an_unknown_key_suggests_a_near_one(write):
@@ -169,7 +180,7 @@ def test_resize_below_the_crop_is_refused(write):
 @pytest.mark.parametrize(
     ("assignment", "key"),
     [
-        ("loss.alpha=1.5", "loss.alpha"),
+        ("method.alpha=1.5", "method.alpha"),
         ("host.width=4.5", "host.width"),
         ("data.batch_size=1", "data.batch_size"),
         ("optim.lr=0", "optim.lr"),
@@ -187,16 +198,16 @@ def test_value_out_of_range_is_refused_by_key(write, assignment, key):
 @pytest.mark.parametrize(
     ("assignments", "key"),
     [
-        (["coding_rate.weight=-0.1"], "coding_rate.weight"),
-        (["coding_rate.weight=nan"], "coding_rate.weight"),
-        (["coding_rate.weight=inf"], "coding_rate.weight"),
-        (["coding_rate.epsilon=0.001"], "coding_rate.epsilon"),
-        (["coding_rate.epsilon=nan"], "coding_rate.epsilon"),
-        (["coding_rate.until=0.0"], "coding_rate.until"),
-        (["coding_rate.until=1.5"], "coding_rate.until"),
-        (["coding_rate.weight=0.1", "data.batch_size=2"], "data.batch_size"),
-        (["loss.name='cosine'"], "coding_rate.weight"),
-        (["loss.temperature=0.0"], "loss.temperature"),
+        (["method.coding_rate.weight=-0.1"], "method.coding_rate.weight"),
+        (["method.coding_rate.weight=nan"], "method.coding_rate.weight"),
+        (["method.coding_rate.weight=inf"], "method.coding_rate.weight"),
+        (["method.coding_rate.epsilon=0.001"], "method.coding_rate.epsilon"),
+        (["method.coding_rate.epsilon=nan"], "method.coding_rate.epsilon"),
+        (["method.coding_rate.until=0.0"], "method.coding_rate.until"),
+        (["method.coding_rate.until=1.5"], "method.coding_rate.until"),
+        (["method.coding_rate.weight=0.1", "data.batch_size=2"], "data.batch_size"),
+        (["method.loss='cosine'"], "method.coding_rate.weight"),
+        (["method.temperature=0.0"], "method.temperature"),
         (["views.local_count=-1"], "views.local_count"),
         (["views.local_size=4"], "views.local_size"),
         (["views.local_scale=[0.4, 0.1]"], "local_scale"),
@@ -211,10 +222,10 @@ def test_the_papers_recipes_have_neither_rate_nor_nested_start_nor_local_views()
     for name in PACKAGED:
         if re.match("(sacl-)?xd-", name):
             recipe = read_recipe(name)
-            assert recipe.coding_rate.weight == 0
+            assert recipe.method.coding_rate.weight == 0
             assert not recipe.host.nested_start
             assert recipe.views.local_count == 0
-            assert (recipe.loss.name, recipe.loss.symmetric, recipe.loss.learn_targets) == (
+            assert (recipe.method.loss, recipe.method.symmetric, recipe.method.learn_targets) == (
                 "barlow-twins",
                 False,
                 False,
@@ -245,10 +256,10 @@ def test_a_local_view_is_half_as_wide_unless_said_otherwise(image_size, asked, s
 )
 def test_another_loss_is_in_the_arms_name(write, loss, alpha, host, arm):
     assignments = [
-        f"loss.name='{loss}'",
-        f"loss.alpha={alpha}",
+        f"method.loss='{loss}'",
+        f"method.alpha={alpha}",
         f"host.width={host}",
-        "coding_rate.weight=0.1",
+        "method.coding_rate.weight=0.1",
     ]
     assert read_recipe(write(MINIMAL), assignments).arm == arm
 
@@ -270,7 +281,7 @@ def test_recipe_is_frozen(write):
     [(1.0, 1.0, "Barlow Twins"), (1.0, 0.95, "XD only"), (1.5, 1.0, "SACL only"), (1.5, 0.95, "SACL-XD")],
 )
 def test_widths_and_alpha_name_the_arm(write, host, alpha, arm):
-    assert read_recipe(write(MINIMAL), [f"host.width={host}", f"loss.alpha={alpha}"]).arm == arm
+    assert read_recipe(write(MINIMAL), [f"host.width={host}", f"method.alpha={alpha}"]).arm == arm
 
 
 @pytest.mark.parametrize(
@@ -283,7 +294,7 @@ def test_widths_and_alpha_name_the_arm(write, host, alpha, arm):
     ],
 )
 def test_narrower_nets_inside_a_slim_net_as_wide_as_the_host_are_slimmed(write, host, widths, alpha, arm):
-    settings = [f"host.width={host}", f"slim.widths={widths}", f"loss.alpha={alpha}"]
+    settings = [f"host.width={host}", f"slim.widths={widths}", f"method.alpha={alpha}"]
     assert read_recipe(write(MINIMAL), settings).arm == arm
 
 
@@ -301,9 +312,14 @@ def test_short_name_holds_no_path(name, short):
 
 
 def fields():
-    return [
-        (table, key) for table, field in Recipe.model_fields.items() for key in field.annotation.model_fields
+    shared = [
+        (table, key)
+        for table, field in Recipe.model_fields.items()
+        if table != "method"
+        for key in field.annotation.model_fields
     ]
+    own = [("config", key) for name in list_methods() for key in find_method(name).Config.model_fields]
+    return sorted({*shared, *own} - {("config", "name")})
 
 
 def reads():
@@ -327,7 +343,7 @@ def test_no_setting_is_dead(table, key):
         key = "all_widths"  # the property that puts it together with the slim width
     if (table, key) == ("views", "local_size"):
         table = "recipe"  # the property that knows its default
-    assert (table, key) in READS or ("settings", key) in READS
+    assert READS & {(owner, key) for owner in (table, "settings", *(["self"] if table == "config" else []))}
 
 
 def test_slim_widths_are_put_in_order_with_the_widest_first(write):
@@ -360,8 +376,78 @@ def test_a_width_named_twice_is_refused(write):
         read_recipe(write(MINIMAL), ["slim.widths=[0.5, 0.5, 1.0]"])
 
 
-def test_every_key_in_a_packaged_recipe_is_known_by_its_table():
-    known = set(fields())
-    for name, path in PACKAGED.items():
-        tables = parse_toml(path.read_text(encoding="utf-8"), source=name, error=RecipeError)
-        assert {(table, key) for table, keys in tables.items() for key in keys} <= known
+# --- the method ---
+
+
+def test_methods_are_the_files_of_their_folder():
+    assert list_methods() == ["emp-ssl", "sacl-xd", "simclr"]
+
+
+@pytest.mark.parametrize("name", ["emp-ssl", "sacl-xd", "simclr"])
+def test_a_method_brings_its_own_table(write, name):
+    recipe = read_recipe(write(MINIMAL), [f"method.name={name}", "host.width=1.0"])
+    assert isinstance(recipe, Recipe)
+    assert type(recipe.method) is find_method(name).Config
+    assert recipe_from_tables(recipe.model_dump(mode="json"), source="run.json") == recipe
+
+
+def test_a_recipe_without_a_method_trains_sacl_xd(write):
+    assert read_recipe(write(MINIMAL)).method.name == "sacl-xd"
+
+
+def test_an_unknown_method_is_named_with_those_there_are(write):
+    with pytest.raises(RecipeError, match="'simclrr', not one of emp-ssl, sacl-xd, simclr") as caught:
+        read_recipe(write(MINIMAL), ["method.name=simclrr"])
+    assert caught.value.hint == "did you mean 'simclr'?"
+
+
+def test_a_key_of_another_method_is_unknown(write):
+    with pytest.raises(RecipeError, match=r"unknown key 'method\.alpha'"):
+        read_recipe(write(MINIMAL), ["method.name=simclr", "method.alpha=0.5", "host.width=1.0"])
+
+
+def test_a_key_in_a_table_of_the_method_is_suggested(write):
+    with pytest.raises(
+        RecipeError, match=r"unknown key 'method\.coding_rate\.wieght' \(did you mean 'weight'"
+    ):
+        read_recipe(write(MINIMAL), ["method.coding_rate.wieght=0.5"])
+
+
+@pytest.mark.parametrize("table", ["loss", "coding_rate"])
+def test_tables_of_older_recipes_name_the_new_ones(write, table):
+    with pytest.raises(RecipeError, match=rf"\[{table}\] is now \[method"):
+        read_recipe(write(MINIMAL + f"[{table}]\n"))
+    with pytest.raises(RecipeError, match=rf"\[{table}\] is now \[method"):
+        read_recipe(write(MINIMAL), [f"{table}.weight=1.0"])
+
+
+@pytest.mark.parametrize(
+    "settings", [["host.width=1.5"], ["slim.widths=[0.5, 1.0]"], ["slim.slow_start=0.5"]]
+)
+@pytest.mark.parametrize("name", ["emp-ssl", "simclr"])
+def test_a_method_of_one_encoder_refuses_a_second_width(write, name, settings):
+    with pytest.raises(RecipeError, match="trains one encoder"):
+        read_recipe(write(MINIMAL), [f"method.name={name}", "host.width=1.0", *settings])
+
+
+def test_emp_ssl_without_the_coding_rate_is_refused(write):
+    assignments = ["method.name=emp-ssl", "host.width=1.0", "method.coding_rate.weight=0.0"]
+    with pytest.raises(RecipeError, match=r"method\.coding_rate\.weight"):
+        read_recipe(write(MINIMAL), assignments)
+
+
+def test_assignments_leave_the_tables_they_are_made_to_alone():
+    tables = {"method": {"coding_rate": {"weight": 0.1}}}
+    changed = override(tables, ["method.coding_rate.weight=0.2"], error=RecipeError)
+    assert changed["method"]["coding_rate"] == {"weight": 0.2}
+    assert tables["method"]["coding_rate"] == {"weight": 0.1}
+
+
+def test_settings_are_named_as_set_takes_them():
+    tables = {"run": {"seed": 0}, "method": {"coding_rate": {"weight": 0.1}}}
+    assert flatten(tables) == {"run.seed": 0, "method.coding_rate.weight": 0.1}
+
+
+@pytest.mark.parametrize("name", PACKAGED)
+def test_a_packaged_recipe_reads(name):
+    read_recipe(name)

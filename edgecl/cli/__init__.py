@@ -1,75 +1,19 @@
-"""The command line: every command in one visible list, and every error as a text, not a stack."""
+"""The command line: every error as a text, not a stack, from the first import to the last write.
+
+The commands are listed in `edgecl.cli.commands`, which is imported within `main`: Ctrl-C may come while it is.
+"""
 
 import errno
 import os
 import signal
 import sys
 from types import FrameType
-from typing import Annotated
-
-import typer
-
-from edgecl import __version__
-from edgecl.cli.bench import bench_command
-from edgecl.cli.carve import carve_command
-from edgecl.cli.cost import cost_command
-from edgecl.cli.doctor import doctor_command
-from edgecl.cli.export import export_command
-from edgecl.cli.finetune import finetune_command
-from edgecl.cli.ls import ls_command
-from edgecl.cli.pretrain import pretrain_command
-from edgecl.cli.probe import probe_command
-from edgecl.cli.report import ReportCommand, report_command
-from edgecl.cli.run import demo_command, run_command
-from edgecl.cli.selftest import selftest_app
-from edgecl.cli.verify import verify_command
 
 # What a shell reports of a program that Ctrl-C ended.
 INTERRUPTED = 130
 # ... and of one that SIGTERM ended.
 TERMINATED = 143
 RESUMABLE = ("pretrain", "run", "demo")
-
-app = typer.Typer(
-    name="edgecl",
-    help="Train, then compile: small vision networks from unlabelled images, measured on the device that runs them.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    # Plain help: loading rich for it would take longer than all the rest of the start.
-    rich_markup_mode=None,
-)
-app.command("ls")(ls_command)
-app.command("run")(run_command)
-app.command("demo")(demo_command)
-app.command("pretrain")(pretrain_command)
-app.command("carve")(carve_command)
-app.command("probe")(probe_command)
-app.command("finetune")(finetune_command)
-app.command("cost")(cost_command)
-app.command("export")(export_command)
-app.command("verify")(verify_command)
-app.command("bench")(bench_command)
-app.command("doctor")(doctor_command)
-app.command("report", cls=ReportCommand)(report_command)
-app.add_typer(selftest_app, name="selftest")
-
-
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"edgecl {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _root(
-    context: typer.Context,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the stack of an error.")] = False,
-    version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
-    ] = False,
-) -> None:
-    _root.debug = debug  # type: ignore[attr-defined]
-    _root.verb = context.invoked_subcommand  # type: ignore[attr-defined]
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
@@ -78,53 +22,108 @@ def _terminate(number: int, frame: FrameType | None) -> None:
     raise SystemExit(TERMINATED)
 
 
+def _prepare_streams() -> None:
+    """Give streams that are closed an end, and let none fail over a letter it has no code for."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            # The lowest free number, which is this one: else the next file opened would get what is printed.
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: PTH123, SIM115 - until the end
+        if hasattr(getattr(sys, name), "reconfigure"):
+            getattr(sys, name).reconfigure(errors="backslashreplace")
+
+
 def main() -> None:
     """Run the command line.
 
     Exit 0 when done (also when SIGTERM let a run save and end), 1 on a named error, 2 on wrong usage, 130 and 143 on
     SIGINT and SIGTERM otherwise. Of the processes of one run, one shows an error.
     """
-    from edgecl import processes
-    from edgecl.errors import EdgeclError, Preempted
-
     # OpenMP threads of torch's build wait for each other by spinning for milliseconds; where another program has one
     # of the cores, training then slows down tenfold or more. A short spin costs nothing on a quiet machine.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
+        _prepare_streams()
+        from edgecl.cli.commands import app
+
         try:
             app()
         finally:
             sys.stdout.flush()
-    except Preempted as end:
-        if processes.is_main():
-            sys.stdout.write(f"{end}\n")
-        if end.signal == signal.SIGINT:
-            # What the shell would run next needs the whole run.
-            raise SystemExit(INTERRUPTED) from None
-    except EdgeclError as error:
-        if getattr(_root, "debug", False):
-            raise
-        if processes.claim_report():
-            sys.stderr.write(f"edgecl: {error}\n")
-        raise SystemExit(1) from None
     except BrokenPipeError:
         raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        # During the imports; later typer turns it into an exit before anyone can catch it.
+        _say_ended(INTERRUPTED)
+        raise SystemExit(INTERRUPTED) from None
     except SystemExit as stop:
-        # typer turns Ctrl-C into this exit before anyone can catch it.
-        if stop.code in (INTERRUPTED, TERMINATED) and processes.is_main():
-            resumable = getattr(_root, "verb", None) in RESUMABLE
-            hint = "; --resume goes on from what was saved, if anything was" if resumable else ""
-            sys.stderr.write(f"edgecl: {'interrupted' if stop.code == INTERRUPTED else 'terminated'}{hint}\n")
+        if stop.code in (INTERRUPTED, TERMINATED):
+            _say_ended(int(stop.code))
         raise
-    except OSError as complaint:
-        if complaint.errno != errno.ENOSPC:
+    except Exception as problem:
+        code = _say_problem(problem)
+        if code is None:
             raise
-        sys.stderr.write("edgecl: no room on the disk for the output\n")
-        raise SystemExit(1) from None
+        if code:
+            raise SystemExit(code) from None
     finally:
+        from edgecl import processes
+
         signal.signal(signal.SIGTERM, before)
         processes.leave()
+
+
+def _say_ended(code: int) -> None:
+    """Say that a signal ended the command, and for a run how it goes on."""
+    from edgecl import processes
+
+    if processes.is_main():
+        commands = sys.modules.get("edgecl.cli.commands")  # it may not have been imported yet
+        resumable = getattr(getattr(commands, "given", None), "verb", None) in RESUMABLE
+        hint = "; --resume goes on from what was saved, if anything was" if resumable else ""
+        sys.stderr.write(f"edgecl: {'interrupted' if code == INTERRUPTED else 'terminated'}{hint}\n")
+
+
+def _say_problem(problem: Exception) -> int | None:
+    """Say what ended the command, where that has a name; return the exit code, or None for what needs its stack."""
+    from edgecl import processes
+    from edgecl.cli.commands import given
+    from edgecl.errors import EdgeclError, Preempted, tell
+
+    if isinstance(problem, Preempted):
+        if processes.is_main():
+            sys.stdout.write(f"{problem}\n")
+        # What the shell would run next needs the whole run.
+        return INTERRUPTED if problem.signal == signal.SIGINT else 0
+    if given.debug:
+        return None
+    if isinstance(problem, (OSError, MemoryError)):
+        problem = _named(problem)
+    if not isinstance(problem, EdgeclError):
+        return None
+    if processes.claim_report():
+        tell(str(problem))
+    return 1
+
+
+def _named(problem: OSError | MemoryError) -> Exception:
+    """Return an error of the system as one of edgecl's: the reason, and the file where there is one."""
+    from edgecl.errors import EdgeclError
+
+    if isinstance(problem, MemoryError):
+        return EdgeclError("not enough memory", hint="`edgecl --debug` before the command shows where")
+    if problem.errno == errno.ENOSPC:
+        return EdgeclError("no room on the disk for the output")
+    reason = problem.strerror or str(problem) or type(problem).__name__
+    file = os.fsdecode(problem.filename) if isinstance(problem.filename, (str, bytes)) else problem.filename
+    where = {} if file is None else {"file": file}
+    hint = None if where else "`edgecl --debug` before the command shows where"
+    return EdgeclError(reason[:1].lower() + reason[1:], where=where, hint=hint)
 
 
 def program() -> None:

@@ -31,12 +31,14 @@ def bench_command(
         typer.Option(
             "--duration-s",
             min=0.001,
+            max=86_400,
             help="Seconds to sample each precision for, once warm; at least 1,024 runs where the net allows. "
             "60 for numbers to publish.",
         ),
     ] = 10.0,
     threads: Annotated[
-        int | None, typer.Option("--threads", min=1, help="Threads to compute with [default: every core]")
+        int | None,
+        typer.Option("--threads", min=1, max=1024, help="Threads to compute with [default: every core]"),
     ] = None,
     json_: JsonOption = False,
 ) -> None:
@@ -62,7 +64,7 @@ def bench_command(
 
 
 def _print_record(bundle: Path, record: dict[str, Any]) -> None:
-    from edgecl.cli.output import print_rows
+    from edgecl.cli.output import print_line, print_rows
 
     device = record["device"]
     print_rows(
@@ -83,17 +85,17 @@ def _print_record(bundle: Path, record: dict[str, Any]) -> None:
     for ratio in record.get("ratios") or []:
         low, high = ratio["ci95"] or (None, None)
         interval = f" [{low:.3g}, {high:.3g}]" if low is not None else ""
-        typer.echo(f"{ratio['b']} is {ratio['p50_ratio']:.3g}{interval} times as fast as {ratio['a']}")
-    typer.echo(f"{record['runtime']}, threads: {record['threads']}, batch: {record['batch']}")
+        print_line(f"{ratio['b']} is {ratio['p50_ratio']:.3g}{interval} times as fast as {ratio['a']}")
+    print_line(f"{record['runtime']}, threads: {record['threads']}, batch: {record['batch']}")
     rails = next((one["energy"]["rails"] for one in record["measurements"] if one.get("energy")), None)
     if rails:
-        typer.echo(f"energy of the whole module: {' + '.join(rails)}")
+        print_line(f"energy of the whole module: {' + '.join(rails)}")
     for mark in record["marks"]:
-        typer.echo(f"doubtful: {_words(mark)}")
+        print_line(f"doubtful: {_words(mark)}")
     for one in record["measurements"]:
         for mark in one["marks"]:
             if mark not in record["marks"]:
-                typer.echo(f"doubtful: {one['precision']}, {one['mode']}: {_words(mark)}")
+                print_line(f"doubtful: {one['precision']}, {one['mode']}: {_words(mark)}")
 
 
 def _words(mark: str) -> str:

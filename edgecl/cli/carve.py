@@ -36,6 +36,7 @@ def carve_command(
     force: ForceOption = False,
 ) -> None:
     """Carve a slim net out of its host: a plain timm net."""
+    from edgecl.cli.output import print_line
     from edgecl.nets.carving import carve
 
     record = carve(
@@ -46,7 +47,7 @@ def carve_command(
         recalibrate_norms=recalibrate,
         force=force,
     )
-    typer.echo(
+    print_line(
         f"{record['arch']} at width {record['width']:g}, step {record['step']:,}: "
         f"{record['params']:,} parameters, {record['features']} features -> {out}"
     )

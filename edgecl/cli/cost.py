@@ -20,7 +20,10 @@ def cost_command(
     images: Annotated[
         int | None,
         typer.Option(
-            "--images", min=1, help="Images per epoch [default: the recipe's own data, else ImageNet-1K's]"
+            "--images",
+            min=1,
+            max=10**12,
+            help="Images per epoch [default: the recipe's own data, else ImageNet-1K's]",
         ),
     ] = None,
     set_: SetOption = None,

@@ -23,7 +23,7 @@ def doctor_command(
     json_: JsonOption = False,
 ) -> None:
     """Say what would fail on this machine or on a board before it does, and how to mend it."""
-    from edgecl.cli.output import print_json, status_line
+    from edgecl.cli.output import print_json, print_line, status_line
     from edgecl.deploy.doctor import doctor
 
     if bundle is not None and target is not None:
@@ -35,12 +35,12 @@ def doctor_command(
     else:
         device = record["device"]
         about = [device["name"], device["os"], f"JetPack {device['jetpack']}" if device["jetpack"] else None]
-        typer.echo(", ".join(part for part in about if part))
+        print_line(", ".join(part for part in about if part))
         width = max(len(check["name"]) for check in record["checks"])
         for check in record["checks"]:
             status = "FAIL" if check["status"] == "fail" else check["status"]
-            typer.echo(f"{status:<4}  {check['name']:<{width}}  {check['found']}")
+            print_line(f"{status:<4}  {check['name']:<{width}}  {check['found']}")
             if check["fix"]:
-                typer.echo(f"{'':<{width + 8}}-> {check['fix']}")
+                print_line(f"{'':<{width + 8}}-> {check['fix']}")
     if not record["ok"]:
         raise typer.Exit(1)

@@ -52,9 +52,12 @@ def export_command(
     download: DownloadOption = False,
 ) -> None:
     """Export to ONNX in every precision, proven against torch."""
+    from edgecl.artifacts import refuse_own_input
     from edgecl.cli.output import print_json
     from edgecl.deploy.export import export
+    from edgecl.errors import tell
 
+    refuse_own_input(out, model)
     record = export(
         model,
         target=target,
@@ -65,7 +68,7 @@ def export_command(
         run=run,
         force=force,
         download=download,
-        say=lambda line: typer.echo(f"edgecl: {line}", err=True),
+        say=tell,
     )
     if json_:
         print_json(record)
@@ -74,7 +77,7 @@ def export_command(
 
 
 def _print_bundle(record: dict[str, Any], out: Path) -> None:
-    from edgecl.cli.output import print_rows
+    from edgecl.cli.output import print_line, print_rows
 
     rows = []
     for name, about in record["precisions"].items():
@@ -96,5 +99,5 @@ def _print_bundle(record: dict[str, Any], out: Path) -> None:
     )
     for name, about in {**record["precisions"], **record.get("left_out", {})}.items():
         if about["verdict"]:
-            typer.echo(f"{name}: {about['verdict']['words']}")
-    typer.echo(f"-> {out}")
+            print_line(f"{name}: {about['verdict']['words']}")
+    print_line(f"-> {out}")

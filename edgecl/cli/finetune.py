@@ -22,7 +22,9 @@ def finetune_command(
     test: TestOption = None,
     epochs: Annotated[
         int | None,
-        typer.Option("--epochs", min=1, help="Passes over the data [default: 20, with --quantize 3]"),
+        typer.Option(
+            "--epochs", min=1, max=10**6, help="Passes over the data [default: 20, with --quantize 3]"
+        ),
     ] = None,
     quantize: Annotated[
         Literal["int8"] | None,
@@ -33,6 +35,7 @@ def finetune_command(
     download: DownloadOption = False,
 ) -> None:
     """Add a classifier and train with labels."""
+    from edgecl.cli.output import print_line
     from edgecl.evaluate.finetune import finetune
 
     record = finetune(
@@ -53,7 +56,7 @@ def finetune_command(
         if quantize
         else ""
     )
-    typer.echo(
+    print_line(
         f"{before}top-1 {found['top1']:.1f} % [{low:.1f}, {high:.1f}] on {found['n_test']} held-out images, "
         f"{len(record['classes'])} classes -> {out}"
     )

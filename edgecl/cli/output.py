@@ -12,17 +12,26 @@ def print_json(content: Any) -> None:
     sys.stdout.write(json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
+def print_line(text: str) -> None:
+    """Print a line, whatever names of strangers are in it."""
+    from edgecl.errors import printable
+
+    sys.stdout.write(printable(text) + "\n")
+
+
 def print_rows(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Print a table; without columns' names it has no head."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(title), title_justify="left", show_header=any(columns))
+    from edgecl.errors import printable
+
+    table = Table(title=Text(printable(title)), title_justify="left", show_header=any(columns))
     for name in columns:
         table.add_column(name, overflow="fold")
     for row in rows:
-        table.add_row(*(Text(str(cell)) for cell in row))
+        table.add_row(*(Text(printable(cell)) for cell in row))
     Console().print(table)
 
 
@@ -32,9 +41,12 @@ def status_line() -> Iterator[Callable[[str], None]]:
 
     Nothing moves between two calls: an animation would take processor time from what is being measured.
     """
+    from edgecl.errors import printable
+
     in_place = sys.stderr.isatty()
 
     def show(line: str) -> None:
+        line = printable(line)
         sys.stderr.write(f"\r\x1b[2K{line}" if in_place else f"{line}\n")
         sys.stderr.flush()
 

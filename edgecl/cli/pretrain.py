@@ -40,6 +40,7 @@ def pretrain_command(
     import shlex
 
     from edgecl import processes
+    from edgecl.cli.output import print_line
     from edgecl.recipe import read_recipe, recipe_name
 
     # First, so that an error of any process is shown once.
@@ -62,10 +63,10 @@ def pretrain_command(
     )
     if not processes.is_main():
         return
-    typer.echo(
+    print_line(
         f"{record['arm']} on {record['data']['images']} images: {record['total_steps']} steps "
         f"in {record['wall_s']:.0f} s; next: edgecl carve {shlex.quote(str(out))} --out MODEL_DIR"
     )
     if plateau := record["plateau"]:
         # Last, where it is read.
-        typer.echo(f"{plateau['words']} Before you use this net, start anew: {plateau['hint']}.")
+        print_line(f"{plateau['words']} Before you use this net, start anew: {plateau['hint']}.")

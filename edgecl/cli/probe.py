@@ -21,9 +21,11 @@ def probe_command(
     test: TestOption = None,
     labels_per_class: Annotated[
         int | None,
-        typer.Option("--labels-per-class", min=1, help="Labels of the few-label probe [default: 10]"),
+        typer.Option(
+            "--labels-per-class", min=1, max=10**9, help="Labels of the few-label probe [default: 10]"
+        ),
     ] = None,
-    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Draws of the few labels.")] = 3,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, max=10_000, help="Draws of the few labels.")] = 3,
     json_: JsonOption = False,
     download: DownloadOption = False,
 ) -> None:

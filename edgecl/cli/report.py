@@ -24,7 +24,7 @@ def report_command(
     `edgecl report diff OLD NEW` compares two reports; see `edgecl report diff --help`.
     """
     from edgecl.artifacts import ReportDir
-    from edgecl.cli.output import print_json
+    from edgecl.cli.output import print_json, print_line
     from edgecl.report.report import report
 
     record = report(dirs, out=out, force=force)
@@ -32,7 +32,7 @@ def report_command(
         print_json(record)
         return
     print_report(record)
-    typer.echo(f"report: {ReportDir(out).page_file}")
+    print_line(f"report: {ReportDir(out).page_file}")
 
 
 def diff_command(
@@ -107,16 +107,14 @@ def print_report(record: dict[str, Any]) -> None:
     Args:
         record: what `report` returns.
     """
-    from rich.text import Text
-
     from edgecl.report.families import family_tables
     from edgecl.report.text import comparison_rows, table_rows, tables_of
 
     console = _console()
-    console.print(Text(record["verdict"], style="bold"), soft_wrap=not console.is_terminal)
+    console.print(_text(record["verdict"], style="bold"), soft_wrap=not console.is_terminal)
     console.print()
     for sentence in record["support"]:
-        console.print(Text(sentence), soft_wrap=not console.is_terminal)
+        console.print(_text(sentence), soft_wrap=not console.is_terminal)
     if record["support"]:
         console.print()
     for table in tables_of(record):
@@ -128,13 +126,13 @@ def print_report(record: dict[str, Any]) -> None:
             heads = ["", *(row[0] for row in rows)]
             _show(console, heads, [list(line) for line in zip(columns, *rows, strict=True)][1:])
     for family in family_tables(record):
-        console.print(Text(family.title, style="bold"), soft_wrap=not console.is_terminal)
+        console.print(_text(family.title, style="bold"), soft_wrap=not console.is_terminal)
         _show(console, family.columns, family.rows)
     for comparison in (record["comparison"], *record["further_comparisons"]):
         if comparison:
             _show(console, *comparison_rows(comparison))
     for note in record["notes"]:
-        console.print(Text(f"note: {note}"), soft_wrap=True)
+        console.print(_text(f"note: {note}"), soft_wrap=True)
 
 
 def print_diff(record: dict[str, Any]) -> None:
@@ -143,8 +141,6 @@ def print_diff(record: dict[str, Any]) -> None:
     Args:
         record: what `diff` returns.
     """
-    from rich.text import Text
-
     from edgecl.report.text import diff_conditions, diff_rows
 
     console = _console()
@@ -152,8 +148,8 @@ def print_diff(record: dict[str, Any]) -> None:
     if rows:
         _show(console, columns, rows, left=(0, 1, len(columns) - 1))
     for line in diff_conditions(record):
-        console.print(Text(line), soft_wrap=True)
-    console.print(Text(record["summary"], style="bold"), soft_wrap=True)
+        console.print(_text(line), soft_wrap=True)
+    console.print(_text(record["summary"], style="bold"), soft_wrap=True)
 
 
 def _console() -> Any:
@@ -164,14 +160,21 @@ def _console() -> Any:
     return console if console.is_terminal else Console(highlight=False, width=400)
 
 
+def _text(words: object, style: str = "") -> Any:
+    from rich.text import Text
+
+    from edgecl.errors import printable
+
+    return Text(printable(words), style=style)
+
+
 def _show(console: Any, columns: list[str], rows: list[list[str]], left: tuple[int, ...] = (0,)) -> None:
     from rich.table import Table
-    from rich.text import Text
 
     table = Table(box=None, pad_edge=False, header_style="dim")
     for place, column in enumerate(columns):
-        table.add_column(Text(column), justify="left" if place in left else "right", overflow="fold")
+        table.add_column(_text(column), justify="left" if place in left else "right", overflow="fold")
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(_text(cell) for cell in row))
     console.print(table)
     console.print()

@@ -83,7 +83,9 @@ def _run(
     settings = read_recipe(recipe, set_)
     out = out or Path("runs") / name
     from edgecl.artifacts import PipelineDir, ReportDir
+    from edgecl.cli.output import print_line
     from edgecl.cli.report import print_report
+    from edgecl.errors import tell
     from edgecl.pipeline import run
 
     record = run(
@@ -98,7 +100,7 @@ def _run(
         resume=resume,
         force=force,
         download=download,
-        say=lambda line: typer.echo(f"edgecl: {line}", err=True),
+        say=tell,
     )
     print_report(record["report"])
-    typer.echo(f"report: {ReportDir(PipelineDir(out).report).page_file}")
+    print_line(f"report: {ReportDir(PipelineDir(out).report).page_file}")

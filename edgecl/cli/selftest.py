@@ -21,6 +21,8 @@ ARMS = (
     "SACL-XD, symmetric",
     "SACL-XD, local views",
     "SimCLR",
+    "simclr, local views",
+    "emp-ssl, 3 views",
 )
 
 selftest_app = typer.Typer(

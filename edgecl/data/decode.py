@@ -7,7 +7,6 @@ A JPEG is plain when libjpeg-turbo decodes it to what Pillow would: 8 bits, grey
 from __future__ import annotations
 
 import contextlib
-import io
 import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -19,7 +18,7 @@ import torch.nn.functional as F  # noqa: N812
 from PIL import Image
 from torch import Tensor
 
-from edgecl.data.sources import SIDES_SWAP, ImageSource, exif_turn
+from edgecl.data.sources import SIDES_SWAP, ImageSource, exif_turn, open_picture
 from edgecl.errors import DeviceError
 
 _PLAIN_COLOURS = ("YCbCr", "Gray", "RGB")
@@ -194,7 +193,7 @@ def _plain(content: bytes) -> PlainJpeg | None:
         return None
     turn = None
     if _APP1 in content:
-        with contextlib.suppress(Exception), Image.open(io.BytesIO(content)) as image:
+        with contextlib.suppress(Exception), open_picture(content) as image:
             turn = exif_turn(image)
     if turn in SIDES_SWAP:
         height, width = width, height

@@ -7,23 +7,25 @@ result: the same folder gives the same names in the same order with and without 
 
 from __future__ import annotations
 
+import bisect
 import errno
 import hashlib
+import itertools
 import json
 import os
+import re
 import stat
-import sys
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgecl.artifacts import write_bytes
-from edgecl.errors import EdgeclError, first_of
+from edgecl.errors import EdgeclError, first_of, tell
 from edgecl.processes import is_main
 from edgecl.progress import Progress
 
@@ -31,11 +33,15 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 _MAGIC = "edgecl-index 2"
 _SAMPLE = 1024
+# In names joined by NUL: a part that is empty or begins with a dot, so also one that leads out of the folder.
+_OUTSIDE = re.compile(rb"(?:^|[\0/])(?:[.\0/]|$)")
 # A folder that changed this shortly before it was read may change again without its time of change showing it.
 _RACY_NS = 2_000_000_000
 _NOWHERE = "a link that leads nowhere"
 _KINDS = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
 _COUNT_EVERY = 1000
+# A file or folder that went while its neighbours were read; the second is what /proc says of a process.
+_GONE = (FileNotFoundError, ProcessLookupError)
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +78,7 @@ class Memory:
         """Return the positions of the files that were unreadable and have not changed, with the reasons."""
         found = {}
         for name, entry in self._read().items():
-            position = int(np.searchsorted(self._names, name)) if self._names else 0
+            position = bisect.bisect_left(self._names, name)
             if (
                 position < len(self._names)
                 and self._names[position] == name
@@ -91,8 +97,8 @@ class Memory:
 
     def _read(self) -> dict[str, list[Any]]:
         try:
-            entries = json.loads(self._file.read_bytes())
-        except (OSError, ValueError):
+            entries = json.loads(_content(self._file))
+        except (OSError, ValueError, RecursionError):
             return {}
         whole = isinstance(entries, dict) and all(
             isinstance(entry, list) and len(entry) == 3 for entry in entries.values()
@@ -136,62 +142,81 @@ def list_folder(root: Path, *, index_dir: Path | None) -> tuple[Listing, Memory 
 
 
 def scan(root: Path) -> Listing:
-    """Read a folder and those below it, each once.
+    """Read a folder and those below it, each once; what goes meanwhile is left out, as if it had gone before.
 
     Raises:
         OSError: a folder cannot be read.
     """
-    found: dict[str, int] = {}
+    found = _Found({}, [], [], [], [])
     folders: list[tuple[str, int, int]] = []
-    left_out: list[str] = []
-    no_files: list[tuple[str, str]] = []
     seen: set[tuple[int, int]] = set()
     # Linked folders wait until all real ones are seen: a link to a folder inside the root then adds
     # nothing, and a loop ends.
-    real, linked = [(str(root), "")], list[tuple[str, str]]()
+    real = [(str(root), "")]
     with Progress("looking for images", total=None, unit="files") as progress:
-        while real or linked:
+        while real or found.linked:
             is_link = not real
-            folder, prefix = linked.pop(0) if is_link else real.pop()
-            status = os.stat(folder)  # noqa: PTH116 - millions of names; plain strings are far quicker
-            if (status.st_dev, status.st_ino) in seen:
-                if is_link:
-                    left_out.append(prefix.rstrip("/"))
-                continue
-            seen.add((status.st_dev, status.st_ino))
-            folders.append((prefix, status.st_mtime_ns, status.st_ino))
-            inner: list[tuple[str, str]] = []
-            with os.scandir(folder) as entries:
-                for count, entry in enumerate(entries, start=1):
-                    if count % _COUNT_EVERY == 0:
-                        progress.advance(_COUNT_EVERY)
-                    name = entry.name
-                    if name.startswith("."):
-                        continue
-                    try:
-                        if entry.is_dir():
-                            (linked if entry.is_symlink() else inner).append((entry.path, f"{prefix}{name}/"))
-                            continue
-                        is_picture = name.lower().endswith(EXTENSIONS)
-                        if is_picture and entry.is_file():
-                            found[prefix + name] = entry.stat().st_size
-                        elif is_picture or entry.is_symlink():
-                            kind = _no_file(entry.path)
-                            # Of other names a link alone matters: it may have led to a folder of pictures.
-                            if kind and (is_picture or kind == _NOWHERE):
-                                no_files.append((prefix + name, kind))
-                    except OSError as complaint:
-                        if complaint.errno == errno.ENOTDIR:
-                            no_files.append((prefix + name, _NOWHERE))
-                        elif complaint.errno == errno.ELOOP:
-                            left_out.append(prefix + name)
-                        else:
-                            raise
-            real += sorted(inner)
-            linked.sort()
-    names = sorted(found)
-    sizes = np.fromiter((found[name] for name in names), dtype=np.int64, count=len(names))
-    return Listing(names, sizes, fingerprint(names, sizes), folders, sorted(left_out), sorted(no_files))
+            folder, prefix = found.linked.pop(0) if is_link else real.pop()
+            try:
+                status = os.stat(folder)  # noqa: PTH116 - millions of names; plain strings are far quicker
+                if (status.st_dev, status.st_ino) in seen:
+                    if is_link:
+                        found.left_out.append(prefix.rstrip("/"))
+                    continue
+                seen.add((status.st_dev, status.st_ino))
+                with os.scandir(folder) as entries:
+                    folders.append((prefix, status.st_mtime_ns, status.st_ino))
+                    for count, entry in enumerate(entries, start=1):
+                        if count % _COUNT_EVERY == 0:
+                            progress.advance(_COUNT_EVERY)
+                        if not entry.name.startswith("."):
+                            found.add(entry, prefix)
+            except _GONE:
+                if not prefix:
+                    raise
+            real += sorted(found.inner)
+            found.inner.clear()
+            found.linked.sort()
+    names = sorted(found.sizes)
+    sizes = np.fromiter((found.sizes[name] for name in names), dtype=np.int64, count=len(names))
+    return Listing(
+        names, sizes, fingerprint(names, sizes), folders, sorted(found.left_out), sorted(found.no_files)
+    )
+
+
+class _Found(NamedTuple):
+    """What a scan met so far; the folders as path and prefix."""
+
+    sizes: dict[str, int]
+    inner: list[tuple[str, str]]
+    linked: list[tuple[str, str]]
+    left_out: list[str]
+    no_files: list[tuple[str, str]]
+
+    def add(self, entry: os.DirEntry[str], prefix: str) -> None:
+        """Sort in one entry of a folder."""
+        name = entry.name
+        try:
+            if entry.is_dir():
+                (self.linked if entry.is_symlink() else self.inner).append((entry.path, f"{prefix}{name}/"))
+                return
+            is_picture = name.lower().endswith(EXTENSIONS)
+            if is_picture and entry.is_file():
+                self.sizes[prefix + name] = entry.stat().st_size
+            elif is_picture or entry.is_symlink():
+                kind = _no_file(entry.path)
+                # Of other names a link alone matters: it may have led to a folder of pictures.
+                if kind and (is_picture or kind == _NOWHERE):
+                    self.no_files.append((prefix + name, kind))
+        except _GONE:
+            return
+        except OSError as complaint:
+            if complaint.errno == errno.ENOTDIR:
+                self.no_files.append((prefix + name, _NOWHERE))
+            elif complaint.errno == errno.ELOOP:
+                self.left_out.append(prefix + name)
+            else:
+                raise
 
 
 def _no_file(path: str) -> str | None:
@@ -251,25 +276,56 @@ def _encoded(listing: Listing) -> bytes:
 
 
 def _read(file: Path) -> Listing | None:
-    """Read an index; None where there is none, or none that is whole."""
+    """Read an index; None where there is none, or none that is whole and as edgecl writes it."""
     try:
-        first, _, body = file.read_bytes().partition(b"\n")
-    except OSError:
+        first, _, body = _content(file).partition(b"\n")
+        if first != f"{_MAGIC} {hashlib.sha256(body).hexdigest()}".encode():
+            return None
+        header, _, rest = body.partition(b"\n")
+        fields = json.loads(header)
+        end = fields["names_bytes"]
+        joined = rest[:end]
+        listing = Listing(
+            joined.decode(errors="surrogateescape").split("\0") if joined else [],
+            np.frombuffer(rest[end:], dtype="<i8").astype(np.int64),
+            fields["fingerprint"],
+            [(prefix, changed, inode) for prefix, changed, inode in fields["folders"]],
+            fields["left_out"],
+            [(name, kind) for name, kind in fields["no_files"]],
+        )
+        return listing if len(listing.names) == fields["count"] and _is_sound(listing, joined) else None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        # Whoever writes an index can also write its sum.
         return None
-    if first != f"{_MAGIC} {hashlib.sha256(body).hexdigest()}".encode():
-        return None
-    header, _, rest = body.partition(b"\n")
-    fields = json.loads(header)
-    end = fields["names_bytes"]
-    names = rest[:end].decode(errors="surrogateescape").split("\0") if fields["count"] else []
-    return Listing(
-        names,
-        np.frombuffer(rest[end:], dtype="<i8").astype(np.int64),
-        fields["fingerprint"],
-        [(prefix, changed, inode) for prefix, changed, inode in fields["folders"]],
-        fields["left_out"],
-        [(name, kind) for name, kind in fields["no_files"]],
+
+
+def _is_sound(listing: Listing, joined: bytes) -> bool:
+    """Say whether a listing is one that `scan` could have made, its joined names below the folder included."""
+    names, sizes = listing.names, listing.sizes
+    texts = [
+        listing.fingerprint,
+        *(prefix for prefix, _, _ in listing.folders),
+        *listing.left_out,
+        *(text for pair in listing.no_files for text in pair),
+    ]
+    numbers = [number for _, *both in listing.folders for number in both]
+    return (
+        isinstance(listing.left_out, list)
+        and all(isinstance(text, str) for text in texts)
+        and all(isinstance(number, int) for number in numbers)
+        and bool(listing.folders)
+        and len(names) == len(sizes)
+        and bool((sizes >= 0).all())
+        and all(before < after for before, after in itertools.pairwise(names))
+        and not (joined and _OUTSIDE.search(joined))
     )
+
+
+def _content(file: Path) -> bytes:
+    """Read a small file of edgecl's own; a pipe or a device in its place would never end."""
+    if not stat.S_ISREG(file.stat().st_mode):
+        raise ValueError("no regular file")
+    return file.read_bytes()
 
 
 def _write(file: Path, content: bytes) -> None:
@@ -279,19 +335,17 @@ def _write(file: Path, content: bytes) -> None:
     except (OSError, EdgeclError) as complaint:
         if is_main():
             reason = str(complaint).partition("\n")[0]
-            sys.stderr.write(f"edgecl: no index is kept, the next start takes as long: {reason}\n")
+            tell(f"no index is kept, the next start takes as long: {reason}")
 
 
 def _say_left_out(listing: Listing, root: Path) -> None:
     if not is_main():
         return
     if count := len(listing.left_out):
-        sys.stderr.write(
-            f"edgecl: {count} link{'s' if count > 1 else ''} in '{root}' left out, "
-            f"leading back to what was already read: {first_of(listing.left_out)}\n"
+        tell(
+            f"{count} link{'s' if count > 1 else ''} in '{root}' left out, "
+            f"leading back to what was already read: {first_of(listing.left_out)}"
         )
     if count := len(listing.no_files):
         named = first_of([f"{name} ({kind})" for name, kind in listing.no_files])
-        sys.stderr.write(
-            f"edgecl: {count} name{'s' if count > 1 else ''} in '{root}' left out, with no file behind: {named}\n"
-        )
+        tell(f"{count} name{'s' if count > 1 else ''} in '{root}' left out, with no file behind: {named}")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 
 from edgecl.data.fetching import cache_folder, cached_place, fetch
 from edgecl.data.randomness import permutation
-from edgecl.data.sources import ImageSource, Labels, Split, UnreadableImage
+from edgecl.data.sources import ImageSource, Labels, Split, UnreadableImage, expanded
 from edgecl.data.tar_index import TarIndex, indexed, stamp_of
-from edgecl.errors import DataError, counted
+from edgecl.errors import DataError, counted, tell
 from edgecl.processes import is_main
 from edgecl.progress import Progress
 from edgecl.redaction import without_secrets
@@ -37,6 +37,12 @@ _THREADS = 4
 # anything.
 _OLDEST = (1, 0, 2)
 _NAMED_MISSING = 5
+# Each is a file of its own to look for, open and index; the largest public sets have a quarter of this.
+_MOST_SHARDS = 1_000_000
+_DEEPEST_BRACES = 20
+_RANGE = re.compile(
+    r"(?:(?P<first>-?\d+)\.\.(?P<last>-?\d+)|(?P<letter>[A-Za-z])\.\.(?P<to>[A-Za-z]))(?:\.\.-?(?P<step>\d+))?"
+)
 _PATTERNS = "write shards:PATH/train-{000000..000127}.tar, a URL, or several with '::' between"
 # Class numbers beyond this are names of classes that happen to be digits.
 _MOST_CLASSES = 65536
@@ -163,9 +169,9 @@ def open_shards(uri: str, *, split: Split = "train") -> ImageSource:
     images = _ShardImages(tuple(shards), np.concatenate([[0], np.cumsum(counts)]).astype(np.int64))
     unused = sum(shard.tar.unused for shard in shards)
     if unused and is_main():
-        sys.stderr.write(
-            f"edgecl: {counted(unused, 'image')} of '{shown}' not used: of those whose names agree up to the first dot, "
-            "which are one sample, one is\n"
+        tell(
+            f"{counted(unused, 'image')} of '{shown}' not used: of those whose names agree up to the first dot, "
+            "which are one sample, one is"
         )
     classes, labels = _classes([text for shard in shards for text in shard.tar.labels()], shown)
     digest = hashlib.sha256()
@@ -205,8 +211,16 @@ def absolute_shards(uri: str) -> str:
 
 
 def is_remote(url: str) -> bool:
-    """Say whether a shard has to be fetched: it is a URL of another kind than file:, or a pipe."""
-    scheme = urlsplit(url).scheme
+    """Say whether a shard has to be fetched: it is a URL of another kind than file:, or a pipe.
+
+    Raises:
+        DataError: it looks like a URL and is none.
+    """
+    try:
+        scheme = urlsplit(url).scheme
+    except ValueError as complaint:
+        problem = f"'{without_secrets(url)}' is no URL: {complaint}"
+        raise DataError(problem, hint=_PATTERNS) from complaint
     return bool(scheme) and scheme != "file"
 
 
@@ -217,13 +231,13 @@ def _absolute(path: str) -> str:
 def _local(url: str) -> Path:
     if url.startswith("file:"):
         url = url2pathname(urlsplit(url).path)
-    return Path(url).expanduser()
+    return expanded(url)
 
 
 def _expand(pattern: str, shown: str) -> list[str]:
     """Return the shards a pattern names, by webdataset's own rules; a folder stands for the .tar files in it."""
     try:
-        from webdataset.shardlists import expand_urls
+        from webdataset.shardlists import envsubst, expand_urls
     except ImportError as complaint:
         package = (complaint.name or "webdataset").partition(".")[0]
         raise DataError(
@@ -242,6 +256,8 @@ def _expand(pattern: str, shown: str) -> list[str]:
                 hint=f"webdataset puts its value in the place of ${{{name}}}",
             )
     try:
+        # The values are the user's own; webdataset puts them in before it looks for braces.
+        _refuse_too_many(envsubst(pattern), shown)
         urls: list[str] = [url for url in expand_urls(pattern) if url]
     except (ValueError, KeyError, AssertionError) as complaint:
         problem = without_secrets(f"the pattern '{shown}' cannot be read: {complaint}")
@@ -262,6 +278,49 @@ def _expand(pattern: str, shown: str) -> list[str]:
             )
         found += inside
     return found
+
+
+def _refuse_too_many(pattern: str, shown: str) -> None:
+    """Hold what a pattern stands for to a number of files that a machine can look for, before it is expanded."""
+    count = sum(map(_expansions, pattern.split("::")))
+    if count > _MOST_SHARDS:
+        raise DataError(
+            f"the pattern '{shown}' stands for {count:,} shards; {_MOST_SHARDS:,} are allowed", hint=_PATTERNS
+        )
+
+
+def _expansions(pattern: str) -> int:
+    """Count what braces expand to, by multiplying: twenty letters can name more than memory holds.
+
+    Raises:
+        ValueError: nested deeper than anybody writes, or a number with thousands of digits.
+    """
+    # Of each open brace: where it began, of its alternatives so far the sum, of the current one the product.
+    begun, sums, products = [0], [0], [1]
+    for mark in re.finditer(r"\\.|[{},]", pattern, re.DOTALL):
+        if mark[0] == "{":
+            begun.append(mark.end())
+            sums.append(0)
+            products.append(1)
+            if len(begun) > _DEEPEST_BRACES:
+                raise ValueError(f"braces nested more than {_DEEPEST_BRACES} deep")
+        elif mark[0] == "," and len(begun) > 1:
+            sums[-1] += products[-1]
+            products[-1] = 1
+        elif mark[0] == "}" and len(begun) > 1:
+            inside = _RANGE.fullmatch(pattern, begun.pop(), mark.start())
+            alternatives = sums.pop() + products.pop()
+            products[-1] *= _range_length(inside) if inside else alternatives
+    # A closing brace too many turns a later open one into text.
+    return math.prod(sum(both) for both in zip(sums, products, strict=True))
+
+
+def _range_length(found: re.Match[str]) -> int:
+    if found["letter"]:
+        first, last = ord(found["letter"]), ord(found["to"])
+    else:
+        first, last = int(found["first"]), int(found["last"])
+    return abs(last - first) // (int(found["step"] or 1) or 1) + 1
 
 
 def _refuse_missing(urls: Sequence[str], shown: str) -> None:
@@ -340,9 +399,7 @@ def _classes(texts: list[str], shown: str) -> tuple[tuple[str, ...] | None, Labe
         return None, None
     if without:
         if is_main():
-            sys.stderr.write(
-                f"edgecl: {without} of {len(texts)} images of '{shown}' have no class, so all are taken without\n"
-            )
+            tell(f"{without} of {len(texts)} images of '{shown}' have no class, so all are taken without")
         return None, None
     if all(_number(text) >= 0 for text in known):
         numbers = {text: _number(text) for text in known}

@@ -23,6 +23,8 @@ from edgecl.redaction import without_secrets
 
 # No honest picture is larger.
 _LARGEST_FILE = 2**30
+# What the README lists. Pillow knows dozens more, and hands some of them to other programs (PostScript to Ghostscript).
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 
 Split = Literal["train", "test"]
 Labels = NDArray[np.int64]
@@ -190,7 +192,7 @@ class ImageSource:
 
     def _open(self, index: int, content: bytes | None) -> Image.Image:
         if content is not None:
-            return Image.open(io.BytesIO(content))
+            return open_picture(content)
         assert self.opener is not None
         return self.opener(index)
 
@@ -219,16 +221,26 @@ def open_source(
     """
     if uri == "demo":
         return _open_demo(split)
+    try:
+        return _open_place(uri, split=split, download=download, index_dir=index_dir)
+    except OSError as complaint:
+        raise DataError(
+            f"'{without_secrets(uri)}' cannot be read: {complaint.strerror or complaint}",
+            where={"place": complaint.filename} if complaint.filename else None,
+        ) from complaint
+
+
+def _open_place(uri: str, *, split: Split, download: bool, index_dir: Path | None) -> ImageSource:
     scheme, colon, path = uri.partition(":")
     if scheme in _TORCHVISION:
         if not path:
             raise DataError(f"'{uri}' needs a place on disk", hint=f"write {scheme}:PATH")
-        return _open_torchvision(uri, scheme, Path(path).expanduser(), split=split, download=download)
+        return _open_torchvision(uri, scheme, expanded(path), split=split, download=download)
     if colon and scheme == "shards":
         from edgecl.data.shards import open_shards
 
         return open_shards(uri, split=split)
-    root = Path(uri).expanduser()
+    root = expanded(uri)
     if root.is_dir():
         if split == "test":
             raise DataError(
@@ -257,8 +269,31 @@ def folder_of(uri: str) -> Path | None:
     scheme = uri.partition(":")[0]
     if uri == "demo" or scheme in (*_TORCHVISION, "shards"):
         return None
-    root = Path(uri).expanduser()
+    root = expanded(uri)
     return root if root.is_dir() else None
+
+
+def expanded(path: str) -> Path:
+    """Return a path with the home of `~` or `~NAME` in its place.
+
+    Raises:
+        DataError: there is no such user.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as complaint:
+        raise DataError(
+            f"'{path}' begins with a user who has no home here", hint="write ./~ for a name"
+        ) from complaint
+
+
+def open_picture(content: bytes) -> Image.Image:
+    """Open a picture of one of the formats edgecl reads; no other is tried, whatever the file is called.
+
+    Raises:
+        UnidentifiedImageError: it is of none of them.
+    """
+    return Image.open(io.BytesIO(content), formats=_FORMATS)
 
 
 def absolute_uri(uri: str) -> str:
@@ -311,11 +346,15 @@ def _open_torchvision(uri: str, scheme: str, root: Path, *, split: Split, downlo
     from torchvision import datasets
 
     class_name, arguments = _TORCHVISION[scheme]
+    options = dict(arguments[split])
+    if scheme == "flowers102":
+        # The one set whose pictures are files; torchvision holds the folder to no sum, and would open them as anything.
+        options["loader"] = lambda path: open_picture(read_plain_file(str(path)))
     try:
         with warnings.catch_warnings():
             # NumPy 2.4 dislikes how CIFAR's old pickles spell a dtype.
             warnings.simplefilter("ignore", np.exceptions.VisibleDeprecationWarning)
-            dataset = getattr(datasets, class_name)(root, download=download, **arguments[split])
+            dataset = getattr(datasets, class_name)(root, download=download, **options)
     except ImportError as complaint:
         raise DataError(
             f"reading {scheme} needs the package '{complaint.name}'", hint=f"pip install {complaint.name}"
@@ -367,7 +406,7 @@ def _open_folder(uri: str, root: Path, index_dir: Path | None) -> ImageSource:
         fingerprint=listing.fingerprint,
         length=len(names),
         opener=None,
-        reader=lambda index: _content(f"{root}/{names[index]}"),
+        reader=lambda index: read_plain_file(f"{root}/{names[index]}"),
         namer=lambda index: str(root / names[index]),
         classes=classes,
         labels=labels,
@@ -375,10 +414,14 @@ def _open_folder(uri: str, root: Path, index_dir: Path | None) -> ImageSource:
     )
 
 
-def _content(path: str) -> bytes:
+def read_plain_file(path: str) -> bytes:
     """Read a file; a Path for each picture would enter the name of each into Python's table of strings, which grows.
 
     What was a picture when the folder was listed may since have become a pipe, which would block, or a file without end.
+
+    Raises:
+        OSError: it is gone or out of reach.
+        UnreadableImage: no file, or too large to be honest.
     """
     with open(path, "rb", opener=_open_without_waiting) as file:
         status = os.fstat(file.fileno())
@@ -432,7 +475,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 def _reason(complaint: Exception) -> str:
     if isinstance(complaint, UnidentifiedImageError):
-        return "not an image of a known format"
+        return "not a JPEG, PNG, WebP or BMP file"
     if isinstance(complaint, FileNotFoundError):
         return "the file is gone"
     return str(complaint) or type(complaint).__name__

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Collection, Sequence
 
@@ -10,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgecl.data.sources import ImageSource, UnreadableImage
-from edgecl.errors import DataError, counted, first_of
+from edgecl.errors import DataError, counted, first_of, tell
 from edgecl.processes import is_main
 from edgecl.redaction import without_secrets
 
@@ -106,6 +105,6 @@ class BadImages:
 def say_skipped(names: Sequence[str], uri: str) -> None:
     """Name on stderr the pictures that could not be read and are left out; one process of a run does."""
     if names and is_main():
-        sys.stderr.write(
-            f"edgecl: {counted(len(names), 'unreadable image')} of '{without_secrets(uri)}' left out: {first_of(names)}\n"
+        tell(
+            f"{counted(len(names), 'unreadable image')} of '{without_secrets(uri)}' left out: {first_of(names)}"
         )

@@ -1,4 +1,4 @@
-"""A batch of pictures -> two whole views and any number of small local ones, augmented, every sample different.
+"""A batch of pictures -> two or more whole views and any number of small local ones, augmented, every sample different.
 
 They are made in batches, on the pictures' device. The operators and their order are torchvision's (random resized crop,
 flip, colour jitter, greyscale, blur, solarise), and so are the distributions of their parameters; the tests hold both to
@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import itertools
 import math
+import string
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -30,8 +31,8 @@ from edgecl.recipe import Views
 Floats = NDArray[np.float64]
 Rows = NDArray[np.int64]
 
-WHOLE = ("a", "b")
-"""The two views that every run has; of a pair of settings the first holds for a, the second for all other views."""
+WHOLE = string.ascii_lowercase
+"""Names of whole views; of a pair of settings the first holds for a, the second for all other views."""
 
 # Blur is stated for this side (BYOL's) and scales with the view.
 _BLUR_VIEW_SIZE = 224
@@ -73,6 +74,7 @@ def make_views(
     batch: Batch,
     settings: Views,
     *,
+    whole: int = 2,
     image_size: int,
     local_size: int | None = None,
     mean: Sequence[float],
@@ -80,12 +82,13 @@ def make_views(
     seed: int,
     epoch: int,
 ) -> list[Tensor]:
-    """Make views A and B of every picture, and its local views.
+    """Make the whole views of every picture, A and B the first of them, and its local views.
 
     Args:
         batch: pictures, on the device where the views are wanted.
         settings: probabilities and strengths.
-        image_size: side of views A and B, pixels.
+        whole: how many whole views.
+        image_size: side of a whole view, pixels.
         local_size: side of a local view, pixels; None means half of image_size.
         mean: of each channel, in 0..1.
         std: of each channel, in 0..1.
@@ -93,11 +96,11 @@ def make_views(
         epoch: 0-based.
 
     Returns:
-        A and B, (N, 3, image_size, image_size), then the local views, (N, 3, local_size, local_size); normalised, on
+        The whole views, (N, 3, image_size, image_size), then the local views, (N, 3, local_size, local_size); normalised, on
         the batch's device; float32 even under autocast.
     """
     sizes = batch.sizes.cpu().numpy()
-    sides = dict.fromkeys(WHOLE, image_size)
+    sides = dict.fromkeys(WHOLE[:whole], image_size)
     sides |= {f"local-{number}": local_size or image_size // 2 for number in range(settings.local_count)}
     drawn = {
         name: draw_parameters(batch.indices, sizes, settings, view=name, side=side, seed=seed, epoch=epoch)
@@ -137,7 +140,7 @@ def draw_parameters(
         indices: (N,) pictures.
         sizes: (N, 2) true height and width, pixels.
         settings: probabilities and strengths.
-        view: 'a', 'b', or 'local-' with a number.
+        view: 'a', 'b' and so on, or 'local-' with a number.
         side: of the view, pixels.
         seed: of the run.
         epoch: 0-based.
@@ -147,7 +150,7 @@ def draw_parameters(
         return uniforms(seed, epoch, indices, stream=f"view-{view} {what}", count=count)
 
     which = 0 if view == "a" else 1
-    scale = settings.crop_scale if view in WHOLE else settings.local_scale
+    scale = settings.crop_scale if not view.startswith("local-") else settings.local_scale
     chance = draw("chances", 6)
     strengths = np.array([settings.brightness, settings.contrast, settings.saturation, settings.hue])
     low = np.array([*(1 - strengths[:3]).clip(0), -strengths[3]])

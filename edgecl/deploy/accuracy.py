@@ -19,6 +19,8 @@ from edgecl.data.unreadable import say_skipped
 from edgecl.deploy.onnx import with_any_batch
 from edgecl.errors import DataError, DeviceError
 from edgecl.intervals import proportion_interval
+from edgecl.onboard.errors import OnboardError
+from edgecl.onboard.runners.openvino import import_openvino
 from edgecl.quality import knn_correct
 
 Array = NDArray[numpy.float32]
@@ -234,9 +236,9 @@ def runner_of(model: onnx.ModelProto, *, runtime: str, form: str = "fp32") -> Ru
 
 def _openvino(data: bytes) -> Run:
     try:
-        import openvino
-    except ImportError as complaint:
-        raise DeviceError("openvino is not installed", hint="pip install openvino") from complaint
+        openvino = import_openvino()
+    except OnboardError as error:
+        raise DeviceError(error.problem, hint=error.hint) from error
     core = openvino.Core()
     settings = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32"}
     compiled = core.compile_model(core.read_model(data), "CPU", settings)

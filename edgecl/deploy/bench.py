@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from edgecl.artifacts import Bundle, record_header, write_json
-from edgecl.deploy.process import error_from_onboard, run_here
+from edgecl.deploy.process import error_from_onboard, run_here, silence_s
 from edgecl.deploy.remote import run_on_board
 from edgecl.errors import DeviceError
 from edgecl.onboard.bundle import choose_precision, read_manifest, sha256_of_file
@@ -48,8 +48,8 @@ def bench(
 
     Raises:
         ArtifactError: not a bundle, it lacks a precision, or a file is missing or changed.
-        DeviceError: the runtime is not installed or cannot load the net, the measuring process died, or the
-            board cannot be reached or used.
+        DeviceError: the runtime is not installed or cannot load the net, the measuring process died or
+            was silent for too long, or the board cannot be reached or used.
     """
     directory = Bundle(bundle)
     manifest = directory.read()
@@ -67,7 +67,12 @@ def bench(
         if host is None:
             threads = available_cores() if threads is None else threads
             arguments += ["--threads", str(threads)]
-            record = run_here(["bench", str(bundle.resolve()), *arguments], threads=threads, report=report)
+            record = run_here(
+                ["bench", str(bundle.resolve()), *arguments],
+                threads=threads,
+                limit_s=silence_s(runtime or held["runtime"]),
+                report=report,
+            )
         else:
             arguments += [] if threads is None else ["--threads", str(threads)]
             record = run_on_board(

@@ -325,7 +325,7 @@ def _finish(
         verify(bundle.path, runtime=None if runs_here(target) else "onnxruntime")
     except ParityError as error:
         raise ParityError(error.problem, hint="no bundle was written") from error
-    bundle.verify_file.unlink()
+    bundle.verify_file.unlink(missing_ok=True)
     return sealed
 
 

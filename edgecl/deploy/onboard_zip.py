@@ -29,9 +29,9 @@ if sys.version_info < (3, 6):
     print(json.dumps({"error": {"name": "device", "problem": problem, "hint": hint, "record": None}}))
     sys.exit(1)
 
-from onboard.__main__ import main
+from onboard.__main__ import program
 
-sys.exit(main())
+sys.exit(program())
 """
 
 

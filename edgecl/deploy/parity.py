@@ -179,7 +179,7 @@ def slim_view_rung(net: nn.Module, record: dict[str, Any], run: Path, images: Te
         )
     recipe = recipe_from_tables(run_record["recipe"], source=str(run_dir.record_file))
     slimmable = create_slimmable(recipe)
-    slimmable.load_state_dict(checkpoint.model)
+    slimmable.load_state_dict(checkpoint.net)
     slimmable.eval()
     own = net.state_dict()
     replaced = (

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import select
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import edgecl
 from edgecl.errors import ArtifactError, DeviceError, EdgeclError, ParityError
@@ -18,6 +21,7 @@ from edgecl.onboard import errors as onboard_errors
 from edgecl.onboard.bench import PROGRESS
 from edgecl.onboard.errors import OnboardError
 from edgecl.onboard.remote import pinned
+from edgecl.onboard.trtexec import BUILD_LIMIT_S
 
 Report = Callable[[str], None]
 
@@ -26,6 +30,12 @@ Report = Callable[[str], None]
 _ONBOARD = [sys.executable, "-m", "edgecl.onboard"]
 _HOME = Path(edgecl.__file__).parent.parent
 _LAST_WORDS = 20
+_LONGEST_LINE = 1 << 16
+
+# A net that loops for ever says nothing. Longer than a processor needs for the reference images, and than trtexec, which has
+# a limit of its own, is given to build an engine.
+SILENCE_S = 600.0
+BUILDING_SILENCE_S = BUILD_LIMIT_S + SILENCE_S
 
 _ERRORS: dict[str, type[EdgeclError]] = {
     onboard_errors.BundleError.name: ArtifactError,
@@ -35,14 +45,36 @@ _ERRORS: dict[str, type[EdgeclError]] = {
 
 
 class Listener:
-    """Takes what the device code says on stderr: progress is passed on, the last other lines are kept."""
+    """Takes what the device code says on stderr: progress is passed on, the last other lines are kept.
 
-    def __init__(self, report: Report | None) -> None:
+    Args:
+        report: called with each line of progress.
+        limit_s: the longest silence.
+    """
+
+    def __init__(self, report: Report | None, *, limit_s: float) -> None:
         self._report = report
+        self._limit_s = limit_s
+        self._heard_s = time.monotonic()
         self.words: deque[str] = deque(maxlen=_LAST_WORDS)
+
+    def left_s(self) -> float:
+        """Return for how many seconds the device code may still be silent.
+
+        Raises:
+            DeviceError: for none.
+        """
+        left = self._heard_s + self._limit_s - time.monotonic()
+        if left <= 0:
+            raise DeviceError(
+                f"the net's process said nothing for {self._limit_s:g} s",
+                hint="its net may loop for ever: do not use a bundle that a stranger made",
+            )
+        return left
 
     def hear(self, lines: Iterable[str]) -> None:
         """Take some lines; what could move a terminal's cursor is taken out of them."""
+        self._heard_s = time.monotonic()
         for line in ("".join(filter(str.isprintable, line.rstrip())) for line in lines):
             if not line.startswith(PROGRESS):
                 self.words.append(line)
@@ -50,33 +82,41 @@ class Listener:
                 self._report(line[len(PROGRESS) :])
 
 
-def run_here(verb: Sequence[str], *, threads: int, report: Report | None) -> dict[str, Any]:
+def silence_s(runtime: str) -> float:
+    """Return for how many seconds the device code may be silent; a builder of engines is, for minutes."""
+    return SILENCE_S if runtime in ("ort", "onnxruntime", "openvino") else BUILDING_SILENCE_S
+
+
+def run_here(
+    verb: Sequence[str], *, threads: int, limit_s: float = SILENCE_S, report: Report | None
+) -> dict[str, Any]:
     """Run a verb of the device code in a process of its own and return its JSON object.
+
+    The process ends with the call, whatever ends that: a record, an error, Ctrl-C or the limit.
 
     Args:
         verb: what would follow `python3 onboard.pyz`.
         threads: how many its libraries shall compute with.
+        limit_s: the longest silence.
         report: called with each line of progress.
 
     Raises:
         OnboardError: what the device code itself complains of.
-        DeviceError: it ended without an answer.
+        DeviceError: it ended without an answer, or was silent for too long.
     """
-    listener = Listener(report)
+    listener = Listener(report, limit_s=limit_s)
     with tempfile.TemporaryFile() as answer:
         with subprocess.Popen(
             [*_ONBOARD, *verb],
             stdin=subprocess.DEVNULL,
             stdout=answer,
             stderr=subprocess.PIPE,
-            encoding="utf-8",
-            errors="replace",
             cwd=_HOME,
             env=pinned(threads),
         ) as process:
             try:
                 assert process.stderr is not None
-                listener.hear(process.stderr)
+                _hear_out(process.stderr, listener)
                 status = process.wait()
             except BaseException:
                 process.kill()
@@ -88,6 +128,22 @@ def run_here(verb: Sequence[str], *, threads: int, report: Report | None) -> dic
     except json.JSONDecodeError:
         record = None
     return record_of(status, record, listener.words, where={})
+
+
+def _hear_out(pipe: IO[bytes], listener: Listener) -> None:
+    """Pass on what a process says, line by line, until it closes the pipe."""
+    rest = b""
+    while True:
+        if not select.select([pipe], [], [], listener.left_s())[0]:
+            continue
+        block = os.read(pipe.fileno(), 1 << 16)
+        *lines, rest = (rest + block).split(b"\n")
+        if not block and rest:
+            lines = [rest]
+        listener.hear(line.decode("utf-8", "replace") for line in lines)
+        if not block:
+            return
+        rest = rest[-_LONGEST_LINE:]
 
 
 def record_of(
@@ -108,7 +164,7 @@ def record_of(
     if status is None or status < 0:
         by = "with everything around it" if status is None else f"by {_signal_name(-status)}"
         raise DeviceError(
-            f"the measuring process was killed {by}",
+            f"the net's process was killed {by}",
             where=where,
             hint="SIGKILL often means that memory ran out (see `dmesg`); close other programs and try again"
             if status is None or -status == signal.SIGKILL
@@ -118,7 +174,7 @@ def record_of(
         raise _onboard_error(record["error"])
     if not isinstance(record, dict) or status not in (0, 1):
         raise DeviceError(
-            f"the measuring process ended with exit status {status} and no record",
+            f"the net's process ended with exit status {status} and no record",
             where={**where, "it said": " | ".join(filter(None, words)) or "nothing"},
         )
     return record

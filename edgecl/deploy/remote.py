@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from edgecl.deploy.onboard_zip import onboard_bytes
-from edgecl.deploy.process import Listener, Report, record_of
+from edgecl.deploy.process import BUILDING_SILENCE_S, Listener, Report, record_of
 from edgecl.errors import DeviceError
 from edgecl.onboard.bundle import MANIFEST, check_files, read_manifest, sha256_of_file
 from edgecl.onboard.errors import BundleError
@@ -117,7 +117,7 @@ def run_on_board(
 
     Raises:
         OnboardError: what the device code on the board complains of, and a bundle that is not whole here.
-        DeviceError: the board cannot be reached, refuses, lacks something, or the run died there.
+        DeviceError: the board cannot be reached, refuses, lacks something, or the run died there or hangs.
     """
     user, name, port = _address(host)
     request: dict[str, Any] = {
@@ -136,7 +136,7 @@ def run_on_board(
     login = " ".join(["ssh", *(["-p", port] if port else []), f"{user}@{name}" if user else name])
     board = _Board(host, ssh, login=login, patience_s=patience_s, report=report)
     run = board.insist(board.install)
-    listener = Listener(report)
+    listener = Listener(report, limit_s=BUILDING_SILENCE_S)
     try:
         status, record = board.insist(lambda: board.go(run, request, bundle, listener))
     except _GoneError:
@@ -257,6 +257,8 @@ class _Board:
                 elif "log" in answer:
                     request["offset"] = answer["offset"]
                     listener.hear(answer["log"])
+                elif "alive" in answer:
+                    listener.left_s()
                 elif "status" in answer:
                     with contextlib.suppress(_LostConnectionError, DeviceError):  # what matters is here
                         connection.send(b"end\n")

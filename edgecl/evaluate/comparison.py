@@ -113,7 +113,7 @@ def compare(
                     images=labelled.train.images[chosen].numpy(),
                     labels=labelled.train.labels[chosen].numpy(),
                     steps=scratch_steps,
-                    settings=Supervision(lr=scratch_lr, seed=seed + draw, device="cpu"),
+                    settings=Supervision(lr=scratch_lr, seed=(seed + draw) % 2**63, device="cpu"),
                     views=views,
                 )
                 for start in starts.values()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from edgecl.artifacts import ModelDir, record_header, refuse_existing, write_json
+from edgecl.artifacts import ModelDir, record_header, refuse_existing, refuse_own_input, write_json
 from edgecl.data.loading import normalise
 from edgecl.data.sources import absolute_uri
 from edgecl.errors import ArtifactError, DataError, RecipeError
@@ -78,6 +78,7 @@ def finetune(
         error=RecipeError,
         assignments=assignments,
     )
+    refuse_own_input(out, model)
     refuse_existing(out, force=force, kind=ModelDir.KIND)
     net, record = load_model(model)
     if record.get("quantization"):

@@ -19,19 +19,19 @@ from edgecl.evaluate.labelled import Part
 from edgecl.nets.small_maps import small_maps_sped_up
 from edgecl.progress import Progress
 from edgecl.recipe import Fraction, Views
-from edgecl.settings import Settings
+from edgecl.settings import Decay, Rate, Seed, Settings
 from edgecl.train.allocator import keep_freed_memory
 
 
 class Supervision(Settings):
     """How a classifier is trained; every key can be set with `--set KEY=VALUE`."""
 
-    lr: float = Field(1e-3, gt=0)
+    lr: Rate = 1e-3
     """Peak learning rate of AdamW, after a warm-up over a tenth of the steps; then a cosine to zero."""
     backbone_lr_fraction: Fraction = 1.0
     """Rate of the backbone as a fraction of the classifier's; 0 freezes the backbone and its norms."""
-    weight_decay: float = Field(0.02, ge=0)
-    batch_size: int = Field(64, ge=2)
+    weight_decay: Decay = 0.02
+    batch_size: int = Field(64, ge=2, le=10**9)
     label_smoothing: Fraction = 0.1
     crop_min: float = Field(0.5, gt=0, le=1)
     """Smallest area of a training crop, as a fraction of the picture."""
@@ -39,7 +39,7 @@ class Supervision(Settings):
     flip_vertical: Fraction = 0.0
     jitter: Fraction = 0.0
     """Probability of colour jitter."""
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def views(self) -> Views:
@@ -58,7 +58,7 @@ class Supervision(Settings):
 class QuantisedSupervision(Supervision):
     """How a quantised classifier is trained on: gently, since it has been trained before."""
 
-    lr: float = Field(5e-4, gt=0)
+    lr: Rate = 5e-4
     """Peak learning rate of AdamW; of a scale it is the relative change per step."""
     crop_min: float = Field(0.7, gt=0, le=1)
     """Smallest area of a training crop, as a fraction of the picture."""

@@ -1,1 +1,1 @@
-"""What is minimised: losses, and SACL-XD as one object."""
+"""Ways to train without labels, one file each: its name is the method's, `METHOD` its class, `Config` its settings."""

@@ -6,11 +6,14 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
 from edgecl.errors import ShapeError
 from edgecl.nets.sync_norms import process_count, sum_over_processes
+from edgecl.recipe import Recipe
+from edgecl.settings import Settings, Weight
 
 # nn.BatchNorm1d's, which the public Barlow Twins codes normalise with.
 VARIANCE_EPSILON = 1e-5
@@ -102,6 +105,26 @@ def cross_correlation_loss(z_a: Tensor, z_b: Tensor, *, off_diagonal: float) -> 
     )
 
 
+@torch.no_grad()
+def correlation_of(z_a: Tensor, z_b: Tensor) -> dict[str, Tensor]:
+    """Return what the alarms watch of two views, as a method logs it: "diagonal" and "off_diagonal_rms" of C.
+
+    Args:
+        z_a: (N, D) embeddings of one view.
+        z_b: (N, D) embeddings of another.
+
+    Raises:
+        ShapeError: shapes differ, are not (N, D), or N < 2.
+    """
+    _, diagonal, off_diagonal_rms = cross_correlation_loss(z_a, z_b, off_diagonal=0.0)
+    return {"diagonal": diagonal, "off_diagonal_rms": off_diagonal_rms}
+
+
+def mean_of(terms: list[Tensor]) -> Tensor:
+    """Return the () mean of () losses."""
+    return torch.stack(terms).mean()
+
+
 def contrastive_loss(z_a: Tensor, z_b: Tensor, *, temperature: float) -> Tensor:
     """Tell each picture's other view from all other views of the batch (NT-Xent).
 
@@ -153,6 +176,38 @@ def alignment_loss(z_a: Tensor, z_b: Tensor) -> Tensor:
         a, b = (_standardise(_wide(z))[0] for z in (z_a, z_b))
         cosines = functional.cosine_similarity(a, b, dim=1)
         return 2 - 2 * sum_over_processes(cosines.sum()) / (len(cosines) * process_count())
+
+
+class CodingRate(Settings):
+    """L <- L - weight R: R, the coding rate, is large when the projections fill all their dimensions."""
+
+    weight: Weight = 0.0
+    epsilon: float = Field(0.5, ge=0.01, le=1e6)
+    """Precision of the code: the smaller, the more small directions count; below 0.01 float32 has too few digits."""
+    until: float | None = Field(None, gt=0, le=1, examples=[0.5])
+    """Fraction of the run at which the weight has fallen to 0, in a line; None keeps it constant."""
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """Return the () rate of (N, D) projections."""
+        return coding_rate(z, epsilon=self.epsilon)
+
+    def weight_at(self, step: int, *, total_steps: int) -> float:
+        """Return the weight in a step, 0-based."""
+        if self.until is None:
+            return self.weight
+        return self.weight * max(0.0, 1 - step / (self.until * total_steps))
+
+    def check(self, recipe: Recipe) -> None:
+        """Refuse a batch of two.
+
+        Raises:
+            ValueError: it is one.
+        """
+        if self.weight > 0 and recipe.data.batch_size < 3:
+            raise ValueError(
+                "'method.coding_rate.weight' needs a 'data.batch_size' of 3 or more: of two standardised projections "
+                "one is always the other's opposite"
+            )
 
 
 def coding_rate(z: Tensor, *, epsilon: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""SACL-XD: views, a host and the slim net inside it -> named losses. Its settings give every arm.
+"""SACL-XD: a wide host and the slim nets inside it learn from each other's embeddings. Its settings give every arm.
 
 | settings                        | method       | passes                                   |
 | ------------------------------- | ------------ | ---------------------------------------- |
@@ -7,8 +7,8 @@
 | slim width < host width, a = 1  | SACL only    | host(A), slim(B)                         |
 | slim width < host width, a < 1  | SACL-XD      | host(A), slim(B), [slim(A)], [host(B)]   |
 
-Barlow Twins' loss is one of three (`Comparison`): SimCLR's or the bare alignment may stand in its place in every arm, and
-the coding rate beside any of them.
+Barlow Twins' loss is one of three (`Config.loss`): SimCLR's or the bare alignment may stand in its place in every arm,
+and the coding rate beside any of them.
 
 Several slim widths train in one run by the sandwich rule: each step, view B goes through the widest, the narrowest
 and one other, and all of them learn from the same host(A) and [host(B)].
@@ -21,137 +21,71 @@ Training Techniques", ICCV 2019, arXiv:1903.05134.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from collections.abc import Sequence
+from math import ceil
+from typing import ClassVar, Literal
 
 import numpy
 import torch
-from torch import Tensor, nn
+from pydantic import Field
+from torch import Tensor
 
 from edgecl.data.randomness import uniforms
 from edgecl.methods.losses import (
+    CodingRate,
     CorrelationLoss,
     alignment_loss,
-    coding_rate,
     contrastive_loss,
     cross_correlation_loss,
+    mean_of,
 )
+from edgecl.methods.method import Embeddings, Method, Terms
 from edgecl.nets.slimming import SlimmableNet
+from edgecl.recipe import ForwardPasses, Fraction, MethodConfig, Panel, Recipe
+from edgecl.settings import Factor, Weight
+
+_LOSS_NAMES = {"barlow-twins": "Barlow Twins", "simclr": "SimCLR", "cosine": "cosine and coding rate"}
 
 
-class Losses(NamedTuple):
-    """The terms of one step.
+class EncodersRate(CodingRate):
+    """The coding rate R, and of which encoders it is the mean."""
 
-    Attributes:
-        total: () what is minimised.
-        sacl: () contrastive term L_SACL, unscaled, detached; the mean over its pairs of projections.
-        xd_host: () L_D(z_A, [z_A]), which moves the encoder of view A (the host); None when there is none.
-        xd_slim: () L_D(z_B, [z_B]), which moves the encoder of view B (the slim net); None when there is none;
-            with several widths the mean.
-        coding_rate: () mean coding rate of the encoders that it is asked of, nats; None when its weight is 0.
-        diagonal: () mean diagonal of the correlation of the two views, view B through the slim width.
-        off_diagonal_rms: () root mean square off its diagonal.
-    """
-
-    total: Tensor
-    sacl: Tensor
-    xd_host: Tensor | None
-    xd_slim: Tensor | None
-    coding_rate: Tensor | None
-    diagonal: Tensor
-    off_diagonal_rms: Tensor
+    encoders: Literal["both", "host", "slim"] = "both"
+    """Whose projections it is taken of."""
 
 
-class Projections(NamedTuple):
-    """(N, D) projections of one step.
+class Config(MethodConfig):
+    """L = alpha L_SACL(z_A, z_B) + (1 - alpha) (L_D(z_A, [z_A]) + L_D(z_B, [z_B])) / 2 - w R."""
 
-    Attributes:
-        host_a: view A through the host.
-        slim_b: view B through each width of the step, the slim width first; in a slow start through the host alone.
-        slim_a: view A through the slim width; None when nothing needs it, or where one net takes both views. Frozen
-            unless the method's four passes learn.
-        host_b: view B through the host; None and frozen as slim_a.
-        local: each small local view through the slim width, in a slow start through the host.
-    """
+    has_host: ClassVar[bool] = True
+    panels: ClassVar[tuple[Panel, ...]] = (
+        Panel(
+            "Loss terms",
+            {"loss": "total", "sacl": "SACL", "xd_host": "XD host", "xd_slim": "XD slim"},
+            log=True,
+        ),
+    )
 
-    host_a: Tensor
-    slim_b: tuple[Tensor, ...]
-    slim_a: Tensor | None = None
-    host_b: Tensor | None = None
-    local: tuple[Tensor, ...] = ()
-
-    def tensors(self) -> list[Tensor]:
-        """Return all of them, in a fixed order."""
-        targets = [z for z in (self.slim_a, self.host_b) if z is not None]
-        return [self.host_a, *self.slim_b, *self.local, *targets]
-
-    def with_tensors(self, tensors: Sequence[Tensor]) -> Projections:
-        """Return the same projections with other tensors in the order of `tensors`."""
-        left = iter(tensors)
-        return Projections(
-            host_a=next(left),
-            slim_b=tuple(next(left) for _ in self.slim_b),
-            local=tuple(next(left) for _ in self.local),
-            slim_a=None if self.slim_a is None else next(left),
-            host_b=None if self.host_b is None else next(left),
-        )
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """How two sets of projections are compared: the loss inside every term.
-
-    Args:
-        name: 'barlow-twins' decorrelates, 'simclr' contrasts, 'cosine' only aligns and needs the coding rate.
-        off_diagonal: Barlow Twins: weight of the redundancy term, >= 0.
-        temperature: SimCLR: of its softmax, > 0.
-    """
-
-    name: Literal["barlow-twins", "simclr", "cosine"] = "barlow-twins"
-    off_diagonal: float = 0.0051
-    temperature: float = 0.2
-
-    def __call__(self, z: Tensor, other: Tensor) -> Tensor:
-        """Return the () loss between (N, D) projections of the same images."""
-        if self.name == "simclr":
-            return contrastive_loss(z, other, temperature=self.temperature)
-        if self.name == "cosine":
-            return alignment_loss(z, other)
-        return self.correlation(z, other).total
-
-    def correlation(self, z: Tensor, other: Tensor) -> CorrelationLoss:
-        """Return Barlow Twins' loss with what to watch of the correlation."""
-        return cross_correlation_loss(z, other, off_diagonal=self.off_diagonal)
-
-
-@dataclass(frozen=True)
-class SaclXd:
-    """L = alpha L_SACL(z_A, z_B) + (1 - alpha) (L_D(z_A, [z_A]) + L_D(z_B, [z_B])) / 2 - w R.
-
-    With several widths, every term in z_B is the mean over the widths of the step; local views stand beside z_B in L_SACL.
-
-    Args:
-        alpha: weight of the contrastive term, 0..1.
-        comparison: the loss inside L_SACL and L_D.
-        scale: multiplies L_SACL and L_D, > 0.
-        xd_direction: 'both' as published; 'slim_only' leaves out L_D(z_A, [z_A]), which pulls the host towards
-            the frozen slim net, and gives its weight to L_D(z_B, [z_B]).
-        symmetric: both views learn through both encoders: (host(B), slim(A)) is one more pair of L_SACL, and L_D pulls
-            slim(A) towards host(A) and host(B) towards slim(B), too. Changes nothing where one net takes both views.
-        learn_targets: gradient flows into [z] too.
-        rate_epsilon: epsilon of the coding rate R, > 0.
-        rate_encoders: whose projections R is the mean of.
-    """
-
-    alpha: float
-    comparison: Comparison
-    scale: float = 1.0
+    name: Literal["sacl-xd"] = "sacl-xd"
+    loss: Literal["barlow-twins", "simclr", "cosine"] = "barlow-twins"
+    """The loss inside L_SACL and L_D; cosine only aligns and needs the coding rate."""
+    alpha: Fraction = 0.95
+    off_diagonal: Weight = 0.0051
+    """Barlow Twins: weight of the redundancy term."""
+    temperature: float = Field(0.2, gt=0, le=100)
+    """SimCLR: temperature of the softmax."""
+    scale: Factor = 0.1
+    """Multiplies L_SACL and L_D."""
     xd_direction: Literal["both", "slim_only"] = "both"
+    """slim_only leaves out L_D(z_A, [z_A]), which pulls the host towards the frozen slim net, and gives its weight to
+    L_D(z_B, [z_B])."""
+    swap_views: Fraction = 0.5
+    """Probability, per step, that the host sees view B and the slim net view A."""
     symmetric: bool = False
+    """Both views through both encoders, all four passes with gradient; changes nothing where one net takes both views."""
     learn_targets: bool = False
-    rate_epsilon: float = 0.5
-    rate_encoders: Literal["both", "host", "slim"] = "both"
+    """Gradient flows into [z] too, through all four passes."""
+    coding_rate: EncodersRate = EncodersRate()
 
     @property
     def distils(self) -> bool:
@@ -163,136 +97,179 @@ class SaclXd:
         """Whether the passes of slim(A) and host(B) carry gradient."""
         return self.symmetric or (self.distils and self.learn_targets)
 
-    def project(
-        self,
-        net: SlimmableNet,
-        view_a: Tensor,
-        view_b: Tensor,
-        *,
-        local: Sequence[Tensor] = (),
-        dense: bool = False,
-        widths: Sequence[float] | None = None,
-    ) -> Projections:
-        """Run the passes this arm needs.
+    def arm(self, recipe: Recipe) -> str:
+        """Name the method that widths, alpha and loss amount to; one net narrower than the host makes it slimmed."""
+        one_net = recipe.host.width == recipe.slim.all_widths[-1]
+        if one_net and not self.distils:
+            return _LOSS_NAMES[self.loss]
+        name = "XD only" if one_net else "SACL-XD" if self.distils else "SACL only"
+        return name if self.loss == "barlow-twins" else f"{name} ({_LOSS_NAMES[self.loss]})"
 
-        Args:
-            net: host and slim nets.
-            view_a: (N, 3, H, W) for the host.
-            view_b: (N, 3, H, W) for the slim nets.
-            local: further views, (N, 3, h, w) each, for the slim net.
-            dense: all views through the host (slow start).
-            widths: slim widths of this step; None means all. The slim width is always among them.
+    def check(self, recipe: Recipe) -> None:
+        """Refuse a loss that only aligns without the coding rate, and the coding rate of two images."""
+        super().check(recipe)
+        if self.loss == "cosine" and self.coding_rate.weight == 0:
+            raise ValueError(
+                "'method.loss' cosine only pulls views together, and every picture to one point; "
+                "set 'method.coding_rate.weight'"
+            )
+        self.coding_rate.check(recipe)
 
-        Raises:
-            SliceError: the net has no such slim width.
-        """
-        learnt = self.learning_passes(net, view_a, view_b, local=local, dense=dense, widths=widths)
-        if self.four_learn:
-            return learnt
-        slim_a, host_b = self.frozen_passes(net, view_a, view_b, dense=dense)
-        return learnt._replace(slim_a=slim_a, host_b=host_b)
-
-    def learning_passes(
-        self,
-        net: SlimmableNet,
-        view_a: Tensor,
-        view_b: Tensor,
-        *,
-        local: Sequence[Tensor] = (),
-        dense: bool = False,
-        widths: Sequence[float] | None = None,
-    ) -> Projections:
-        """Run the passes that carry gradient; arguments as for project. What is frozen is None."""
-        host_a = net.forward_host(view_a)
-        if dense:
-            slim_b: tuple[Tensor, ...] = (net.forward_host(view_b),)
-        else:
-            chosen = dict.fromkeys([net.slim_width, *(net.slim_widths if widths is None else widths)])
-            slim_b = tuple(net.forward_slim(view_b, width) for width in chosen)
-        learnt = Projections(host_a, slim_b, local=self._local_passes(net, local, dense=dense))
-        if not self.four_learn or dense or not net.has_slim:
-            return learnt
-        wants_slim_a = self.symmetric or self.xd_direction == "both"
-        return learnt._replace(
-            slim_a=net.forward_slim(view_a) if wants_slim_a else None, host_b=net.forward_host(view_b)
+    def forward_passes(self, recipe: Recipe) -> ForwardPasses:
+        """Return the passes of the epochs of a slow start and of the others, in their shares."""
+        host, slim = recipe.host.width, recipe.slim.width
+        slow_start = _slow_epochs(recipe) / recipe.run.epochs
+        # The passes of host and widest slim net are those of a run without the narrower ones.
+        units = forward_units(
+            slim_only=host == slim,
+            distils=self.distils,
+            xd_direction=self.xd_direction,
+            symmetric=self.symmetric,
+            learn_targets=self.learn_targets,
+            slow_start=slow_start,
+        )
+        local = dict.fromkeys([host, slim], 0.0)
+        local[host] += 3 * recipe.views.local_count * slow_start
+        local[slim] += 3 * recipe.views.local_count * (1 - slow_start)
+        return ForwardPasses(
+            {
+                slim: units["slim"],
+                host: units["host"],
+                **other_width_units(recipe.slim.all_widths, slow_start=slow_start),
+            },
+            local,
+            self._coding_rates(recipe, slow_start=slow_start),
+            self.coding_rate.until or 1.0,
         )
 
-    @staticmethod
-    def _local_passes(net: SlimmableNet, local: Sequence[Tensor], *, dense: bool) -> tuple[Tensor, ...]:
-        if not local:
-            return ()
-        # Running statistics are for whole pictures, which the nets will see when they are used.
-        with net.untracked():
-            return tuple(map(net.forward_host if dense else net.forward_slim, local))
+    def _coding_rates(self, recipe: Recipe, *, slow_start: float) -> float:
+        if not self.coding_rate.weight:
+            return 0.0
+        second = self.four_learn and recipe.host.width != recipe.slim.width
+        sets = {
+            "host": 1 + second,
+            "slim": min(3, len(recipe.slim.all_widths))
+            + (second and (self.symmetric or self.xd_direction == "both")),
+        }
+        asked = ["host", "slim"] if self.coding_rate.encoders == "both" else [self.coding_rate.encoders]
+        return sum(slow_start + (1 - slow_start) * sets[encoder] for encoder in asked)
 
-    def frozen_passes(
-        self,
-        net: SlimmableNet,
-        view_a: Tensor,
-        view_b: Tensor,
-        *,
-        dense: bool = False,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Run the passes that only give targets; arguments as for project.
+    def has_idle_parameters(self, recipe: Recipe) -> bool:
+        """Tell of a slow start, in which the slim nets' norms take no part, and of widths that a step leaves out."""
+        return recipe.slim.slow_start > 0 or len(recipe.slim.all_widths) > 3
+
+
+class SaclXd(Method):
+    """Views A and B cross host and slim net; with several widths, every term in z_B is the mean over those of the step.
+
+    Its embeddings: "host_a"; "slim_b", and "slim_b@0.5" of a further width, in a slow start the host's; "local_0" and
+    on, through the slim net, in a slow start through the host; "slim_a" and "host_b", targets unless four passes learn,
+    and left out where nothing needs them or one net takes both views.
+    """
+
+    config: Config
+
+    def __init__(self, recipe: Recipe, net: SlimmableNet, *, steps_per_epoch: int):
+        super().__init__(recipe, net, steps_per_epoch=steps_per_epoch)
+        self._slow_steps = _slow_epochs(recipe) * steps_per_epoch
+
+    def embed(self, views: Sequence[Tensor], step: int) -> dict[str, Tensor]:
+        """Run the passes that carry gradient."""
+        net, slow = self.net, step < self._slow_steps
+        view_a, view_b, *local = self._swapped(views, step)
+        learnt = {"host_a": net.forward_host(view_a)}
+        if slow:
+            learnt["slim_b"] = net.forward_host(view_b)
+        else:
+            for width in sandwich(net.slim_widths, seed=self.seed, step=step):
+                learnt[_slim_b(width, net)] = net.forward_slim(view_b, width)
+        learnt |= self.embed_local(local, slim=not slow)
+        if self.config.four_learn and net.has_slim and not slow:
+            if self.config.symmetric or self.config.xd_direction == "both":
+                learnt["slim_a"] = net.forward_slim(view_a)
+            learnt["host_b"] = net.forward_host(view_b)
+        return learnt
+
+    def embed_targets(self, views: Sequence[Tensor], step: int) -> dict[str, Tensor]:
+        """Run the frozen passes. The targets of one net are its own projections: 6 forward-units, as Barlow Twins."""
+        config = self.config
+        if config.four_learn or not config.distils or not self.net.has_slim or step < self._slow_steps:
+            return {}
+        view_a, view_b, *_ = self._swapped(views, step)
+        targets = {"slim_a": self.net.forward_slim(view_a)} if config.xd_direction == "both" else {}
+        return {**targets, "host_b": self.net.forward_host(view_b)}
+
+    def _swapped(self, views: Sequence[Tensor], step: int) -> Sequence[Tensor]:
+        """Give the host view B and the slim nets view A, or not: decided by the step, so that every process does alike."""
+        draw = uniforms(self.seed, 0, numpy.array([step]), stream="swap-views", count=1)[0, 0]
+        return [views[1], views[0], *views[2:]] if draw < self.config.swap_views else views
+
+    def watched(self, embeddings: Embeddings) -> Tensor:
+        """Return those of the slim net."""
+        return embeddings.learnt["slim_b"]
+
+    def loss(self, embeddings: Embeddings, step: int) -> tuple[Tensor, Terms]:
+        """Compute the loss of one step.
 
         Returns:
-            slim_a and host_b of Projections.
-        """
-        # The targets of one net are its own projections: 6 forward-units, as Barlow Twins.
-        if not self.distils or dense or not net.has_slim:
-            return None, None
-        with net.frozen():
-            slim_a = net.forward_slim(view_a) if self.xd_direction == "both" else None
-            return slim_a, net.forward_host(view_b)
-
-    def losses(self, projections: Projections, *, rate_weight: float = 0.0) -> Losses:
-        """Compute the loss terms of one step.
-
-        Args:
-            projections: what project returned.
-            rate_weight: w, the weight of the coding rate in this step, >= 0.
+            the total, and the terms "sacl", L_SACL before it is scaled; "xd_host" and "xd_slim", L_D(z_A, [z_A]) and
+            L_D(z_B, [z_B]), which move the encoders of view A and of view B; "coding_rate"; "diagonal" and
+            "off_diagonal_rms" of the correlation of view A and of view B through the slim width.
 
         Raises:
-            ShapeError: projections of different shapes, or fewer than 2 samples.
+            ShapeError: embeddings of different shapes, or fewer than 2 samples.
         """
-        host_a, slim_b = projections.host_a, projections.slim_b
+        config, (learnt, targets) = self.config, embeddings
+        host_a, slim_a, host_b = (
+            ({**learnt, **targets}).get(name) for name in ("host_a", "slim_a", "host_b")
+        )
+        assert host_a is not None
+        slim_b = [z for name, z in learnt.items() if name.startswith("slim_b")]
+        local = [z for name, z in learnt.items() if name.startswith("local")]
         watched = self._watch(host_a, slim_b[0])
-        barlow = self.comparison.name == "barlow-twins"
-        first = watched.total if barlow else self.comparison(host_a, slim_b[0])
-        pairs = [first, *(self.comparison(host_a, z) for z in (*slim_b[1:], *projections.local))]
-        if self.symmetric and projections.host_b is not None and projections.slim_a is not None:
-            pairs.append(self.comparison(projections.host_b, projections.slim_a))
-        sacl = _mean(pairs)
-        xd_host, xd_slim = self._distillation(projections)
-        total = sacl
+        first = watched.total if config.loss == "barlow-twins" else self.compare(host_a, slim_b[0])
+        pairs = [first, *(self.compare(host_a, z) for z in (*slim_b[1:], *local))]
+        if config.symmetric and host_b is not None and slim_a is not None:
+            pairs.append(self.compare(host_b, slim_a))
+        total = sacl = mean_of(pairs)
+        xd_host, xd_slim = self._distillation(host_a, slim_b, slim_a, host_b)
         if xd_slim is not None:
             distillation = xd_slim if xd_host is None else (xd_host + xd_slim) / 2
-            total = self.alpha * sacl + (1 - self.alpha) * distillation
-        total = self.scale * total
-        rate = self._coding_rate(projections) if rate_weight > 0 else None
+            total = config.alpha * sacl + (1 - config.alpha) * distillation
+        total = config.scale * total
+        weight = config.coding_rate.weight_at(step, total_steps=self.total_steps)
+        rate = self._coding_rate(learnt, host_a, slim_b) if weight > 0 else None
         if rate is not None:
-            total = total - rate_weight * rate
-        return Losses(
-            total=total,
-            sacl=sacl.detach(),
-            xd_host=None if xd_host is None else xd_host.detach(),
-            xd_slim=None if xd_slim is None else xd_slim.detach(),
-            coding_rate=None if rate is None else rate.detach(),
-            diagonal=watched.diagonal,
-            off_diagonal_rms=watched.off_diagonal_rms,
-        )
+            total = total - weight * rate
+        return total, {
+            "sacl": sacl.detach(),
+            "xd_host": None if xd_host is None else xd_host.detach(),
+            "xd_slim": None if xd_slim is None else xd_slim.detach(),
+            "coding_rate": None if rate is None else rate.detach(),
+            "diagonal": watched.diagonal,
+            "off_diagonal_rms": watched.off_diagonal_rms,
+        }
+
+    def compare(self, z: Tensor, other: Tensor) -> Tensor:
+        """Return the () loss inside every term, between (N, D) projections of the same images."""
+        if self.config.loss == "simclr":
+            return contrastive_loss(z, other, temperature=self.config.temperature)
+        if self.config.loss == "cosine":
+            return alignment_loss(z, other)
+        return cross_correlation_loss(z, other, off_diagonal=self.config.off_diagonal).total
 
     def _watch(self, host_a: Tensor, slim_b: Tensor) -> CorrelationLoss:
         """Correlate the two views: part of Barlow Twins' loss, and for every other what the alarms look at."""
-        with contextlib.nullcontext() if self.comparison.name == "barlow-twins" else torch.no_grad():
-            return self.comparison.correlation(host_a, slim_b)
+        with contextlib.nullcontext() if self.config.loss == "barlow-twins" else torch.no_grad():
+            return cross_correlation_loss(host_a, slim_b, off_diagonal=self.config.off_diagonal)
 
-    def _distillation(self, projections: Projections) -> tuple[Tensor | None, Tensor | None]:
+    def _distillation(
+        self, host_a: Tensor, slim_b: list[Tensor], slim_a: Tensor | None, host_b: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Return L_D(z_A, [z_A]) and L_D(z_B, [z_B]); None for what this arm has not."""
-        host_a, slim_b, slim_a, host_b, _ = projections
-        if not self.distils:
+        if not self.config.distils:
             return None, None
-        two_views_learn = self.symmetric and host_b is not None
+        two_views_learn = self.config.symmetric and host_b is not None
         if host_b is None:  # one net: its targets are its own projections
             slim_a, host_b = host_a, slim_b[0]
         slim_pairs, host_pairs = [(z, host_b) for z in slim_b], []
@@ -301,51 +278,35 @@ class SaclXd:
             if two_views_learn:
                 slim_pairs.append((slim_a, host_a))
                 host_pairs.append((host_b, slim_b[0]))
-        return self._pull(host_pairs if self.xd_direction == "both" else []), self._pull(slim_pairs)
+        both = self.config.xd_direction == "both"
+        return self._pull(host_pairs if both else []), self._pull(slim_pairs)
 
     def _pull(self, pairs: list[tuple[Tensor, Tensor]]) -> Tensor | None:
         """Return the mean loss that pulls the first of each pair to the second, the target."""
         if not pairs:
             return None
-        return _mean(
-            [self.comparison(z, target if self.learn_targets else target.detach()) for z, target in pairs]
-        )
+        learn = self.config.learn_targets
+        return mean_of([self.compare(z, target if learn else target.detach()) for z, target in pairs])
 
-    def _coding_rate(self, projections: Projections) -> Tensor:
+    def _coding_rate(self, learnt: dict[str, Tensor], host_a: Tensor, slim_b: list[Tensor]) -> Tensor:
         """Return the mean over the encoders that learn, and within an encoder over its whole views and widths."""
-        host, slim = [projections.host_a], list(projections.slim_b)
-        if self.four_learn:
-            host += [z for z in (projections.host_b,) if z is not None]
-            slim += [z for z in (projections.slim_a,) if z is not None]
-        asked = {"host": [host], "slim": [slim], "both": [host, slim]}[self.rate_encoders]
-        return _mean([_mean([coding_rate(z, epsilon=self.rate_epsilon) for z in sets]) for sets in asked])
+        host = [host_a, *(z for name, z in learnt.items() if name == "host_b")]
+        slim = [*slim_b, *(z for name, z in learnt.items() if name == "slim_a")]
+        rate = self.config.coding_rate
+        asked = {"host": [host], "slim": [slim], "both": [host, slim]}[rate.encoders]
+        return mean_of([mean_of([rate(z) for z in sets]) for sets in asked])
 
 
-def _mean(terms: list[Tensor]) -> Tensor:
-    return torch.stack(terms).mean()
+METHOD = SaclXd
 
 
-class Passes(nn.Module):
-    """The passes of one step as one module call, which is what data-parallel training wraps."""
+def _slow_epochs(recipe: Recipe) -> int:
+    """Return how many epochs of a slow start there are: whole ones."""
+    return ceil(recipe.slim.slow_start * recipe.run.epochs)
 
-    def __init__(self, net: SlimmableNet, method: SaclXd):
-        super().__init__()
-        self.net = net
-        self.method = method
 
-    def forward(
-        self,
-        views: Sequence[Tensor],
-        dense: bool = False,
-        widths: Sequence[float] | None = None,
-        learning_only: bool = False,
-    ) -> Projections:
-        """Return the projections of view A, view B and any local views; with learning_only, the frozen ones are None."""
-        view_a, view_b, *local = views
-        run: Callable[..., Projections] = (
-            self.method.learning_passes if learning_only else self.method.project
-        )
-        return run(self.net, view_a, view_b, local=local, dense=dense, widths=widths)
+def _slim_b(width: float, net: SlimmableNet) -> str:
+    return "slim_b" if width == net.slim_width else f"slim_b@{width:g}"
 
 
 def sandwich(widths: Sequence[float], *, seed: int, step: int) -> tuple[float, ...]:
@@ -380,7 +341,7 @@ def forward_units(
 
     Args:
         slim_only: the slim net is as wide as the host, so that there is one net.
-        distils, xd_direction, symmetric, learn_targets: as in SaclXd.
+        distils, xd_direction, symmetric, learn_targets: as in Config.
         slow_start: fraction of the epochs in which the host takes both views.
 
     Returns:

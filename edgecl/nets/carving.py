@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from edgecl.artifacts import ModelDir, RunDir, new_directory, record_header, write_sealed
+from edgecl.artifacts import (
+    ModelDir,
+    RunDir,
+    new_directory,
+    read_record,
+    record_header,
+    refuse_own_input,
+    write_sealed,
+)
 from edgecl.checkpoint import read_best, read_newest
-from edgecl.errors import ArtifactError, RecipeError, SliceError
+from edgecl.errors import ArtifactError, RecipeError, SliceError, tell
 from edgecl.nets.backbone import count_parameters, create_backbone, feature_count, recalibrate
 from edgecl.nets.fake_quant import insert_fake_quant
 from edgecl.nets.folding import fold_batch_norm
 from edgecl.nets.heads import Encoder
 from edgecl.nets.slimming import SlimmableNet
 from edgecl.onboard.bundle import sha256_of_file
+from edgecl.reading import reading
 from edgecl.recipe import Recipe, recipe_from_tables, width_as_given
 
 RECALIBRATION_IMAGES = 4096
@@ -124,12 +133,14 @@ def carve(
         SliceError: the run was not trained at this width, or it is that of a host with the slim net's skip connections.
         DataError: recalibration needs the run's images and they are gone.
     """
+    refuse_own_input(out, run)
     run_dir = RunDir(run)
-    record = run_dir.read()
+    record = read_record(run_dir.record_file, kind=RunDir.KIND, whole=True)
     recipe = recipe_from_tables(record["recipe"], source=str(run_dir.record_file))
     read = read_best(run_dir) if checkpoint == "best" else read_newest(run_dir)
     net = create_slimmable(recipe)
-    net.load_state_dict(read.model)
+    with reading(run_dir.record_file):
+        net.load_state_dict(read.net)
     width = recipe.slim.width if width is None else width
     tensors = backbone_tensors(net, width=width)
     if width == net.host_width and net.host_skips:
@@ -168,9 +179,9 @@ def _recalibrate_on_run(backbone: nn.Module, trained_on: dict[str, Any], recipe:
     data = recipe.data
     source = open_source(trained_on["uri"], split="train")
     if source.fingerprint != trained_on.get("fingerprint", source.fingerprint):
-        sys.stderr.write(
-            f"edgecl: the images of '{source.uri}' are not those that the run was trained on; the norms are re-estimated "
-            "on what is there now\n"
+        tell(
+            f"the images of '{source.uri}' are not those that the run was trained on; the norms are re-estimated on what "
+            "is there now"
         )
     images = load_eval_images(
         source,
@@ -278,9 +289,12 @@ def load_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     """
     directory = ModelDir(path)
     record = directory.read()
-    net = create_blank(record)
+    with reading(directory.record_file):
+        net = create_blank(record)
+    with reading(directory.weights_file, SafetensorError):
+        tensors = load_file(directory.weights_file)
     try:
-        net.load_state_dict(load_file(directory.weights_file))
+        net.load_state_dict(tensors)
     except RuntimeError as complaint:
         raise ArtifactError(
             f"the weights are not those of '{record['arch']}' at width {record['width']:g}"

@@ -3,12 +3,14 @@
 import argparse
 import json
 import os
+import signal
 import sys
+import traceback
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 from .bundle import MANIFEST, write_whole
-from .errors import BundleError, DeviceError, OnboardError
+from .errors import BundleError, DeviceError, OnboardError, printable
 
 RUNTIMES = ("ort", "onnxruntime", "openvino", "tensorrt", "tensorrt_rtx")
 
@@ -34,18 +36,18 @@ def main(arguments: Optional[List[str]] = None) -> int:
         parser.error("the following arguments are required: BUNDLE")
     refused = None if options.out is None else _why_not_into(Path(options.out))
     if refused:  # now, not after minutes of measuring
-        print("edgecl: cannot write '%s': %s" % (options.out, refused), file=sys.stderr)
+        _say("edgecl: cannot write '%s': %s" % (options.out, refused))
         return 1
     status = 0
     try:
-        record = _run(options)
+        record = _run_named(options)
         if options.verb == "doctor":
-            print("\n".join(_in_words(record)), file=sys.stderr, flush=True)
+            _say("\n".join(_in_words(record)))
             status = 0 if record["ok"] else 1
     except OnboardError as error:
-        print("edgecl: %s" % error.problem, file=sys.stderr)
+        _say("edgecl: %s" % error.problem)
         if error.hint:
-            print("  hint: %s" % error.hint, file=sys.stderr)
+            _say("  hint: %s" % error.hint)
         about: Dict[str, Any] = {"name": error.name, "problem": error.problem, "hint": error.hint}
         about["record"] = getattr(error, "record", None)
         record, status = {"error": about}, 1
@@ -56,9 +58,24 @@ def main(arguments: Optional[List[str]] = None) -> int:
     try:
         write_whole(Path(options.out), (text + "\n").encode("utf-8"))
     except OSError as complaint:
-        print("edgecl: cannot write '%s': %s" % (options.out, complaint.strerror), file=sys.stderr)
+        _say("edgecl: cannot write '%s': %s" % (options.out, complaint.strerror))
         return 1
     return status
+
+
+def program() -> int:
+    """Run one verb as a process of its own, which Ctrl-C ends at once.
+
+    Python's own handler waits until the runtime returns, and a net may loop for ever.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell may have it ignored
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    return main()
+
+
+def _say(text: str) -> None:
+    """Write to stderr; all that this code tells people goes through here, since strangers' words are in it."""
+    print(printable(text), file=sys.stderr, flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -133,21 +150,57 @@ def _in_words(record: Dict[str, Any]) -> List[str]:
     return lines
 
 
+def _run_named(options: argparse.Namespace) -> Dict[str, Any]:
+    """Run the verb; what nobody foresaw of a bundle becomes an error with the bundle's name.
+
+    The hash of a manifest is no proof of who made it, and its form is checked only as far as the device code relies on it.
+    """
+    try:
+        return _run(options)
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        MemoryError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ) as complaint:
+        if options.bundle is None:
+            raise
+        place = traceback.extract_tb(sys.exc_info()[2])[-1]
+        raise BundleError(
+            "'%s' is not what edgecl writes (%s: %s, at %s:%d)"
+            % (
+                options.bundle,
+                type(complaint).__name__,
+                complaint,
+                Path(place.filename).name,
+                place.lineno or 0,
+            ),
+            "do not use this bundle if a stranger made it; else export it again, and report this if it stays",
+        ) from complaint
+    except OSError as complaint:
+        raise DeviceError(
+            "'%s' cannot be read or written: %s" % (complaint.filename or options.bundle, complaint.strerror)
+        ) from complaint
+
+
 def _run(options: argparse.Namespace) -> Dict[str, Any]:
     if options.verb == "doctor":  # the one verb that works without NumPy: it tells that it is missing
         from .doctor import doctor
 
         return doctor(options.bundle, target=_read_target(options.target))
     _need_numpy()
-    if options.verb == "verify":
-        from .verify import verify
-
-        return verify(options.bundle, precisions=options.precision, runtime=options.runtime)
     from .bench import PROGRESS, bench
 
     def report(line: str) -> None:
-        print(PROGRESS + line, file=sys.stderr, flush=True)
+        _say(PROGRESS + line)
 
+    if options.verb == "verify":
+        from .verify import verify
+
+        return verify(options.bundle, precisions=options.precision, runtime=options.runtime, report=report)
     if options.verb == "build":
         from .engine import build
 
@@ -186,4 +239,4 @@ def _read_target(path: Optional[str]) -> Optional[Dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program())

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, Optional, Sequence, Tuple, Union
@@ -26,6 +27,13 @@ _PRECISION_KEYS = ("model", "form", "tolerance")
 _PRECISIONS = ("fp32", "fp16", "int8")
 # A manifest of edgecl nests a dozen deep; reading one may not depend on how much of Python's stack is left.
 _DEEPEST = 50
+# Far above what edgecl writes, far below what fills a machine: the manifest; an ONNX file, which protocol buffers
+# limit as well; one batch, and the reference arrays together.
+_MANIFEST_BYTES = 16 << 20
+_FILE_BYTES = 1 << 31
+ARRAY_BYTES = 1 << 30
+# What a file system takes.
+_NAME_BYTES = 255
 
 
 def onnx_name(precision: str) -> str:
@@ -77,6 +85,71 @@ def write_whole(path: Path, content: bytes) -> None:
             aside.unlink()
 
 
+def is_plain_file(path: Path) -> bool:
+    """Say whether a path is a file as such: no link, no pipe, no device."""
+    try:
+        return stat.S_ISREG(os.lstat(str(path)).st_mode)
+    except (OSError, ValueError):
+        return False
+
+
+def read_plain(path: Path) -> bytes:
+    """Return the content of a file beside those of a bundle.
+
+    Raises:
+        OSError: it cannot be read, or is no plain file.
+    """
+    if not is_plain_file(path):
+        raise FileNotFoundError("'%s' is no plain file" % path)
+    return path.read_bytes()
+
+
+def plain_file(
+    bundle: Union[str, Path],
+    name: str,
+    *,
+    most_bytes: int = _FILE_BYTES,
+    if_missing: Optional[BundleError] = None,
+) -> Path:
+    """Return the path of a file of a bundle once it is seen to be one that may be opened.
+
+    A link may lead out of the bundle, and a pipe or a device never ends.
+
+    Raises:
+        BundleError: missing, out of reach, no plain file, or larger than any of edgecl's.
+    """
+    path = Path(bundle) / name
+    try:
+        found = os.lstat(str(path))
+    except (FileNotFoundError, NotADirectoryError) as complaint:
+        raise if_missing or BundleError(
+            "'%s' is missing from the bundle '%s'" % (name, bundle), "export the bundle again"
+        ) from complaint
+    except (OSError, ValueError) as complaint:
+        raise BundleError(_unreadable(str(path), complaint)) from complaint
+    if stat.S_ISLNK(found.st_mode):
+        raise BundleError(
+            "'%s' of the bundle '%s' is a link, which may lead out of it" % (name, bundle),
+            "copy the bundle with `cp -rL` if you trust where its links lead",
+        )
+    if not stat.S_ISREG(found.st_mode):
+        raise BundleError(
+            "'%s' of the bundle '%s' is no plain file" % (name, bundle),
+            "do not use this bundle; export it again",
+        )
+    if found.st_size > most_bytes:
+        raise BundleError(
+            "'%s' of the bundle '%s' has %d bytes, edgecl writes %d at most"
+            % (name, bundle, found.st_size, most_bytes),
+            "do not use this bundle; export it again",
+        )
+    return path
+
+
+def _unreadable(name: str, complaint: Exception) -> str:
+    return "'%s' cannot be read: %s" % (name, getattr(complaint, "strerror", None) or complaint)
+
+
 def sha256_of_file(path: Union[str, Path]) -> str:
     """Return the sha256 of a file, as 64 hexadecimal digits."""
     digest = hashlib.sha256()
@@ -100,11 +173,15 @@ def read_manifest(bundle: Union[str, Path]) -> Dict[str, Any]:
             value than it needs there.
     """
     path = Path(bundle) / MANIFEST
-    if not path.is_file():
-        raise BundleError(
+    plain_file(
+        bundle,
+        MANIFEST,
+        most_bytes=_MANIFEST_BYTES,
+        if_missing=BundleError(
             "'%s' is not a bundle directory: it has no %s" % (bundle, MANIFEST),
             "`edgecl export` writes bundles",
-        )
+        ),
+    )
     try:
         manifest = json.loads(path.read_bytes().decode("utf-8"))
         too_deep = _is_deeper(manifest, _DEEPEST)
@@ -112,6 +189,8 @@ def read_manifest(bundle: Union[str, Path]) -> Dict[str, Any]:
         raise BundleError(
             "'%s' is not valid JSON: %s" % (path, complaint), "export the bundle again"
         ) from complaint
+    except OSError as complaint:
+        raise BundleError(_unreadable(str(path), complaint)) from complaint
     except RecursionError:
         too_deep = True
     if too_deep:
@@ -180,8 +259,8 @@ def _check_manifest(path: Path, manifest: Dict[str, Any]) -> None:
         "one of its precisions, %s" % ", ".join(precisions),
     )
     for name, about in precisions.items():
-        for key in ("model", "form"):
-            expect("precisions.%s.%s" % (name, key), about[key], _is_text, "a text")
+        expect("precisions.%s.model" % name, about["model"], _is_name, "the name of a file")
+        expect("precisions.%s.form" % name, about["form"], _is_text, "a text")
         where, tolerance = "precisions.%s.tolerance" % name, about["tolerance"]
         expect(where, tolerance, _is_object, "an object")
         for key in ("max_relative_difference", "top1_agreement"):
@@ -208,6 +287,12 @@ def _check_manifest(path: Path, manifest: Dict[str, Any]) -> None:
             partial(_is_shape, rank),
             "%s, whole numbers from 1" % sides,
         )
+        expect(
+            name + ".shape",
+            form["shape"],
+            lambda shape: 4 * prod(shape) <= ARRAY_BYTES,
+            "a batch of %d bytes at most" % ARRAY_BYTES,
+        )
     form = manifest["input"]
     expect(
         "input.dynamic_batch",
@@ -218,18 +303,36 @@ def _check_manifest(path: Path, manifest: Dict[str, Any]) -> None:
     expect("input.max_batch", form.get("max_batch"), _is_count, "a whole number from 1")
     expect("files", manifest["files"], _is_object, "an object of names and hashes")
     for name, digest in manifest["files"].items():
-        expect("files", name, str.isprintable, "names of files")
+        expect("files", name, _is_name, "names of files")
         expect("files.%s" % name, digest, _is_text, "a hash")
     target = manifest.get("target")
     expect("target", target, lambda found: found is None or _is_object(found), "an object")
     if target:
-        expect("target.runtime", target.get("runtime"), _is_text, "the name of a runtime")
-        expect(
-            "target.build",
-            target.get("build"),
-            lambda found: found is None or _is_object(found),
-            "an object",
-        )
+        _check_target(target, expect)
+
+
+def _check_target(target: Dict[str, Any], expect: Callable[..., None]) -> None:
+    expect("target.runtime", target.get("runtime"), _is_text, "the name of a runtime")
+    for key in ("versions", "device"):
+        expect("target." + key, target.get(key, ""), _is_text, "a text")
+    build = target.get("build")
+    expect("target.build", build, lambda found: found is None or _is_object(found), "an object")
+    for key in ("workspace_mib", "dla_core", "optimization_level"):
+        expect("target.build." + key, (build or {}).get(key), _is_setting, "a whole number")
+    expect(
+        "target.build.compute_capabilities",
+        (build or {}).get("compute_capabilities"),
+        lambda found: not found or (isinstance(found, list) and all(map(_is_text, found))),
+        "a list of names",
+    )
+
+
+def prod(shape: Sequence[int]) -> int:
+    """Return the number of elements of a shape, however large; NumPy's overflows."""
+    count = 1
+    for side in shape:
+        count *= side
+    return count
 
 
 def _is_object(found: Any) -> bool:
@@ -242,6 +345,14 @@ def _is_filled_object(found: Any) -> bool:
 
 def _is_text(found: Any) -> bool:
     return isinstance(found, str)
+
+
+def _is_name(found: Any) -> bool:
+    return _is_text(found) and found.isprintable() and len(found.encode("utf-8")) <= _NAME_BYTES
+
+
+def _is_setting(found: Any) -> bool:
+    return found is None or (isinstance(found, int) and not isinstance(found, bool) and 0 <= found < 1 << 31)
 
 
 def _is_number(found: Any) -> bool:
@@ -271,7 +382,7 @@ def check_files(bundle: Union[str, Path], manifest: Dict[str, Any]) -> None:
     """Hold the manifest to its own hash, and every other file of a bundle to the hash in the manifest.
 
     Raises:
-        BundleError: a file is missing or changed, lies outside the bundle, or has no hash.
+        BundleError: a file is missing or changed, lies outside the bundle, is a link or no plain file, or has no hash.
     """
     if manifest.get("sha256") != digest_of_record(manifest):
         raise BundleError(
@@ -287,12 +398,11 @@ def check_files(bundle: Union[str, Path], manifest: Dict[str, Any]) -> None:
                 "the manifest names '%s', which is no plain file name inside the bundle" % name,
                 "do not run this bundle; export it again",
             )
-        path = Path(bundle) / name
-        if not path.is_file():
-            raise BundleError(
-                "'%s' is missing from the bundle '%s'" % (name, bundle), "export the bundle again"
-            )
-        found = sha256_of_file(path)
+        path = plain_file(bundle, name)
+        try:
+            found = sha256_of_file(path)
+        except OSError as complaint:
+            raise BundleError(_unreadable(name, complaint)) from complaint
         if found != expected:
             raise BundleError(
                 "'%s' does not match its hash: the manifest says %s..., the file has %s..."

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Union
 
-from .bundle import check_files, read_manifest
+from .bundle import check_files, is_plain_file, read_manifest
 from .conditions import Check, check, check_conditions, check_memory
 from .devices import DEVICES
 from .errors import OnboardError
@@ -21,8 +21,10 @@ OLDEST_PYTHON = (3, 6)
 SPARE_MIB = 64
 
 # Says of a module what it is, in a process of its own: a module built for another processor kills the one that imports it.
+# See `runners.openvino.import_openvino` for the telemetry.
 _PROBE = """
 import importlib, json, sys
+sys.modules["openvino_telemetry"] = None
 module = importlib.import_module(sys.argv[1])
 if getattr(module, "__file__", None) is None:
     raise ImportError("there is a folder of that name, but no module in it")
@@ -354,7 +356,7 @@ def _check_disk(bundle: Union[str, Path, None], manifest: Optional[Dict[str, Any
         sizes = [
             (place / about["model"]).stat().st_size
             for about in manifest["precisions"].values()
-            if (place / about["model"]).is_file()
+            if is_plain_file(place / about["model"])
         ]
         needed_mib += 2 * sum(sizes) >> 20
     try:

@@ -1,18 +1,22 @@
 """A bundle's reference images, and what torch made of them."""
 
 import zipfile
-import zlib
 from pathlib import Path
 from typing import Any, Dict, Tuple, Union
 
 import numpy as np
 
-from .bundle import REFERENCE
+from .bundle import ARRAY_BYTES, REFERENCE, plain_file, prod
 from .errors import BundleError
+
+_AGAIN = "export the bundle again"
 
 
 def read_reference(bundle: Union[str, Path], manifest: Dict[str, Any]) -> Tuple[np.ndarray, np.ndarray]:
     """Return the reference images after preprocessing, and torch's outputs for them.
+
+    What the arrays say of themselves is held to the manifest before they are unpacked: a file of a few megabytes can
+    unpack to as many gigabytes.
 
     Returns:
         inputs: (N, C, H, W) float32, C, H and W as the manifest says.
@@ -21,28 +25,51 @@ def read_reference(bundle: Union[str, Path], manifest: Dict[str, Any]) -> Tuple[
     Raises:
         BundleError: not an archive of arrays, of shapes the manifest does not allow, or with outputs that are not finite.
     """
-    path = Path(bundle) / REFERENCE
+    path = plain_file(bundle, REFERENCE, most_bytes=ARRAY_BYTES)
     try:
-        if not zipfile.is_zipfile(str(path)):  # np.load would take a bare array too
-            raise ValueError("it is no archive")
+        with zipfile.ZipFile(str(path)) as archive:
+            shapes = [_shape_of(archive, name) for name in ("inputs.npy", "outputs.npy")]
+            _check_shapes(shapes[0], shapes[1], manifest)
         with np.load(str(path), allow_pickle=False) as arrays:
-            inputs = np.ascontiguousarray(arrays["inputs"], dtype=np.float32)
-            outputs = np.ascontiguousarray(arrays["outputs"], dtype=np.float32)
-    except (OSError, ValueError, TypeError, KeyError, EOFError, zlib.error, zipfile.BadZipFile) as complaint:
+            inputs = np.ascontiguousarray(arrays["inputs.npy"], dtype=np.float32)
+            outputs = np.ascontiguousarray(arrays["outputs.npy"], dtype=np.float32)
+    except BundleError:
+        raise
+    except (
+        Exception
+    ) as complaint:  # of damaged bytes zipfile and NumPy complain in a dozen classes, some not documented
         raise BundleError(
-            "'%s' holds no reference inputs and outputs: %s" % (path, complaint), "export the bundle again"
+            "'%s' holds no reference inputs and outputs: %s"
+            % (path, str(complaint) or type(complaint).__name__),
+            _AGAIN,
         ) from complaint
-    image = tuple(manifest["input"]["shape"][1:])
-    if inputs.shape[1:] != image or outputs.ndim != 2 or not 1 <= len(inputs) == len(outputs):
+    if not np.isfinite(outputs).all():
         raise BundleError(
-            "'%s' has inputs %s and outputs %s; the manifest asks for inputs (N, %s) and as many outputs"
-            % (REFERENCE, inputs.shape, outputs.shape, ", ".join(str(side) for side in image)),
-            "export the bundle again",
-        )
-    if not outputs.size or not np.isfinite(outputs).all():
-        raise BundleError(
-            "'%s' holds outputs that no net can be held to: %s"
-            % (REFERENCE, "some are not finite" if outputs.size else "there are none"),
-            "export the bundle again",
+            "'%s' holds outputs that no net can be held to: some are not finite" % REFERENCE, _AGAIN
         )
     return inputs, outputs
+
+
+def _shape_of(archive: zipfile.ZipFile, name: str) -> Tuple[int, ...]:
+    """Return the shape that the header of an array states."""
+    with archive.open(name) as member:
+        # Later versions are for headers above 64 KiB, and state a length of up to 4 GiB.
+        if np.lib.format.read_magic(member) != (1, 0):
+            raise ValueError("'%s' has a header of a version that edgecl does not write" % name)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(member)
+    if dtype.kind != "f" or dtype.itemsize > 8:
+        raise ValueError("'%s' holds %s, not float32" % (name, dtype))
+    return tuple(int(side) for side in shape)
+
+
+def _check_shapes(inputs: Tuple[int, ...], outputs: Tuple[int, ...], manifest: Dict[str, Any]) -> None:
+    image, features = tuple(manifest["input"]["shape"][1:]), manifest["output"]["shape"][1]
+    if inputs[1:] != image or not 1 <= inputs[0] or outputs != (inputs[0], features):
+        raise BundleError(
+            "'%s' has inputs %s and outputs %s; the manifest asks for inputs (N, %s) and outputs (N, %d)"
+            % (REFERENCE, inputs, outputs, ", ".join(str(side) for side in image), features),
+            _AGAIN,
+        )
+    # In float64, the widest, which is what it takes while it is being read.
+    if 8 * (prod(inputs) + prod(outputs)) > ARRAY_BYTES:
+        raise BundleError("'%s' states %d images, more than edgecl reads" % (REFERENCE, inputs[0]), _AGAIN)

@@ -23,7 +23,7 @@ from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Se
 
 import numpy as np
 
-from .bundle import choose_precision, engine_name, sha256_of_file, write_whole
+from .bundle import choose_precision, engine_name, is_plain_file, read_plain, sha256_of_file, write_whole
 from .errors import DeviceError
 from .layers import Layer, check_delivered, count_precisions, precision_shares, read_layers
 from .trtexec_flags import (
@@ -309,7 +309,7 @@ def _engine(
     told = words + [version, sha256_of_file(model), _gpu(Path(root))]
     key = hashlib.sha256("\n".join(told).encode("utf-8")).hexdigest()
     plan = home.resolve() / engine_name(net.precision, "trtexec-%s-%s" % (version, key[:12]))
-    if plan.is_file():
+    if is_plain_file(plan):
         problem = _problem_of(plan)
         if not problem:
             return plan, words, None
@@ -337,7 +337,7 @@ def _record_of(plan: Path) -> Path:
 def _problem_of(plan: Path) -> str:
     """Return what is wrong with an engine that was kept, which is nothing where it is as it was built."""
     try:
-        expected = json.loads(_record_of(plan).read_bytes().decode("ascii"))["sha256"]
+        expected = json.loads(read_plain(_record_of(plan)).decode("ascii"))["sha256"]
     except (OSError, ValueError, KeyError, TypeError):
         return "its record is missing or damaged"
     return "" if sha256_of_file(plan) == expected else "the file changed since it was built"

@@ -1,7 +1,7 @@
 """Hold a bundle to its hashes and its reference outputs."""
 
 from pathlib import Path
-from typing import Any, Dict, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
@@ -17,6 +17,7 @@ def verify(
     *,
     precisions: Optional[Sequence[str]] = None,
     runtime: Optional[str] = None,
+    report: Optional[Callable[[str], None]] = None,
 ) -> Dict[str, Any]:
     """Check every file's hash, then run the reference images in each precision and compare with torch's outputs.
 
@@ -24,6 +25,7 @@ def verify(
         bundle: the directory.
         precisions: which to run; all that the bundle holds where None.
         runtime: to run them with; the manifest's where None.
+        report: called with a line when an engine is built for this device, which takes minutes.
 
     Returns:
         ok and files_ok, both True; runtime; images, how many; precisions: for each its ok, max_abs_difference and
@@ -44,7 +46,9 @@ def verify(
     record: Dict[str, Any] = {"ok": False, "files_ok": True, "images": len(images), "precisions": {}}
     problems = []
     for name, about in chosen:
-        runner = open_runner(bundle, manifest, precision=name, runtime=runtime, threads=available_cores())
+        runner = open_runner(
+            bundle, manifest, precision=name, runtime=runtime, threads=available_cores(), report=report
+        )
         try:
             found = run_all(runner, images, manifest["input"])
             record["runtime"] = runner.describe()["runtime"]

@@ -14,7 +14,6 @@ from typing import Any
 
 from edgecl.artifacts import (
     KINDS,
-    SCHEMA,
     Bundle,
     ModelDir,
     PipelineDir,
@@ -22,11 +21,13 @@ from edgecl.artifacts import (
     check_seal,
     kind_of,
     read_record,
+    read_side_record,
 )
-from edgecl.errors import ArtifactError, counted
+from edgecl.errors import ArtifactError, counted, printable
 from edgecl.onboard import bundle as bundle_names
 from edgecl.onboard.bundle import sha256_of_file
-from edgecl.report.notation import finite, printable
+from edgecl.reading import METRICS_BYTES, RECORD_BYTES, parse_json, read_bytes
+from edgecl.report.notation import finite
 
 Record = dict[str, Any]
 
@@ -129,7 +130,7 @@ def _sources(path: Path, notes: list[str]) -> Iterator[Source]:
         return
     comparison = PipelineDir(path).comparison_file
     if comparison.is_file():
-        yield Source("comparison", path, _side_record(comparison), sha256_of_file(comparison))
+        yield Source("comparison", path, read_side_record(comparison), sha256_of_file(comparison))
     yield from _inside(path, notes)
     if kind == "pipeline":
         record_file = PipelineDir(path).record_file
@@ -187,7 +188,7 @@ def _read(kind: str, path: Path, notes: list[str]) -> Source:
         elif record.get("state") != "done":
             notes.append(f"{shown}: the run is not finished (state '{printable(record.get('state'))}').")
         if run.views_file.is_file():
-            content = run.views_file.read_bytes()
+            content = read_bytes(run.views_file, most=RECORD_BYTES)
             if content.startswith(_PNG):
                 source.views_png = content
             else:
@@ -203,7 +204,7 @@ def _read(kind: str, path: Path, notes: list[str]) -> Source:
     for file in files:
         if not file.is_file():
             continue
-        beside = _side_record(file)
+        beside = read_side_record(file)
         if beside.get("made_from") in fitting:
             source.beside[file.name] = beside
         else:
@@ -214,24 +215,6 @@ def _read(kind: str, path: Path, notes: list[str]) -> Source:
     return source
 
 
-def _side_record(path: Path) -> Record:
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as complaint:
-        raise ArtifactError(
-            f"'{path.name}' is not valid JSON: {complaint}", where={"file": path}
-        ) from complaint
-    if not isinstance(record, dict):
-        raise ArtifactError(f"'{path.name}' is not a record", where={"file": path})
-    if record.get("schema", 0) > SCHEMA:
-        raise ArtifactError(
-            f"'{path.name}' has schema {record['schema']}, this edgecl reads up to {SCHEMA}",
-            where={"file": path, "made by": record.get("made_by")},
-            hint="upgrade edgecl",
-        )
-    return record
-
-
 def read_metrics(path: Path) -> tuple[list[Record], list[Record], int]:
     """Read a run's metrics.
 
@@ -239,17 +222,17 @@ def read_metrics(path: Path) -> tuple[list[Record], list[Record], int]:
         The step lines and the quality lines by step, and how many lines could not be read. Of two lines for
         one step the later counts: a resumed run writes some steps twice.
     """
-    if not path.is_file():
+    if not path.exists():
         return [], [], 0
     steps: dict[float, Record] = {}
     quality: dict[float, Record] = {}
     unreadable = 0
-    for line in path.read_bytes().splitlines():
+    for line in read_bytes(path, most=METRICS_BYTES).splitlines():
         if not line.strip():
             continue
         try:
-            entry = json.loads(line)
-        except (json.JSONDecodeError, UnicodeDecodeError):
+            entry = parse_json(line)
+        except ValueError:
             unreadable += 1
             continue
         step = finite(entry.get("step")) if isinstance(entry, dict) else None

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from edgecl.errors import printable
 from edgecl.report.collect import Collection, Source
-from edgecl.report.notation import finite, interval_from, printable
+from edgecl.report.notation import finite, interval_from
 from edgecl.report.precisions import text
 from edgecl.report.rows import few_label_of
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from edgecl.artifacts import ReportDir, kind_of, read_record, record_header
-from edgecl.errors import ArtifactError
+from edgecl.errors import ArtifactError, printable
+from edgecl.reading import read_json
 from edgecl.report.collect import collect
-from edgecl.report.notation import printable
 from edgecl.report.report import report_record
 from edgecl.report.rows import Row, row_label
 from edgecl.report.rules import METRICS, Metric, Rule, change_percent
@@ -131,8 +130,8 @@ def _rows_of_side(path: Path) -> list[Row]:
 
 def _is_report(path: Path) -> bool:
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        record = read_json(path)
+    except ArtifactError:
         return False
     return isinstance(record, dict) and record.get("kind") == ReportDir.KIND
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from edgecl.errors import counted
+from edgecl.errors import counted, printable
 from edgecl.report.collect import Collection, Source
-from edgecl.report.notation import MISSING, between, milliseconds, percent, printable, scaled
+from edgecl.report.notation import MISSING, between, milliseconds, percent, scaled
 from edgecl.report.pareto import SIZES
 from edgecl.report.rows import (
     ACCURACIES,

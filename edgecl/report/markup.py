@@ -5,7 +5,8 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 
-from edgecl.report.notation import MISSING, printable
+from edgecl.errors import printable
+from edgecl.report.notation import MISSING
 
 
 def escaped(text: object) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from typing import Any
 
 MISSING = "–"
@@ -105,15 +104,6 @@ def duration(seconds: float) -> str:
 def between(interval: list[float] | None, write: Any = percent) -> str:
     """Write an interval as [low, high], or nothing."""
     return "" if interval is None else f"[{write(interval[0])}, {write(interval[1])}]"
-
-
-# What XML 1.0 cannot hold, and the surrogates that stand for undecodable bytes in a file name.
-_UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
-
-
-def printable(text: object) -> str:
-    """Return text that every output can hold, with each unprintable character replaced."""
-    return _UNPRINTABLE.sub("\ufffd", str(text))
 
 
 def shortened(text: str, length: int) -> str:

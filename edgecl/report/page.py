@@ -6,6 +6,7 @@ Every word that came out of a record or a path goes through `_e`; only markup wr
 from __future__ import annotations
 
 import base64
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -363,15 +364,14 @@ def _panels(run: dict[str, Any], prefix: str) -> Iterator[str]:
         keys = sorted((key for key in curves if key.startswith(prefix)), reverse=True)
         return [(key, f"{key.removeprefix(prefix)}\u00d7", MUTED) for key in keys]
 
+    def coloured(lines: dict[str, str]) -> list[tuple[str, str, str]]:
+        others = itertools.cycle((PURPLE, _HOST, _SLIM, MUTED))
+        return [(key, name, INK if key == "loss" else next(others)) for key, name in lines.items()]
+
     panels: list[tuple[list[tuple[str, str, Any]], dict[str, Any]]] = [
-        (
-            series(
-                ("loss", "total", INK),
-                ("sacl", "SACL", PURPLE),
-                ("xd_host", "XD host", _HOST),
-                ("xd_slim", "XD slim", _SLIM),
-            ),
-            {"title": "Loss terms", "log": True},
+        *(
+            (series(*coloured(panel["lines"])), {key: panel[key] for key in ("title", "unit", "log")})
+            for panel in run["panels"]
         ),
         (
             series(("diagonal", "diagonal", PURPLE)),
@@ -408,9 +408,9 @@ def _panels(run: dict[str, Any], prefix: str) -> Iterator[str]:
     ]
     for place, (lines, how) in enumerate(panels):
         if lines:
-            unit = f" {_e(how.pop('unit'))}" if "unit" in how else ""
+            unit = _e(how.pop("unit", ""))
             svg = curve_figure(lines, x_range=x_range, prefix=f"{prefix}p{place}", **how)
-            yield f"<figcaption><b>{_e(how['title'])}</b>{unit}</figcaption>{svg}"
+            yield f"<figcaption><b>{_e(how['title'])}</b>{unit and f' {unit}'}</figcaption>{svg}"
 
 
 def _views(views: Mapping[str, bytes], record: dict[str, Any]) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from edgecl.errors import counted
+from edgecl.errors import counted, printable
 from edgecl.report.collect import Record, Source
-from edgecl.report.notation import between, finite, fixed, interval_from, printable
+from edgecl.report.notation import between, finite, fixed, interval_from
 
 KEPT, KEPT_IN_PART, REJECTED = "kept", "kept in part", "rejected"
 

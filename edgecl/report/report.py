@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from edgecl.artifacts import ReportDir, new_directory, record_header, refuse_existing, write_bytes, write_json
+from edgecl.errors import printable
 from edgecl.report.collect import Collection, Source, collect
 from edgecl.report.comparison import comparison_of
 from edgecl.report.curves import MOST_POINTS, curves
 from edgecl.report.families import families_of, family_in_words, lines_of
-from edgecl.report.notation import finite, printable
+from edgecl.report.notation import finite
 from edgecl.report.page import page
 from edgecl.report.pareto import size_trade_off, trade_off
 from edgecl.report.precisions import bundle_record
@@ -20,11 +21,9 @@ from edgecl.report.rows import ORIGINS, rows_of
 from edgecl.report.sentences import plateaus_in_words, verdict_of, warnings_of
 from edgecl.report.text import markdown
 
+# Logged of every method; what else a method logs, it says itself, in the panels of its run.
 _STEP_KEYS = (
     "loss",
-    "sacl",
-    "xd_host",
-    "xd_slim",
     "diagonal",
     "off_diagonal_rms",
     "std",
@@ -78,9 +77,8 @@ def report_record(collection: Collection) -> dict[str, Any]:
     verdict, support = verdict_of(comparisons, rows, bundles, collection)
     stuck, what_to_change = plateaus_in_words(collection.of("run"))
     header = record_header("report", made_from=collection.sha256())
-    return {
+    record = {
         **header,
-        "command": printable(header["command"]),
         "title": _title(collection),
         "verdict": " ".join([*stuck, verdict]),
         "support": [*what_to_change, *support, *(family_in_words(family, rows) for family in families)],
@@ -95,6 +93,8 @@ def report_record(collection: Collection) -> dict[str, Any]:
         "notes": [*collection.notes, *warnings_of(rows, collection)],
         "conditions": _conditions(collection),
     }
+    plain: dict[str, Any] = _plain(record)
+    return plain
 
 
 def _title(collection: Collection) -> str:
@@ -117,6 +117,8 @@ def _run(run: Source) -> dict[str, Any]:
     # The axis ends where the plan ends, so that an unfinished run looks unfinished; it begins at zero unless
     # the run went on from a checkpoint so late that its own part would be a sliver.
     epochs = max(planned or 0.0, last) or 1.0
+    panels = _panels(record)
+    own = [key for panel in panels for key in panel["lines"]]
     return {
         "name": run.name,
         "arm": printable(record["arm"]) if record.get("arm") else None,
@@ -128,8 +130,29 @@ def _run(run: Source) -> dict[str, Any]:
         "from_epoch": float(math.floor(first)) if 0.25 * epochs < first < epochs else 0.0,
         "epochs": epochs,
         "steps_per_point": max(1, -(-len(run.steps) // MOST_POINTS)),
-        "curves": {**curves(run.steps, _STEP_KEYS), **curves(run.quality, _quality_keys(run.quality))},
+        "panels": panels,
+        "curves": {
+            **curves(run.steps, tuple(dict.fromkeys([*_STEP_KEYS, *own]))),
+            **curves(run.quality, _quality_keys(run.quality)),
+        },
     }
+
+
+def _panels(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the panels that a run's method asks for: title, unit, log, and the name of each key's line."""
+    found = []
+    for panel in record.get("panels") or []:
+        lines = panel.get("lines") if isinstance(panel, dict) else None
+        if isinstance(lines, dict):
+            found.append(
+                {
+                    "title": printable(panel.get("title")),
+                    "unit": printable(panel.get("unit") or ""),
+                    "log": panel.get("log") is True,
+                    "lines": {key: printable(name) for key, name in lines.items()},
+                }
+            )
+    return found or [{"title": "Loss", "unit": "", "log": True, "lines": {"loss": "total"}}]
 
 
 def _conditions(collection: Collection) -> list[dict[str, Any]]:
@@ -152,7 +175,7 @@ def _conditions(collection: Collection) -> list[dict[str, Any]]:
                     "about": _ABOUT.get(name.partition("-")[0].removesuffix(".json"), "") or _about(source),
                     "file": printable(source.path / name),
                     "made_from_name": made_from_name if record.get("made_from") else None,
-                    "record": _plain(record),
+                    "record": record,
                 }
             )
     return result
@@ -177,10 +200,10 @@ def _about(source: Source) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Copy a record so that it can be written as strict JSON: not-a-number is null, text is printable."""
+    """Copy a record so that it can be shown and written as strict JSON: not-a-number is null, text is printable."""
     if isinstance(value, dict):
         return {printable(key): _plain(one) for key, one in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, (list, tuple)):
         return [_plain(one) for one in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from edgecl.errors import counted
+from edgecl.errors import counted, printable
 from edgecl.report.collect import Collection, Record, Source
-from edgecl.report.notation import finite, interval_from, printable
+from edgecl.report.notation import finite, interval_from
 from edgecl.report.precisions import (
     REJECTED,
     exported_accuracy,

@@ -6,19 +6,9 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
-from edgecl.errors import counted
+from edgecl.errors import counted, printable
 from edgecl.report.collect import Collection, Source
-from edgecl.report.notation import (
-    between,
-    finite,
-    fixed,
-    megabytes,
-    milliseconds,
-    percent,
-    points,
-    printable,
-    scaled,
-)
+from edgecl.report.notation import between, finite, fixed, megabytes, milliseconds, percent, points, scaled
 from edgecl.report.precisions import precisions_of, timings_of, verdict_in_words
 from edgecl.report.rows import ACCURACIES, Row, is_rejected, is_timed, row_label
 

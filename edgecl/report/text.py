@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from edgecl.errors import counted
+from edgecl.errors import counted, printable
 from edgecl.report.families import family_tables
 from edgecl.report.notation import (
     MINUS,
@@ -391,12 +391,12 @@ _MARKS = str.maketrans(
 
 def _escaped(text: object) -> str:
     """Write text so that Markdown shows it as it is; brackets stay bare unless they would make a link."""
-    return str(text).translate(_MARKS).replace("](", "]\\(")
+    return printable(text).translate(_MARKS).replace("](", "]\\(")
 
 
 def _code(text: object) -> str:
     """Write text as code, in more backticks than it holds in a row."""
-    plain = " ".join(str(text).splitlines())
+    plain = " ".join(printable(text).splitlines())
     fence = "`"
     while fence in plain:
         fence += "`"

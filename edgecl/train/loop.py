@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import math
-import sys
 import time
 from collections.abc import Callable, Generator
 from functools import partial
 from typing import Any, cast
 
-import numpy
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -19,11 +17,10 @@ from edgecl import processes
 from edgecl.artifacts import RunDir
 from edgecl.checkpoint import Checkpoint, restore_optimizer
 from edgecl.data.loading import Batch, TrainingImages
-from edgecl.data.randomness import uniforms
 from edgecl.data.sources import ImageSource
 from edgecl.data.views import make_views, write_views_grid
-from edgecl.errors import DataError, counted
-from edgecl.methods.sacl_xd import sandwich
+from edgecl.errors import DataError, counted, tell
+from edgecl.methods.method import create_method
 from edgecl.nets.carving import create_slimmable
 from edgecl.nets.slimming import SlimmableNet
 from edgecl.progress import Progress
@@ -81,7 +78,7 @@ class Training:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go back to where a checkpoint was written."""
-        self.net.load_state_dict(checkpoint.model)
+        self.stepper.method.load_tensors(checkpoint.model)
         restore_optimizer(self.stepper.optimizer, checkpoint.optimizer)
         self.stepper.restore(checkpoint.state)
         self.guard.restore(checkpoint.state.get("guard", {}))
@@ -142,7 +139,6 @@ class Training:
         epoch, done = divmod(self.step, self.steps_per_epoch)
         if self.step == 0:
             self._record_quality(self.quality.measure(self.net, untrained=True))
-        dense = epoch < recipe.slim.slow_start * recipe.run.epochs
         batches = self.images.batches(
             recipe.run.seed,
             epoch,
@@ -160,8 +156,6 @@ class Training:
                 outcome = self.stepper(
                     views,
                     number=self.step,
-                    dense=dense,
-                    widths=sandwich(self.net.slim_widths, seed=recipe.run.seed, step=self.step),
                     watch=due,
                     stop=stop.asked,
                 )
@@ -184,9 +178,10 @@ class Training:
 
     def _views(self, batch: Batch, epoch: int) -> list[Tensor]:
         recipe = self.recipe
-        view_a, view_b, *local = make_views(
+        views = make_views(
             batch,
             recipe.views,
+            whole=recipe.method.whole_views,
             image_size=recipe.data.image_size,
             local_size=recipe.local_size,
             mean=recipe.data.mean,
@@ -198,28 +193,16 @@ class Training:
             write_views_grid(
                 self.run_dir.views_file,
                 batch,
-                [view_a, view_b, *local],
+                views,
                 mean=recipe.data.mean,
                 std=recipe.data.std,
             )
-        # Decided once for the global batch, so that every process swaps alike.
-        draw = uniforms(recipe.run.seed, 0, numpy.array([self.step]), stream="swap-views", count=1)[0, 0]
-        pair = [view_b, view_a] if draw < recipe.loss.swap_views else [view_a, view_b]
-        return [*pair, *local]
+        return views
 
     def _left_out(self, outcome: Outcome) -> bool:
         """Record a step whose loss is not finite; return whether the run must go back."""
-        losses = outcome.losses
-        terms = {
-            "loss": losses.total,
-            "sacl": losses.sacl,
-            "xd_host": losses.xd_host,
-            "xd_slim": losses.xd_slim,
-            "coding_rate": losses.coding_rate,
-        }
-        text = ", ".join(
-            f"{name} {float(term.detach()):g}" for name, term in terms.items() if term is not None
-        )
+        terms = {"loss": outcome.loss.detach(), **outcome.terms}
+        text = ", ".join(f"{name} {float(term):g}" for name, term in terms.items() if term is not None)
         self._record_event("left out", because=text, rate=self.stepper.rate)
         return self.guard.must_go_back(
             self.step, terms=f"{text}, learning rate {self.stepper.rate:.3g}", where=self._where
@@ -263,27 +246,25 @@ class Training:
     def _start_anew(self) -> None:
         """Return to the weights of the first step: functions of the seed alone."""
         torch.manual_seed(self.recipe.run.seed)
-        self.net.load_state_dict(create_slimmable(self.recipe).state_dict())
+        fresh = create_method(
+            self.recipe, create_slimmable(self.recipe), steps_per_epoch=self.steps_per_epoch
+        )
+        self.stepper.method.load_state_dict(fresh.state_dict())
         self.stepper.optimizer.state.clear()
         self.alarm.restore({})
         self.plateau.restore({})
         self.step = 0
 
     def _record_step(self, outcome: Outcome, progress: Progress, *, images_per_s: float) -> None:
-        losses = outcome.losses
         # Of the global batch, like the losses.
-        slim_b = self.accelerator.gather(outcome.projections.slim_b[0].detach().contiguous())
-        record = {
+        watched = self.stepper.method.watched(outcome.embeddings)
+        embeddings = self.accelerator.gather(watched.detach().contiguous())
+        record: dict[str, Any] = {
             "step": self.step,
             "epoch": self.step / self.steps_per_epoch,
-            "loss": float(losses.total.detach()),
-            "sacl": float(losses.sacl),
-            "xd_host": None if losses.xd_host is None else float(losses.xd_host),
-            "xd_slim": None if losses.xd_slim is None else float(losses.xd_slim),
-            "coding_rate": None if losses.coding_rate is None else float(losses.coding_rate),
-            "diagonal": float(losses.diagonal),
-            "off_diagonal_rms": float(losses.off_diagonal_rms),
-            "std": float(spread(slim_b)),
+            "loss": float(outcome.loss.detach()),
+            **{name: None if term is None else float(term) for name, term in outcome.terms.items()},
+            "std": float(spread(embeddings)),
             **outcome.gradient_norms,
             "lr": self.stepper.rate,
             "images_per_s": images_per_s,
@@ -295,7 +276,9 @@ class Training:
         )
         self._warned(self.alarm.check(record))
         self._say_plateau(self.plateau.check(record))
-        progress.advance(0, note=f"loss {record['loss']:.3g}, diagonal {record['diagonal']:.2f}")
+        diagonal = record.get("diagonal")
+        note = f"loss {record['loss']:.3g}"
+        progress.advance(0, note=note if diagonal is None else f"{note}, diagonal {diagonal:.2f}")
 
     def _end_step(self, outcome: Outcome, on_checkpoint: Callable[[int], None]) -> bool:
         """Do what is due after a step; return False when its weights are broken and the run must go back."""
@@ -346,7 +329,7 @@ class Training:
         self.saver.save(
             step=self.step,
             epoch=self.step // self.steps_per_epoch,
-            model=self.net.state_dict(),
+            model=self.stepper.method.tensors(),
             optimizer=self.stepper.optimizer.state_dict(),
             state={
                 **self.stepper.state(),
@@ -360,7 +343,7 @@ class Training:
 
     def _broken_weight(self) -> str | None:
         """Name a tensor of the net that is not finite: no checkpoint may hold one."""
-        for name, tensor in self.net.state_dict().items():
+        for name, tensor in self.stepper.method.tensors().items():
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 return f"the weights '{name}'"
         return None
@@ -385,4 +368,4 @@ class Training:
 
 def _warn(text: str) -> None:
     if processes.is_main():
-        sys.stderr.write(f"edgecl: {text}\n")
+        tell(text)

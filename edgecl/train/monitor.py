@@ -6,7 +6,6 @@ import itertools
 import json
 import math
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -14,8 +13,9 @@ from typing import IO, Any
 from torch import Tensor
 
 from edgecl.artifacts import disk_errors, write_bytes
-from edgecl.errors import CollapseError
+from edgecl.errors import CollapseError, tell
 from edgecl.nets.slimming import SlimmableNet
+from edgecl.reading import METRICS_BYTES, parse_json, read_bytes
 
 # Below a tenth of an even spread the projections agree on almost every dimension (METHOD section 4, row 11).
 COLLAPSE_SPREAD = 0.1
@@ -83,14 +83,14 @@ class MetricsFile:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Read metrics.jsonl; a last line torn by a kill is left out, any other that is no record is named on stderr."""
     records: list[dict[str, Any]] = []
-    lines = path.read_bytes().splitlines() if path.is_file() else []
+    lines = read_bytes(path, most=METRICS_BYTES).splitlines() if path.exists() else []
     for number, line in enumerate(lines, start=1):
         try:
-            record = json.loads(line)
+            record = parse_json(line)
             float(record["step"])
-        except (ValueError, TypeError, KeyError, RecursionError):
+        except (ValueError, TypeError, KeyError):
             if number < len(lines):
-                sys.stderr.write(f"edgecl: line {number} of '{path}' is no record and left out\n")
+                tell(f"line {number} of '{path}' is no record and left out")
             continue
         records.append(record)
     return records
@@ -129,13 +129,15 @@ class CollapseAlarm:
         seen = (
             f"the spread of the projections is {record['std']:.3g}, below {COLLAPSE_SPREAD:g} (1 is an even spread), "
             f"and the diagonal of the correlation {record['diagonal']:.3g}"
+            if "diagonal" in record
+            else f"the spread of the embeddings is {record['std']:.3g}, below {COLLAPSE_SPREAD:g} (1 is an even spread)"
         )
         if self._low >= COLLAPSE_PATIENCE:
             raise CollapseError(
                 f"the embedding collapsed: {seen}, in {self._low} records in a row",
                 where={"run": self._run, "step": record["step"]},
-                hint="start a new run, in another --out, with a lower [optim] lr, a higher [loss] off_diagonal, or milder "
-                "[views]",
+                hint="start a new run, in another --out, with a lower [optim] lr, a higher "
+                "[method.coding_rate] weight, or milder [views]",
             )
         if self._low == 1:
             self._warn(
@@ -162,7 +164,7 @@ class CollapseAlarm:
         self._warn(
             f"step {record['step']}: RankMe fell {FALLING_RANK_ME} times in a row, "
             + " > ".join(f"{rank:.1f}" for rank in self._rank_me)
-            + ": the features lose dimensions; lower [optim] lr or raise [loss] off_diagonal if it goes on"
+            + ": the features lose dimensions; lower [optim] lr or raise [method.coding_rate] weight if it goes on"
         )
         return "rankme falls"
 
@@ -177,7 +179,10 @@ class CollapseAlarm:
 
 
 def _looks_collapsed(record: dict[str, Any]) -> bool:
-    return bool(record["std"] < COLLAPSE_SPREAD and record["diagonal"] < COLLAPSE_DIAGONAL)
+    apart = record.get(
+        "diagonal", 0.0
+    )  # of a method that does not correlate its views, the spread alone tells
+    return bool(record["std"] < COLLAPSE_SPREAD and apart < COLLAPSE_DIAGONAL)
 
 
 def gradient_norms(net: SlimmableNet, watched: dict[str, Tensor], *, scale: float) -> dict[str, float | None]:

@@ -20,7 +20,7 @@ RECORDS = 3
 LOW_RANK = 0.1
 
 HINT = (
-    "turn on what keeps a net off it, [coding_rate] weight and [host] nested_start; where both are on, try half the "
+    "turn on what keeps a net off it, [method.coding_rate] weight and [host] nested_start; where both are on, try half the "
     "[optim] lr, then twice, or a larger [data] batch_size"
 )
 
@@ -44,11 +44,13 @@ class PlateauAlarm:
         self._since: int | None = None
 
     def check(self, record: dict[str, Any]) -> str | None:
-        """Look at one metrics record of a step.
+        """Look at one metrics record of a step; of a method that does not correlate its views there is nothing to see.
 
         Returns:
             the warning, when this record gave cause for one.
         """
+        if "diagonal" not in record or "off_diagonal_rms" not in record:
+            return None
         diagonal, rms = record["diagonal"], record["off_diagonal_rms"]
         if not math.isfinite(diagonal + rms):
             return None

@@ -8,7 +8,6 @@ import os
 import platform
 import shutil
 import signal
-import sys
 import threading
 import time
 import warnings
@@ -38,13 +37,13 @@ from edgecl.artifacts import (
 from edgecl.data.loading import TrainingImages
 from edgecl.data.sources import absolute_uri, folder_of, open_source
 from edgecl.data.unreadable import say_skipped
-from edgecl.errors import ArtifactError, DataError, DeviceError, EdgeclError, Preempted, RecipeError
+from edgecl.errors import ArtifactError, DataError, DeviceError, EdgeclError, Preempted, RecipeError, tell
 from edgecl.lock import NAME as LOCK
 from edgecl.lock import hold
 from edgecl.nets.backbone import count_parameters
 from edgecl.nets.carving import create_slimmable
 from edgecl.nets.slimming import SlimmableNet
-from edgecl.recipe import Recipe
+from edgecl.recipe import Recipe, flatten
 from edgecl.redaction import record_without_secrets
 from edgecl.train.allocator import keep_freed_memory
 from edgecl.train.loop import Training
@@ -106,7 +105,7 @@ def pretrain(
         ProcessError: another process of the run is gone or silent.
         Preempted: SIGTERM or Ctrl-C; the run has saved where it is.
     """
-    check_allowed(allow)
+    check_allowed(allow, recipe)
     if allow and not resume:
         raise RecipeError(
             "settings may be allowed to differ only from an earlier run's", hint="add --resume to --allow"
@@ -213,6 +212,8 @@ def _run(
         "recipe_name": recipe_name,
         "recipe": recipe.model_dump(mode="json"),
         "arm": recipe.arm,
+        # What the report draws of this method.
+        "panels": [panel._asdict() for panel in recipe.method.panels],
         "data": {
             "uri": absolute_uri(uri),
             "found": len(source),
@@ -318,20 +319,15 @@ def _say_host_skips(net: SlimmableNet) -> None:
             else f"{block} has none"
             for block, channels in net.host_skips.items()
         ]
-        sys.stderr.write(
-            "edgecl: nested start: the host's skip connections are made like the slim net's; "
-            f"{', '.join(changes)}\n"
-        )
+        tell(f"nested start: the host's skip connections are made like the slim net's; {', '.join(changes)}")
 
 
 def _say_resuming(training: Training, *, changes: list[str], surroundings: list[str]) -> None:
     for change in changes:
-        sys.stderr.write(f"edgecl: resuming with a change: {change}\n")
+        tell(f"resuming with a change: {change}")
     if surroundings:
-        sys.stderr.write(
-            f"edgecl: resuming elsewhere: {'; '.join(surroundings)}; results agree to rounding, not bit for bit\n"
-        )
-    sys.stderr.write(f"edgecl: going on from step {training.step} of {training.total_steps}\n")
+        tell(f"resuming elsewhere: {'; '.join(surroundings)}; results agree to rounding, not bit for bit")
+    tell(f"going on from step {training.step} of {training.total_steps}")
 
 
 def _in_one_line(problem: Exception) -> str:
@@ -363,7 +359,8 @@ def _check_shares(recipe: Recipe) -> None:
 def _check_memory(recipe: Recipe, device: torch.device) -> None:
     """Refuse a step whose views alone do not fit into the memory of the device they are made on."""
     views, share = recipe.views, recipe.data.batch_size // processes.world_size()
-    pixels = 2 * recipe.data.image_size**2 + views.local_count * recipe.local_size**2
+    whole = recipe.method.whole_views
+    pixels = whole * recipe.data.image_size**2 + views.local_count * recipe.local_size**2
     needed = share * pixels * _BYTES_PER_PIXEL
     if device.type == "cuda":
         there, holds = torch.cuda.get_device_properties(device).total_memory, "the GPU"
@@ -371,7 +368,7 @@ def _check_memory(recipe: Recipe, device: torch.device) -> None:
         there, holds = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine"
     if needed > there:
         raise RecipeError(
-            f"the {share} x {2 + views.local_count} views of one step take {needed / 2**30:.1f} GiB, "
+            f"the {share} x {whole + views.local_count} views of one step take {needed / 2**30:.1f} GiB, "
             f"and {holds} has {there / 2**30:.1f} GiB of memory",
             hint="lower [data] batch_size or image_size"
             + (", or [views] local_count or local_size" if views.local_count else ""),
@@ -389,12 +386,8 @@ def _refuse_inside(run_dir: RunDir, uri: str) -> None:
 
 
 def _settings_of(recipe: Recipe) -> dict[str, str]:
-    tables = record_without_secrets(recipe.model_dump(mode="json"))
-    return {
-        f"setting {table}.{key}": json.dumps(value)
-        for table, values in tables.items()
-        for key, value in values.items()
-    }
+    settings = flatten(record_without_secrets(recipe.model_dump(mode="json")))
+    return {f"setting {name}": json.dumps(value) for name, value in settings.items()}
 
 
 def create_accelerator(recipe: Recipe, *, device: str, out: Path) -> Accelerator:
@@ -412,15 +405,15 @@ def create_accelerator(recipe: Recipe, *, device: str, out: Path) -> Accelerator
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     # 1 x 1 convolutions are channels-last and contiguous at once; which of the two costs nothing worth a warning.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-    # In a slow start the slim nets' norms take no part, in a sandwich step those of some widths.
-    unused = recipe.slim.slow_start > 0 or len(recipe.slim.all_widths) > 3
     return Accelerator(
         # Told of no GPU, accelerate looks for other processes only when it is to use the CPU.
         cpu=device == "cpu" or (processes.world_size() > 1 and not torch.cuda.is_available()),
         mixed_precision="no" if recipe.run.precision == "fp32" else recipe.run.precision,
         log_with=list(recipe.run.trackers) or None,
         project_dir=str(out) if recipe.run.trackers else None,
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(find_unused_parameters=recipe.method.has_idle_parameters(recipe))
+        ],
     )
 
 

@@ -10,7 +10,7 @@ from edgecl.checkpoint import Checkpoint, has_checkpoint, read_newest
 from edgecl.data.loading import TrainingImages
 from edgecl.data.sources import ImageSource, absolute_uri
 from edgecl.errors import ArtifactError, RecipeError, first_of, near_matches
-from edgecl.recipe import Recipe, recipe_from_tables, recipe_keys
+from edgecl.recipe import Recipe, flatten, recipe_from_tables
 from edgecl.redaction import record_without_secrets
 
 MAY_CHANGE = (
@@ -38,8 +38,12 @@ _WITH_OTHERS = (
 )
 
 
-def check_allowed(keys: Sequence[str]) -> None:
+def check_allowed(keys: Sequence[str], recipe: Recipe) -> None:
     """Hold the settings a user lets change to those that may.
+
+    Args:
+        keys: of settings.
+        recipe: that has them.
 
     Raises:
         RecipeError: one of them decides what a step computes.
@@ -48,7 +52,7 @@ def check_allowed(keys: Sequence[str]) -> None:
         if key not in (*MAY_CHANGE, IMAGES):
             raise RecipeError(
                 f"'{key}' cannot change within a run"
-                if key in recipe_keys()
+                if key in flatten(recipe.model_dump())
                 else f"there is no setting '{key}'",
                 hint=near_matches(key, [*MAY_CHANGE, IMAGES]),
             )
@@ -197,9 +201,9 @@ def other_surroundings(before: dict[str, Any], now: dict[str, Any]) -> list[str]
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
     """Say what differs between two recipes' tables: "table.key" -> "table.key was …, now …"."""
+    was, is_ = flatten(before), flatten(now)
     return {
-        f"{table}.{key}": f"{table}.{key} was {before[table][key]!r}, now {value!r}"
-        for table, values in now.items()
-        for key, value in values.items()
-        if before[table][key] != value
+        key: f"{key} was {was.get(key)!r}, now {is_.get(key)!r}"
+        for key in {**was, **is_}
+        if (key in was, was.get(key)) != (key in is_, is_.get(key))
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from edgecl.artifacts import RunDir
 from edgecl.checkpoint import to_json, write_checkpoint
+from edgecl.errors import tell
 
 SAY_AFTER_S = 30.0
 """How often a wait for the disk is spoken of."""
@@ -100,9 +100,9 @@ class Saver:
             return
         begun = time.monotonic()
         while not wait([self._write], timeout=SAY_AFTER_S).done:
-            sys.stderr.write(
-                f"edgecl: waiting for the disk to take the checkpoint of step {self._step}, "
-                f"{time.monotonic() - begun:.0f} s so far, in {self._run_dir.checkpoints}\n"
+            tell(
+                f"waiting for the disk to take the checkpoint of step {self._step}, "
+                f"{time.monotonic() - begun:.0f} s so far, in {self._run_dir.checkpoints}"
             )
         done, self._write = self._write, None
         done.result()
@@ -121,7 +121,7 @@ class Saver:
         except Exception as problem:
             if on_its_way is None:
                 raise
-            sys.stderr.write(f"edgecl: the checkpoint of step {self._step} was not written: {problem}\n")
+            tell(f"the checkpoint of step {self._step} was not written: {problem}")
         finally:
             self._thread.shutdown(wait=self._write is None)  # not when a wait for a slow disk was interrupted
             self._copies.clear()

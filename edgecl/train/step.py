@@ -1,23 +1,22 @@
-"""One optimiser step: two views in, a host and its slim nets changed; the host process never waits for the device."""
+"""One optimiser step: views in, a host and its slim nets changed; the host process never waits for the device."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from edgecl import processes
 from edgecl.data.randomness import whole_numbers
-from edgecl.methods.sacl_xd import Comparison, Losses, Passes, Projections, SaclXd
+from edgecl.methods.method import Embeddings, Terms, create_method
 from edgecl.nets.slimming import SlimmableNet
 from edgecl.nets.sync_norms import synchronise_norms
-from edgecl.recipe import CodingRate, Loss, Recipe
+from edgecl.recipe import Recipe
 from edgecl.train.monitor import gradient_norms
 from edgecl.train.optim import create_optimizer, create_schedule
 
@@ -26,22 +25,24 @@ class Outcome(NamedTuple):
     """What came of one step.
 
     Attributes:
-        losses: its loss terms, on the device.
-        projections: of this process's share.
+        loss: () total, on the device.
+        terms: what the method logs of it.
+        embeddings: of this process's share.
         gradient_norms: through the host and through the slim net; empty unless they were watched.
         finite: whether the loss was; if not, nothing was changed.
         stop: the signal by which a process was asked to end; 0 when none was.
     """
 
-    losses: Losses
-    projections: Projections
+    loss: Tensor
+    terms: Terms
+    embeddings: Embeddings
     gradient_norms: dict[str, float | None]
     finite: bool
     stop: int
 
 
 class Step:
-    """The moving parts of training: passes, losses, optimiser and schedule.
+    """The moving parts of training: method, optimiser and schedule.
 
     Args:
         recipe: what to train and how.
@@ -54,7 +55,6 @@ class Step:
         run = recipe.run
         self.net = net
         self.accelerator = accelerator
-        self.method = create_method(recipe.loss, recipe.coding_rate)
         self.rate_factor = 1.0
         """What the schedule's rate is multiplied by."""
         self._seed = run.seed
@@ -67,38 +67,32 @@ class Step:
         net.to(accelerator.device)
         if run.compile:
             net.compile_passes()
-        optimizer = create_optimizer(net, recipe.optim, batch_size=recipe.data.batch_size)
-        self.passes, self.optimizer = accelerator.prepare(Passes(net, self.method), optimizer)
-        self._local_passes: Passes = accelerator.unwrap_model(self.passes)
-        total_steps = steps_per_epoch * run.epochs
-        self._rate_weight = partial(coding_rate_weight, recipe.coding_rate, total_steps=total_steps)
+        self.method = create_method(recipe, net, steps_per_epoch=steps_per_epoch).to(accelerator.device)
+        optimizer = create_optimizer(self.method, recipe.optim, batch_size=recipe.data.batch_size)
+        self.passes, self.optimizer = accelerator.prepare(self.method, optimizer)
         self._schedule = create_schedule(
             optimizer,
             recipe.optim,
             batch_size=recipe.data.batch_size,
             steps_per_epoch=steps_per_epoch,
-            total_steps=total_steps,
+            total_steps=self.method.total_steps,
         )
-        self._statistics = _Statistics(net)
+        self._statistics = _Statistics(self.method)
 
     def __call__(
         self,
         views: Sequence[Tensor],
         *,
         number: int,
-        dense: bool = False,
-        widths: Sequence[float] | None = None,
         watch: bool = False,
         stop: int = 0,
     ) -> Outcome:
         """Take one step.
 
         Args:
-            views: (n, 3, H, W) for the host, the same for the slim nets, then any local views, (n, 3, h, w) each, for
-                the slim net; this process's share of the batch.
+            views: the whole views, (n, 3, H, W) each, then any local ones, (n, 3, h, w); this process's share of the
+                batch.
             number: steps taken before this one.
-            dense: all views through the host (slow start).
-            widths: which slim nets take part, the slim width always; None means all.
             watch: also measure gradient norms, for which the host process waits.
             stop: the signal by which this process was asked to end; 0 when it was not.
         """
@@ -108,13 +102,11 @@ class Step:
         given = _Input(
             [view.contiguous(memory_format=self._memory_format) for view in views],
             number,
-            dense,
-            widths,
             watch,
             stop,
         )
         learn = self._whole if self._parts == 1 else self._in_parts
-        losses, projections, vote, watched = learn(given)
+        loss, terms, embeddings, vote, watched = learn(given)
         norms = self._gradient_norms(watched) if watch else {}
         # By now the device is busy with the backward pass; the vote was cast before it.
         broken, stop = vote.result()
@@ -127,8 +119,9 @@ class Step:
             for group in self.optimizer.param_groups:
                 group["lr"] *= self.rate_factor
             self.optimizer.step()
+            self.method.after_step(number)
         self.optimizer.zero_grad(set_to_none=True)
-        return Outcome(losses, projections, norms, not broken, stop)
+        return Outcome(loss, terms, embeddings, norms, not broken, stop)
 
     @property
     def rate(self) -> float:
@@ -139,37 +132,37 @@ class Step:
         self.net.watched = {} if given.watch else None
         self._seed_layers(given.number, part=0)
         with self.accelerator.autocast():
-            projections = self.passes(given.views, given.dense, given.widths)
-        losses = self.method.losses(projections, rate_weight=self._rate_weight(given.number))
-        vote = _Vote(losses.total, stop=given.stop)
-        self.accelerator.backward(losses.total)
+            embeddings = self.passes(given.views, given.number)
+        loss, terms = self.method.loss(embeddings, given.number)
+        vote = _Vote(loss, stop=given.stop)
+        self.accelerator.backward(loss)
         watched, self.net.watched = self.net.watched or {}, None
-        return _Learnt(losses, projections, vote, watched)
+        return _Learnt(loss, terms, embeddings, vote, watched)
 
     def _in_parts(self, given: _Input) -> _Learnt:
         """Compute the gradient of the whole batch's loss with one part of it in memory at a time.
 
-        The loss couples all samples, so parts cannot be summed. All projections are computed first, without a graph;
-        the loss of the whole gives the gradient for each projection; then each part is run again, with a graph, and
-        its projections pull with their gradients.
+        The loss couples all samples, so parts cannot be summed. All embeddings are computed first, without a graph;
+        the loss of the whole gives the gradient for each embedding; then each part is run again, with a graph, and
+        its embeddings pull with their gradients.
 
         Source: Gao et al. 2021 (GradCache), arXiv:2101.06983, section 3.
         """
         parts = list(zip(*(view.chunk(self._parts) for view in given.views), strict=True))
-        ahead: list[Projections] = []
+        ahead: list[Embeddings] = []
         for part, views in enumerate(parts):
             self._seed_layers(given.number, part=part)
             with self.net.frozen(), self.accelerator.autocast():
-                ahead.append(self._local_passes(views, given.dense, given.widths))
-        projections = self._joined(ahead)
-        losses = self.method.losses(projections, rate_weight=self._rate_weight(given.number))
-        vote = _Vote(losses.total, stop=given.stop)
-        self.accelerator.backward(losses.total)
-        pulls = [
-            leaf.grad.chunk(self._parts)  # type: ignore[union-attr]
-            for leaf in projections.tensors()
-            if leaf.requires_grad
-        ]
+                ahead.append(self.method(views, given.number))
+        embeddings = _joined(ahead)
+        loss, terms = self.method.loss(embeddings, given.number)
+        vote = _Vote(loss, stop=given.stop)
+        self.accelerator.backward(loss)
+        pulls = {
+            name: leaf.grad.chunk(self._parts)
+            for name, leaf in embeddings.learnt.items()
+            if leaf.grad is not None
+        }
         self.net.watched = {} if given.watch else None
         for part, views in enumerate(parts):
             last = part == self._parts - 1
@@ -177,20 +170,12 @@ class Step:
             # Gradients travel once, with the last part.
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.passes):
                 with self.accelerator.autocast():
-                    learnt = self.passes(views, given.dense, given.widths, True)
-                torch.autograd.backward(learnt.tensors(), [pull[part] for pull in pulls])
+                    learnt = self.passes(views, given.number, True).learnt
+                torch.autograd.backward(
+                    [learnt[name] for name in pulls], [pull[part] for pull in pulls.values()]
+                )
         watched, self.net.watched = self.net.watched or {}, None
-        return _Learnt(losses, projections, vote, watched)
-
-    def _joined(self, parts: list[Projections]) -> Projections:
-        """Join parts of a batch; the projections that learn become leaves that collect gradients."""
-        whole = parts[0].with_tensors(
-            [torch.cat(pieces) for pieces in zip(*(part.tensors() for part in parts), strict=True)]
-        )
-        frozen = [] if self.method.four_learn else [whole.slim_a, whole.host_b]
-        for z in whole.tensors():
-            z.requires_grad_(all(z is not target for target in frozen))
-        return whole
+        return _Learnt(loss, terms, embeddings, vote, watched)
 
     def _seed_layers(self, number: int, *, part: int) -> None:
         """Seed layers that draw random numbers (dropout, stochastic depth), so that nothing depends on history."""
@@ -218,25 +203,13 @@ class Step:
             scaler.load_state_dict(state["scaler"])
 
 
-def create_method(loss: Loss, coding_rate: CodingRate) -> SaclXd:
-    """Return the method that a recipe's settings describe."""
-    return SaclXd(
-        alpha=loss.alpha,
-        comparison=Comparison(loss.name, off_diagonal=loss.off_diagonal, temperature=loss.temperature),
-        scale=loss.scale,
-        xd_direction=loss.xd_direction,
-        symmetric=loss.symmetric,
-        learn_targets=loss.learn_targets,
-        rate_epsilon=coding_rate.epsilon,
-        rate_encoders=coding_rate.encoders,
+def _joined(parts: list[Embeddings]) -> Embeddings:
+    """Join parts of a batch; the embeddings that learn become leaves that collect gradients."""
+    learnt, targets = (
+        {name: torch.cat([part[name] for part in sets]) for name in sets[0]}
+        for sets in zip(*parts, strict=True)
     )
-
-
-def coding_rate_weight(coding_rate: CodingRate, step: int, *, total_steps: int) -> float:
-    """Return the weight of the coding rate in a step, 0-based: constant, or falling in a line to 0 at `until`."""
-    if coding_rate.until is None:
-        return coding_rate.weight
-    return coding_rate.weight * max(0.0, 1 - step / (coding_rate.until * total_steps))
+    return Embeddings({name: z.requires_grad_() for name, z in learnt.items()}, targets)
 
 
 class _Input(NamedTuple):
@@ -244,8 +217,6 @@ class _Input(NamedTuple):
 
     views: list[Tensor]
     number: int
-    dense: bool
-    widths: Sequence[float] | None
     watch: bool
     stop: int
 
@@ -253,8 +224,9 @@ class _Input(NamedTuple):
 class _Learnt(NamedTuple):
     """What the passes of a step leave behind besides the parameters' gradients."""
 
-    losses: Losses
-    projections: Projections
+    loss: Tensor
+    terms: Terms
+    embeddings: Embeddings
     vote: _Vote
     watched: dict[str, Tensor]
     """Gradients of the slim net's slices; empty unless asked for."""
@@ -292,12 +264,12 @@ class _Vote:
 class _Statistics:
     """The running statistics of all batch norms, to be put back when a step is left out: its forward passes changed them."""
 
-    def __init__(self, net: SlimmableNet):
-        self._net = net
+    def __init__(self, method: nn.Module):
+        self._method = method
         self._groups: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
 
     def _collect(self) -> None:
-        for buffer in self._net.buffers():
+        for buffer in self._method.buffers():
             live, kept = self._groups.setdefault(buffer.dtype, ([], []))
             live.append(buffer)
             kept.append(torch.empty_like(buffer))

@@ -15,7 +15,8 @@ import pytest
 import typer
 from onboard.tiny_bundle import make_bundle, read_manifest, write_manifest
 
-from edgecl.cli import app, main
+from edgecl.cli import main
+from edgecl.cli.commands import app
 
 # The contract of issue 2, and beside it what was added since; nothing is added by accident.
 OPTIONS = {

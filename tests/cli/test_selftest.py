@@ -9,7 +9,8 @@ import torch
 import typer
 from worlds import run_script
 
-from edgecl.cli import app, main
+from edgecl.cli import main
+from edgecl.cli.commands import app
 from edgecl.cli.selftest import ARMS as ARM_NAMES
 from edgecl.errors import RecipeError
 from edgecl.selftest import ARMS, _error_among, chosen_arms

@@ -1,6 +1,9 @@
 """The index of a folder: quick where nothing changed, and never a picture too many or too few."""
 
+import hashlib
+import json
 import os
+import shutil
 import socket
 import stat
 
@@ -177,6 +180,92 @@ def test_a_damaged_index_is_made_again(folder, tmp_path, scans, damage):
     listed(folder, tmp_path)
     assert scans == [folder]
     assert file.read_bytes() == whole
+
+
+def resealed(content, change):
+    """An index with another body and the sum that fits it."""
+    first, _, body = content.partition(b"\n")
+    header, _, rest = body.partition(b"\n")
+    fields = json.loads(header)
+    names, sizes = rest[: fields["names_bytes"]], rest[fields["names_bytes"] :]
+    fields, names, sizes = change(fields, names, sizes) or (fields, names, sizes)
+    body = fields if isinstance(fields, bytes) else json.dumps(fields).encode() + b"\n" + names + sizes
+    return first.rpartition(b" ")[0] + b" " + hashlib.sha256(body).hexdigest().encode() + b"\n" + body
+
+
+FORGED = {
+    "no JSON": lambda fields, names, sizes: (b"\xff\n", b"", b""),
+    "nested deep": lambda fields, names, sizes: (b"[" * 100_000 + b"\n", b"", b""),
+    "a list": lambda fields, names, sizes: (b"[1, 2]\n", b"", b""),
+    "no folders": lambda fields, names, sizes: (fields | {"folders": None}, names, sizes),
+    "none of its folders": lambda fields, names, sizes: fields["folders"].clear(),
+    "a folder's time a text": lambda fields, names, sizes: fields["folders"][0].__setitem__(1, "now"),
+    "a fingerprint of another type": lambda fields, names, sizes: fields.update(fingerprint=[1]),
+    "links that are numbers": lambda fields, names, sizes: fields.update(left_out=[1, 2]),
+    "links that are a text": lambda fields, names, sizes: fields.update(left_out="abc"),
+    "a length that is a text": lambda fields, names, sizes: fields.update(names_bytes="9"),
+    "a name too few": lambda fields, names, sizes: (
+        fields | {"names_bytes": len(names.rpartition(b"\0")[0])},
+        names.rpartition(b"\0")[0],
+        sizes,
+    ),
+    "no names": lambda fields, names, sizes: (fields | {"names_bytes": 0}, b"", b""),
+    "half a size": lambda fields, names, sizes: (fields, names, sizes[:-4]),
+    "a size below zero": lambda fields, names, sizes: (fields, names, b"\xff" * len(sizes)),
+    "names out of order": lambda fields, names, sizes: (
+        fields,
+        b"\0".join(reversed(names.split(b"\0"))),
+        sizes,
+    ),
+    "a name that leads out": lambda fields, names, sizes: (fields, b"../" + names[3:], sizes),
+    "a name from the root": lambda fields, names, sizes: (fields, b"/" + names[1:], sizes),
+}
+
+
+@pytest.mark.parametrize("forgery", FORGED.values(), ids=FORGED)
+def test_an_index_with_a_wrong_body_and_the_sum_of_it_is_made_again(folder, tmp_path, scans, forgery):
+    (file,) = (tmp_path / ".edgecl").iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(resealed(whole, forgery))
+    assert file.read_bytes() != whole
+    listed(folder, tmp_path)
+    listed(folder, tmp_path)
+    assert scans == [folder]
+    assert file.read_bytes() == whole
+
+
+def test_a_resealed_index_that_is_whole_counts(folder, tmp_path, scans):
+    (file,) = (tmp_path / ".edgecl").iterdir()
+    file.write_bytes(resealed(file.read_bytes(), lambda fields, names, sizes: None))
+    listed(folder, tmp_path)
+    assert scans == []
+
+
+def test_a_pipe_in_the_place_of_an_index_is_not_waited_for(folder, tmp_path, scans):
+    (file,) = (tmp_path / ".edgecl").iterdir()
+    file.unlink()
+    os.mkfifo(file)
+    listed(folder, tmp_path)
+    assert scans == [folder]
+
+
+def test_what_goes_during_the_scan_is_left_out(write_images, monkeypatch):
+    root = write_images(9, classes=("a", "b", "c"))
+    really = os.scandir
+
+    def going(place):
+        # Folders are read from the end of the alphabet; once c is read, a is gone and b has lost a picture.
+        if str(place).endswith("/c"):
+            shutil.rmtree(root / "a")
+        return really(place)
+
+    monkeypatch.setattr(os, "scandir", going)
+    assert [name.partition("/")[0] for name in scan(root).names] == ["b"] * 3 + ["c"] * 3
+
+
+def test_a_root_that_is_gone_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        scan(tmp_path / "gone")
 
 
 def test_names_of_every_kind_survive(tmp_path, scans):
@@ -430,7 +519,9 @@ def test_images_to_measure_with_know_the_unreadable_ones_too(write_images, tmp_p
     assert "003.png" not in decoded
 
 
-@pytest.mark.parametrize("content", [b"", b"[1]", b'{"000.png": 1}', b'{"000.png": "abc"}', b"\xff"])
+@pytest.mark.parametrize(
+    "content", [b"", b"[1]", b'{"000.png": 1}', b'{"000.png": "abc"}', b"\xff", b"[" * 100_000]
+)
 def test_a_damaged_memory_is_none(write_images, tmp_path, content):
     root = write_images(3)
     _, memory = list_folder(root, index_dir=tmp_path / ".edgecl")
@@ -451,4 +542,4 @@ def test_too_many_known_unreadable_files_are_the_same_error_again(write_images, 
             TrainingImages(source, canvas_size=8, max_bad_fraction=0.1)
         texts.append(str(caught.value))
     assert texts[0] == texts[1]
-    assert f"{root}/001.png (not an image of a known format)" in texts[0]
+    assert f"{root}/001.png (not a JPEG, PNG, WebP or BMP file)" in texts[0]

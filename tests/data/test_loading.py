@@ -189,7 +189,7 @@ def test_too_many_unreadable_images_are_an_error(write_images, cache_mib):
         "2 of 20 images cannot be read: 10.0%, 5.0% are allowed\n"
         f"  data:       {root}\n"
         f"  unreadable: {root}/003.png (empty file)\n"
-        f"              {root}/007.png (not an image of a known format)\n"
+        f"              {root}/007.png (not a JPEG, PNG, WebP or BMP file)\n"
         "  hint:       repair or remove them, or raise [data] max_bad_fraction"
     )
 
@@ -368,7 +368,7 @@ def pipe_instead_of(monkeypatch):
     A pipe itself would be found out; here it stands for a file on a share that hangs, and is read as such.
     """
     pipes = []
-    monkeypatch.setattr("edgecl.data.sources._content", lambda path: Path(path).read_bytes())
+    monkeypatch.setattr("edgecl.data.sources.read_plain_file", lambda path: Path(path).read_bytes())
 
     def put(path):
         path.unlink()
@@ -449,7 +449,7 @@ def test_a_process_that_met_a_file_without_answer_ends(write_images):
         data = TrainingImages(open_source({str(root)!r}), canvas_size=8, cache_mib=0, read_timeout_s=0.3)
         os.unlink({str(root / "007.png")!r})
         os.mkfifo({str(root / "007.png")!r})
-        sources._content = lambda path: Path(path).read_bytes()  # as if a share hung
+        sources.read_plain_file = lambda path: Path(path).read_bytes()  # as if a share hung
         try:
             list(data.batches(0, 0, batch_size=5))
         except DataError as error:

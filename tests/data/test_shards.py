@@ -11,6 +11,8 @@ import pytest
 
 pytest.importorskip("webdataset")
 
+from webdataset.shardlists import expand_urls
+
 from edgecl.data import shards
 from edgecl.data.loading import TrainingImages, load_eval_images
 from edgecl.data.sources import UnreadableImage, absolute_uri, has_test_split, list_datasets, open_source
@@ -313,6 +315,56 @@ def test_a_pattern_that_cannot_be_read_is_named():
         "the pattern 'shards:x-{000..001.tar' cannot be read: Unbalanced braces: 'x-{000..001.tar'"
     )
     assert error.hint == "write shards:PATH/train-{000000..000127}.tar, a URL, or several with '::' between"
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "x{0..99999999}.tar",
+        "x{0..99999}{0..99999}.tar",
+        "x{{0..99999}{0..99999}}.tar",
+        "x{a,{0..9999999}}.tar",
+        "x{999999999..-999999999..2}.tar",
+        "{a..Z}{a..Z}{a..z}{a..z}{a..z}.tar",
+        "{0..600000}.tar::{0..600000}.tar",
+        "{,a}" * 40,
+        "${BRACES}.tar",
+    ],
+)
+def test_a_pattern_for_more_shards_than_there_are_is_refused_before_it_is_expanded(pattern, monkeypatch):
+    monkeypatch.setenv("WDS_BRACES", "{0..99999999}")
+    monkeypatch.setattr("webdataset.shardlists.expand_urls", lambda pattern: pytest.fail("expanded"))
+    assert "stands for" in complaint(f"shards:{pattern}").problem
+
+
+@pytest.mark.parametrize(
+    ("pattern", "count"),
+    [
+        ("x.tar", 1),
+        ("x{000..127}.tar", 128),
+        ("{5..1..2}{b,{c,d}e}", 9),
+        ("{a,b}{0..3}", 8),
+        (r"{a\,b,c}", 2),
+        (r"\{0..3\}", 1),
+        ("{a}", 1),
+        ("{a{0..2}}", 3),
+        ("{train-{00..99},val-{00..09}}.tar", 110),
+        ("a,b", 1),
+        ("{a..e..2}", 3),
+        ("}{{0..9}", 10),
+    ],
+)
+def test_shards_are_counted_as_webdataset_expands_them(pattern, count):
+    assert shards._expansions(pattern) == count
+    assert len(expand_urls(pattern)) == count
+
+
+@pytest.mark.parametrize(
+    "pattern", ["{" * 5000 + "}" * 5000, "{0.." + "9" * 5000 + "}.tar", "http://[::1", "http://[x]/y.tar"]
+)
+def test_a_pattern_nobody_writes_is_a_named_error(pattern):
+    problem = complaint(f"shards:{pattern}").problem
+    assert "cannot be read" in problem or "is no URL" in problem
 
 
 def test_a_pattern_that_cannot_be_read_keeps_its_secrets():

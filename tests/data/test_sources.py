@@ -1,12 +1,16 @@
 import hashlib
+import os
 import pickle
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import EpsImagePlugin, Image, ImageOps
+from torchvision import datasets
 
+from edgecl.data.decode import read_canvas
 from edgecl.data.sources import UnreadableImage, has_test_split, list_datasets, open_source
 from edgecl.errors import DataError
 
@@ -138,7 +142,7 @@ def test_an_empty_file_is_unreadable(tmp_path):
 
 def test_text_in_an_image_file_is_unreadable(tmp_path):
     (tmp_path / "x.jpg").write_text("not found")
-    assert bad_reason(tmp_path) == "not an image of a known format"
+    assert bad_reason(tmp_path) == "not a JPEG, PNG, WebP or BMP file"
 
 
 @pytest.mark.parametrize("name", ["x.jpg", "x.png", "x.bmp", "x.webp"])
@@ -407,3 +411,70 @@ def test_every_form_of_a_uri_is_listed():
     assert [row["name"].partition(":")[0] for row in list_datasets()] == [
         "demo", "FOLDER", "cifar10", "cifar100", "fashion-mnist", "flowers102", "stl10", "shards",
     ]  # fmt: skip
+
+
+POSTSCRIPT = (
+    b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\n%%EndComments\nshowpage\n%%EOF\n" + b" " * 512
+)
+
+
+@pytest.fixture
+def started(tmp_path, monkeypatch):
+    """A stand-in for Ghostscript, first on the PATH, and the file it leaves when anything starts it."""
+    mark, folder = tmp_path / "ghostscript-was-started", tmp_path / "bin"
+    folder.mkdir()
+    (folder / "gs").write_text(f"#!/bin/sh\necho started >> '{mark}'\n")
+    (folder / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    # Pillow looks for it once.
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    return mark
+
+
+@pytest.mark.parametrize("name", ["evil.jpg", "evil.png"])
+def test_postscript_called_a_picture_starts_no_program(tmp_path, started, name):
+    (tmp_path / "evil").mkdir()
+    (tmp_path / "evil" / name).write_bytes(POSTSCRIPT)
+    source = open_source(str(tmp_path / "evil"))
+    with pytest.raises(UnreadableImage, match="not a JPEG, PNG, WebP or BMP"):
+        source.read(0)
+    with pytest.raises(UnreadableImage, match="not a JPEG, PNG, WebP or BMP"):
+        read_canvas(source, 0, 32)
+    assert not started.exists()
+
+
+def test_postscript_in_the_place_of_torchvisions_pictures_starts_no_program(tmp_path, started, monkeypatch):
+    folder = tmp_path / "flowers-102"
+    (folder / "jpg").mkdir(parents=True)
+    (folder / "jpg" / "image_00001.jpg").write_bytes(POSTSCRIPT)
+    Image.new("RGB", (8, 8), (9, 8, 7)).save(folder / "jpg" / "image_00002.jpg")
+    tables = {"setid.mat": {"trnid": np.array([1, 2])}, "imagelabels.mat": {"labels": np.array([1, 2])}}
+    monkeypatch.setattr(datasets.Flowers102, "_check_integrity", lambda self: True)
+    monkeypatch.setitem(sys.modules, "scipy", types.ModuleType("scipy"))
+    reader = types.ModuleType("scipy.io")
+    reader.loadmat = lambda path, squeeze_me: tables[Path(path).name]
+    monkeypatch.setitem(sys.modules, "scipy.io", reader)
+    source = open_source(f"flowers102:{tmp_path}")
+    with pytest.raises(UnreadableImage, match="not a JPEG, PNG, WebP or BMP"):
+        source.read(0)
+    assert source.read(1).size == (8, 8)
+    assert not started.exists()
+
+
+@pytest.mark.parametrize("form", ["GIF", "TIFF", "PPM", "ICO", "JPEG2000"])
+def test_formats_that_are_not_listed_are_not_decoded(tmp_path, gradient, form):
+    with (tmp_path / "picture.png").open("wb") as file:
+        Image.fromarray(gradient).save(file, form)
+    assert bad_reason(tmp_path) == "not a JPEG, PNG, WebP or BMP file"
+
+
+@pytest.mark.parametrize("uri", ["x" * 300, "shards:" + "x" * 300, "shards:" + "x" * 300 + "-{0..3}.tar"])
+def test_names_too_long_for_the_system_are_named_errors(uri):
+    with pytest.raises(DataError, match="cannot be read"):
+        open_source(uri)
+
+
+@pytest.mark.parametrize("uri", ["~nobody-of-that-name/x", "shards:~nobody-of-that-name/x.tar"])
+def test_the_home_of_nobody_is_a_named_error(uri):
+    with pytest.raises(DataError, match="no home"):
+        open_source(uri)

@@ -54,7 +54,7 @@ def test_jpegs_in_shards_are_decoded_at_a_reduced_scale(tmp_path):
 
 def test_a_broken_picture_is_unreadable_and_named(tmp_path):
     source = open_source(f"shards:{write_tar(tmp_path / 'x.tar', [('a.png', b'not found'), ('b.png', b'')])}")
-    with pytest.raises(UnreadableImage, match="not an image of a known format"):
+    with pytest.raises(UnreadableImage, match="not a JPEG, PNG, WebP or BMP file"):
         source.read(0)
     with pytest.raises(UnreadableImage, match="empty file"):
         source.read(1)
@@ -162,6 +162,16 @@ def test_a_damaged_long_name_is_no_cut(tmp_path):
     assert complaint(f"shards:{path}").problem == (
         "the shard 'x.tar' is damaged: bad checksum, after 1 whole sample"
     )
+
+
+@pytest.mark.parametrize("kind", [b"L", b"K", b"x"])
+def test_long_names_of_long_names_are_damage(tmp_path, kind):
+    header = tarfile.TarInfo("././@LongLink")
+    header.type, header.size = kind, 512
+    block = header.tobuf(tarfile.GNU_FORMAT) + b"a" * 512
+    path = tmp_path / "x.tar"
+    path.write_bytes(block * 5000 + bytes(1024))
+    assert "is damaged" in complaint(f"shards:{path}").problem
 
 
 def test_joined_tar_files_are_not_read_halfway(write_shards, tmp_path):

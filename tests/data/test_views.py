@@ -350,13 +350,39 @@ def test_views_on_a_gpu_wait_for_nothing():
 LOCAL = Views(local_count=3, local_scale=(0.05, 0.3))
 
 
-def views_with(local_count, rows=range(8), *, epoch=0, **settings):
+def views_with(local_count, rows=range(8), *, epoch=0, whole=2, **settings):
     canvases = pictures()[list(rows)]
     batch = Batch(np.array(rows), canvases, torch.full((len(canvases), 2), SIDE, dtype=torch.int32))
     views = LOCAL.model_copy(update={"local_count": local_count, **settings})
     return make_views(
-        batch, views, image_size=SIDE, local_size=20, mean=NO_MEAN, std=NO_STD, seed=0, epoch=epoch
+        batch,
+        views,
+        whole=whole,
+        image_size=SIDE,
+        local_size=20,
+        mean=NO_MEAN,
+        std=NO_STD,
+        seed=0,
+        epoch=epoch,
     )
+
+
+def test_further_whole_views_come_before_the_local_ones_and_change_no_other():
+    two, four = views_with(1), views_with(1, whole=4)
+    assert [tuple(view.shape) for view in four] == [(8, 3, SIDE, SIDE)] * 4 + [(8, 3, 20, 20)]
+    assert torch.equal(torch.stack(four[:2]), torch.stack(two[:2]))
+    assert torch.equal(four[4], two[2])
+    assert len({view.numpy().tobytes() for view in four[:4]}) == 4
+
+
+def test_every_whole_view_but_the_first_is_varied_like_view_b():
+    of_a = draw(Views(blur=(1.0, 0.0), solarize=(0.0, 1.0)), view="a")
+    others = [draw(Views(blur=(1.0, 0.0), solarize=(0.0, 1.0)), view=name) for name in "bcz"]
+    assert of_a.blur.all()
+    assert not any(other.blur.any() for other in others)
+    assert all(other.solarize.all() for other in others)
+    large = draw(Views(crop_scale=(0.9, 1.0)), view="c", count=200).boxes
+    assert (large[:, 2] * large[:, 3]).min() > 0.7 * SIDE**2
 
 
 @pytest.mark.parametrize("local_count", [0, 1, 3])

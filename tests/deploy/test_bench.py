@@ -131,7 +131,7 @@ def in_place_of_the_device_code(monkeypatch, code):
 
 def test_killed_process_is_reported_with_its_signal(bundle, monkeypatch):
     in_place_of_the_device_code(monkeypatch, "import os; os.kill(os.getpid(), 9)")
-    with pytest.raises(DeviceError, match=r"the measuring process was killed by SIGKILL \(9\)") as caught:
+    with pytest.raises(DeviceError, match=r"the net's process was killed by SIGKILL \(9\)") as caught:
         bench(bundle)
     assert "memory ran out" in caught.value.hint
     assert not list(bundle.glob("bench-*"))

@@ -316,6 +316,29 @@ def test_ctrl_c_ends_the_run_on_the_board(board, bundle):
     assert not list(bundle.glob("bench-*"))
 
 
+def test_run_that_says_nothing_for_too_long_is_ended_on_the_board(board, bundle, monkeypatch):
+    monkeypatch.setattr("edgecl.deploy.remote.BUILDING_SILENCE_S", 4.0)
+    stopped = []
+
+    def stop(line):
+        if line.startswith("warming up") and not stopped:
+            for pid in processes_naming("record.json"):
+                if str(board.home) in Path(f"/proc/{pid}/cmdline").read_text():
+                    os.kill(pid, signal.SIGSTOP)  # a net that loops for ever is as silent
+                    stopped.append(pid)
+
+    with pytest.raises(DeviceError, match="said nothing for 4 s"):
+        bench(bundle, host=board.host, ssh_options=board.options, report=stop)
+    assert board.left_of_runs() == []
+    (pid,) = stopped
+    os.kill(pid, signal.SIGCONT)  # one that sleeps dies of SIGTERM when it wakes, one that loops at once
+    for _ in range(100):
+        if not Path(f"/proc/{pid}").exists():
+            break
+        time.sleep(0.05)
+    assert not Path(f"/proc/{pid}").exists()
+
+
 def test_killed_run_is_told_with_its_signal(board, bundle):
     def kill(line):
         if line.startswith("warming up"):
@@ -323,7 +346,7 @@ def test_killed_run_is_told_with_its_signal(board, bundle):
                 if str(board.home) in Path(f"/proc/{pid}/cmdline").read_text():
                     os.kill(pid, signal.SIGKILL)
 
-    with pytest.raises(DeviceError, match=r"the measuring process was killed by SIGKILL \(9\)") as caught:
+    with pytest.raises(DeviceError, match=r"the net's process was killed by SIGKILL \(9\)") as caught:
         bench(bundle, host=board.host, ssh_options=board.options, report=kill)
     assert "memory ran out" in caught.value.hint
     assert caught.value.where["board"] == board.host

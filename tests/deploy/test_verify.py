@@ -65,10 +65,25 @@ def test_one_precision_of_several_can_be_asked(tmp_path):
 
 
 def test_missing_runtime_is_a_device_error_and_no_verdict(bundle, monkeypatch):
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    code = "import sys; sys.modules['onnxruntime'] = None; "
+    code += "from edgecl.onboard.__main__ import main; sys.exit(main())"
+    monkeypatch.setattr("edgecl.deploy.process._ONBOARD", [sys.executable, "-c", code])
     with pytest.raises(DeviceError, match="hint:   pip install onnxruntime"):
         verify(bundle)
     assert not (bundle / "verify.json").exists()
+
+
+def test_a_verdict_that_cannot_be_kept_is_no_failure(bundle, monkeypatch):
+    def refuse(path, content):
+        raise ArtifactError(f"no permission to write '{path.name}'")
+
+    monkeypatch.setattr("edgecl.deploy.verify.write_json", refuse)
+    lines = []
+    assert verify(bundle, report=lines.append)["ok"] is True
+    assert lines == ["the verdict is not kept: no permission to write 'verify.json'"]
+    done = run_command(bundle)
+    assert done.exit_code == 0
+    assert "largest relative difference" in done.stdout
 
 
 def test_a_directory_that_is_no_bundle_is_named(tmp_path):

@@ -133,8 +133,10 @@ def test_unknown_setting_suggests_a_near_one(tmp_path, plain_model, image_folder
 
 def test_existing_output_is_refused_before_training(tmp_path, plain_model, image_folder, monkeypatch):
     monkeypatch.setattr("edgecl.evaluate.finetune.train_classifier", None)
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "mine").touch()
     with pytest.raises(ArtifactError, match="already exists"):
-        finetune(plain_model, data=str(image_folder), out=plain_model)
+        finetune(plain_model, data=str(image_folder), out=tmp_path / "m")
 
 
 def test_unlabelled_images_are_refused(tmp_path, plain_model, unlabelled_folder):

@@ -1,20 +1,16 @@
 """SACL-XD: which passes run, what they leave alone, and what the terms add up to."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
+from methods_of import losses, method_of, project
 from torch.func import functional_call
 
-from edgecl.methods.losses import coding_rate, cross_correlation_loss
-from edgecl.methods.sacl_xd import (
-    Comparison,
-    Passes,
-    SaclXd,
-    forward_units,
-    other_width_units,
-    sandwich,
-)
+from edgecl.methods.losses import alignment_loss, coding_rate, contrastive_loss, cross_correlation_loss
+from edgecl.methods.method import Embeddings
+from edgecl.methods.sacl_xd import forward_units, other_width_units, sandwich
 
 OFF_DIAGONAL = 0.05
 ARMS = {
@@ -25,8 +21,9 @@ ARMS = {
 }
 
 
-def method(alpha, **settings):
-    return SaclXd(alpha=alpha, comparison=Comparison(off_diagonal=OFF_DIAGONAL), **settings)
+def method(net, alpha, *, dense=False, **settings):
+    settings = {"off_diagonal": OFF_DIAGONAL, **settings}
+    return method_of(net, alpha=alpha, slow_start=float(dense), **settings)
 
 
 def correlation_loss(z, other):
@@ -79,14 +76,14 @@ SWAPPED = [("slim", "A", "frozen"), ("host", "B", "frozen")]
 def test_an_arm_runs_exactly_its_passes(make_net, views, host_width, alpha, direction, dense, expected):
     net = make_net(host_width=host_width)
     calls = spy(net)
-    method(alpha, xd_direction=direction).project(net, *views, dense=dense)
+    project(method(net, alpha, dense=dense, xd_direction=direction), *views)
     assert named(calls, *views) == sorted(expected)
 
 
 def test_projections_are_those_of_their_nets_and_views(make_net, views):
     net = make_net()
     net.eval()
-    found = method(0.8).project(net, *views)
+    found = project(method(net, 0.8), *views)
     with torch.no_grad():
         expected = (
             net.forward_host(views[0]),
@@ -94,20 +91,31 @@ def test_projections_are_those_of_their_nets_and_views(make_net, views):
             net.forward_slim(views[0]),
             net.forward_host(views[1]),
         )
-    for projection, other in zip(found.tensors(), expected, strict=True):
+    for projection, other in zip(
+        (found.host_a, *found.slim_b, found.slim_a, found.host_b), expected, strict=True
+    ):
         assert torch.equal(projection, other)
     assert not torch.equal(found.host_a, found.slim_a)
 
 
-def test_passes_module_gives_the_methods_projections(make_net, views):
-    net = make_net()
-    net.eval()
-    local = [view[..., :8, :8] for view in views]
-    wrapped = Passes(net, method(0.8))([*views, *local], True)
-    alone = method(0.8).project(net, *views, local=local, dense=True)
-    for projection, other in zip(wrapped.tensors(), alone.tensors(), strict=True):
-        assert torch.equal(projection, other)
-    assert len(wrapped.tensors()) == 4
+def test_views_are_swapped_by_the_step_in_all_passes_alike(make_net, views):
+    net = make_net().eval()
+    arm, straight = method(net, 0.8, swap_views=0.5), method(net, 0.8)
+    swapped = 0
+    for step in range(40):
+        found = project(arm, *views, step=step)
+        orders = [project(straight, *pair) for pair in (views, views[::-1])]
+        same = [
+            all(
+                torch.equal(getattr(found, name), getattr(order, name))
+                for name in ("host_a", "slim_a", "host_b")
+            )
+            and torch.equal(found.slim_b[0], order.slim_b[0])
+            for order in orders
+        ]
+        assert sum(same) == 1
+        swapped += same[1]
+    assert 8 < swapped < 32
 
 
 @pytest.mark.parametrize("dense", [False, True])
@@ -115,11 +123,11 @@ def test_passes_module_gives_the_methods_projections(make_net, views):
 def test_targets_of_equal_encoders_are_the_learned_projections(make_net, views, dense, learn_targets):
     """Detached, unless targets learn."""
     net = make_net(host_width=2.0 if dense else 1.0)
-    one = method(0.0, learn_targets=learn_targets)
-    found = one.project(net, *views, dense=dense)
+    one = method(net, 0.0, dense=dense, learn_targets=learn_targets)
+    found = project(one, *views)
     assert found.slim_a is None
     assert found.host_b is None
-    terms = one.losses(found)
+    terms = losses(one, found)
     for term, z in ((terms.xd_host, found.host_a), (terms.xd_slim, found.slim_b[0])):
         target = z if learn_targets else z.detach()
         assert torch.equal(term, correlation_loss(z, target).detach())
@@ -129,7 +137,7 @@ def test_targets_of_equal_encoders_are_the_learned_projections(make_net, views, 
 
 
 def test_frozen_projections_carry_no_gradient(make_net, views):
-    found = method(0.8).project(make_net(), *views)
+    found = project(method(make_net(), 0.8), *views)
     assert found.host_a.requires_grad
     assert found.slim_b[0].requires_grad
     assert not found.slim_a.requires_grad
@@ -148,7 +156,7 @@ def test_frozen_passes_use_batch_statistics(make_net, views):
     net = make_net()
     slim_a = batch_statistics_outputs(net, views[0])[1]
     host_b = batch_statistics_outputs(net, views[1])[0]
-    found = method(0.8).project(net, *views)
+    found = project(method(net, 0.8), *views)
     assert torch.equal(found.slim_a, slim_a)
     assert torch.equal(found.host_b, host_b)
 
@@ -174,7 +182,7 @@ def test_frozen_passes_change_no_statistics(make_net, views):
 
 def test_statistics_after_a_step_are_those_of_the_learning_passes_alone(make_net, views):
     net, other = make_net(), make_net()
-    method(0.8).project(net, *views)
+    project(method(net, 0.8), *views)
     other.forward_host(views[0])
     other.forward_slim(views[1])
     found, expected = statistics(net), statistics(other)
@@ -184,7 +192,7 @@ def test_statistics_after_a_step_are_those_of_the_learning_passes_alone(make_net
 def test_learning_passes_update_private_statistics(make_net, views):
     net = make_net()
     before = statistics(net)
-    method(0.8).project(net, *views)
+    project(method(net, 0.8), *views)
     after = statistics(net)
     assert all(not torch.equal(before[name], after[name]) for name in before)
     assert all(int(after[name]) == 1 for name in after if "tracked" in name)
@@ -204,9 +212,9 @@ def test_tracking_comes_back_after_a_frozen_pass_that_fails(make_net):
 @pytest.mark.parametrize("arm", ARMS)
 def test_total_is_the_formula_of_its_terms(make_net, views, arm, direction):
     host_width, alpha = ARMS[arm]
-    scaled = method(alpha, scale=0.1, xd_direction=direction)
-    projections = scaled.project(make_net(host_width=host_width), *views)
-    found = scaled.losses(projections)
+    scaled = method(make_net(host_width=host_width), alpha, scale=0.1, xd_direction=direction)
+    projections = project(scaled, *views)
+    found = losses(scaled, projections)
     sacl = cross_correlation_loss(projections.host_a, projections.slim_b[0], off_diagonal=OFF_DIAGONAL).total
     assert torch.equal(found.sacl, sacl.detach())
     if alpha == 1:
@@ -232,8 +240,8 @@ def test_total_is_the_formula_of_its_terms(make_net, views, arm, direction):
 
 def test_distillation_from_the_frozen_host_reaches_the_host_only_inside_the_slim_net(make_net, views):
     net = make_net()
-    alone = method(0.0, xd_direction="slim_only")
-    alone.losses(alone.project(net, *views)).total.backward()
+    alone = method(net, 0.0, xd_direction="slim_only")
+    losses(alone, project(alone, *views)).total.backward()
     gradient = net.host[0].weight.grad
     assert gradient[:8].abs().max() > 0
     assert gradient[8:].abs().max() == 0
@@ -243,9 +251,10 @@ def test_distillation_from_the_frozen_host_reaches_the_host_only_inside_the_slim
     "name", ["sacl", "xd_host", "xd_slim", "coding_rate", "diagonal", "off_diagonal_rms"]
 )
 def test_only_the_total_carries_gradient(make_net, views, name):
-    losses = method(0.8).losses(method(0.8).project(make_net(), *views), rate_weight=0.1)
-    assert losses.total.requires_grad
-    assert not getattr(losses, name).requires_grad
+    arm = method(make_net(), 0.8, coding_rate={"weight": 0.1})
+    found = losses(arm, project(arm, *views))
+    assert found.total.requires_grad
+    assert not getattr(found, name).requires_grad
 
 
 @pytest.mark.parametrize(
@@ -284,7 +293,7 @@ def test_forward_units_count_the_passes_that_run(
     net = make_net(host_width=host_width)
     calls = spy(net)
     settings = {"xd_direction": direction, "symmetric": symmetric, "learn_targets": learn_targets}
-    method(alpha, **settings).project(net, *views, dense=dense)
+    project(method(net, alpha, dense=dense, **settings), *views)
     units = {"host": 0.0, "slim": 0.0}
     for name, learns, _ in calls:
         units[name] += 3 if learns else 1
@@ -307,8 +316,7 @@ def make_many(make_net, host_width=2.0, widths=WIDTHS):
     [
         (2.0, 1.0, False, (1.0, 0.5), STEP),
         (2.0, 0.8, False, (1.0, 0.5), STEP + SWAPPED),
-        (2.0, 0.8, False, (0.5,), STEP + SWAPPED),
-        (2.0, 0.8, False, None, [*STEP, ("slim 0.75", "B", "learns"), *SWAPPED]),
+        (2.0, 0.8, False, WIDTHS, [*STEP, ("slim 0.75", "B", "learns"), *SWAPPED]),
         (2.0, 0.8, True, (1.0, 0.5), HOST_ONLY),
         (1.0, 0.8, False, (1.0, 0.5), [*HOST_ONLY, ("slim 0.5", "B", "learns")]),
         (1.0, 1.0, True, (1.0, 0.5), HOST_ONLY),
@@ -317,18 +325,18 @@ def make_many(make_net, host_width=2.0, widths=WIDTHS):
 def test_a_step_of_several_widths_runs_exactly_its_passes(
     make_net, views, host_width, alpha, dense, widths, expected
 ):
-    net = make_many(make_net, host_width)
+    net = make_many(make_net, host_width, widths)
     calls = spy(net)
-    found = method(alpha).project(net, *views, dense=dense, widths=widths)
+    found = project(method(net, alpha, dense=dense), *views)
     assert named(calls, *views) == sorted(expected)
-    assert len(found.slim_b) == (1 if dense else len(WIDTHS if widths is None else {1.0, *widths}))
+    assert len(found.slim_b) == (1 if dense else len(widths))
 
 
 @pytest.mark.parametrize("host_width", [1.0, 2.0])
-def test_projections_of_each_width_stand_in_the_order_asked_for(make_net, views, host_width):
+def test_projections_of_each_width_stand_from_the_widest_on(make_net, views, host_width):
     net = make_many(make_net, host_width).eval()
-    found = method(0.8).project(net, *views, widths=(0.5, 1.0, 0.75))
-    for projection, width in zip(found.slim_b, (1.0, 0.5, 0.75), strict=True):
+    found = project(method(net, 0.8), *views)
+    for projection, width in zip(found.slim_b, WIDTHS, strict=True):
         assert torch.equal(projection, net.forward_slim(views[1], width))
     if host_width == 2.0:
         assert torch.equal(found.slim_a, net.forward_slim(views[0]))
@@ -338,29 +346,28 @@ def test_projections_of_each_width_stand_in_the_order_asked_for(make_net, views,
         assert found.host_b is None
 
 
-def test_the_module_hands_on_widths_and_can_leave_the_frozen_passes_out(make_net, views):
-    net = make_many(make_net).eval()
+def test_the_frozen_passes_can_be_left_out(make_net, views):
+    net = make_many(make_net, widths=(1.0, 0.5)).eval()
     calls = spy(net)
-    found = Passes(net, method(0.8))(views, False, (1.0, 0.5), True)
+    learnt, targets = method(net, 0.8)(views, 0, True)
     assert named(calls, *views) == sorted(STEP)
-    assert found.slim_a is None
-    assert found.host_b is None
-    assert len(found.slim_b) == 2
-    whole = Passes(net, method(0.8))(views, widths=(1.0, 0.5))
-    later = method(0.8).frozen_passes(net, *views)
-    for part, expected in zip([*found.tensors(), *later], whole.tensors(), strict=True):
-        assert torch.equal(part, expected)
+    assert list(learnt) == ["host_a", "slim_b", "slim_b@0.5"]
+    assert targets == {}
+    whole = method(net, 0.8)(views, 0)
+    assert list(whole.targets) == ["slim_a", "host_b"]
+    for name, part in learnt.items():
+        assert torch.equal(part, whole.learnt[name])
 
 
 @pytest.mark.parametrize("direction", ["both", "slim_only"])
 @pytest.mark.parametrize("alpha", [1.0, 0.8])
 def test_terms_of_several_widths_are_their_means(make_net, views, alpha, direction):
-    scaled = method(alpha, scale=0.1, xd_direction=direction)
+    scaled = method(make_many(make_net), alpha, scale=0.1, xd_direction=direction)
     with torch.no_grad():
-        projections = scaled.project(make_many(make_net), *views)
-    host_a, slim_b, slim_a, host_b, _ = projections
+        projections = project(scaled, *views)
+    host_a, slim_b = projections.host_a, projections.slim_b
     assert len(slim_b) == 3
-    found = scaled.losses(projections)
+    found = losses(scaled, projections)
     single = [cross_correlation_loss(host_a, z, off_diagonal=OFF_DIAGONAL) for z in slim_b]
     sacl = sum(float(loss.total) for loss in single) / 3
     assert float(found.sacl) == pytest.approx(sacl, rel=1e-6)
@@ -368,11 +375,11 @@ def test_terms_of_several_widths_are_their_means(make_net, views, alpha, directi
     assert torch.equal(found.off_diagonal_rms, single[0].off_diagonal_rms)
     expected = sacl
     if alpha < 1:
-        xd_slim = sum(float(correlation_loss(z, host_b)) for z in slim_b) / 3
+        xd_slim = sum(float(correlation_loss(z, projections.host_b)) for z in slim_b) / 3
         assert float(found.xd_slim) == pytest.approx(xd_slim, rel=1e-6)
         distillation = xd_slim
         if direction == "both":
-            xd_host = float(correlation_loss(host_a, slim_a))
+            xd_host = float(correlation_loss(host_a, projections.slim_a))
             distillation = (xd_host + xd_slim) / 2
         expected = alpha * sacl + (1 - alpha) * distillation
     assert float(found.total) == pytest.approx(0.1 * expected, rel=1e-6)
@@ -420,9 +427,9 @@ def plain_step(net, view_a, view_b, *, alpha, direction, dense):
 def test_one_width_trains_as_written_out_bit_for_bit(make_net, views, arm, direction, dense):
     host_width, alpha = ARMS[arm]
     net, plain = make_net(host_width=host_width), make_net(host_width=host_width)
-    scaled = method(alpha, scale=0.1, xd_direction=direction)
+    scaled = method(net, alpha, dense=dense, scale=0.1, xd_direction=direction)
     for _ in range(3):
-        found = scaled.losses(scaled.project(net, *views, dense=dense, widths=(1.0,))).total
+        found = losses(scaled, project(scaled, *views)).total
         expected = plain_step(plain, *views, alpha=alpha, direction=direction, dense=dense)
         assert torch.equal(found, expected)
         for each, loss in ((net, found), (plain, expected)):
@@ -485,9 +492,9 @@ def test_units_of_several_widths_count_the_passes_that_run(make_net, views, arm,
     net = make_many(make_net, host_width, widths)
     calls = spy(net)
     steps = 200
-    arms = method(alpha, xd_direction=direction)
+    arms = method(net, alpha, dense=dense, xd_direction=direction, total_steps=steps)
     for step in range(steps):
-        arms.project(net, *views, dense=dense, widths=sandwich(widths, seed=0, step=step))
+        project(arms, *views, step=step)
     units = dict.fromkeys(["host", "slim", "slim 0.875", "slim 0.75", "slim 0.5"], 0.0)
     for name, learns, _ in calls:
         units[name] += (3 if learns else 1) / steps
@@ -525,7 +532,7 @@ FOUR = [*PAIR, ("slim", "A", "learns"), ("host", "B", "learns")]
 def test_four_passes_learn_when_asked_to(make_net, views, host_width, alpha, settings, dense, expected):
     net = make_net(host_width=host_width)
     calls = spy(net)
-    method(alpha, **settings).project(net, *views, dense=dense)
+    project(method(net, alpha, dense=dense, **settings), *views)
     assert named(calls, *views) == sorted(expected)
 
 
@@ -536,10 +543,11 @@ def test_terms_of_symmetric_passes_are_the_means_over_both_views(
     make_net, views, alpha, learn_targets, direction
 ):
     settings = {"symmetric": True, "learn_targets": learn_targets, "xd_direction": direction}
-    both = method(alpha, scale=0.1, **settings)
-    projections = both.project(make_net(), *views)
-    host_a, (slim_b,), slim_a, host_b, _ = projections
-    found = both.losses(projections)
+    both = method(make_net(), alpha, scale=0.1, **settings)
+    projections = project(both, *views)
+    host_a, (slim_b,) = projections.host_a, projections.slim_b
+    slim_a, host_b = projections.slim_a, projections.host_b
+    found = losses(both, projections)
 
     def pull(z, target):
         return correlation_loss(z, target if learn_targets else target.detach())
@@ -564,10 +572,10 @@ def test_learnt_targets_are_pulled_and_frozen_ones_are_not(make_net, views):
     net = make_net()
     gradients = {}
     for learn_targets in (False, True):
-        arm = method(0.0, learn_targets=learn_targets)
-        projections = arm.project(net, *views)
+        arm = method(net, 0.0, learn_targets=learn_targets)
+        projections = project(arm, *views)
         assert projections.slim_a.requires_grad is projections.host_b.requires_grad is learn_targets
-        gradients[learn_targets] = torch.autograd.grad(arm.losses(projections).total, net.host[0].weight)[0]
+        gradients[learn_targets] = torch.autograd.grad(losses(arm, projections).total, net.host[0].weight)[0]
     assert not torch.allclose(gradients[False], gradients[True], rtol=1e-2)
 
 
@@ -578,8 +586,8 @@ def test_symmetric_passes_change_nothing_where_one_net_takes_both_views(make_net
     pulls = []
     for settings in ({}, {"symmetric": True}):
         net = make_net(host_width=1.0 if case == "one net" else 2.0)
-        arm = method(alpha, **settings)
-        arm.losses(arm.project(net, *views, dense=case == "dense")).total.backward()
+        arm = method(net, alpha, dense=case == "dense", **settings)
+        losses(arm, project(arm, *views)).total.backward()
         pulls.append([parameter.grad for parameter in net.host.parameters()])
     for one, other in zip(*pulls, strict=True):
         assert torch.equal(one, other)
@@ -598,9 +606,9 @@ def local(views):
 def test_local_views_go_through_the_slim_net_and_in_a_slow_start_through_the_host(
     make_net, views, local, dense, symmetric
 ):
-    net = make_many(make_net)
+    net = make_net()
     calls = spy(net)
-    found = method(1.0, symmetric=symmetric).project(net, *views, local=local, dense=dense, widths=(1.0,))
+    found = project(method(net, 1.0, dense=dense, symmetric=symmetric), *views, local=local)
     small = [("host" if dense else "slim", f"local {number}", "learns") for number in range(2)]
     whole = HOST_ONLY if dense else FOUR if symmetric else PAIR
     assert named(calls, *views, *local) == sorted([*whole, *small])
@@ -608,12 +616,13 @@ def test_local_views_go_through_the_slim_net_and_in_a_slow_start_through_the_hos
 
 
 def test_local_views_stand_beside_view_b_in_the_contrastive_term(make_net, views, local):
-    arm = method(0.8)
-    projections = arm.project(make_net(), *views, local=local)
-    found = arm.losses(projections)
+    arm = method(make_net(), 0.8)
+    projections = project(arm, *views, local=local)
+    found = losses(arm, projections)
     pairs = [correlation_loss(projections.host_a, z) for z in (*projections.slim_b, *projections.local)]
     assert float(found.sacl) == pytest.approx(float(sum(pairs).detach()) / 3, rel=1e-6)
-    alone = arm.losses(projections._replace(local=()))
+    learnt, targets = projections.embeddings
+    alone = losses(arm, Embeddings({name: learnt[name] for name in ("host_a", "slim_b")}, targets))
     assert torch.equal(found.xd_slim, alone.xd_slim)
     assert torch.equal(found.diagonal, alone.diagonal)
     for z in projections.local:
@@ -623,8 +632,8 @@ def test_local_views_stand_beside_view_b_in_the_contrastive_term(make_net, views
 @pytest.mark.parametrize("dense", [False, True])
 def test_local_views_leave_running_statistics_to_the_whole_ones(make_net, views, local, dense):
     net, other = make_net(), make_net()
-    method(0.8).project(net, *views, local=local, dense=dense)
-    method(0.8).project(other, *views, dense=dense)
+    project(method(net, 0.8, dense=dense), *views, local=local)
+    project(method(other, 0.8, dense=dense), *views)
     found, expected = statistics(net), statistics(other)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
@@ -635,9 +644,10 @@ def test_local_views_leave_running_statistics_to_the_whole_ones(make_net, views,
 @pytest.mark.parametrize("encoders", ["both", "host", "slim"])
 @pytest.mark.parametrize("settings", [{}, {"symmetric": True}])
 def test_rate_is_the_mean_over_the_encoders_asked_for(make_net, views, local, encoders, settings):
-    arm = method(0.8, scale=0.1, rate_encoders=encoders, rate_epsilon=0.3, **settings)
-    projections = arm.project(make_many(make_net), *views, local=local)
-    found, without = arm.losses(projections, rate_weight=0.7), arm.losses(projections)
+    net, rate = make_many(make_net), {"encoders": encoders, "epsilon": 0.3, "weight": 0.7}
+    arm, plain = (method(net, 0.8, scale=0.1, **settings, **more) for more in ({"coding_rate": rate}, {}))
+    projections = project(arm, *views, local=local)
+    found, without = losses(arm, projections), losses(plain, projections)
 
     def mean_rate(sets):
         return sum(float(coding_rate(z.detach(), epsilon=0.3)) for z in sets) / len(sets)
@@ -653,10 +663,10 @@ def test_rate_is_the_mean_over_the_encoders_asked_for(make_net, views, local, en
 
 def test_frozen_projections_have_no_rate(make_net, views):
     """Their encoders' rate is that of the passes that learn."""
-    arm = method(0.8)
-    projections = arm.project(make_net(), *views)
-    changed = projections._replace(slim_a=torch.randn(16, 6), host_b=torch.randn(16, 6))
-    rates = [arm.losses(given, rate_weight=1.0).coding_rate for given in (projections, changed)]
+    arm = method(make_net(), 0.8, coding_rate={"weight": 1.0})
+    found = arm(views, 0)
+    changed = Embeddings(found.learnt, {name: torch.randn(16, 6) for name in found.targets})
+    rates = [losses(arm, given).coding_rate for given in (found, changed)]
     assert torch.equal(*rates)
 
 
@@ -664,12 +674,15 @@ def test_frozen_projections_have_no_rate(make_net, views):
 @pytest.mark.parametrize("name", ["simclr", "cosine"])
 def test_another_loss_stands_in_every_term(make_net, views, arm, name):
     host_width, alpha = ARMS[arm]
-    comparison = Comparison(name, temperature=0.3, off_diagonal=OFF_DIAGONAL)
-    other = SaclXd(alpha=alpha, comparison=comparison)
+    # The weight of the rate is the least that lets the cosine pass.
+    rate = {"weight": 1e-30}
+    other = method(make_net(host_width=host_width), alpha, loss=name, temperature=0.3, coding_rate=rate)
     with torch.no_grad():
-        projections = other.project(make_net(host_width=host_width), *views)
-    host_a, (slim_b,), slim_a, host_b, _ = projections
-    found = other.losses(projections)
+        projections = project(other, *views)
+    host_a, (slim_b,) = projections.host_a, projections.slim_b
+    slim_a, host_b = projections.slim_a, projections.host_b
+    found = losses(other, projections)
+    comparison = {"simclr": partial(contrastive_loss, temperature=0.3), "cosine": alignment_loss}[name]
     expected = float(comparison(host_a, slim_b))
     assert float(found.sacl) == expected
     if alpha < 1:

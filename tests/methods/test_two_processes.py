@@ -196,14 +196,13 @@ import torch
 from worlds import fork_world
 
 from edgecl import processes
-from edgecl.methods.losses import coding_rate
-from edgecl.methods.sacl_xd import Comparison
+from edgecl.methods.losses import alignment_loss, coding_rate, contrastive_loss
 
 FOLDER = sys.argv[1]
 LOSSES = {
     "coding rate": lambda a, b: coding_rate(a, epsilon=0.5) + coding_rate(b, epsilon=0.1),
-    "simclr": Comparison("simclr", temperature=0.5),
-    "cosine": Comparison("cosine"),
+    "simclr": lambda a, b: contrastive_loss(a, b, temperature=0.5),
+    "cosine": alignment_loss,
 }
 
 

@@ -21,9 +21,10 @@ from edgecl.nets.carving import (
 )
 from edgecl.nets.catalogue import NETS
 from edgecl.nets.fake_quant import quantise_net
-from edgecl.recipe import recipe_from_tables
+from edgecl.recipe import Host, Recipe, recipe_from_tables
 
 SMALL = "mobilenetv3_small_100"
+PREPROCESSING = preprocessing_of(Recipe(host=Host(arch=SMALL)))  # type: ignore[call-arg]
 
 
 @pytest.fixture
@@ -381,7 +382,7 @@ def test_weights_of_another_net_are_named(tmp_path):
         width=0.75,
         stem_stride=None,
         classes=None,
-        preprocessing={},
+        preprocessing=PREPROCESSING,
         origin="random",
         made_from=None,
         data=None,
@@ -423,7 +424,7 @@ def quantised(tmp_path):
         width=0.5,
         stem_stride=1,
         classes=["cat", "dog"],
-        preprocessing={},
+        preprocessing=PREPROCESSING,
         origin="finetuned",
         made_from=None,
         data=None,
@@ -465,7 +466,7 @@ def test_record_of_a_version_that_knew_no_quantised_nets_loads(tmp_path, images)
         width=0.5,
         stem_stride=None,
         classes=None,
-        preprocessing={},
+        preprocessing=PREPROCESSING,
         origin="random",
         made_from=None,
         data=None,

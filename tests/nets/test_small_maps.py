@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
+from methods_of import method_of
 from torch import nn
 
 from edgecl.cost import forward_cost
-from edgecl.methods.sacl_xd import Comparison, SaclXd
 from edgecl.nets.backbone import activate_beside_input, create_backbone
 from edgecl.nets.heads import Encoder
 from edgecl.nets.slimming import SlimmableNet
@@ -250,11 +250,11 @@ def test_the_gradients_of_a_step_are_those_of_torchs_convolutions(arch):
     plain.load_state_dict(quick.state_dict())
     exact = copy.deepcopy(plain).double()
     views = [torch.randn(16, 3, 32, 32).contiguous(memory_format=torch.channels_last) for _ in range(2)]
-    method = SaclXd(alpha=0.5, comparison=Comparison(off_diagonal=1 / 16))
 
     def gradient_of(net, given):
         net.to(memory_format=torch.channels_last).train()
-        method.losses(method.project(net, *given)).total.backward()
+        method = method_of(net, alpha=0.5, off_diagonal=1 / 16)
+        method.loss(method(given, 0), 0)[0].backward()
         return torch.cat([parameter.grad.flatten().double() for parameter in net.parameters()])
 
     true = gradient_of(exact, [view.double() for view in views])

@@ -147,7 +147,11 @@ def reseal(bundle, place, value):
             "'precisions' is '../../evil', expected names out of fp32, fp16, int8",
         ),
         (["precisions", "fp32"], "model.onnx", "'precisions.fp32' is 'model.onnx', expected an object"),
-        (["precisions", "fp32", "model"], ["m"], """'precisions.fp32.model' is ["m"], expected a text"""),
+        (
+            ["precisions", "fp32", "model"],
+            ["m"],
+            """'precisions.fp32.model' is ["m"], expected the name of a file""",
+        ),
         (["precisions", "fp32", "form"], None, "'precisions.fp32.form' is missing, expected a text"),
         (
             ["precisions", "fp16", "tolerance"],

@@ -154,6 +154,9 @@ def test_outputs_of_another_shape_disagree(tmp_path):
     bundle = make_bundle(tmp_path / "bundle")
     with np.load(bundle / "reference.npz") as arrays:
         np.savez(bundle / "reference.npz", inputs=arrays["inputs"], outputs=arrays["outputs"][:, :4])
+    manifest = read_manifest(bundle)
+    manifest["output"]["shape"] = [1, 4]
+    write_manifest(bundle, manifest)
     rehash(bundle)
     with pytest.raises(DisagreementError, match=r"fp32 has outputs of shape \(5, 6\), torch's have \(5, 4\)"):
         verify(bundle)
@@ -193,20 +196,20 @@ def test_reference_that_is_no_archive_is_refused(tmp_path, kind):
         with (bundle / "reference.npz").open("wb") as file:
             np.save(file, np.zeros((2, 3, 8, 8), np.float32))
     rehash(bundle)
-    with pytest.raises(BundleError, match=r"holds no reference inputs and outputs: it is no archive$"):
+    with pytest.raises(BundleError, match=r"holds no reference inputs and outputs: .*zip"):
         verify(bundle)
 
 
 @pytest.mark.parametrize(
     ("outputs", "why"),
     [
-        (np.full((1, 6), np.nan, np.float32), "some are not finite"),
-        (np.zeros((1, 0), np.float32), "there are none"),
+        (np.full((1, 6), np.nan, np.float32), "outputs that no net can be held to: some are not finite$"),
+        (np.zeros((1, 0), np.float32), r"outputs \(1, 0\); .* outputs \(N, 6\)$"),
     ],
 )
 def test_reference_that_no_net_can_be_held_to_is_refused(tmp_path, outputs, why):
     bundle = make_bundle(tmp_path / "bundle")
     np.savez(bundle / "reference.npz", inputs=np.zeros((1, 3, 8, 8), np.float32), outputs=outputs)
     rehash(bundle)
-    with pytest.raises(BundleError, match=f"outputs that no net can be held to: {why}$"):
+    with pytest.raises(BundleError, match=why):
         verify(bundle)

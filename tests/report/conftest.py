@@ -72,10 +72,23 @@ class Maker:
                 "recipe_name": recipe,
                 "recipe": {
                     "host": {"arch": "mobilenetv1_100", "width": 1.5},
-                    "loss": {"alpha": 0.95, "off_diagonal": 0.005},
+                    "method": {"name": "sacl-xd", "alpha": 0.95, "off_diagonal": 0.005},
                     "optim": {"name": "lars", "lr": 0.8},
                 },
                 "arm": "SACL-XD",
+                "panels": [
+                    {
+                        "title": "Loss terms",
+                        "lines": {
+                            "loss": "total",
+                            "sacl": "SACL",
+                            "xd_host": "XD host",
+                            "xd_slim": "XD slim",
+                        },
+                        "unit": "",
+                        "log": True,
+                    }
+                ],
                 "data": {"uri": "demo", "images": 8192, "fingerprint": "f1" * 32, "skipped": []},
                 "seed": 7,
                 "device": "cpu",

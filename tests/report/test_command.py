@@ -145,7 +145,7 @@ def test_directory_named_diff_is_reported_on_by_its_path(make, tmp_path, invoke,
 
 def test_whole_command_line_knows_both():
     """The command is registered with its own class, or `diff` would be taken for a directory."""
-    from edgecl.cli import app
+    from edgecl.cli.commands import app
 
     done = CliRunner().invoke(app, ["report", "diff", "--help"])
     assert "--fail-on" in done.stdout

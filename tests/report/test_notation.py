@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from edgecl.errors import printable
 from edgecl.report.notation import (
     duration,
     finite,
@@ -12,7 +13,6 @@ from edgecl.report.notation import (
     milliseconds,
     percent,
     points,
-    printable,
     scaled,
     shortened,
 )
@@ -93,4 +93,4 @@ def test_long_names_lose_their_middle():
 
 
 def test_unprintable_characters_are_replaced():
-    assert printable("a\x00b\udcff\tc") == "a\ufffdb\ufffd\tc"
+    assert printable("a\x00b\udcff\tc\r\u202e") == "a\\x00b\\udcff\tc\\x0d\\u202e"

@@ -229,7 +229,7 @@ def test_hostile_names_are_shown_and_do_nothing(make, tmp_path, place):
 def test_name_that_is_no_utf8_and_has_control_characters_is_shown(make, tmp_path):
     net = make.model(tmp_path / "n\x07et 日本語 \udcff")
     report([net], out=tmp_path / "report")
-    assert "n\ufffdet 日本語 \ufffd" in page_of(tmp_path / "report").text
+    assert "n\\x07et 日本語 \\udcff" in page_of(tmp_path / "report").text
 
 
 def test_markdown_has_the_verdict_and_the_table(whole):
@@ -341,6 +341,30 @@ def test_arm_with_one_net_has_no_curves_of_the_other(make, tmp_path):
     curves = report([run], out=tmp_path / "report")["runs"][0]["curves"]
     assert "loss" in curves
     assert not {"xd_host", "xd_slim", "grad_norm_slim", "sacl"} & set(curves)
+
+
+def test_terms_of_any_method_are_drawn_as_its_panels_say(make, tmp_path):
+    panels = [
+        {"title": "Pull <1>", "lines": {"pull": "towards"}, "unit": "nats", "log": True},
+        {"title": "Nothing logged", "lines": {"never": "never"}, "unit": "", "log": False},
+        "no panel",
+        {"title": "no lines"},
+    ]
+    run = make.run(tmp_path / "run", steps=3, panels=panels)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    (run / "metrics.jsonl").write_text("".join(json.dumps({**line, "pull": 1.5}) + "\n" for line in lines))
+    found = report([run], out=tmp_path / "report")["runs"][0]
+    assert [panel["title"] for panel in found["panels"]] == ["Pull <1>", "Nothing logged"]
+    assert found["curves"]["pull"]["mean"] == [1.5, 1.5, 1.5]
+    assert "sacl" not in found["curves"]
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "<b>Pull &lt;1&gt;</b> nats" in page
+    assert "Nothing logged</b>" not in page
+
+
+def test_a_run_that_names_no_panels_has_its_loss_drawn(make, tmp_path):
+    run = make.run(tmp_path / "run", steps=3, panels=None)
+    assert "loss" in report([run], out=tmp_path / "report")["runs"][0]["curves"]
 
 
 def test_torn_last_line_of_the_metrics_is_left_out_and_said(make, tmp_path):

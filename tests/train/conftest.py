@@ -23,16 +23,16 @@ TABLES = {
     "host": {"arch": "mobilenetv3_small_100", "width": 0.75, "stem_stride": 2},
     "slim": {"width": 0.5},
     "projector": {"sizes": [16, 16]},
-    "loss": {"alpha": 0.9, "off_diagonal": 0.05},
+    "method": {"alpha": 0.9, "off_diagonal": 0.05},
     "data": {"image_size": 32, "batch_size": 8},
     "optim": {"name": "adamw", "lr": 1e-3, "warmup_epochs": 0.5},
     "run": {"epochs": 2, "log_every": 1, "quality_epochs": 1},
 }
 
 ARMS = {
-    "Barlow Twins": ["host.width=0.5", "loss.alpha=1.0"],
+    "Barlow Twins": ["host.width=0.5", "method.alpha=1.0"],
     "XD only": ["host.width=0.5"],
-    "SACL only": ["loss.alpha=1.0"],
+    "SACL only": ["method.alpha=1.0"],
     "SACL-XD": [],
 }
 

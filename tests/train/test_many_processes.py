@@ -107,8 +107,8 @@ def scenarios(tmp_path_factory, tables, labelled_pictures):
         "host__stem_stride": 1,
         "host__nested_start": True,
         "data__batch_size": 20,
-        "coding_rate__weight": 0.1,
-        "loss__symmetric": True,
+        "method__coding_rate__weight": 0.1,
+        "method__symmetric": True,
         "views__local_count": 2,
         "views__local_size": 24,
         # The rate's gradient is large where projections are almost alike, and rounding grows with it.

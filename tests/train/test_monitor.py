@@ -5,10 +5,11 @@ import math
 
 import pytest
 import torch
+from methods_of import method_of
 
 from edgecl.errors import CollapseError
 from edgecl.methods.losses import cross_correlation_loss
-from edgecl.methods.sacl_xd import Comparison, SaclXd
+from edgecl.methods.method import Embeddings
 from edgecl.nets.carving import create_slimmable
 from edgecl.train.monitor import CollapseAlarm, MetricsFile, gradient_norms, read_metrics
 
@@ -56,7 +57,7 @@ def test_a_spread_that_stays_low_is_warned_of_and_stops_the_run(alarm, tmp_path,
         "and the diagonal of the correlation 0.02, in 5 records in a row"
     )
     assert caught.value.where == {"run": tmp_path, "step": 5}
-    assert "a higher [loss] off_diagonal" in caught.value.hint
+    assert "a higher [method.coding_rate] weight" in caught.value.hint
 
 
 def test_a_spread_that_recovers_goes_on(alarm):
@@ -73,13 +74,20 @@ def look(step, rank_me):
     return {"step": step, "rankme_host": 50.0, "rankme_slim": rank_me}
 
 
+def test_a_method_that_does_not_correlate_its_views_is_judged_by_the_spread(alarm, said):
+    known = {key: value for key, value in record(std=0.05).items() if key != "diagonal"}
+    assert alarm.check(known) == "collapse"
+    assert "diagonal" not in said[0]
+    assert alarm.check({**known, "std": 0.5}) is None
+
+
 def test_rankme_that_falls_three_times_in_a_row_is_warned_of(alarm, said):
     for step, value in enumerate([9.0, 8.0, 8.5, 8.0, 7.0]):
         assert alarm.check_quality(look(step, value)) is None
     assert alarm.check_quality(look(5, 6.0)) == "rankme falls"
     assert said == [
         "step 5: RankMe fell 3 times in a row, 8.5 > 8.0 > 7.0 > 6.0: the features lose dimensions; "
-        "lower [optim] lr or raise [loss] off_diagonal if it goes on"
+        "lower [optim] lr or raise [method.coding_rate] weight if it goes on"
     ]
 
 
@@ -180,22 +188,20 @@ def test_gradient_norms_are_those_of_the_two_passes_apart(make_recipe, alpha, di
     torch.manual_seed(0)
     net = create_slimmable(make_recipe())
     views = torch.randn(2, 8, 3, 32, 32)
-    method = SaclXd(alpha=alpha, comparison=Comparison(off_diagonal=0.05), xd_direction=direction)
+    method = method_of(net, alpha=alpha, off_diagonal=0.05, xd_direction=direction)
 
     net.watched = {}
-    (method.losses(method.project(net, views[0], views[1])).total * scale).backward()
+    (method.loss(method(views, 0), 0)[0] * scale).backward()
     found = gradient_norms(net, net.watched, scale=scale)
     net.watched = None
 
     parameters = list(net.parameters())
     expected = {}
     for name in ("host", "slim"):
-        projections = method.project(net, views[0], views[1])
-        if name == "host":
-            projections = projections._replace(slim_b=tuple(z.detach() for z in projections.slim_b))
-        else:
-            projections = projections._replace(host_a=projections.host_a.detach())
-        gradients = torch.autograd.grad(method.losses(projections).total, parameters, allow_unused=True)
+        learnt, targets = method(views, 0)
+        other = {"host": "slim_b", "slim": "host_a"}[name]
+        cut = Embeddings({**learnt, other: learnt[other].detach()}, targets)
+        gradients = torch.autograd.grad(method.loss(cut, 0)[0], parameters, allow_unused=True)
         expected[f"grad_norm_{name}"] = norm(gradient for gradient in gradients if gradient is not None)
     assert found == pytest.approx(expected, rel=1e-3)
     assert found["grad_norm_host"] != pytest.approx(found["grad_norm_slim"], rel=1e-2)

@@ -9,7 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 from edgecl.artifacts import ReportDir, RunDir
-from edgecl.cli import app
+from edgecl.cli.commands import app
 from edgecl.methods.losses import cross_correlation_loss
 from edgecl.nets.heads import Encoder
 from edgecl.report.report import report
@@ -47,6 +47,10 @@ def step(number, diagonal=0.5, rms=0.5):
     return {"step": number, "loss": 1.0, "diagonal": diagonal, "off_diagonal_rms": rms}
 
 
+def test_of_a_method_that_does_not_correlate_its_views_there_is_nothing_to_see(alarm):
+    assert alarm.check({"step": 1, "loss": 1.0, "std": 0.5}) is None
+
+
 def look(number, *, rankme=5.0, knn=None, net="slim"):
     other = {"slim": "host", "host": "slim"}[net]
     absent = None if net == "host" else 500.0
@@ -63,7 +67,7 @@ def test_a_recorded_run_that_is_stuck_is_warned_of_within_its_first_tenth(alarm,
     warned = [record["step"] for record in recorded("stuck-sacl-xd") if heed(alarm, record)]
     assert warned[0] <= math.ceil(STEPS_OF_DEMO / 10)
     assert len(said) == len(warned)
-    for words in ("plateau", "[coding_rate] weight", "[host] nested_start", "[optim] lr"):
+    for words in ("plateau", "[method.coding_rate] weight", "[host] nested_start", "[optim] lr"):
         assert words in said[0]
 
 
@@ -76,7 +80,7 @@ def test_a_recorded_run_that_is_stuck_says_so_at_its_end(alarm):
     assert verdict["since"] < records[-1]["step"]
     assert f"RankMe is {last['rankme_slim']:.1f} of at most 1,024" in verdict["words"]
     assert f"kNN {last['knn_top1_slim']:.1f} %" in verdict["words"]
-    assert "[coding_rate] weight" in verdict["hint"]
+    assert "[method.coding_rate] weight" in verdict["hint"]
 
 
 def test_a_recorded_run_that_leaves_the_plateau_is_warned_of_once_and_not_called_stuck(alarm):

@@ -106,10 +106,10 @@ def assert_same_run(one, other):
 
 MORE = [
     "host.nested_start=true",
-    "coding_rate.weight=0.1",
-    "coding_rate.until=0.6",
-    "loss.symmetric=true",
-    "loss.name='simclr'",
+    "method.coding_rate.weight=0.1",
+    "method.coding_rate.until=0.6",
+    "method.symmetric=true",
+    "method.loss='simclr'",
     "views.local_count=3",
 ]
 

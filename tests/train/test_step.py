@@ -9,9 +9,10 @@ import torch
 from accelerate import Accelerator
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from edgecl.methods.losses import CodingRate
+from edgecl.methods.method import Embeddings
 from edgecl.nets.carving import create_slimmable
-from edgecl.recipe import CodingRate
-from edgecl.train.step import Step, coding_rate_weight
+from edgecl.train.step import Step
 
 
 def make_step(recipe, steps_per_epoch=5):
@@ -42,8 +43,8 @@ class HostReads(TorchDispatchMode):
         "optim.clip_norm=5.0",
         "run.accumulate=2",
         "optim.name='lars'",
-        "coding_rate.weight=0.1",
-        "loss.name='simclr'",
+        "method.coding_rate.weight=0.1",
+        "method.loss='simclr'",
     ],
 )
 def test_no_number_is_read_within_a_step(make_recipe, setting):
@@ -59,18 +60,18 @@ def test_no_number_is_read_within_a_step(make_recipe, setting):
     assert reads.count > 0
 
 
-EVERYTHING = ["coding_rate.weight=0.2", "loss.symmetric=true", "loss.learn_targets=true"]
+EVERYTHING = ["method.coding_rate.weight=0.2", "method.symmetric=true", "method.learn_targets=true"]
 WAYS = {
     "SACL-XD": [],
-    "coding rate": ["coding_rate.weight=0.2"],
-    "learnt targets": ["loss.learn_targets=true"],
-    "symmetric": ["loss.symmetric=true"],
-    "symmetric, slim_only": ["loss.symmetric=true", "loss.xd_direction='slim_only'"],
+    "coding rate": ["method.coding_rate.weight=0.2"],
+    "learnt targets": ["method.learn_targets=true"],
+    "symmetric": ["method.symmetric=true"],
+    "symmetric, slim_only": ["method.symmetric=true", "method.xd_direction='slim_only'"],
     "all of them": EVERYTHING,
     "one net": ["host.width=0.5", *EVERYTHING],
     "one net, frozen targets": ["host.width=0.5"],
     "slow start": ["slim.slow_start=1.0", *EVERYTHING],
-    "SimCLR": ["loss.name='simclr'"],
+    "SimCLR": ["method.loss='simclr'"],
     "several widths": ["slim.widths=[0.5, 0.35]", *EVERYTHING],
 }
 
@@ -93,7 +94,7 @@ def test_parts_take_the_whole_batchs_gradient(make_recipe, way):
                 if parameter.grad is not None
             }
         )
-        outcome = step(given, number=0, dense=recipe.slim.slow_start > 0, watch=True)
+        outcome = step(given, number=0, watch=True)
         seen["norms"] = torch.tensor(
             [norm or 0.0 for norm in outcome.gradient_norms.values()], dtype=torch.float32
         )
@@ -110,19 +111,18 @@ def test_parts_take_the_whole_batchs_gradient(make_recipe, way):
 
 def test_the_norm_of_the_slim_nets_gradient_is_of_all_its_passes(make_recipe):
     """Against differentiating by the slim passes alone: those of view A, view B and the local ones."""
-    step = make_step(make_recipe("loss.symmetric=true", "optim.name='sgd'"))
+    step = make_step(make_recipe("method.symmetric=true", "method.swap_views=0.0", "optim.name='sgd'"))
     given = [*views(), *(view[..., :16, :16] for view in views())]
     step.optimizer.step = lambda: None
     net = step.net
     net.watched = {}
-    projections = step.method.project(net, *given[:2], local=given[2:])
-    step.method.losses(projections).total.backward()
+    step.method.loss(step.method(given, 0), 0)[0].backward()
     watched, net.watched = net.watched, None
     slim = net._views[net.slim_width].slices
     net.zero_grad()
-    again = step.method.project(net, *given[:2], local=given[2:])
-    cut = again._replace(host_a=again.host_a.detach(), host_b=again.host_b.detach())
-    step.method.losses(cut).total.backward()
+    learnt, _ = step.method(given, 0)
+    cut = {name: z.detach() if name.startswith("host") else z for name, z in learnt.items()}
+    step.method.loss(Embeddings(cut, {}), 0)[0].backward()
     host = dict(net.host.named_parameters())
     for name, gradient in watched.items():
         expected = host[name].grad[slim[name]]
@@ -136,19 +136,24 @@ def test_the_norm_of_the_slim_nets_gradient_is_of_all_its_passes(make_recipe):
 )
 def test_the_weight_of_the_rate_is_constant_or_falls_in_a_line_to_nothing(until, expected):
     setting = CodingRate(weight=0.4, until=until)
-    found = [coding_rate_weight(setting, step, total_steps=4) for step in range(4)]
+    found = [setting.weight_at(step, total_steps=4) for step in range(4)]
     assert found == pytest.approx(expected)
 
 
 def test_a_step_takes_the_rate_of_its_number(make_recipe):
-    recipe = make_recipe("coding_rate.weight=0.5", "coding_rate.until=0.5", "optim.lr=1e-9")
+    recipe = make_recipe(
+        "method.coding_rate.weight=0.5",
+        "method.coding_rate.until=0.5",
+        "method.swap_views=0.0",
+        "optim.lr=1e-9",
+    )
     step = make_step(recipe)  # ten steps
-    losses = [step(views(), number=number).losses for number in (0, 4, 5)]
-    assert losses[2].coding_rate is None
-    rates = [float(loss.coding_rate) for loss in losses[:2]]
-    plain = float(losses[2].total.detach())
-    for loss, rate, weight in zip(losses, rates, (0.5, 0.1), strict=False):
-        assert float(loss.total.detach()) == pytest.approx(plain - weight * rate, abs=1e-4 * weight * rate)
+    outcomes = [step(views(), number=number) for number in (0, 4, 5)]
+    assert outcomes[2].terms["coding_rate"] is None
+    plain = float(outcomes[2].loss.detach())
+    for outcome, weight in zip(outcomes, (0.5, 0.1), strict=False):
+        pulled = weight * float(outcome.terms["coding_rate"])
+        assert float(outcome.loss.detach()) == pytest.approx(plain - pulled, abs=1e-4 * pulled)
 
 
 @pytest.mark.slow
@@ -158,7 +163,7 @@ def test_compiled_passes_train_alike(make_recipe):
     losses = {}
     for compiled in ("false", "true"):
         step = make_step(make_recipe("optim.name='sgd'", "optim.lr=1e-5", f"run.compile={compiled}"))
-        losses[compiled] = [float(step(views(), number=number).losses.total.detach()) for number in range(3)]
+        losses[compiled] = [float(step(views(), number=number).loss.detach()) for number in range(3)]
     assert losses["true"] == pytest.approx(losses["false"], rel=1e-3)
 
 

@@ -13,6 +13,31 @@ from ..errors import BundleError, DeviceError
 DEVICE = "CPU"
 
 
+def import_openvino() -> Any:
+    """Return the module, which is kept from telling its maker that it was imported.
+
+    openvino sends that while it is imported, and writes files under the user's home, by the package openvino_telemetry;
+    where that is not there it goes without. No variable of the environment switches it off.
+
+    Raises:
+        DeviceError: it is not installed.
+    """
+    hidden = "openvino" not in sys.modules and "openvino_telemetry" not in sys.modules
+    if hidden:
+        sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
+    try:
+        import openvino
+    except ImportError as complaint:
+        raise DeviceError(
+            "the runtime 'openvino' cannot be imported by %s: %s" % (sys.executable, complaint),
+            "pip install openvino",
+        ) from complaint
+    finally:
+        if hidden:
+            del sys.modules["openvino_telemetry"]
+    return openvino
+
+
 class OpenvinoRunner:
     """One compiled net on a given number of threads, one request at a time.
 
@@ -37,13 +62,7 @@ class OpenvinoRunner:
     def __init__(self, bundle: Path, manifest: Dict[str, Any], *, precision: str, threads: int) -> None:
         precision, about = choose_precision(manifest, precision)
         model_file = bundle / about["model"]
-        try:
-            import openvino
-        except ImportError as complaint:
-            raise DeviceError(
-                "the runtime 'openvino' cannot be imported by %s: %s" % (sys.executable, complaint),
-                "pip install openvino",
-            ) from complaint
+        openvino = import_openvino()
         self._version = str(openvino.__version__).partition("-")[0]
         core = openvino.Core()
         half = precision == "fp16" and "FP16" in core.get_property(DEVICE, "OPTIMIZATION_CAPABILITIES")

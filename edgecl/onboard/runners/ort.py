@@ -10,6 +10,25 @@ from ..bundle import choose_precision
 from ..errors import BundleError, DeviceError
 
 PROVIDER = "CPUExecutionProvider"
+# The highest of onnxruntime's severities.
+_FATAL = 4
+
+
+def import_onnxruntime() -> Any:
+    """Return the module, silent: what goes wrong is in its exceptions, its log would be coloured even in a file.
+
+    Raises:
+        DeviceError: it is not installed.
+    """
+    try:
+        import onnxruntime
+    except ImportError as complaint:
+        raise DeviceError(
+            "the runtime 'onnxruntime' cannot be imported by %s: %s" % (sys.executable, complaint),
+            "pip install onnxruntime",
+        ) from complaint
+    onnxruntime.set_default_logger_severity(_FATAL)
+    return onnxruntime
 
 
 class OrtRunner:
@@ -35,14 +54,7 @@ class OrtRunner:
     def __init__(self, bundle: Path, manifest: Dict[str, Any], *, precision: str, threads: int) -> None:
         precision, about = choose_precision(manifest, precision)
         model_file = bundle / about["model"]
-        try:
-            import onnxruntime
-        except ImportError as complaint:
-            raise DeviceError(
-                "the runtime 'onnxruntime' cannot be imported by %s: %s" % (sys.executable, complaint),
-                "pip install onnxruntime",
-            ) from complaint
-        onnxruntime.set_default_logger_severity(3)
+        onnxruntime = import_onnxruntime()
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any, Callable, Dict, List, NamedTuple, Optiona
 import numpy as np
 
 from .. import cudart
-from ..bundle import choose_precision, engine_name, sha256_of_file, slug, write_whole
+from ..bundle import (
+    choose_precision,
+    engine_name,
+    is_plain_file,
+    read_plain,
+    sha256_of_file,
+    slug,
+    write_whole,
+)
 from ..engine import TITLES, Report, build_plan, import_runtime, log_of
 from ..errors import BundleError, DeviceError
 from ..layers import check_delivered, layers_of_engine, precision_shares, summarise
@@ -83,7 +91,7 @@ class TensorrtRunner:
         self, bundle: Path, manifest: Dict[str, Any], about: Dict[str, Any], report: Optional[Report]
     ) -> None:
         self._loader: Any = self._make(lambda: self._trt.Runtime(self._log.logger), "a runtime")
-        build = manifest.get("target", {}).get("build", {})
+        build = (manifest.get("target") or {}).get("build") or {}
         core = build.get("dla_core")
         if core is not None and self._precision != "fp32" and self._runtime_name == "tensorrt":
             self._loader.DLA_core = core
@@ -159,7 +167,7 @@ class TensorrtRunner:
             build=build,
             input_form=self._form,
             free_bytes=cudart.available_bytes(self.cuda, self._gpu),
-            timing_cache=cache_file.read_bytes() if cache_file.is_file() else None,
+            timing_cache=cache_file.read_bytes() if is_plain_file(cache_file) else None,
             report=report,
         )
         engine = self._deserialise(built.plan)
@@ -201,10 +209,10 @@ class TensorrtRunner:
 
     def _kept_engine(self, plan_file: Path) -> Tuple[Optional[Engine], str]:
         """Return the engine in a file, or None and what is wrong with it, which is nothing where there is none."""
-        if not plan_file.is_file():
+        if not is_plain_file(plan_file):
             return None, ""
         try:
-            record = json.loads(plan_file.with_suffix(".json").read_bytes().decode("ascii"))
+            record = json.loads(read_plain(plan_file.with_suffix(".json")).decode("ascii"))
             plan = plan_file.read_bytes()
             expected = record["sha256"]
         except (OSError, ValueError, KeyError, TypeError):
@@ -228,7 +236,7 @@ class TensorrtRunner:
             ):
                 continue
             path = bundle / name
-            if path.parent != bundle or not path.is_file():
+            if path.parent != bundle or not is_plain_file(path):
                 raise BundleError("'%s' is missing from the bundle" % name, "export the bundle again")
             plan = path.read_bytes()
             engine = self._deserialise(plan)

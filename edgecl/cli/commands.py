@@ -1,0 +1,70 @@
+"""Every command in one visible list."""
+
+from typing import Annotated
+
+import typer
+
+from edgecl import __version__
+from edgecl.cli.bench import bench_command
+from edgecl.cli.carve import carve_command
+from edgecl.cli.cost import cost_command
+from edgecl.cli.doctor import doctor_command
+from edgecl.cli.export import export_command
+from edgecl.cli.finetune import finetune_command
+from edgecl.cli.ls import ls_command
+from edgecl.cli.pretrain import pretrain_command
+from edgecl.cli.probe import probe_command
+from edgecl.cli.report import ReportCommand, report_command
+from edgecl.cli.run import demo_command, run_command
+from edgecl.cli.selftest import selftest_app
+from edgecl.cli.verify import verify_command
+
+app = typer.Typer(
+    name="edgecl",
+    help="Train, then compile: small vision networks from unlabelled images, measured on the device that runs them.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    # Plain help: loading rich for it would take longer than all the rest of the start.
+    rich_markup_mode=None,
+)
+app.command("ls")(ls_command)
+app.command("run")(run_command)
+app.command("demo")(demo_command)
+app.command("pretrain")(pretrain_command)
+app.command("carve")(carve_command)
+app.command("probe")(probe_command)
+app.command("finetune")(finetune_command)
+app.command("cost")(cost_command)
+app.command("export")(export_command)
+app.command("verify")(verify_command)
+app.command("bench")(bench_command)
+app.command("doctor")(doctor_command)
+app.command("report", cls=ReportCommand)(report_command)
+app.add_typer(selftest_app, name="selftest")
+
+
+class Given:
+    """What was given to `edgecl` itself, before the command's own options."""
+
+    debug: bool = False
+    verb: str | None = None
+
+
+given = Given()
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"edgecl {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    context: typer.Context,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the stack of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    given.debug, given.verb = debug, context.invoked_subcommand

@@ -1,0 +1,80 @@
+"""EMP-SSL's loss: many views of a picture share one direction, and the views of a batch fill all their dimensions.
+
+Source: Tong, Chen, Ma, LeCun, "EMP-SSL: Towards Self-Supervised Learning in One Training Epoch", 2023, arXiv:2304.03977,
+equation 5; projections are standardised over the batch, as everywhere in edgecl.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from edgecl.methods.losses import CodingRate, alignment_loss, correlation_of, mean_of
+from edgecl.methods.method import Embeddings, Method, Terms
+from edgecl.recipe import ForwardPasses, MethodConfig, Panel, Recipe
+
+
+class Config(MethodConfig):
+    """L = mean over the views v of (2 - 2 cos(z_v, mean of all z) - w R(z_v)), R of whole views alone."""
+
+    panels: ClassVar[tuple[Panel, ...]] = (
+        Panel("Alignment", {"alignment": "2 - 2 cos"}, log=True),
+        Panel("Coding rate", {"coding_rate": "R"}, unit="nats"),
+    )
+
+    name: Literal["emp-ssl"] = "emp-ssl"
+    views: int = Field(4, ge=2, le=26)
+    """Whole views of each picture; the first has view A's blur and solarisation, all others view B's."""
+    coding_rate: CodingRate = CodingRate(weight=0.1)
+
+    @property
+    def whole_views(self) -> int:
+        """As many as `views` says."""
+        return self.views
+
+    def arm(self, recipe: Recipe) -> str:
+        """Name the method."""
+        return "EMP-SSL"
+
+    def check(self, recipe: Recipe) -> None:
+        """Refuse two widths, and alignment without the coding rate."""
+        super().check(recipe)
+        if self.coding_rate.weight == 0:
+            raise ValueError(
+                "'method.name' emp-ssl without 'method.coding_rate.weight' pulls every picture to one point"
+            )
+        self.coding_rate.check(recipe)
+
+    def forward_passes(self, recipe: Recipe) -> ForwardPasses:
+        """Return those of one encoder; the coding rate is of every whole view."""
+        passes = super().forward_passes(recipe)
+        return passes._replace(coding_rates=self.whole_views, coding_rate_share=self.coding_rate.until or 1.0)
+
+
+class EmpSsl(Method):
+    """Views "view_0", "view_1" and on, and any local ones, each against the mean of all."""
+
+    config: Config
+
+    def loss(self, embeddings: Embeddings, step: int) -> tuple[Tensor, Terms]:
+        """Compute the loss of one step; its terms are "alignment", "coding_rate", and those of the correlation."""
+        views = list(embeddings.learnt.values())
+        middle = torch.stack(views).mean(0)
+        total = alignment = mean_of([alignment_loss(z, middle) for z in views])
+        settings = self.config.coding_rate
+        weight = settings.weight_at(step, total_steps=self.total_steps)
+        whole = views[: self.config.whole_views]
+        rate = mean_of([settings(z) for z in whole]) if weight > 0 else None
+        if rate is not None:
+            total = total - weight * rate
+        return total, {
+            "alignment": alignment.detach(),
+            "coding_rate": None if rate is None else rate.detach(),
+            **correlation_of(views[0], views[1]),
+        }
+
+
+METHOD = EmpSsl

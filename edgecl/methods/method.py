@@ -1,0 +1,149 @@
+"""What every method is: views in, named embeddings out, a loss of those of the whole batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from edgecl.checkpoint import METHODS_OWN
+from edgecl.nets.slimming import SlimmableNet
+from edgecl.recipe import MethodConfig, Recipe, find_method
+
+Terms = dict[str, Tensor | None]
+"""What is logged of a loss: its parts and what to watch beside them, () each, detached; None where there is none."""
+
+
+class Embeddings(NamedTuple):
+    """(N, D) embeddings of one step by name, in the order in which the method made them.
+
+    Attributes:
+        learnt: those that carry gradient.
+        targets: those that carry none.
+    """
+
+    learnt: dict[str, Tensor]
+    targets: dict[str, Tensor]
+
+
+class Method(nn.Module):
+    """A way to train host and slim nets without labels; what data-parallel training wraps.
+
+    A method derives this class in edgecl/methods/NAME.py and writes `loss`, and `embed` where not every view goes through
+    one encoder. The file also has its [method] table, `Config`, and names the class as `METHOD`. A method's own modules
+    and buffers are trained, kept in checkpoints and restored with the net.
+
+    Whatever it draws must be a function of seed and step, so that a resumed run repeats the one that was not stopped.
+
+    Args:
+        recipe: what to train and how.
+        net: host and slim nets.
+        steps_per_epoch: of the run.
+    """
+
+    config: MethodConfig
+    """The recipe's [method] table, of the class `Config` in the method's file."""
+
+    def __init__(self, recipe: Recipe, net: SlimmableNet, *, steps_per_epoch: int):
+        super().__init__()
+        self.net = net
+        self.config = recipe.method
+        self.seed = recipe.run.seed
+        self.total_steps = steps_per_epoch * recipe.run.epochs
+
+    def forward(self, views: Sequence[Tensor], step: int, learning_only: bool = False) -> Embeddings:
+        """Embed the views of this process's share, or of a part of it.
+
+        Args:
+            views: the whole views, (n, 3, H, W) each, then any local ones, (n, 3, h, w).
+            step: steps taken before this one.
+            learning_only: leave the targets out.
+        """
+        learnt = self.embed(views, step)
+        if learning_only:
+            return Embeddings(learnt, {})
+        with self.net.frozen():
+            return Embeddings(learnt, self.embed_targets(views, step))
+
+    def embed(self, views: Sequence[Tensor], step: int) -> dict[str, Tensor]:
+        """Return the embeddings that carry gradient; here every view's through the one encoder.
+
+        Args:
+            views: as in forward.
+            step: as in forward.
+
+        Returns:
+            name -> (n, D), of the same names in every part of a batch.
+        """
+        count = self.config.whole_views
+        whole = {f"view_{number}": self.net.forward_host(view) for number, view in enumerate(views[:count])}
+        return {**whole, **self.embed_local(views[count:])}
+
+    def embed_local(self, views: Sequence[Tensor], *, slim: bool = False) -> dict[str, Tensor]:
+        """Return the embeddings of local views, "local_0" and so on, through the host or the slim net.
+
+        They leave running statistics alone: those are for whole pictures, which a net sees when it is used.
+        """
+        if not views:
+            return {}
+        embed = self.net.forward_slim if slim else self.net.forward_host
+        with self.net.untracked():
+            return {f"local_{number}": embed(view) for number, view in enumerate(views)}
+
+    def embed_targets(self, views: Sequence[Tensor], step: int) -> dict[str, Tensor]:
+        """Return the embeddings that carry no gradient; called without a graph, the running statistics left alone.
+
+        Args:
+            views: as in forward.
+            step: as in forward.
+        """
+        return {}
+
+    def loss(self, embeddings: Embeddings, step: int) -> tuple[Tensor, Terms]:
+        """Return what is minimised, and what is logged.
+
+        Terms "diagonal" and "off_diagonal_rms", of the correlation of two views, also feed the alarms of collapse and
+        plateau (`edgecl.methods.losses.correlation_of`).
+
+        Args:
+            embeddings: of this process's whole share; its losses take the global batch's statistics.
+            step: as in forward.
+
+        Returns:
+            the () total, differentiable, and the terms.
+        """
+        raise NotImplementedError
+
+    def after_step(self, step: int) -> None:
+        """Do what follows an optimiser's step, e.g. move a target network; not called for a step left out.
+
+        Args:
+            step: steps taken before this one.
+        """
+
+    def watched(self, embeddings: Embeddings) -> Tensor:
+        """Return the embeddings whose spread is logged as "std": those of the net that will be deployed."""
+        return next(iter(embeddings.learnt.values()))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what a checkpoint keeps: the net's tensors by its own names, the method's under "method."."""
+        own = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("net.")}
+        return {**self.net.state_dict(), **{f"{METHODS_OWN}{name}": tensor for name, tensor in own.items()}}
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take what a checkpoint kept."""
+        names = {
+            name: name.removeprefix(METHODS_OWN) if name.startswith(METHODS_OWN) else f"net.{name}"
+            for name in tensors
+        }
+        self.load_state_dict({names[name]: tensor for name, tensor in tensors.items()})
+
+
+def create_method(recipe: Recipe, net: SlimmableNet, *, steps_per_epoch: int) -> Method:
+    """Build the method a recipe names; what it draws for its own modules is a function of the seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.run.seed)
+        method: Method = find_method(recipe.method.name).METHOD(recipe, net, steps_per_epoch=steps_per_epoch)
+    return method

@@ -1,0 +1,106 @@
+"""No output replaces its own input, and a process killed at any moment leaves nothing that stays for ever."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from edgecl.artifacts import new_directory, remove_leftovers, write_bytes
+from edgecl.cli import main
+from edgecl.errors import ArtifactError
+from edgecl.evaluate.finetune import finetune
+from edgecl.lock import hold
+from edgecl.nets.carving import carve
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def ways_to(folder, tmp_path):
+    """A directory itself under several names, one inside it, and one that holds it."""
+    link = tmp_path / "link"
+    link.symlink_to(folder)
+    return [folder, link, folder / "." / ".." / folder.name, folder / "inside", folder.parent]
+
+
+def test_finetune_never_replaces_or_changes_its_own_input(tmp_path, carved_model, image_folder):
+    before = contents(carved_model)
+    for out in ways_to(carved_model, tmp_path):
+        with pytest.raises(ArtifactError, match="that it is made from"):
+            finetune(carved_model, data=str(image_folder), out=out, force=True)
+    assert contents(carved_model) == before
+
+
+def test_carve_never_replaces_or_changes_its_own_input(tmp_path, trained_run):
+    before = contents(trained_run)
+    for out in ways_to(trained_run, tmp_path):
+        with pytest.raises(ArtifactError, match="that it is made from"):
+            carve(trained_run, out=out, force=True)
+    assert contents(trained_run) == before
+
+
+def test_export_never_replaces_or_changes_its_own_input(tmp_path, carved_model, monkeypatch, capsys):
+    before = contents(carved_model)
+    for out in ways_to(carved_model, tmp_path):
+        words = ["edgecl", "export", str(carved_model), "--target", "ort-cpu", "--out", str(out), "--force"]
+        monkeypatch.setattr(sys, "argv", words)
+        with pytest.raises(SystemExit):
+            main()
+        assert "that it is made from" in capsys.readouterr().err
+    assert contents(carved_model) == before
+
+
+WRITER = """
+import os, signal, sys
+from pathlib import Path
+from edgecl.artifacts import new_directory, write_bytes
+out = Path(sys.argv[1])
+(out / "bundles").mkdir(exist_ok=True)
+with new_directory(out / "bundles" / "ort-cpu", kind="bundle", force=True) as aside:
+    (aside / "model.onnx").write_bytes(b"half")
+    write_bytes(aside / "manifest.json", b"{}")
+    (out / "bundles" / f".verify.json.{os.getpid()}-1.part").write_bytes(b"half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_kill_within_an_export_leaves_nothing_once_the_pipeline_is_held_again(tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", WRITER, str(out)],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+        assert done.returncode == -signal.SIGKILL
+    assert len(list((out / "bundles").iterdir())) == 4
+    with hold(out, what="pipeline directory"):
+        assert list((out / "bundles").iterdir()) == []
+
+
+def test_what_a_running_process_writes_and_what_is_a_users_own_is_left(tmp_path):
+    sub = tmp_path / "bundles"
+    sub.mkdir()
+    mine = [sub / f".ort-cpu.{os.getppid()}-abc_1.part", sub / ".hidden.part", sub / "ort-cpu.1-abc.part"]
+    for folder in mine:
+        folder.mkdir()
+    gone = sub / f".ort-cpu.{2**22 + 5}-abc_1.old"
+    gone.mkdir()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "kept").touch()
+    (sub / f".link.{2**22 + 5}-a.part").symlink_to(elsewhere)
+    remove_leftovers(tmp_path)
+    assert sorted(sub.iterdir()) == sorted(mine)
+    assert (elsewhere / "kept").exists()
+
+
+def test_a_directory_being_written_names_its_process(tmp_path):
+    with new_directory(tmp_path / "out", kind="model") as aside:
+        assert aside.name.startswith(f".out.{os.getpid()}-")
+        write_bytes(aside / "model.json", b"{}")
