@@ -259,7 +259,7 @@ BEFORE = {
 
 def test_one_width_costs_what_it_did_before_there_were_several():
     """The demo's recipe, as edgecl 0.1 priced it; SimCLR's loss, which it has since, changes no pass."""
-    was = ["loss.name=barlow-twins"]
+    was = ["method.loss=barlow-twins"]
     named = cost_of_recipe(read_recipe("demo", was), recipe_name="demo", images=1000)
     assert named["training"].items() >= BEFORE.items()
     assert named["training"]["further_widths_flops_per_image"] == 0
@@ -355,7 +355,7 @@ def test_the_coding_rate_is_priced_apart_by_the_sets_it_is_taken_of(settings, se
     monkeypatch.setattr(losses, "coding_rate", lambda z, **named: (taken.append(1), rate_of(z, **named))[1])
     trained = create_method(given, create_slimmable(given), steps_per_epoch=1)
     views = given.method.whole_views + given.views.local_count
-    trained.loss(trained(torch.randn(views, 4, 3, 32, 32), 0), 0)
+    trained.loss(trained(list(torch.randn(views, 4, 3, 32, 32)), 0), 0)
     assert len(taken) == sets
 
 
