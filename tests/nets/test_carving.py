@@ -24,7 +24,7 @@ from edgecl.nets.fake_quant import quantise_net
 from edgecl.recipe import Host, Recipe, recipe_from_tables
 
 SMALL = "mobilenetv3_small_100"
-PREPROCESSING = preprocessing_of(Recipe(host=Host(arch=SMALL)))
+PREPROCESSING = preprocessing_of(Recipe(host=Host(arch=SMALL)))  # type: ignore[call-arg]
 
 
 @pytest.fixture
