@@ -20,7 +20,6 @@ from edgecl.cli.report import ReportCommand, report_command
 from edgecl.cli.run import demo_command, run_command
 from edgecl.cli.selftest import selftest_app
 from edgecl.cli.verify import verify_command
-from edgecl.errors import bounded, printable
 
 
 @contextlib.contextmanager
@@ -28,6 +27,8 @@ def _printable_usage() -> Iterator[None]:
     try:
         yield
     except Exception as problem:
+        from edgecl.errors import bounded, printable
+
         if hasattr(problem, "format_message"):  # an error of usage, whichever library's typer builds on
             problem.message = printable(bounded(problem.message))  # type: ignore[attr-defined]
         raise
