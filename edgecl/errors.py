@@ -27,6 +27,8 @@ from edgecl.onboard.errors import printable as printable
 
 # An error says what is wrong; it does not quote whole files.
 LONGEST = 2000
+# So many names can be looked through in an error.
+_FEW = 60
 
 
 class EdgeclError(Exception):
@@ -142,5 +144,7 @@ def near_matches(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     if close:
         return "did you mean " + " or ".join(repr(match) for match in close) + "?"
+    if len(known) > _FEW:
+        return f"none of the {len(known):,} known names is near it"
     # Names that hold a comma need another sign between them.
     return "known: " + ("; " if any("," in one for one in known) else ", ").join(known)

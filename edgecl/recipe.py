@@ -419,7 +419,9 @@ def recipe_from_tables(tables: dict[str, Any], *, source: str, assignments: Sequ
             raise RecipeError(
                 f"the table [{old}] is now [{new}]",
                 where={"file": source, **({"--set": ", ".join(assignments)} if assignments else {})},
-                hint="[loss] name is [method] loss; [method] name is the method's, 'sacl-xd' unless said otherwise",
+                hint="the run was begun by an earlier edgecl: go on with it, or carve it, with that one"
+                if source.endswith(".json")
+                else "[loss] name is [method] loss; [method] name is the method's, 'sacl-xd' unless said otherwise",
             )
     method = tables.get("method", {})
     name = method.get("name", DEFAULT_METHOD) if isinstance(method, dict) else DEFAULT_METHOD

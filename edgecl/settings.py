@@ -69,6 +69,8 @@ def find_settings_file(name: str, *, folder: str, error: type[EdgeclError], noun
     """
     if name.endswith(".toml") or "/" in name:
         path = Path(name)
+        if path.exists() and not path.is_file():
+            raise error(f"'{name}' is not a regular file", hint=f"copy the {noun} to a file of its own")
         if not path.is_file():
             raise error(f"no {noun} file at '{name}'", hint=f"`edgecl ls {noun}s` lists the packaged ones")
         return path
@@ -163,6 +165,9 @@ def validate(
         return model.model_validate(tables)
     except ValidationError as complaint:
         problems = complaint.errors()
+        # A list that lost a wrong entry is also too short, of which nobody needs to hear.
+        lists = {one["loc"][:-1] for one in problems if one["loc"] and isinstance(one["loc"][-1], int)}
+        problems = [problem for problem in problems if problem["loc"] not in lists]
         lines = [_describe(problem, model) for problem in problems[:_MOST_PROBLEMS]]
         if len(problems) > _MOST_PROBLEMS:
             lines.append(f"and {len(problems) - _MOST_PROBLEMS:,} more")
@@ -209,7 +214,7 @@ def _describe(problem: Any, model: type[BaseModel]) -> str:
         message = "must be a table"
     if problem["type"] in ("tuple_type", "too_long", "too_short"):
         message = _must_be_list(problem, model, path)
-    if problem["type"].startswith(("greater_than", "less_than")):
+    if problem["type"].startswith("less_than"):
         # An entry of a list has the reason of the list.
         field = next((key for key in reversed(path) if not key.isdigit()), "")
         reason = _fields_at(model, path[: path.index(field)]).get(field) if field else None

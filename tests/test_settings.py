@@ -194,5 +194,5 @@ def test_missing_file_says_where_it_was_looked_for(tmp_path):
 
 
 def test_folder_is_no_settings_file(tmp_path):
-    with pytest.raises(RecipeError, match="no recipe file at"):
+    with pytest.raises(RecipeError, match="not a regular file"):
         find_settings_file(f"{tmp_path}/", folder="recipes", error=RecipeError, noun="recipe")

@@ -7,6 +7,7 @@ import errno
 import os
 import signal
 import sys
+from pathlib import Path
 from types import FrameType
 
 # What a shell reports of a program that Ctrl-C ended.
@@ -49,6 +50,7 @@ def main() -> None:
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
         _prepare_streams()
+        Path.cwd()  # where it is gone, libraries end the process in words of their own
         from edgecl.cli.commands import app
 
         try:
@@ -119,6 +121,8 @@ def _named(problem: OSError | MemoryError) -> Exception:
         return EdgeclError("not enough memory", hint="`edgecl --debug` before the command shows where")
     if problem.errno == errno.ENOSPC:
         return EdgeclError("no room on the disk for the output")
+    if isinstance(problem, FileNotFoundError) and problem.filename is None:
+        return EdgeclError("the working directory is gone", hint="`cd` to one that is there")
     reason = problem.strerror or str(problem) or type(problem).__name__
     file = os.fsdecode(problem.filename) if isinstance(problem.filename, (str, bytes)) else problem.filename
     where = {} if file is None else {"file": file}

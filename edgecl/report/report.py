@@ -153,17 +153,20 @@ def _run(run: Source) -> dict[str, Any]:
 
 
 def _panels(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the panels that a run's method asks for: title, unit, log, and the name of each key's line."""
+    """Return the panels that a run's method asks for: title, unit, log, and the name of each key's line.
+
+    A name longer than a chart has room for is cut.
+    """
     found = []
     for panel in record.get("panels") or []:
         lines = panel.get("lines") if isinstance(panel, dict) else None
         if isinstance(lines, dict):
             found.append(
                 {
-                    "title": printable(panel.get("title")),
-                    "unit": printable(panel.get("unit") or ""),
+                    "title": printable(panel.get("title"))[:60],
+                    "unit": printable(panel.get("unit") or "")[:20],
                     "log": panel.get("log") is True,
-                    "lines": {key: printable(name) for key, name in lines.items()},
+                    "lines": {key: printable(name)[:24] for key, name in lines.items()},
                 }
             )
     return found or [{"title": "Loss", "unit": "", "log": True, "lines": {"loss": "total"}}]

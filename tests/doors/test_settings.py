@@ -70,6 +70,18 @@ def test_a_bound_says_its_reason(assignment, reason):
         read_recipe("demo", [assignment])
 
 
+def test_the_reason_of_the_upper_bound_is_not_that_of_the_lower():
+    with pytest.raises(RecipeError, match="greater than 0") as caught:
+        read_recipe("demo", ["optim.lr=-1"])
+    assert "float32" not in caught.value.problem
+
+
+def test_a_wrong_entry_of_a_list_is_one_problem():
+    with pytest.raises(RecipeError) as caught:
+        read_recipe("demo", ["projector.sizes=[1000000000]"])
+    assert caught.value.problem.count("projector.sizes") == 1
+
+
 def test_every_number_of_a_recipe_has_both_bounds():
     """Of whatever setting comes later too: a number that any reader writes has a largest value."""
 

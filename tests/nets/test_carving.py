@@ -21,10 +21,10 @@ from edgecl.nets.carving import (
 )
 from edgecl.nets.catalogue import NETS
 from edgecl.nets.fake_quant import quantise_net
-from edgecl.recipe import Host, Recipe, recipe_from_tables
+from edgecl.recipe import recipe_from_tables
 
 SMALL = "mobilenetv3_small_100"
-PREPROCESSING = preprocessing_of(Recipe(host=Host(arch=SMALL)))  # type: ignore[call-arg]
+PREPROCESSING = preprocessing_of(recipe_from_tables({"host": {"arch": SMALL}}, source="test"))
 
 
 @pytest.fixture
