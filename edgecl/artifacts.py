@@ -184,7 +184,8 @@ KINDS: tuple[type[RunDir | ModelDir | Bundle | ReportDir | PipelineDir], ...] = 
 )
 
 
-_RECORDS = {kind.KIND: kind.RECORD for kind in KINDS}
+RECORDS = {kind.KIND: kind.RECORD for kind in KINDS}
+"""Kind of directory -> the file of its record."""
 # As `write_bytes` and `new_directory` name what they write and set aside.
 _LEFTOVER = re.compile(r"\..+\.(?P<pid>\d+)-\w+\.(part|old)")
 
@@ -412,7 +413,7 @@ def refuse_existing(path: Path, *, force: bool, kind: str) -> None:
             hint=f"{go_on}choose another --out, or replace it with --force",
         )
     if not path.is_dir() or kind_of(path) != kind:
-        name = _RECORDS.get(kind)
+        name = RECORDS.get(kind)
         why = f": its {name} is not the record of one" if name and (path / name).is_file() else ""
         raise ArtifactError(
             f"--force replaces only a {kind} directory, and '{path}' is not one{why}",
@@ -460,7 +461,7 @@ def new_directory(path: Path, *, kind: str, force: bool = False) -> Iterator[Pat
     path = path.resolve()  # '.' and links have no name of their own to rename to
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.{os.getpid()}-", suffix=".part", dir=path.parent))
+        aside = _mkdtemp_beside(path, suffix=".part")
     try:
         with disk_errors(path):
             yield aside
@@ -470,9 +471,7 @@ def new_directory(path: Path, *, kind: str, force: bool = False) -> Iterator[Pat
                     file.chmod(0o644)  # safetensors writes for its owner alone
             flush_tree(aside)
             if path.exists():
-                old = Path(
-                    tempfile.mkdtemp(prefix=f".{path.name}.{os.getpid()}-", suffix=".old", dir=path.parent)
-                )
+                old = _mkdtemp_beside(path, suffix=".old")
                 path.replace(old / path.name)
                 aside.replace(path)
                 shutil.rmtree(old)
@@ -480,6 +479,11 @@ def new_directory(path: Path, *, kind: str, force: bool = False) -> Iterator[Pat
                 aside.replace(path)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _mkdtemp_beside(path: Path, *, suffix: str) -> Path:
+    """Make a directory that `remove_leftovers` knows as this process's."""
+    return Path(tempfile.mkdtemp(prefix=f".{path.name}.{os.getpid()}-", suffix=suffix, dir=path.parent))
 
 
 def clear_directory(directory: Path, *, keep: Collection[str]) -> None:

@@ -20,7 +20,7 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 
 from edgecl.artifacts import SCHEMA, RunDir, disk_errors, flush, new_directory, write_json
-from edgecl.errors import ArtifactError, tell
+from edgecl.errors import ArtifactError, first_line, tell
 from edgecl.onboard.bundle import sha256_of_file
 from edgecl.reading import read_bytes, read_json
 
@@ -405,8 +405,7 @@ def _unreadable() -> Iterator[None]:
         TypeError,
         AttributeError,
     ) as complaint:
-        first = (str(complaint).splitlines() or [""])[0]
-        raise _NotWholeError(f"unreadable ({first})") from complaint
+        raise _NotWholeError(f"unreadable ({first_line(complaint)})") from complaint
 
 
 def _digest(record: dict[str, Any]) -> str:

@@ -128,6 +128,11 @@ def tell(line: str) -> None:
     sys.stderr.write(f"edgecl: {printable(bounded(line))}\n")
 
 
+def first_line(problem: Exception) -> str:
+    """Return the first line of what an exception says, which may be nothing; libraries add pages to theirs."""
+    return (str(problem).splitlines() or [""])[0]
+
+
 def counted(count: int, noun: str) -> str:
     """Write a count with its noun, which takes an s: 1 thread, 2 threads."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"

@@ -20,13 +20,13 @@ class Progress:
     """Show how far a piece of work is.
 
     Args:
-        what: the work, e.g. "pretrain".
+        what: the work, e.g. "pretrain"; None shows nothing.
         total: how many units it has; None where nobody knows.
         unit: one unit, plural, e.g. "steps".
         done: units already behind us, for work that is resumed.
     """
 
-    def __init__(self, what: str, *, total: int | None, unit: str, done: int = 0):
+    def __init__(self, what: str | None, *, total: int | None, unit: str, done: int = 0):
         self._what, self._total, self._unit = what, total, unit
         self._done = self._first = done
         self._started = self._last_line = time.monotonic()
@@ -41,13 +41,16 @@ class Progress:
         self._done += units
         self._note = self._note if note is None else note
         now = time.monotonic()
-        if now - self._started < PATIENCE_S or not is_main():
+        if not self._is_shown(now):
             return
         if sys.stderr.isatty():
             self._draw()
         elif now - self._last_line >= PLAIN_LINE_EVERY_S:
             self._last_line = now
             self._print_line(now)
+
+    def _is_shown(self, now: float) -> bool:
+        return self._what is not None and now - self._started >= PATIENCE_S and is_main()
 
     def _draw(self) -> None:
         from rich.console import Console
@@ -74,7 +77,9 @@ class Progress:
                 console=Console(stderr=True),
             )
             bar.start()
-            self._task = bar.add_task(self._what, total=self._total, completed=self._first, rate="", note="")
+            self._task = bar.add_task(
+                self._what or "", total=self._total, completed=self._first, rate="", note=""
+            )
             self._bar = bar
         assert isinstance(self._bar, Bar)
         self._bar.update(self._task, completed=self._done, rate=self._rate(time.monotonic()), note=self._note)
@@ -102,5 +107,5 @@ class Progress:
             self._bar.stop()  # type: ignore[attr-defined]
             return
         now = time.monotonic()
-        if kind is None and now - self._started >= PATIENCE_S and not sys.stderr.isatty() and is_main():
+        if kind is None and self._is_shown(now) and not sys.stderr.isatty():
             self._print_line(now)

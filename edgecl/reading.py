@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from edgecl.errors import ArtifactError, EdgeclError
+from edgecl.errors import ArtifactError, EdgeclError, first_line
 
 # Far above what edgecl writes, far below what fills a machine.
 RECORD_BYTES = 64 << 20
@@ -116,9 +116,8 @@ def reading(path: Path, *more: type[Exception]) -> Iterator[None]:
     try:
         yield
     except causes as complaint:
-        first = (str(complaint).splitlines() or [""])[0]
         raise ArtifactError(
-            f"'{path.name}' is not what edgecl writes ({type(complaint).__name__}: {first})",
+            f"'{path.name}' is not what edgecl writes ({type(complaint).__name__}: {first_line(complaint)})",
             where={"file": path},
             hint="make its directory anew; `edgecl --debug` before the command shows what failed",
         ) from complaint

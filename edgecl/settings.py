@@ -35,12 +35,9 @@ _MOST_PROBLEMS = 20
 Count = Annotated[int, Field(ge=1, le=10**9, description="nothing is counted that far")]
 Seed = Annotated[int, Field(ge=0, lt=2**63, description="torch takes seeds of 63 bits")]
 Side = Annotated[int, Field(ge=8, le=4096, description="larger pictures do not fit into memory by the batch")]
-Rate = Annotated[
-    float, Field(gt=0, le=1e4, description="weights of float32 do not survive one step of a larger one")
-]
-Decay = Annotated[
-    float, Field(ge=0, le=1e4, description="weights of float32 do not survive one step of a larger one")
-]
+_ONE_STEP = "weights of float32 do not survive one step of a larger one"
+Rate = Annotated[float, Field(gt=0, le=1e4, description=_ONE_STEP)]
+Decay = Annotated[float, Field(ge=0, le=1e4, description=_ONE_STEP)]
 Weight = Annotated[
     float, Field(ge=0, le=1e6, description="beside a larger one nothing else in the sum counts")
 ]

@@ -110,3 +110,22 @@ def edgecl_process() -> Callable[..., subprocess.CompletedProcess[str]]:
         )
 
     return run
+
+
+@pytest.fixture(name="edgecl")
+def command_in_this_process(monkeypatch, capsys):
+    """Run the command line in this process; return its exit code, stdout and stderr."""
+    from edgecl.cli import main
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["edgecl", *map(str, words)])
+        capsys.readouterr()
+        try:
+            main()
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return run

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from edgecl.data.sources import SIDES_SWAP, ImageSource, exif_turn, open_picture
-from edgecl.errors import DeviceError
+from edgecl.errors import DeviceError, first_line
 
 _PLAIN_COLOURS = ("YCbCr", "Gray", "RGB")
 _JPEG = b"\xff\xd8\xff"
@@ -138,7 +138,7 @@ def refuse_without_nvjpeg(device: torch.device) -> None:
     try:
         _by_torchvision([simplejpeg.encode_jpeg(np.zeros((16, 16, 3), dtype=np.uint8))], device)
     except (RuntimeError, ImportError) as complaint:
-        reason = (str(complaint).splitlines() or [type(complaint).__name__])[0]
+        reason = first_line(complaint) or type(complaint).__name__
         raise DeviceError(
             f"torchvision cannot decode JPEGs on '{device}': {reason}",
             hint="set data.decode to 'cpu', or install a CUDA build of torchvision, which brings nvJPEG",

@@ -28,6 +28,7 @@ from edgecl.artifacts import write_bytes
 from edgecl.errors import EdgeclError, first_of, tell
 from edgecl.processes import is_main
 from edgecl.progress import Progress
+from edgecl.reading import read_bytes
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
@@ -97,8 +98,8 @@ class Memory:
 
     def _read(self) -> dict[str, list[Any]]:
         try:
-            entries = json.loads(_content(self._file))
-        except (OSError, ValueError, RecursionError):
+            entries = json.loads(read_bytes(self._file))
+        except (OSError, EdgeclError, ValueError, RecursionError):
             return {}
         whole = isinstance(entries, dict) and all(
             isinstance(entry, list) and len(entry) == 3 for entry in entries.values()
@@ -278,7 +279,7 @@ def _encoded(listing: Listing) -> bytes:
 def _read(file: Path) -> Listing | None:
     """Read an index; None where there is none, or none that is whole and as edgecl writes it."""
     try:
-        first, _, body = _content(file).partition(b"\n")
+        first, _, body = read_bytes(file).partition(b"\n")
         if first != f"{_MAGIC} {hashlib.sha256(body).hexdigest()}".encode():
             return None
         header, _, rest = body.partition(b"\n")
@@ -294,7 +295,7 @@ def _read(file: Path) -> Listing | None:
             [(name, kind) for name, kind in fields["no_files"]],
         )
         return listing if len(listing.names) == fields["count"] and _is_sound(listing, joined) else None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    except (OSError, EdgeclError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         # Whoever writes an index can also write its sum.
         return None
 
@@ -319,13 +320,6 @@ def _is_sound(listing: Listing, joined: bytes) -> bool:
         and all(before < after for before, after in itertools.pairwise(names))
         and not (joined and _OUTSIDE.search(joined))
     )
-
-
-def _content(file: Path) -> bytes:
-    """Read a small file of edgecl's own; a pipe or a device in its place would never end."""
-    if not stat.S_ISREG(file.stat().st_mode):
-        raise ValueError("no regular file")
-    return file.read_bytes()
 
 
 def _write(file: Path, content: bytes) -> None:

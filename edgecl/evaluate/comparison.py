@@ -9,6 +9,7 @@ from statistics import mean
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from edgecl.artifacts import ModelDir, record_header
 from edgecl.evaluate.few_labels import FewLabels, train_on_few
@@ -101,37 +102,16 @@ def compare(
                 "linear_top1": result["linear_top1"],
             }
         )
-    starts = {"fine-tuned": pretrained, "from scratch": None}
-    few = [draw_few(labelled.train.labels, per_class=labels_per_class, draw=draw) for draw in range(draws)]
-    found = iter(
-        train_on_few(
-            [
-                FewLabels(
-                    start=start,
-                    record=ModelDir(pretrained).read(),
-                    classes=labelled.classes,
-                    images=labelled.train.images[chosen].numpy(),
-                    labels=labelled.train.labels[chosen].numpy(),
-                    steps=scratch_steps,
-                    settings=Supervision(lr=scratch_lr, seed=(seed + draw) % 2**63, device="cpu"),
-                    views=views,
-                )
-                for start in starts.values()
-                for draw, chosen in enumerate(few)
-            ],
-            labelled.test,
-        )
+    rows += _trained_rows(
+        pretrained,
+        labelled,
+        few=[draw_few(labelled.train.labels, per_class=labels_per_class, draw=draw) for draw in range(draws)],
+        labels_per_class=labels_per_class,
+        steps=scratch_steps,
+        lr=scratch_lr,
+        views=views,
+        seed=seed,
     )
-    for name in starts:
-        top1 = list(islice(found, draws))
-        rows.append(
-            {
-                "name": name,
-                "few_label_top1": {**summary(top1), "labels_per_class": labels_per_class},
-                "knn_top1": None,
-                "linear_top1": None,
-            }
-        )
     draws_of = {row["name"]: row["few_label_top1"]["draws"] for row in rows}
     comparison = {
         **record_header("comparison", made_from=ModelDir(pretrained).sha256),
@@ -152,6 +132,49 @@ def compare(
         ],
     }
     return comparison, probes
+
+
+def _trained_rows(
+    pretrained: Path,
+    labelled: Labelled,
+    *,
+    few: Sequence[Tensor],
+    labels_per_class: int,
+    steps: int,
+    lr: float,
+    views: Views,
+    seed: int,
+) -> list[dict[str, Any]]:
+    """Train on each draw of few labels, from the pretrained weights and from random ones, and return their rows."""
+    starts = {"fine-tuned": pretrained, "from scratch": None}
+    record = ModelDir(pretrained).read()
+    jobs = [
+        FewLabels(
+            start=start,
+            record=record,
+            classes=labelled.classes,
+            images=labelled.train.images[chosen].numpy(),
+            labels=labelled.train.labels[chosen].numpy(),
+            steps=steps,
+            settings=Supervision(lr=lr, seed=(seed + draw) % 2**63, device="cpu"),
+            views=views,
+        )
+        for start in starts.values()
+        for draw, chosen in enumerate(few)
+    ]
+    found = train_on_few(jobs, labelled.test)
+    return [
+        {
+            "name": name,
+            "few_label_top1": {
+                **summary(list(islice(found, len(few)))),
+                "labels_per_class": labels_per_class,
+            },
+            "knn_top1": None,
+            "linear_top1": None,
+        }
+        for name in starts
+    ]
 
 
 def difference(a: str, b: str, of_a: Sequence[float], of_b: Sequence[float]) -> dict[str, Any]:

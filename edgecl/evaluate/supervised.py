@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any, Literal, cast
 
 import torch
@@ -119,8 +118,7 @@ def train_classifier(
     if settings.backbone_lr_fraction == 0:
         net.eval()
     order = permutation(settings.seed, 0, len(part))
-    shown = Progress(what, total=steps, unit="steps") if what else None
-    with small_maps_sped_up(net), shown or nullcontext() as progress:
+    with small_maps_sped_up(net), Progress(what, total=steps, unit="steps") as progress:
         for step in range(steps):
             epoch, place = divmod(step, per_epoch)
             if place == 0:
@@ -146,10 +144,8 @@ def train_classifier(
                     raise NonFiniteError(
                         f"the loss is {value:g} at step {step + 1}", hint="lower the rate, e.g. --set lr=3e-4"
                     )
-                if progress:
-                    progress.advance(0, note=f"loss {value:.3g}")
-            if progress:
-                progress.advance()
+                progress.advance(0, note=f"loss {value:.3g}")
+            progress.advance()
     net.eval().to("cpu").to(memory_format=torch.contiguous_format)
 
 

@@ -63,16 +63,12 @@ class EmpSsl(Method):
         """Compute the loss of one step; its terms are "alignment", "coding_rate", and those of the correlation."""
         views = list(embeddings.learnt.values())
         middle = torch.stack(views).mean(0)
-        total = alignment = mean_of([alignment_loss(z, middle) for z in views])
-        settings = self.config.coding_rate
-        weight = settings.weight_at(step, total_steps=self.total_steps)
+        alignment = mean_of([alignment_loss(z, middle) for z in views])
         whole = views[: self.config.whole_views]
-        rate = mean_of([settings(z) for z in whole]) if weight > 0 else None
-        if rate is not None:
-            total = total - weight * rate
+        total, rate = self.config.coding_rate.take_off(alignment, [whole], step, total_steps=self.total_steps)
         return total, {
             "alignment": alignment.detach(),
-            "coding_rate": None if rate is None else rate.detach(),
+            "coding_rate": rate,
             **correlation_of(views[0], views[1]),
         }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -196,6 +197,23 @@ class CodingRate(Settings):
         if self.until is None:
             return self.weight
         return self.weight * max(0.0, 1 - step / (self.until * total_steps))
+
+    def take_off(
+        self, total: Tensor, groups: Sequence[Sequence[Tensor]], step: int, *, total_steps: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return a loss less w R, and R for the log, detached; None in a step whose weight is 0.
+
+        Args:
+            total: () loss.
+            groups: (N, D) projections; R is the mean over the groups of the mean within a group.
+            step: 0-based.
+            total_steps: of the run.
+        """
+        weight = self.weight_at(step, total_steps=total_steps)
+        if weight <= 0:
+            return total, None
+        rate = mean_of([mean_of([self(z) for z in group]) for group in groups])
+        return total - weight * rate, rate.detach()
 
     def check(self, recipe: Recipe) -> None:
         """Refuse a batch of two.

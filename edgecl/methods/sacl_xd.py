@@ -236,16 +236,14 @@ class SaclXd(Method):
         if xd_slim is not None:
             distillation = xd_slim if xd_host is None else (xd_host + xd_slim) / 2
             total = config.alpha * sacl + (1 - config.alpha) * distillation
-        total = config.scale * total
-        weight = config.coding_rate.weight_at(step, total_steps=self.total_steps)
-        rate = self._coding_rate(learnt, host_a, slim_b) if weight > 0 else None
-        if rate is not None:
-            total = total - weight * rate
+        total, rate = config.coding_rate.take_off(
+            config.scale * total, self._rated(learnt, host_a, slim_b), step, total_steps=self.total_steps
+        )
         return total, {
             "sacl": sacl.detach(),
             "xd_host": None if xd_host is None else xd_host.detach(),
             "xd_slim": None if xd_slim is None else xd_slim.detach(),
-            "coding_rate": None if rate is None else rate.detach(),
+            "coding_rate": rate,
             "diagonal": watched.diagonal,
             "off_diagonal_rms": watched.off_diagonal_rms,
         }
@@ -288,13 +286,11 @@ class SaclXd(Method):
         learn = self.config.learn_targets
         return mean_of([self.compare(z, target if learn else target.detach()) for z, target in pairs])
 
-    def _coding_rate(self, learnt: dict[str, Tensor], host_a: Tensor, slim_b: list[Tensor]) -> Tensor:
-        """Return the mean over the encoders that learn, and within an encoder over its whole views and widths."""
+    def _rated(self, learnt: dict[str, Tensor], host_a: Tensor, slim_b: list[Tensor]) -> list[list[Tensor]]:
+        """Return what the coding rate is taken of: for each encoder that is asked, its whole views and widths."""
         host = [host_a, *(z for name, z in learnt.items() if name == "host_b")]
         slim = [*slim_b, *(z for name, z in learnt.items() if name == "slim_a")]
-        rate = self.config.coding_rate
-        asked = {"host": [host], "slim": [slim], "both": [host, slim]}[rate.encoders]
-        return mean_of([mean_of([rate(z) for z in sets]) for sets in asked])
+        return {"host": [host], "slim": [slim], "both": [host, slim]}[self.config.coding_rate.encoders]
 
 
 METHOD = SaclXd

@@ -55,16 +55,15 @@ class SimClr(Method):
         """Compute the loss of one step; its terms are "contrastive", "coding_rate", and those of the correlation."""
         config = self.config
         z, *others = embeddings.learnt.values()
-        total = contrastive = mean_of(
+        contrastive = mean_of(
             [contrastive_loss(z, other, temperature=config.temperature) for other in others]
         )
-        weight = config.coding_rate.weight_at(step, total_steps=self.total_steps)
-        rate = mean_of([config.coding_rate(view) for view in (z, others[0])]) if weight > 0 else None
-        if rate is not None:
-            total = total - weight * rate
+        total, rate = config.coding_rate.take_off(
+            contrastive, [[z, others[0]]], step, total_steps=self.total_steps
+        )
         return total, {
             "contrastive": contrastive.detach(),
-            "coding_rate": None if rate is None else rate.detach(),
+            "coding_rate": rate,
             **correlation_of(z, others[0]),
         }
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 from .bundle import MANIFEST, write_whole
-from .errors import BundleError, DeviceError, OnboardError, bounded, printable
+from .errors import BundleError, DeviceError, OnboardError, bounded, cannot_import, printable
 
 RUNTIMES = ("ort", "onnxruntime", "openvino", "tensorrt", "tensorrt_rtx")
 
@@ -220,10 +220,7 @@ def _need_numpy() -> None:
     try:
         import numpy  # noqa: F401
     except ImportError as complaint:
-        raise DeviceError(
-            "NumPy cannot be imported by %s: %s" % (sys.executable, complaint),
-            "sudo apt install python3-numpy",
-        ) from complaint
+        raise cannot_import("NumPy", complaint, "sudo apt install python3-numpy") from complaint
 
 
 def _read_target(path: Optional[str]) -> Optional[Dict[str, Any]]:

@@ -5,13 +5,12 @@ What a version lacks is asked for by name, and what it has is held to the offici
 
 import importlib
 import re
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 from .bundle import check_files, choose_precision, read_manifest
-from .errors import BundleError, DeviceError
+from .errors import BundleError, DeviceError, cannot_import
 from .layers import (
     Layer,
     check_delivered,
@@ -87,10 +86,7 @@ def import_runtime(runtime: str) -> "Trt":
         if not hasattr(module, "Builder"):  # type stubs, or a folder of that name, import as an empty module
             raise ImportError("there is a module of that name without TensorRT in it")
     except (ImportError, OSError) as complaint:
-        raise DeviceError(
-            "the runtime '%s' cannot be imported by %s: %s" % (runtime, sys.executable, complaint),
-            _INSTALL[runtime],
-        ) from complaint
+        raise cannot_import("the runtime '%s'" % runtime, complaint, _INSTALL[runtime]) from complaint
     trt: "Trt" = module
     return trt
 

@@ -7,6 +7,7 @@ OnboardError                a problem, and what to do next
 """
 
 import re
+import sys
 from typing import Any, Dict, Optional
 
 # What steers a terminal (control characters but newline and tab), what turns the order of the letters that follow
@@ -76,3 +77,8 @@ class DeviceError(OnboardError):
     """A runtime or device that is not there, or cannot do what was asked."""
 
     name = "device"
+
+
+def cannot_import(what: str, complaint: Exception, hint: str) -> DeviceError:
+    """Return the error for a library that this Python does not have, or cannot load."""
+    return DeviceError("%s cannot be imported by %s: %s" % (what, sys.executable, complaint), hint)

@@ -7,7 +7,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from edgecl.artifacts import ReportDir, new_directory, record_header, refuse_existing, write_bytes, write_json
+from edgecl.artifacts import (
+    RECORDS,
+    ReportDir,
+    new_directory,
+    record_header,
+    refuse_existing,
+    write_bytes,
+    write_json,
+)
 from edgecl.errors import printable
 from edgecl.reading import reading
 from edgecl.report.collect import Collection, Source, collect
@@ -22,13 +30,7 @@ from edgecl.report.rows import ORIGINS, rows_of
 from edgecl.report.sentences import plateaus_in_words, verdict_of, warnings_of
 from edgecl.report.text import markdown
 
-_RECORD_FILES = {
-    "run": "run.json",
-    "model": "model.json",
-    "bundle": "manifest.json",
-    "comparison": "comparison.json",
-    "pipeline": "pipeline.json",
-}
+_RECORD_FILES = {**RECORDS, "comparison": "comparison.json"}
 # Logged of every method; what else a method logs, it says itself, in the panels of its run.
 _STEP_KEYS = (
     "loss",

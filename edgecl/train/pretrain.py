@@ -37,7 +37,16 @@ from edgecl.artifacts import (
 from edgecl.data.loading import TrainingImages
 from edgecl.data.sources import absolute_uri, folder_of, open_source
 from edgecl.data.unreadable import say_skipped
-from edgecl.errors import ArtifactError, DataError, DeviceError, EdgeclError, Preempted, RecipeError, tell
+from edgecl.errors import (
+    ArtifactError,
+    DataError,
+    DeviceError,
+    EdgeclError,
+    Preempted,
+    RecipeError,
+    first_line,
+    tell,
+)
 from edgecl.lock import NAME as LOCK
 from edgecl.lock import hold
 from edgecl.nets.backbone import count_parameters
@@ -342,7 +351,7 @@ def _say_resuming(training: Training, *, changes: list[str], surroundings: list[
 
 
 def _in_one_line(problem: Exception) -> str:
-    first = (str(problem).splitlines() or [""])[0]
+    first = first_line(problem)
     return first if isinstance(problem, EdgeclError) else f"{type(problem).__name__}: {first}"
 
 

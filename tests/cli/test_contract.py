@@ -15,7 +15,6 @@ import pytest
 import typer
 from onboard.tiny_bundle import make_bundle, read_manifest, write_manifest
 
-from edgecl.cli import main
 from edgecl.cli.commands import app
 
 # The contract of issue 2, and beside it what was added since; nothing is added by accident.
@@ -43,24 +42,6 @@ DEFAULTS = {
 }
 COMMANDS = typer.main.get_command(app).commands
 LIGHT_HEAVY = ("torch", "timm", "torchvision", "matplotlib", "onnx", "accelerate", "fvcore", "PIL")
-
-
-@pytest.fixture
-def edgecl(monkeypatch, capsys):
-    """Run the command line in this process; return its exit code, stdout and stderr."""
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["edgecl", *map(str, words)])
-        capsys.readouterr()
-        try:
-            main()
-            code = 0
-        except SystemExit as end:
-            code = end.code or 0
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return run
 
 
 def one_json(text):

@@ -23,18 +23,12 @@ NOBODY = 65534
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
+def command(edgecl):
     """Run the command line in this process; return its exit code and stderr."""
 
     def run(*words):
-        monkeypatch.setattr(sys, "argv", ["edgecl", *map(str, words)])
-        capsys.readouterr()
-        try:
-            main()
-            code = 0
-        except SystemExit as end:
-            code = end.code or 0
-        return code, capsys.readouterr().err
+        code, _, said = edgecl(*words)
+        return code, said
 
     return run
 

@@ -8,7 +8,7 @@ from typing import Any, Dict, List, Optional
 import numpy as np
 
 from ..bundle import choose_precision
-from ..errors import BundleError, DeviceError
+from ..errors import BundleError, DeviceError, cannot_import
 
 DEVICE = "CPU"
 
@@ -28,10 +28,7 @@ def import_openvino() -> Any:
     try:
         import openvino
     except ImportError as complaint:
-        raise DeviceError(
-            "the runtime 'openvino' cannot be imported by %s: %s" % (sys.executable, complaint),
-            "pip install openvino",
-        ) from complaint
+        raise cannot_import("the runtime 'openvino'", complaint, "pip install openvino") from complaint
     finally:
         if hidden:
             del sys.modules["openvino_telemetry"]

@@ -1,13 +1,12 @@
 """Run a net with ONNX Runtime on the processor."""
 
-import sys
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 import numpy as np
 
 from ..bundle import choose_precision
-from ..errors import BundleError, DeviceError
+from ..errors import BundleError, DeviceError, cannot_import
 
 PROVIDER = "CPUExecutionProvider"
 # The highest of onnxruntime's severities.
@@ -23,10 +22,7 @@ def import_onnxruntime() -> Any:
     try:
         import onnxruntime
     except ImportError as complaint:
-        raise DeviceError(
-            "the runtime 'onnxruntime' cannot be imported by %s: %s" % (sys.executable, complaint),
-            "pip install onnxruntime",
-        ) from complaint
+        raise cannot_import("the runtime 'onnxruntime'", complaint, "pip install onnxruntime") from complaint
     onnxruntime.set_default_logger_severity(_FATAL)
     return onnxruntime
 
