@@ -126,9 +126,9 @@ def _run(run: Source) -> dict[str, Any]:
     record = run.record
     total = finite(record.get("total_steps"))
     per_epoch = finite(record.get("steps_per_epoch"))
-    lines = [*run.steps, *run.quality]
-    first = min((line["epoch"] for line in lines), default=0.0)
-    last = max((line["epoch"] for line in lines), default=1.0)
+    # As floats: matplotlib takes no whole number of more than 64 bits.
+    at = [float(line["epoch"]) for line in (*run.steps, *run.quality)]
+    first, last = min(at, default=0.0), max(at, default=1.0)
     planned = total / per_epoch if total is not None and per_epoch else None
     # The axis ends where the plan ends, so that an unfinished run looks unfinished; it begins at zero unless
     # the run went on from a checkpoint so late that its own part would be a sliver.

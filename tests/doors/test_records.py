@@ -231,6 +231,19 @@ def test_lines_of_metrics_that_are_too_deep_are_counted_as_unreadable(tmp_path):
     assert any("2 lines of metrics.jsonl" in note for note in report([run], out=tmp_path / "r")["notes"])
 
 
+def test_an_epoch_of_twenty_digits_is_drawn(tmp_path):
+    run = Maker().run(tmp_path / "run")
+    with (run / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"step": 9999, "epoch": 100000000000000000000, "loss": 1.0}\n')
+    assert report([run], out=tmp_path / "r")["runs"][0]["epochs"] == 1e20
+
+
+def test_a_panel_with_a_name_longer_than_a_chart_is_drawn(tmp_path):
+    lines = {"loss": "total", "sacl": "x" * 500}
+    run = Maker().run(tmp_path / "run", panels=[{"title": "t", "lines": lines, "unit": "", "log": True}])
+    assert report([run], out=tmp_path / "r")["runs"][0]["panels"][0]["lines"]["sacl"] == "x" * 24
+
+
 @pytest.mark.parametrize(
     "key", ["made_from", "recipe_name", "arm", "command", "schema", "kind", "arch", "width"]
 )
