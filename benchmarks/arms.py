@@ -8,8 +8,8 @@ command goes on, and the same command with another --core helps. Lists may be ed
 
 Every arm gives the same net, is trained on the same images in the same order, and is probed on the same label draws. An
 arm with `match_flops = ["sacl-xd"]` is trained a second time, for as many epochs as cost what sacl-xd costs: passes by
-edgecl.cost.training_cost, projector and coding rate included, since they are computed too. Choices are made on images
-held out of the training images; the test images are looked at with --on-test only. Differences are paired over seeds,
+edgecl.evaluate.cost.training_cost, projector and coding rate included, since they are computed too. Choices are made on
+images held out of the training images; the test images are looked at with --on-test only. Differences are paired over seeds,
 intervals are 95 %.
 """
 
@@ -27,9 +27,9 @@ import campaign
 from campaign import Run, paired, read_results, spread, state_of, table
 from pydantic import Field
 
+from edgecl.config.recipe import Recipe
+from edgecl.config.settings import Settings, parse_toml, validate
 from edgecl.errors import EdgeclError, RecipeError
-from edgecl.recipe import Recipe
-from edgecl.settings import Settings, parse_toml, validate
 
 METRICS = ("knn_top1", "linear_top1", "few")
 
@@ -161,7 +161,7 @@ def plan(given: Campaign, **common: object) -> list[Row]:
 
 def price(recipe: Recipe) -> float:
     """Return the training FLOPs of one image, projector and coding rate included."""
-    from edgecl.cost import training_cost
+    from edgecl.evaluate.cost import training_cost
 
     cost = training_cost(recipe, images=1)
     return cost.flops_per_image + cost.projector_flops + cost.rate_flops * cost.rate_share

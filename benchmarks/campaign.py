@@ -32,11 +32,11 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
-from edgecl.artifacts import RunDir
+from edgecl.config.recipe import Recipe, read_recipe
 from edgecl.errors import ArtifactError, CollapseError, EdgeclError, NonFiniteError, Preempted
-from edgecl.intervals import mean_interval
-from edgecl.lock import hold
-from edgecl.recipe import Recipe, read_recipe
+from edgecl.metrics.intervals import mean_interval
+from edgecl.storage.artifacts import RunDir
+from edgecl.storage.lock import hold
 
 # How a run's process ends, where it does not end as an error does.
 FINISHED, IN_USE, STOPPED = 0, 75, 76
@@ -331,7 +331,7 @@ def finish(run: Run, place: Path) -> dict:
 
 def train(run: Run, recipe: Recipe, out: Path) -> dict:
     """Pretrain from where the run is to its end; return what it cost and how its loss ended."""
-    from edgecl.cost import training_cost
+    from edgecl.evaluate.cost import training_cost
     from edgecl.train.monitor import read_metrics
     from edgecl.train.pretrain import pretrain
 
@@ -405,7 +405,7 @@ def judge(run: Run, labelled, slim: Path) -> dict:
 
     from edgecl.data.loading import normalise
     from edgecl.evaluate.probe import load_feature_net, probe_net
-    from edgecl.quality import extract_features, rank_me
+    from edgecl.metrics.collapse import extract_features, rank_me
 
     net, record = load_feature_net(slim)
     preprocessing = record["preprocessing"]

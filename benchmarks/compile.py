@@ -94,13 +94,13 @@ def write_forms(arch: str, folder: Path) -> None:
     import torch
     from timm.utils.onnx import onnx_export
 
+    from edgecl.config.target import read_target
     from edgecl.deploy.calibrate import calibrate
+    from edgecl.deploy.fp16 import half
     from edgecl.deploy.graph import portable
-    from edgecl.deploy.half import half
     from edgecl.deploy.onnx import onnx_from_net, save_onnx
-    from edgecl.deploy.quantise import quantise
+    from edgecl.deploy.quantize import quantise
     from edgecl.nets.backbone import create_backbone, is_norm
-    from edgecl.target import read_target
 
     torch.manual_seed(0)
     net = create_backbone(arch, num_classes=1000).eval()
@@ -277,8 +277,8 @@ def compile_engine(form: str, precision: str, file: str, *, core: int) -> None:
     os.sched_setaffinity(0, {core})
     import tensorrt_rtx  # noqa: F401
 
+    from edgecl.config.target import read_target
     from edgecl.onboard.engine import build_plan
-    from edgecl.target import read_target
 
     target = read_target("rtx")
     started, processor = time.perf_counter(), time.process_time()

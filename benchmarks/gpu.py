@@ -293,7 +293,7 @@ def unpack(given: argparse.Namespace) -> dict:
 
 def pretrain_steps(given: argparse.Namespace) -> dict:
     """Train for some dozen steps as `edgecl pretrain` does; return images/s once it is warm."""
-    from edgecl.recipe import read_recipe
+    from edgecl.config.recipe import read_recipe
     from edgecl.train.monitor import read_metrics
     from edgecl.train.pretrain import pretrain
 
@@ -331,10 +331,10 @@ def views(given: argparse.Namespace) -> dict:
     """Time two views of pictures that lie on the device already."""
     import torch
 
+    from edgecl.config.recipe import Views
     from edgecl.data.loading import TrainingImages
     from edgecl.data.sources import open_source
     from edgecl.data.views import make_views
-    from edgecl.recipe import Views
 
     found = {}
     for side, batch_size in ((32, 16),) if given.toy else ((32, 512), (224, 256)):

@@ -40,11 +40,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFilter
 from torchvision.transforms import v2
 
+from edgecl.config.recipe import Views
 from edgecl.data.decode import read_canvas
 from edgecl.data.loading import TrainingImages
 from edgecl.data.sources import open_source
 from edgecl.data.views import make_views
-from edgecl.recipe import Views
 
 SIDE = 224
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -12,10 +12,10 @@ import argparse
 import json
 from pathlib import Path
 
-from edgecl.artifacts import Bundle, ModelDir
 from edgecl.deploy.bench import bench
 from edgecl.deploy.export import export
 from edgecl.evaluate.finetune import finetune
+from edgecl.storage.artifacts import Bundle, ModelDir
 
 PRECISIONS = ["fp32", "fp16", "int8"]
 

@@ -235,7 +235,7 @@ def paper(timed: Sequence[str] = PAPER_NETS) -> dict:
 
 def flops_per_image(arch: str) -> float:
     """Return the FLOPs of an image in SACL-XD, projector apart: METHOD section 2b's 4 (H + S)."""
-    from edgecl.cost import forward_cost
+    from edgecl.evaluate.cost import forward_cost
     from edgecl.nets.backbone import create_backbone
 
     shape = (1, 3, IMAGE_SIZE, IMAGE_SIZE)
@@ -294,7 +294,7 @@ def serve(given: argparse.Namespace) -> None:
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[local % len(cores)]})
     torch.set_num_threads(1)
-    from edgecl import processes
+    from edgecl.distributed import processes
     from edgecl.train.allocator import keep_freed_memory
 
     keep_freed_memory()  # as pretrain does
@@ -334,9 +334,9 @@ def stepping(
     """
     from accelerate import Accelerator
 
-    from edgecl import processes
+    from edgecl.config.recipe import recipe_from_tables
+    from edgecl.distributed import processes
     from edgecl.nets.carving import create_slimmable
-    from edgecl.recipe import recipe_from_tables
     from edgecl.train.step import Step
 
     tables: dict[str, dict[str, object]] = {
@@ -375,7 +375,7 @@ def count_bytes(run: Callable[[int, int], None], sums: GradientSums, *, batch: i
 
 def orders() -> Iterator[str]:
     """Give every process the lines that process 0 reads, to the end of its input."""
-    from edgecl import processes
+    from edgecl.distributed import processes
 
     while True:
         line = sys.stdin.readline().strip() if processes.is_main() else ""

@@ -53,13 +53,13 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from edgecl.cost import forward_cost
+from edgecl.config.recipe import Recipe, read_recipe, recipe_from_tables
+from edgecl.evaluate.cost import forward_cost
 from edgecl.methods.method import Embeddings, create_method
 from edgecl.nets.backbone import is_norm
 from edgecl.nets.carving import create_slimmable
 from edgecl.nets.heads import Encoder
 from edgecl.nets.slimming import SlimmableNet
-from edgecl.recipe import Recipe, read_recipe, recipe_from_tables
 from edgecl.train.allocator import keep_freed_memory
 from edgecl.train.optim import create_optimizer
 from edgecl.train.step import Step

@@ -5,8 +5,6 @@ The verbs of the command line are functions here: `edgecl.pretrain`, `carve`, `p
 """
 
 import os
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -42,15 +40,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-class _Package(ModuleType):
-    """A package in which a verb stays a function though a module has its name."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        # An import of the modules edgecl.cost and edgecl.report would put them in the place of the functions.
-        if name not in __all__ or not isinstance(value, ModuleType):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -53,7 +53,7 @@ def pretrain(
         RecipeError: unknown recipe, setting or value, or no images named.
         EdgeclError: of another class, as `edgecl.train.pretrain.pretrain` lists them.
     """
-    from edgecl.recipe import read_recipe, recipe_name
+    from edgecl.config.recipe import read_recipe, recipe_name
     from edgecl.train.pretrain import pretrain as run
 
     name = recipe_name(str(recipe))
@@ -212,11 +212,11 @@ def cost(subject: AnyPath, *, set: Changes = (), images: int | None = None) -> R
         RecipeError: unknown recipe, setting or value, or fewer images than a batch.
     """
     if Path(subject).is_dir():
-        from edgecl.cost import cost as cost_of_model
+        from edgecl.evaluate.cost import cost as cost_of_model
 
         return cost_of_model(Path(subject))
-    from edgecl.cost import cost_of_recipe
-    from edgecl.recipe import read_recipe, recipe_name
+    from edgecl.config.recipe import read_recipe, recipe_name
+    from edgecl.evaluate.cost import cost_of_recipe
 
     recipe = read_recipe(str(subject), _assignments(set))
     return cost_of_recipe(recipe, recipe_name=recipe_name(str(subject)), images=images)
@@ -365,7 +365,7 @@ def report(dirs: AnyPath | Sequence[AnyPath], *, out: AnyPath, force: bool = Fal
     Raises:
         ArtifactError: a directory that edgecl did not write, an unreadable record, or the output exists.
     """
-    from edgecl.report.report import report as report_on
+    from edgecl.reports.report import report as report_on
 
     several = [dirs] if isinstance(dirs, str | Path) else dirs
     return report_on([Path(path) for path in several], out=Path(out), force=force)

@@ -8,7 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from edgecl.artifacts import (
+from edgecl.config.recipe import Recipe, recipe_from_tables, width_as_given
+from edgecl.config.target import read_target
+from edgecl.errors import ArtifactError, RecipeError, TargetError
+from edgecl.storage.artifacts import (
     Bundle,
     ModelDir,
     PipelineDir,
@@ -20,12 +23,9 @@ from edgecl.artifacts import (
     refuse_existing,
     write_json,
 )
-from edgecl.errors import ArtifactError, RecipeError, TargetError
-from edgecl.lock import NAME as LOCK
-from edgecl.lock import hold
-from edgecl.recipe import Recipe, recipe_from_tables, width_as_given
-from edgecl.redaction import record_without_secrets
-from edgecl.target import read_target
+from edgecl.storage.lock import NAME as LOCK
+from edgecl.storage.lock import hold
+from edgecl.storage.redaction import record_without_secrets
 
 BENCH_S = 5.0
 # What a pipeline that is resumed must be given again as it was; targets may be added.
@@ -110,7 +110,7 @@ def run(
                 clear_directory(out, keep={LOCK})  # of a start that was refused nothing stays
             raise
         say("report")
-        from edgecl.report.report import report
+        from edgecl.reports.report import report
 
         # Made anew each time: it is cheap, and the stages behind it may be newer.
         written = report([out], out=pipeline.report, force=True)
@@ -297,7 +297,7 @@ def _carve(nets: dict[float, Path], pipeline: PipelineDir, *, force: bool) -> li
 
 
 def _cost(nets: dict[float, Path]) -> list[Path]:
-    from edgecl.cost import cost
+    from edgecl.evaluate.cost import cost
 
     for out in nets.values():
         cost(out)
@@ -314,8 +314,8 @@ def _probe(
     download: bool,
 ) -> list[Path]:
     """Compare with the baselines where there are labels; without labels there is nothing to compare."""
-    from edgecl.cost import cost
     from edgecl.evaluate.comparison import compare, write_random
+    from edgecl.evaluate.cost import cost
     from edgecl.evaluate.labelled import read_labelled
     from edgecl.evaluate.probe import load_feature_net, write_probe
 

@@ -9,7 +9,7 @@ import sys
 import time
 from types import TracebackType
 
-from edgecl.processes import is_main
+from edgecl.distributed.processes import is_main
 
 # Nothing is shown for work that ends sooner.
 PATIENCE_S = 2.0

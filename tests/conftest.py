@@ -66,7 +66,7 @@ def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def trained_run(tmp_path_factory: pytest.TempPathFactory, image_folder: Path, recipe_file: Path) -> Path:
     """A finished run directory of the tiny recipe."""
-    from edgecl.recipe import read_recipe
+    from edgecl.config.recipe import read_recipe
     from edgecl.train.pretrain import pretrain
 
     out = tmp_path_factory.mktemp("run") / "run"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+from edgecl.config.recipe import recipe_from_tables
 from edgecl.methods.method import Embeddings, create_method
-from edgecl.recipe import recipe_from_tables
 
 
 def method_of(

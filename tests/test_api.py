@@ -25,7 +25,7 @@ BENEATH = {
     "export": ("edgecl.deploy.export", set()),
     "verify": ("edgecl.deploy.verify", {"report", "ssh_options"}),
     "bench": ("edgecl.deploy.bench", {"report", "ssh_options"}),
-    "report": ("edgecl.report.report", set()),
+    "report": ("edgecl.reports.report", set()),
 }
 
 
@@ -101,7 +101,7 @@ def test_every_parameter_is_documented(verb):
     ids=["mapping", "assignments"],
 )
 def test_changes_reach_the_recipe(changes):
-    from edgecl.recipe import read_recipe
+    from edgecl.config.recipe import read_recipe
 
     recipe = read_recipe("demo", api._assignments(changes))
     assert (recipe.optim.lr, recipe.optim.name) == (1e-05, "adamw")

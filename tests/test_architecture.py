@@ -14,37 +14,24 @@ from pathlib import Path
 import pytest
 
 import edgecl
-from edgecl.settings import packaged_files
+from edgecl.config.settings import packaged_files
 
 PACKAGE = Path(edgecl.__file__).parent
 # Not the package's parent: the package may be the installed one.
 REPOSITORY = Path(__file__).parents[1]
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-# From the top of docs/architecture.md to the bottom; a file imports from its own line and from those below.
-LAYERS = [
-    ["__main__"],
-    ["cli", "api"],
-    ["pipeline", "selftest"],
-    ["report"],
-    ["evaluate"],
-    ["train"],
-    ["cost"],
-    ["methods"],
-    ["deploy"],
-    ["nets"],
-    ["data"],
-    ["checkpoint"],
-    ["lock"],
-    ["artifacts"],
-    ["recipe", "target"],
-    ["records", "settings"],
-    ["quality", "progress", "intervals", "reading"],
-    ["processes"],
-    ["errors", "redaction"],
-    ["onboard"],
-    ["__init__"],
-]
+
+def read_layers():
+    """The layers that docs/architecture.md draws, the highest first; a file imports from its own and from those below."""
+    text = (REPOSITORY / "docs" / "architecture.md").read_text(encoding="utf-8")
+    (block,) = re.findall(
+        r"^## Which way imports run$.*?^```text$\n(.*?)^```$", text, re.MULTILINE | re.DOTALL
+    )
+    return [line.split() for line in block.splitlines()]
+
+
+LAYERS = read_layers()
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 

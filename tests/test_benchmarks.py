@@ -179,7 +179,7 @@ given = argparse.Namespace(net="mobilenetv3_small_100", size=32, batch=4, projec
 
 
 def main():
-    from edgecl import processes
+    from edgecl.distributed import processes
 
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from edgecl.cost import forward_cost
+from edgecl.config.recipe import read_recipe
 from edgecl.errors import CollapseError, RecipeError
+from edgecl.evaluate.cost import forward_cost
 from edgecl.nets.backbone import create_backbone, feature_count
-from edgecl.recipe import read_recipe
 
 REPOSITORY = Path(__file__).parents[1]
 BENCHMARKS = REPOSITORY / "benchmarks"

@@ -12,14 +12,14 @@ import pytest
 from typer.testing import CliRunner
 
 import edgecl.pipeline
-from edgecl.artifacts import Bundle, ModelDir, PipelineDir, ReportDir, RunDir, kind_of
 from edgecl.cli.commands import app
+from edgecl.config.recipe import read_recipe
 from edgecl.errors import ArtifactError, DataError, RecipeError, TargetError
 from edgecl.nets.heads import Encoder
 from edgecl.onboard.bundle import sha256_of_file
 from edgecl.pipeline import run
-from edgecl.recipe import read_recipe
-from edgecl.report.report import report
+from edgecl.reports.report import report
+from edgecl.storage.artifacts import Bundle, ModelDir, PipelineDir, ReportDir, RunDir, kind_of
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def walked(tmp_path_factory, edgecl_process, recipe_file, image_folder):
 def quick(monkeypatch, exported_bundle):
     """Within this process, measure for a moment only, and do not wait for torch's exporter."""
     import edgecl.deploy.export
-    import edgecl.deploy.forms
+    import edgecl.deploy.variants
 
     def bench(bundle, *, precisions, duration_s):
         (Bundle(bundle).path / "bench-here.json").write_text("{}")
@@ -44,13 +44,13 @@ def quick(monkeypatch, exported_bundle):
         Bundle(bundle).verify_file.write_text("{}")
 
     monkeypatch.setattr(
-        edgecl.deploy.forms,
+        edgecl.deploy.variants,
         "onnx_from_net",
         lambda net, *, graph, shape, metadata: onnx.load(Bundle(exported_bundle).onnx_file()),
     )
     monkeypatch.setattr("edgecl.deploy.bench.bench", bench)
     # The net of another run is another net: this file is not about parity.
-    monkeypatch.setattr(edgecl.deploy.forms, "hold", lambda step, tolerance: None)
+    monkeypatch.setattr(edgecl.deploy.variants, "hold", lambda step, tolerance: None)
     monkeypatch.setattr(edgecl.deploy.export, "verify", verify)
     monkeypatch.setattr("edgecl.deploy.verify.verify", verify)
     # Nor about probing,

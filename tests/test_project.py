@@ -119,7 +119,7 @@ def test_contributing_names_files_that_are_there():
     ("file", "name"),
     [
         ("nets/catalogue.py", "NETS"),
-        ("onboard/runners/__init__.py", "RUNTIMES"),
+        ("onboard/runtimes/__init__.py", "RUNTIMES"),
         ("onboard/doctor.py", "RUNTIMES"),
         ("onboard/__main__.py", "RUNTIMES"),
         ("target.py", "Runtime"),

@@ -74,7 +74,7 @@ def main() -> None:
         if code:
             raise SystemExit(code) from None
     finally:
-        from edgecl import processes
+        from edgecl.distributed import processes
 
         signal.signal(signal.SIGTERM, before)
         processes.leave()
@@ -82,7 +82,7 @@ def main() -> None:
 
 def _say_ended(code: int) -> None:
     """Say that a signal ended the command, and for a run how it goes on."""
-    from edgecl import processes
+    from edgecl.distributed import processes
 
     if processes.is_main():
         commands = sys.modules.get("edgecl.cli.commands")  # it may not have been imported yet
@@ -93,8 +93,8 @@ def _say_ended(code: int) -> None:
 
 def _say_problem(problem: Exception) -> int | None:
     """Say what ended the command, where that has a name; return the exit code, or None for what needs its stack."""
-    from edgecl import processes
     from edgecl.cli.commands import given
+    from edgecl.distributed import processes
     from edgecl.errors import EdgeclError, Preempted, tell
 
     if isinstance(problem, Preempted):

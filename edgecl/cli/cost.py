@@ -34,7 +34,7 @@ def cost_command(
     if table == (subject is not None):
         raise typer.BadParameter("give either MODEL_DIR|RECIPE or --table")
     if subject is None:
-        from edgecl.cost import cost_table
+        from edgecl.evaluate.cost import cost_table
 
         rows = cost_table()
         if json_:
@@ -43,14 +43,14 @@ def cost_command(
             _print_table(rows)
         return
     if Path(subject).is_dir():
-        from edgecl.cost import cost
+        from edgecl.evaluate.cost import cost
 
         record = cost(Path(subject))
     else:
-        from edgecl.recipe import read_recipe, recipe_name
+        from edgecl.config.recipe import read_recipe, recipe_name
 
         recipe = read_recipe(subject, set_)
-        from edgecl.cost import cost_of_recipe
+        from edgecl.evaluate.cost import cost_of_recipe
 
         record = cost_of_recipe(recipe, recipe_name=recipe_name(subject), images=images)
     if json_:

@@ -52,10 +52,10 @@ def export_command(
     download: DownloadOption = False,
 ) -> None:
     """Export to ONNX in every precision, proven against torch."""
-    from edgecl.artifacts import refuse_own_input
     from edgecl.cli.output import print_json
     from edgecl.deploy.export import export
     from edgecl.errors import tell
+    from edgecl.storage.artifacts import refuse_own_input
 
     refuse_own_input(out, model)
     record = export(

@@ -27,11 +27,11 @@ def ls_command(
 
 def _entries(shelf: Shelf) -> list[dict[str, str]]:
     if shelf == "recipes":
-        from edgecl.recipe import list_recipes
+        from edgecl.config.recipe import list_recipes
 
         return list_recipes()
     if shelf == "targets":
-        from edgecl.target import list_targets
+        from edgecl.config.target import list_targets
 
         return list_targets()
     if shelf == "nets":

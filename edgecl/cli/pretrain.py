@@ -39,9 +39,9 @@ def pretrain_command(
     refuse_both(resume=resume, force=force)
     import shlex
 
-    from edgecl import processes
     from edgecl.cli.output import print_line
-    from edgecl.recipe import read_recipe, recipe_name
+    from edgecl.config.recipe import read_recipe, recipe_name
+    from edgecl.distributed import processes
 
     # First, so that an error of any process is shown once.
     processes.join(device)

@@ -23,9 +23,9 @@ def report_command(
 
     `edgecl report diff OLD NEW` compares two reports; see `edgecl report diff --help`.
     """
-    from edgecl.artifacts import ReportDir
     from edgecl.cli.output import print_json, print_line
-    from edgecl.report.report import report
+    from edgecl.reports.report import report
+    from edgecl.storage.artifacts import ReportDir
 
     record = report(dirs, out=out, force=force)
     if json_:
@@ -70,8 +70,8 @@ def diff_command(
     Exit 0: no rule broken. 1: a rule broken, or an error. 2: a rule that cannot be read.
     """
     from edgecl.cli.output import print_json
-    from edgecl.report.diff import diff
-    from edgecl.report.rules import RuleError, parse_rules
+    from edgecl.reports.diff import diff
+    from edgecl.reports.rules import RuleError, parse_rules
 
     try:
         rules = [] if fail_on is None else parse_rules(fail_on)
@@ -107,8 +107,8 @@ def print_report(record: dict[str, Any]) -> None:
     Args:
         record: what `report` returns.
     """
-    from edgecl.report.families import family_tables
-    from edgecl.report.text import comparison_rows, table_rows, tables_of
+    from edgecl.reports.families import family_tables
+    from edgecl.reports.text import comparison_rows, table_rows, tables_of
 
     console = _console()
     console.print(_text(record["verdict"], style="bold"), soft_wrap=not console.is_terminal)
@@ -141,7 +141,7 @@ def print_diff(record: dict[str, Any]) -> None:
     Args:
         record: what `diff` returns.
     """
-    from edgecl.report.text import diff_conditions, diff_rows
+    from edgecl.reports.text import diff_conditions, diff_rows
 
     console = _console()
     columns, rows = diff_rows(record)

@@ -77,16 +77,16 @@ def _run(
     download: bool = False,
 ) -> None:
     refuse_both(resume=resume, force=force)
-    from edgecl.recipe import read_recipe, recipe_name
+    from edgecl.config.recipe import read_recipe, recipe_name
 
     name = recipe_name(recipe)
     settings = read_recipe(recipe, set_)
     out = out or Path("runs") / name
-    from edgecl.artifacts import PipelineDir, ReportDir
     from edgecl.cli.output import print_line
     from edgecl.cli.report import print_report
     from edgecl.errors import tell
     from edgecl.pipeline import run
+    from edgecl.storage.artifacts import PipelineDir, ReportDir
 
     record = run(
         settings,

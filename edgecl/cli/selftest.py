@@ -7,7 +7,7 @@ import typer
 
 from edgecl.cli.options import Device, JsonOption
 
-# Those of edgecl.selftest.ARMS, which loads torch.
+# Those of edgecl.train.selftest.ARMS, which loads torch.
 ARMS = (
     "Barlow Twins",
     "XD only",
@@ -62,10 +62,10 @@ def ddp_command(
 
     Alone it starts the processes on this machine; under torchrun, also over several machines, it uses those that are there.
     """
-    from edgecl import processes
     from edgecl.cli.output import status_line
+    from edgecl.distributed import processes
     from edgecl.errors import near_matches
-    from edgecl.selftest import STATUS, compare, is_launched, launch
+    from edgecl.train.selftest import STATUS, compare, is_launched, launch
 
     for name in arm or ():
         if name not in ARMS:

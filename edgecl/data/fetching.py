@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
-from edgecl.artifacts import DISK_FULL, flush
 from edgecl.data.tar_index import TarIndex, indexed, read_index, save_index
 from edgecl.errors import DataError
-from edgecl.redaction import without_secrets
+from edgecl.storage.artifacts import DISK_FULL, flush
+from edgecl.storage.redaction import without_secrets
 
 # Longest silence of a server or a program. curl's own tries with a server that is busy (503) take this long.
 STALL_S = 90.0

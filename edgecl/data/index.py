@@ -24,11 +24,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from edgecl.artifacts import write_bytes
+from edgecl.distributed.processes import is_main
 from edgecl.errors import EdgeclError, first_of, tell
-from edgecl.processes import is_main
 from edgecl.progress import Progress
-from edgecl.reading import read_bytes
+from edgecl.storage.artifacts import write_bytes
+from edgecl.storage.reading import read_bytes
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 

@@ -23,10 +23,10 @@ from edgecl.data.fetching import cache_folder, cached_place, fetch
 from edgecl.data.randomness import permutation
 from edgecl.data.sources import ImageSource, Labels, Split, UnreadableImage, expanded
 from edgecl.data.tar_index import TarIndex, indexed, stamp_of
+from edgecl.distributed.processes import is_main
 from edgecl.errors import DataError, counted, tell
-from edgecl.processes import is_main
 from edgecl.progress import Progress
-from edgecl.redaction import without_secrets
+from edgecl.storage.redaction import without_secrets
 
 SCHEME = "shards"
 # Images are shuffled among so many neighbouring shards of an epoch, and among so many images at least.

@@ -19,7 +19,7 @@ from PIL import Image, UnidentifiedImageError
 
 from edgecl.data.index import EXTENSIONS, Memory, list_folder
 from edgecl.errors import DataError, near_matches
-from edgecl.redaction import without_secrets
+from edgecl.storage.redaction import without_secrets
 
 # No honest picture is larger.
 _LARGEST_FILE = 2**30

@@ -15,9 +15,9 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from edgecl.artifacts import write_bytes
 from edgecl.data.index import EXTENSIONS
 from edgecl.errors import ArtifactError, DataError, counted
+from edgecl.storage.artifacts import write_bytes
 
 _VERSION = 2
 _BLOCK = 512

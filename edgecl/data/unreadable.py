@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgecl.data.sources import ImageSource, UnreadableImage
+from edgecl.distributed.processes import is_main
 from edgecl.errors import DataError, counted, first_of, tell
-from edgecl.processes import is_main
-from edgecl.redaction import without_secrets
+from edgecl.storage.redaction import without_secrets
 
 _NAMED_BAD_IMAGES = 5
 

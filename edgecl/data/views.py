@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from edgecl.artifacts import write_bytes
+from edgecl.config.recipe import Views
 from edgecl.data.loading import Batch
 from edgecl.data.randomness import uniforms
-from edgecl.recipe import Views
+from edgecl.storage.artifacts import write_bytes
 
 Floats = NDArray[np.float64]
 Rows = NDArray[np.int64]

@@ -18,10 +18,10 @@ from edgecl.data.sources import Split, has_test_split, open_source
 from edgecl.data.unreadable import say_skipped
 from edgecl.deploy.onnx import with_any_batch
 from edgecl.errors import DataError, DeviceError
-from edgecl.intervals import proportion_interval
+from edgecl.metrics.collapse import knn_correct
+from edgecl.metrics.intervals import proportion_interval
 from edgecl.onboard.errors import OnboardError
-from edgecl.onboard.runners.openvino import import_openvino
-from edgecl.quality import knn_correct
+from edgecl.onboard.runtimes.openvino import import_openvino
 
 Array = NDArray[numpy.float32]
 Run = Callable[[Array], Array]

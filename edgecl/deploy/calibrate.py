@@ -17,7 +17,7 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnx import shape_inference
 
-from edgecl.deploy.structure import clips_at_zero
+from edgecl.deploy.graph_index import clips_at_zero
 from edgecl.errors import DataError
 
 Method = Literal["minmax", "entropy", "percentile"]

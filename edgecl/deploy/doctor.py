@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from edgecl.artifacts import Bundle
+from edgecl.config.target import read_target
 from edgecl.deploy.process import error_from_onboard
 from edgecl.deploy.remote import run_on_board
 from edgecl.onboard.errors import OnboardError
-from edgecl.target import read_target
+from edgecl.storage.artifacts import Bundle
 
 
 def doctor(

@@ -14,7 +14,34 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from edgecl.artifacts import (
+from edgecl.config.target import Precision, Target, read_target, target_name
+from edgecl.data.loading import load_eval_images, normalise, split_holdout
+from edgecl.data.randomness import permutation
+from edgecl.data.sources import has_test_split, open_source
+from edgecl.data.unreadable import say_skipped
+from edgecl.deploy.accuracy import HOLDOUT, MAX_BAD_FRACTION, open_judge
+from edgecl.deploy.decision import conclude
+from edgecl.deploy.onboard_zip import write_onboard
+from edgecl.deploy.onnx import INPUT, OUTPUT, save_onnx
+from edgecl.deploy.parity import slim_view_rung
+from edgecl.deploy.process import run_here
+from edgecl.deploy.readme import bundle_readme
+from edgecl.deploy.rtx import compile_rtx
+from edgecl.deploy.variants import (
+    PARITY_IMAGES,
+    REFERENCE_IMAGES,
+    Form,
+    float_net,
+    make_forms,
+    torch_outputs,
+)
+from edgecl.deploy.verify import verify
+from edgecl.errors import DataError, ParityError, TargetError
+from edgecl.nets.carving import load_model
+from edgecl.onboard import trtexec
+from edgecl.onboard.bundle import engine_name, onnx_name, sha256_of_file
+from edgecl.onboard.errors import OnboardError
+from edgecl.storage.artifacts import (
     Bundle,
     ModelDir,
     new_directory,
@@ -24,33 +51,6 @@ from edgecl.artifacts import (
     write_bytes,
     write_sealed,
 )
-from edgecl.data.loading import load_eval_images, normalise, split_holdout
-from edgecl.data.randomness import permutation
-from edgecl.data.sources import has_test_split, open_source
-from edgecl.data.unreadable import say_skipped
-from edgecl.deploy.accuracy import HOLDOUT, MAX_BAD_FRACTION, open_judge
-from edgecl.deploy.engine import compile_rtx
-from edgecl.deploy.forms import (
-    PARITY_IMAGES,
-    REFERENCE_IMAGES,
-    Form,
-    float_net,
-    make_forms,
-    torch_outputs,
-)
-from edgecl.deploy.onboard_zip import write_onboard
-from edgecl.deploy.onnx import INPUT, OUTPUT, save_onnx
-from edgecl.deploy.parity import slim_view_rung
-from edgecl.deploy.process import run_here
-from edgecl.deploy.readme import bundle_readme
-from edgecl.deploy.verdict import conclude
-from edgecl.deploy.verify import verify
-from edgecl.errors import DataError, ParityError, TargetError
-from edgecl.nets.carving import load_model
-from edgecl.onboard import trtexec
-from edgecl.onboard.bundle import engine_name, onnx_name, sha256_of_file
-from edgecl.onboard.errors import OnboardError
-from edgecl.target import Precision, Target, read_target, target_name
 
 Array = NDArray[numpy.float32]
 

@@ -11,12 +11,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from edgecl.config.target import Target
 from edgecl.deploy.accuracy import Judge, Run, cosines, runner_of
 from edgecl.deploy.calibrate import calibrate_all
-from edgecl.deploy.quantise import quantise
-from edgecl.deploy.structure import quantisable
-from edgecl.deploy.verdict import Say, search_int8, unjudged
-from edgecl.target import Target
+from edgecl.deploy.decision import Say, search_int8, unjudged
+from edgecl.deploy.graph_index import quantisable
+from edgecl.deploy.quantize import quantise
 
 Array = NDArray[numpy.float32]
 

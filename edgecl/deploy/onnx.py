@@ -15,10 +15,10 @@ import onnx
 import torch
 from torch import nn
 
-from edgecl.artifacts import MADE_BY
+from edgecl.config.target import Graph
 from edgecl.deploy.graph import portable
 from edgecl.errors import ParityError
-from edgecl.target import Graph
+from edgecl.storage.artifacts import MADE_BY
 
 INPUT = "input"
 OUTPUT = "output"

@@ -12,16 +12,16 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from edgecl.artifacts import RunDir
-from edgecl.checkpoint import read_sealed
+from edgecl.config.recipe import recipe_from_tables
+from edgecl.config.target import Tolerance
 from edgecl.deploy.accuracy import cosines
 from edgecl.deploy.onnx import with_any_batch
 from edgecl.errors import ArtifactError, ParityError
 from edgecl.nets.carving import create_slimmable
 from edgecl.nets.folding import fold_batch_norm
 from edgecl.onboard.verify import compare
-from edgecl.recipe import recipe_from_tables
-from edgecl.target import Tolerance
+from edgecl.storage.artifacts import RunDir
+from edgecl.storage.checkpoint import read_sealed
 
 Array = NDArray[numpy.float32]
 Layers = dict[str, Array]

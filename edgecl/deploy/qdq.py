@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from edgecl.deploy.graph import Names
+from edgecl.deploy.graph_index import WEIGHTED, Links, attribute, baseline_keep, clips_at_zero
 from edgecl.deploy.scales import (
     asymmetric_scale,
     paired_weight_scales,
@@ -18,7 +19,6 @@ from edgecl.deploy.scales import (
     symmetric_scale,
     weight_scales,
 )
-from edgecl.deploy.structure import WEIGHTED, Links, attribute, baseline_keep, clips_at_zero
 from edgecl.errors import DataError
 
 Array = NDArray[Any]

@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from edgecl.artifacts import Bundle, record_header, write_json
 from edgecl.deploy.process import error_from_onboard, run_here, silence_s
 from edgecl.deploy.remote import run_on_board
 from edgecl.errors import ArtifactError
 from edgecl.onboard import errors as onboard_errors
 from edgecl.onboard.bundle import choose_precision, read_manifest, sha256_of_file
+from edgecl.onboard.device_info import available_cores
 from edgecl.onboard.errors import OnboardError
-from edgecl.onboard.passport import available_cores
+from edgecl.storage.artifacts import Bundle, record_header, write_json
 
 
 def verify(

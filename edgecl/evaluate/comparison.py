@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgecl.artifacts import ModelDir, record_header
+from edgecl.config.recipe import Views
 from edgecl.evaluate.few_labels import FewLabels, train_on_few
 from edgecl.evaluate.labelled import Labelled, draw_few
 from edgecl.evaluate.probe import load_feature_net, probe_net, summary
 from edgecl.evaluate.supervised import Supervision
-from edgecl.intervals import mean_interval
+from edgecl.metrics.intervals import mean_interval
 from edgecl.nets.backbone import create_backbone
 from edgecl.nets.carving import recalibrate_on, write_model
-from edgecl.recipe import Views
+from edgecl.storage.artifacts import ModelDir, record_header
 
 
 def write_random(

@@ -16,12 +16,12 @@ import numpy
 import torch
 from numpy.typing import NDArray
 
+from edgecl.config.recipe import Views
 from edgecl.errors import ProcessError
 from edgecl.evaluate.labelled import Part
 from edgecl.evaluate.supervised import Supervision, classifier_top1, train_classifier
 from edgecl.nets.carving import create_blank, load_backbone, load_model
 from edgecl.progress import Progress
-from edgecl.recipe import Views
 
 # Each takes some 500 MB for its libraries, whatever the net.
 MAX_PROCESSES = 4

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from edgecl.artifacts import ModelDir, record_header, refuse_existing, refuse_own_input, write_json
+from edgecl.config.settings import override, validate
 from edgecl.data.loading import normalise
 from edgecl.data.sources import absolute_uri
 from edgecl.errors import ArtifactError, DataError, RecipeError
@@ -20,10 +20,10 @@ from edgecl.evaluate.supervised import (
     classifier_top1,
     train_classifier,
 )
-from edgecl.intervals import proportion_interval
+from edgecl.metrics.intervals import proportion_interval
 from edgecl.nets.carving import create_blank, load_backbone, load_model, write_model
 from edgecl.nets.fake_quant import learning_scales, quantise_net
-from edgecl.settings import override, validate
+from edgecl.storage.artifacts import ModelDir, record_header, refuse_existing, refuse_own_input, write_json
 
 DEFAULT_EPOCHS = 20
 DEFAULT_QUANTISED_EPOCHS = 3

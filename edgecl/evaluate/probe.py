@@ -9,17 +9,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from edgecl.artifacts import ModelDir, record_header, write_json
-from edgecl.cost import forward_cost
 from edgecl.data.loading import normalise
 from edgecl.errors import ArtifactError
+from edgecl.evaluate.cost import forward_cost
 from edgecl.evaluate.labelled import Labelled, draw_few, read_labelled
-from edgecl.evaluate.linear import fit_linear
-from edgecl.intervals import mean_interval, proportion_interval
+from edgecl.metrics.collapse import extract_features, knn_top1
+from edgecl.metrics.intervals import mean_interval, proportion_interval
+from edgecl.metrics.linear import fit_linear
 from edgecl.nets.backbone import count_parameters
 from edgecl.nets.carving import create_blank, load_model
 from edgecl.progress import Progress
-from edgecl.quality import extract_features, knn_top1
+from edgecl.storage.artifacts import ModelDir, record_header, write_json
 
 DEFAULT_LABELS_PER_CLASS = 10
 

@@ -10,6 +10,8 @@ from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional
 
+from edgecl.config.recipe import Fraction, Views
+from edgecl.config.settings import Decay, Rate, Seed, Settings
 from edgecl.data.loading import normalise
 from edgecl.data.randomness import permutation
 from edgecl.data.views import draw_parameters, render_view
@@ -17,8 +19,6 @@ from edgecl.errors import DeviceError, NonFiniteError
 from edgecl.evaluate.labelled import Part
 from edgecl.nets.small_maps import small_maps_sped_up
 from edgecl.progress import Progress
-from edgecl.recipe import Fraction, Views
-from edgecl.settings import Decay, Rate, Seed, Settings
 from edgecl.train.allocator import keep_freed_memory
 
 

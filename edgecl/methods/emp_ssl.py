@@ -12,9 +12,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from edgecl.config.recipe import ForwardPasses, MethodConfig, Panel, Recipe
 from edgecl.methods.losses import CodingRate, alignment_loss, correlation_of, mean_of
 from edgecl.methods.method import Embeddings, Method, Terms
-from edgecl.recipe import ForwardPasses, MethodConfig, Panel, Recipe
 
 
 class Config(MethodConfig):

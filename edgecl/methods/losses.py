@@ -11,10 +11,10 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
+from edgecl.config.recipe import Recipe
+from edgecl.config.settings import Settings, Weight
 from edgecl.errors import ShapeError
 from edgecl.nets.sync_norms import process_count, sum_over_processes
-from edgecl.recipe import Recipe
-from edgecl.settings import Settings, Weight
 
 # nn.BatchNorm1d's, which the public Barlow Twins codes normalise with.
 VARIANCE_EPSILON = 1e-5

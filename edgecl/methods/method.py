@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from edgecl.checkpoint import METHODS_OWN
+from edgecl.config.recipe import MethodConfig, Recipe, find_method
 from edgecl.nets.slimming import SlimmableNet
-from edgecl.recipe import MethodConfig, Recipe, find_method
+from edgecl.storage.checkpoint import METHODS_OWN
 
 Terms = dict[str, Tensor | None]
 """What is logged of a loss: its parts and what to watch beside them, () each, detached; None where there is none."""

@@ -30,6 +30,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from edgecl.config.recipe import ForwardPasses, Fraction, MethodConfig, Panel, Recipe
+from edgecl.config.settings import Factor, Weight
 from edgecl.data.randomness import uniforms
 from edgecl.methods.losses import (
     CodingRate,
@@ -41,8 +43,6 @@ from edgecl.methods.losses import (
 )
 from edgecl.methods.method import Embeddings, Method, Terms
 from edgecl.nets.slimming import SlimmableNet
-from edgecl.recipe import ForwardPasses, Fraction, MethodConfig, Panel, Recipe
-from edgecl.settings import Factor, Weight
 
 _LOSS_NAMES = {"barlow-twins": "Barlow Twins", "simclr": "SimCLR", "cosine": "cosine and coding rate"}
 

@@ -11,9 +11,9 @@ from typing import ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
+from edgecl.config.recipe import ForwardPasses, MethodConfig, Panel, Recipe
 from edgecl.methods.losses import CodingRate, contrastive_loss, correlation_of, mean_of
 from edgecl.methods.method import Embeddings, Method, Terms
-from edgecl.recipe import ForwardPasses, MethodConfig, Panel, Recipe
 
 
 class Config(MethodConfig):

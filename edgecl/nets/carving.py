@@ -10,7 +10,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from edgecl.artifacts import (
+from edgecl.config.recipe import Recipe, recipe_from_tables, width_as_given
+from edgecl.errors import ArtifactError, RecipeError, SliceError, tell
+from edgecl.nets.backbone import count_parameters, create_backbone, feature_count, recalibrate
+from edgecl.nets.fake_quant import insert_fake_quant
+from edgecl.nets.folding import fold_batch_norm
+from edgecl.nets.heads import Encoder
+from edgecl.nets.slimming import SlimmableNet
+from edgecl.onboard.bundle import sha256_of_file
+from edgecl.storage.artifacts import (
     ModelDir,
     RunDir,
     new_directory,
@@ -19,16 +27,8 @@ from edgecl.artifacts import (
     refuse_own_input,
     write_sealed,
 )
-from edgecl.checkpoint import read_best, read_newest
-from edgecl.errors import ArtifactError, RecipeError, SliceError, tell
-from edgecl.nets.backbone import count_parameters, create_backbone, feature_count, recalibrate
-from edgecl.nets.fake_quant import insert_fake_quant
-from edgecl.nets.folding import fold_batch_norm
-from edgecl.nets.heads import Encoder
-from edgecl.nets.slimming import SlimmableNet
-from edgecl.onboard.bundle import sha256_of_file
-from edgecl.reading import reading
-from edgecl.recipe import Recipe, recipe_from_tables, width_as_given
+from edgecl.storage.checkpoint import read_best, read_newest
+from edgecl.storage.reading import reading
 
 RECALIBRATION_IMAGES = 4096
 RECALIBRATION_BATCH = 64

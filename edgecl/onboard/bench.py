@@ -14,11 +14,11 @@ import numpy as np
 
 from .bundle import check_files, choose_precision, read_manifest
 from .clock import BLOCK_S, Measurement, Report, measure_interleaved
+from .device_info import add_state_after, available_cores, read_passport
 from .errors import DeviceError
-from .passport import add_state_after, available_cores, read_passport
 from .power import PowerMeter
 from .reference import read_reference
-from .runners import Runner, full_name, open_runner
+from .runtimes import Runner, full_name, open_runner
 from .statistics import drift, ratio_interval, summarise
 from .throttle import ThrottleWatch
 from .versions import version_fits

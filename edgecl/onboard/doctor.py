@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Union
 
 from .bundle import check_files, is_plain_file, read_manifest
-from .conditions import Check, check, check_conditions, check_memory
+from .device_info import read_passport
+from .device_state import Check, check, check_conditions, check_memory
 from .devices import DEVICES
 from .errors import OnboardError
-from .passport import read_passport
 from .versions import version_fits
 
 RUNTIMES = ("onnxruntime", "openvino", "tensorrt", "tensorrt_rtx")
@@ -21,7 +21,7 @@ OLDEST_PYTHON = (3, 6)
 SPARE_MIB = 64
 
 # Says of a module what it is, in a process of its own: a module built for another processor kills the one that imports it.
-# See `runners.openvino.import_openvino` for the telemetry.
+# See `runtimes.openvino.import_openvino` for the telemetry.
 _PROBE = """
 import importlib, json, sys
 sys.modules["openvino_telemetry"] = None

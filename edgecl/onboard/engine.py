@@ -539,7 +539,7 @@ def build(
         BundleError: a file is missing or changed, or the bundle is for another runtime.
         DeviceError: no TensorRT, no GPU, or it cannot build the engine.
     """
-    from .runners.tensorrt import TensorrtRunner
+    from .runtimes.tensorrt import TensorrtRunner
 
     manifest = read_manifest(bundle)
     check_files(bundle, manifest)

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Dict, List, Optional, TextIO
 
 from .bundle import sha256_of_file
-from .passport import available_cores
+from .device_info import available_cores
 
 MARK = "@edgecl "
 """Begins every line that is meant for the host: what a login script prints has no such mark."""

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple, Union
 
-from .passport import gpu_folder, thermal_zones
+from .device_info import gpu_folder, thermal_zones
 
 OVER_CURRENT = {"oc1": "under-voltage", "oc2": "average over-current", "oc3": "instantaneous over-current"}
 # A clock below its lock by more than rounding, in more than so many of the looks.

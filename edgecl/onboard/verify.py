@@ -6,10 +6,10 @@ from typing import Any, Callable, Dict, Optional, Sequence, Tuple, Union
 import numpy as np
 
 from .bundle import check_files, choose_precision, read_manifest
+from .device_info import available_cores
 from .errors import DisagreementError
-from .passport import available_cores
 from .reference import read_reference
-from .runners import Runner, open_runner
+from .runtimes import Runner, open_runner
 
 
 def verify(

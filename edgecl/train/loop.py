@@ -13,19 +13,19 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from edgecl import processes
-from edgecl.artifacts import RunDir
-from edgecl.checkpoint import Checkpoint, restore_optimizer
+from edgecl.config.recipe import Recipe
 from edgecl.data.loading import Batch, TrainingImages
 from edgecl.data.sources import ImageSource
 from edgecl.data.views import make_views, write_views_grid
+from edgecl.distributed import processes
 from edgecl.errors import DataError, counted, tell
 from edgecl.methods.method import create_method
+from edgecl.metrics.collapse import spread
 from edgecl.nets.carving import create_slimmable
 from edgecl.nets.slimming import SlimmableNet
 from edgecl.progress import Progress
-from edgecl.quality import spread
-from edgecl.recipe import Recipe
+from edgecl.storage.artifacts import RunDir
+from edgecl.storage.checkpoint import Checkpoint, restore_optimizer
 from edgecl.train.guard import Guard
 from edgecl.train.monitor import CollapseAlarm, MetricsFile, read_metrics
 from edgecl.train.plateau import RECORDS, PlateauAlarm

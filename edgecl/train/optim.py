@@ -9,7 +9,7 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 
-from edgecl.recipe import Optim
+from edgecl.config.recipe import Optim
 
 
 def create_optimizer(net: nn.Module, settings: Optim, *, batch_size: int) -> torch.optim.Optimizer:

@@ -8,7 +8,7 @@ import threading
 import time
 from types import FrameType, TracebackType
 
-from edgecl import processes
+from edgecl.distributed import processes
 
 # torchrun passes on to its processes the Ctrl-C that the terminal has sent them already.
 _SAME_CTRL_C_S = 1.0

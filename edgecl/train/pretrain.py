@@ -24,19 +24,12 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 
-from edgecl import __version__, processes
-from edgecl.artifacts import (
-    RunDir,
-    clear_directory,
-    command_line,
-    disk_errors,
-    record_header,
-    refuse_existing,
-    write_json,
-)
+from edgecl import __version__
+from edgecl.config.recipe import Recipe, flatten
 from edgecl.data.loading import TrainingImages
 from edgecl.data.sources import absolute_uri, folder_of, open_source
 from edgecl.data.unreadable import say_skipped
+from edgecl.distributed import processes
 from edgecl.errors import (
     ArtifactError,
     DataError,
@@ -47,13 +40,21 @@ from edgecl.errors import (
     first_line,
     tell,
 )
-from edgecl.lock import NAME as LOCK
-from edgecl.lock import hold
 from edgecl.nets.backbone import count_parameters
 from edgecl.nets.carving import create_slimmable
 from edgecl.nets.slimming import SlimmableNet
-from edgecl.recipe import Recipe, flatten
-from edgecl.redaction import record_without_secrets
+from edgecl.storage.artifacts import (
+    RunDir,
+    clear_directory,
+    command_line,
+    disk_errors,
+    record_header,
+    refuse_existing,
+    write_json,
+)
+from edgecl.storage.lock import NAME as LOCK
+from edgecl.storage.lock import hold
+from edgecl.storage.redaction import record_without_secrets
 from edgecl.train.allocator import keep_freed_memory
 from edgecl.train.loop import Training
 from edgecl.train.preemption import StopRequest

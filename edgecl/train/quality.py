@@ -10,13 +10,13 @@ import torch.distributed
 from accelerate import Accelerator
 from torch import Tensor
 
+from edgecl.config.recipe import Recipe
 from edgecl.data.loading import load_eval_images, normalise
 from edgecl.data.sources import ImageSource
+from edgecl.metrics.collapse import extract_features, knn_top1, rank_me
 from edgecl.nets.backbone import create_backbone, recalibrate
 from edgecl.nets.carving import RECALIBRATION_BATCH, backbone_tensors
 from edgecl.nets.slimming import SlimmableNet, limit_skips
-from edgecl.quality import extract_features, knn_top1, rank_me
-from edgecl.recipe import Recipe
 
 IMAGES = 2048
 # Of them, for the norms of a net that has not learnt yet.

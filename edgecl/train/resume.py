@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from edgecl.artifacts import RunDir
-from edgecl.checkpoint import Checkpoint, has_checkpoint, read_newest
+from edgecl.config.recipe import Recipe, flatten, recipe_from_tables
 from edgecl.data.loading import TrainingImages
 from edgecl.data.sources import ImageSource, absolute_uri
 from edgecl.errors import ArtifactError, RecipeError, first_of, near_matches
-from edgecl.recipe import Recipe, flatten, recipe_from_tables
-from edgecl.redaction import record_without_secrets
+from edgecl.storage.artifacts import RunDir
+from edgecl.storage.checkpoint import Checkpoint, has_checkpoint, read_newest
+from edgecl.storage.redaction import record_without_secrets
 
 MAY_CHANGE = (
     "run.epochs",

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgecl.artifacts import RunDir
-from edgecl.checkpoint import to_json, write_checkpoint
 from edgecl.errors import tell
+from edgecl.storage.artifacts import RunDir
+from edgecl.storage.checkpoint import to_json, write_checkpoint
 
 SAY_AFTER_S = 30.0
 """How often a wait for the disk is spoken of."""

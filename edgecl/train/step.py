@@ -11,12 +11,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from edgecl import processes
+from edgecl.config.recipe import Recipe
 from edgecl.data.randomness import whole_numbers
+from edgecl.distributed import processes
 from edgecl.methods.method import Embeddings, Terms, create_method
 from edgecl.nets.slimming import SlimmableNet
 from edgecl.nets.sync_norms import synchronise_norms
-from edgecl.recipe import Recipe
 from edgecl.train.monitor import gradient_norms
 from edgecl.train.optim import create_optimizer, create_schedule
 

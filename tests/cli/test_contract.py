@@ -304,7 +304,7 @@ def test_cost_of_a_recipe_prints_its_training_too(edgecl, recipe_file):
 
 def test_cost_table_is_a_list_of_rows(edgecl, monkeypatch):
     # By its name in sys.modules: as an attribute of the package, `cost` is the verb.
-    pricing = importlib.import_module("edgecl.cost")
+    pricing = importlib.import_module("edgecl.evaluate.cost")
     rows = [{"method": "SACL-XD", "total_flops": 1e17}]
     monkeypatch.setattr(pricing, "cost_table", lambda: rows)
     assert one_json(edgecl("cost", "--table", "--json")[1]) == rows
@@ -317,10 +317,10 @@ def test_carve_without_recalibration_is_the_slim_view_to_the_bit(edgecl, tmp_pat
     import torch
     from safetensors.torch import load_file
 
-    from edgecl.artifacts import RunDir
-    from edgecl.checkpoint import read_newest
+    from edgecl.config.recipe import recipe_from_tables
     from edgecl.nets.carving import create_slimmable
-    from edgecl.recipe import recipe_from_tables
+    from edgecl.storage.artifacts import RunDir
+    from edgecl.storage.checkpoint import read_newest
 
     code, out, _ = edgecl("carve", trained_run, "--out", tmp_path / "m", "--no-recalibrate")
     assert code == 0
@@ -483,7 +483,7 @@ def test_interrupted_training_says_how_to_go_on_and_nothing_else_does(
     def interrupted(*_, **__):
         signal.raise_signal(number)
 
-    monkeypatch.setattr("edgecl.recipe.read_recipe", interrupted)
+    monkeypatch.setattr("edgecl.config.recipe.read_recipe", interrupted)
     monkeypatch.setattr("edgecl.deploy.bench.bench", interrupted)
     code, _, err = edgecl(verb, "x")
     assert code == status

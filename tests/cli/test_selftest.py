@@ -13,7 +13,7 @@ from edgecl.cli import main
 from edgecl.cli.commands import app
 from edgecl.cli.selftest import ARMS as ARM_NAMES
 from edgecl.errors import RecipeError
-from edgecl.selftest import ARMS, _error_among, chosen_arms
+from edgecl.train.selftest import ARMS, _error_among, chosen_arms
 
 # What torchrun starts, as one script that forks: `python -m edgecl selftest ddp …` in two processes, once per case.
 LAUNCHED = """
@@ -21,8 +21,8 @@ import contextlib, functools, io, json, os, sys, warnings
 warnings.simplefilter("ignore")
 from worlds import fork_world
 
-import edgecl.selftest as selftest
-from edgecl import processes
+import edgecl.train.selftest as selftest
+from edgecl.distributed import processes
 from edgecl.cli import main
 from edgecl.methods import losses
 from edgecl.train import step

@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from edgecl.artifacts import RunDir
-from edgecl.checkpoint import read_newest
 from edgecl.cli import main
+from edgecl.config.recipe import recipe_from_tables
 from edgecl.nets.carving import create_slimmable, load_model
-from edgecl.recipe import recipe_from_tables
+from edgecl.storage.artifacts import RunDir
+from edgecl.storage.checkpoint import read_newest
 
 WIDTHS = (0.5, 0.4, 0.35)
 SET = ("--set", "slim.widths=[0.35, 0.4, 0.5]")

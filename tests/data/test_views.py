@@ -7,9 +7,9 @@ from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional as reference
 
+from edgecl.config.recipe import Views
 from edgecl.data.loading import Batch
 from edgecl.data.views import draw_parameters, make_views, render_view, write_views_grid
-from edgecl.recipe import Views
 
 PLAIN = Views(crop_scale=(1, 1), crop_ratio=(1, 1), flip=0, jitter=0, grey=0, blur=(0, 0), solarize=(0, 0))
 NO_MEAN, NO_STD = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)

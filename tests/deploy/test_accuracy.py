@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from edgecl.config.target import Graph
 from edgecl.deploy.accuracy import Judge, Outputs, cosines, open_judge, runner_of
 from edgecl.deploy.onnx import onnx_from_net
 from edgecl.errors import DataError
 from edgecl.nets.carving import load_model
-from edgecl.target import Graph
 
 PREPROCESSING = {"image_size": 8, "resize_size": 8, "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
 

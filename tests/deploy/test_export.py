@@ -17,13 +17,13 @@ from conftest import write_folder
 from PIL import Image
 
 import edgecl.deploy.accuracy
-import edgecl.deploy.forms
-from edgecl.artifacts import Bundle, ModelDir, write_sealed
+import edgecl.deploy.variants
 from edgecl.deploy.export import export
 from edgecl.deploy.verify import verify
 from edgecl.errors import ArtifactError, DataError, DeviceError, ParityError, TargetError
 from edgecl.nets.carving import load_model
 from edgecl.onboard.bundle import sha256_of_file
+from edgecl.storage.artifacts import Bundle, ModelDir, write_sealed
 
 TARGET = """\
 # Mine.
@@ -43,7 +43,7 @@ def quick_onnx(monkeypatch, exported_bundle):
     def read(net, *, graph, shape, metadata):
         return onnx.load(Bundle(exported_bundle).onnx_file())
 
-    monkeypatch.setattr(edgecl.deploy.forms, "onnx_from_net", read)
+    monkeypatch.setattr(edgecl.deploy.variants, "onnx_from_net", read)
 
 
 @pytest.fixture
@@ -168,7 +168,7 @@ def test_target_file_of_the_users_decides_the_form(tmp_path, carved_model, dynam
         asked_for.append(graph)
         return onnx.load(dynamic_file)
 
-    monkeypatch.setattr(edgecl.deploy.forms, "onnx_from_net", read)
+    monkeypatch.setattr(edgecl.deploy.variants, "onnx_from_net", read)
     (tmp_path / "mine.toml").write_text(TARGET)
     found = export(carved_model, target=str(tmp_path / "mine.toml"), out=tmp_path / "b")
     assert found["target_name"] == "mine"
@@ -404,7 +404,7 @@ def scaled(factor):
 
 @pytest.mark.usefixtures("quick_onnx")
 def test_net_that_disagrees_with_torch_leaves_no_bundle(tmp_path, carved_model, monkeypatch):
-    monkeypatch.setattr(edgecl.deploy.forms, "runner_of", scaled(1.01))
+    monkeypatch.setattr(edgecl.deploy.variants, "runner_of", scaled(1.01))
     with pytest.raises(ParityError, match="ONNX fp32 disagrees with carved torch net on 48 images"):
         export(carved_model, target="ort-cpu", out=tmp_path / "b")
     assert list(tmp_path.iterdir()) == []
@@ -416,7 +416,7 @@ def test_net_that_disagrees_with_torch_leaves_the_earlier_bundle(
 ):
     bundle = shutil.copytree(exported_bundle, tmp_path / "b")
     before = sha256_of_file(bundle / "manifest.json")
-    monkeypatch.setattr(edgecl.deploy.forms, "runner_of", scaled(np.nan))
+    monkeypatch.setattr(edgecl.deploy.variants, "runner_of", scaled(np.nan))
     with pytest.raises(ParityError):
         export(carved_model, target="ort-cpu", out=bundle, force=True)
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
@@ -488,7 +488,7 @@ def test_int8_outside_its_tolerance_is_left_out_and_the_rest_is_written(
     def breaches(step, tolerance):
         return ["too far"] if (step["to"], step["images"]) == ("ONNX int8", images) else []
 
-    monkeypatch.setattr(edgecl.deploy.forms, "breaches", breaches)
+    monkeypatch.setattr(edgecl.deploy.variants, "breaches", breaches)
     manifest = export(
         carved_model, target="ort-cpu", precisions=["int8"], calibration=str(pictures), out=tmp_path / "b"
     )

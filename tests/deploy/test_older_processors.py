@@ -15,7 +15,7 @@ from conftest import write_folder
 from onnx import helper
 
 from edgecl.deploy.export import export
-from edgecl.deploy.quantise import quantise
+from edgecl.deploy.quantize import quantise
 from edgecl.deploy.scales import weight_scales
 
 from .sketch import Sketch, images_of, quantise_net, ranges_of, run
@@ -43,7 +43,7 @@ import sys
 import numpy
 from onboard.bundle import read_manifest
 from onboard.reference import read_reference
-from onboard.runners import open_runner
+from onboard.runtimes import open_runner
 from onboard.verify import run_all
 bundle, out = sys.argv[1:]
 manifest = read_manifest(bundle)

@@ -10,8 +10,8 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from edgecl.artifacts import RunDir
-from edgecl.checkpoint import read_newest, write_checkpoint
+from edgecl.config.recipe import read_recipe
+from edgecl.config.target import Graph, Tolerance
 from edgecl.deploy.onnx import onnx_from_net
 from edgecl.deploy.parity import (
     breaches,
@@ -24,8 +24,8 @@ from edgecl.deploy.parity import (
 )
 from edgecl.errors import ArtifactError, ParityError
 from edgecl.nets.carving import carve, load_model
-from edgecl.recipe import read_recipe
-from edgecl.target import Graph, Tolerance
+from edgecl.storage.artifacts import RunDir
+from edgecl.storage.checkpoint import read_newest, write_checkpoint
 from edgecl.train.pretrain import pretrain
 
 EXPECTED = np.random.default_rng(0).normal(size=(10, 6)).astype(np.float32)

@@ -11,7 +11,7 @@ import pytest
 from onnx import helper
 
 from edgecl.deploy.graph import portable
-from edgecl.deploy.quantise import quantise
+from edgecl.deploy.quantize import quantise
 
 from .sketch import (
     TENSORRT_FORMS,

@@ -16,7 +16,7 @@ import pytest
 
 import edgecl.cli
 from edgecl.cli import main
-from edgecl.recipe import read_recipe
+from edgecl.config.recipe import read_recipe
 
 LONG = "x" * 300
 NOBODY = 65534

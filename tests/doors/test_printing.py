@@ -11,9 +11,9 @@ from report.conftest import Maker
 
 from edgecl.cli import main
 from edgecl.cli.output import print_line, print_rows
+from edgecl.config.recipe import read_recipe
 from edgecl.errors import LONGEST, EdgeclError, printable, tell
-from edgecl.recipe import read_recipe
-from edgecl.report.report import report
+from edgecl.reports.report import report
 
 # Erases the screen, sets the window's title, rings, overwrites the line, turns the letters, ends the isolate.
 HOSTILE = "a\x1b[2J\x1b]0;x\x07\r\x00\x9b31m\u202eb\u2066c\u200f\u061c\udcff"

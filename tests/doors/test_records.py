@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 from report.conftest import Maker
 
-from edgecl.artifacts import ModelDir, RunDir, kind_of, read_record, write_sealed
-from edgecl.checkpoint import _digest
-from edgecl.cost import cost
 from edgecl.errors import ArtifactError, EdgeclError
+from edgecl.evaluate.cost import cost
 from edgecl.nets.carving import carve, load_model
-from edgecl.reading import DEEPEST, parse_json, read_bytes, reading
-from edgecl.report.report import report
+from edgecl.reports.report import report
+from edgecl.storage.artifacts import ModelDir, RunDir, kind_of, read_record, write_sealed
+from edgecl.storage.checkpoint import _digest
+from edgecl.storage.reading import DEEPEST, parse_json, read_bytes, reading
 
 ODD = [None, True, -1, 10**200, "9", 1e308, [], ["a", 1], {}, {"a": []}, "\x1b", [[["x"]]]]
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from edgecl.config.recipe import Recipe, find_method, list_methods, read_recipe
+from edgecl.config.settings import override, parse_toml, validate
+from edgecl.config.target import read_target
 from edgecl.errors import RecipeError, TargetError
 from edgecl.evaluate.supervised import Supervision
-from edgecl.recipe import Recipe, find_method, list_methods, read_recipe
-from edgecl.settings import override, parse_toml, validate
-from edgecl.target import read_target
 
 IMPOSSIBLE = [
     "run.seed=9223372036854775808",

@@ -148,7 +148,7 @@ def test_exporting_sends_nothing(offline, carved_model):
     assert_silent(offline, offline.run("-m", "edgecl", *words, "--out", offline.work / "named" / "bundle"))
 
 
-@pytest.mark.parametrize("module", ["edgecl", "edgecl.onboard.runners.ort", "edgecl.deploy.calibrate"])
+@pytest.mark.parametrize("module", ["edgecl", "edgecl.onboard.runtimes.ort", "edgecl.deploy.calibrate"])
 def test_a_program_of_the_users_sends_nothing_once_it_has_imported_edgecl(offline, module):
     assert_silent(offline, offline.run("-c", f"import {module}, onnxruntime"))
 
@@ -161,7 +161,7 @@ def test_a_variable_that_asks_for_telemetry_is_overruled(offline, monkeypatch):
 def test_openvino_is_as_usual_but_for_its_telemetry():
     pytest.importorskip("openvino")
     code = (
-        "import sys; from edgecl.onboard.runners.openvino import import_openvino; openvino = import_openvino(); "
+        "import sys; from edgecl.onboard.runtimes.openvino import import_openvino; openvino = import_openvino(); "
         "print(openvino.convert_model.__name__, 'openvino_telemetry' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

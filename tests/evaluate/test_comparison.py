@@ -9,12 +9,12 @@ import pytest
 import torch
 
 import edgecl.evaluate.few_labels
-from edgecl.artifacts import ModelDir
+from edgecl.config.recipe import Views
 from edgecl.evaluate.comparison import compare, difference, write_random
 from edgecl.evaluate.labelled import Part, draw_few, read_labelled
-from edgecl.intervals import mean_interval
+from edgecl.metrics.intervals import mean_interval
 from edgecl.nets.carving import load_model
-from edgecl.recipe import Views
+from edgecl.storage.artifacts import ModelDir
 
 VIEWS = Views(jitter=0.25)
 

@@ -9,13 +9,13 @@ import signal
 import pytest
 import torch
 
-from edgecl.artifacts import ModelDir
+from edgecl.config.recipe import Views
 from edgecl.errors import ArtifactError, ProcessError
 from edgecl.evaluate import few_labels
 from edgecl.evaluate.few_labels import FewLabels, train_on_few
 from edgecl.evaluate.labelled import read_labelled
 from edgecl.evaluate.supervised import Supervision
-from edgecl.recipe import Views
+from edgecl.storage.artifacts import ModelDir
 
 
 @pytest.fixture(scope="module")

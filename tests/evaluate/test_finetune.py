@@ -11,17 +11,17 @@ import torch
 from conftest import write_folder
 from safetensors.torch import load_file
 
-from edgecl.artifacts import ModelDir
-from edgecl.cost import cost
 from edgecl.errors import ArtifactError, DataError, RecipeError
+from edgecl.evaluate.cost import cost
 from edgecl.evaluate.finetune import finetune
 from edgecl.evaluate.labelled import read_labelled
 from edgecl.evaluate.probe import load_feature_net, probe
 from edgecl.evaluate.supervised import classifier_top1
-from edgecl.intervals import proportion_interval
+from edgecl.metrics.intervals import proportion_interval
 from edgecl.nets.backbone import create_backbone
 from edgecl.nets.carving import load_model, write_model
 from edgecl.nets.fake_quant import FakeQuant
+from edgecl.storage.artifacts import ModelDir
 
 
 @pytest.fixture(scope="module")

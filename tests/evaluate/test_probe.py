@@ -11,13 +11,13 @@ import pytest
 import torch
 
 import edgecl.evaluate.probe
-from edgecl.artifacts import ModelDir, write_sealed
-from edgecl.cost import forward_cost
 from edgecl.errors import ArtifactError, DataError
-from edgecl.evaluate.linear import fit_linear
+from edgecl.evaluate.cost import forward_cost
 from edgecl.evaluate.probe import load_feature_net, probe, probe_all, probe_net, side_by_side, summary
-from edgecl.intervals import mean_interval, proportion_interval
+from edgecl.metrics.intervals import mean_interval, proportion_interval
+from edgecl.metrics.linear import fit_linear
 from edgecl.nets.carving import carve
+from edgecl.storage.artifacts import ModelDir, write_sealed
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import torch
 
 import edgecl.evaluate.finetune
 import edgecl.evaluate.supervised
+from edgecl.config.recipe import Views
 from edgecl.data.loading import normalise
 from edgecl.errors import DeviceError, NonFiniteError
 from edgecl.evaluate.labelled import Part
@@ -22,7 +23,6 @@ from edgecl.evaluate.supervised import (
     train_classifier,
 )
 from edgecl.nets.fake_quant import FakeQuant, learning_scales, quantise_net
-from edgecl.recipe import Views
 
 
 @pytest.fixture

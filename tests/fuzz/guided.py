@@ -19,7 +19,7 @@ with atheris.instrument_imports(include=["edgecl", "tarfile", "zipfile", "json"]
     from edgecl.onboard.bundle import read_manifest
     from edgecl.onboard.errors import OnboardError
     from edgecl.onboard.onnx_file import check_self_contained
-    from edgecl.report.collect import read_metrics
+    from edgecl.reports.collect import read_metrics
 
 READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "tar": ("x.tar", lambda file: read_index(file, shown=file.name)),

@@ -68,13 +68,13 @@ def corpus(suffixes: tuple[str, ...]) -> tuple[bytes, ...]:
 
 @cache
 def _recipe_keys() -> tuple[str, ...]:
-    from edgecl.recipe import flatten, read_recipe
+    from edgecl.config.recipe import flatten, read_recipe
 
     return tuple(sorted(flatten(read_recipe("demo").model_dump())))
 
 
 def recipes(mutator: Mutator, seeds: Seeds, place: Path) -> None:
-    from edgecl.recipe import read_recipe
+    from edgecl.config.recipe import read_recipe
 
     file = place / "recipe.toml"
     _write_text(
@@ -94,7 +94,7 @@ def recipes(mutator: Mutator, seeds: Seeds, place: Path) -> None:
 
 
 def targets(mutator: Mutator, seeds: Seeds, place: Path) -> None:
-    from edgecl.target import read_target
+    from edgecl.config.target import read_target
 
     file = place / "target.toml"
     _write_text(file, mutator.toml(mutator.pick(seeds.targets)))
@@ -218,8 +218,8 @@ def models(mutator: Mutator, seeds: Seeds, place: Path) -> None:
 
 
 def runs(mutator: Mutator, seeds: Seeds, place: Path) -> None:
-    from edgecl.artifacts import RunDir
-    from edgecl.checkpoint import read_best, read_newest
+    from edgecl.storage.artifacts import RunDir
+    from edgecl.storage.checkpoint import read_best, read_newest
 
     directory = _copy(seeds.run, place / "run")
     states = sorted(directory.rglob("state.json"))
@@ -256,7 +256,7 @@ def runs(mutator: Mutator, seeds: Seeds, place: Path) -> None:
 
 
 def metrics(mutator: Mutator, seeds: Seeds, place: Path) -> None:
-    from edgecl.report.collect import read_metrics
+    from edgecl.reports.collect import read_metrics
 
     file = place / "metrics.jsonl"
     lines = (seeds.run / "metrics.jsonl").read_text().splitlines()
@@ -279,10 +279,10 @@ def metrics(mutator: Mutator, seeds: Seeds, place: Path) -> None:
 
 
 def bundles(mutator: Mutator, seeds: Seeds, place: Path) -> None:
-    from edgecl.artifacts import Bundle
     from edgecl.onboard.bundle import check_files, choose_precision, read_manifest
     from edgecl.onboard.onnx_file import check_self_contained
     from edgecl.onboard.reference import read_reference
+    from edgecl.storage.artifacts import Bundle
 
     directory = _copy(seeds.bundle, place / "bundle")
     manifest = directory / "manifest.json"

@@ -8,13 +8,13 @@ import torch
 from PIL import Image
 
 import edgecl.methods
-from edgecl.artifacts import RunDir
-from edgecl.checkpoint import read_newest
-from edgecl.cost import cost_of_recipe
+from edgecl.config.recipe import list_methods, read_recipe
 from edgecl.errors import Preempted
+from edgecl.evaluate.cost import cost_of_recipe
 from edgecl.nets.carving import carve, load_model
-from edgecl.recipe import list_methods, read_recipe
-from edgecl.report.report import report
+from edgecl.reports.report import report
+from edgecl.storage.artifacts import RunDir
+from edgecl.storage.checkpoint import read_newest
 from edgecl.train import loop
 from edgecl.train.monitor import read_metrics
 from edgecl.train.pretrain import pretrain

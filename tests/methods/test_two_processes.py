@@ -16,7 +16,7 @@ import json
 import pytest
 from worlds import run_script
 
-from edgecl.selftest import ARMS, TOLERANCE
+from edgecl.train.selftest import ARMS, TOLERANCE
 
 SCRIPT = """
 import json, sys, warnings
@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import distributed
 from worlds import fork_world
 
-from edgecl import processes, selftest
+from edgecl.distributed import processes, selftest
 from edgecl.methods import losses
 
 FOLDER, WORLDS = sys.argv[1], json.loads(sys.argv[2])
@@ -197,7 +197,7 @@ import json, sys
 import torch
 from worlds import fork_world
 
-from edgecl import processes
+from edgecl.distributed import processes
 from edgecl.methods.losses import alignment_loss, coding_rate, contrastive_loss
 
 FOLDER = sys.argv[1]

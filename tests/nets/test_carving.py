@@ -7,8 +7,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 
-from edgecl.artifacts import ModelDir, RunDir, record_header, write_json, write_sealed
-from edgecl.checkpoint import write_checkpoint
+from edgecl.config.recipe import recipe_from_tables
 from edgecl.errors import ArtifactError, RecipeError, SliceError
 from edgecl.nets.backbone import count_parameters, create_backbone, feature_count
 from edgecl.nets.carving import (
@@ -21,7 +20,8 @@ from edgecl.nets.carving import (
 )
 from edgecl.nets.catalogue import NETS
 from edgecl.nets.fake_quant import quantise_net
-from edgecl.recipe import recipe_from_tables
+from edgecl.storage.artifacts import ModelDir, RunDir, record_header, write_json, write_sealed
+from edgecl.storage.checkpoint import write_checkpoint
 
 SMALL = "mobilenetv3_small_100"
 PREPROCESSING = preprocessing_of(recipe_from_tables({"host": {"arch": SMALL}}, source="test"))
@@ -314,8 +314,8 @@ def test_recalibrated_statistics_are_those_of_the_unaugmented_images(tmp_path, w
 
 @pytest.mark.parametrize("same", [True, False])
 def test_recalibration_on_other_images_than_the_runs_is_said(tmp_path, write_pictures, capsys, same):
-    from edgecl.artifacts import write_json
     from edgecl.data.sources import open_source
+    from edgecl.storage.artifacts import write_json
 
     folder = write_pictures(12)
     write_run(tmp_path / "run", data=folder)

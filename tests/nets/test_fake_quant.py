@@ -13,6 +13,7 @@ from onnx import numpy_helper
 from timm.models._efficientnet_blocks import DepthwiseSeparableConv, InvertedResidual, SqueezeExcite
 from torch import nn
 
+from edgecl.config.target import Graph
 from edgecl.deploy.onnx import onnx_from_net
 from edgecl.errors import NonFiniteError, RecipeError
 from edgecl.nets.backbone import create_backbone, is_norm, recalibrate
@@ -27,7 +28,6 @@ from edgecl.nets.fake_quant import (
     without_fake_quant,
 )
 from edgecl.nets.folding import fold_batch_norm
-from edgecl.target import Graph
 
 
 def pictures(count, *, side=64):

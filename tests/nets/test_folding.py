@@ -8,11 +8,11 @@ import torch
 from onnx import numpy_helper
 from torch import nn
 
+from edgecl.config.target import Graph
 from edgecl.deploy.onnx import onnx_from_net
 from edgecl.errors import RecipeError
 from edgecl.nets.backbone import create_backbone, is_norm
 from edgecl.nets.folding import convolutions_in_order, fold_batch_norm
-from edgecl.target import Graph
 
 ARCHS = [
     "mobilenetv1_100",

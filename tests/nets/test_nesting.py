@@ -7,15 +7,15 @@ import pytest
 import torch
 from torch import nn
 
-from edgecl.artifacts import RunDir
-from edgecl.checkpoint import write_checkpoint
+from edgecl.config.recipe import recipe_from_tables
 from edgecl.errors import SliceError
 from edgecl.nets.backbone import create_backbone
 from edgecl.nets.carving import backbone_tensors, carve, create_slimmable, load_model
 from edgecl.nets.catalogue import NETS
 from edgecl.nets.heads import Encoder
 from edgecl.nets.slimming import SlimmableNet, limit_skips
-from edgecl.recipe import recipe_from_tables
+from edgecl.storage.artifacts import RunDir
+from edgecl.storage.checkpoint import write_checkpoint
 
 SMALL = "mobilenetv3_small_100"
 # timm gives one of host and slim net a skip connection that the other lacks: block -> channels that skip in the run.
@@ -212,7 +212,7 @@ def write_run(path, *, tables=TABLES, other_weights=False):
             (net.forward_host(images).square().mean() + net.forward_slim(images).square().mean()).backward()
             optimiser.step()
             optimiser.zero_grad()
-    from edgecl.artifacts import record_header, write_json
+    from edgecl.storage.artifacts import record_header, write_json
 
     write_json(
         run_dir.record_file,

@@ -7,7 +7,7 @@ import torch
 from methods_of import method_of
 from torch import nn
 
-from edgecl.cost import forward_cost
+from edgecl.evaluate.cost import forward_cost
 from edgecl.nets.backbone import activate_beside_input, create_backbone
 from edgecl.nets.heads import Encoder
 from edgecl.nets.slimming import SlimmableNet

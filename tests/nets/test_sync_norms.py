@@ -25,7 +25,7 @@ from timm.layers import BatchNormAct2d
 from torch import nn
 from worlds import fork_world
 
-from edgecl import processes
+from edgecl.distributed import processes
 from edgecl.errors import RecipeError
 from edgecl.nets.heads import Encoder
 from edgecl.nets.slimming import SlimmableNet

@@ -13,7 +13,7 @@ from edgecl.onboard import clock, trtexec
 from edgecl.onboard.bench import _marks_of_conditions, bench
 from edgecl.onboard.errors import BundleError, DeviceError
 from edgecl.onboard.power import PowerMeter
-from edgecl.onboard.runners.ort import OrtRunner
+from edgecl.onboard.runtimes.ort import OrtRunner
 from edgecl.onboard.throttle import ThrottleWatch
 
 from .engine_bundle import install, make_engine_bundle
@@ -159,7 +159,7 @@ def test_throttling_marks_the_session(tmp_path, monkeypatch):
             runs.append(1)
             return super().run_once(mode)
 
-    monkeypatch.setattr("edgecl.onboard.runners.ort.OrtRunner", Counting)
+    monkeypatch.setattr("edgecl.onboard.runtimes.ort.OrtRunner", Counting)
     record = bench(make_bundle(tmp_path / "b"), duration_s=0.05, threads=1, power=False)
     assert runs
     assert record["marks"][:2] == [

@@ -9,9 +9,9 @@ import pytest
 
 from edgecl.onboard import doctor as doctor_module
 from edgecl.onboard.bundle import sha256_of_file
-from edgecl.onboard.conditions import check_conditions, highest_power_mode
+from edgecl.onboard.device_info import read_passport
+from edgecl.onboard.device_state import check_conditions, highest_power_mode
 from edgecl.onboard.doctor import check_capability, check_runtime, doctor, probe, version_fits
-from edgecl.onboard.passport import read_passport
 
 from .tiny_bundle import flip_byte, make_bundle, read_manifest, write_manifest
 

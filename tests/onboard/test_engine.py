@@ -381,7 +381,7 @@ sys.modules["tensorrt"] = fake = FakeTensorrt("8.2.1.8", cuda)
 import numpy as np
 from edgecl.onboard.bundle import read_manifest
 from edgecl.onboard.engine import build
-from edgecl.onboard.runners import open_runner
+from edgecl.onboard.runtimes import open_runner
 bundle = sys.argv[1]
 record = build(bundle, precisions=["fp16"])
 runner = open_runner(bundle, read_manifest(bundle), precision="fp16", threads=1)
@@ -480,7 +480,7 @@ def type_check(tmp_path, package):
         "[mypy-onnx.*,onnxruntime.*,openvino.*]\nignore_missing_imports = True\n"
     )
     onboard = package / "onboard"
-    files = [onboard / "engine.py", onboard / "runners" / "tensorrt.py"]
+    files = [onboard / "engine.py", onboard / "runtimes" / "tensorrt.py"]
     done = subprocess.run(
         [sys.executable, "-m", "mypy", "--config-file", settings, "--cache-dir", tmp_path / "cache", *files],
         capture_output=True,

@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from edgecl.recipe import recipe_from_tables
-from edgecl.settings import override
+from edgecl.config.recipe import recipe_from_tables
+from edgecl.config.settings import override
 from edgecl.train.pretrain import pretrain
 
 

@@ -6,10 +6,10 @@ import math
 import pytest
 import torch
 
-from edgecl.artifacts import RunDir
-from edgecl.checkpoint import read_newest
 from edgecl.errors import NonFiniteError
 from edgecl.methods.sacl_xd import SaclXd
+from edgecl.storage.artifacts import RunDir
+from edgecl.storage.checkpoint import read_newest
 from edgecl.train import loop
 from edgecl.train.guard import Guard
 from edgecl.train.monitor import read_metrics

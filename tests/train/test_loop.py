@@ -8,11 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from edgecl.artifacts import RunDir
-from edgecl.checkpoint import read_newest
 from edgecl.errors import ArtifactError, CollapseError, DataError, DeviceError, RecipeError
 from edgecl.nets.backbone import count_parameters, create_backbone
 from edgecl.nets.slimming import SlimmableNet
+from edgecl.storage.artifacts import RunDir
+from edgecl.storage.checkpoint import read_newest
 from edgecl.train import loop
 from edgecl.train import pretrain as pretraining
 from edgecl.train.monitor import read_metrics

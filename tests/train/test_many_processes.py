@@ -14,11 +14,11 @@ import torch
 from accelerate import Accelerator
 from worlds import free_port, run_script
 
-from edgecl.artifacts import RunDir
-from edgecl.checkpoint import read_newest
+from edgecl.config.recipe import recipe_from_tables
 from edgecl.data.sources import open_source
 from edgecl.nets.carving import create_slimmable
-from edgecl.recipe import recipe_from_tables
+from edgecl.storage.artifacts import RunDir
+from edgecl.storage.checkpoint import read_newest
 from edgecl.train.monitor import read_metrics
 from edgecl.train.quality import QualityWatch
 
@@ -295,7 +295,7 @@ def test_another_number_of_processes_goes_on(scenarios, tmp_path):
     """Two processes began; one goes on, in the same order of samples."""
     import shutil
 
-    from edgecl.recipe import recipe_from_tables
+    from edgecl.config.recipe import recipe_from_tables
     from edgecl.train.pretrain import pretrain
 
     folder, _ = scenarios
@@ -426,7 +426,7 @@ def test_ctrl_c_at_torchruns_terminal_saves_once(tmp_path, labelled_pictures, ta
 MEETING = """
 import os, sys, time
 from pathlib import Path
-from edgecl import processes
+from edgecl.distributed import processes
 
 processes.join("cpu")
 name = "again" if processes.started_again() else "first"

@@ -6,9 +6,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from edgecl.artifacts import RunDir
+from edgecl.config.recipe import list_methods, recipe_from_tables
 from edgecl.nets.carving import create_slimmable
-from edgecl.recipe import list_methods, recipe_from_tables
+from edgecl.storage.artifacts import RunDir
 from edgecl.train.monitor import read_metrics
 from edgecl.train.step import Step
 

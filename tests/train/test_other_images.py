@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from edgecl.artifacts import RunDir
-from edgecl.checkpoint import read_newest
 from edgecl.data import index
 from edgecl.errors import ArtifactError, DataError, RecipeError
+from edgecl.storage.artifacts import RunDir
+from edgecl.storage.checkpoint import read_newest
 from edgecl.train import loop
 from edgecl.train.monitor import read_metrics
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from edgecl.artifacts import ReportDir, RunDir
 from edgecl.cli.commands import app
 from edgecl.methods.losses import cross_correlation_loss
 from edgecl.nets.heads import Encoder
-from edgecl.report.report import report
+from edgecl.reports.report import report
+from edgecl.storage.artifacts import ReportDir, RunDir
 from edgecl.train.monitor import read_metrics
 from edgecl.train.plateau import RECORDS, PlateauAlarm
 

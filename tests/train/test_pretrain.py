@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from edgecl import pipeline
-from edgecl.artifacts import RunDir, disk_errors
-from edgecl.checkpoint import read_newest, write_checkpoint
 from edgecl.data import index
 from edgecl.errors import ArtifactError, DataError, RecipeError, SliceError
 from edgecl.nets.backbone import count_parameters, create_backbone
+from edgecl.storage.artifacts import RunDir, disk_errors
+from edgecl.storage.checkpoint import read_newest, write_checkpoint
 from edgecl.train import loop, pretrain, saver
 
 from .conftest import train

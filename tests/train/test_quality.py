@@ -5,9 +5,9 @@ from accelerate import Accelerator
 
 from edgecl.data.loading import normalise
 from edgecl.data.sources import open_source
+from edgecl.metrics.collapse import extract_features
 from edgecl.nets.backbone import create_backbone
 from edgecl.nets.carving import create_slimmable
-from edgecl.quality import extract_features
 from edgecl.train.quality import QualityWatch
 
 

@@ -14,10 +14,10 @@ import pytest
 import torch
 from worlds import run_script
 
-from edgecl.artifacts import RunDir
-from edgecl.checkpoint import read_newest
 from edgecl.errors import ArtifactError, RecipeError
-from edgecl.lock import hold
+from edgecl.storage.artifacts import RunDir
+from edgecl.storage.checkpoint import read_newest
+from edgecl.storage.lock import hold
 from edgecl.train.monitor import read_metrics
 
 from .conftest import train
@@ -31,7 +31,7 @@ warnings.simplefilter("ignore")
 import torch
 torch.set_num_threads(1)
 from pathlib import Path
-from edgecl.recipe import recipe_from_tables
+from edgecl.config.recipe import recipe_from_tables
 from edgecl.train.pretrain import pretrain
 
 killed, whole, data, tables, kills = sys.argv[1:]

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch.nn.functional import cosine_similarity
 
+from edgecl.config.recipe import Fraction, MethodConfig
 from edgecl.methods.losses import correlation_of
 from edgecl.methods.method import Method
-from edgecl.recipe import Fraction, MethodConfig
 
 
 class Config(MethodConfig):

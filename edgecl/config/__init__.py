@@ -1,0 +1,1 @@
+"""Recipes and targets: TOML files, their fields, and how they are read."""

@@ -1,0 +1,453 @@
+"""A recipe: everything that decides one training run, read from one TOML file."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import pkgutil
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+
+from pydantic import Field, create_model, model_validator
+
+from edgecl.config.settings import (
+    Count,
+    Decay,
+    Factor,
+    Rate,
+    Seed,
+    Settings,
+    Side,
+    find_settings_file,
+    header_comment,
+    override,
+    packaged_files,
+    parse_toml,
+    read_text,
+    validate,
+)
+from edgecl.errors import RecipeError, bounded, near_matches
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+PerView = tuple[Fraction, Fraction]
+DEFAULT_METHOD = "sacl-xd"
+"""Of a recipe that names none."""
+Range = tuple[Annotated[float, Field(ge=0.01, le=100)], Annotated[float, Field(ge=0.01, le=100)]]
+Strength = Annotated[float, Field(ge=0, le=100)]
+PerChannel = tuple[
+    Annotated[float, Field(ge=-10, le=10)],
+    Annotated[float, Field(ge=-10, le=10)],
+    Annotated[float, Field(ge=-10, le=10)],
+]
+PerChannelSpread = tuple[
+    Annotated[float, Field(ge=0.001, le=10)],
+    Annotated[float, Field(ge=0.001, le=10)],
+    Annotated[float, Field(ge=0.001, le=10)],
+]
+_LARGER_PICTURES = "larger pictures do not fit into memory by the batch"
+_A_LAYER = "a layer between two of 32,768 has 4 GiB of weights"
+_A_WEEK = "a picture that takes over a week will not come"
+_THREADS = "a process cannot start that many threads"
+
+
+class Host(Settings):
+    """The wide net that is trained."""
+
+    arch: str
+    """A timm architecture, e.g. mobilenetv3_large_100."""
+    width: float = Field(1.5, gt=0, le=4.0)
+    """Channels as a multiple of the architecture's own."""
+    stem_stride: Literal[1, 2] | None = None
+    """Stride of the first convolution; None keeps the architecture's. 1 suits images of 32 pixels."""
+    nested_start: bool = False
+    """Begin as the slim net plus channels that do not touch it yet: both compute the same at step 0."""
+
+
+class Slim(Settings):
+    """The net inside the host that will be carved out."""
+
+    width: float = Field(1.0, gt=0, le=4.0)
+    """Channels as a multiple of the architecture's own; at the host's width the host itself is the slim net."""
+    widths: tuple[Annotated[float, Field(gt=0, le=4.0)], ...] = Field(
+        (), max_length=64, examples=[(0.5, 1.0)]
+    )
+    """Every slim width of the run, `width` the widest of them and theirs by default; empty trains `width` alone."""
+    slow_start: Fraction = 0.0
+    """First fraction of the epochs in which both views go through the host only."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _widest(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "width" not in values:
+            with contextlib.suppress(
+                TypeError, ValueError
+            ):  # no list, an empty one, no numbers: said by their own checks
+                return {**values, "width": max(values.get("widths") or ())}
+        return values
+
+    @property
+    def all_widths(self) -> tuple[float, ...]:
+        """The slim widths that are trained, widest first."""
+        return tuple(sorted({self.width, *self.widths}, reverse=True))
+
+
+class Projector(Settings):
+    """The MLP between features and loss, thrown away after training."""
+
+    sizes: tuple[Annotated[int, Field(gt=0, le=32_768)], ...] = Field(
+        (2048, 2048, 2048), min_length=1, max_length=16, description=_A_LAYER
+    )
+    """Width of each linear layer; the last is D."""
+
+
+class Panel(NamedTuple):
+    """A chart of the report: what is logged of a method, over epochs."""
+
+    title: str
+    lines: dict[str, str]
+    """Key in metrics.jsonl -> the name of its line."""
+    unit: str = ""
+    log: bool = False
+    """A logarithmic axis, where every value is positive and they span a decade."""
+
+
+class ForwardPasses(NamedTuple):
+    """What one image costs in forward passes; a backward pass counts as two.
+
+    Attributes:
+        whole: width -> passes of whole views.
+        local: width -> passes of local views.
+        coding_rates: sets of embeddings that the coding rate is taken of, in a step that takes it.
+        coding_rate_share: of the steps that take it.
+    """
+
+    whole: dict[float, float]
+    local: dict[float, float]
+    coding_rates: float = 0.0
+    coding_rate_share: float = 1.0
+
+
+class MethodConfig(Settings):
+    """The [method] table. A method's own file, edgecl/methods/NAME.py, derives its own from this one.
+
+    What follows from settings alone is said here, so that names, prices and checks need no net.
+    """
+
+    panels: ClassVar[tuple[Panel, ...]] = (Panel("Loss", {"loss": "total"}, log=True),)
+    """What the report draws of the method; the key "loss" is the total, the others are the terms of its loss."""
+    has_host: ClassVar[bool] = False
+    """Whether slim nets train inside a wider host; without, there is one encoder, and its width is that of both."""
+
+    name: str
+    """Of the method: of its file, with hyphens."""
+
+    @property
+    def whole_views(self) -> int:
+        """How many whole views of each picture it wants, at most 26; [views] says how many local ones there are besides."""
+        return 2
+
+    def arm(self, recipe: Recipe) -> str:
+        """Return what the settings amount to, in the words of the field."""
+        return self.name
+
+    def check(self, recipe: Recipe) -> None:
+        """Refuse settings that only together are wrong.
+
+        Raises:
+            ValueError: with what to change.
+        """
+        widths = {recipe.host.width, *recipe.slim.all_widths}
+        if not self.has_host and (len(widths) > 1 or recipe.slim.slow_start):
+            raise ValueError(
+                f"'method.name' {self.name} trains one encoder: set 'host.width' and 'slim.width' to its width, and no "
+                "other 'slim.widths' or 'slim.slow_start'"
+            )
+
+    def forward_passes(self, recipe: Recipe) -> ForwardPasses:
+        """Return the cost of one image; here that of one encoder through which every view learns."""
+        width = recipe.host.width
+        return ForwardPasses({width: 3.0 * self.whole_views}, {width: 3.0 * recipe.views.local_count})
+
+    def has_idle_parameters(self, recipe: Recipe) -> bool:
+        """Tell whether some steps give some parameters no gradient, which many processes must know."""
+        return False
+
+
+class Data(Settings):
+    """Which images, and in what batches."""
+
+    uri: str | None = None
+    """A data URI; None asks for --data."""
+    image_size: Side = 224
+    """Height and width of a view and of a test image, pixels."""
+    canvas_size: int | None = Field(None, ge=8, le=8192, description=_LARGER_PICTURES)
+    """Each picture is decoded whole to a square of this side before cropping, pixels; None means image_size."""
+    resize_size: int | None = Field(None, ge=8, le=8192, description=_LARGER_PICTURES)
+    """Shorter side before the centre crop of a test image, pixels; None means image_size."""
+    batch_size: int = Field(256, ge=2, le=10**9)
+    """Images per step, over all processes."""
+    max_bad_fraction: Fraction = 0.01
+    """Unreadable images skipped (and named) before the run stops."""
+    cache_mib: int = Field(4096, ge=0, le=10**9)
+    """Keep the decoded images in memory when they fit into this."""
+    workers: int = Field(2, ge=0, le=1024, description=_THREADS)
+    """Decoding threads when they do not."""
+    decode: Literal["cpu", "cuda"] = "cpu"
+    """Where JPEGs that do not fit into memory are decoded; cuda uses nvJPEG through torchvision."""
+    read_timeout_s: float = Field(300.0, gt=0, le=604_800, description=_A_WEEK)
+    """Longest wait for a batch of pictures before the run stops."""
+    mean: PerChannel = (0.485, 0.456, 0.406)
+    std: PerChannelSpread = (0.229, 0.224, 0.225)
+    limit: int | None = Field(None, ge=2, le=10**12)
+    """Use only so many images, an even choice per class where there are classes; None means all."""
+
+
+class Views(Settings):
+    """How one picture becomes two views; a pair gives view A and view B."""
+
+    crop_scale: tuple[Fraction, Fraction] = (0.08, 1.0)
+    """Area of the crop as a fraction of the picture's."""
+    crop_ratio: Range = (0.75, 4 / 3)
+    """Width / height of the crop."""
+    flip: Fraction = 0.5
+    flip_vertical: Fraction = 0.0
+    jitter: Fraction = 0.8
+    """Probability of colour jitter."""
+    brightness: Strength = 0.4
+    contrast: Strength = 0.4
+    saturation: Strength = 0.2
+    hue: float = Field(0.1, ge=0, le=0.5)
+    grey: Fraction = 0.2
+    blur: PerView = (1.0, 0.1)
+    blur_sigma: Range = (0.1, 2.0)
+    """Standard deviation of the blur, pixels of a 224-pixel view; scaled with image_size."""
+    solarize: PerView = (0.0, 0.2)
+    local_count: int = Field(0, ge=0, le=32)
+    """Further views of each picture: small crops, varied like view B."""
+    local_size: int | None = Field(None, ge=8, le=4096, description=_LARGER_PICTURES)
+    """Height and width of a local view, pixels; None means half of image_size."""
+    local_scale: tuple[Fraction, Fraction] = (0.05, 0.3)
+    """Area of a local crop as a fraction of the picture's."""
+
+
+class Optim(Settings):
+    """The optimiser and its schedule."""
+
+    name: Literal["lars", "adamw", "sgd"] = "lars"
+    lr: Rate = 0.3
+    """Peak learning rate; with lr_batch, for a batch of that size, scaled linearly."""
+    lr_batch: int | None = Field(None, gt=0, le=10**9)
+    weight_decay: Decay = 1e-4
+    """Not applied to biases and norms."""
+    momentum: Fraction = 0.9
+    trust_coefficient: Factor = 0.02
+    """LARS's eta."""
+    trust_clip: bool = True
+    """LARS: never take a step longer than plain SGD's."""
+    warmup_epochs: float = Field(0.0, ge=0, le=1e9)
+    final_lr_fraction: Fraction = 0.0
+    """Learning rate at the end of the cosine, as a fraction of the peak."""
+    clip_norm: float | None = Field(None, gt=0, le=1e30)
+    """Gradient norm above which gradients are scaled down."""
+
+
+class Run(Settings):
+    """How long, how exact, and how often to look."""
+
+    epochs: Count = 200
+    seed: Seed = 0
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    channels_last: bool = True
+    compile: bool = False
+    """Compile the passes with torch.compile."""
+    threads: int | None = Field(None, ge=1, le=1024, description=_THREADS)
+    """With which a CPU trains; None means as many as torch takes. Steps of a few milliseconds gain little from a second one,
+    and wait for it all the time where another program has its core."""
+    accumulate: Count = 1
+    """Parts of each process's share of a batch that go through the net one after another, to save memory; the
+    correlations stay those of the whole batch, the batch norms see a part."""
+    sync_norms: Literal["none", "projector", "all"] = "none"
+    """Which batch norms take their statistics over all processes."""
+    log_every: Count = 10
+    """Steps between two records in metrics.jsonl."""
+    checkpoint_epochs: Count = 1
+    """Epochs between two checkpoints."""
+    checkpoint_steps: int | None = Field(None, ge=1, le=10**9)
+    """Steps between two checkpoints within an epoch; None writes them between epochs only."""
+    keep_checkpoints: Count = 2
+    """How many of the newest checkpoints are kept."""
+    keep_best: bool = True
+    """Also keep the checkpoint with the best kNN accuracy or, without labels, RankMe of the slim net."""
+    max_skipped: int = Field(10, ge=0, le=10**9)
+    """Steps since the last checkpoint whose loss is not finite that are left out before the run goes back to it."""
+    quality_epochs: Count = 10
+    """Epochs between two looks at RankMe and, where there are labels, kNN."""
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = Field((), examples=[("tensorboard",)])
+    """Also log through these; each must be installed."""
+
+
+class Probe(Settings):
+    """How `edgecl run` judges the result."""
+
+    labels_per_class: Count = 10
+    draws: int = Field(5, ge=2, le=10_000)
+    scratch_steps: Count = 200
+    """Steps of the same net trained, from scratch and from the pretrained weights, on the same few labels."""
+    scratch_lr: Rate = 3e-3
+
+
+class Recipe(Settings):
+    """One training run; two recipes differ exactly where their files do."""
+
+    host: Host
+    slim: Slim = Slim()
+    projector: Projector = Projector()
+    method: MethodConfig
+    data: Data = Data()
+    views: Views = Views()
+    optim: Optim = Optim()
+    run: Run = Run()
+    probe: Probe = Probe()
+
+    @model_validator(mode="after")
+    def _slim_fits_into_host(self) -> Recipe:
+        if self.slim.width > self.host.width:
+            raise ValueError(
+                f"slim width {width_as_given(self.slim.width)} is above the host's {width_as_given(self.host.width)}; "
+                "the slim net is a part of the host: widen [host] width or narrow [slim] width"
+            )
+        if self.slim.widths and max(self.slim.widths) != self.slim.width:
+            raise ValueError(
+                f"'slim.widths' must have 'slim.width' {width_as_given(self.slim.width)} as its widest, not "
+                f"{width_as_given(max(self.slim.widths))}; set 'slim.width' to that, or leave it out of the recipe"
+            )
+        if len(set(self.slim.widths)) < len(self.slim.widths):
+            raise ValueError(f"'slim.widths' names a width twice: {list(self.slim.widths)}")
+        for name in ("crop_scale", "crop_ratio", "blur_sigma", "local_scale"):
+            low, high = getattr(self.views, name)
+            if low > high:
+                raise ValueError(
+                    f"'views.{name}' runs from {low:g} down to {high:g}; write the smaller first"
+                )
+        if self.data.resize_size is not None and self.data.resize_size < self.data.image_size:
+            raise ValueError(
+                f"'data.resize_size' {self.data.resize_size} is below 'data.image_size' {self.data.image_size}"
+            )
+        self.method.check(self)
+        return self
+
+    @property
+    def arm(self) -> str:
+        """What the method and its settings amount to, in the words of the field."""
+        return self.method.arm(self)
+
+    @property
+    def local_size(self) -> int:
+        """Side of a local view, pixels."""
+        return self.views.local_size or max(8, self.data.image_size // 2)
+
+
+_SHARED = {"losses", "method"}
+"""Files of edgecl/methods/ that are no method."""
+
+
+def list_methods() -> list[str]:
+    """List the methods that there are: the files of edgecl/methods/."""
+    folder = importlib.import_module("edgecl.methods").__path__
+    return sorted(
+        name.replace("_", "-") for _, name, _ in pkgutil.iter_modules(folder) if name not in _SHARED
+    )
+
+
+def find_method(name: Any, *, where: dict[str, object] | None = None) -> Any:
+    """Import the file of a method, and torch with it: a module that has `Config` and `METHOD`.
+
+    Raises:
+        RecipeError: no such method; near names are suggested.
+    """
+    known = list_methods()
+    if name not in known:
+        raise RecipeError(
+            f"'method.name' is {bounded(repr(name), 200)}, not one of {', '.join(known)}",
+            where=where,
+            hint=near_matches(bounded(str(name), 200), known),
+        )
+    return importlib.import_module(f"edgecl.methods.{name.replace('-', '_')}")
+
+
+@cache
+def _recipe_with(config: type[MethodConfig]) -> type[Recipe]:
+    """Return the recipe whose [method] table is a method's own."""
+    return create_model(
+        "Recipe", __base__=Recipe, __module__=__name__, method=(config, config.model_validate({}))
+    )
+
+
+def width_as_given(width: float) -> str:
+    """Write a width with all its digits: rounded, it may read like another one."""
+    return str(width).removesuffix(".0")
+
+
+def read_recipe(name: str, assignments: list[str] | None = None) -> Recipe:
+    """Read a packaged recipe or a TOML file, with `--set` assignments applied.
+
+    Raises:
+        RecipeError: unknown name, key or value; every problem at once.
+    """
+    path = find_settings_file(name, folder="recipes", error=RecipeError, noun="recipe")
+    tables = parse_toml(read_text(path, error=RecipeError), source=str(path), error=RecipeError)
+    assignments = assignments or []
+    tables = override(tables, assignments, error=RecipeError)
+    return recipe_from_tables(tables, source=str(path), assignments=assignments)
+
+
+def recipe_from_tables(tables: dict[str, Any], *, source: str, assignments: Sequence[str] = ()) -> Recipe:
+    """Validate parsed tables, for example those of a run directory.
+
+    Args:
+        tables: with the assignments applied.
+        source: the file they were read from.
+        assignments: of `--set`, for errors.
+
+    Raises:
+        RecipeError: unknown method, key or wrong value.
+    """
+    for old, new in (("loss", "method"), ("coding_rate", "method.coding_rate")):
+        if old in tables:
+            raise RecipeError(
+                f"the table [{old}] is now [{new}]",
+                where={"file": source, **({"--set": ", ".join(assignments)} if assignments else {})},
+                hint="the run was begun by an earlier edgecl: go on with it, or carve it, with that one"
+                if source.endswith(".json")
+                else "[loss] name is [method] loss; [method] name is the method's, 'sacl-xd' unless said otherwise",
+            )
+    method = tables.get("method", {})
+    name = method.get("name", DEFAULT_METHOD) if isinstance(method, dict) else DEFAULT_METHOD
+    model = _recipe_with(find_method(name, where={"file": source}).Config)
+    return validate(model, tables, source=source, error=RecipeError, assignments=assignments)
+
+
+def flatten(tables: Mapping[str, Any]) -> dict[str, Any]:
+    """Name every setting of a recipe's tables as `--set` does: "method.coding_rate.weight"."""
+    flat: dict[str, Any] = {}
+    for key, value in tables.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{key}.{inner}": one for inner, one in flatten(value).items()}
+        else:
+            flat[key] = value
+    return flat
+
+
+def recipe_name(name: str) -> str:
+    """Return the short name of a packaged recipe or of a file."""
+    return Path(name).stem if name.endswith(".toml") or "/" in name else name
+
+
+def list_recipes() -> list[dict[str, str]]:
+    """List the packaged recipes: name and the first line of the header."""
+    return [
+        {"name": name, "summary": header_comment(path.read_text(encoding="utf-8")).partition("\n")[0]}
+        for name, path in packaged_files("recipes").items()
+    ]

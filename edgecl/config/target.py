@@ -1,0 +1,257 @@
+"""A target: a kind of device, its runtime, and the limits a net is exported for, read from one TOML file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from edgecl.config.settings import (
+    Count,
+    Factor,
+    Settings,
+    find_settings_file,
+    header_comment,
+    packaged_files,
+    parse_toml,
+    read_text,
+    validate,
+)
+from edgecl.errors import TargetError
+from edgecl.onboard.devices import DEVICES
+
+Precision = Literal["fp32", "fp16", "int8"]
+PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
+Runtime = Literal["onnxruntime", "openvino", "tensorrt", "tensorrt_rtx"]
+Int8Form = Literal["int8-trt", "int8-trt-fp16", "int8-cpu"]
+ComputeCapability = Literal["SM75", "SM80", "SM86", "SM89", "SM120", "SM121"]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+# TensorRT -> the newest opset its parser documents. Source: onnx-tensorrt's branches, docs/operators.md.
+_OPSETS = {(8, 0): 13, (8, 4): 17, (9, 0): 19, (10, 0): 20, (11, 0): 22}
+
+_LARGER_PICTURES = "larger pictures do not fit into memory by the batch"
+
+_SPECIFIER = re.compile(r"(>=|<=|==|<|>)(\d{1,9}(?:\.\d{1,9})*)")
+
+
+class Graph(Settings):
+    """The form of the ONNX graph."""
+
+    opset: int = Field(17, ge=13, le=22)
+    hard_swish: Literal["keep", "hard_sigmoid", "clip"] = "hard_sigmoid"
+    """As one HardSwish node (opset 14 and later), as HardSigmoid and Mul, or as Add, Clip and Mul."""
+    int8: Int8Form = "int8-trt"
+    """Which form of explicit quantisation the runtime takes."""
+    image_size: int | None = Field(None, ge=8, le=4096, description=_LARGER_PICTURES)
+    """Height and width of the input in pixels; the net's own where it is not said."""
+    batch: int = Field(1, ge=1, le=65_536)
+    """Images per inference when the batch is static, and the size that is measured."""
+    dynamic_batch: bool = False
+    """Accept any batch from 1 to max_batch."""
+    max_batch: int = Field(64, ge=1, le=65_536)
+
+
+class Build(Settings):
+    """How a TensorRT engine is built."""
+
+    workspace_mib: int = Field(1024, ge=16, le=1 << 20)
+    """Most scratch memory of the builder; on the device also bounded by half of what is free."""
+    optimization_level: int = Field(3, ge=0, le=5)
+    """0 builds fast, 5 searches long; from TensorRT 8.6."""
+    tf32: bool = True
+    """Let fp32 layers use TF32 where the GPU has it."""
+    dla_core: int | None = Field(None, ge=0, le=63)
+    """Run on this DLA core, and on the GPU what DLA cannot."""
+    compute_capabilities: tuple[ComputeCapability, ...] = ()
+    """What a TensorRT-RTX engine is compiled for."""
+
+
+class Quantization(Settings):
+    """How INT8 is made and judged."""
+
+    calibration_images: Count = 256
+    holdout_images: Count = 256
+    """Images apart from those that calibrate, on which the methods are compared."""
+    methods: Annotated[tuple[Literal["minmax", "entropy", "percentile"], ...], Field(min_length=1)] = (
+        "minmax",
+        "entropy",
+        "percentile",
+    )
+    """Tried in this order; the one that keeps most accuracy on the held-out images is taken."""
+    max_loss_points: float = Field(1.0, ge=0, le=100)
+    """Most points of top-1 (of kNN top-1 for a net without classifier) that INT8 may cost."""
+    min_cosine: Fraction = 0.98
+    """Least mean cosine similarity with the fp32 features, for a net without classifier."""
+    max_kept_fraction: Fraction = 0.5
+    """Largest share of the quantised nodes that may be kept in higher precision to stay within the budget."""
+
+
+class Tolerance(Settings):
+    """How far the exported net may be from torch, on real images."""
+
+    max_relative_difference: Factor = 1e-3
+    """Largest absolute difference of an output, divided by the largest absolute output of torch."""
+    top1_agreement: Fraction = 0.99
+    """Fraction of images with the same largest output."""
+    mean_cosine: Fraction = 0.999
+    """Mean cosine similarity of the outputs."""
+
+
+class Tolerances(Settings):
+    """One tolerance per precision."""
+
+    fp32: Tolerance = Tolerance()
+    fp16: Tolerance = Tolerance(max_relative_difference=5e-2, top1_agreement=0.95)
+    # Loose: what INT8 may cost is the verdict's to say. This holds off a wrong graph.
+    int8: Tolerance = Tolerance(max_relative_difference=1.0, top1_agreement=0.5, mean_cosine=0.9)
+
+
+class Target(Settings):
+    """One kind of device and runtime."""
+
+    runtime: Runtime
+    versions: str = ""
+    """Versions of the runtime it is for, such as '>=10.3,<10.8'; any where it is empty."""
+    device: str = "cpu"
+    """A kind of device; see `edgecl.onboard.devices`."""
+    precisions: tuple[Precision, ...] = ("fp32",)
+    """What is exported, the preferred one first."""
+    graph: Graph = Graph()
+    build: Build = Build()
+    quantization: Quantization = Quantization()
+    tolerance: Tolerances = Tolerances()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _device_has_precisions(cls, tables: Any) -> Any:
+        # Before pydantic compares with the precisions edgecl makes: what the device lacks matters more to the user.
+        name = tables.get("device", "cpu") if isinstance(tables, dict) else None
+        if not isinstance(name, str) or name not in DEVICES:
+            return tables
+        device = DEVICES[name]
+        asked = tables.get("precisions", ())
+        for precision in asked if isinstance(asked, list | tuple) else ():
+            if precision in ("int8", "fp8", "fp4", "int4") and precision not in device.precisions:
+                raise ValueError(
+                    f"'precisions' asks for {precision}, which {device.title} cannot compute; "
+                    f"it has {', '.join(device.precisions)}"
+                )
+            if precision == "fp8":
+                raise ValueError("'precisions' asks for fp8, which edgecl does not make; take int8 or fp16")
+        return tables
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Target:
+        graph = self.graph
+        if self.device not in DEVICES:
+            raise ValueError(f"'device' is '{self.device}'; there are {', '.join(DEVICES)}")
+        if not self.precisions or len(set(self.precisions)) < len(self.precisions):
+            raise ValueError("'precisions' must name one or more precisions, each once")
+        for part in filter(None, (part.strip() for part in self.versions.split(","))):
+            if not _SPECIFIER.fullmatch(part):
+                raise ValueError(f"'versions' has '{part}'; write it as in '>=10.3,<10.8'")
+        if graph.dynamic_batch and graph.batch > graph.max_batch:
+            raise ValueError(f"'graph.batch' {graph.batch} is above 'graph.max_batch' {graph.max_batch}")
+        if graph.hard_swish == "keep" and graph.opset < 14:
+            raise ValueError(f"'graph.hard_swish' = 'keep' needs opset 14, 'graph.opset' is {graph.opset}")
+        if graph.int8 == "int8-trt-fp16" and graph.opset < 19:
+            raise ValueError(f"'graph.int8' = 'int8-trt-fp16' needs opset 19, 'graph.opset' is {graph.opset}")
+        if self.runtime.startswith("tensorrt") and "int8" in self.precisions and graph.int8 == "int8-cpu":
+            raise ValueError(f"'{self.runtime}' refuses 'graph.int8' = 'int8-cpu'; take 'int8-trt'")
+        self._check_dla()
+        self._check_runtime()
+        if self.runtime == "tensorrt_rtx" and not self.build.compute_capabilities:
+            raise ValueError("'build.compute_capabilities' is empty; name what to compile for, e.g. 'SM86'")
+        return self
+
+    def _check_runtime(self) -> None:
+        """Hold device, INT8 form and opset to what the runtime takes."""
+        on_gpu = self.device != "cpu"
+        if self.runtime == "tensorrt" and not on_gpu:
+            raise ValueError("'tensorrt' needs a GPU; set 'device', such as 'gpu' or 'jetson-orin'")
+        if self.runtime == "tensorrt_rtx" and self.device != "gpu":
+            raise ValueError(
+                f"'tensorrt_rtx' runs on desktop GPUs ('device' = 'gpu'), not on '{self.device}'"
+            )
+        if self.runtime == "onnxruntime" and "int8" in self.precisions and self.graph.int8 != "int8-cpu":
+            raise ValueError(f"'onnxruntime' is slow on '{self.graph.int8}'; take 'graph.int8' = 'int8-cpu'")
+        bounds = {
+            sign: tuple(map(int, number.split(".")))
+            for sign, number in _SPECIFIER.findall(self.versions.replace(" ", ""))
+        }
+        least = bounds.get(">=") or bounds.get("==") or bounds.get(">")
+        most = bounds.get("<") or bounds.get("<=")
+        if least and most and least > most:
+            raise ValueError(f"'versions' = '{self.versions}' holds no version")
+        if self.runtime == "tensorrt" and least:
+            opset = max((opset for version, opset in _OPSETS.items() if version <= least), default=13)
+            if self.graph.opset > opset:
+                raise ValueError(
+                    f"'graph.opset' is {self.graph.opset}, TensorRT {'.'.join(map(str, least))} reads up to {opset}"
+                )
+
+    def _check_dla(self) -> None:
+        core, device = self.build.dla_core, DEVICES[self.device]
+        if core is None:
+            return
+        if device.dla_cores is None:
+            raise ValueError(
+                f"'build.dla_core' = {core}, but not every module of '{self.device}' has DLA; name the module as "
+                "'device', such as 'jetson-agx-orin'"
+            )
+        if core >= device.dla_cores:
+            raise ValueError(
+                f"'build.dla_core' = {core}, but {device.title} has {device.dla_cores} DLA cores"
+            )
+        if self.graph.dynamic_batch:
+            raise ValueError("'build.dla_core' needs a static batch; set 'graph.dynamic_batch' = false")
+        if self.precisions == ("fp32",):
+            raise ValueError("'build.dla_core' needs fp16 or int8; DLA does not compute fp32")
+
+    def tolerance_of(self, precision: Precision, *, features: bool) -> Tolerance:
+        """Return the tolerance of a precision; which of a net's features is the largest means nothing."""
+        tolerance: Tolerance = getattr(self.tolerance, precision)
+        return tolerance.model_copy(update={"top1_agreement": 0.0}) if features else tolerance
+
+
+def read_target(name: str, *, precisions: Sequence[str] | None = None) -> Target:
+    """Read a packaged target or a TOML file; an alias is followed.
+
+    Args:
+        name: of a packaged target, or a path.
+        precisions: in place of the target's, the preferred one first.
+
+    Raises:
+        TargetError: unknown name, key or value, every problem at once; or a precision the target's device lacks.
+    """
+    target = _read(name)[1]
+    if precisions is None:
+        return target
+    tables = {**target.model_dump(mode="json", exclude_unset=True), "precisions": list(precisions)}
+    return validate(Target, tables, source=name, error=TargetError)
+
+
+def target_name(name: str) -> str:
+    """Return what a target is called once aliases are followed, such as 'jetson-orin-jp6' for 'jetson'."""
+    return _read(name)[0]
+
+
+def _read(name: str, *, from_alias: str | None = None) -> tuple[str, Target]:
+    path = find_settings_file(name, folder="export", error=TargetError, noun="target")
+    tables = parse_toml(read_text(path, error=TargetError), source=str(path), error=TargetError)
+    if set(tables) == {"alias"} and isinstance(tables["alias"], str):
+        if from_alias:
+            raise TargetError(f"'{from_alias}' is an alias of '{name}', which is an alias itself")
+        return _read(tables["alias"], from_alias=name)
+    return path.stem, validate(Target, tables, source=str(path), error=TargetError)
+
+
+def list_targets() -> list[dict[str, str]]:
+    """List the packaged targets: name and the first line of the header."""
+    return [
+        {"name": name, "summary": header_comment(path.read_text(encoding="utf-8")).partition("\n")[0]}
+        for name, path in packaged_files("export").items()
+    ]

@@ -1,0 +1,429 @@
+"""What a net costs: MACs and parameters by fvcore, and the FLOPs of training it."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from edgecl.config.recipe import Recipe
+from edgecl.errors import RecipeError
+from edgecl.nets.backbone import count_parameters, create_backbone, feature_count
+from edgecl.nets.heads import Projector
+from edgecl.storage.artifacts import ModelDir, record_header, write_json
+from edgecl.storage.reading import reading
+
+IMAGENET_IMAGES = 1_281_167
+
+# One multiply-add per element. fvcore leaves these uncounted; the paper's column is met only with them.
+_ELEMENTWISE = ("relu", "hardtanh", "hardswish", "silu", "sigmoid", "hardsigmoid", "gelu", "add", "mul")
+
+
+@dataclass(frozen=True)
+class ForwardCost:
+    """The cost of one forward pass of one image.
+
+    Attributes:
+        macs: multiply-adds as fvcore counts them (its "flops"): convolutions, linear layers, two per element of a
+            batch norm, pooling.
+        elementwise: one per element of activations, additions, gates and means, which fvcore leaves out.
+        by_operator: macs by operator.
+        uncounted: operator -> calls that neither counts.
+    """
+
+    macs: int
+    elementwise: int
+    by_operator: dict[str, int]
+    uncounted: dict[str, int]
+
+    @property
+    def training_flops(self) -> int:
+        """FLOPs of the forward pass with everything counted, as training is priced; one MAC is two FLOPs."""
+        return 2 * (self.macs + self.elementwise)
+
+
+def forward_cost(net: nn.Module, shape: tuple[int, ...]) -> ForwardCost:
+    """Count one forward pass in evaluation mode.
+
+    Args:
+        net: what is run.
+        shape: of its input with batch 1, e.g. (1, 3, 224, 224).
+
+    Source: fvcore.nn.FlopCountAnalysis, which counts one fused multiply-add as one "flop".
+    """
+    was_training = net.training
+    net.eval()
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            # fvcore traces with torch.jit, which newer torch calls deprecated.
+            warnings.simplefilter("ignore")
+            from fvcore.nn import FlopCountAnalysis
+
+            analysis = _quiet(FlopCountAnalysis(net, torch.zeros(shape)))
+            for name in _ELEMENTWISE:
+                for spelling in (f"aten::{name}", f"aten::{name}_"):
+                    analysis.set_op_handle(spelling, _elements_out(name))
+            analysis.set_op_handle("aten::mean", _elements_in("mean"))
+            counted = {name: int(count) for name, count in analysis.by_operator().items()}
+            by_operator = {
+                name: count for name, count in counted.items() if name not in (*_ELEMENTWISE, "mean")
+            }
+            macs = sum(by_operator.values())
+            return ForwardCost(
+                macs=macs,
+                elementwise=sum(counted.values()) - macs,
+                by_operator=by_operator,
+                uncounted={name: int(count) for name, count in analysis.unsupported_ops().items()},
+            )
+    finally:
+        net.train(was_training)
+
+
+def _quiet(analysis: Any) -> Any:
+    logging.getLogger("fvcore").setLevel(logging.ERROR)
+    return analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
+
+
+def _elements_out(name: str) -> Callable[[list[Any], list[Any]], Counter[str]]:
+    return lambda inputs, outputs: Counter({name: prod(outputs[0].type().sizes())})
+
+
+def _elements_in(name: str) -> Callable[[list[Any], list[Any]], Counter[str]]:
+    return lambda inputs, outputs: Counter({name: prod(inputs[0].type().sizes())})
+
+
+@dataclass(frozen=True)
+class OtherWidth:
+    """What one more slim width adds to a run.
+
+    Attributes:
+        width: multiple of the architecture's own channels.
+        flops: one forward pass of one image.
+        units: forward passes of this width per image.
+    """
+
+    width: float
+    flops: int
+    units: float
+
+
+@dataclass(frozen=True)
+class TrainingCost:
+    """What pretraining costs, as METHOD section 2b prices it: a backward pass is two forward passes.
+
+    Attributes:
+        host_flops: one host forward pass of one image, H.
+        slim_flops: one slim forward pass, S, at the widest slim width.
+        units: {"host": passes, "slim": passes} per image; SACL-XD is 4 H + 4 S.
+        projector_flops: the projector's share per image, not in flops_per_image, as the paper leaves it out.
+        images: images per epoch.
+        epochs: epochs.
+        others: the slim widths below the widest, widest first.
+        local_flops_per_image: FLOPs of one image's local views, three forward passes each.
+        rate_flops: FLOPs of one image's share of the coding rate, backward included, in a step that takes it; not in
+            flops_per_image, as the projector.
+        rate_share: of the steps that take it.
+    """
+
+    host_flops: int
+    slim_flops: int
+    units: dict[str, float]
+    projector_flops: float
+    images: int
+    epochs: int
+    others: tuple[OtherWidth, ...] = ()
+    local_flops_per_image: float = 0.0
+    rate_flops: float = 0.0
+    rate_share: float = 0.0
+
+    @property
+    def flops_per_image(self) -> float:
+        """FLOPs of all passes of one image, projector and losses apart."""
+        pair = self.units["host"] * self.host_flops + self.units["slim"] * self.slim_flops
+        return pair + self.others_flops_per_image + self.local_flops_per_image
+
+    @property
+    def others_flops_per_image(self) -> float:
+        """FLOPs of one image in the slim nets below the widest: what they add to a run of the widest alone."""
+        return sum(other.units * other.flops for other in self.others)
+
+    @property
+    def total_flops(self) -> float:
+        """FLOPs of the whole run, projector apart."""
+        return self.flops_per_image * self.images * self.epochs
+
+    @property
+    def forward_units(self) -> float:
+        """Cost of one image in forward passes of the widest slim net."""
+        return self.flops_per_image / self.slim_flops
+
+
+def training_cost(recipe: Recipe, *, images: int) -> TrainingCost:
+    """Price a recipe.
+
+    The method says how many forward passes there are; a local view's are at its own size. The coding rate costs, for each
+    of the S sets of (N, D) embeddings that it is taken of, one product of m x m numbers, m = min(N, D), and its Cholesky
+    factor, and twice that backward: 3 S (2 N D m + m^3 / 3) FLOPs a step of N images. (Many processes take the D x D product
+    whatever N is.)
+
+    Args:
+        recipe: what is trained.
+        images: images per epoch.
+    """
+    size = recipe.data.image_size
+    backbones = {
+        width: create_backbone(recipe.host.arch, width=width, stem_stride=recipe.host.stem_stride)
+        for width in dict.fromkeys([recipe.host.width, *recipe.slim.all_widths])
+    }
+    flops = {width: forward_cost(net, (1, 3, size, size)).training_flops for width, net in backbones.items()}
+    passes = recipe.method.forward_passes(recipe)
+    host, slim = recipe.host.width, recipe.slim.width
+    # A slim net as wide as the host is the host, and so are its passes.
+    units = {"host": passes.whole[host], "slim": 0.0 if slim == host else passes.whole[slim]}
+    others = tuple(
+        OtherWidth(width, flops[width], passes.whole[width]) for width in recipe.slim.all_widths[1:]
+    )
+    heads = {
+        width: 2 * sum(layer.weight.numel() for layer in _linears(feature_count(net), recipe))
+        for width, net in backbones.items()
+    }
+    return TrainingCost(
+        host_flops=flops[host],
+        slim_flops=flops[slim],
+        units=units,
+        projector_flops=units["host"] * heads[host]
+        + units["slim"] * heads[slim]
+        + sum(other.units * heads[other.width] for other in others)
+        + sum(count * heads[width] for width, count in passes.local.items()),
+        images=images,
+        epochs=recipe.run.epochs,
+        others=others,
+        local_flops_per_image=sum(
+            count
+            * forward_cost(backbones[width], (1, 3, recipe.local_size, recipe.local_size)).training_flops
+            for width, count in passes.local.items()
+            if count
+        ),
+        rate_flops=passes.coding_rates * _coding_rate_flops(recipe),
+        rate_share=passes.coding_rate_share,
+    )
+
+
+def _coding_rate_flops(recipe: Recipe) -> float:
+    """Return one image's share of the coding rate of one set of embeddings."""
+    count, dimensions = recipe.data.batch_size, recipe.projector.sizes[-1]
+    less = min(count, dimensions)
+    return 3 * (2 * count * dimensions * less + less**3 / 3) / count
+
+
+def _linears(features: int, recipe: Recipe) -> list[nn.Linear]:
+    with torch.device("meta"):
+        projector = Projector(features, recipe.projector.sizes)
+    return [layer for layer in projector if isinstance(layer, nn.Linear)]
+
+
+def cost(model: Path) -> dict[str, Any]:
+    """Count the net of a model directory and write cost.json into it.
+
+    Raises:
+        ArtifactError: not a model directory.
+    """
+    from edgecl.nets.carving import load_model
+
+    net, record = load_model(model)
+    size = record["preprocessing"]["image_size"]
+    with reading(ModelDir(model).record_file, AssertionError):  # a net may not take pictures of that size
+        counted = _net_cost(net, (1, 3, size, size))
+    result = {**record_header("cost", made_from=ModelDir(model).sha256), **counted}
+    write_json(ModelDir(model).cost_file, result)
+    return result
+
+
+def cost_of_recipe(recipe: Recipe, *, recipe_name: str, images: int | None = None) -> dict[str, Any]:
+    """Count the slim nets of a recipe and price its training.
+
+    Args:
+        recipe: what would be trained.
+        recipe_name: for errors.
+        images: images per epoch; None counts those of the recipe's own data URI, or takes ImageNet-1K's number
+            for a recipe that names none.
+
+    Returns:
+        the widest slim net as `cost` counts a net; "training"; and under "widths" every slim width, widest first.
+
+    Raises:
+        RecipeError: fewer images than a batch.
+    """
+    if images is None:
+        images = _images_of(recipe)
+    if images < recipe.data.batch_size:
+        raise RecipeError(
+            f"'{recipe_name}' has {images} images, fewer than its batch of {recipe.data.batch_size}"
+        )
+    size = recipe.data.image_size
+    nets = {
+        width: _net_cost(
+            create_backbone(recipe.host.arch, width=width, stem_stride=recipe.host.stem_stride),
+            (1, 3, size, size),
+        )
+        for width in recipe.slim.all_widths
+    }
+    priced = training_cost(recipe, images=images)
+    # A slim net as wide as the host is the host, and so are its passes.
+    widest = "host" if recipe.slim.width == recipe.host.width else "slim"
+    passes = {
+        recipe.slim.width: priced.units[widest],
+        **{other.width: other.units for other in priced.others},
+    }
+    return {
+        **nets[recipe.slim.width],
+        "widths": [
+            {
+                "width": width,
+                "macs": net["macs"],
+                "params": net["params"],
+                "forward_flops": 2 * (net["macs"] + net["elementwise"]),
+                "forward_passes": passes[width],
+            }
+            for width, net in nets.items()
+        ],
+        "training": {
+            "arm": recipe.arm,
+            "forward_units": round(priced.forward_units, 4),
+            "flops_per_image": round(priced.flops_per_image),
+            "total_flops": float(priced.total_flops),
+            "further_widths_flops_per_image": round(priced.others_flops_per_image),
+            "further_widths_total_flops": float(priced.others_flops_per_image * images * priced.epochs),
+            "local_views_flops_per_image": round(priced.local_flops_per_image),
+            "coding_rate_flops_per_image": round(priced.rate_flops),
+            "coding_rate_total_flops": float(priced.rate_flops * priced.rate_share * images * priced.epochs),
+            "images": images,
+            "epochs": priced.epochs,
+            "host_forward_flops": priced.host_flops,
+            "slim_forward_flops": priced.slim_flops,
+            "projector_flops_per_image": round(priced.projector_flops),
+            "projector_total_flops": float(priced.projector_flops * images * priced.epochs),
+        },
+    }
+
+
+def _images_of(recipe: Recipe) -> int:
+    found = IMAGENET_IMAGES
+    if recipe.data.uri is not None:
+        from edgecl.data.sources import open_source
+
+        found = len(open_source(recipe.data.uri, split="train"))
+    return min(found, recipe.data.limit or found)
+
+
+def _net_cost(net: nn.Module, shape: tuple[int, ...]) -> dict[str, Any]:
+    counted = forward_cost(net, shape)
+    return {
+        "macs": counted.macs,
+        "flops": 2 * counted.macs,
+        "params": count_parameters(net),
+        "input": list(shape),
+        "by_operator": counted.by_operator,
+        "elementwise": counted.elementwise,
+        "uncounted": counted.uncounted,
+    }
+
+
+@dataclass(frozen=True)
+class PublishedRow:
+    """A row of the paper's training-cost column, and the rule that should give it.
+
+    Attributes:
+        method: as printed.
+        arch: timm's name of the small net.
+        printed_e17: as printed, in 1e17 FLOPs.
+        epochs: epochs of the small net, as printed.
+        host_units: forward passes of the 1.5x host per image.
+        slim_units: forward passes of the small net per image.
+        teacher: timm's name of the teacher.
+        teacher_units: forward passes of the teacher per image, over all its epochs.
+        note: why the row does not fit, where it does not.
+
+    Source: METHOD sections 2a and 2b.
+    """
+
+    method: str
+    arch: str
+    printed_e17: float
+    epochs: int
+    host_units: int
+    slim_units: int
+    teacher: str | None = None
+    teacher_units: int = 0
+    note: str = ""
+
+
+_V1, _V3, _B0 = "mobilenetv1_100", "mobilenetv3_large_100", "efficientnet_b0"
+# ReKD runs its teacher forwards and backwards beside the student, 3 units for 200 epochs; SEED is charged its
+# teacher's own pretraining, 6 units for 800 epochs, and no teacher forward passes in the distillation.
+_REKD, _SEED = 200 * 3, 800 * 6
+
+PUBLISHED = (
+    PublishedRow("MoCo-v2", _V3, 4.8, 200, 0, 4),
+    PublishedRow("MoCo-v2", _B0, 8.5, 200, 0, 4),
+    PublishedRow("XD only", _V3, 7.2, 200, 0, 6),
+    PublishedRow("XD only", _V3, 3.6, 100, 0, 6),
+    PublishedRow("XD only", _V1, 9.0, 100, 0, 6),
+    PublishedRow("SACL-XD", _V3, 15, 200, 4, 4),
+    PublishedRow("SACL-XD", _V1, 19, 100, 4, 4),
+    PublishedRow("ReKD", _V3, 67, 200, 0, 3, "resnet50", _REKD),
+    PublishedRow("ReKD", _V3, 125, 200, 0, 3, "resnet101", _REKD),
+    PublishedRow("ReKD", _B0, 70, 200, 0, 3, "resnet50", _REKD),
+    PublishedRow("SEED", _V3, 512, 200, 0, 4, "resnet50", _SEED),
+    PublishedRow("SEED", _V3, 971, 200, 0, 4, "resnet101", _SEED),
+    PublishedRow("SEED", _B0, 516, 200, 0, 4, "resnet50", _SEED),
+    PublishedRow("SACL-XD", _V1, 19, 200, 4, 4, note="printed as 200 epochs; the number is that of 100"),
+    PublishedRow("SACL-XD", _B0, 24, 200, 4, 4, note="the rule that gives the other rows gives 11 % more"),
+)
+
+
+def cost_table() -> list[dict[str, Any]]:
+    """Price every row of the paper's training-cost column by one rule, ImageNet-1K at 224 pixels.
+
+    Returns:
+        a list of {"method", "arch", "teacher", "epochs", "total_flops", "printed_flops", "difference", "note"};
+        difference is ours over the printed number, minus one.
+    """
+    shape = (1, 3, 224, 224)
+    flops: dict[tuple[str, float], int] = {}
+
+    def of(arch: str, width: float = 1.0) -> int:
+        if (arch, width) not in flops:
+            flops[arch, width] = forward_cost(create_backbone(arch, width=width), shape).training_flops
+        return flops[arch, width]
+
+    rows = []
+    for row in PUBLISHED:
+        per_image = row.epochs * row.slim_units * of(row.arch)
+        if row.host_units:
+            per_image += row.epochs * row.host_units * of(row.arch, 1.5)
+        if row.teacher:
+            per_image += row.teacher_units * of(row.teacher)
+        total = float(per_image * IMAGENET_IMAGES)
+        printed = row.printed_e17 * 1e17
+        rows.append(
+            {
+                "method": row.method,
+                "arch": row.arch,
+                "teacher": row.teacher,
+                "epochs": row.epochs,
+                "total_flops": total,
+                "printed_flops": printed,
+                "difference": total / printed - 1,
+                "note": row.note,
+            }
+        )
+    return rows

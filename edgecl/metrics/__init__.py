@@ -1,0 +1,1 @@
+"""Numbers about embeddings and accuracies: collapse, intervals, nearest neighbours and linear classifiers."""

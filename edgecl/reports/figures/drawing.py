@@ -1,0 +1,196 @@
+"""What every drawing shares: sizes, colours, axes, and turning matplotlib's SVG into a part of a page.
+
+Drawn by matplotlib in placeholder colours. `inlined` turns those into CSS variables, so that one picture
+serves light and dark, and gives every id a prefix, so that the pictures of a page stay apart.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from typing import TYPE_CHECKING, Any, Literal
+from xml.etree import ElementTree
+
+from edgecl.reports.notation import finite
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
+
+# Placeholder colour -> CSS variable. page.css gives each a value for light and for dark.
+INK, MUTED, RULE, PAPER = "#0e0001", "#0e0002", "#0e0003", "#0e0004"
+BLUE, ORANGE, PURPLE, GREEN = "#0e0005", "#0e0006", "#0e0007", "#0e0008"
+_VARIABLES = {
+    "#000000": "ink",  # whatever matplotlib was not told the colour of
+    INK: "ink",
+    MUTED: "muted",
+    RULE: "rule",
+    PAPER: "paper",
+    BLUE: "blue",
+    ORANGE: "orange",
+    PURPLE: "purple",
+    GREEN: "green",
+}
+SERIES = (BLUE, ORANGE, PURPLE, GREEN)
+
+# Sizes are in the picture's own units; pictures are 340 to 480 wide, so that text stays legible on a phone.
+TEXT = 12.0
+SMALL = 11.0
+# Mean advance of a letter in the widest sans serif a browser may fall back to.
+LETTER = 0.60
+
+_SVG = "{http://www.w3.org/2000/svg}"
+_LINK = "{http://www.w3.org/1999/xlink}href"
+
+
+def spread(axes: Axes, values: list[float], gap: float) -> list[float]:
+    """Return heights for labels at these values, at least `gap` points apart and inside the axes."""
+    if not values:
+        return []
+    scale = 72.0 / axes.figure.dpi
+    box = axes.get_window_extent()
+    low, high = box.y0 * scale, box.y1 * scale
+    order = sorted(range(len(values)), key=lambda index: values[index])
+    heights = [
+        float(axes.transData.transform((axes.get_xlim()[1], values[index]))[1]) * scale for index in order
+    ]
+    for place in range(1, len(heights)):
+        heights[place] = max(heights[place], heights[place - 1] + gap)
+    excess = heights[-1] - high
+    if excess > 0:
+        heights[-1] -= excess
+        for place in range(len(heights) - 2, -1, -1):
+            heights[place] = min(heights[place], heights[place + 1] - gap)
+    if heights[0] < low:
+        heights = [height + low - heights[0] for height in heights]
+    result = [0.0] * len(values)
+    for index, height in zip(order, heights, strict=True):
+        found = finite(float(axes.transData.inverted().transform((box.x1, height / scale))[1]))
+        result[index] = values[index] if found is None else found
+    return result
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """Return an empty figure, its size in the picture's own units."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width / 72, height / 72), dpi=72)
+
+
+def new_axes(figure: Figure, left: float, right: float, top: float, bottom: float) -> Axes:
+    """Return axes with these margins, in the picture's own units, and the look that all charts share."""
+    width, height = figure.get_size_inches() * 72
+    axes = figure.add_axes(
+        (left / width, bottom / height, (width - left - right) / width, (height - top - bottom) / height)
+    )
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color(RULE)
+    axes.tick_params(which="both", bottom=False, left=False, labelsize=TEXT, labelcolor=MUTED, pad=6)
+    axes.set_axisbelow(True)
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+    axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+    return axes
+
+
+def log_ticks() -> LogLocator:
+    """Return ticks at 1, 2 and 5 of each decade."""
+    from matplotlib.ticker import LogLocator
+
+    return LogLocator(base=10, subs=(1.0, 2.0, 5.0), numticks=8)
+
+
+def grid(axes: Axes, which: Literal["x", "y", "both"]) -> None:
+    """Draw pale lines at the ticks of one axis or both."""
+    axes.grid(visible=True, axis=which, which="major", color=RULE, linewidth=0.8)
+
+
+def inlined(figure: Figure, *, prefix: str, title: str) -> str:
+    """Return the figure as an <svg> element for the inside of a page: same bytes for the same figure."""
+    import matplotlib
+    from matplotlib.text import Text
+
+    settings: Any = {
+        "svg.fonttype": "none",  # text stays text: it takes the page's font and colours, and can be searched
+        "svg.hashsalt": "edgecl",
+    }
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # a dollar sign in a name is a dollar sign
+    buffer = io.BytesIO()
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
+        # The browser draws the text; that matplotlib's font lacks a letter is of no matter.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        figure.savefig(buffer, format="svg", transparent=True)
+    root = ElementTree.fromstring(buffer.getvalue())
+    for parent in root.iter():
+        for child in list(parent):
+            # The style rule in <defs> would apply to the whole page; the metadata holds the time of drawing.
+            if child.tag in (f"{_SVG}metadata", f"{_SVG}style"):
+                parent.remove(child)
+    source = ElementTree.tostring(root, encoding="unicode")
+    used = set(re.findall(r"url\(#([^)]+)\)", source)) | {
+        link[1:] for element in root.iter() if (link := element.get(_LINK))
+    }
+    for element in root.iter():
+        element.tag = element.tag.removeprefix(_SVG)
+        identifier = element.attrib.pop("id", None)
+        if identifier in used:
+            element.set("id", f"{prefix}-{identifier}")
+        link = element.attrib.pop(_LINK, None)
+        if link:
+            element.set("href", f"#{prefix}-{link[1:]}")
+        clip = element.get("clip-path")
+        if clip:
+            element.set("clip-path", clip.replace("url(#", f"url(#{prefix}-"))
+        style = element.get("style")
+        if style:
+            element.set("style", _page_style(style))
+        if element.text and not element.text.strip():
+            element.text = None
+        element.tail = None
+        if element.get("d"):
+            element.set("d", re.sub(r"\s+", " ", element.attrib["d"]).strip())
+    for name in ("width", "height", "version"):
+        root.attrib.pop(name, None)
+    _drop_bare_groups(root)
+    root.set("class", "chart")
+    root.set("role", "img")
+    root.set("aria-label", title)
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def _drop_bare_groups(root: ElementTree.Element) -> None:
+    for parent in list(root.iter()):
+        children: list[ElementTree.Element] = []
+        for child in parent:
+            children.extend(_unwrapped(child))
+        parent[:] = children
+
+
+def _unwrapped(element: ElementTree.Element) -> list[ElementTree.Element]:
+    if element.tag != "g" or element.attrib:
+        return [element]
+    return [inner for child in element for inner in _unwrapped(child)]
+
+
+def _page_style(style: str) -> str:
+    """Turn placeholder colours into CSS variables and leave the font's family to the page."""
+    declarations = []
+    for declaration in style.split(";"):
+        name, _, value = declaration.strip().partition(":")
+        name, value = name.strip(), value.strip()
+        if name == "font-family" or not name:
+            continue
+        if name == "font":  # older matplotlib writes the shorthand: [weight] size family
+            weight = re.search(r"\b(bold|[1-9]00)\b", value)
+            size = re.search(r"[\d.]+px", value)
+            declarations.extend([f"font-weight: {weight[1]}"] if weight else [])
+            declarations.extend([f"font-size: {size[0]}"] if size else [])
+            continue
+        variable = _VARIABLES.get(value.lower())
+        declarations.append(f"{name}: {f'var(--{variable})' if variable else value}")
+    return "; ".join(declarations)

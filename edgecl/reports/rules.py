@@ -1,0 +1,172 @@
+"""The rules of `edgecl report diff`: what counts as a regression, as in "p50>+5%,top1<-0.5"."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from edgecl.errors import near_matches
+from edgecl.reports.notation import megabytes, milliseconds, per_second, percent, scaled
+from edgecl.reports.rows import Row
+
+# A float's last digits must not decide whether 1.05 ms is more than 5 % above 1 ms.
+_SLACK = 1e-9
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number of a row that a rule may be about."""
+
+    name: str
+    unit: str
+    timed: bool
+    """Whether it holds for one device and way of timing only."""
+    read: Callable[[Row], float | None]
+    interval: Callable[[Row], list[float] | None]
+    write: Callable[[float | None], str]
+
+
+def _latency(key: str) -> Metric:
+    def read(row: Row) -> float | None:
+        value: float | None = (row.get("latency_ms") or {}).get(key)
+        return value
+
+    def interval(row: Row) -> list[float] | None:
+        found: list[float] | None = (row.get("latency_ms") or {}).get(f"ci95_{key}")
+        return found
+
+    return Metric(key, "ms", True, read, interval, milliseconds)
+
+
+def _accuracy(name: str, key: str, measured: str | None) -> Metric:
+    """Read what was measured on the exported file where it was, else, but not for int8, the net's in torch."""
+
+    def found(row: Row) -> dict[str, Any]:
+        accuracy = row.get("accuracy") or {}
+        if measured and accuracy.get("measured") and accuracy.get("metric") == measured:
+            return {"top1": accuracy["value"], "ci95": accuracy["ci95"]}
+        return {} if row.get("precision") == "int8" else row.get(key) or {}
+
+    return Metric(
+        name, "%", False, lambda row: found(row).get("top1"), lambda row: found(row).get("ci95"), percent
+    )
+
+
+def _plain(name: str, key: str, unit: str, write: Callable[[float | None], str], *, timed: bool) -> Metric:
+    return Metric(name, unit, timed, lambda row: row.get(key), lambda _: None, write)
+
+
+def _size_mb(row: Row) -> float | None:
+    size: float | None = row.get("onnx_bytes")
+    return None if size is None else size / 1e6
+
+
+METRICS = {
+    metric.name: metric
+    for metric in (
+        _latency("p50"),
+        _latency("p90"),
+        _latency("p99"),
+        _latency("mean"),
+        _plain("throughput", "throughput_per_s", "images/s", per_second, timed=True),
+        _plain("j_per_inference", "j_per_inference", "J", milliseconds, timed=True),
+        _accuracy("top1", "finetuned", "top1"),
+        _accuracy("knn", "knn", "knn_top1"),
+        _accuracy("linear", "linear", None),
+        _accuracy("few_label", "few_label", None),
+        Metric(
+            "size",
+            "MB",
+            False,
+            _size_mb,
+            lambda _: None,
+            lambda value: megabytes(None if value is None else 1e6 * value),
+        ),
+        _plain("macs", "macs", "MACs", scaled, timed=False),
+        _plain("params", "params", "parameters", scaled, timed=False),
+    )
+}
+
+
+class RuleError(ValueError):
+    """A rule that cannot be read."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One rule, such as p50>+5%: it is broken where the comparison holds."""
+
+    text: str
+    metric: Metric
+    above: bool
+    """Broken above the limit; else below it."""
+    limit: float
+    kind: str
+    """`value`: of NEW itself; `difference`: of NEW minus OLD; `percent`: of that in percent of OLD."""
+
+    @property
+    def relative(self) -> bool:
+        """Whether the rule needs OLD."""
+        return self.kind != "value"
+
+    def broken(self, old: float | None, new: float) -> bool:
+        """Say whether a pair of values breaks the rule.
+
+        Args:
+            old: needed by a relative rule.
+            new: the value judged.
+        """
+        value = new
+        if self.relative:
+            assert old is not None
+            value = new - old if self.kind == "difference" else change_percent(old, new)
+        slack = _SLACK * max(1.0, abs(self.limit))
+        return value > self.limit + slack if self.above else value < self.limit - slack
+
+
+def change_percent(old: float, new: float) -> float:
+    """Return the change in percent of the old value; infinite where that is zero and the new one is not."""
+    if old == 0:
+        return 0.0 if new == 0 else float("inf") if new > 0 else float("-inf")
+    return 100 * (new - old) / abs(old)
+
+
+_RULE = re.compile(
+    r"(?P<metric>[a-z0-9_]+)\s*(?P<sign>[<>])\s*(?P<limit>[+-]?\d+(?:\.\d+)?)\s*(?P<percent>%?)"
+)
+
+GRAMMAR = "METRIC>LIMIT or METRIC<LIMIT, such as p50>+5%, top1<-0.5 or p50>2.0"
+
+
+def parse_rules(text: str) -> list[Rule]:
+    """Read rules parted by commas.
+
+    `p50>+5%` is broken where NEW is more than 5 % above OLD, `top1<-0.5` where it is more than 0.5 points
+    below OLD, and `p50>2.0`, whose limit has no sign, where NEW itself is above 2 ms.
+
+    Raises:
+        RuleError: no rule, or one that cannot be read.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not any(parts):
+        raise RuleError(f"there is no rule in '{text}'; write {GRAMMAR}")
+    return [_parse_rule(part) for part in parts if part]
+
+
+def _parse_rule(part: str) -> Rule:
+    match = _RULE.fullmatch(part)
+    if match is None:
+        raise RuleError(f"'{part}' is not a rule; write {GRAMMAR}")
+    name, limit = match["metric"], match["limit"]
+    if name not in METRICS:
+        raise RuleError(f"'{part}' is about '{name}', which no report knows; {near_matches(name, METRICS)}")
+    signed = limit[0] in "+-"
+    if match["percent"] and not signed:
+        raise RuleError(
+            f"'{part}' has a percentage without a sign; write '{name}{match['sign']}+{limit}%' or "
+            f"'{name}{match['sign']}-{limit}%' for a change, or leave out the % for a value of NEW itself"
+        )
+    kind = "percent" if match["percent"] else "difference" if signed else "value"
+    return Rule(part, METRICS[name], match["sign"] == ">", float(limit), kind)

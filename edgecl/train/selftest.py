@@ -1,0 +1,416 @@
+"""Whether training here is exact under many processes: a step of every arm, against one process with the whole batch.
+
+Everything is what `edgecl pretrain` trains with: the net of a recipe, its synchronised norms, the step, accelerate's
+data-parallel wrapper and, between the processes, the network and the libraries of the user's own machines. Numbers are
+float64, in which rounding stays below 1e-9. In float32 a step that is summed in another order differs by 2e-5 in half of
+the tensors and by 4e-3 in the worst, behind thirty batch norms, and would hide real mistakes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate.state import AcceleratorState
+from torch import Tensor
+
+import edgecl
+from edgecl.config.recipe import Recipe, recipe_from_tables
+from edgecl.distributed import processes
+from edgecl.errors import DeviceError, ProcessError, RecipeError, near_matches
+from edgecl.nets.carving import create_slimmable
+from edgecl.nets.slimming import SlimmableNet
+from edgecl.train.pretrain import create_accelerator
+from edgecl.train.step import Step
+
+TOLERANCE = 1e-5
+KINDS = ("loss", "gradients", "statistics")
+
+# A tensor is measured by its own largest number, or by this part of the largest of its kind if it has none so large:
+# gradients that are zero but for rounding, such as those of a bias in front of a norm, are not held to themselves.
+_FLOOR = 1e-6
+STATUS = "selftest: "
+"""What a line of progress begins with where another process reads it."""
+_LAST_LINES = 200
+_PATIENCE_S = 30.0
+_HOME = Path(edgecl.__file__).parent.parent
+
+Report = Callable[[str], None]
+Results = dict[str, Tensor]
+
+
+class Arm(NamedTuple):
+    """One way to train: settings of a recipe."""
+
+    name: str
+    settings: dict[str, dict[str, Any]]
+
+
+ARMS = (
+    Arm("Barlow Twins", {"host": {"width": 1.0}, "method": {"alpha": 1.0}}),
+    Arm("XD only", {"host": {"width": 1.0}}),
+    Arm("SACL only", {"method": {"alpha": 1.0}}),
+    Arm("SACL-XD", {}),
+    Arm("SACL-XD, slim_only", {"method": {"xd_direction": "slim_only"}}),
+    Arm("SACL-XD, slow start", {"slim": {"slow_start": 1.0}}),
+    Arm("SACL-XD, 4 widths", {"slim": {"widths": [1.0, 0.75, 0.6, 0.5]}}),
+    Arm("SACL-XD, 2 parts", {"run": {"accumulate": 2}}),
+    Arm("SACL-XD, coding rate", {"method": {"coding_rate": {"weight": 0.3}}}),
+    Arm("SACL-XD, symmetric", {"method": {"symmetric": True, "learn_targets": True}}),
+    Arm("SACL-XD, local views", {"views": {"local_count": 2}}),
+    Arm("SimCLR", {"host": {"width": 1.0}, "method": {"loss": "simclr", "alpha": 1.0}}),
+    Arm(
+        "simclr, local views",
+        {"host": {"width": 1.0}, "method": {"name": "simclr"}, "views": {"local_count": 2}},
+    ),
+    Arm("emp-ssl, 3 views", {"host": {"width": 1.0}, "method": {"name": "emp-ssl", "views": 3}}),
+)
+
+
+def recipe_of(arm: Arm, *, batch_size: int) -> Recipe:
+    """Return the recipe an arm is tried with: a net of real layers, small enough for a step in a second."""
+    tables: dict[str, dict[str, Any]] = {
+        "host": {"arch": "mobilenetv3_small_050", "width": 1.5, "stem_stride": 1},
+        "slim": {"width": 1.0},
+        "projector": {"sizes": [32, 32, 16]},
+        "method": {"alpha": 0.7, "off_diagonal": 0.05, "scale": 1.0},
+        "data": {"image_size": 32, "batch_size": batch_size},
+        "optim": {"name": "sgd", "momentum": 0.0},
+        "run": {"sync_norms": "all", "epochs": 1},
+    }
+    for name, settings in arm.settings.items():
+        # Another method has other settings.
+        tables[name] = settings if "name" in settings else {**tables.get(name, {}), **settings}
+    return recipe_from_tables(tables, source="selftest")
+
+
+def batch_size_for(world_size: int) -> int:
+    """Return the smallest batch of 16 or more of which every process has a share of two parts of two."""
+    return 4 * world_size * -(-4 // world_size)
+
+
+def run_arms(
+    *,
+    device: str,
+    world_size: int,
+    rank: int,
+    shares: int,
+    report: Report,
+    arms: Sequence[Arm] = ARMS,
+) -> dict[str, Results]:
+    """Take one step with every arm, from the same weights and images wherever it runs.
+
+    Args:
+        device: 'auto', 'cpu' or 'cuda'.
+        world_size: processes that share the batch.
+        rank: which share is taken.
+        shares: for how many processes the batch is laid out. One process that takes it in parts takes as its first part
+            the first parts of all shares.
+        report: told which arm is next.
+        arms: which.
+
+    Returns:
+        arm -> name -> tensor on the CPU: the loss, every parameter's gradient as the optimiser is given it with the norms
+        that training watches, and every buffer (batch norm statistics) afterwards.
+    """
+    results = {}
+    for arm in arms:
+        report(arm.name)
+        recipe = recipe_of(arm, batch_size=batch_size_for(shares))
+        accelerator = create_accelerator(recipe, device=device, out=Path())
+        net = copy.deepcopy(fresh_net(recipe.host.width, recipe.slim.all_widths))
+        # More than one step, or timm remarks that the rate's schedule is none.
+        step = Step(recipe, net=net, accelerator=accelerator, steps_per_epoch=2)
+        parts = recipe.run.accumulate if world_size == 1 else 1
+        views = [
+            _laid_out(view, shares=shares, parts=parts).chunk(world_size)[rank].to(accelerator.device)
+            for view in _views(recipe)
+        ]
+        results[arm.name] = _take(step, views)
+    return results
+
+
+@lru_cache
+def fresh_net(host_width: float, slim_widths: tuple[float, ...]) -> SlimmableNet:
+    """Return the net of these widths before its first step, to be copied."""
+    slim = {"width": slim_widths[0], "widths": slim_widths}
+    recipe = recipe_of(Arm("", {"host": {"width": host_width}, "slim": slim}), batch_size=2)
+    torch.manual_seed(0)
+    return create_slimmable(recipe).double()
+
+
+def _views(recipe: Recipe) -> list[Tensor]:
+    batch_size, generator = recipe.data.batch_size, torch.Generator().manual_seed(0)
+
+    def varied(view: Tensor) -> Tensor:
+        return view + 0.5 * torch.randn(view.shape, generator=generator, dtype=torch.float64)
+
+    view_a = torch.randn(batch_size, 3, 32, 32, generator=generator, dtype=torch.float64)
+    # No two shares are alike in mean and scale, so that statistics of one share are wrong for the whole.
+    ramp = torch.linspace(0, 2, batch_size, dtype=torch.float64).view(-1, 1, 1, 1)
+    view_a = view_a * (1 + ramp) + ramp
+    side = recipe.local_size
+    return [
+        view_a,
+        *(varied(view_a) for _ in range(recipe.method.whole_views - 1)),
+        *(varied(view_a[..., :side, :side]) for _ in range(recipe.views.local_count)),
+    ]
+
+
+def _laid_out(view: Tensor, *, shares: int, parts: int) -> Tensor:
+    """Bring the first parts of all shares to the front, then the second: (N, …) as one process takes them."""
+    return view.view(shares, parts, -1, *view.shape[1:]).transpose(0, 1).reshape(view.shape)
+
+
+def _take(step: Step, views: Sequence[Tensor]) -> Results:
+    found: Results = {}
+
+    def keep_gradients(*_: Any) -> None:
+        for name, parameter in step.net.named_parameters():
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            found[f"gradients/{name}"] = gradient.detach().cpu().clone()
+
+    step.optimizer.optimizer.register_step_pre_hook(keep_gradients)
+    outcome = step(views, number=0, watch=True)
+    found["loss/total"] = outcome.loss.detach().cpu()
+    for name, norm in outcome.gradient_norms.items():
+        if norm is not None:
+            found[f"gradients/{name}"] = torch.tensor(norm, dtype=torch.float64)
+    for name, buffer in step.net.named_buffers():
+        found[f"statistics/{name}"] = buffer.detach().cpu().double()
+    return found
+
+
+def difference(found: Results, expected: Results, *, kind: str) -> float:
+    """Return the largest relative difference between the tensors of a kind; infinite where one is no number.
+
+    Args:
+        found: name -> tensor.
+        expected: of the same names.
+        kind: 'loss', 'gradients' or 'statistics', what the names begin with.
+    """
+    names = [name for name in expected if name.startswith(f"{kind}/")]
+    if not names or any(name not in found for name in names):
+        return float("inf")  # a step whose loss is no number gives no gradients
+    largest = {name: float(expected[name].abs().max()) for name in names}
+    floor = max(_FLOOR * max(largest.values()), torch.finfo(torch.float64).tiny)
+    worst = torch.stack(
+        [(found[name] - expected[name]).abs().max() / max(largest[name], floor) for name in names]
+    ).max()
+    return float(worst) if bool(torch.isfinite(worst)) else float("inf")
+
+
+def chosen_arms(names: Sequence[str]) -> tuple[Arm, ...]:
+    """Return the arms of these names, all for none.
+
+    Raises:
+        RecipeError: no such arm.
+    """
+    known = {arm.name: arm for arm in ARMS}
+    for name in names:
+        if name not in known:
+            raise RecipeError(f"there is no arm '{name}'", hint=near_matches(name, known))
+    return tuple(known[name] for name in dict.fromkeys(names)) or ARMS
+
+
+def compare(*, device: str, report: Report, names: Sequence[str] = ()) -> dict[str, Any]:
+    """Compare this run's processes, one of which calls this, with one process that has the whole batch.
+
+    Every process computes the whole for itself before it joins the others, and holds its own results to it; the verdict
+    is of the worst of all processes and is the same in all of them.
+
+    Args:
+        device: 'auto', 'cpu' or 'cuda'.
+        report: told how far it is.
+        names: of the arms; none for all.
+
+    Returns:
+        the record: 'exact', and for every arm the largest relative differences.
+
+    Raises:
+        DeviceError: no GPU for this process.
+        ProcessError: the other processes did not come, or are gone.
+        RecipeError: no such arm.
+    """
+    arms = chosen_arms(names)
+    world_size, rank = processes.world_size(), processes.rank()
+    if device == "cuda" and not torch.cuda.is_available():
+        raise _no_gpu()
+    if device != "cpu" and torch.cuda.is_available():
+        # Before joining, so that not all processes of a machine compute the whole on its first GPU.
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    with _alone():
+        expected = run_arms(
+            device=device,
+            world_size=1,
+            rank=0,
+            shares=world_size,
+            report=lambda arm: report(f"one process: {arm}"),
+            arms=arms,
+        )
+    processes.join(device)
+    with processes.explain_lost_peers():
+        hosts = _hosts()
+        found = run_arms(
+            device=device,
+            world_size=world_size,
+            rank=rank,
+            shares=world_size,
+            report=lambda arm: report(f"{world_size} processes: {arm}"),
+            arms=arms,
+        )
+        differences = _worst_of_all(
+            torch.tensor(
+                [
+                    [difference(found[arm.name], expected[arm.name], kind=kind) for kind in KINDS]
+                    for arm in arms
+                ],
+                dtype=torch.float64,
+            )
+        )
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    rows = [
+        {"arm": arm.name, **dict(zip(KINDS, row, strict=True)), "exact": max(row) <= TOLERANCE}
+        for arm, row in zip(arms, differences.tolist(), strict=True)
+    ]
+    return {
+        "exact": all(row["exact"] for row in rows),
+        "processes": world_size,
+        "hosts": hosts,
+        "device": "cuda" if on_gpu else "cpu",
+        "backend": "nccl" if on_gpu else "gloo",
+        "batch_size": batch_size_for(world_size),
+        "tolerance": TOLERANCE,
+        "torch": torch.__version__,
+        # JSON knows no infinity.
+        "arms": [
+            {key: None if value == float("inf") else value for key, value in row.items()} for row in rows
+        ],
+    }
+
+
+def _hosts() -> list[str]:
+    everyone: list[Any] = [os.uname().nodename] * processes.world_size()
+    if len(everyone) > 1:
+        torch.distributed.all_gather_object(everyone, os.uname().nodename)
+    return sorted(set(everyone))
+
+
+def _worst_of_all(differences: Tensor) -> Tensor:
+    if processes.world_size() > 1:
+        # The group has gloo for the CPU beside whatever it has for GPUs.
+        torch.distributed.all_reduce(differences, op=torch.distributed.ReduceOp.MAX)
+    return differences
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Hide from torch and accelerate that a launcher started this process together with others."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    hidden = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
+        # accelerate would otherwise go on without the others.
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def is_launched() -> bool:
+    """Tell whether torchrun or the like started this process."""
+    return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))
+
+
+def launch(*, count: int | None, device: str, report: Report, names: Sequence[str] = ()) -> dict[str, Any]:
+    """Start the processes on this machine, as torchrun does, and return their record.
+
+    Args:
+        count: how many; None means one for each GPU, and two on the CPU where there are fewer than two GPUs.
+        device: 'auto' takes the GPUs when there is one for each process.
+        report: told how far it is.
+        names: of the arms; none for all.
+
+    Raises:
+        RecipeError: no such arm.
+        DeviceError: more processes than GPUs.
+        ProcessError: they ended without a record.
+    """
+    chosen_names = [arm.name for arm in chosen_arms(names)]
+    processes.wait_s()  # refuses what the environment says, before anything is started
+    gpus = torch.cuda.device_count() if device != "cpu" else 0
+    count = count or (gpus if gpus > 1 or device == "cuda" else 2)
+    if device == "cuda" and not gpus:
+        raise _no_gpu()
+    if device == "cuda" and gpus < count:
+        raise DeviceError(
+            f"{count} processes need as many GPUs, this machine has {gpus}",
+            hint="use --processes with the number of GPUs, or --device cpu",
+        )
+    chosen = "cuda" if gpus >= count else "cpu"
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // count))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    command += ["-m", "edgecl", "selftest", "ddp", "--device", chosen, "--json"]
+    command += [word for name in chosen_names for word in ("--arm", name)]
+    words: deque[str] = deque(maxlen=_LAST_LINES)
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as answer:
+        with subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=answer,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+            errors="replace",
+            # So that neither the caller's directory nor an editable install decides which edgecl is tried.
+            cwd=_HOME,
+            env={**os.environ, "OMP_NUM_THREADS": threads},
+        ) as process:
+            try:
+                assert process.stderr is not None
+                for line in process.stderr:
+                    if line.startswith(STATUS):
+                        report(line.removeprefix(STATUS).rstrip())
+                    else:
+                        words.append(line.rstrip())
+                status = process.wait()
+            except BaseException:
+                # torchrun ends the processes it started when it is asked to, not when it is killed.
+                process.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(_PATIENCE_S)
+                process.kill()
+                raise
+        answer.seek(0)
+        text = answer.read()
+    try:
+        record: dict[str, Any] = json.loads(text)
+    except json.JSONDecodeError:
+        raise _error_among(list(words), status) from None
+    return record
+
+
+def _error_among(lines: list[str], status: int) -> ProcessError:
+    """Return the error that one of the processes told of, or else what was said last."""
+    for first, line in enumerate(lines):
+        if line.startswith("edgecl: "):
+            rest = itertools.takewhile(lambda following: following.startswith("  "), lines[first + 1 :])
+            return ProcessError("\n".join([line.removeprefix("edgecl: "), *rest]))
+    return ProcessError(
+        f"the processes ended with exit status {status} and no result",
+        where={"they said": " | ".join(filter(None, lines[-8:])) or "nothing"},
+    )
+
+
+def _no_gpu() -> DeviceError:
+    return DeviceError("no CUDA device is available", hint="use --device auto or --device cpu")

@@ -1,0 +1,205 @@
+"""TOML text and `--set` assignments become checked settings, and every mistake becomes a sentence."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import pytest
+from pydantic import Field, ValidationError
+
+from edgecl.config.settings import (
+    Settings,
+    find_settings_file,
+    header_comment,
+    override,
+    parse_toml,
+    validate,
+)
+from edgecl.errors import RecipeError
+
+
+class Inner(Settings):
+    speed: float = 1.0
+    colour: Literal["red", "green", "blue"] = "red"
+    sizes: tuple[int, ...] = Field((), examples=[(3, 5)])
+    area: tuple[float, float] = (0.08, 1.0)
+    names: tuple[str, ...] = ()
+
+
+class Outer(Settings):
+    name: str
+    inner: Inner = Inner()
+
+
+def check(tables):
+    return validate(Outer, tables, source="x.toml", error=RecipeError)
+
+
+def complaint(tables):
+    with pytest.raises(RecipeError) as caught:
+        check(tables)
+    return caught.value
+
+
+def complaint_about(*assignments, file):
+    with pytest.raises(RecipeError) as caught:
+        validate(
+            Outer,
+            override(file, list(assignments), error=RecipeError),
+            source="x.toml",
+            error=RecipeError,
+            assignments=assignments,
+        )
+    return caught.value
+
+
+def test_settings_are_frozen():
+    with pytest.raises(ValidationError, match="frozen"):
+        check({"name": "a"}).inner.speed = 2.0
+
+
+def test_unknown_key_is_named_with_its_table_and_a_near_match():
+    error = complaint({"name": "a", "inner": {"sped": 2.0}})
+    assert error.problem == "unknown key 'inner.sped' (did you mean 'speed'?)"
+    assert error.where == {"file": "x.toml"}
+
+
+def test_unknown_key_like_nothing_lists_what_is_known():
+    assert complaint({"name": "a", "zzz": 1}).problem == "unknown key 'zzz' (known: inner, name)"
+
+
+def test_all_problems_are_reported_at_once():
+    problem = complaint({"inner": {"sped": 1, "speed": "fast", "colour": "gren"}}).problem
+    assert problem.count("; ") >= 3
+    for part in (
+        "missing key 'name'",
+        "unknown key 'inner.sped'",
+        "'inner.speed' is 'fast'",
+        "'inner.colour' is 'gren'",
+    ):
+        assert part in problem
+
+
+def test_mistyped_choice_lists_all_and_suggests_the_near_one():
+    problem = complaint({"name": "a", "inner": {"colour": "bleu"}}).problem
+    assert problem == "'inner.colour' is 'bleu', not one of red, green, blue (did you mean 'blue'?)"
+
+
+def test_choice_like_no_other_lists_all_once():
+    problem = complaint({"name": "a", "inner": {"colour": "zzz"}}).problem
+    assert problem == "'inner.colour' is 'zzz', not one of red, green, blue"
+
+
+def test_place_inside_a_list_is_named():
+    assert "'inner.sizes.1' is 'two'" in complaint({"name": "a", "inner": {"sizes": [1, "two"]}}).problem
+
+
+@pytest.mark.parametrize(
+    ("table", "key", "problem"),
+    [
+        ({"sizes": 3}, "sizes", "is 3: must be a list such as [3, 5]"),
+        ({"area": 0.5}, "area", "is 0.5: must be a list such as [0.08, 1.0]"),
+        ({"area": [0.5]}, "area", "is [0.5]: must be a list such as [0.08, 1.0]"),
+        ({"area": [0, 1, 2]}, "area", "is [0, 1, 2]: must be a list such as [0.08, 1.0]"),
+        ({"names": "a"}, "names", """is 'a': must be a list such as ["a"]"""),
+    ],
+)
+def test_what_must_be_a_list_is_told_so_with_one(table, key, problem):
+    assert complaint({"name": "a", "inner": table}).problem == f"'inner.{key}' {problem}"
+
+
+def test_what_must_be_a_table_is_told_so():
+    assert complaint({"name": "a", "inner": 3}).problem == "'inner' is 3: must be a table"
+
+
+@pytest.mark.parametrize(
+    ("file", "assignments", "where"),
+    [
+        ({"name": "a"}, ["inner.speed=fast"], {"--set": "inner.speed=fast"}),
+        ({"name": "a"}, ["inner.sped = 2"], {"--set": "inner.sped = 2"}),
+        ({"name": "a"}, ["inner=3"], {"--set": "inner=3"}),
+        ({"name": "a"}, ["inner.sizes=[1, 'b']"], {"--set": "inner.sizes=[1, 'b']"}),
+        ({"name": "a"}, ["inner.speed=2", "nam=1", "inner.speed=x"], {"--set": "inner.speed=x, nam=1"}),
+        ({"name": 3}, ["inner.speed=2"], {"file": "x.toml"}),
+        ({}, ["inner.speed=2"], {"file": "x.toml"}),
+        ({"name": 3}, ["inner.speed=x"], {"file": "x.toml", "--set": "inner.speed=x"}),
+    ],
+)
+def test_a_wrong_key_or_value_is_blamed_on_what_set_it(file, assignments, where):
+    assert complaint_about(*assignments, file=file).where == where
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_refused(value):
+    assert "'inner.speed'" in complaint({"name": "a", "inner": {"speed": value}}).problem
+
+
+@pytest.mark.parametrize(
+    ("assignment", "expected"),
+    [
+        ("inner.speed=2.5", 2.5),
+        ("inner.speed = 1e-3", 1e-3),
+        ("inner.sizes=[3, 4]", [3, 4]),
+        ("inner.colour=blue", "blue"),
+        ('inner.colour="blue"', "blue"),
+        ("inner.flag=true", True),
+        ("inner.uri=/data/my pictures", "/data/my pictures"),
+        ("inner.uri=cifar10:/data", "cifar10:/data"),
+        ("inner.uri=a=b", "a=b"),
+    ],
+)
+def test_assigned_values_are_toml_or_bare_words(assignment, expected):
+    tables = override({}, [assignment], error=RecipeError)
+    assert list(tables["inner"].values()) == [expected]
+
+
+def test_assignment_without_a_table_sets_a_top_key():
+    assert override({"name": "a"}, ["name=b"], error=RecipeError) == {"name": "b"}
+
+
+def test_later_assignment_wins():
+    assert override({}, ["a.b=1", "a.b=2"], error=RecipeError) == {"a": {"b": 2}}
+
+
+def test_assignments_leave_the_given_tables_alone():
+    tables = {"inner": {"speed": 1.0}}
+    override(tables, ["inner.speed=2.0", "inner.colour=blue"], error=RecipeError)
+    assert tables == {"inner": {"speed": 1.0}}
+
+
+@pytest.mark.parametrize("assignment", ["inner.speed", "=2", " = 2", ""])
+def test_assignment_of_a_bad_form_says_how_to_write_it(assignment):
+    with pytest.raises(RecipeError) as caught:
+        override({}, [assignment], error=RecipeError)
+    assert caught.value.problem == f"cannot read --set '{assignment}'"
+    assert caught.value.hint == "write it as table.key=value, e.g. optim.lr=0.2"
+
+
+def test_assignment_below_a_value_is_refused():
+    with pytest.raises(
+        RecipeError, match=r"cannot set 'name\.first': 'name' is a value, not a table"
+    ) as caught:
+        override({"name": "a"}, ["name.first=b"], error=RecipeError)
+    assert caught.value.where == {"--set": "name.first=b"}
+
+
+def test_text_that_is_no_toml_names_the_file_and_the_line():
+    with pytest.raises(RecipeError, match=r"not valid TOML: .*line 2(.|\n)*file: x\.toml"):
+        parse_toml("a = 1\nb = = 2\n", source="x.toml", error=RecipeError)
+
+
+def test_header_is_the_comment_at_the_top_only():
+    text = "# Summary.\n#\n# Command: edgecl run x\n\n# Not this.\n[host]\n"
+    assert header_comment(text) == "Summary.\n\nCommand: edgecl run x"
+
+
+def test_missing_file_says_where_it_was_looked_for(tmp_path):
+    with pytest.raises(RecipeError) as caught:
+        find_settings_file(f"{tmp_path}/no.toml", folder="recipes", error=RecipeError, noun="recipe")
+    assert caught.value.problem == f"no recipe file at '{tmp_path}/no.toml'"
+    assert caught.value.hint == "`edgecl ls recipes` lists the packaged ones"
+
+
+def test_folder_is_no_settings_file(tmp_path):
+    with pytest.raises(RecipeError, match="not a regular file"):
+        find_settings_file(f"{tmp_path}/", folder="recipes", error=RecipeError, noun="recipe")

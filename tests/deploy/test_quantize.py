@@ -1,0 +1,404 @@
+"""INT8 graphs: arithmetic held to NumPy, what is kept in floats, and what the runtimes make of real nets."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from edgecl.deploy.graph_index import first_block, quantisable
+from edgecl.deploy.quantize import quantise
+from edgecl.errors import DataError, TargetError
+
+from .sketch import (
+    FORMS,
+    SIDE,
+    TENSORRT_FORMS,
+    Sketch,
+    constants,
+    cosine,
+    images_of,
+    kinds,
+    maker,
+    named,
+    optimised_kinds,
+    pair_of,
+    quantise_net,
+    ranges_of,
+    run,
+    sketch_net,
+)
+
+NETS = [
+    pytest.param("mobilenetv1_100", marks=pytest.mark.slow),
+    "mobilenetv3_large_100",
+    pytest.param("efficientnet_b0", marks=pytest.mark.slow),
+]
+
+# The half form --------------------------------------------------------------------------------------------------------
+
+
+def test_half_form_is_half_inside_and_float32_outside():
+    model = quantise_net("int8-trt-fp16")
+    graph = model.graph
+    assert {value.type.tensor_type.elem_type for value in (*graph.input, *graph.output)} == {
+        TensorProto.FLOAT
+    }
+    assert kinds(model)["Cast"] == 2
+    assert {values.dtype for values in constants(model).values()} == {np.dtype(np.float16), np.dtype(np.int8)}
+
+
+def test_half_form_is_near_the_float32_one():
+    images = images_of(seed=1)
+    found, expected = run(quantise_net("int8-trt-fp16"), images), run(quantise_net("int8-trt"), images)
+    assert found.dtype == np.float32
+    assert np.abs(found - expected).max() < 0.05 * np.abs(expected).max()
+
+
+def test_half_form_asks_for_opset_19():
+    model = sketch_net(opset=17)
+    with pytest.raises(TargetError, match=r"'int8-trt-fp16' needs opset 19, the graph has 17\n.*opset = 19"):
+        quantise(model, form="int8-trt-fp16", ranges=ranges_of(model))
+
+
+def overflowing_net():
+    model = sketch_net(opset=19)
+    for tensor in model.graph.initializer:
+        if tensor.name in ("head_w", "head_b"):
+            tensor.CopyFrom(numpy_helper.from_array(1e5 * numpy_helper.to_array(tensor), tensor.name))
+        if tensor.name == "classes_w":
+            tensor.CopyFrom(numpy_helper.from_array(1e-5 * numpy_helper.to_array(tensor), tensor.name))
+    return model
+
+
+def test_tensor_that_overflows_half_needs_images():
+    model = overflowing_net()
+    with pytest.raises(
+        DataError, match=r"tensor '\w+' reaches [\d.e+]+, which fp16 may not hold\n.*give images"
+    ):
+        quantise(model, form="int8-trt-fp16", ranges=ranges_of(model))
+
+
+def test_node_that_overflows_half_stays_in_float32_with_float32_scales():
+    model, images = overflowing_net(), images_of(seed=1)
+    quantised = quantise(model, form="int8-trt-fp16", ranges=ranges_of(model), images=images_of())
+    head = named(quantised, "head_Conv")
+    values = constants(quantised)
+    for place in (0, 1):
+        assert values[pair_of(quantised, head.input[place])[1].input[1]].dtype == np.float32
+    assert values[pair_of(quantised, named(quantised, "depth_Conv").input[0])[1].input[1]].dtype == np.float16
+    found, expected = run(quantised, images), run(model, images)
+    assert np.isfinite(found).all()
+    assert cosine(found, expected) > 0.97
+
+
+# Arithmetic, held to NumPy ---------------------------------------------------------------------------------------------
+
+
+def convolve(images, weights, bias, *, group):
+    """A convolution with padding in float64, as a sum over kernel places."""
+    _, _, height, width = images.shape
+    outputs, per_group, kernel, _ = weights.shape
+    pad = kernel // 2
+    padded = np.pad(images.astype(np.float64), ((0, 0), (0, 0), (pad, pad), (pad, pad)))
+    result = np.zeros((len(images), outputs, height, width)) + bias.reshape(1, -1, 1, 1)
+    for row in range(kernel):
+        for column in range(kernel):
+            window = padded[:, :, row : row + height, column : column + width]
+            for output in range(outputs):
+                first = output // (outputs // group) * per_group
+                part = window[:, first : first + per_group]
+                result[:, output] += np.einsum("nchw,c->nhw", part, weights[output, :, row, column])
+    return result
+
+
+def rounded(values, scale, zero, low, high):
+    return (np.clip(np.rint(values / scale) + zero, low, high) - zero) * scale
+
+
+@pytest.mark.parametrize("group", [1, 16])
+@pytest.mark.parametrize("form", ["int8-trt", "int8-cpu"])
+def test_one_convolution_is_what_numpy_computes(form, group):
+    net = Sketch()
+    net.conv("input", "a", inputs=16, outputs=16, kernel=3, group=group)
+    net.node("Relu", ["a"], "output")
+    model = net.model(["output"], channels=16)
+    images = np.random.default_rng(0).normal(size=(4, 16, 16, 16)).astype(np.float32)
+    ranges = {"input": (-2.0, 3.0), "output": (0.0, 2.0)}
+    found = run(quantise(model, form=form, ranges=ranges), images, plain=True)
+    weights, bias = net.constants["a_w"], net.constants["a_b"]
+    w_scale = (np.abs(weights).max(axis=(1, 2, 3)) / 127).reshape(-1, 1, 1, 1)
+    if form == "int8-cpu" and group == 1:
+        # Two products of one sign have to fit into 16 bits, where convolutions are matrix products.
+        ends = [
+            np.sort(np.maximum(side, 0).reshape(16, -1), axis=1)[:, -2:].sum(1)
+            for side in (weights, -weights)
+        ]
+        w_scale = np.maximum(w_scale, np.maximum(*ends).reshape(-1, 1, 1, 1) / 128)
+    w = rounded(weights, w_scale, 0, -128, 127)
+    if form == "int8-trt":
+        x = rounded(images, 3.0 / 127, 0, -128, 127)
+    else:
+        x = rounded(images, 5.0 / 255, 102, 0, 255)
+        step = 5.0 / 255 * w_scale.ravel()
+        bias = np.rint(bias / step) * step
+    expected = np.maximum(convolve(x, w, bias, group=group), 0)
+    # A value in the middle between two steps may go either way in float32; anything else must agree.
+    agree = np.abs(found - expected) < 1e-4
+    assert agree.mean() > 0.999
+    assert np.abs(found - expected).max() < 0.03
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_quantised_net_is_near_the_float_one(form):
+    model, images = sketch_net(), images_of(64, seed=1)
+    expected = run(model, images)
+    found = run(quantise_net(form), images)
+    assert cosine(found, expected) > 0.995
+    assert np.abs(found - expected).max() > 1e-4
+
+
+@pytest.mark.parametrize("form", ["int8-trt", "int8-cpu"])
+@pytest.mark.parametrize("transposed", [True, False])
+def test_classifier_is_quantised_per_class(form, transposed):
+    """For TensorRT only where it is asked to: the classifier is kept by default."""
+    model = sketch_net(transposed=transposed)
+    quantised = quantise(model, form=form, ranges=ranges_of(model))
+    node = named(quantised, "output_Gemm")
+    if form == "int8-trt":
+        assert list(node.input) == ["features", "classes_w", "classes_b"]
+        return
+    back = maker(quantised, node.input[1])
+    assert helper.get_node_attr_value(back, "axis") == (0 if transposed else 1)
+    assert constants(quantised)[back.input[1]].shape == (10,)
+
+
+# What is kept ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_kept_nodes_compute_in_floats(form):
+    kept = ["depth_Conv", "head_Conv"]
+    model = quantise_net(form, keep=kept)
+    values = constants(model)
+    for name in kept:
+        assert named(model, name).input[1] in values
+        assert values[named(model, name).input[1]].dtype in (np.float32, np.float16)
+    assert pair_of(model, named(model, "expand_Conv").input[0]) is not None
+
+
+def test_keeping_more_comes_nearer_to_float():
+    model, images = sketch_net(), images_of(64, seed=1)
+    expected, ranges = run(model, images), ranges_of(sketch_net())
+    for form in ("int8-trt", "int8-cpu"):
+        names = quantisable(model, form)
+        errors = [
+            np.abs(
+                run(quantise(model, form=form, ranges=ranges, keep=names[:count]), images) - expected
+            ).mean()
+            for count in (0, len(names))
+        ]
+        assert errors[1] < 1e-5 < errors[0], form
+
+
+def test_unknown_name_to_keep_is_refused_with_a_near_one():
+    with pytest.raises(TargetError, match=r"no node 'depth_Con' to keep.*\n.*did you mean 'depth_Conv'"):
+        quantise_net("int8-trt", keep=["depth_Con"])
+
+
+def test_tensor_without_a_range_is_named():
+    model = sketch_net()
+    ranges = ranges_of(model)
+    del ranges["gated"]
+    for form in ("int8-trt", "int8-cpu"):
+        with pytest.raises(DataError, match=r"tensor 'gated' has no range\n.*calibrate the very graph"):
+            quantise(model, form=form, ranges=ranges)
+
+
+@pytest.mark.parametrize("ends", [(0.0, float("inf")), (float("nan"), 1.0), (2.0, 1.0)])
+def test_range_that_is_none_is_named(ends):
+    model = sketch_net()
+    with pytest.raises(DataError, match="tensor 'gated' has the range"):
+        quantise(model, form="int8-trt", ranges={**ranges_of(model), "gated": ends})
+
+
+# Graphs that are a little odd ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_tensor_and_channel_of_zeros_are_quantised(form):
+    model = sketch_net(opset=19)
+    for tensor in model.graph.initializer:
+        values = numpy_helper.to_array(tensor).copy()
+        if tensor.name in ("expand_w", "expand_b"):
+            values[:] = 0
+        if tensor.name == "head_w":
+            values[2] = 0
+        tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+    ranges = ranges_of(model)
+    assert ranges["expand_act"] == (0.0, 0.0)
+    quantised = quantise(model, form=form, ranges=ranges)
+    for node in quantised.graph.node:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            scale = constants(quantised)[node.input[1]]
+            assert np.isfinite(scale).all()
+            assert (scale > 0).all()
+    assert cosine(run(quantised, images_of()), run(model, images_of())) > 0.99
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_weights_shared_by_a_quantised_and_a_kept_convolution_serve_both(form):
+    net = Sketch()
+    net.conv("input", "a", inputs=16, outputs=16, bias=False)
+    net.node("Relu", ["a"], "r")
+    net.node("Conv", ["r", "a_w"], "b")
+    net.node("Relu", ["b"], "s")
+    net.node("Conv", ["s", "a_w"], "output")
+    model = net.model(["output"], opset=19, channels=16)
+    images = np.random.default_rng(0).normal(size=(8, 16, 16, 16)).astype(np.float32)
+    quantised = quantise(model, form=form, ranges=ranges_of(model, images), keep=["b_Conv"])
+    assert named(quantised, "b_Conv").input[1] == "a_w"
+    assert named(quantised, "a_Conv").input[1] != "a_w"
+    expected = run(model, images)
+    assert np.abs(run(quantised, images) - expected).max() < 0.05 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_any_batch_is_taken(form):
+    model = quantise_net(form)
+    whole = run(model, images_of(5))
+    assert whole.shape == (5, 10)
+    np.testing.assert_allclose(run(model, images_of(5)[:1]), whole[:1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_same_bytes_each_time_and_the_source_untouched(form):
+    model = sketch_net(opset=19)
+    before = model.SerializeToString()
+    ranges = ranges_of(model)
+    first, second = (quantise(model, form=form, ranges=ranges).SerializeToString() for _ in range(2))
+    assert first == second
+    assert model.SerializeToString() == before
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_metadata_of_the_model_is_handed_on(form):
+    model = sketch_net(opset=19)
+    entry = model.metadata_props.add()
+    entry.key, entry.value = "edgecl.mean", "[0.5]"
+    quantised = quantise(model, form=form, ranges=ranges_of(model))
+    assert [(entry.key, entry.value) for entry in quantised.metadata_props] == [("edgecl.mean", "[0.5]")]
+
+
+# Real nets, and the runtimes -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tensorrt_log():
+    """The one logger a process can have: TensorRT ignores any later one."""
+    trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
+    return trt, trt.Logger(trt.Logger.ERROR)
+
+
+def build(tensorrt_log, model):
+    """Parse and compile; return the parser's errors, the kinds of layers and the plan."""
+    trt, log = tensorrt_log
+    builder = trt.Builder(log)
+    network = builder.create_network(0)
+    parser = trt.OnnxParser(network, log)
+    parser.parse(model.SerializeToString())
+    errors = [parser.get_error(place).desc() for place in range(parser.num_errors)]
+    if errors:
+        return errors, None, None
+    settings = builder.create_builder_config()
+    settings.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, 1 << 28)
+    source = network.get_input(0)
+    sides = list(source.shape)[1:]
+    if source.shape[0] == -1:
+        profile = builder.create_optimization_profile()
+        profile.set_shape(source.name, [1, *sides], [1, *sides], [4, *sides])
+        settings.add_optimization_profile(profile)
+    layers = Counter(network.get_layer(place).type.name for place in range(network.num_layers))
+    return errors, layers, builder.build_serialized_network(network, settings)
+
+
+@pytest.mark.parametrize("form", TENSORRT_FORMS)
+@pytest.mark.parametrize("arch", NETS)
+def test_tensorrt_compiles_each_net(exported, tensorrt_log, arch, form):
+    model, ranges = exported(arch)
+    quantised = quantise(model, form=form, ranges=ranges)
+    errors, layers, plan = build(tensorrt_log, quantised)
+    assert errors == []
+    found = kinds(quantised)
+    assert layers["CONVOLUTION"] == kinds(model)["Conv"]
+    assert layers["QUANTIZE"] == layers["DEQUANTIZE"] == found["QuantizeLinear"]
+    # A dynamic batch brings one along.
+    assert layers["CAST"] - (2 if form == "int8-trt-fp16" else 0) in (0, 1)
+    assert plan is not None
+    assert plan.nbytes > 1_000_000
+
+
+@pytest.mark.parametrize("opset", [13, 17])
+def test_tensorrt_compiles_old_opsets(tensorrt_log, opset):
+    model = sketch_net(opset=opset)
+    errors, layers, plan = build(tensorrt_log, quantise(model, form="int8-trt", ranges=ranges_of(model)))
+    assert (errors, layers["CONVOLUTION"]) == ([], 7)
+    assert plan is not None
+
+
+def test_tensorrt_refuses_the_form_for_processors(tensorrt_log):
+    errors, _, _ = build(tensorrt_log, quantise_net("int8-cpu"))
+    assert errors
+    assert "zero point" in errors[0]
+
+
+def test_tensorrt_refuses_a_zero_point_that_is_not_zero(tensorrt_log):
+    """The control: the test above would notice a wrong graph."""
+    model = quantise_net("int8-trt")
+    for tensor in model.graph.initializer:
+        if tensor.name == "stem_act_zero_point":
+            tensor.CopyFrom(numpy_helper.from_array(np.asarray(3, np.int8), tensor.name))
+    errors, _, _ = build(tensorrt_log, model)
+    assert "Non-zero zero point is not supported" in errors[0]
+
+
+def test_tensorrt_refuses_an_int32_bias(tensorrt_log):
+    model = quantise_net("int8-trt")
+    node = named(model, "expand_Conv")
+    node.input[2] = "bias_back"
+    model.graph.initializer.extend(
+        [
+            numpy_helper.from_array(np.ones(32, np.int32), "bias_codes"),
+            numpy_helper.from_array(np.float32(0.01), "bias_scale"),
+        ]
+    )
+    back = helper.make_node("DequantizeLinear", ["bias_codes", "bias_scale"], ["bias_back"], name="bias_back")
+    model.graph.node.insert(0, back)
+    errors, _, _ = build(tensorrt_log, model)
+    assert "Int32" in errors[0]
+
+
+# Of the first block: stem and depthwise; with the pointwise that a residual sum goes around; with a gate's two.
+IN_FLOAT = {"mobilenetv1_100": 2, "mobilenetv3_large_100": 3, "efficientnet_b0": 4}
+
+
+@pytest.mark.parametrize("arch", NETS)
+def test_onnx_runtime_fuses_each_net_completely(exported, arch, tmp_path):
+    model, ranges = exported(arch)
+    found = optimised_kinds(quantise(model, form="int8-cpu", ranges=ranges), tmp_path)
+    assert found["QLinearConv"] == kinds(model)["Conv"] - IN_FLOAT[arch]
+    assert (found["QGemm"], found["QuantizeLinear"], found["DequantizeLinear"]) == (1, 1, 0)
+    # What is left in float belongs to the first block.
+    first = {node.op_type for node in model.graph.node if node.name in first_block(model)}
+    assert {"Clip", "Relu", "HardSigmoid", "Sigmoid", "Mul", "Add", "Gemm"} & set(found) <= first
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("arch", NETS)
+def test_each_net_stays_near_fp32(exported, arch, form):
+    model, ranges = exported(arch)
+    images = images_of(8, SIDE, seed=2)
+    found = run(quantise(model, form=form, ranges=ranges), images)
+    assert cosine(found, run(model, images)) > 0.9

@@ -1,0 +1,269 @@
+"""TensorRT for RTX, really: it parses and compiles without a GPU; what it cannot do here is run an engine."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import timm
+import torch
+from onnx import helper
+from torch import nn
+
+from edgecl.config.target import Build, Graph, read_target
+from edgecl.deploy.calibrate import calibrate
+from edgecl.deploy.fp16 import half
+from edgecl.deploy.onnx import onnx_from_net, save_onnx
+from edgecl.deploy.quantize import quantise
+from edgecl.deploy.rtx import compile_rtx
+from edgecl.errors import DeviceError
+from edgecl.nets.catalogue import NETS
+from edgecl.onboard.cudart import Gpu
+from edgecl.onboard.errors import DeviceError as OnboardDeviceError
+from edgecl.onboard.runtimes.tensorrt import TensorrtRunner
+
+SIDE = 64
+BUILD = Build(compute_capabilities=("SM86", "SM89", "SM120"))
+INPUT = {"name": "input", "shape": [1, 3, SIDE, SIDE], "dynamic_batch": False, "max_batch": 1}
+# It has depthwise convolutions, squeeze-and-excitation, hard-swish and sums. Torch's exporter takes long for each net.
+QUICK = "mobilenetv3_small_100"
+EVERY_NET = [name if name == QUICK else pytest.param(name, marks=pytest.mark.slow) for name in NETS]
+FORMS = {"fp32": "fp32", "fp16": "fp16", "int8-trt": "int8", "int8-trt-fp16": "int8"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _rtx():
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed: pip install tensorrt-rtx")
+
+
+@pytest.fixture(scope="module")
+def made():
+    """Each net in every form, made once: name -> (torch net, form -> model)."""
+    kept = {}
+
+    def make(name):
+        if name not in kept:
+            torch.manual_seed(0)
+            net = timm.create_model(name, num_classes=10).eval()
+            fp32 = onnx_from_net(
+                net, graph=Graph(opset=19, hard_swish="hard_sigmoid"), shape=(3, SIDE, SIDE), metadata={}
+            )
+            images = np.random.default_rng(0).normal(size=(4, 3, SIDE, SIDE)).astype(np.float32)
+            ranges = calibrate(fp32, images, method="minmax")
+            kept[name] = net, {
+                "fp32": fp32,
+                "fp16": half(fp32, images=images)[0],
+                **{form: quantise(fp32, form=form, ranges=ranges, images=images) for form in ("int8-trt", "int8-trt-fp16")},
+            }  # fmt: skip
+        return kept[name]
+
+    return make
+
+
+def compile_(model, tmp_path, *, form, build=BUILD, input_form=INPUT):
+    save_onnx(model, tmp_path / "model.onnx")
+    return compile_rtx(
+        tmp_path / "model.onnx",
+        tmp_path / "engine.plan",
+        precision=FORMS[form],
+        form=form,
+        build=build,
+        input_form=input_form,
+    )
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", EVERY_NET)
+def test_every_net_compiles_in_every_form(made, tmp_path, name, form):
+    net, models = made(name)
+    record = compile_(models[form], tmp_path, form=form)
+    operators = Counter(node.op_type for node in models[form].graph.node)
+    layers = record["layers"]
+    # Counted in the torch net: nothing is lost on the way.
+    assert layers["CONVOLUTION"] == sum(isinstance(part, nn.Conv2d) for part in net.modules())
+    assert layers["MATRIX_MULTIPLY"] == 1
+    assert layers.get("QUANTIZE", 0) == operators["QuantizeLinear"]
+    assert layers.get("DEQUANTIZE", 0) == operators["DequantizeLinear"]
+    assert layers.get("CAST", 0) == operators["Cast"]
+    if form == "fp32":
+        assert not {"QUANTIZE", "CAST"} & set(layers)
+    elif form == "fp16":
+        assert layers["CAST"] == 2
+    else:
+        assert layers["QUANTIZE"] > layers["CONVOLUTION"]
+    assert record["io"] == {"input": "FLOAT", "output": "FLOAT"}
+    assert record["size_bytes"] == (tmp_path / "engine.plan").stat().st_size > 100_000
+    allowed = "Converting conv" if form == "int8-trt-fp16" else "nothing"
+    assert not [warning for warning in record["warnings"] if allowed not in warning]
+
+
+@pytest.mark.parametrize("form", ["fp32", "fp16", "int8-trt"])
+def test_compiled_layers_are_in_the_precision_asked_for(made, tmp_path, form):
+    _, models = made(QUICK)
+    nodes = models[form].graph.node
+    dequantised = {node.output[0] for node in nodes if node.op_type == "DequantizeLinear"}
+    matrices = [node for node in nodes if node.op_type in ("Conv", "Gemm")]
+    # What is left in fp32 on purpose is counted in the file.
+    expected = (
+        sum(node.input[0] in dequantised for node in matrices) / len(matrices) if form == "int8-trt" else 1.0
+    )
+    assert expected > 0.5
+    found = compile_(models[form], tmp_path, form=form)["engine"]["shares"][FORMS[form]]
+    assert found == pytest.approx(expected, abs=0.05)
+
+
+def test_fp16_between_int8_layers_is_not_fp32(made, tmp_path):
+    _, models = made(QUICK)
+    counts = {
+        form: compile_(models[form], tmp_path, form=form)["engine"]["layers"]
+        for form in ("int8-trt", "int8-trt-fp16")
+    }
+    assert counts["int8-trt"].get("fp16", 0) == 0
+    assert counts["int8-trt-fp16"]["fp16"] > 10
+    assert counts["int8-trt-fp16"].get("fp32", 0) < counts["int8-trt"]["fp32"] / 2
+
+
+def test_one_plan_holds_every_capability_that_the_target_names(made, tmp_path):
+    _, models = made(QUICK)
+    build = read_target("rtx").build
+    record = compile_(models["fp16"], tmp_path, form="fp16", build=build)
+    assert record["compute_capabilities"] == list(build.compute_capabilities)
+    assert record["settings"]["strongly_typed"] is True
+    assert record["version"].count(".") >= 2
+
+
+def test_dynamic_batch_compiles(tmp_path):
+    graph = Graph(opset=19, batch=2, dynamic_batch=True, max_batch=8)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+    model = onnx_from_net(net, graph=graph, shape=(3, SIDE, SIDE), metadata={})
+    form = {**INPUT, "shape": [2, 3, SIDE, SIDE], "dynamic_batch": True, "max_batch": 8}
+    assert compile_(model, tmp_path, form="fp32", input_form=form)["layers"]["CONVOLUTION"] == 1
+
+
+@pytest.mark.parametrize("form", ["fp16", "int8-trt"])
+def test_a_graph_in_another_precision_is_refused(made, tmp_path, form):
+    _, models = made(QUICK)
+    with pytest.raises(DeviceError) as caught:
+        compile_(models["fp32"], tmp_path, form=form)
+    assert caught.value.problem == (
+        f"asked for {FORMS[form]} and not delivered: no convolution or matrix product of 'model.onnx' is "
+        f"{FORMS[form]} (fp32 100 %)"
+    )
+    assert not (tmp_path / "engine.plan").exists()
+
+
+def test_asymmetric_quantisation_is_refused_with_the_node(tmp_path):
+    weight = helper.make_tensor("w", onnx.TensorProto.FLOAT, [1, 3, 1, 1], [1.0, 2.0, 3.0])
+    scale = helper.make_tensor("s", onnx.TensorProto.FLOAT, [], [0.1])
+    zero = helper.make_tensor("z", onnx.TensorProto.INT8, [], [3])
+    nodes = [
+        helper.make_node("QuantizeLinear", ["input", "s", "z"], ["q"], name="uneven"),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["dq"]),
+        helper.make_node("Conv", ["dq", "w"], ["maps"]),
+        helper.make_node("Flatten", ["maps"], ["output"]),
+    ]
+    tensors = [
+        helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
+        for name, shape in (("input", [1, 3, SIDE, SIDE]), ("output", [1, SIDE * SIDE]))
+    ]
+    graph = helper.make_graph(nodes, "g", tensors[:1], tensors[1:], [weight, scale, zero])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    with pytest.raises(DeviceError, match=r"'uneven' \(QuantizeLinear\): .*[zZ]ero.?point") as caught:
+        compile_(model, tmp_path, form="int8-trt")
+    assert "symmetric INT8" in caught.value.hint
+
+
+def test_an_operator_that_does_not_exist_is_named(tmp_path):
+    tensors = [
+        helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, 3]) for name in ("input", "output")
+    ]
+    node = helper.make_node("Sharpen", ["input"], ["output"], name="odd", domain="mine")
+    graph = helper.make_graph([node], "g", tensors[:1], tensors[1:])
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("mine", 1)]
+    (tmp_path / "model.onnx").write_bytes(
+        helper.make_model(graph, opset_imports=opsets, ir_version=8).SerializeToString()
+    )
+    with pytest.raises(DeviceError, match=r"cannot read 'model\.onnx': node 0 'odd' \(Sharpen\)") as caught:
+        compile_rtx(
+            tmp_path / "model.onnx",
+            tmp_path / "engine.plan",
+            precision="fp32",
+            form="fp32",
+            build=BUILD,
+            input_form=INPUT,
+        )
+    assert "no such operator" in caught.value.hint
+
+
+@pytest.mark.parametrize("content", [b"", b"\x08" * 100, b"not an ONNX file"])
+def test_a_file_that_is_no_net_is_refused(tmp_path, content):
+    (tmp_path / "model.onnx").write_bytes(content)
+    with pytest.raises(DeviceError, match=r"'model\.onnx'"):
+        compile_rtx(
+            tmp_path / "model.onnx",
+            tmp_path / "engine.plan",
+            precision="fp32",
+            form="fp32",
+            build=BUILD,
+            input_form=INPUT,
+        )
+    assert not (tmp_path / "engine.plan").exists()
+
+
+def test_a_capability_that_it_does_not_know_is_named(made, tmp_path):
+    _, models = made(QUICK)
+    build = Build.model_construct(**{**BUILD.model_dump(), "compute_capabilities": ("SM86", "SM87")})
+    with pytest.raises(DeviceError, match=r"cannot compile for SM87; it knows SM\d+, ") as caught:
+        compile_(models["fp32"], tmp_path, form="fp32", build=build)
+    assert caught.value.hint == "change [build] compute_capabilities in the target"
+
+
+def test_the_form_for_processors_is_refused(tmp_path):
+    with pytest.raises(DeviceError, match="takes no graph of the form 'int8-cpu'"):
+        compile_rtx(
+            Path("model.onnx"),
+            tmp_path / "engine.plan",
+            precision="int8",
+            form="int8-cpu",
+            build=BUILD,
+            input_form=INPUT,
+        )
+
+
+def test_without_the_package_it_says_how_to_get_it(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+    with pytest.raises(DeviceError, match="'tensorrt_rtx' cannot be imported") as caught:
+        compile_rtx(
+            tmp_path / "model.onnx",
+            tmp_path / "engine.plan",
+            precision="fp32",
+            form="fp32",
+            build=BUILD,
+            input_form=INPUT,
+        )
+    assert caught.value.hint == 'pip install "edgecl[rtx]"'
+
+
+def test_a_real_engine_does_not_load_without_a_gpu_and_says_why(monkeypatch, made, tmp_path):
+    """The runner on the real library, as far as it gets here; with a GPU this test has nothing to show."""
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    from edgecl.onboard import cudart
+
+    _, models = made(QUICK)
+    record = compile_(models["fp16"], tmp_path, form="fp16")
+    monkeypatch.setattr(cudart.Cudart, "__init__", lambda self: None)
+    monkeypatch.setattr(cudart.Cudart, "gpu", lambda self: Gpu("RTX 4060", "8.9", 24, False))
+    about = {"model": "model.onnx", "form": "fp16", "tolerance": {}, "engines": {"engine.plan": record}}
+    manifest = {
+        "precision": "fp16",
+        "precisions": {"fp16": about},
+        "input": INPUT,
+        "output": {"name": "output", "shape": [1, 10]},
+    }
+    with pytest.raises(OnboardDeviceError, match=r"cannot load 'engine\.plan': .*cudaError 35"):
+        TensorrtRunner(tmp_path, manifest, precision="fp16", threads=1, runtime="tensorrt_rtx")

@@ -1,0 +1,452 @@
+"""What a device is, read from fake trees of a PC, a server and boards."""
+
+import pytest
+
+from edgecl.onboard.device_info import add_state_after, read_clocks, read_passport, read_temperatures
+
+X86_CPU = """processor\t: {0}
+vendor_id\t: GenuineIntel
+cpu family\t: 6
+model\t\t: 85
+model name\t: Intel(R) Xeon(R) Gold 6248 CPU @ 2.50GHz
+cpu MHz\t\t: 2500.000
+
+"""
+ARM_CPU = """processor\t: {0}
+BogoMIPS\t: 108.00
+Features\t: fp asimd evtstrm crc32 cpuid
+CPU implementer\t: {1}
+CPU architecture: 8
+CPU variant\t: 0x0
+CPU part\t: {2}
+CPU revision\t: 3
+
+"""
+
+
+def tree(root, files):
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+def read(root, machine="aarch64", cores=4):
+    versions = {"onnxruntime": "1.20.0", "numpy": "1.26.0"}
+    return read_passport(threads=2, versions=versions, root=root, machine=machine, cores=cores)
+
+
+@pytest.fixture
+def server(tmp_path):
+    return tree(
+        tmp_path,
+        {
+            "proc/cpuinfo": "".join(X86_CPU.format(i) for i in range(8)),
+            "proc/meminfo": "MemTotal:       65536000 kB\nMemFree: 1 kB\nMemAvailable:   32768000 kB\n",
+            "proc/loadavg": "0.52 0.58 0.59 1/977 12345\n",
+            "proc/sys/kernel/osrelease": "6.1.0-18-amd64\n",
+            "etc/os-release": 'PRETTY_NAME="Debian GNU/Linux 12 (bookworm)"\nNAME="Debian GNU/Linux"\n',
+            "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor": "powersave\n",
+            "sys/fs/cgroup/cpu.max": "250000 100000\n",
+        },
+    )
+
+
+def test_server_is_named_after_its_processor(server):
+    passport = read(server, machine="x86_64", cores=6)
+    assert passport.pop("python")
+    assert passport == {
+        "name": "Intel Xeon Gold 6248",
+        "board": None,
+        "module": None,
+        "kind": None,
+        "gpu": None,
+        "cpu_model": "Intel(R) Xeon(R) Gold 6248 CPU @ 2.50GHz",
+        "machine": "x86_64",
+        "cores": 6,
+        "cores_present": 8,
+        "core_quota": 2.5,
+        "threads": 2,
+        "governor": "powersave",
+        "load_1m": 0.52,
+        "memory_mib": 64000,
+        "memory_available_mib": 32000,
+        "os": "Debian GNU/Linux 12 (bookworm)",
+        "kernel": "6.1.0-18-amd64",
+        "l4t": None,
+        "jetpack": None,
+        "tensorrt": None,
+        "cuda": None,
+        "driver": None,
+        "power_mode": None,
+        "clocks": {"before": {"cpu": None, "gpu": None, "emc_mhz": None, "locked": None}, "after": None},
+        "temperatures_c": {"before": {}, "after": None},
+        "fan": None,
+        "versions": {"onnxruntime": "1.20.0", "numpy": "1.26.0"},
+    }
+
+
+def test_raspberry_pi_is_named_after_its_board(tmp_path):
+    cpus = "".join(ARM_CPU.format(i, "0x41", "0xd08") for i in range(4))
+    tree(
+        tmp_path,
+        {
+            "proc/cpuinfo": cpus + "Hardware\t: BCM2835\nModel\t\t: Raspberry Pi 4 Model B Rev 1.4\n",
+            "proc/device-tree/model": "Raspberry Pi 4 Model B Rev 1.4\x00",
+            "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor": "ondemand\n",
+            "sys/fs/cgroup/cpu.max": "max 100000\n",
+        },
+    )
+    passport = read(tmp_path)
+    assert passport["name"] == passport["board"] == "Raspberry Pi 4 Model B Rev 1.4"
+    assert passport["cpu_model"] == "Cortex-A72"
+    assert passport["cores_present"] == 4
+    assert passport["governor"] == "ondemand"
+    assert passport["core_quota"] is None
+
+
+def test_jetson_orin_tells_its_release(tmp_path):
+    cpus = "".join(
+        ARM_CPU.format(i, "0x41", "0xd42").replace(
+            "BogoMIPS", "model name\t: ARMv8 Processor rev 1 (v8l)\nBogoMIPS"
+        )
+        for i in range(6)
+    )
+    tree(
+        tmp_path,
+        {
+            "proc/cpuinfo": cpus,
+            "proc/device-tree/model": "NVIDIA Jetson Orin Nano Developer Kit\x00",
+            "etc/nv_tegra_release": "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic\n",
+        },
+    )
+    passport = read(tmp_path)
+    assert passport["name"] == "NVIDIA Jetson Orin Nano Developer Kit"
+    assert passport["cpu_model"] == "Cortex-A78AE"
+    assert passport["l4t"] == "36.4.3"
+
+
+def test_cores_of_several_kinds_are_all_named(tmp_path):
+    cpus = "".join(ARM_CPU.format(i, "0x41", part) for i, part in enumerate(["0xd0b", "0xd05", "0xd05"]))
+    passport = read(tree(tmp_path, {"proc/cpuinfo": cpus + ARM_CPU.format(3, "0x61", "0x022")}))
+    assert passport["cpu_model"] == "Cortex-A76 + Cortex-A55 + Arm core 0x61/0x022"
+
+
+def test_old_control_groups_limit_cores_too(tmp_path):
+    files = {"cpu.cfs_quota_us": "150000\n", "cpu.cfs_period_us": "100000\n"}
+    tree(tmp_path, {f"sys/fs/cgroup/cpu/{name}": text for name, text in files.items()})
+    assert read(tmp_path)["core_quota"] == 1.5
+
+
+def test_a_device_that_tells_nothing_still_has_a_name(tmp_path):
+    passport = read(tmp_path, machine="riscv64")
+    assert passport["name"] == "riscv64"
+    assert (
+        passport["cpu_model"] is passport["governor"] is passport["load_1m"] is passport["memory_mib"] is None
+    )
+
+
+def test_this_machine_has_a_passport():
+    passport = read_passport(threads=1, versions={})
+    assert passport["name"]
+    assert passport["cores"] >= 1
+
+
+# --- boards, as their systems show them ---
+
+NVPMODEL = """< PARAM TYPE=FILE NAME=CPU_ONLINE >
+CORE_0 /sys/devices/system/cpu/cpu0/online
+{modes}
+< PM_CONFIG DEFAULT={default} >
+"""
+
+
+def nvpmodel(*names, default=0):
+    modes = "".join(
+        f"< POWER_MODEL ID={number} NAME={name} >\nCPU_ONLINE CORE_0 1\n" for number, name in enumerate(names)
+    )
+    return NVPMODEL.format(modes=modes, default=default)
+
+
+def cpu_clocks(count, current, least, most):
+    return {
+        f"sys/devices/system/cpu/cpu{core}/cpufreq/scaling_{which}_freq": f"{clock}\n"
+        for core in range(count)
+        for which, clock in (("cur", current), ("min", least), ("max", most))
+    }
+
+
+def gpu_clocks(folder, current, least, most):
+    return {
+        f"sys/class/devfreq/{folder}/{which}_freq": f"{clock}\n"
+        for which, clock in (("cur", current), ("min", least), ("max", most))
+    }
+
+
+def zones(**temperatures):
+    found = {}
+    for number, (name, degrees) in enumerate(temperatures.items()):
+        found[f"sys/class/thermal/thermal_zone{number}/type"] = name.replace("_", "-") + "\n"
+        if degrees is not None:
+            found[f"sys/class/thermal/thermal_zone{number}/temp"] = f"{degrees}\n"
+    return found
+
+
+def arm(count, part):
+    return {"proc/cpuinfo": "".join(ARM_CPU.format(i, "0x41", part) for i in range(count))}
+
+
+NANO = {
+    **arm(4, "0xd07"),
+    "proc/device-tree/model": "NVIDIA Jetson Nano Developer Kit\0",
+    "proc/device-tree/compatible": "nvidia,p3449-0000-b00+p3448-0000-b00\0nvidia,jetson-nano\0nvidia,tegra210\0",
+    "etc/nv_tegra_release": "# R32 (release), REVISION: 7.1, GCID: 29818004, BOARD: t210ref, EABI: aarch64\n",
+    "etc/nvpmodel.conf": nvpmodel("MAXN", "5W"),
+    "var/lib/nvpmodel/status": "pmode:0000",
+    "usr/lib/aarch64-linux-gnu/libnvinfer.so.8.2.1": "",
+    "usr/lib/aarch64-linux-gnu/libnvinfer.so.8": "",
+    "usr/local/cuda/version.txt": "CUDA Version 10.2.300\n",
+    "sys/devices/pwm-fan/cur_pwm": "120\n",
+    "sys/devices/pwm-fan/rpm_measured": "2400\n",
+    **cpu_clocks(4, 1479000, 1479000, 1479000),
+    **gpu_clocks("57000000.gpu", 921600000, 921600000, 921600000),
+    **zones(AO_therm=45500, CPU_therm=38000, GPU_therm=36500, PLL_therm=36000, PMIC_Die=100000),
+}
+XAVIER_NX = {
+    **arm(6, "0x004"),
+    "proc/device-tree/model": "NVIDIA Jetson Xavier NX Developer Kit\0",
+    "proc/device-tree/compatible": "nvidia,p3509-0000+p3668-0001\0nvidia,tegra194\0",
+    "etc/nv_tegra_release": "# R35 (release), REVISION: 4.1, GCID: 33958178, BOARD: t186ref, EABI: aarch64\n",
+    "etc/nvpmodel.conf": nvpmodel(*[f"MODE_{n}" for n in range(8)], "MODE_20W_6CORE"),
+    "var/lib/nvpmodel/status": "pmode:0008\n",
+    "usr/lib/aarch64-linux-gnu/libnvinfer.so.8.5.2": "",
+    "usr/local/cuda/version.json": '{"cuda": {"name": "CUDA SDK", "version": "11.4.19"}}',
+    "sys/class/hwmon/hwmon3/name": "pwmfan\n",
+    "sys/class/hwmon/hwmon3/pwm1": "77\n",
+    **cpu_clocks(6, 1190400, 1190400, 1907200),
+    **gpu_clocks("17000000.gv11b", 114750000, 114750000, 1109250000),
+    **zones(CPU_therm=41000, GPU_therm=40500, AUX_therm=40000),
+}
+ORIN_NANO = {
+    **arm(6, "0xd42"),
+    "proc/device-tree/model": "NVIDIA Jetson Orin Nano Engineering Reference Developer Kit Super\0",
+    "proc/device-tree/compatible": "nvidia,p3768-0000+p3767-0005-super\0nvidia,p3767-0005\0nvidia,tegra234\0",
+    "etc/nv_tegra_release": "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64\n",
+    "etc/nvpmodel/nvpmodel_p3767_0003.conf": nvpmodel("15W", "7W"),
+    "etc/nvpmodel.conf": nvpmodel("15W", "25W", "MAXN_SUPER"),
+    "var/lib/nvpmodel/status": "pmode:0002",
+    "usr/lib/aarch64-linux-gnu/libnvinfer.so.10.3.0": "",
+    "usr/local/cuda/version.json": '{"cuda": {"version": "12.6.68"}}',
+    "proc/driver/nvidia/version": "NVRM version: NVIDIA UNIX Open Kernel Module for aarch64  540.4.0  Release Build\n",
+    "sys/class/hwmon/hwmon0/pwm1": "255\n",
+    "sys/class/hwmon/hwmon2/rpm": "5120\n",
+    "sys/kernel/debug/bpmp/debug/clk/emc/rate": "3199000000\n",
+    **cpu_clocks(6, 1728000, 1728000, 1728000),
+    **gpu_clocks("17000000.gpu", 1020000000, 1020000000, 1020000000),
+    **zones(cpu_thermal=50125, gpu_thermal=49875, cv0_thermal=None, soc0_thermal=48000, tj_thermal=50125),
+}
+AGX_ORIN = {
+    **arm(12, "0xd42"),
+    "proc/device-tree/model": "NVIDIA Jetson AGX Orin Developer Kit\0",
+    "proc/device-tree/compatible": "nvidia,p3737-0000+p3701-0005\0nvidia,p3701-0005\0nvidia,tegra234\0",
+    "etc/nv_tegra_release": "# R35 (release), REVISION: 2.1, GCID: 32413640, BOARD: t186ref, EABI: aarch64\n",
+    "etc/nvpmodel.conf": nvpmodel("MAXN", "MODE_15W", "MODE_30W", "MODE_50W"),
+    "var/lib/nvpmodel/status": "pmode:0003",
+    **cpu_clocks(12, 729600, 729600, 2201600),
+    **gpu_clocks("17000000.ga10b", 305250000, 305250000, 1300500000),
+    **zones(CPU_therm=47968, Tdiode_tegra=46000, tj_therm=47968),
+}
+THOR = {
+    **arm(14, "0xd83"),
+    "proc/device-tree/model": "NVIDIA Jetson AGX Thor Developer Kit\0",
+    "proc/device-tree/compatible": "nvidia,p4071-0000+p3834-0008\0nvidia,p3834-0008\0nvidia,tegra264\0",
+    "etc/nv_tegra_release": "# R38 (release), REVISION: 2.0, GCID: 41844464, BOARD: generic, EABI: aarch64\n",
+    "etc/nvpmodel.conf": nvpmodel("MAXN", "120W"),
+    "var/lib/nvpmodel/status": "pmode:0001",
+    "usr/lib/aarch64-linux-gnu/libnvinfer.so.10.13.3": "",
+    "usr/local/cuda/version.json": '{"cuda": {"version": "13.0.48"}}',
+    "proc/driver/nvidia/version": "NVRM version: NVIDIA UNIX Open Kernel Module for aarch64  580.00  Release Build\n",
+    **gpu_clocks("gpu-nvd-0", 700000000, 600000000, 1600000000),
+    **gpu_clocks("gpu-gpc-0", 1575000000, 1575000000, 1575000000),
+    **zones(tj_thermal=45000),
+}
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        (
+            NANO,
+            {
+                "kind": "jetson-nano",
+                "module": "p3448-0000",
+                "l4t": "32.7.1",
+                "jetpack": "4.6.1",
+                "tensorrt": "8.2.1",
+                "cuda": "10.2.300",
+                "driver": None,
+                "power_mode": {"id": 0, "name": "MAXN"},
+                "fan": {"pwm": 120, "rpm": 2400},
+            },
+        ),
+        (
+            XAVIER_NX,
+            {
+                "kind": "jetson-xavier",
+                "module": "p3668-0001",
+                "jetpack": "5.1",
+                "tensorrt": "8.5.2",
+                "cuda": "11.4.19",
+                "power_mode": {"id": 8, "name": "MODE_20W_6CORE"},
+                "fan": {"pwm": 77, "rpm": None},
+            },
+        ),
+        (
+            ORIN_NANO,
+            {
+                "kind": "jetson-orin-nano",
+                "module": "p3767-0005",
+                "jetpack": "6.1",
+                "tensorrt": "10.3.0",
+                "cuda": "12.6.68",
+                "driver": "540.4.0",
+                "power_mode": {"id": 2, "name": "MAXN_SUPER"},
+                "fan": {"pwm": 255, "rpm": 5120},
+            },
+        ),
+        (
+            AGX_ORIN,
+            {
+                "kind": "jetson-agx-orin",
+                "module": "p3701-0005",
+                "jetpack": "5.1",
+                "power_mode": {"id": 3, "name": "MODE_50W"},
+                "fan": None,
+            },
+        ),
+        (
+            THOR,
+            {
+                "kind": "jetson-thor",
+                "module": "p3834-0008",
+                "cpu_model": "Neoverse-V3AE",
+                "jetpack": "7.0",
+                "tensorrt": "10.13.3",
+                "driver": "580.00",
+                "power_mode": {"id": 1, "name": "120W"},
+            },
+        ),
+    ],
+    ids=["nano", "xavier-nx", "orin-nano", "agx-orin", "thor"],
+)
+def test_board_tells_what_it_is_and_how_it_is_set(tmp_path, files, expected):
+    passport = read(tree(tmp_path, files))
+    assert {key: passport[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("files", "gpu", "locked"),
+    [
+        (NANO, {"mhz": 921.6, "min_mhz": 921.6, "max_mhz": 921.6, "locked": True}, True),
+        (XAVIER_NX, {"mhz": 114.75, "min_mhz": 114.75, "max_mhz": 1109.25, "locked": False}, False),
+        (ORIN_NANO, {"mhz": 1020.0, "min_mhz": 1020.0, "max_mhz": 1020.0, "locked": True}, True),
+        (AGX_ORIN, {"mhz": 305.25, "min_mhz": 305.25, "max_mhz": 1300.5, "locked": False}, False),
+        (THOR, {"mhz": 1575.0, "min_mhz": 1575.0, "max_mhz": 1575.0, "locked": True}, True),
+    ],
+    ids=["nano", "xavier-nx", "orin-nano", "agx-orin", "thor"],
+)
+def test_board_tells_its_clocks(tmp_path, files, gpu, locked):
+    clocks = read_clocks(tree(tmp_path, files))
+    assert clocks["gpu"] == gpu
+    assert clocks["locked"] is locked
+
+
+def test_clocks_of_processor_and_memory_are_told(tmp_path):
+    clocks = read_clocks(tree(tmp_path, ORIN_NANO))
+    assert clocks["cpu"] == {"mhz": [1728.0] * 6, "min_mhz": 1728.0, "max_mhz": 1728.0, "locked": True}
+    assert clocks["emc_mhz"] == 3199.0
+
+
+def test_one_core_whose_clock_may_change_is_not_locked(tmp_path):
+    files = {**ORIN_NANO, "sys/devices/system/cpu/cpu3/cpufreq/scaling_min_freq": "729600\n"}
+    clocks = read_clocks(tree(tmp_path, files))
+    assert (clocks["cpu"]["locked"], clocks["gpu"]["locked"], clocks["locked"]) == (False, True, False)
+
+
+def test_temperatures_leave_out_constants_and_zones_that_are_off(tmp_path):
+    nano, orin = tree(tmp_path / "nano", NANO), tree(tmp_path / "orin", ORIN_NANO)
+    assert read_temperatures(nano) == {
+        "AO-therm": 45.5,
+        "CPU-therm": 38.0,
+        "GPU-therm": 36.5,
+        "PLL-therm": 36.0,
+    }
+    assert read_temperatures(orin) == {
+        "cpu-thermal": 50.1,
+        "gpu-thermal": 49.9,
+        "soc0-thermal": 48.0,
+        "tj-thermal": 50.1,
+    }
+
+
+def test_zones_of_the_same_name_are_both_told(tmp_path):
+    files = {"type": "acpitz\n", "temp": "20000\n"}
+    tree(
+        tmp_path, {f"sys/class/thermal/thermal_zone{n}/{name}": files[name] for n in (0, 1) for name in files}
+    )
+    assert read_temperatures(tmp_path) == {"acpitz": 20.0, "acpitz (thermal_zone1)": 20.0}
+
+
+def test_state_after_is_added_beside_the_state_before(tmp_path):
+    passport = read(tree(tmp_path, NANO))
+    tree(tmp_path, {**zones(AO_therm=52000), **gpu_clocks("57000000.gpu", 614400000, 921600000, 921600000)})
+    add_state_after(passport, tmp_path)
+    assert passport["temperatures_c"]["before"]["AO-therm"] == 45.5
+    assert passport["temperatures_c"]["after"]["AO-therm"] == 52.0
+    assert passport["clocks"]["before"]["gpu"]["mhz"] == 921.6
+    assert passport["clocks"]["after"]["gpu"]["mhz"] == 614.4
+
+
+def test_the_table_of_this_board_may_be_a_link(tmp_path):
+    files = {name: text for name, text in ORIN_NANO.items() if name != "etc/nvpmodel.conf"}
+    tree(
+        tmp_path,
+        {**files, "etc/nvpmodel/nvpmodel_p3767_0005_super.conf": nvpmodel("15W", "25W", "MAXN_SUPER")},
+    )
+    (tmp_path / "etc/nvpmodel.conf").symlink_to("nvpmodel/nvpmodel_p3767_0005_super.conf")
+    assert read(tmp_path)["power_mode"] == {"id": 2, "name": "MAXN_SUPER"}
+
+
+def test_a_mode_that_tables_of_several_boards_call_differently_has_no_name(tmp_path):
+    tables = {"a": nvpmodel("MAXN", "10W"), "b": nvpmodel("15W", "10W")}
+    tree(tmp_path, {f"etc/nvpmodel/{name}.conf": text for name, text in tables.items()})
+    tree(tmp_path, {"var/lib/nvpmodel/status": "pmode:0000"})
+    assert read(tmp_path)["power_mode"] == {"id": 0, "name": None}
+    tree(tmp_path, {"var/lib/nvpmodel/status": "pmode:0001"})
+    assert read(tmp_path)["power_mode"] == {"id": 1, "name": "10W"}
+
+
+def test_pc_with_a_graphics_card_names_it_and_its_driver(tmp_path):
+    tree(
+        tmp_path,
+        {
+            "proc/cpuinfo": X86_CPU.format(0),
+            "proc/driver/nvidia/version": "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.183.01  Sun May 12\n",
+            "proc/driver/nvidia/gpus/0000:41:00.0/information": "Model: \t\t NVIDIA RTX A4000\nIRQ:   \t\t 153\n",
+            "usr/lib/x86_64-linux-gnu/libnvinfer.so.10.9.0": "",
+            "usr/lib/x86_64-linux-gnu/libnvinfer.so.10.13.0": "",
+            "usr/local/cuda/version.json": "not json",
+        },
+    )
+    passport = read(tmp_path, machine="x86_64")
+    assert passport["gpu"] == ["NVIDIA RTX A4000"]
+    assert passport["driver"] == "535.183.01"
+    assert passport["tensorrt"] == "10.13.0"
+    assert passport["cuda"] is None
+    assert passport["kind"] is passport["jetpack"] is passport["power_mode"] is None
+
+
+def test_the_runtimes_own_version_of_tensorrt_counts(tmp_path):
+    passport = read_passport(threads=1, versions={"tensorrt": "10.4.0"}, root=tree(tmp_path, ORIN_NANO))
+    assert passport["tensorrt"] == "10.4.0"

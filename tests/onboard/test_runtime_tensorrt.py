@@ -1,0 +1,470 @@
+"""The TensorRT runner on a fake GPU whose streams do nothing before someone waits for them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from edgecl.onboard import cudart
+from edgecl.onboard.errors import BundleError, DeviceError
+from edgecl.onboard.runtimes import open_runner
+from edgecl.onboard.runtimes.tensorrt import ENGINES, TensorrtRunner
+from edgecl.onboard.verify import verify
+from onboard.engine_bundle import install, make_engine_bundle
+from onboard.fake_cudart import FakeCudart
+from onboard.tiny_bundle import SIDE, read_manifest, write_manifest
+
+VERSIONS = ["8.2.1.8", "8.5.2.2", "8.6.2.3", "10.3.0.30", "10.16.2.10", "11.4.1.9"]
+PRECISIONS = ["fp32", "fp16", "int8"]
+MODES = ["compute, CUDA graph", "compute", "with transfers, CUDA graph", "with transfers"]
+
+
+def draw(batch):
+    return np.random.default_rng(1).normal(size=(batch, 3, SIDE, SIDE)).astype(np.float32)
+
+
+def of_onnxruntime(bundle, precision, images):
+    model = bundle / read_manifest(bundle)["precisions"][precision]["model"]
+    return onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"]).run(
+        None, {"input": images}
+    )[0]
+
+
+@pytest.fixture
+def bundle(tmp_path):
+    return make_engine_bundle(tmp_path / "bundle")
+
+
+def open_(bundle, precision="fp16", **options):
+    return TensorrtRunner(
+        bundle, read_manifest(bundle), precision=precision, threads=1, **{"runtime": "tensorrt", **options}
+    )
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_runs_what_the_file_computes(monkeypatch, bundle, version, precision):
+    _, cuda = install(monkeypatch, version)
+    images = draw(3)
+    runner = open_(bundle, precision)
+    for image in images[:, None]:  # another input must give another output
+        assert np.array_equal(runner.run(image), of_onnxruntime(bundle, precision, image))
+    runner.close()
+    assert cuda.live() == 0
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_dynamic_batch_runs_any_number_of_images(monkeypatch, tmp_path, version):
+    fake, _ = install(monkeypatch, version)
+    bundle = make_engine_bundle(tmp_path / "bundle", batch=2, dynamic=True)
+    runner = open_(bundle)
+    for batch in (2, 1, 2):
+        images = draw(batch)
+        assert np.array_equal(runner.run(images), of_onnxruntime(bundle, "fp16", images))
+    shapes = [call for call in fake.calls if call.startswith(("set_input_shape", "set_binding_shape"))]
+    prefix = "set_binding_shape(0" if version.startswith("8.2") else "set_input_shape(input"
+    assert shapes == [f"{prefix}, ({batch}, 3, 8, 8))" for batch in (2, 1, 2)]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_which_calls_enqueue(monkeypatch, bundle, version):
+    fake, _ = install(monkeypatch, version)
+    runner = open_(bundle)
+    runner.run(draw(1))
+    name = "execute_async_v2" if version.startswith("8.2") else "execute_async_v3"
+    assert [call for call in fake.calls if call.startswith("execute")] == [name]
+    assert runner.describe()["settings"]["enqueue"] == name
+
+
+# --- timing ---
+
+
+@pytest.mark.parametrize("version", ["8.2.1.8", "10.3.0.30", "11.4.1.9"])
+def test_each_mode_takes_what_it_names(monkeypatch, bundle, version):
+    install(monkeypatch, version)
+    runner = open_(bundle)
+    runner.bind(draw(1))
+    assert runner.modes() == MODES
+    # One copy takes 1 ms, the net 4 ms, and 3 ms in a graph.
+    assert [runner.run_once(mode) for mode in MODES] == pytest.approx([0.003, 0.004, 0.005, 0.006])
+
+
+def test_timed_runs_compute_the_bound_images(monkeypatch, bundle):
+    install(monkeypatch, "10.3.0.30")
+    runner = open_(bundle)
+    images = draw(1)
+    runner.bind(images)
+    expected = of_onnxruntime(bundle, "fp16", images)
+    for mode in MODES:
+        cudart.array_at(runner._host_out, expected.shape)[...] = 0
+        runner.run_once(mode)
+        runner._download()
+        runner.cuda.synchronize(runner._stream)
+        assert np.array_equal(runner._outputs(), expected), mode
+
+
+def test_transfers_really_move_the_images(monkeypatch, bundle):
+    install(monkeypatch, "10.3.0.30")
+    runner = open_(bundle)
+    runner.bind(draw(1))
+    other = draw(2)[1:]
+    cudart.array_at(runner._host_in, other.shape)[...] = other
+    for mode, moved in (("compute", False), ("with transfers", True), ("with transfers, CUDA graph", True)):
+        runner.bind(draw(1))
+        cudart.array_at(runner._host_in, other.shape)[...] = other
+        runner.run_once(mode)
+        runner._download()
+        runner.cuda.synchronize(runner._stream)
+        same = np.array_equal(runner._outputs(), of_onnxruntime(bundle, "fp16", other))
+        assert same == moved, mode
+
+
+def test_without_capture_the_graph_modes_are_left_out_and_said_so(monkeypatch, bundle):
+    fake, cuda = install(monkeypatch, "10.3.0.30")
+    fake.behaviour.capturable = False
+    runner = open_(bundle)
+    runner.bind(draw(1))
+    assert runner.modes() == ["compute", "with transfers"]
+    assert runner.run_once("compute") == pytest.approx(0.004)
+    assert runner.describe()["settings"]["notes"] == [
+        f"no CUDA graph of '{mode}': cudaStreamEndCapture failed with error 901, operation failed due to a previous "
+        "error during capture"
+        for mode in ("compute", "with transfers")
+    ]
+    runner.close()
+    assert cuda.live() == 0
+
+
+def test_a_graph_that_computes_nothing_is_not_timed(monkeypatch, bundle):
+    _, cuda = install(monkeypatch, "10.3.0.30")
+    cuda.empty_graphs = True
+    runner = open_(bundle)
+    runner.bind(draw(1))
+    assert runner.modes() == ["compute", "with transfers"]
+    assert (
+        "no CUDA graph of 'compute': launched, it computes something else"
+        in (runner.describe()["settings"]["notes"])
+    )
+    runner.close()
+    assert cuda.live() == 0
+
+
+def test_graphs_of_another_batch_are_dropped(monkeypatch, tmp_path):
+    install(monkeypatch, "10.3.0.30")
+    runner = open_(make_engine_bundle(tmp_path / "bundle", batch=2, dynamic=True))
+    runner.bind(draw(2))
+    assert runner.modes() == MODES
+    runner.run(draw(1))
+    assert runner.modes() == ["compute", "with transfers"]
+
+
+def test_a_mode_that_is_not_there(monkeypatch, bundle):
+    install(monkeypatch, "10.3.0.30")
+    runner = open_(bundle)
+    with pytest.raises(DeviceError, match="cannot time 'compute'") as caught:
+        runner.run_once("compute")
+    assert caught.value.hint == "bind a batch first"
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 8, 8), (1, 3, 9, 8), (1, 1, 8, 8)])
+def test_a_batch_of_another_shape(monkeypatch, bundle, shape):
+    install(monkeypatch, "10.3.0.30")
+    runner = open_(bundle)
+    with pytest.raises(DeviceError) as caught:
+        runner.run(np.zeros(shape, np.float32))
+    assert caught.value.problem == f"the net takes inputs of shape (1, 3, 8, 8), not {shape}"
+
+
+# --- the engine that is kept ---
+
+
+def test_second_runner_loads_the_kept_engine(monkeypatch, bundle):
+    fake, _ = install(monkeypatch, "10.3.0.30")
+    first = open_(bundle).describe()["engine"]
+    second = open_(bundle).describe()["engine"]
+    assert (first.pop("cached"), second.pop("cached")) == (False, True)
+    assert first == second
+    assert fake.calls.count("build_serialized_network") == 1
+    assert first["sha256"] == hashlib.sha256((bundle / first["file"]).read_bytes()).hexdigest()
+    assert first["layers"] == {"fp16": 6}
+
+
+def test_file_name_says_device_version_and_graph(monkeypatch, bundle):
+    install(monkeypatch, "10.3.0.30")
+    file = open_(bundle).describe()["engine"]["file"]
+    beginning = f"{ENGINES}/engine-fp16-orin-sm87-8mp-tensorrt-10-3-0-30-"
+    assert file.startswith(beginning)
+    assert len(file) == len(beginning) + 12 + len(".plan")
+
+
+@pytest.mark.parametrize("change", ["version", "device", "build"])
+def test_another_device_version_or_build_gets_its_own_engine(monkeypatch, bundle, change):
+    install(monkeypatch, "10.3.0.30")
+    first = open_(bundle).describe()["engine"]["file"]
+    if change == "version":
+        install(monkeypatch, "10.3.1.1")
+    elif change == "device":
+        install(monkeypatch, "10.3.0.30", cuda=FakeCudart(gpu=b"NVIDIA Thor", capability=(11, 0)))
+    else:
+        manifest = read_manifest(bundle)
+        manifest["target"]["build"]["workspace_mib"] = 64
+        write_manifest(bundle, manifest)
+    about = open_(bundle).describe()["engine"]
+    assert about["file"] != first
+    assert about["cached"] is False
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (lambda plan: plan.write_bytes(plan.read_bytes()[:-3]), "the file changed since it was built"),
+        (lambda plan: plan.with_suffix(".json").unlink(), "its record is missing or damaged"),
+        (lambda plan: plan.with_suffix(".json").write_text('{"sha256":'), "its record is missing or damaged"),
+        (
+            lambda plan: swap(plan, b"10.3.0.30", b"10.3.0.29"),
+            "does not load it: Version tag does not match.",
+        ),
+    ],
+)
+def test_kept_engine_that_is_no_good_is_built_again_and_said_so(monkeypatch, bundle, harm, said):
+    install(monkeypatch, "10.3.0.30")
+    images = draw(1)
+    plan = bundle / open_(bundle).describe()["engine"]["file"]
+    harm(plan)
+    lines = []
+    runner = open_(bundle, report=lines.append)
+    assert f"building '{plan.name}' again: " in lines[0]
+    assert said in lines[0]
+    assert runner.describe()["settings"]["notes"] == lines[:1]
+    assert np.array_equal(runner.run(images), of_onnxruntime(bundle, "fp16", images))
+    assert open_(bundle).describe()["engine"]["cached"] is True
+
+
+def swap(plan, old, new):
+    """An engine of another version, under this version's name, whole."""
+    content = plan.read_bytes().replace(old, new)
+    plan.write_bytes(content)
+    record = json.loads(plan.with_suffix(".json").read_text())
+    record["sha256"] = hashlib.sha256(content).hexdigest()
+    plan.with_suffix(".json").write_text(json.dumps(record))
+
+
+def test_a_bundle_that_cannot_be_written_to_still_runs(monkeypatch, bundle):
+    install(monkeypatch, "10.3.0.30")
+    (bundle / ENGINES).write_text("in the way")
+    runner = open_(bundle)
+    images = draw(1)
+    assert np.array_equal(runner.run(images), of_onnxruntime(bundle, "fp16", images))
+    assert runner.describe()["engine"]["file"] is None
+    assert runner.describe()["settings"]["notes"][0].startswith("the engine is not kept: ")
+
+
+def test_nothing_but_whole_files_is_left(monkeypatch, bundle):
+    install(monkeypatch, "10.3.0.30")
+    open_(bundle)
+    assert sorted(path.suffix for path in (bundle / ENGINES).iterdir()) == [".cache", ".json", ".plan"]
+
+
+def test_timing_cache_of_one_precision_serves_the_next(monkeypatch, bundle):
+    fake, _ = install(monkeypatch, "10.3.0.30")
+    for precision in PRECISIONS:
+        open_(bundle, precision)
+    sizes = [call.partition("(")[2].partition(" ")[0] for call in fake.calls if call.startswith("set_timing")]
+    assert sizes == ["0", "7", "7"]
+
+
+# --- not delivered ---
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize(("asked", "got"), [("fp16", "fp32"), ("int8", "fp16")])
+def test_a_precision_that_is_not_delivered_is_an_error(monkeypatch, bundle, version, asked, got):
+    fake, cuda = install(monkeypatch, version)
+    fake.behaviour.delivered = got
+    with pytest.raises(DeviceError) as caught:
+        open_(bundle, asked)
+    assert caught.value.problem == (
+        f"asked for {asked} and not delivered: TensorRT {version} computes 0 % of the convolutions and matrix products "
+        f"in it, the graph asks for 100 % ({got} 100 %)"
+    )
+    assert not (bundle / ENGINES).exists()
+    assert cuda.live() == 0
+
+
+def test_an_engine_that_tells_nothing_is_noted(monkeypatch, bundle):
+    fake, _ = install(monkeypatch, "8.5.2.2")
+    fake.behaviour.names_only = True
+    about = open_(bundle).describe()
+    assert about["engine"]["precision_checked"] is False
+    assert about["engine"]["layers"] == {"unknown": 6}
+    assert about["settings"]["notes"] == ["the engine does not tell the precision of its layers"]
+
+
+def test_garbled_layer_list_is_read_layer_by_layer(monkeypatch, bundle):
+    fake, _ = install(monkeypatch, "10.3.0.30")
+    fake.behaviour.garbled = True
+    assert open_(bundle).describe()["engine"]["shares"] == {"fp16": 1.0}
+
+
+# --- failures give everything back ---
+
+
+@pytest.mark.parametrize("version", ["8.2.1.8", "10.3.0.30"])
+def test_no_memory_for_a_context(monkeypatch, bundle, version):
+    fake, cuda = install(monkeypatch, version)
+    fake.behaviour.context = False
+    with pytest.raises(DeviceError, match="cannot make an execution context: Requested amount of GPU memory"):
+        open_(bundle)
+    assert cuda.live() == 0
+
+
+def test_failure_halfway_through_the_buffers(monkeypatch, bundle):
+    _, cuda = install(monkeypatch, "10.3.0.30")
+    cuda.fail["cudaHostAlloc"] = 2
+    with pytest.raises(DeviceError, match="cudaHostAlloc failed with error 2, out of memory"):
+        open_(bundle)
+    assert cuda.live() == 0
+
+
+def test_closing_twice_and_running_afterwards(monkeypatch, bundle):
+    install(monkeypatch, "10.3.0.30")
+    runner = open_(bundle)
+    runner.close()
+    runner.close()
+    with pytest.raises(DeviceError, match="the runner is closed"):
+        runner.run(draw(1))
+
+
+def test_after_a_failure_on_the_gpu_closing_does_not_hide_it(monkeypatch, bundle):
+    _, cuda = install(monkeypatch, "10.3.0.30")
+    runner = open_(bundle)
+    runner.bind(draw(1))
+    for function in (
+        "cudaStreamSynchronize",
+        "cudaFree",
+        "cudaFreeHost",
+        "cudaGraphExecDestroy",
+        "cudaStreamDestroy",
+    ):
+        cuda.fail[function] = 700
+    with pytest.raises(DeviceError, match="cudaStreamSynchronize failed with error 700"):
+        runner.run(draw(1))
+    runner.close()
+
+
+def test_the_net_does_not_run(monkeypatch, bundle):
+    fake, _ = install(monkeypatch, "10.3.0.30")
+    runner = open_(bundle)
+
+    def refuse(stream_handle):
+        fake.say(
+            "ERROR", "IExecutionContext::enqueueV3: Error Code 1: Cuda Runtime (invalid resource handle)"
+        )
+        return False
+
+    monkeypatch.setattr(runner._context, "execute_async_v3", refuse)
+    with pytest.raises(DeviceError, match=r"cannot run the net: IExecutionContext::enqueueV3: Error Code 1"):
+        runner.run(draw(1))
+
+
+# --- through the front door ---
+
+
+def test_verify_runs_a_bundle_with_tensorrt(monkeypatch, bundle):
+    _, cuda = install(monkeypatch, "10.3.0.30")
+    record = verify(bundle, precisions=["fp32", "fp16"])
+    assert record["ok"] is True
+    assert record["runtime"] == "tensorrt 10.3.0.30"
+    assert cuda.live() == 0
+
+
+def test_open_runner_finds_it(monkeypatch, bundle):
+    install(monkeypatch, "11.4.1.9")
+    about = open_runner(bundle, read_manifest(bundle), precision="int8", threads=2).describe()
+    assert (about["runtime"], about["precision"], about["threads"]) == ("tensorrt 11.4.1.9", "int8", 2)
+    assert about["versions"]["cuda_runtime"] == "12.6"
+    assert json.loads(json.dumps(about)) == about
+
+
+# --- engines that a bundle for TensorRT for RTX carries ---
+
+
+@pytest.fixture
+def rtx(monkeypatch, bundle):
+    """A bundle with one engine for SM86 and SM89 of version 11.0.0.0, and a machine that has them."""
+    import sys
+
+    fake, cuda = install(
+        monkeypatch, "11.0.0.0", cuda=FakeCudart(gpu=b"RTX 4060", capability=(8, 9), integrated=0)
+    )
+    fake.__name__ = "tensorrt_rtx"
+    kept = bundle / open_(bundle).describe()["engine"]["file"]
+    (bundle / "engine-fp16.plan").write_bytes(kept.read_bytes())
+    manifest = read_manifest(bundle)
+    manifest["runtime"] = "tensorrt_rtx"
+    manifest["precisions"]["fp16"]["engines"] = {
+        "engine-fp16.plan": {
+            "version": "11.0.0.0",
+            "compute_capabilities": ["SM86", "SM89"],
+            "compile_s": 0.4,
+            "engine": {"layers": {"fp16": 6}, "shares": {"fp16": 1.0}},
+        }
+    }
+    write_manifest(bundle, manifest)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", fake)
+    return bundle, fake, cuda
+
+
+def test_carried_engine_runs(rtx):
+    bundle, fake, _ = rtx
+    built = fake.calls.count("build_serialized_network")
+    runner = open_(bundle, runtime="tensorrt_rtx")
+    images = draw(1)
+    assert np.array_equal(runner.run(images), of_onnxruntime(bundle, "fp16", images))
+    about = runner.describe()
+    assert about["runtime"] == "tensorrt_rtx 11.0.0.0"
+    assert about["engine"]["file"] == "engine-fp16.plan"
+    assert about["engine"]["layers"] == {"fp16": 6}
+    assert fake.calls.count("build_serialized_network") == built
+
+
+@pytest.mark.parametrize("change", ["version", "gpu", "precision"])
+def test_carried_engine_for_something_else(rtx, change):
+    bundle, fake, cuda = rtx
+    precision = "fp16"
+    if change == "version":
+        fake.__version__ = "11.0.1.0"
+    elif change == "gpu":
+        cuda.capability = (9, 0)
+    else:
+        precision = "int8"
+    with pytest.raises(DeviceError) as caught:
+        open_(bundle, precision, runtime="tensorrt_rtx")
+    version, capability = fake.__version__, "9.0" if change == "gpu" else "8.9"
+    has = "none" if change == "precision" else "'engine-fp16.plan' (11.0.0.0 for SM86, SM89)"
+    assert caught.value.problem == (
+        f"the bundle carries no {precision} engine for TensorRT for RTX {version} on a GPU of compute capability "
+        f"{capability}; it has {has}"
+    )
+
+
+def test_carried_engine_that_is_missing(rtx):
+    bundle, _, _ = rtx
+    (bundle / "engine-fp16.plan").unlink()
+    with pytest.raises(BundleError, match=r"'engine-fp16\.plan' is missing from the bundle"):
+        open_(bundle, runtime="tensorrt_rtx")
+
+
+def test_carried_engine_outside_the_bundle_is_not_read(rtx, tmp_path):
+    bundle, _, _ = rtx
+    (tmp_path / "other.plan").write_bytes((bundle / "engine-fp16.plan").read_bytes())
+    manifest = read_manifest(bundle)
+    engines = manifest["precisions"]["fp16"]["engines"]
+    engines["../other.plan"] = engines.pop("engine-fp16.plan")
+    write_manifest(bundle, manifest)
+    with pytest.raises(BundleError, match=r"'\.\./other\.plan' is missing from the bundle"):
+        open_(bundle, runtime="tensorrt_rtx")

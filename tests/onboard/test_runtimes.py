@@ -1,0 +1,247 @@
+"""The runners for processors on real nets."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+import edgecl
+from edgecl.onboard.errors import BundleError, DeviceError
+from edgecl.onboard.runtimes import open_runner
+
+from .tiny_bundle import make_bundle, read_manifest
+
+BOTH = pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+
+
+@pytest.fixture
+def bundle(tmp_path):
+    return make_bundle(tmp_path / "bundle")
+
+
+@pytest.fixture
+def several(tmp_path):
+    return make_bundle(tmp_path / "several", precisions=("fp16", "fp32", "int8"))
+
+
+def reference(bundle):
+    with np.load(bundle / "reference.npz") as arrays:
+        return arrays["inputs"], arrays["outputs"]
+
+
+@BOTH
+def test_every_precision_runs_its_own_file(several, runtime):
+    images, expected = reference(several)
+    manifest = read_manifest(several)
+    outputs = {}
+    for precision in ("fp32", "fp16", "int8"):
+        runner = open_runner(several, manifest, precision=precision, runtime=runtime, threads=1)
+        outputs[precision] = runner.run(images[:1])
+        assert runner.describe()["precision"] == precision
+        runner.close()
+    np.testing.assert_allclose(outputs["fp32"], expected[:1], rtol=1e-4, atol=1e-5)
+    assert (
+        0 < np.abs(outputs["fp16"] - outputs["fp32"]).max() < np.abs(outputs["int8"] - outputs["fp32"]).max()
+    )
+
+
+def test_default_precision_and_runtime_are_the_manifests(several):
+    about = open_runner(several, read_manifest(several), threads=1).describe()
+    assert (about["precision"], about["runtime"].split()[0]) == ("fp16", "onnxruntime")
+
+
+def test_ort_is_short_for_onnxruntime(bundle):
+    runner = open_runner(bundle, read_manifest(bundle), runtime="ort", threads=1)
+    assert runner.describe()["runtime"].startswith("onnxruntime ")
+
+
+def test_a_precision_the_bundle_lacks_is_named_with_those_it_has(several):
+    with pytest.raises(BundleError, match="the bundle holds no fp8 net; it has fp16, fp32, int8"):
+        open_runner(several, read_manifest(several), precision="fp8", threads=1)
+
+
+@BOTH
+def test_runner_for_a_processor_times_inference_by_the_clock(bundle, runtime):
+    runner = open_runner(bundle, read_manifest(bundle), runtime=runtime, threads=1)
+    assert runner.modes() == ["inference"]
+    runner.bind(reference(bundle)[0][:1])
+    assert runner.run_once("inference") is None
+
+
+@BOTH
+def test_a_static_batch_and_a_dynamic_one_run(tmp_path, runtime):
+    for name, form in (("three", {"batch": 3}), ("dynamic", {"batch": 2, "dynamic": True})):
+        bundle = make_bundle(tmp_path / name, **form)
+        images, expected = reference(bundle)
+        runner = open_runner(bundle, read_manifest(bundle), runtime=runtime, threads=1)
+        size = form["batch"]
+        np.testing.assert_allclose(runner.run(images[:size]), expected[:size], rtol=1e-4, atol=1e-5)
+        if name == "dynamic":
+            np.testing.assert_allclose(runner.run(images[:1]), expected[:1], rtol=1e-4, atol=1e-5)
+
+
+def test_a_session_on_another_provider_than_asked_is_refused(bundle, monkeypatch):
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession
+
+    class Fallback(session):  # type: ignore[valid-type]
+        """A runtime that quietly takes another provider than it was asked for."""
+
+        def get_providers(self):
+            return ["AzureExecutionProvider", "CPUExecutionProvider"]
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Fallback)
+    with pytest.raises(DeviceError) as caught:
+        open_runner(bundle, read_manifest(bundle), threads=1)
+    assert caught.value.problem.endswith(
+        "would run 'model.onnx' on AzureExecutionProvider, CPUExecutionProvider, asked for was CPUExecutionProvider"
+    )
+
+
+def test_compiled_for_another_device_than_asked_is_refused(bundle, monkeypatch):
+    import openvino
+
+    get_property = openvino.CompiledModel.get_property
+    found = {"EXECUTION_DEVICES": ["GPU.0", "CPU"]}
+    monkeypatch.setattr(
+        openvino.CompiledModel, "get_property", lambda self, name: found.get(name) or get_property(self, name)
+    )
+    with pytest.raises(DeviceError) as caught:
+        open_runner(bundle, read_manifest(bundle), runtime="openvino", threads=1)
+    assert caught.value.problem.endswith("would run 'model.onnx' on GPU.0, CPU, asked for was CPU")
+
+
+def test_openvino_computes_float32_nets_in_float32(several):
+    """Left to itself it takes bf16 where the processor has it."""
+    manifest = read_manifest(several)
+    about = open_runner(several, manifest, precision="fp32", runtime="openvino", threads=1).describe()
+    assert about["runtime"].startswith("openvino 2")
+    assert about["runtime"].endswith(" CPU")
+    settings = about["settings"]
+    assert settings["inference_precision"] == "f32"
+    assert settings["inference_num_threads"] == settings["num_streams"] == 1
+    assert settings["layers"]["f32"] >= 3
+    assert not {"bf16", "f16"} & set(settings["layers"])
+    assert set(about["versions"]) == {"openvino", "numpy"}
+
+
+def test_openvino_says_which_precision_a_half_net_really_gets(several):
+    import openvino
+
+    has_half = "FP16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    about = open_runner(several, read_manifest(several), runtime="openvino", threads=1).describe()
+    assert about["precision"] == "fp16"
+    assert about["settings"]["inference_precision"] == ("f16" if has_half else "f32")
+    assert ("f16" in about["settings"]["layers"]) is has_half
+
+
+@BOTH
+def test_weights_outside_the_file_are_refused_before_it_is_loaded(bundle, runtime):
+    model = onnx.load(bundle / "model.onnx")
+    onnx.save(
+        model, bundle / "model.onnx", save_as_external_data=True, location="model.data", size_threshold=0
+    )
+    with pytest.raises(BundleError, match=r"'model\.onnx' keeps weights outside itself, in 'model\.data'"):
+        open_runner(bundle, read_manifest(bundle), runtime=runtime, threads=1)
+
+
+def test_opening_one_runtime_imports_no_other(bundle):
+    code = (
+        "import json, sys; from edgecl.onboard.runtimes import open_runner; "
+        "manifest = json.load(open(sys.argv[1] + '/manifest.json')); "
+        "open_runner(sys.argv[1], manifest, threads=1); "
+        "print([name for name in ('openvino', 'tensorrt', 'torch', 'onnx') if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(bundle)],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(edgecl.__file__).parents[1],
+    )
+    assert done.stdout == "[]\n"
+
+
+def test_runner_describes_its_conditions(bundle):
+    about = open_runner(bundle, read_manifest(bundle), threads=1).describe()
+    assert about["runtime"].startswith("onnxruntime ")
+    assert about["runtime"].endswith(" CPUExecutionProvider")
+    assert (about["precision"], about["threads"]) == ("fp32", 1)
+    assert about["settings"]["intra_op_num_threads"] == 1
+    assert about["settings"]["inter_op_num_threads"] == 1
+    assert about["settings"]["intra_op_spinning"] is True
+    assert set(about["versions"]) == {"onnxruntime", "numpy"}
+
+
+def test_bound_run_of_onnxruntime_computes_the_bound_images(bundle):
+    runner = open_runner(bundle, read_manifest(bundle), threads=1)
+    images = np.random.default_rng(5).normal(size=(1, 3, 8, 8)).astype(np.float32)
+    expected = runner.run(images)
+    runner.bind(images)
+    runner.run(np.zeros_like(images))
+    runner.run_once("inference")
+    np.testing.assert_array_equal(runner._binding.copy_outputs_to_cpu()[0], expected)
+
+
+def test_bound_run_of_openvino_computes_the_bound_images(bundle):
+    runner = open_runner(bundle, read_manifest(bundle), runtime="openvino", threads=1)
+    images = np.random.default_rng(5).normal(size=(1, 3, 8, 8)).astype(np.float32)
+    expected = runner.run(images)
+    assert np.abs(runner.run(np.zeros_like(images)) - expected).max() > 0.01
+    runner.bind(images)
+    runner.run_once("inference")
+    np.testing.assert_array_equal(runner._request.get_output_tensor().data, expected)
+
+
+@BOTH
+def test_missing_runtime_names_its_installation(bundle, monkeypatch, runtime):
+    monkeypatch.setitem(sys.modules, runtime, None)
+    with pytest.raises(DeviceError, match=f"the runtime '{runtime}' cannot be imported") as caught:
+        open_runner(bundle, read_manifest(bundle), runtime=runtime, threads=1)
+    assert caught.value.hint == f"pip install {runtime}"
+
+
+def test_unknown_runtime_is_named_with_the_known(bundle):
+    manifest = {**read_manifest(bundle), "runtime": "tflite"}
+    with pytest.raises(DeviceError) as caught:
+        open_runner(bundle, manifest, threads=1)
+    assert caught.value.problem == (
+        "no runner for the runtime 'tflite'; this edgecl has: onnxruntime, openvino, tensorrt, tensorrt_rtx"
+    )
+
+
+@BOTH
+def test_a_file_that_is_no_net_is_named(bundle, runtime):
+    (bundle / "model.onnx").write_bytes(b"not a net")
+    with pytest.raises(BundleError, match=r"'model\.onnx' is not a whole ONNX file"):
+        open_runner(bundle, read_manifest(bundle), runtime=runtime, threads=1)
+
+
+@BOTH
+def test_a_net_that_the_runtime_does_not_know_is_named(bundle, runtime):
+    model = onnx.load(bundle / "model.onnx")
+    model.graph.node[1].op_type = "Relive"
+    onnx.save(model, bundle / "model.onnx")
+    with pytest.raises(DeviceError, match=rf"{runtime} [\d.]+ cannot load 'model\.onnx': ") as caught:
+        open_runner(bundle, read_manifest(bundle), runtime=runtime, threads=1)
+    assert "Relive" in caught.value.problem
+
+
+@BOTH
+@pytest.mark.parametrize("end", ["input", "output"])
+def test_another_input_or_output_than_the_manifests_is_named(bundle, runtime, end):
+    manifest = read_manifest(bundle)
+    manifest[end]["name"] = "pixels"
+    with pytest.raises(BundleError, match=rf"has the {end}s \[.*'{end}'.*\], the manifest says 'pixels'"):
+        open_runner(bundle, manifest, runtime=runtime, threads=1)
+
+
+@BOTH
+def test_a_batch_the_net_does_not_take_is_named(bundle, runtime):
+    runner = open_runner(bundle, read_manifest(bundle), runtime=runtime, threads=1)
+    with pytest.raises(DeviceError, match=r"cannot run the net on inputs \(2, 3, 8, 8\)"):
+        runner.bind(np.zeros((2, 3, 8, 8), np.float32))

@@ -1,0 +1,481 @@
+"""What a report says, held to directories whose numbers are known."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from edgecl.errors import ArtifactError
+from edgecl.reports.report import report
+from edgecl.storage.artifacts import kind_of
+
+HOSTILE = "<script>alert(1)<img src=x onerror=alert(2)>&\"'$x$"
+
+
+class Reader(HTMLParser):
+    """Collects tags, ids and attributes as a browser would read them."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str, str]] = []
+        self.words: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes.extend((tag, name, value or "") for name, value in attrs)
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+def page_of(out: Path) -> Reader:
+    return Reader((out / "report.html").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def whole(make, tmp_path_factory):
+    base = tmp_path_factory.mktemp("whole")
+    make.pipeline(base / "demo")
+    record = report([base / "demo"], out=base / "report")
+    return base, record
+
+
+def test_a_pipeline_stands_for_everything_inside_it(whole):
+    _, record = whole
+    assert [row["name"] for row in record["rows"]] == ["slim", "random"]
+    assert [run["name"] for run in record["runs"]] == ["pretrain"]
+    assert record["comparison"]["labels_per_class"] == 5
+
+
+def test_verdict_says_by_how_much_the_pretrained_net_wins(whole):
+    _, record = whole
+    assert record["verdict"] == (
+        "The pretrained net beats its random initialisation by 21.2 points [19.7, 22.7] "
+        "with 5 labels per class."
+    )
+
+
+def test_verdict_says_not_resolved_when_the_interval_includes_zero(make, tmp_path):
+    make.pipeline(tmp_path / "demo", pretrained=[35.0, 34.9, 36.6, 34.3, 36.2])
+    record = report([tmp_path / "demo"], out=tmp_path / "report")
+    assert record["verdict"].startswith(
+        "Not resolved: the pretrained net differs from its random initialisation by +0.1 points [−0.7, 1.0]"
+    )
+    assert record["verdict"].endswith("with 5 labels per class, and the interval includes zero.")
+
+
+def test_verdict_says_so_when_pretraining_hurts(make, tmp_path):
+    make.pipeline(tmp_path / "demo", pretrained=[24.2, 25.8, 26.1, 23.9, 26.3])
+    record = report([tmp_path / "demo"], out=tmp_path / "report")
+    assert record["verdict"].startswith(
+        "The pretrained net falls short of its random initialisation by 10.0 points ["
+    )
+
+
+def test_a_difference_the_record_calls_resolved_is_not_when_its_interval_includes_zero(make, tmp_path):
+    make.pipeline(tmp_path / "demo", pretrained=[35.0, 34.9, 36.6, 34.3, 36.2])
+    file = tmp_path / "demo" / "comparison.json"
+    content = json.loads(file.read_text())
+    content["differences"][0]["resolved"] = True
+    file.write_text(json.dumps(content))
+    record = report([tmp_path / "demo"], out=tmp_path / "report")
+    assert record["verdict"].startswith("Not resolved")
+
+
+def test_bundle_joins_its_net_by_hash(whole):
+    _, record = whole
+    slim, random = record["rows"]
+    assert (slim["bundle"], slim["latency_ms"]["p50"], slim["onnx_bytes"]) == ("ort-cpu", 0.412, 934_210)
+    assert (slim["macs"], slim["linear"]["top1"], slim["few_label"]["top1"]) == (
+        4_712_000,
+        74.2,
+        pytest.approx(56.46),
+    )
+    assert (random["bundle"], random["latency_ms"]) == (None, None)
+
+
+def test_bundle_of_another_net_is_a_row_of_its_own(make, tmp_path):
+    net = make.model(tmp_path / "net")
+    stranger = make.bundle(tmp_path / "stranger", model=None)
+    record = report([net, stranger], out=tmp_path / "report")
+    assert [(row["name"], row["bundle"]) for row in record["rows"]] == [
+        ("net", None),
+        ("stranger", "stranger"),
+    ]
+    assert record["rows"][1]["few_label"] is None
+
+
+def test_pipeline_and_its_parts_together_give_each_row_once(make, tmp_path):
+    demo = make.pipeline(tmp_path / "demo")
+    record = report([demo, demo / "slim", demo / "bundles" / "ort-cpu"], out=tmp_path / "report")
+    assert len(record["rows"]) == 2
+
+
+def test_pipeline_that_is_not_recorded_yet_is_known_by_its_comparison(make, tmp_path):
+    demo = make.pipeline(tmp_path / "demo")
+    (demo / "pipeline.json").unlink()
+    assert len(report([demo], out=demo / "report")["rows"]) == 2
+
+
+def test_report_inside_a_pipeline_can_be_made_again(make, tmp_path):
+    demo = make.pipeline(tmp_path / "demo")
+    first = report([demo], out=demo / "report")
+    assert report([demo], out=demo / "report", force=True) == first
+
+
+def test_report_is_the_same_bytes_for_the_same_directories(make, tmp_path):
+    demo = make.pipeline(tmp_path / "demo")
+    for name in ("one", "two"):
+        report([demo], out=tmp_path / name)
+    for file in ("report.html", "report.md", "report.json"):
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes(), file
+
+
+def test_report_directory_holds_three_files_and_is_known(whole):
+    base, record = whole
+    assert sorted(path.name for path in (base / "report").iterdir()) == [
+        "report.html",
+        "report.json",
+        "report.md",
+    ]
+    assert kind_of(base / "report") == "report"
+    assert json.loads((base / "report" / "report.json").read_text()) == record
+    assert list(record)[:5] == ["schema", "kind", "made_by", "made_from", "command"]
+
+
+def test_page_has_its_sections_in_order(whole):
+    base, _ = whole
+    text = page_of(base / "report").text
+    places = [
+        text.index(heading)
+        for heading in (
+            "The pretrained net beats",
+            "Accuracy, latency and size",
+            "Side by side",
+            "Accuracy against latency",
+            "Training",
+            "Pictures and their views",
+            "Conditions",
+        )
+    ]
+    assert places == sorted(places)
+
+
+def test_page_asks_the_network_for_nothing(whole):
+    base, _ = whole
+    reader = page_of(base / "report")
+    for tag, name, value in reader.attributes:
+        if name in ("src", "href", "xlink:href", "srcset", "data", "action"):
+            assert value.startswith(("#", "data:image/png;base64,")), (tag, name, value[:60])
+    text = (base / "report" / "report.html").read_text()
+    assert not re.search(r"@import|url\((?!#)", text)
+    assert not {"script", "link", "iframe", "object"} & set(reader.tags)
+
+
+def test_ids_of_inlined_charts_are_unique_and_every_reference_has_one(whole):
+    base, _ = whole
+    text = (base / "report" / "report.html").read_text()
+    ids = re.findall(r'\bid="([^"]+)"', text)
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r"url\(#([^)]+)\)", text)) | set(re.findall(r'href="#([^"]+)"', text)) <= set(ids)
+
+
+def test_charts_take_every_colour_from_the_page(whole):
+    base, _ = whole
+    text = (base / "report" / "report.html").read_text()
+    charts = re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL)
+    assert len(charts) == 12  # comparison, differences, scatter and nine small multiples
+    for chart in charts:
+        assert not re.search(r"#[0-9a-f]{6}\b", chart)
+        assert "<metadata" not in chart
+
+
+@pytest.mark.parametrize("place", ["directory", "class", "command", "arm", "device"])
+def test_hostile_names_are_shown_and_do_nothing(make, tmp_path, place):
+    name = HOSTILE if place == "directory" else "net"
+    net = make.model(
+        tmp_path / name,
+        classes=[HOSTILE] if place == "class" else None,
+        **({"command": HOSTILE} if place == "command" else {"arm": HOSTILE} if place == "arm" else {}),
+    )
+    bundle = make.bundle(tmp_path / f"b{name}", model=net)
+    if place == "device":
+        file = bundle / "bench-build-box.json"
+        content = json.loads(file.read_text())
+        content["device"]["name"] = HOSTILE
+        file.write_text(json.dumps(content))
+    report([net, bundle], out=tmp_path / "report")
+    reader = page_of(tmp_path / "report")
+    assert not {"script"} & set(reader.tags)
+    assert reader.tags.count("img") == 0
+    assert not [name for _, name, _ in reader.attributes if name.startswith("on")]
+    assert "<script>alert(1)" in reader.text
+    markdown = (tmp_path / "report" / "report.md").read_text()
+    assert not re.search(r"<script>", re.sub(r"`[^`\n]+`", "", markdown))
+
+
+def test_name_that_is_no_utf8_and_has_control_characters_is_shown(make, tmp_path):
+    net = make.model(tmp_path / "n\x07et 日本語 \udcff")
+    report([net], out=tmp_path / "report")
+    assert "n\\x07et 日本語 \\udcff" in page_of(tmp_path / "report").text
+
+
+def test_markdown_has_the_verdict_and_the_table(whole):
+    base, record = whole
+    text = (base / "report" / "report.md").read_text()
+    assert f"**{record['verdict']}**" in text
+    net, bundle = (line for line in text.splitlines() if line.startswith("| slim"))
+    assert net == ("| slim | 56.5 [54.6, 58.4] | 61.5 [59.6, 63.4] | 74.2 [72.5, 75.9] | – | 4.7 M | 231 k |")
+    assert bundle == (
+        "| slim | 74.2 % [72.5, 75.9] linear, torch | 0.412 [0.406, 0.418] | 0.461 | 0.533 | 2,356 | 0.93 |"
+    )
+
+
+def test_conditions_hold_command_passport_and_versions(whole):
+    base, record = whole
+    text = page_of(base / "report").text
+    for needle in (
+        "edgecl bench",
+        "Intel(R) Xeon(R) Platinum 8481C",
+        "1.24.0",
+        "2026-11-22T05:00:00+00:00",
+        "2.11.0",
+    ):
+        assert needle in text, needle
+    bench = next(one for one in record["conditions"] if one["title"] == "ort-cpu/bench-build-box.json")
+    assert bench["made_from_name"] == "ort-cpu"
+    assert (
+        next(one for one in record["conditions"] if one["title"] == "slim/model.json")["made_from_name"]
+        == "pretrain"
+    )
+
+
+# Missing pieces give a shorter report.
+
+
+def test_only_a_run(make, tmp_path):
+    record = report([make.run(tmp_path / "run", steps=200)], out=tmp_path / "report")
+    assert record["rows"] == []
+    assert record["verdict"] == "The run run finished: 200 of 1,200 steps; no net was measured."
+    assert page_of(tmp_path / "report").tags.count("table") == 0
+
+
+def test_only_a_bundle(make, tmp_path):
+    record = report([make.bundle(tmp_path / "bundle", model=None, p99=None)], out=tmp_path / "report")
+    assert record["verdict"] == (
+        "bundle takes 0.412 ms [0.406, 0.418] at the median on build-box (batch 1, 1 thread), "
+        "at 231 k parameters, 0.93 MB of ONNX."
+    )
+    assert record["trade_off"] is None
+    assert record["rows"][0]["latency_ms"]["p99"] is None
+
+
+def test_bundle_without_bench(make, tmp_path):
+    net = make.model(tmp_path / "net")
+    record = report([net, make.bundle(tmp_path / "bundle", model=net, p50=None)], out=tmp_path / "report")
+    assert len(record["rows"]) == 1
+    assert record["verdict"] == (
+        "net reaches 56.5 % [54.6, 58.4] few-label top-1; nothing was compared and nothing was timed."
+    )
+    assert record["support"][-1] == f"Next: `edgecl bench {tmp_path / 'bundle'}` for latency."
+
+
+def test_net_without_any_measurement(make, tmp_path):
+    net = make.model(tmp_path / "a net", draws=None)
+    (net / "cost.json").unlink()
+    record = report([net], out=tmp_path / "report")
+    assert "no accuracy and no latency" in record["verdict"]
+    assert record["support"] == [
+        f"Next: `edgecl probe '{net}' --data URI` for accuracy; "
+        f"`edgecl export '{net}' --target ort-cpu --out BUNDLE` and `edgecl bench BUNDLE` for latency."
+    ]
+    assert "edgecl probe" in (tmp_path / "report" / "report.md").read_text()
+
+
+def test_bundles_alone_without_any_measurement(make, tmp_path):
+    bundles = [make.bundle(tmp_path / name, model=None, p50=None) for name in ("one", "two")]
+    record = report(bundles, out=tmp_path / "report")
+    assert record["support"] == [f"Next: `edgecl bench {bundles[0]}` for latency."]
+
+
+def test_run_that_failed_says_of_what(make, tmp_path):
+    run = make.run(tmp_path / "run", steps=200, state="failed", error="the embedding collapsed")
+    record = report([run], out=tmp_path / "report")
+    assert record["verdict"] == "The run run failed: 200 of 1,200 steps; no net was measured."
+    assert f"{run}: the run failed: the embedding collapsed." in record["notes"]
+    assert ", failed." in (tmp_path / "report" / "report.html").read_text()
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2])
+def test_run_still_running_after_few_steps(make, tmp_path, steps):
+    run = make.run(tmp_path / "run", steps=steps, state="running", wall_s=None)
+    record = report([run], out=tmp_path / "report")
+    assert "is not finished" in record["verdict"]
+    assert any("not finished" in note for note in record["notes"])
+
+
+def test_run_without_metrics(make, tmp_path):
+    run = make.run(tmp_path / "run", steps=0)
+    (run / "metrics.jsonl").unlink()
+    assert report([run], out=tmp_path / "report")["runs"][0]["curves"] == {}
+
+
+def test_arm_with_one_net_has_no_curves_of_the_other(make, tmp_path):
+    run = make.run(tmp_path / "run", steps=3)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line.update(xd_host=None, xd_slim=None, grad_norm_slim=None, sacl=float("nan"))
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    curves = report([run], out=tmp_path / "report")["runs"][0]["curves"]
+    assert "loss" in curves
+    assert not {"xd_host", "xd_slim", "grad_norm_slim", "sacl"} & set(curves)
+
+
+def test_terms_of_any_method_are_drawn_as_its_panels_say(make, tmp_path):
+    panels = [
+        {"title": "Pull <1>", "lines": {"pull": "towards"}, "unit": "nats", "log": True},
+        {"title": "Nothing logged", "lines": {"never": "never"}, "unit": "", "log": False},
+        "no panel",
+        {"title": "no lines"},
+    ]
+    run = make.run(tmp_path / "run", steps=3, panels=panels)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    (run / "metrics.jsonl").write_text("".join(json.dumps({**line, "pull": 1.5}) + "\n" for line in lines))
+    found = report([run], out=tmp_path / "report")["runs"][0]
+    assert [panel["title"] for panel in found["panels"]] == ["Pull <1>", "Nothing logged"]
+    assert found["curves"]["pull"]["mean"] == [1.5, 1.5, 1.5]
+    assert "sacl" not in found["curves"]
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "<b>Pull &lt;1&gt;</b> nats" in page
+    assert "Nothing logged</b>" not in page
+
+
+def test_a_run_that_names_no_panels_has_its_loss_drawn(make, tmp_path):
+    run = make.run(tmp_path / "run", steps=3, panels=None)
+    assert "loss" in report([run], out=tmp_path / "report")["runs"][0]["curves"]
+
+
+def test_torn_last_line_of_the_metrics_is_left_out_and_said(make, tmp_path):
+    run = make.run(tmp_path / "run", steps=100, state="running")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 101, "epo')
+    record = report([run], out=tmp_path / "report")
+    assert record["runs"][0]["steps"] == 100
+    assert any("1 line of metrics.jsonl cannot be read" in note for note in record["notes"])
+
+
+def test_steps_a_resumed_run_wrote_twice_count_once_and_late(make, tmp_path):
+    run = make.run(tmp_path / "run", steps=10)
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    again = json.loads(lines[4]) | {"loss": 1.25}
+    (run / "metrics.jsonl").write_text("\n".join([*lines, json.dumps(again)]) + "\n")
+    loss = report([run], out=tmp_path / "report")["runs"][0]["curves"]["loss"]
+    assert (len(loss["mean"]), loss["mean"][4]) == (10, 1.25)
+
+
+def test_epoch_axis_of_a_run_that_went_on_from_a_late_checkpoint_begins_there(make, tmp_path):
+    run = make.run(tmp_path / "run", steps=1200)
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(lines[1000:]))
+    record = report([run], out=tmp_path / "report")
+    assert (record["runs"][0]["from_epoch"], record["runs"][0]["epochs"]) == (15.0, 18.75)
+
+
+def test_measurement_of_an_earlier_bundle_is_left_out_and_said(make, tmp_path):
+    bundle = make.bundle(tmp_path / "bundle", model=None)
+    file = bundle / "bench-build-box.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"made_from": "0" * 64}))
+    record = report([bundle], out=tmp_path / "report")
+    assert record["rows"][0]["latency_ms"] is None
+    assert any("bench-build-box.json was made from 000000000000…" in note for note in record["notes"])
+
+
+def test_failed_verify_and_doubtful_timing_are_said(make, tmp_path):
+    bundle = make.bundle(tmp_path / "bundle", model=None, ok=False, p50=None)
+    make.bench(bundle, p50=1.0, p99=None, device="box", steady=False)
+    notes = " ".join(report([bundle], out=tmp_path / "report")["notes"])
+    assert "verify failed" in notes
+    assert "never became steady" in notes
+
+
+def test_views_that_are_no_png_are_left_out(make, tmp_path):
+    run = make.run(tmp_path / "run", steps=5)
+    (run / "views.png").write_text("<svg onload=alert(1)>")
+    report([run], out=tmp_path / "report")
+    assert "img" not in page_of(tmp_path / "report").tags
+
+
+def test_directories_of_one_name_are_told_apart(make, tmp_path):
+    nets = [make.model(tmp_path / side / "slim") for side in ("a", "b")]
+    assert [row["name"] for row in report(nets, out=tmp_path / "report")["rows"]] == ["a/slim", "b/slim"]
+
+
+# Bad input gets a named error.
+
+
+def test_directory_that_is_not_there_is_an_error(tmp_path):
+    with pytest.raises(ArtifactError, match=r"there is no directory '.*nowhere'"):
+        report([tmp_path / "nowhere"], out=tmp_path / "report")
+
+
+def test_directory_edgecl_did_not_write_is_an_error(tmp_path):
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(
+        ArtifactError, match=r"photos' is not a directory edgecl wrote: it has none of run.json, model.json"
+    ):
+        report([tmp_path / "photos"], out=tmp_path / "report")
+    assert not (tmp_path / "report").exists()
+
+
+def test_report_about_a_report_is_an_error(make, tmp_path):
+    report([make.run(tmp_path / "run", steps=1)], out=tmp_path / "one")
+    with pytest.raises(ArtifactError, match="one' is a report itself"):
+        report([tmp_path / "one"], out=tmp_path / "two")
+
+
+def test_no_directory_at_all_is_an_error(tmp_path):
+    with pytest.raises(ArtifactError, match="no directory to report on"):
+        report([], out=tmp_path / "report")
+
+
+def test_record_that_is_no_json_is_an_error(make, tmp_path):
+    net = make.model(tmp_path / "net")
+    (net / "probe.json").write_text("{")
+    with pytest.raises(ArtifactError, match=r"'probe.json' is not valid JSON"):
+        report([net], out=tmp_path / "report")
+
+
+def test_existing_output_is_an_error_without_force(make, tmp_path):
+    run = make.run(tmp_path / "run", steps=1)
+    report([run], out=tmp_path / "report")
+    with pytest.raises(ArtifactError, match=r"output '.*report' already exists"):
+        report([run], out=tmp_path / "report")
+    report([run], out=tmp_path / "report", force=True)
+
+
+def test_record_of_a_newer_schema_is_refused_by_name(make, tmp_path):
+    net = make.model(tmp_path / "net")
+    (net / "probe.json").write_text(json.dumps({"schema": 99, "kind": "probe", "made_by": "edgecl 9.0"}))
+    with pytest.raises(ArtifactError, match=r"'probe.json' has schema 99, this edgecl reads up to 1"):
+        report([net], out=tmp_path / "report")
+
+
+def test_report_imports_no_torch(make, tmp_path):
+    net = make.model(tmp_path / "net")
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom edgecl.reports.report import report\n"
+        "report([Path(sys.argv[1])], out=Path(sys.argv[2]))\nassert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code, str(net), str(tmp_path / "report")], check=True)

@@ -1,0 +1,493 @@
+"""What lies on the disk is whole or not there, and a record that is not ours is refused with its name."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from disks import disk_of, flip, largest_file
+
+from edgecl.errors import ArtifactError
+from edgecl.storage.artifacts import (
+    KINDS,
+    SCHEMA,
+    Bundle,
+    ModelDir,
+    PipelineDir,
+    ReportDir,
+    RunDir,
+    command_line,
+    kind_of,
+    new_directory,
+    read_record,
+    record_header,
+    refuse_existing,
+    write_bytes,
+    write_json,
+)
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def make(path, kind, **more):
+    """Write the smallest directory of a kind."""
+    path.mkdir(parents=True)
+    write_json(path / kind.RECORD, {**record_header(kind.KIND, made_from=None), **more})
+    return path
+
+
+def names(directory):
+    """Everything in a directory, hidden files too."""
+    return sorted(path.name for path in directory.iterdir())
+
+
+def python(code, *arguments):
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
+        cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+# --- a directory appears whole ---
+
+
+def test_directory_is_not_there_while_it_is_written(tmp_path):
+    with new_directory(tmp_path / "out", kind="model") as aside:
+        (aside / "file").write_text("x")
+        assert not (tmp_path / "out").exists()
+    assert names(tmp_path) == ["out"]
+    assert names(tmp_path / "out") == ["file"]
+
+
+def test_parents_of_a_directory_are_made(tmp_path):
+    with new_directory(tmp_path / "a" / "b" / "out", kind="model"):
+        pass
+    assert (tmp_path / "a" / "b" / "out").is_dir()
+
+
+def test_exception_inside_leaves_nothing(tmp_path):
+    def write():
+        with new_directory(tmp_path / "out", kind="model") as aside:
+            (aside / "file").write_text("x")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write()
+    assert names(tmp_path) == []
+
+
+def test_exception_inside_leaves_the_earlier_directory_as_it_was(tmp_path):
+    make(tmp_path / "out", ModelDir, mark="earlier")
+    with pytest.raises(ValueError, match="no"), new_directory(tmp_path / "out", kind="model", force=True):
+        raise ValueError("no")
+    assert names(tmp_path) == ["out"]
+    assert json.loads((tmp_path / "out" / "model.json").read_text())["mark"] == "earlier"
+
+
+def test_kill_inside_leaves_nothing_under_the_final_name(tmp_path):
+    process = python(
+        """
+        import sys, time
+        from pathlib import Path
+        from edgecl.storage.artifacts import new_directory
+        with new_directory(Path(sys.argv[1]), kind="model") as aside:
+            (aside / "model.json").write_text("{}")
+            print("writing", flush=True)
+            time.sleep(60)
+        """,
+        tmp_path / "out",
+    )
+    assert process.stdout.readline() == "writing\n"
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    left = names(tmp_path)
+    assert "out" not in left
+    assert all(name.startswith(".out.") and name.endswith(".part") for name in left)
+
+
+def test_kill_inside_a_replacement_leaves_the_earlier_directory(tmp_path):
+    make(tmp_path / "out", ModelDir, mark="earlier")
+    process = python(
+        """
+        import os, signal, sys
+        from pathlib import Path
+        from edgecl.storage.artifacts import new_directory
+        with new_directory(Path(sys.argv[1]), kind="model", force=True) as aside:
+            (aside / "model.json").write_text("{}")
+            os.kill(os.getpid(), signal.SIGKILL)
+        """,
+        tmp_path / "out",
+    )
+    process.communicate()
+    assert json.loads((tmp_path / "out" / "model.json").read_text())["mark"] == "earlier"
+
+
+def test_output_can_be_named_relative_to_the_current_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with new_directory(Path("out"), kind="model") as aside:
+        (aside / "file").write_text("x")
+    assert names(tmp_path) == ["out"]
+
+
+def test_empty_directory_is_filled(tmp_path):
+    (tmp_path / "out").mkdir()
+    with new_directory(tmp_path / "out", kind="model") as aside:
+        (aside / "file").write_text("x")
+    assert names(tmp_path) == ["out"]
+    assert names(tmp_path / "out") == ["file"]
+
+
+# --- what may be replaced ---
+
+
+def test_existing_output_is_refused(tmp_path):
+    make(tmp_path / "out", ModelDir)
+    with pytest.raises(ArtifactError) as caught:
+        refuse_existing(tmp_path / "out", force=False, kind="model")
+    assert caught.value.problem == f"output '{tmp_path / 'out'}' already exists"
+    assert caught.value.hint == "choose another --out, or replace it with --force"
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "go_on"),
+    [
+        (RunDir, {"state": "stopped"}, True),
+        (RunDir, {"state": "failed"}, True),
+        (RunDir, {"state": "running"}, True),
+        (RunDir, {"state": "done"}, False),
+        (PipelineDir, {"stages": {}}, True),
+    ],
+)
+def test_what_can_go_on_is_said_to(tmp_path, kind, more, go_on):
+    make(tmp_path / "out", kind, **more)
+    with pytest.raises(ArtifactError) as caught:
+        refuse_existing(tmp_path / "out", force=False, kind=kind.KIND)
+    hint = "choose another --out, or replace it with --force"
+    assert caught.value.hint == ("go on with --resume, " if go_on else "") + hint
+    with pytest.raises(ArtifactError) as caught:  # another verb cannot go on with it
+        refuse_existing(tmp_path / "out", force=False, kind="model")
+    assert caught.value.hint == hint
+
+
+def test_pipeline_with_a_report_is_done(tmp_path):
+    make(tmp_path / "out", PipelineDir)
+    make(tmp_path / "out" / "report", ReportDir)
+    with pytest.raises(ArtifactError) as caught:
+        refuse_existing(tmp_path / "out", force=False, kind="pipeline")
+    assert caught.value.hint == "choose another --out, or replace it with --force"
+
+
+def test_force_replaces_a_directory_of_the_same_kind(tmp_path):
+    make(tmp_path / "out", ModelDir, mark="earlier")
+    (tmp_path / "out" / "probe.json").write_text("{}")
+    with new_directory(tmp_path / "out", kind="model", force=True) as aside:
+        write_json(aside / "model.json", {"mark": "later"})
+    assert names(tmp_path) == ["out"]
+    assert names(tmp_path / "out") == ["model.json"]
+
+
+@pytest.mark.parametrize("other", [kind for kind in KINDS if kind is not ModelDir])
+def test_force_refuses_a_directory_of_another_kind(tmp_path, other):
+    make(tmp_path / "out", other)
+    with pytest.raises(ArtifactError, match=r"--force replaces only a model directory, and '.*' is not one"):
+        refuse_existing(tmp_path / "out", force=True, kind="model")
+
+
+def test_force_says_that_a_record_is_broken(tmp_path):
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(ArtifactError) as caught:
+        refuse_existing(tmp_path, force=True, kind="run")
+    assert str(caught.value) == (
+        f"--force replaces only a run directory, and '{tmp_path}' is not one: its run.json is not the record of one\n"
+        "  hint: remove it yourself, or choose another --out"
+    )
+
+
+def test_force_refuses_a_folder_of_the_users(tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").write_bytes(b"x")
+    with pytest.raises(ArtifactError, match="remove it yourself, or choose another --out"):
+        refuse_existing(tmp_path / "photos", force=True, kind="model")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("content", ['{"name": "my web application"}', "[]", "not JSON", ""])
+def test_force_refuses_a_users_folder_with_a_file_of_the_same_name(tmp_path, kind, content):
+    (tmp_path / kind.RECORD).write_text(content)
+    with pytest.raises(ArtifactError, match="--force replaces only"):
+        refuse_existing(tmp_path, force=True, kind=kind.KIND)
+
+
+def test_force_refuses_a_file(tmp_path):
+    (tmp_path / "out").write_text("notes")
+    with pytest.raises(ArtifactError, match="--force replaces only"):
+        refuse_existing(tmp_path / "out", force=True, kind="model")
+
+
+def test_output_below_a_file_is_a_named_error(tmp_path):
+    (tmp_path / "notes").write_text("x")
+    with (
+        pytest.raises(ArtifactError, match="cannot write 'out': ") as caught,
+        new_directory(tmp_path / "notes" / "out", kind="model"),
+    ):
+        pass
+    assert caught.value.where == {"directory": tmp_path / "notes"}
+
+
+def test_output_where_nobody_may_write_is_a_named_error():
+    if not Path("/proc/self").is_dir():
+        pytest.skip("no /proc here, whose folders refuse even root")
+    with pytest.raises(ArtifactError, match="'out'"), new_directory(Path("/proc/self/out"), kind="model"):
+        pass
+
+
+# --- a file appears whole ---
+
+
+def test_json_that_cannot_be_written_leaves_the_old_file(tmp_path):
+    write_json(tmp_path / "a.json", {"value": 1})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "a.json", {"value": float("nan")})
+    assert names(tmp_path) == ["a.json"]
+    assert json.loads((tmp_path / "a.json").read_text()) == {"value": 1}
+
+
+def test_reader_never_sees_a_part_of_a_json_file(tmp_path):
+    """A second process writes the file again and again, long and short; every reading is whole."""
+    path = tmp_path / "a.json"
+    write_json(path, {"text": ""})
+    process = python(
+        """
+        import sys
+        from pathlib import Path
+        from edgecl.storage.artifacts import write_json
+        for round in range(300):
+            write_json(Path(sys.argv[1]), {"text": "x" * (200_000 * (round % 2))})
+        """,
+        path,
+    )
+    seen = set()
+    while process.poll() is None:
+        seen.add(len(json.loads(path.read_text())["text"]))
+    process.communicate()
+    assert process.returncode == 0
+    assert seen == {0, 200_000}
+    assert names(tmp_path) == ["a.json"]
+
+
+def test_threads_that_write_the_same_file_do_not_disturb_each_other(tmp_path):
+    contents = [bytes([number]) * 100_000 for number in range(64)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda content: write_bytes(tmp_path / "a", content), contents))
+    assert (tmp_path / "a").read_bytes() in contents
+    assert names(tmp_path) == ["a"]
+
+
+# --- a full disk ---
+
+
+def write_large_json(path):
+    write_json(path, {"text": "x" * 300_000})
+
+
+def write_large_model(path):
+    from edgecl.nets.backbone import create_backbone
+    from edgecl.nets.carving import write_model
+
+    write_model(
+        path,
+        create_backbone("mobilenetv3_small_100", width=0.5),
+        arch="mobilenetv3_small_100",
+        width=0.5,
+        stem_stride=None,
+        classes=None,
+        preprocessing={},
+        origin="random",
+        made_from=None,
+        data=None,
+    )
+
+
+WRITERS = [write_large_json, write_large_model]
+
+
+def assert_says_no_room(error, directory):
+    assert str(error).splitlines() == [
+        "no room on the disk to write 'out'",
+        f"  directory: {directory}",
+        "  hint:      free some space and run the command again; nothing partial was left",
+    ]
+    assert names(directory) == []
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_limit_on_file_size_reads_like_a_full_disk_and_leaves_nothing(tmp_path, write):
+    with largest_file(50_000), pytest.raises(ArtifactError) as caught:
+        write(tmp_path / "out")
+    assert_says_no_room(caught.value, tmp_path)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    with disk_of(64, tmp_path / "small") as place:
+        yield place
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_full_disk_leaves_nothing(small_disk, write):
+    with pytest.raises(ArtifactError) as caught:
+        write(small_disk / "out")
+    assert_says_no_room(caught.value, small_disk)
+
+
+def test_full_disk_leaves_the_earlier_file(tmp_path):
+    write_json(tmp_path / "out", {"value": 1})
+    with largest_file(50_000), pytest.raises(ArtifactError, match="no room on the disk"):
+        write_large_json(tmp_path / "out")
+    assert names(tmp_path) == ["out"]
+    assert json.loads((tmp_path / "out").read_text()) == {"value": 1}
+
+
+def test_export_onto_a_full_disk_leaves_no_bundle(tmp_path, carved_model):
+    from edgecl.deploy.export import export
+
+    with (
+        largest_file(200_000),
+        pytest.raises(ArtifactError, match="no room on the disk to write 'bundle'"),
+    ):
+        export(carved_model, target="ort-cpu", out=tmp_path / "bundle")
+    assert names(tmp_path) == []
+
+
+# --- records ---
+
+
+def test_record_begins_with_schema_kind_maker_and_origin():
+    header = record_header("model", made_from="abc")
+    assert list(header) == ["schema", "kind", "made_by", "made_from", "command"]
+    assert header["schema"] == SCHEMA
+    assert header["made_by"].startswith("edgecl ")
+
+
+def test_command_is_written_as_one_would_type_it(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/edgecl", "carve", "my run", "--out", "x"])
+    assert command_line() == "edgecl carve 'my run' --out x"
+
+
+def test_newer_schema_is_refused_naming_both(tmp_path):
+    make(tmp_path / "m", ModelDir, schema=SCHEMA + 6)
+    with pytest.raises(ArtifactError) as caught:
+        ModelDir(tmp_path / "m").read()
+    assert caught.value.problem == f"'model.json' has schema {SCHEMA + 6}, this edgecl reads up to {SCHEMA}"
+    assert caught.value.hint == "upgrade edgecl"
+    assert caught.value.where["made by"].startswith("edgecl ")
+
+
+def test_schema_that_is_no_number_is_refused(tmp_path):
+    make(tmp_path / "m", ModelDir, schema="two")
+    with pytest.raises(ArtifactError, match=r"'model\.json' has the schema 'two', not a number"):
+        ModelDir(tmp_path / "m").read()
+
+
+def test_directory_of_another_kind_is_named_as_what_it_is(tmp_path):
+    make(tmp_path / "run", RunDir)
+    with pytest.raises(ArtifactError) as caught:
+        ModelDir(tmp_path / "run").read()
+    assert caught.value.problem == f"'{tmp_path / 'run'}' is not a model directory but a run directory"
+    assert caught.value.hint == "`edgecl carve` and `edgecl finetune` write model directories"
+
+
+def test_directory_without_a_record_says_what_is_missing(tmp_path):
+    with pytest.raises(ArtifactError, match=r"is not a run directory: it has no run\.json"):
+        RunDir(tmp_path).read()
+
+
+def test_directory_that_is_not_there_says_so(tmp_path):
+    with pytest.raises(ArtifactError, match=r"'.*nowhere' is not a bundle directory"):
+        Bundle(tmp_path / "nowhere").read()
+
+
+def test_record_of_another_kind_under_the_right_name_is_refused(tmp_path):
+    write_json(tmp_path / "model.json", record_header("bundle", made_from=None))
+    with pytest.raises(ArtifactError, match=r"'model\.json' is not the record of a model"):
+        ModelDir(tmp_path).read()
+
+
+@pytest.mark.parametrize("content", [b'{"schema": 1, "ki', b"", b"\xff\xfe\x00"])
+def test_torn_record_is_named(tmp_path, content):
+    (tmp_path / "model.json").write_bytes(content)
+    with pytest.raises(ArtifactError, match=r"'model\.json' is not valid JSON") as caught:
+        ModelDir(tmp_path).read()
+    assert caught.value.where == {"file": tmp_path / "model.json"}
+    assert caught.value.hint == "restore it from a copy, or make its directory anew in another --out"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kind_of_a_directory_is_what_its_record_says(tmp_path, kind):
+    assert kind_of(make(tmp_path / "out", kind)) == kind.KIND
+
+
+def test_other_directories_are_of_no_kind(tmp_path):
+    assert kind_of(tmp_path) is None
+    assert kind_of(tmp_path / "nowhere") is None
+
+
+def test_record_of_any_kind_can_be_read_by_name(tmp_path):
+    make(tmp_path / "p", PipelineDir, mark=1)
+    assert read_record(PipelineDir(tmp_path / "p").record_file, kind="pipeline")["mark"] == 1
+
+
+def test_every_record_name_belongs_to_one_kind():
+    assert len({kind.RECORD for kind in KINDS}) == len(KINDS) == 5
+    assert ReportDir in KINDS
+
+
+# --- weights ---
+
+
+def test_model_whose_weights_changed_is_refused_with_both_hashes(tmp_path, carved_model):
+    model = shutil.copytree(carved_model, tmp_path / "m")
+    flip(model / "weights.safetensors")
+    expected = json.loads((model / "model.json").read_text())["weights_sha256"][:12]
+    with pytest.raises(ArtifactError) as caught:
+        ModelDir(model).read()
+    assert caught.value.problem.startswith(
+        f"the weights do not match their hash: model.json says {expected}…, the file has "
+    )
+    assert caught.value.where == {"file": model / "weights.safetensors"}
+    assert caught.value.hint == "the file changed after it was written; carve or fine-tune it again"
+
+
+def test_model_without_its_weights_is_refused(tmp_path, carved_model):
+    model = shutil.copytree(carved_model, tmp_path / "m")
+    (model / "weights.safetensors").unlink()
+    with pytest.raises(ArtifactError, match="the model's weights are missing"):
+        ModelDir(model).read()
+
+
+def test_model_whose_description_changed_is_refused(tmp_path, carved_model):
+    model = shutil.copytree(carved_model, tmp_path / "m")
+    record = json.loads((model / "model.json").read_text())
+    record["preprocessing"]["mean"][0] += 0.1
+    (model / "model.json").write_text(json.dumps(record))
+    with pytest.raises(ArtifactError) as caught:
+        ModelDir(model).read()
+    assert caught.value.problem == "'model.json' does not match the hash of its own content"
+
+
+def test_name_too_long_for_the_disk_is_a_named_error(tmp_path):
+    with pytest.raises(ArtifactError):
+        refuse_existing(tmp_path / ("x" * 300), force=False, kind="model")

@@ -1,0 +1,405 @@
+"""The lock of a directory, between real processes: one holder at a time, and free as soon as it ends."""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+
+import pytest
+from disks import mounted
+
+from edgecl.errors import ArtifactError
+from edgecl.storage import lock
+
+REPOSITORY = Path(__file__).parents[2]
+HINT = "wait for it or end it, or choose another --out"
+
+
+@contextlib.contextmanager
+def process(code, *words):
+    """Run code in a process of its own, once it has printed a line; killed in the end."""
+    started = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code), *map(str, words)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=REPOSITORY,
+    )
+    try:
+        started.first_line = started.stdout.readline().strip()
+        yield started
+    finally:
+        started.kill()
+        started.wait()
+        started.stdin.close()
+        started.stdout.close()
+
+
+HOLDER = """
+    import sys
+    from pathlib import Path
+    from edgecl.storage.lock import hold
+    sys.argv[0] = "edgecl"
+    with hold(Path(sys.argv[1]), what="run directory"):
+        print("held", flush=True)
+        sys.stdin.read()
+"""
+
+
+def refused(directory):
+    with pytest.raises(ArtifactError) as caught, lock.hold(directory, what="run directory"):
+        pass
+    return caught.value
+
+
+# --- one holder ---
+
+
+def test_a_directory_in_use_names_its_holder(tmp_path):
+    run = tmp_path / "a run"
+    with process(HOLDER, run) as holder:
+        error = refused(run)
+        since = json.loads((run / lock.NAME).read_text())["since"]
+    assert str(error).splitlines() == [
+        f"the run directory '{run}' is in use by process {holder.pid} on {platform.node()}",
+        f"  since:   {since}",
+        f"  command: edgecl '{run}'",
+        f"  hint:    {HINT}",
+    ]
+
+
+def test_a_refusal_leaves_the_holders_lock_as_it_is(tmp_path):
+    with process(HOLDER, tmp_path):
+        before = (tmp_path / lock.NAME).read_text()
+        refused(tmp_path)
+        refused(tmp_path)
+        assert (tmp_path / lock.NAME).read_text() == before
+
+
+def test_a_clean_end_frees_it_and_removes_the_file(tmp_path):
+    with process(HOLDER, tmp_path) as holder:
+        holder.stdin.close()
+        assert holder.wait() == 0
+        assert list(tmp_path.iterdir()) == []
+        with lock.hold(tmp_path, what="run directory"):
+            assert json.loads((tmp_path / lock.NAME).read_text())["pid"] == os.getpid()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit, ValueError])
+def test_an_exception_frees_it(tmp_path, kind):
+    with pytest.raises(kind), lock.hold(tmp_path, what="run directory"):
+        raise kind
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_holder_frees_it_at_once(tmp_path):
+    with process(HOLDER, tmp_path) as holder:
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+        left = json.loads((tmp_path / lock.NAME).read_text())
+        assert left["pid"] == holder.pid
+        with lock.hold(tmp_path, what="run directory"):
+            assert json.loads((tmp_path / lock.NAME).read_text())["pid"] == os.getpid()
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_process_left_half_written_goes(tmp_path):
+    with process("print(flush=True); import sys; sys.stdin.read()") as dead:
+        pass
+    for pid in (dead.pid, os.getpid(), os.getppid()):
+        (tmp_path / f".run.json.{pid}-{pid}.part").touch()
+    (tmp_path / "my.1-2.part").touch()
+    with lock.hold(tmp_path, what="run directory"):
+        found = {path.name for path in tmp_path.iterdir()}
+    assert found == {lock.NAME, f".run.json.{os.getppid()}-{os.getppid()}.part", "my.1-2.part"}
+
+
+def test_a_process_cannot_hold_twice(tmp_path):
+    with lock.hold(tmp_path, what="run directory"):
+        assert f"is in use by process {os.getpid()} on " in str(refused(tmp_path))
+        with lock.hold(tmp_path / "other", what="run directory"):
+            pass
+    with lock.hold(tmp_path, what="run directory"):
+        pass
+
+
+def test_a_directory_made_for_nothing_goes_again(tmp_path):
+    with lock.hold(tmp_path / "a" / "b", what="run directory"):
+        assert (tmp_path / "a" / "b" / lock.NAME).is_file()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_directories_made_for_a_lock_that_was_refused_go_again(tmp_path, monkeypatch):
+    def no_room(handle):
+        raise OSError(errno.ENOSPC, "")
+
+    monkeypatch.setattr(lock, "_sign", no_room)
+    assert "no space left" in refused(tmp_path / "a" / "b").problem
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_that_was_there_or_was_filled_stays(tmp_path):
+    (tmp_path / "there").mkdir()
+    for name in ("there", "filled"):
+        with lock.hold(tmp_path / name, what="run directory"):
+            if name == "filled":
+                (tmp_path / name / "run.json").touch()
+        assert (tmp_path / name).is_dir()
+    with lock.hold(tmp_path / "new" / "run", what="run directory"):
+        (tmp_path / "new" / "other").mkdir()
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["other"]
+
+
+def test_another_ones_lock_is_not_removed(tmp_path):
+    """Somebody removed the directory under a run, and another run has begun there."""
+    run = tmp_path / "run"
+    with lock.hold(run, what="run directory"):
+        shutil.rmtree(run)
+        run.mkdir()
+        (run / lock.NAME).write_text("another's")
+    assert (run / lock.NAME).read_text() == "another's"
+
+
+COMPETING = """
+    import os, sys
+    from pathlib import Path
+    from edgecl.errors import ArtifactError
+    from edgecl.storage.lock import hold
+
+    run, turns, children = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    inside = run.with_name("inside")
+
+    def compete():
+        for _ in range(turns):
+            while True:
+                try:
+                    with hold(run, what="run directory"):
+                        os.close(os.open(inside, os.O_CREAT | os.O_EXCL))  # fails beside a second holder
+                        os.sched_yield()
+                        inside.unlink()
+                    break
+                except ArtifactError as error:
+                    assert "is in use by" in error.problem, error
+                    os.sched_yield()
+
+    started = []
+    for _ in range(children):
+        child = os.fork()
+        if child == 0:
+            try:
+                compete()
+            except BaseException as problem:
+                print(repr(problem), flush=True)
+                os._exit(1)
+            os._exit(0)
+        started.append(child)
+    failed = sum(os.waitpid(child, 0)[1] != 0 for child in started)
+    print("failed", failed)
+"""
+
+
+def test_of_many_that_compete_never_two_hold_at_once(tmp_path):
+    words = [sys.executable, "-c", textwrap.dedent(COMPETING), str(tmp_path / "run"), "150", "6"]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.stdout == "failed 0\n", done.stdout + done.stderr
+    assert not (tmp_path / "inside").exists()
+    assert list((tmp_path / "run").glob("*")) == []
+
+
+def test_a_lock_on_a_file_that_was_removed_meanwhile_counts_for_nothing(tmp_path, monkeypatch):
+    """Between opening and locking the file, its holder goes, the file with it, and a third takes a new one."""
+    first, third = (lock.hold(tmp_path, what=what) for what in ("first", "third"))
+    first.__enter__()
+    open_file = lock._open
+
+    def open_slowly(file, what):
+        handle = open_file(file, what)
+        monkeypatch.undo()
+        first.__exit__(None, None, None)
+        third.__enter__()
+        return handle
+
+    monkeypatch.setattr(lock, "_open", open_slowly)
+    assert f"is in use by process {os.getpid()} on" in str(refused(tmp_path))
+    third.__exit__(None, None, None)
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- children ---
+
+PARENT = """
+    import multiprocessing, os, subprocess, sys, time
+    from pathlib import Path
+    from edgecl.storage.lock import hold
+
+    def live_on():
+        print(os.getpid(), flush=True)
+        time.sleep(600)
+
+    with hold(Path(sys.argv[1]), what="run directory"):
+        if sys.argv[2] == "subprocess":
+            subprocess.Popen(["sh", "-c", "echo $$; exec sleep 600"], close_fds=False)
+        elif sys.argv[2] == "fork":
+            if os.fork() == 0:
+                live_on()
+        else:
+            multiprocessing.get_context("fork").Process(target=live_on).start()
+        sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("way", ["subprocess", "fork", "multiprocessing"])
+def test_a_child_that_outlives_its_killed_parent_does_not_hold_on(tmp_path, way):
+    with process(PARENT, tmp_path, way) as parent:
+        child = int(parent.first_line)
+        try:
+            refused(tmp_path)
+            parent.kill()
+            parent.wait()
+            os.kill(child, 0)  # alive
+            with lock.hold(tmp_path, what="run directory"):
+                pass
+        finally:
+            os.kill(child, signal.SIGKILL)
+
+
+LEAVING_CHILD = """
+    import os, sys
+    from pathlib import Path
+    from edgecl.storage.lock import hold
+    held = hold(Path(sys.argv[1]), what="run directory")
+    held.__enter__()
+    child = os.fork()
+    if child == 0:
+        held.__exit__(None, None, None)
+        os._exit(0)
+    os.waitpid(child, 0)
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_forked_child_that_leaves_does_not_free_its_parents(tmp_path):
+    with process(LEAVING_CHILD, tmp_path) as parent:
+        assert f"is in use by process {parent.pid} on" in str(refused(tmp_path))
+
+
+# --- odd places ---
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '"pid"', '{"pid": 3}', "\x00\xff", "[" * 50_000])
+def test_a_holder_that_cannot_be_read_is_another_process(tmp_path, monkeypatch, content):
+    monkeypatch.setattr(lock, "_TRIES", 2)
+    (tmp_path / lock.NAME).write_text(content, encoding="latin-1")
+    with (tmp_path / lock.NAME).open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert str(refused(tmp_path)).splitlines() == [
+            f"the run directory '{tmp_path}' is in use by another process",
+            f"  hint: {HINT}",
+        ]
+    with lock.hold(tmp_path, what="run directory"):
+        assert json.loads((tmp_path / lock.NAME).read_text())["pid"] == os.getpid()
+
+
+def test_a_holder_just_about_to_sign_is_waited_for(tmp_path):
+    (tmp_path / lock.NAME).touch()
+    with (tmp_path / lock.NAME).open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+
+        def sign():
+            file.write('{"pid": 12, "host": "far"}')
+            file.flush()
+
+        threading.Timer(0.1, sign).start()
+        assert refused(tmp_path).problem == f"the run directory '{tmp_path}' is in use by process 12 on far"
+
+
+def test_no_directory_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    assert str(refused(tmp_path / "file" / "run")) == (
+        f"cannot write the run directory '{tmp_path}/file/run': not a directory"
+    )
+    assert str(refused(tmp_path / "file")) == f"cannot write the run directory '{tmp_path}/file': file exists"
+
+
+def test_a_lock_that_is_a_link_or_a_directory_is_not_followed(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / lock.NAME).symlink_to(tmp_path / "precious")
+    (tmp_path / "precious").write_text("content")
+    assert str(refused(tmp_path / "run")) == (
+        f"cannot write the run directory '{tmp_path}/run': {os.strerror(errno.ELOOP).lower()}"
+    )
+    assert (tmp_path / "precious").read_text() == "content"
+    (tmp_path / "run" / lock.NAME).unlink()
+    (tmp_path / "run" / lock.NAME).mkdir()
+    assert (
+        str(refused(tmp_path / "run")) == f"cannot write the run directory '{tmp_path}/run': is a directory"
+    )
+
+
+def test_a_file_system_that_is_read_only_is_named(tmp_path):
+    with mounted(tmp_path / "disk", "ro") as disk:
+        assert str(refused(disk)) == f"cannot write the run directory '{disk}': read-only file system"
+        assert (
+            str(refused(disk / "run"))
+            == f"cannot write the run directory '{disk}/run': read-only file system"
+        )
+
+
+def test_a_directory_without_permission_is_named(tmp_path):
+    tmp_path.chmod(0o555)
+    try:
+        if os.access(tmp_path, os.W_OK):
+            pytest.skip("this user may write everywhere")
+        assert str(refused(tmp_path)) == f"cannot write the run directory '{tmp_path}': permission denied"
+    finally:
+        tmp_path.chmod(0o755)
+
+
+def test_a_full_disk_is_named(tmp_path):
+    with mounted(tmp_path / "disk", "size=4k") as disk:
+        (disk / "ballast").write_bytes(bytes(4096))
+        assert str(refused(disk)) == f"cannot write the run directory '{disk}': no space left on device"
+        assert [path.name for path in disk.iterdir()] == ["ballast"]
+
+
+def test_a_directory_that_vanishes_again_and_again_is_no_endless_wait(tmp_path, monkeypatch):
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    here.rmdir()
+    assert str(refused(Path())) == "cannot write the run directory '.': no such file or directory"
+
+
+def test_a_file_system_whose_files_change_their_numbers_is_spoken_of_and_used(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(lock, "_is_named", lambda handle, file: False)
+    with lock.hold(tmp_path, what="run directory"):
+        pass
+    assert capsys.readouterr().err == (
+        f"edgecl: the file system of '{tmp_path}' has no locks (files do not keep their numbers): "
+        "nothing keeps a second run out of it\n"
+    )
+
+
+def test_a_file_system_without_locks_is_spoken_of_and_used(tmp_path, monkeypatch, capsys):
+    def flock(handle, operation):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with lock.hold(tmp_path, what="run directory"):
+        (tmp_path / "run.json").touch()
+    assert capsys.readouterr().err == (
+        f"edgecl: the file system of '{tmp_path}' has no locks (No locks available): "
+        "nothing keeps a second run out of it\n"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
