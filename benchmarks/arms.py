@@ -28,13 +28,13 @@ from campaign import Run, paired, read_results, spread, state_of, table
 from pydantic import Field
 
 from edgecl.config.recipe import Recipe
-from edgecl.config.settings import Settings, parse_toml, validate
+from edgecl.config.settings import Config, parse_toml, validate
 from edgecl.errors import EdgeclError, RecipeError
 
 METRICS = ("knn_top1", "linear_top1", "few")
 
 
-class Arm(Settings):
+class Arm(Config):
     """One method: what it changes in the recipe."""
 
     set: tuple[str, ...] = ()
@@ -42,10 +42,10 @@ class Arm(Settings):
     match_flops: tuple[str, ...] = ()
     """Arms whose training FLOPs this one gets too, in runs of their own."""
     untrained: bool = False
-    """The net as it is initialised."""
+    """The net as it is initialized."""
 
 
-class Anchor(Settings):
+class Anchor(Config):
     """A published row to stand beside ours."""
 
     name: str
@@ -53,15 +53,15 @@ class Anchor(Settings):
     knn: str
 
 
-class Comparison(Settings):
+class Comparison(Config):
     """Each of some arms with each of others."""
 
     these: tuple[str, ...]
     others: tuple[str, ...]
 
 
-class Campaign(Settings):
-    """What is trained and how it is judged."""
+class Campaign(Config):
+    """What is trained and how it is evaluated."""
 
     recipe: str
     """A packaged recipe, or a TOML file beside this one."""
@@ -70,9 +70,9 @@ class Campaign(Settings):
     epochs: int = Field(gt=0)
     seeds: int = Field(gt=0)
     hold_out: int | None = Field(None, gt=0)
-    """So many images of --data are not trained on but judged on, an even share of each class."""
-    judge_on: str | None = None
-    """A data URI to judge on instead."""
+    """So many images of --data are not trained on but evaluated on, an even share of each class."""
+    evaluate_on: str | None = None
+    """A data URI to evaluate on instead."""
     labels_per_class: int = Field(10, gt=0)
     draws: int = Field(5, gt=1)
     learn_from: int | None = Field(None, gt=0)
@@ -120,8 +120,8 @@ def read_campaign(file: Path) -> Campaign:
     named = {name for one in given.compare for name in (*one.these, *one.others)}
     if unknown := sorted(named - given.arms.keys()):
         raise RecipeError(f"there is no arm '{unknown[0]}' to compare", where={"file": file})
-    if (given.hold_out is None) == (given.judge_on is None):
-        raise RecipeError("a campaign has either 'hold_out' or 'judge_on'", where={"file": file})
+    if (given.hold_out is None) == (given.evaluate_on is None):
+        raise RecipeError("a campaign has either 'hold_out' or 'evaluate_on'", where={"file": file})
     return given
 
 
@@ -195,8 +195,8 @@ def print_tables(given: Campaign, rows: list[Row], directory: Path) -> dict:
     if differences:
         print("\nDifferences in points, paired over seeds [95 %]:\n")
         print(table(["difference", "at equal", "seeds", "kNN", "linear", few], differences))
-    finished, judged = print_unfinished(rows, found, directory)
-    return {"finished": finished, "runs": judged, "differences": differences}
+    finished, evaluated = print_unfinished(rows, found, directory)
+    return {"finished": finished, "runs": evaluated, "differences": differences}
 
 
 def cells_of(row: Row, lines: list[dict]) -> list[str]:
@@ -277,7 +277,7 @@ def main() -> None:
     options.add_argument("--out", type=Path, required=True, help="the campaign's directory")
     options.add_argument("--test", help="data URI of the test images, for --on-test")
     options.add_argument(
-        "--on-test", action="store_true", help="judge on the test images, once all is chosen"
+        "--on-test", action="store_true", help="evaluate on the test images, once all is chosen"
     )
     options.add_argument("--core", type=int, help="stay on this core, with low priority")
     options.add_argument("--threads", type=int, default=1, help="of each run")
@@ -299,21 +299,23 @@ def run_campaign(given: argparse.Namespace) -> int:
     """Do what the command line says; return what to exit with."""
     listed = read_campaign(given.campaign)
     given.out.mkdir(parents=True, exist_ok=True)
-    data, judge_on = given.data, listed.judge_on
+    data, evaluate_on = given.data, listed.evaluate_on
     if listed.hold_out:
-        data, judge_on = campaign.hold_out(given.out, data, listed.hold_out)
+        data, evaluate_on = campaign.hold_out(given.out, data, listed.hold_out)
     split = "test" if given.on_test else "validation"
     rows = plan(
         listed,
         data=data,
-        judge_on=given.test if given.on_test else judge_on,
+        evaluate_on=given.test if given.on_test else evaluate_on,
         split=split,
         device=given.device,
         threads=given.threads,
     )
     status = 0 if given.table else campaign.work(in_turn(rows), given.out)
     counted = print_tables(listed, rows, given.out)
-    print(json.dumps({"benchmark": "arms", "campaign": given.campaign.stem, "judged_on": split, **counted}))
+    print(
+        json.dumps({"benchmark": "arms", "campaign": given.campaign.stem, "evaluated_on": split, **counted})
+    )
     return status
 
 

@@ -42,7 +42,7 @@ from edgecl.storage.lock import hold
 FINISHED, IN_USE, STOPPED = 0, 75, 76
 
 DEMO_VALIDATION = "demo:validation"
-"""What to judge on: 1,000 pictures of the demo's generator that are neither its training nor its test pictures."""
+"""What to evaluate on: 1,000 pictures of the demo's generator that are neither its training nor its test pictures."""
 DEMO_VALIDATION_IMAGES = 1000
 
 RANKME_IMAGES = 2048
@@ -64,22 +64,22 @@ PLAYED = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")
 
 @dataclass(frozen=True)
 class Run:
-    """One net to be trained and judged.
+    """One net to be trained and evaluated.
 
     Attributes:
         name: what is shown, and the beginning of its directory's name.
         recipe: a packaged recipe's name, or a TOML file.
         assignments: changes to it, as `--set` takes them.
         seed: of the run.
-        data: URI of the images to train on; their labels are used to judge only.
-        judge_on: URI of held-out images, or DEMO_VALIDATION.
+        data: URI of the images to train on; their labels are used to evaluate only.
+        evaluate_on: URI of held-out images, or DEMO_VALIDATION.
         split: "validation" for choices, "test" for the report.
         labels_per_class: of the few-label probe.
         draws: how often these are drawn.
         learn_from: labelled images that a probe learns from, an even share of each class; None means all.
         threads: of its process.
         device: as for `edgecl pretrain`.
-        untrained: judge the net as it is initialised.
+        untrained: evaluator the net as it is initialized.
         machine: set where a result belongs to one kind of processor.
     """
 
@@ -88,7 +88,7 @@ class Run:
     assignments: tuple[str, ...]
     seed: int
     data: str
-    judge_on: str
+    evaluate_on: str
     split: str = "validation"
     labels_per_class: int = 10
     draws: int = 5
@@ -119,9 +119,9 @@ class Run:
 
     @property
     def identity(self) -> str:
-        """What a line of results.jsonl is found by: the run and how it was judged."""
-        judged = [self.split, self.labels_per_class, self.draws, self.learn_from]
-        return f"{self.key.rpartition('-')[2]} {' '.join(map(str, judged))}"
+        """What a line of results.jsonl is found by: the run and how it was evaluated."""
+        evaluated = [self.split, self.labels_per_class, self.draws, self.learn_from]
+        return f"{self.key.rpartition('-')[2]} {' '.join(map(str, evaluated))}"
 
 
 # --- the directory ---
@@ -293,7 +293,7 @@ def brief(result: dict) -> str:
 
 
 def finish(run: Run, place: Path) -> dict:
-    """Train what is left to train, carve, judge; return the line for results.jsonl."""
+    """Train what is left to train, carve, evaluate; return the line for results.jsonl."""
     import torch
 
     from edgecl.nets.carving import carve, preprocessing_of
@@ -310,7 +310,7 @@ def finish(run: Run, place: Path) -> dict:
         "epochs": recipe.run.epochs,
         **conditions(run),
     }
-    check_judged(run, recipe)
+    check_evaluated(run, recipe)
     trained: dict = {}
     if not run.untrained:
         try:
@@ -323,10 +323,10 @@ def finish(run: Run, place: Path) -> dict:
             torch.set_num_threads(1)
         carve(place / "pretrain", out=place / "slim", force=True)
     preprocessing = preprocessing_of(recipe)
-    labelled = read_judged(run, recipe, preprocessing)
+    labelled = read_evaluated(run, recipe, preprocessing)
     if run.untrained:
         write_untrained(run, recipe, labelled, preprocessing, out=place / "slim")
-    return {**what, **trained, **judge(run, labelled, place / "slim")}
+    return {**what, **trained, **evaluator(run, labelled, place / "slim")}
 
 
 def train(run: Run, recipe: Recipe, out: Path) -> dict:
@@ -360,24 +360,24 @@ def limit_of(run: Run, recipe: Recipe) -> int | None:
     return min((limit for limit in (recipe.data.limit, run.learn_from) if limit), default=None)
 
 
-def check_judged(run: Run, recipe: Recipe) -> None:
-    """Refuse what could not be judged, before hours are spent on it."""
+def check_evaluated(run: Run, recipe: Recipe) -> None:
+    """Refuse what could not be evaluated, before hours are spent on it."""
     from edgecl.evaluate.labelled import check_labelled
 
-    test = None if run.judge_on == DEMO_VALIDATION else run.judge_on
+    test = None if run.evaluate_on == DEMO_VALIDATION else run.evaluate_on
     check_labelled(run.data, test=test, per_class=run.labels_per_class, limit=limit_of(run, recipe))
 
 
-def read_judged(run: Run, recipe: Recipe, preprocessing: dict):
-    """Read the run's images with their labels, and those to judge on."""
+def read_evaluated(run: Run, recipe: Recipe, preprocessing: dict):
+    """Read the run's images with their labels, and those to evaluate on."""
     import torch
 
     from edgecl.data import demo_images
     from edgecl.evaluate.labelled import Part, read_labelled
 
     limit = limit_of(run, recipe)
-    if run.judge_on != DEMO_VALIDATION:
-        return read_labelled(run.data, test=run.judge_on, preprocessing=preprocessing, limit=limit)
+    if run.evaluate_on != DEMO_VALIDATION:
+        return read_labelled(run.data, test=run.evaluate_on, preprocessing=preprocessing, limit=limit)
     labelled = read_labelled("demo", test=None, preprocessing=preprocessing, limit=limit)
     pictures, labels = demo_images.render("validation", DEMO_VALIDATION_IMAGES, size=demo_images.SIZE)
     held_out = Part(torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels))
@@ -385,7 +385,7 @@ def read_judged(run: Run, recipe: Recipe, preprocessing: dict):
 
 
 def write_untrained(run: Run, recipe: Recipe, labelled, preprocessing: dict, *, out: Path) -> None:
-    """Write the net as it is initialised, its norms set as a carved net's are."""
+    """Write the net as it is initialized, its norms set as a carved net's are."""
     from edgecl.evaluate.comparison import write_random
 
     record = {
@@ -399,11 +399,11 @@ def write_untrained(run: Run, recipe: Recipe, labelled, preprocessing: dict, *, 
     write_random(out, record, labelled, seed=run.seed, force=True)
 
 
-def judge(run: Run, labelled, slim: Path) -> dict:
-    """Judge the carved net's features: kNN, a linear probe, a probe on few labels, RankMe."""
+def evaluator(run: Run, labelled, slim: Path) -> dict:
+    """Evaluate the carved net's features: kNN, a linear probe, a probe on few labels, RankMe."""
     import torch
 
-    from edgecl.data.loading import normalise
+    from edgecl.data.loading import normalize
     from edgecl.evaluate.probe import load_feature_net, probe_net
     from edgecl.metrics.collapse import extract_features, rank_me
 
@@ -420,7 +420,7 @@ def judge(run: Run, labelled, slim: Path) -> dict:
     images = labelled.train.images
     spread = images[:: max(1, len(images) // RANKME_IMAGES)][:RANKME_IMAGES]
     features = extract_features(
-        net, spread, normalise=lambda part: normalise(part, preprocessing["mean"], preprocessing["std"])
+        net, spread, normalize=lambda part: normalize(part, preprocessing["mean"], preprocessing["std"])
     )
     return {
         "knn_top1": found["knn_top1"],
@@ -430,7 +430,7 @@ def judge(run: Run, labelled, slim: Path) -> dict:
         "rankme": rank_me(features),
         "features": features.shape[1],
         "n_train": found["n_train"],
-        "n_judged": found["n_test"],
+        "n_evaluated": found["n_test"],
     }
 
 

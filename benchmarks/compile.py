@@ -62,7 +62,7 @@ def main() -> None:
             folder = (given.keep or Path(scratch)) / arch
             folder.mkdir(parents=True, exist_ok=True)
             print(f"{arch}: exporting", file=sys.stderr, flush=True)
-            write_forms(arch, folder)
+            write_variants(arch, folder)
             print(f"{arch}: measuring", file=sys.stderr, flush=True)
             results[arch] = {"latency": measure(folder, rounds=given.rounds, core=given.core)}
             if importlib.util.find_spec("tensorrt_rtx") and not given.no_engines:
@@ -88,7 +88,7 @@ def main() -> None:
     )
 
 
-def write_forms(arch: str, folder: Path) -> None:
+def write_variants(arch: str, folder: Path) -> None:
     """Write timm's ONNX and all of edgecl's forms of one net."""
     import numpy as np
     import torch
@@ -99,7 +99,7 @@ def write_forms(arch: str, folder: Path) -> None:
     from edgecl.deploy.fp16 import half
     from edgecl.deploy.graph import portable
     from edgecl.deploy.onnx import onnx_from_net, save_onnx
-    from edgecl.deploy.quantize import quantise
+    from edgecl.deploy.quantize import quantize
     from edgecl.nets.backbone import create_backbone, is_norm
 
     torch.manual_seed(0)
@@ -120,14 +120,14 @@ def write_forms(arch: str, folder: Path) -> None:
     ranges = calibrate(fp32, images, method="minmax")
     forms = {
         FP32: fp32,
-        "int8-cpu": quantise(fp32, form="int8-cpu", ranges=ranges),
-        "int8-trt": quantise(plain, form="int8-trt", ranges=calibrate(plain, images, method="minmax")),
+        "int8-cpu": quantize(fp32, form="int8-cpu", ranges=ranges),
+        "int8-trt": quantize(plain, form="int8-trt", ranges=calibrate(plain, images, method="minmax")),
         "rtx-fp32": typed,
         "rtx-fp16": half(typed, images=images[:4])[0],
     }
     ranges = calibrate(typed, images, method="minmax")
     for form in ("int8-trt", "int8-trt-fp16"):
-        forms[f"rtx-{form}"] = quantise(typed, form=form, ranges=ranges)
+        forms[f"rtx-{form}"] = quantize(typed, form=form, ranges=ranges)
     for name, model in forms.items():
         save_onnx(model, folder / f"{name}.onnx")
 
@@ -358,11 +358,11 @@ def print_tables(results: dict[str, dict], conditions: dict) -> None:
         )
     print()
     for arch in nets:
-        for words, ok in judge(arch, results[arch]):
+        for words, ok in evaluator(arch, results[arch]):
             print(f"{'reached' if ok else 'MISSED '} {arch}: {words}")
 
 
-def judge(arch: str, result: dict) -> list[tuple[str, bool]]:
+def evaluator(arch: str, result: dict) -> list[tuple[str, bool]]:
     """Hold a net's numbers to the goals."""
     lines = []
     latency = result["latency"]

@@ -16,9 +16,9 @@ A ratio is the median over rounds of the ratios within a round. (With --device c
 | torchvision, PIL blur| the same with Pillow's blur (three box blurs) in place of torchvision's exact one          |
 | lightly              | lightly's BYOL transform, where lightly is installed; it blurs with Pillow too             |
 
-All make the same operators with the same probabilities and ranges, those of edgecl's recipes (BYOL's): crop, flip, colour
-jitter, grey, blur (always in view A, one time in ten in view B), solarise (view B), normalise; and all end in two
-float32 batches. Pictures are drawn: shapes over smooth colours, with the noise of a sensor. They are in the page cache.
+All make the same operators with the same probabilities and ranges, those of edgecl's recipes (BYOL's): crop, flip, color
+jitter, grayscale, blur (always in view A, one time in ten in view B), solarize (view B), normalize; and all end in two
+float32 batches. Pictures are drawn: shapes over smooth colors, with the noise of a sensor. They are in the page cache.
 """
 
 from __future__ import annotations
@@ -115,8 +115,8 @@ def write_photos(folder: Path, count: int, width: int, height: int) -> int:
             right, bottom = (
                 start + int(random.integers(10, side // 2)) for start, side in ((left, width), (top, height))
             )
-            colour = tuple(random.integers(0, 256, 3).tolist())
-            (pen.ellipse if shape % 2 else pen.rectangle)([left, top, right, bottom], fill=colour)
+            color = tuple(random.integers(0, 256, 3).tolist())
+            (pen.ellipse if shape % 2 else pen.rectangle)([left, top, right, bottom], fill=color)
         noisy = np.asarray(picture) + random.normal(0, 8, (height, width, 1))
         Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(folder / f"{number:05}.jpg", quality=90)
     return sum(path.stat().st_size for path in folder.iterdir()) // count
@@ -180,7 +180,7 @@ def torchvision_transforms(views: Views, *, pil_blur: bool) -> tuple[v2.Compose,
                 v2.RandomResizedCrop(SIDE, scale=views.crop_scale, ratio=views.crop_ratio),
                 v2.RandomHorizontalFlip(views.flip),
                 v2.RandomApply([jitter], p=views.jitter),
-                v2.RandomGrayscale(views.grey),
+                v2.RandomGrayscale(views.grayscale),
                 v2.RandomApply([blur], p=views.blur[number]),
                 v2.RandomSolarize(128, views.solarize[number]),
                 v2.PILToTensor(),
@@ -196,8 +196,8 @@ def lightly_transforms(views: Views) -> tuple[Callable, Callable] | None:
     """Build lightly's BYOL transforms; None without lightly."""
     try:
         from lightly.transforms.byol_transform import BYOLView1Transform, BYOLView2Transform
-    except ImportError as complaint:
-        print(f"lightly is left out: {complaint}", file=sys.stderr)
+    except ImportError as exc:
+        print(f"lightly is left out: {exc}", file=sys.stderr)
         return None
     common = {
         "input_size": SIDE,
@@ -208,7 +208,7 @@ def lightly_transforms(views: Views) -> tuple[Callable, Callable] | None:
         "cj_sat": views.saturation,
         "cj_hue": views.hue,
         "min_scale": views.crop_scale[0],
-        "random_gray_scale": views.grey,
+        "random_gray_scale": views.grayscale,
         "sigmas": views.blur_sigma,
         "hf_prob": views.flip,
         "normalize": {"mean": MEAN, "std": STD},

@@ -2,8 +2,8 @@
 
     python benchmarks/precisions.py MODEL_DIR... --data TRAIN --test TEST --out DIR --qat-epochs 1
 
-Every classifier is exported in fp32, fp16 and INT8 (quantised after training), then trained for INT8 and exported
-again. Accuracy is counted on TEST by the exported files; half of it is what the verdict searches on. Latency is that
+Every classifier is exported in fp32, fp16 and INT8 (quantized after training), then trained for INT8 and exported
+again. Accuracy is counted on TEST by the exported files; half of it is what the decision searches on. Latency is that
 of batch 1 on one thread, the precisions of one bundle in alternating blocks of one session. What is already in DIR is
 not made again.
 """
@@ -54,8 +54,8 @@ def main() -> None:
             f"{row['arch']:<24} {row['trained']:<8} {row['precision']:<9} {row['top1']:>6.2f} [{low:.2f}, {high:.2f}]"
             f" {row['p50_ms']:>8.3f} {row['times_fp32']:>7.2f} {row['mb']:>6.2f}"
         )
-        if row["verdict"]:
-            print(f"    verdict: {row['verdict']}")
+        if row["decision"]:
+            print(f"    decision: {row['decision']}")
     print(json.dumps(rows))
 
 
@@ -90,13 +90,13 @@ def measure(model: Path, training: str, given: argparse.Namespace) -> list[dict]
                 "p50_ms": p50[name],
                 "times_fp32": ratios.get(name, 1.0),
                 "mb": manifest["size_bytes"][about["model"]] / 1e6,
-                "verdict": about["verdict"]["words"] if about["verdict"] else None,
+                "decision": about["decision"]["words"] if about["decision"] else None,
                 "runtime": record["runtime"],
                 "device": record["device"]["name"],
             }
         )
     for name, about in manifest.get("left_out", {}).items():
-        print(f"{manifest['net']['arch']} {training} {name} left out: {about['verdict']['words']}")
+        print(f"{manifest['net']['arch']} {training} {name} left out: {about['decision']['words']}")
     return rows
 
 

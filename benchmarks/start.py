@@ -9,7 +9,7 @@ chooses. So each has a process of its own with its threads set from the start, a
 another processor, or on one that plays an older one (ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2), all are run anew.
 It can be stopped at any time and goes on with the same command; two commands at once share the work.
 
-Nets are judged on 1,000 validation pictures of the demo's generator; its test pictures are not touched. "few" is a linear
+Nets are evaluated on 1,000 validation pictures of the demo's generator; its test pictures are not touched. "few" is a linear
 probe on 5 labels per class, mean of 5 draws. A run is on the plateau when its own record says so at its end.
 """
 
@@ -38,7 +38,7 @@ def runs_of(given: argparse.Namespace) -> list[Run]:
             tuple(given.set),
             seed,
             data="demo",
-            judge_on=campaign.DEMO_VALIDATION,
+            evaluate_on=campaign.DEMO_VALIDATION,
             labels_per_class=5,
             draws=5,
             threads=threads,
@@ -71,7 +71,7 @@ def print_table(runs: list[Run], directory: Path) -> dict:
     summaries = {}
     for threads, group in {**groups, "all": [line for _, line in sound]}.items():
         if group:
-            summaries[threads] = summarise(group)
+            summaries[threads] = summarize(group)
             body += [summary_row(threads, which, summaries[threads]) for which in ("worst", "median")]
     print("\n" + table(head, body))
     for run, line in lines:
@@ -104,7 +104,7 @@ def row_of(threads: str, seed: str, line: dict) -> list[str]:
     ]
 
 
-def summarise(lines: list[dict]) -> dict:
+def summarize(lines: list[dict]) -> dict:
     """Return the worst and the median of each number, each by itself, and how many are on the plateau."""
     columns = {
         "knn_top1": [line["knn_top1"] for line in lines],

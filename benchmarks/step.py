@@ -11,13 +11,13 @@ rounds of the ratios within a round.
 
 | way          | what it is                                                                                            |
 | ------------ | ----------------------------------------------------------------------------------------------------- |
-| slices       | edgecl's own step (edgecl.train.step): passes, losses, backward, optimiser and all it watches         |
+| slices       | edgecl's own step (edgecl.train.step): passes, losses, backward, optimizer and all it watches         |
 | compiled     | the same with `run.compile`, when asked for                                                           |
 | masks        | the same step as the authors' public fork makes it: the slim net is the host times zeros and ones     |
-| plain nets   | the same step by two nets that share nothing: what passes, losses and optimiser cost without edgecl   |
+| plain nets   | the same step by two nets that share nothing: what passes, losses and optimizer cost without edgecl   |
 | four passes  | host(A) and slim(B) there and back, slim(A) and host(B) without gradient, one after the other         |
 | losses       | the three losses of given projections, there and back                                                 |
-| optimiser    | the optimiser's step for given gradients                                                              |
+| optimizer    | the optimizer's step for given gradients                                                              |
 | Barlow Twins | a whole step of the slim net alone                                                                    |
 
 Before anything is timed, slices, masks and plain nets must agree on the loss, and slices and masks on the gradient of
@@ -72,7 +72,7 @@ TOLERANCE = {
     "fp32": {"loss": 1e-3, "gradient": 1e-2, "next loss": 1e-2},
     "bf16": {"loss": 2e-2, "gradient": 0.3, "next loss": 5e-2},
 }
-UTILISATION_S = 10.0
+UTILIZATION_S = 10.0
 
 
 def main() -> None:
@@ -237,9 +237,9 @@ class Ways:
             for one in (net, self.masked, self.plain)
         }
         self.twins = copy.deepcopy(self.plain.slim)
-        self._masked_optimiser = self._optimiser(self.masked)
-        self._plain_optimiser = self._optimiser(self.plain.changed)
-        self._twins_optimiser = self._optimiser(self.twins)
+        self._masked_optimizer = self._optimizer(self.masked)
+        self._plain_optimizer = self._optimizer(self.plain.changed)
+        self._twins_optimizer = self._optimizer(self.twins)
         shape = (given.batch, 3, given.size, given.size)
         self.views = tuple(
             torch.randn(shape).to(self.device).contiguous(memory_format=layout) for _ in range(2)
@@ -249,7 +249,7 @@ class Ways:
         self._gradients = [torch.randn_like(parameter) for parameter in self.plain.changed.parameters()]
         self.number = 0
 
-    def _optimiser(self, net: nn.Module) -> torch.optim.Optimizer:
+    def _optimizer(self, net: nn.Module) -> torch.optim.Optimizer:
         return create_optimizer(net, self.recipe.optim, batch_size=self.recipe.data.batch_size)
 
     def _autocast(self) -> torch.autocast:
@@ -265,15 +265,15 @@ class Ways:
         return self.compiled(self.views, number=self.number).loss.detach()
 
     def masks(self) -> Tensor:
-        return self._whole(self.masked, self.masked, self._masked_optimiser)
+        return self._whole(self.masked, self.masked, self._masked_optimizer)
 
     def plain_nets(self) -> Tensor:
-        return self._whole(self.plain, self.plain, self._plain_optimiser)
+        return self._whole(self.plain, self.plain, self._plain_optimizer)
 
-    def _whole(self, net, module: nn.Module, optimiser: torch.optim.Optimizer) -> Tensor:
+    def _whole(self, net, module: nn.Module, optimizer: torch.optim.Optimizer) -> Tensor:
         loss = self.loss_of(net)
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         _forget(module)
         return loss.detach()
 
@@ -300,10 +300,10 @@ class Ways:
         given = Embeddings(learnt, {"slim_a": frozen_a, "host_b": frozen_b})
         self.step.method.loss(given, 0)[0].backward()
 
-    def optimiser(self) -> None:
+    def optimizer(self) -> None:
         for parameter, gradient in zip(self.plain.changed.parameters(), self._gradients, strict=True):
             parameter.grad = gradient
-        self._plain_optimiser.step()
+        self._plain_optimizer.step()
         _forget(self.plain)
 
     def barlow_twins(self) -> Tensor:
@@ -311,7 +311,7 @@ class Ways:
             z_a, z_b = (self.twins(view) for view in self.views)
         loss = self.recipe.method.scale * self.step.method.compare(z_a, z_b)
         loss.backward()
-        self._twins_optimiser.step()
+        self._twins_optimizer.step()
         _forget(self.twins)
         return loss.detach()
 
@@ -325,7 +325,7 @@ class Ways:
             "plain nets": self.plain_nets,
             "four passes": self.four_passes,
             "losses": self.losses,
-            "optimiser": self.optimiser,
+            "optimizer": self.optimizer,
             "Barlow Twins": self.barlow_twins,
         }
 
@@ -518,7 +518,7 @@ def flops_of_step(arch: str, given: argparse.Namespace) -> dict[str, float]:
 
 
 def on_gpu(ways: Ways, given: argparse.Namespace, flops: dict[str, float]) -> dict:
-    """Run the step for some seconds: images/s, utilisation by nvidia-smi, and the time that FLOPs alone would take."""
+    """Run the step for some seconds: images/s, utilization by nvidia-smi, and the time that FLOPs alone would take."""
     rate = matmul_rate(ways.device, given.precision)
     found = {"matmul_flops_per_s": rate, "floor_ms": 1e3 * flops["slices"] / rate}
     for name in ("slices", "compiled"):
@@ -531,7 +531,7 @@ def on_gpu(ways: Ways, given: argparse.Namespace, flops: dict[str, float]) -> di
             text=True,
         )
         steps, started = 0, time.perf_counter()
-        while time.perf_counter() - started < UTILISATION_S:
+        while time.perf_counter() - started < UTILIZATION_S:
             make()
             steps += 1
         torch.cuda.synchronize()
@@ -541,7 +541,7 @@ def on_gpu(ways: Ways, given: argparse.Namespace, flops: dict[str, float]) -> di
         found[name] = {
             "images_per_s": steps * given.batch / seconds,
             # The first samples are of the time before.
-            "utilisation_percent": statistics.median(samples[2:]) if len(samples) > 2 else None,
+            "utilization_percent": statistics.median(samples[2:]) if len(samples) > 2 else None,
             "floor_over_time": found["floor_ms"] * steps / seconds / 1e3,
         }
     return found
@@ -574,7 +574,7 @@ def describe(given: argparse.Namespace, load_before: float) -> dict:
         "precision": given.precision,
         "host_width": HOST_WIDTH,
         "slim_width": SLIM_WIDTH,
-        "optimiser": "lars",
+        "optimizer": "lars",
         "channels_last": True,
         "rounds": given.rounds,
         "keeps_freed_memory": given.device == "cpu" and not given.default_allocator,
@@ -625,26 +625,26 @@ def print_tables(results: dict[str, dict], conditions: dict) -> None:
     faults = (f"{result['times']['slices']['page_faults']:.0f}" for result in results.values())
     print("| page faults of slices | " + " | ".join(faults) + " |\n")
     for arch, result in results.items():
-        for words, ok in judge(result):
+        for words, ok in evaluator(result):
             print(f"{'reached' if ok else 'MISSED '} {arch}: {words}")
         gpu = result.get("gpu", {})
         for name in ("slices", "compiled"):
             if name in gpu:
                 print(
                     f"        {arch}, {name}: {gpu[name]['images_per_s']:.0f} images/s, GPU busy "
-                    f"{gpu[name]['utilisation_percent']} %, {100 * gpu[name]['floor_over_time']:.0f} % of the floor's rate "
+                    f"{gpu[name]['utilization_percent']} %, {100 * gpu[name]['floor_over_time']:.0f} % of the floor's rate "
                     f"({gpu['floor_ms']:.1f} ms per step at {gpu['matmul_flops_per_s'] / 1e12:.0f} TFLOP/s)"
                 )
 
 
-def judge(result: dict) -> list[tuple[str, bool]]:
+def evaluator(result: dict) -> list[tuple[str, bool]]:
     """Hold a net's numbers to the goals."""
     ratios = result["ratios"]
     faster, goal = ratios["masks"]["over_slices"], GOALS["masks over slices"]
     lines = [(f"masks take {faster:.2f} times the time of slices; goal: at least {goal:g}", faster >= goal)]
     for name, what in (
         ("plain nets", "the same step by plain nets"),
-        ("four passes", "its four bare passes, losses and optimiser included"),
+        ("four passes", "its four bare passes, losses and optimizer included"),
     ):
         overhead, goal = ratios[name]["engine_overhead"], GOALS["engine overhead"]
         lines.append(

@@ -50,7 +50,7 @@ def run(
     """Take a recipe from images to a measured bundle and a report.
 
     Args:
-        recipe: what to train and how to judge it.
+        recipe: what to train and how to evaluate it.
         recipe_name: for the records.
         out: the directory to write; each stage has a folder in it, and with several slim widths each net.
         data: a data URI in place of the recipe's.

@@ -26,19 +26,19 @@ from PIL import Image
 # A shell that starts pytest in the background has it ignore Ctrl-C, and the processes that tests start with it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-COLOURS = {"blue": (40, 60, 200), "green": (50, 180, 60), "red": (210, 40, 50)}
+COLORS = {"blue": (40, 60, 200), "green": (50, 180, 60), "red": (210, 40, 50)}
 
 # The startup benchmark trains with it too.
 TINY_RECIPE = Path(__file__).parents[1] / "benchmarks" / "tiny.toml"
 
 
-def write_folder(root: Path, *, per_class: int, side: int = 32, classes: dict[str, Any] = COLOURS) -> Path:
+def write_folder(root: Path, *, per_class: int, side: int = 32, classes: dict[str, Any] = COLORS) -> Path:
     """Write noisy pictures that even a random net can tell apart, in class folders."""
     random = np.random.default_rng(0)
-    for name, colour in classes.items():
+    for name, color in classes.items():
         (root / name).mkdir(parents=True, exist_ok=True)
         for index in range(per_class):
-            pixels = np.array(colour) + random.normal(0, 25, (side, side, 3))
+            pixels = np.array(color) + random.normal(0, 25, (side, side, 3))
             Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(root / name / f"{index:03}.png")
     return root
 
@@ -46,7 +46,7 @@ def write_folder(root: Path, *, per_class: int, side: int = 32, classes: dict[st
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of 60 pictures of 32 pixels in 3 class folders."""
-    return write_folder(tmp_path_factory.mktemp("data") / "colours", per_class=20)
+    return write_folder(tmp_path_factory.mktemp("data") / "colors", per_class=20)
 
 
 @pytest.fixture(scope="session")

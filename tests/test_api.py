@@ -156,7 +156,7 @@ def test_carve_writes_a_model_directory(tmp_path, trained_run):
     assert record["width"] == 0.5
 
 
-def test_probe_judges_a_model(model, image_folder):
+def test_probe_evaluates_a_model(model, image_folder):
     record = edgecl.probe(str(model), data=image_folder, labels_per_class=2)
     assert record == written(model / "probe.json")
     assert 0 <= record["knn_top1"] <= 100

@@ -113,7 +113,7 @@ def test_step_benchmark_prints_a_table_and_json():
     } <= set(found["conditions"])
     assert found["conditions"]["threads"] == 1
     result = found["results"][ARCH]
-    names = ["slices", "masks", "plain nets", "four passes", "losses", "optimiser", "Barlow Twins"]
+    names = ["slices", "masks", "plain nets", "four passes", "losses", "optimizer", "Barlow Twins"]
     assert list(result["times"]) == names
     assert all(result["times"][name]["ms"] > 0 for name in names)
     low, high = result["ratios"]["masks"]["range"]
@@ -141,11 +141,11 @@ def test_goals_are_set_apart_from_what_they_are_goals_of(step):
             "four passes": {"engine_overhead": 0.04},
         }
     }
-    assert step.judge(result) == [
+    assert step.evaluator(result) == [
         ("masks take 1.20 times the time of slices; goal: at least 1.3", False),
         ("the step takes 13.4 % more than the same step by plain nets; goal: at most 5 %", False),
         (
-            "the step takes 4.0 % more than its four bare passes, losses and optimiser included; goal: at most 5 %",
+            "the step takes 4.0 % more than its four bare passes, losses and optimizer included; goal: at most 5 %",
             True,
         ),
     ]

@@ -32,7 +32,7 @@ recipe = "{BENCHMARKS / "tiny.toml"}"
 set = ["data.limit=40", "run.checkpoint_steps=1", "run.log_every=1"]
 epochs = 4
 seeds = 1
-judge_on = "demo:validation"
+evaluate_on = "demo:validation"
 labels_per_class = 2
 draws = 2
 
@@ -139,13 +139,13 @@ def test_ctrl_c_ends_the_script_around_a_campaign_too(listed, tmp_path):
     assert "Unfinished, 2 of 2 runs" in said
 
 
-def test_a_run_that_is_finished_is_judged_on_test_images_without_being_trained_again(
+def test_a_run_that_is_finished_is_evaluated_on_test_images_without_being_trained_again(
     finished, listed, tmp_path, monkeypatch
 ):
     out, _ = finished
     given = arms.read_campaign(listed)
     (row,) = [
-        row for row in arms.plan(given, data="demo", judge_on="demo", split="test") if row.arm == "sacl-xd"
+        row for row in arms.plan(given, data="demo", evaluate_on="demo", split="test") if row.arm == "sacl-xd"
     ]
     monkeypatch.setattr("edgecl.train.pretrain.pretrain", None)
     line = campaign.finish(row.runs[0], out / "runs" / row.runs[0].key)
@@ -166,7 +166,7 @@ def test_test_images_are_not_looked_at_by_accident(listed, tmp_path, capsys, mon
 
 def test_a_run_that_collapses_is_a_result_and_not_tried_again(monkeypatch, tmp_path):
     run = campaign.Run(
-        "x", str(BENCHMARKS / "tiny.toml"), (), 0, data="demo", judge_on=campaign.DEMO_VALIDATION
+        "x", str(BENCHMARKS / "tiny.toml"), (), 0, data="demo", evaluate_on=campaign.DEMO_VALIDATION
     )
 
     def collapse(*given):
@@ -186,7 +186,7 @@ def test_labels_that_a_probe_would_lack_are_missed_before_training(monkeypatch, 
         ("data.limit=20",),
         0,
         data="demo",
-        judge_on=campaign.DEMO_VALIDATION,
+        evaluate_on=campaign.DEMO_VALIDATION,
         labels_per_class=3,
     )
     monkeypatch.setattr(campaign, "train", None)
@@ -204,7 +204,7 @@ def test_a_torn_line_is_left_out_and_the_next_stands_whole(tmp_path):
 
 def test_equal_settings_are_one_run_and_others_another(tmp_path):
     def run(*assignments, **more):
-        return campaign.Run("x", "demo", assignments, 0, data="demo", judge_on="", **more)
+        return campaign.Run("x", "demo", assignments, 0, data="demo", evaluate_on="", **more)
 
     default = read_recipe("demo").method.alpha
     assert run().key == run(f"method.alpha={default}").key
@@ -237,7 +237,7 @@ def test_held_out_images_are_an_even_share_and_no_longer_trained_on(image_folder
 def test_an_arm_that_matches_flops_trains_for_as_long_as_the_other_costs(listed):
     file = listed.with_name("matched.toml")
     file.write_text(TINY.replace("epochs = 4", "epochs = 100") + 'match_flops = ["sacl-xd"]\n')
-    rows = arms.plan(arms.read_campaign(file), data="demo", judge_on="")
+    rows = arms.plan(arms.read_campaign(file), data="demo", evaluate_on="")
     (matched,) = [row for row in rows if row.target]
     price = {}
     for width in (0.75, 0.5):
@@ -251,7 +251,7 @@ def test_an_arm_that_matches_flops_trains_for_as_long_as_the_other_costs(listed)
 def test_seeds_are_finished_one_after_another(listed):
     file = listed.with_name("seeds.toml")
     file.write_text(TINY.replace("seeds = 1", "seeds = 3"))
-    order = arms.in_turn(arms.plan(arms.read_campaign(file), data="demo", judge_on=""))
+    order = arms.in_turn(arms.plan(arms.read_campaign(file), data="demo", evaluate_on=""))
     assert [run.seed for run in order] == [0, 0, 1, 1, 2, 2]
 
 
@@ -265,7 +265,7 @@ def test_the_table_gives_paired_intervals_and_lists_what_is_unfinished(listed, t
     file = listed.with_name("table.toml")
     file.write_text(TINY.replace("seeds = 1\n", "seeds = 3\n" + TABLE) + 'match_flops = ["sacl-xd"]\n')
     given = arms.read_campaign(file)
-    rows = arms.plan(given, data="demo", judge_on="")
+    rows = arms.plan(given, data="demo", evaluate_on="")
     numbers = {
         # Differences at equal epochs: 1, 2, 3 and 2.0, 2.1, 1.9; at equal FLOPs there is one seed.
         ("sacl-xd", None): [(51.0, 62.0), (52.0, 62.1), (53.0, 61.9)],
@@ -308,8 +308,8 @@ def test_what_a_campaign_names_must_be_in_it(tmp_path):
     )
     with pytest.raises(RecipeError, match="'a'"):
         arms.read_campaign(file)
-    file.write_text(TINY.replace('judge_on = "demo:validation"', ""))
-    with pytest.raises(RecipeError, match="judge_on"):
+    file.write_text(TINY.replace('evaluate_on = "demo:validation"', ""))
+    with pytest.raises(RecipeError, match="evaluate_on"):
         arms.read_campaign(file)
 
 
@@ -318,7 +318,7 @@ def test_what_a_campaign_names_must_be_in_it(tmp_path):
 )
 def test_every_campaign_can_be_planned(file):
     given = arms.read_campaign(file)
-    rows = arms.plan(given, data="demo", judge_on="")
+    rows = arms.plan(given, data="demo", evaluate_on="")
     assert {row.arm for row in rows} == set(given.arms)
     assert len({run.key for row in rows if not row.target for run in row.runs}) == given.seeds * len(
         given.arms
@@ -333,7 +333,7 @@ def test_start_runs_each_thread_count_in_a_process_of_its_own(tmp_path):
     said, found = complete(begin("start", "--out", tmp_path, *words))
     assert [line["threads"] for line in lines_of(tmp_path)] == [1, 2]
     assert (found["finished"], found["runs"]) == (2, 2)
-    assert all(line["n_judged"] == 1000 for line in lines_of(tmp_path))
+    assert all(line["n_evaluated"] == 1000 for line in lines_of(tmp_path))
     assert "| all | **worst** |" in said
     assert campaign.processor()[0] in said
 
@@ -344,7 +344,7 @@ def test_the_worst_and_the_median_are_those_of_each_number_alone():
         {"knn_top1": 80, "few": [40, 44], "linear_top1": 92, "rankme": 50, "plateau": None},
         {"knn_top1": 85, "few": [70, 71], "linear_top1": 91, "rankme": 60, "plateau": None},
     ]  # fmt: skip
-    found = start.summarise(lines)
+    found = start.summarize(lines)
     assert found["worst"] == {"knn_top1": 70, "few": 42, "linear_top1": 90, "rankme": 5}
     assert found["median"] == {"knn_top1": 80, "few": 55, "linear_top1": 91, "rankme": 50}
     assert (found["on_plateau"], found["count"]) == (1, 3)

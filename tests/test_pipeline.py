@@ -340,7 +340,7 @@ def test_report_without_labels_is_written(again, tmp_path, unlabelled_folder, mo
     assert record["comparison"] is None
 
 
-def test_verdict_on_a_stuck_run_begins_with_that(tmp_path, monkeypatch, recipe_file, image_folder):
+def test_decision_on_a_stuck_run_begins_with_that(tmp_path, monkeypatch, recipe_file, image_folder):
     """Every projector repeats its first output, so that no training leaves the plateau."""
     forward = Encoder.forward
 
@@ -356,10 +356,10 @@ def test_verdict_on_a_stuck_run_begins_with_that(tmp_path, monkeypatch, recipe_f
     assert done.exit_code == 0, done.output
     pipeline = PipelineDir(tmp_path / "out")
     words = RunDir(pipeline.run).read()["plateau"]["words"]
-    verdict = json.loads((pipeline.report / "report.json").read_text())["verdict"]
-    assert verdict.startswith(f"{words} ")
-    assert "random initialisation" in verdict
-    assert done.stdout.startswith(verdict)
+    decision = json.loads((pipeline.report / "report.json").read_text())["decision"]
+    assert decision.startswith(f"{words} ")
+    assert "random initialization" in decision
+    assert done.stdout.startswith(decision)
 
 
 # --- several widths ---

@@ -38,7 +38,7 @@ def export_command(
         typer.Option(
             "--eval",
             metavar="URI",
-            help="Labelled images to judge the precisions on [default: what is held out of the net's own]",
+            help="Labelled images to evaluate the precisions on [default: what is held out of the net's own]",
         ),
     ] = None,
     run: Annotated[
@@ -98,6 +98,6 @@ def _print_bundle(record: dict[str, Any], out: Path) -> None:
         rows,
     )
     for name, about in {**record["precisions"], **record.get("left_out", {})}.items():
-        if about["verdict"]:
-            print_line(f"{name}: {about['verdict']['words']}")
+        if about["decision"]:
+            print_line(f"{name}: {about['decision']['words']}")
     print_line(f"-> {out}")

@@ -6,17 +6,17 @@ import typer
 
 from edgecl.cli.options import JsonOption
 
-Shelf = Literal["recipes", "targets", "nets", "datasets"]
+ListName = Literal["recipes", "targets", "nets", "datasets"]
 
 
 def ls_command(
-    shelf: Annotated[Shelf | None, typer.Argument(help="What to list [default: everything]")] = None,
+    shelf: Annotated[ListName | None, typer.Argument(help="What to list [default: everything]")] = None,
     json_: JsonOption = False,
 ) -> None:
     """List what there is: recipes, targets, nets, datasets."""
     from edgecl.cli.output import print_json, print_rows
 
-    shelves: list[Shelf] = [shelf] if shelf else ["recipes", "targets", "nets", "datasets"]
+    shelves: list[ListName] = [shelf] if shelf else ["recipes", "targets", "nets", "datasets"]
     found = {name: _entries(name) for name in shelves}
     if json_:
         print_json([entry for name in shelves for entry in found[name]])
@@ -25,7 +25,7 @@ def ls_command(
         print_rows(name, ["name", ""], [(entry["name"], entry["summary"]) for entry in found[name]])
 
 
-def _entries(shelf: Shelf) -> list[dict[str, str]]:
+def _entries(shelf: ListName) -> list[dict[str, str]]:
     if shelf == "recipes":
         from edgecl.config.recipe import list_recipes
 

@@ -29,7 +29,7 @@ def probe_command(
     json_: JsonOption = False,
     download: DownloadOption = False,
 ) -> None:
-    """Judge a net's frozen features; of several nets, side by side."""
+    """Evaluate a net's frozen features; of several nets, side by side."""
     from edgecl.cli.output import print_json
     from edgecl.evaluate.probe import probe_all, side_by_side
 

@@ -44,7 +44,9 @@ def diff_command(
             show_default=False,
         ),
     ],
-    new: Annotated[Path, typer.Argument(metavar="NEW", help="The same, to be judged.", show_default=False)],
+    new: Annotated[
+        Path, typer.Argument(metavar="NEW", help="The same, to be evaluated.", show_default=False)
+    ],
     fail_on: Annotated[
         str | None,
         typer.Option(
@@ -102,7 +104,7 @@ class ReportCommand(typer.core.TyperCommand):
 
 
 def print_report(record: dict[str, Any]) -> None:
-    """Print a report's verdict and tables to stdout.
+    """Print a report's decision and tables to stdout.
 
     Args:
         record: what `report` returns.
@@ -111,7 +113,7 @@ def print_report(record: dict[str, Any]) -> None:
     from edgecl.reports.text import comparison_rows, table_rows, tables_of
 
     console = _console()
-    console.print(_text(record["verdict"], style="bold"), soft_wrap=not console.is_terminal)
+    console.print(_text(record["decision"], style="bold"), soft_wrap=not console.is_terminal)
     console.print()
     for sentence in record["support"]:
         console.print(_text(sentence), soft_wrap=not console.is_terminal)

@@ -107,7 +107,7 @@ def _print(record: dict[str, Any], *, as_json: bool) -> None:
     print_rows(
         f"{record['processes']} processes on {', '.join(record['hosts'])} ({record['device']}, {record['backend']}) "
         f"against one: largest relative differences, allowed {record['tolerance']:g}",
-        ["arm", "loss", "gradients", "running statistics", "verdict"],
+        ["arm", "loss", "gradients", "running statistics", "decision"],
         [
             (
                 row["arm"],

@@ -13,12 +13,12 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 from pydantic import Field, create_model, model_validator
 
 from edgecl.config.settings import (
+    Config,
     Count,
     Decay,
     Factor,
     Rate,
     Seed,
-    Settings,
     Side,
     find_settings_file,
     header_comment,
@@ -52,7 +52,7 @@ _A_WEEK = "a picture that takes over a week will not come"
 _THREADS = "a process cannot start that many threads"
 
 
-class Host(Settings):
+class Host(Config):
     """The wide net that is trained."""
 
     arch: str
@@ -65,7 +65,7 @@ class Host(Settings):
     """Begin as the slim net plus channels that do not touch it yet: both compute the same at step 0."""
 
 
-class Slim(Settings):
+class Slim(Config):
     """The net inside the host that will be carved out."""
 
     width: float = Field(1.0, gt=0, le=4.0)
@@ -93,7 +93,7 @@ class Slim(Settings):
         return tuple(sorted({self.width, *self.widths}, reverse=True))
 
 
-class Projector(Settings):
+class Projector(Config):
     """The MLP between features and loss, thrown away after training."""
 
     sizes: tuple[Annotated[int, Field(gt=0, le=32_768)], ...] = Field(
@@ -129,7 +129,7 @@ class ForwardPasses(NamedTuple):
     coding_rate_share: float = 1.0
 
 
-class MethodConfig(Settings):
+class MethodConfig(Config):
     """The [method] table. A method's own file, edgecl/methods/NAME.py, derives its own from this one.
 
     What follows from settings alone is said here, so that names, prices and checks need no net.
@@ -175,7 +175,7 @@ class MethodConfig(Settings):
         return False
 
 
-class Data(Settings):
+class Data(Config):
     """Which images, and in what batches."""
 
     uri: str | None = None
@@ -185,7 +185,7 @@ class Data(Settings):
     canvas_size: int | None = Field(None, ge=8, le=8192, description=_LARGER_PICTURES)
     """Each picture is decoded whole to a square of this side before cropping, pixels; None means image_size."""
     resize_size: int | None = Field(None, ge=8, le=8192, description=_LARGER_PICTURES)
-    """Shorter side before the centre crop of a test image, pixels; None means image_size."""
+    """Shorter side before the center crop of a test image, pixels; None means image_size."""
     batch_size: int = Field(256, ge=2, le=10**9)
     """Images per step, over all processes."""
     max_bad_fraction: Fraction = 0.01
@@ -204,7 +204,7 @@ class Data(Settings):
     """Use only so many images, an even choice per class where there are classes; None means all."""
 
 
-class Views(Settings):
+class Views(Config):
     """How one picture becomes two views; a pair gives view A and view B."""
 
     crop_scale: tuple[Fraction, Fraction] = (0.08, 1.0)
@@ -214,12 +214,12 @@ class Views(Settings):
     flip: Fraction = 0.5
     flip_vertical: Fraction = 0.0
     jitter: Fraction = 0.8
-    """Probability of colour jitter."""
+    """Probability of color jitter."""
     brightness: Strength = 0.4
     contrast: Strength = 0.4
     saturation: Strength = 0.2
     hue: float = Field(0.1, ge=0, le=0.5)
-    grey: Fraction = 0.2
+    grayscale: Fraction = 0.2
     blur: PerView = (1.0, 0.1)
     blur_sigma: Range = (0.1, 2.0)
     """Standard deviation of the blur, pixels of a 224-pixel view; scaled with image_size."""
@@ -232,8 +232,8 @@ class Views(Settings):
     """Area of a local crop as a fraction of the picture's."""
 
 
-class Optim(Settings):
-    """The optimiser and its schedule."""
+class Optim(Config):
+    """The optimizer and its schedule."""
 
     name: Literal["lars", "adamw", "sgd"] = "lars"
     lr: Rate = 0.3
@@ -253,7 +253,7 @@ class Optim(Settings):
     """Gradient norm above which gradients are scaled down."""
 
 
-class Run(Settings):
+class Run(Config):
     """How long, how exact, and how often to look."""
 
     epochs: Count = 200
@@ -288,8 +288,8 @@ class Run(Settings):
     """Also log through these; each must be installed."""
 
 
-class Probe(Settings):
-    """How `edgecl run` judges the result."""
+class Probe(Config):
+    """How `edgecl run` evaluates the result."""
 
     labels_per_class: Count = 10
     draws: int = Field(5, ge=2, le=10_000)
@@ -298,7 +298,7 @@ class Probe(Settings):
     scratch_lr: Rate = 3e-3
 
 
-class Recipe(Settings):
+class Recipe(Config):
     """One training run; two recipes differ exactly where their files do."""
 
     host: Host

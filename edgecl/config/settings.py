@@ -21,7 +21,7 @@ else:
     import tomli as tomllib
 
 
-class Settings(BaseModel):
+class Config(BaseModel):
     """A table of a TOML file: frozen, and a key nobody reads is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -43,7 +43,7 @@ Weight = Annotated[
 ]
 Factor = Annotated[float, Field(gt=0, le=1e6, description="a larger one leaves the range of float32")]
 
-SettingsT = TypeVar("SettingsT", bound=Settings)
+ConfigT = TypeVar("ConfigT", bound=Config)
 
 
 def packaged_folder(name: str) -> Path:
@@ -81,16 +81,16 @@ def read_text(path: Path, *, error: type[EdgeclError]) -> str:
     """Return the text of a settings file; a byte-order mark, as Windows editors write it, is left out."""
     try:
         return read_bytes(path, most=_MOST_BYTES, error=error).decode("utf-8-sig")
-    except UnicodeDecodeError as complaint:
-        raise error(f"not a text file: {complaint}", where={"file": path}) from complaint
+    except UnicodeDecodeError as exc:
+        raise error(f"not a text file: {exc}", where={"file": path}) from exc
 
 
 def parse_toml(text: str, *, source: str, error: type[EdgeclError]) -> dict[str, Any]:
-    """Parse TOML text, with the parser's complaint turned into a named error."""
+    """Parse TOML text, with the parser's exc turned into a named error."""
     try:
         return tomllib.loads(text)
-    except ValueError as complaint:  # of numbers with too many digits it is Python's
-        raise error(f"not valid TOML: {complaint}", where={"file": source}) from complaint
+    except ValueError as exc:  # of numbers with too many digits it is Python's
+        raise error(f"not valid TOML: {exc}", where={"file": source}) from exc
     except RecursionError:
         raise error("nested too deep to be read", where={"file": source}) from None
 
@@ -122,8 +122,8 @@ def override(tables: dict[str, Any], assignments: list[str], *, error: type[Edge
             value = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:
             value = text.strip()
-        except (ValueError, RecursionError) as complaint:
-            raise error(f"cannot read --set '{bounded(assignment, 100)}': {complaint}") from complaint
+        except (ValueError, RecursionError) as exc:
+            raise error(f"cannot read --set '{bounded(assignment, 100)}': {exc}") from exc
         table = result
         *parents, leaf = key.strip().split(".")
         for parent in parents:
@@ -139,13 +139,13 @@ def override(tables: dict[str, Any], assignments: list[str], *, error: type[Edge
 
 
 def validate(
-    model: type[SettingsT],
+    model: type[ConfigT],
     tables: dict[str, Any],
     *,
     source: str,
     error: type[EdgeclError],
     assignments: Sequence[str] = (),
-) -> SettingsT:
+) -> ConfigT:
     """Validate tables against a model and report every problem at once, unknown keys with their near matches.
 
     Args:
@@ -160,8 +160,8 @@ def validate(
     """
     try:
         return model.model_validate(tables)
-    except ValidationError as complaint:
-        problems = complaint.errors()
+    except ValidationError as exc:
+        problems = exc.errors()
         # A list that lost a wrong entry is also too short, of which nobody needs to hear.
         lists = {one["loc"][:-1] for one in problems if one["loc"] and isinstance(one["loc"][-1], int)}
         problems = [problem for problem in problems if problem["loc"] not in lists]
@@ -170,7 +170,7 @@ def validate(
             lines.append(f"and {len(problems) - _MOST_PROBLEMS:,} more")
         places = [".".join(map(str, problem["loc"])) for problem in problems]
         where = _where_set(places, source=source, assignments=assignments)
-        raise error("; ".join(lines), where=where) from complaint
+        raise error("; ".join(lines), where=where) from exc
 
 
 def _where_set(places: Sequence[str], *, source: str, assignments: Sequence[str]) -> dict[str, object]:

@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from edgecl.config.settings import (
+    Config,
     Count,
     Factor,
-    Settings,
     find_settings_file,
     header_comment,
     packaged_files,
@@ -37,14 +37,14 @@ _LARGER_PICTURES = "larger pictures do not fit into memory by the batch"
 _SPECIFIER = re.compile(r"(>=|<=|==|<|>)(\d{1,9}(?:\.\d{1,9})*)")
 
 
-class Graph(Settings):
+class Graph(Config):
     """The form of the ONNX graph."""
 
     opset: int = Field(17, ge=13, le=22)
     hard_swish: Literal["keep", "hard_sigmoid", "clip"] = "hard_sigmoid"
     """As one HardSwish node (opset 14 and later), as HardSigmoid and Mul, or as Add, Clip and Mul."""
     int8: Int8Form = "int8-trt"
-    """Which form of explicit quantisation the runtime takes."""
+    """Which form of explicit quantization the runtime takes."""
     image_size: int | None = Field(None, ge=8, le=4096, description=_LARGER_PICTURES)
     """Height and width of the input in pixels; the net's own where it is not said."""
     batch: int = Field(1, ge=1, le=65_536)
@@ -54,7 +54,7 @@ class Graph(Settings):
     max_batch: int = Field(64, ge=1, le=65_536)
 
 
-class Build(Settings):
+class Build(Config):
     """How a TensorRT engine is built."""
 
     workspace_mib: int = Field(1024, ge=16, le=1 << 20)
@@ -69,8 +69,8 @@ class Build(Settings):
     """What a TensorRT-RTX engine is compiled for."""
 
 
-class Quantization(Settings):
-    """How INT8 is made and judged."""
+class Quantization(Config):
+    """How INT8 is made and evaluated."""
 
     calibration_images: Count = 256
     holdout_images: Count = 256
@@ -86,10 +86,10 @@ class Quantization(Settings):
     min_cosine: Fraction = 0.98
     """Least mean cosine similarity with the fp32 features, for a net without classifier."""
     max_kept_fraction: Fraction = 0.5
-    """Largest share of the quantised nodes that may be kept in higher precision to stay within the budget."""
+    """Largest share of the quantized nodes that may be kept in higher precision to stay within the budget."""
 
 
-class Tolerance(Settings):
+class Tolerance(Config):
     """How far the exported net may be from torch, on real images."""
 
     max_relative_difference: Factor = 1e-3
@@ -100,16 +100,16 @@ class Tolerance(Settings):
     """Mean cosine similarity of the outputs."""
 
 
-class Tolerances(Settings):
+class Tolerances(Config):
     """One tolerance per precision."""
 
     fp32: Tolerance = Tolerance()
     fp16: Tolerance = Tolerance(max_relative_difference=5e-2, top1_agreement=0.95)
-    # Loose: what INT8 may cost is the verdict's to say. This holds off a wrong graph.
+    # Loose: what INT8 may cost is the decision's to say. This holds off a wrong graph.
     int8: Tolerance = Tolerance(max_relative_difference=1.0, top1_agreement=0.5, mean_cosine=0.9)
 
 
-class Target(Settings):
+class Target(Config):
     """One kind of device and runtime."""
 
     runtime: Runtime

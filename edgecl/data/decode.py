@@ -1,6 +1,6 @@
 """A picture's bytes -> a square canvas: plain JPEGs by libjpeg-turbo or nvJPEG, everything else by Pillow.
 
-A JPEG is plain when libjpeg-turbo decodes it to what Pillow would: 8 bits, grey or colour, no warning. Anything else
+A JPEG is plain when libjpeg-turbo decodes it to what Pillow would: 8 bits, grayscale or color, no warning. Anything else
 (CMYK, a damaged file, a PNG with a JPEG's name) goes to Pillow, whose word is the last one on what is readable.
 """
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from edgecl.data.sources import SIDES_SWAP, ImageSource, exif_turn, open_picture
 from edgecl.errors import DeviceError, first_line
 
-_PLAIN_COLOURS = ("YCbCr", "Gray", "RGB")
+_PLAIN_COLORS = ("YCbCr", "Gray", "RGB")
 _JPEG = b"\xff\xd8\xff"
 # EXIF and XMP, where a camera says how it was held. The bytes may also stand elsewhere by chance: then Pillow looks
 # at the header for nothing.
@@ -137,12 +137,12 @@ def refuse_without_nvjpeg(device: torch.device) -> None:
         )
     try:
         _by_torchvision([simplejpeg.encode_jpeg(np.zeros((16, 16, 3), dtype=np.uint8))], device)
-    except (RuntimeError, ImportError) as complaint:
-        reason = first_line(complaint) or type(complaint).__name__
+    except (RuntimeError, ImportError) as exc:
+        reason = first_line(exc) or type(exc).__name__
         raise DeviceError(
             f"torchvision cannot decode JPEGs on '{device}': {reason}",
             hint="set data.decode to 'cpu', or install a CUDA build of torchvision, which brings nvJPEG",
-        ) from complaint
+        ) from exc
 
 
 def canvas(image: Image.Image, side: int) -> Tensor:
@@ -170,7 +170,7 @@ def _by_torchvision(contents: Sequence[bytes], device: torch.device) -> list[Ten
     from torchvision.io import ImageReadMode, decode_jpeg
 
     with warnings.catch_warnings():
-        # From 0.29 on torchvision calls its decoders deprecated in favour of a package of their own.
+        # From 0.29 on torchvision calls its decoders deprecated in favor of a package of their own.
         warnings.simplefilter("ignore", DeprecationWarning)
         pictures: list[Tensor] = decode_jpeg(
             [torch.frombuffer(bytearray(content), dtype=torch.uint8) for content in contents],
@@ -184,10 +184,10 @@ def _plain(content: bytes) -> PlainJpeg | None:
     if not content.startswith(_JPEG):
         return None
     try:
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
+        height, width, colors, _ = simplejpeg.decode_jpeg_header(content)
     except Exception:
         return None
-    if colours not in _PLAIN_COLOURS:
+    if colors not in _PLAIN_COLORS:
         return None
     if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
         return None

@@ -1,8 +1,8 @@
 """The images behind `edgecl demo`: ten kinds of machine part on a tray, drawn by NumPy.
 
 Sorting and inspecting parts is a typical job for a small vision net. The class decides only the *outline*: place,
-size, rotation, proportions, colours, contrast, lighting and noise come from the same distributions for every class.
-(A part still covers more or less of the tray: mean colour alone classifies 15.8 % against 10 % by chance.)
+size, rotation, proportions, colors, contrast, lighting and noise come from the same distributions for every class.
+(A part still covers more or less of the tray: mean color alone classifies 15.8 % against 10 % by chance.)
 
 Image i of a split depends only on (split, i): asking for more never changes those already drawn, and the splits use
 disjoint random streams. `validation` is for choosing a recipe; the demo itself uses `train` and `test` only.
@@ -123,7 +123,7 @@ def _light(grid: Field, rng: np.random.Generator) -> Field:
 
 
 def _draw(outline: Outline, size: int, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """One picture: place the part, then colour and light it the same way for every class."""
+    """One picture: place the part, then color and light it the same way for every class."""
     grid = ((np.arange(size) + 0.5) / size * 2.0 - 1.0).astype(np.float32)
     angle, scale = rng.uniform(-0.4, 0.4), rng.uniform(0.55, 0.8)
     stretch = rng.uniform(0.88, 1.14)

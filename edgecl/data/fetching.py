@@ -133,15 +133,15 @@ def fetch(url: str, *, count: Callable[[int], None], stop: threading.Event) -> F
                 aside.unlink(missing_ok=True)
             save_index(index, cached_at)
             return Fetched(place, index)
-    except OSError as complaint:
-        full = complaint.errno in DISK_FULL
+    except OSError as exc:
+        full = exc.errno in DISK_FULL
         raise DataError(
             f"no room for the shard '{_name(shown)}'"
             if full
-            else f"the cache cannot be written: {complaint.strerror}",
+            else f"the cache cannot be written: {exc.strerror}",
             where={"cache": place.parent, "url": shown},
             hint="EDGECL_CACHE names another place; fetched shards are kept until somebody deletes them",
-        ) from complaint
+        ) from exc
 
 
 def _refuse_what_may_not_run(url: str) -> None:
@@ -245,8 +245,8 @@ def _transfer(url: str, aside: Path, count: Callable[[int], None], stop: threadi
             os.fsync(file.fileno())
         if process is not None and process.wait(STALL_S):
             raise _failure(url, process.returncode, stream)
-    except subprocess.TimeoutExpired as complaint:
-        raise _Failed(f"the program did not end within {STALL_S:.0f} s after its last byte") from complaint
+    except subprocess.TimeoutExpired as exc:
+        raise _Failed(f"the program did not end within {STALL_S:.0f} s after its last byte") from exc
     finally:
         if process is not None and process.poll() is None:
             process.kill()
@@ -265,17 +265,15 @@ def _open(url: str) -> Any:
     gopen_schemes.setdefault("s3", _open_s3)
     try:
         return gopen(url)
-    except FileNotFoundError as complaint:
+    except FileNotFoundError as exc:
         raise _Failed(
-            f"the program '{complaint.filename}' is not there",
-            hint=f"install {complaint.filename}, or put it on the PATH",
-        ) from complaint
-    except ImportError as complaint:
-        raise _Failed(
-            f"the package '{complaint.name}' is missing", hint=f"pip install {complaint.name}"
-        ) from complaint
-    except Exception as complaint:
-        raise _Failed(without_secrets(str(complaint)) or type(complaint).__name__) from complaint
+            f"the program '{exc.filename}' is not there",
+            hint=f"install {exc.filename}, or put it on the PATH",
+        ) from exc
+    except ImportError as exc:
+        raise _Failed(f"the package '{exc.name}' is missing", hint=f"pip install {exc.name}") from exc
+    except Exception as exc:
+        raise _Failed(without_secrets(str(exc)) or type(exc).__name__) from exc
 
 
 def _open_s3(url: str, mode: str = "rb", bufsize: int = 8192) -> Any:

@@ -41,7 +41,7 @@ _RACY_NS = 2_000_000_000
 _NOWHERE = "a link that leads nowhere"
 _KINDS = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
 _COUNT_EVERY = 1000
-# A file or folder that went while its neighbours were read; the second is what /proc says of a process.
+# A file or folder that went while its neighbors were read; the second is what /proc says of a process.
 _GONE = (FileNotFoundError, ProcessLookupError)
 
 
@@ -211,10 +211,10 @@ class _Found(NamedTuple):
                     self.no_files.append((prefix + name, kind))
         except _GONE:
             return
-        except OSError as complaint:
-            if complaint.errno == errno.ENOTDIR:
+        except OSError as exc:
+            if exc.errno == errno.ENOTDIR:
                 self.no_files.append((prefix + name, _NOWHERE))
-            elif complaint.errno == errno.ELOOP:
+            elif exc.errno == errno.ELOOP:
                 self.left_out.append(prefix + name)
             else:
                 raise
@@ -326,9 +326,9 @@ def _write(file: Path, content: bytes) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(file, content)
-    except (OSError, EdgeclError) as complaint:
+    except (OSError, EdgeclError) as exc:
         if is_main():
-            reason = str(complaint).partition("\n")[0]
+            reason = str(exc).partition("\n")[0]
             tell(f"no index is kept, the next start takes as long: {reason}")
 
 

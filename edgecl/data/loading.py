@@ -67,7 +67,7 @@ class EvalImages(NamedTuple):
 
 
 def eval_image(image: Image.Image, *, resize_size: int, image_size: int) -> Tensor:
-    """Resize the shorter side, then crop the centre: torchvision's Resize and CenterCrop.
+    """Resize the shorter side, then crop the center: torchvision's Resize and CenterCrop.
 
     Args:
         image: RGB, any size; small ones are enlarged.
@@ -87,7 +87,7 @@ def eval_image(image: Image.Image, *, resize_size: int, image_size: int) -> Tens
     return as_tensor(image.crop((left, top, left + image_size, top + image_size)))
 
 
-def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Scale 0..255 to 0..1, then subtract the mean and divide by the standard deviation of each channel.
 
     Args:
@@ -98,9 +98,9 @@ def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     Returns:
         (N, 3, H, W) float32 on the same device.
     """
-    centre = torch.tensor(mean, dtype=torch.float32, device=images.device).view(3, 1, 1)
+    center = torch.tensor(mean, dtype=torch.float32, device=images.device).view(3, 1, 1)
     spread = torch.tensor(std, dtype=torch.float32, device=images.device).view(3, 1, 1)
-    return images.float().div_(255).sub_(centre).div_(spread)
+    return images.float().div_(255).sub_(center).div_(spread)
 
 
 def choose_images(labels: Labels | None, length: int, limit: int | None) -> Indices:
@@ -358,8 +358,8 @@ class TrainingImages:
             raise UnreadableImage
         try:
             return (read_encoded if encoded else read_canvas)(self.source, place, self.canvas_size)
-        except UnreadableImage as complaint:
-            self._bad.add(place, complaint)
+        except UnreadableImage as exc:
+            self._bad.add(place, exc)
             raise
 
     def _stalled(self, index: int, seconds: float) -> DataError:
@@ -397,7 +397,7 @@ def load_eval_images(
 
     Args:
         source: where the pictures come from.
-        resize_size: shorter side before the centre crop, pixels.
+        resize_size: shorter side before the center crop, pixels.
         image_size: side of the crop, pixels.
         max_bad_fraction: of the pictures that may be unreadable.
         limit: use only so many pictures, chosen by `choose_images`.
@@ -415,8 +415,8 @@ def load_eval_images(
             raise UnreadableImage
         try:
             return eval_image(source.read(place), resize_size=resize_size, image_size=image_size)
-        except UnreadableImage as complaint:
-            bad.add(place, complaint)
+        except UnreadableImage as exc:
+            bad.add(place, exc)
             raise
 
     def stalled(index: int, seconds: float) -> DataError:

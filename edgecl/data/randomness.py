@@ -32,11 +32,11 @@ def uniforms(
     Returns:
         (N, count) in [0, 1), multiples of 2**-53.
     """
-    bits = whole_numbers(seed, epoch, indices, stream=stream, count=count)
+    bits = random_uint64(seed, epoch, indices, stream=stream, count=count)
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def whole_numbers(
+def random_uint64(
     seed: int, epoch: int, indices: NDArray[np.integer[Any]], *, stream: str, count: int
 ) -> NDArray[np.uint64]:
     """Draw like `uniforms`, whole numbers: (N, count) of 64 bits."""
@@ -63,7 +63,7 @@ def _key(seed: int, epoch: int, stream: str) -> NDArray[np.uint64]:
 
 
 def _absorb(key: NDArray[np.uint64], word: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    # Mixing the word before it meets the key keeps (1, 2) and (2, 1), or neighbours, apart.
+    # Mixing the word before it meets the key keeps (1, 2) and (2, 1), or neighbors, apart.
     return _mix(key ^ _mix(word * _GOLDEN + _GOLDEN))
 
 

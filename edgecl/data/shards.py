@@ -29,7 +29,7 @@ from edgecl.progress import Progress
 from edgecl.storage.redaction import without_secrets
 
 SCHEME = "shards"
-# Images are shuffled among so many neighbouring shards of an epoch, and among so many images at least.
+# Images are shuffled among so many neighboring shards of an epoch, and among so many images at least.
 WINDOW_SHARDS = 8
 WINDOW_IMAGES = 8192
 _THREADS = 4
@@ -101,7 +101,7 @@ class _ShardImages:
         return f"{shard.shown}:{shard.tar.name(position)}"
 
     def order(self, seed: int, epoch: int, chosen: Indices) -> Indices:
-        """Shuffle the shards of an epoch, and the images within windows of neighbouring shards.
+        """Shuffle the shards of an epoch, and the images within windows of neighboring shards.
 
         Reading stays within a few shards at a time, where a plain shuffle would ask every shard of a slow disk for
         every batch. Windows are of WINDOW_SHARDS shards, or of more until they hold WINDOW_IMAGES images.
@@ -218,9 +218,9 @@ def is_remote(url: str) -> bool:
     """
     try:
         scheme = urlsplit(url).scheme
-    except ValueError as complaint:
-        problem = f"'{without_secrets(url)}' is no URL: {complaint}"
-        raise DataError(problem, hint=_PATTERNS) from complaint
+    except ValueError as exc:
+        problem = f"'{without_secrets(url)}' is no URL: {exc}"
+        raise DataError(problem, hint=_PATTERNS) from exc
     return bool(scheme) and scheme != "file"
 
 
@@ -238,11 +238,11 @@ def _expand(pattern: str, shown: str) -> list[str]:
     """Return the shards a pattern names, by webdataset's own rules; a folder stands for the .tar files in it."""
     try:
         from webdataset.shardlists import envsubst, expand_urls
-    except ImportError as complaint:
-        package = (complaint.name or "webdataset").partition(".")[0]
+    except ImportError as exc:
+        package = (exc.name or "webdataset").partition(".")[0]
         raise DataError(
             f"reading shards needs the package '{package}'", hint="pip install 'edgecl[webdataset]'"
-        ) from complaint
+        ) from exc
     found_version = version("webdataset")
     if tuple(int(part) for part in re.findall(r"\d+", found_version)[:3]) < _OLDEST:
         raise DataError(
@@ -259,9 +259,9 @@ def _expand(pattern: str, shown: str) -> list[str]:
         # The values are the user's own; webdataset puts them in before it looks for braces.
         _refuse_too_many(envsubst(pattern), shown)
         urls: list[str] = [url for url in expand_urls(pattern) if url]
-    except (ValueError, KeyError, AssertionError) as complaint:
-        problem = without_secrets(f"the pattern '{shown}' cannot be read: {complaint}")
-        raise DataError(problem, hint=_PATTERNS) from complaint
+    except (ValueError, KeyError, AssertionError) as exc:
+        problem = without_secrets(f"the pattern '{shown}' cannot be read: {exc}")
+        raise DataError(problem, hint=_PATTERNS) from exc
     if not urls:
         raise DataError(f"'{shown}' names no shards", hint=_PATTERNS)
     found: list[str] = []

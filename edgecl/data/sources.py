@@ -43,7 +43,7 @@ _SUMMARIES = {
     "FOLDER": "JPEG, PNG, WebP and BMP files at any depth; sub-folders are classes",
     "cifar10:PATH": "CIFAR-10 through torchvision: 50,000 images of 32 px, 10 classes",
     "cifar100:PATH": "CIFAR-100 through torchvision: 50,000 images of 32 px, 100 classes",
-    "fashion-mnist:PATH": "Fashion-MNIST through torchvision: 60,000 grey images of 28 px, 10 classes",
+    "fashion-mnist:PATH": "Fashion-MNIST through torchvision: 60,000 grayscale images of 28 px, 10 classes",
     "flowers102:PATH": "Oxford Flowers through torchvision: 1,020 images, 102 classes",
     "stl10:PATH": "STL-10's labelled part through torchvision: 5,000 images of 96 px, 10 classes",
     "shards:PATTERN": "WebDataset tar files on disk, behind https:// or s3://; train-{000000..000127}.tar",
@@ -160,8 +160,8 @@ class ImageSource:
             content = self.reader(index)
         except UnreadableImage:
             raise
-        except Exception as complaint:
-            raise UnreadableImage(_reason(complaint)) from complaint
+        except Exception as exc:
+            raise UnreadableImage(_reason(exc)) from exc
         if not content:
             raise UnreadableImage("empty file", lasting=True)
         return content
@@ -185,10 +185,10 @@ class ImageSource:
                 return _rgb(image if turn is None else image.transpose(turn)), height, width
         except UnreadableImage:
             raise
-        except Exception as complaint:
+        except Exception as exc:
             # What was read is at fault, unless there was no room to decode it.
-            lasting = content is not None and not isinstance(complaint, MemoryError)
-            raise UnreadableImage(_reason(complaint), lasting=lasting) from complaint
+            lasting = content is not None and not isinstance(exc, MemoryError)
+            raise UnreadableImage(_reason(exc), lasting=lasting) from exc
 
     def _open(self, index: int, content: bytes | None) -> Image.Image:
         if content is not None:
@@ -223,11 +223,11 @@ def open_source(
         return _open_demo(split)
     try:
         return _open_place(uri, split=split, download=download, index_dir=index_dir)
-    except OSError as complaint:
+    except OSError as exc:
         raise DataError(
-            f"'{without_secrets(uri)}' cannot be read: {complaint.strerror or complaint}",
-            where={"place": complaint.filename} if complaint.filename else None,
-        ) from complaint
+            f"'{without_secrets(uri)}' cannot be read: {exc.strerror or exc}",
+            where={"place": exc.filename} if exc.filename else None,
+        ) from exc
 
 
 def _open_place(uri: str, *, split: Split, download: bool, index_dir: Path | None) -> ImageSource:
@@ -281,10 +281,10 @@ def expanded(path: str) -> Path:
     """
     try:
         return Path(path).expanduser()
-    except RuntimeError as complaint:
+    except RuntimeError as exc:
         raise DataError(
             f"'{path}' begins with a user who has no home here", hint="write ./~ for a name"
-        ) from complaint
+        ) from exc
 
 
 def open_picture(content: bytes) -> Image.Image:
@@ -355,20 +355,20 @@ def _open_torchvision(uri: str, scheme: str, root: Path, *, split: Split, downlo
             # NumPy 2.4 dislikes how CIFAR's old pickles spell a dtype.
             warnings.simplefilter("ignore", np.exceptions.VisibleDeprecationWarning)
             dataset = getattr(datasets, class_name)(root, download=download, **options)
-    except ImportError as complaint:
+    except ImportError as exc:
         raise DataError(
-            f"reading {scheme} needs the package '{complaint.name}'", hint=f"pip install {complaint.name}"
-        ) from complaint
-    except Exception as complaint:
+            f"reading {scheme} needs the package '{exc.name}'", hint=f"pip install {exc.name}"
+        ) from exc
+    except Exception as exc:
         if download:
             raise DataError(
-                f"{scheme} could not be fetched: {complaint}", where={"into": root}, hint="try again later"
-            ) from complaint
+                f"{scheme} could not be fetched: {exc}", where={"into": root}, hint="try again later"
+            ) from exc
         raise DataError(
             f"{scheme} is not there, or its files are not whole",
             where={"place": root},
             hint="--download lets torchvision fetch it",
-        ) from complaint
+        ) from exc
     labels = _torchvision_labels(dataset)
     classes = getattr(dataset, "classes", None) or [str(label) for label in range(int(labels.max()) + 1)]
     return ImageSource(
@@ -393,10 +393,10 @@ def _torchvision_labels(dataset: Any) -> Labels:
 def _open_folder(uri: str, root: Path, index_dir: Path | None) -> ImageSource:
     try:
         listing, memory = list_folder(root, index_dir=index_dir)
-    except OSError as complaint:
+    except OSError as exc:
         raise DataError(
-            f"the folder '{uri}' cannot be read: {complaint.strerror}", where={"place": complaint.filename}
-        ) from complaint
+            f"the folder '{uri}' cannot be read: {exc.strerror}", where={"place": exc.filename}
+        ) from exc
     names = listing.names
     if not names:
         raise DataError(f"no images in the folder '{uri}'", hint="looked for " + ", ".join(EXTENSIONS))
@@ -464,8 +464,8 @@ def exif_turn(image: Image.Image) -> Image.Transpose | None:
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode == "I" or image.mode.startswith("I;16"):
         # convert() would clip 16 bits to 8 instead of scaling them.
-        grey = np.asarray(image).astype(np.float64).clip(0, 65535) / 257
-        return Image.fromarray(np.rint(grey).astype(np.uint8)).convert("RGB")
+        grayscale = np.asarray(image).astype(np.float64).clip(0, 65535) / 257
+        return Image.fromarray(np.rint(grayscale).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -473,12 +473,12 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _reason(complaint: Exception) -> str:
-    if isinstance(complaint, UnidentifiedImageError):
+def _reason(exc: Exception) -> str:
+    if isinstance(exc, UnidentifiedImageError):
         return "not a JPEG, PNG, WebP or BMP file"
-    if isinstance(complaint, FileNotFoundError):
+    if isinstance(exc, FileNotFoundError):
         return "the file is gone"
-    return str(complaint) or type(complaint).__name__
+    return str(exc) or type(exc).__name__
 
 
 def _sha256(text: str) -> str:

@@ -137,11 +137,11 @@ def read_index(shard: Path, *, shown: str) -> TarIndex:
             )
         with shard.open("rb") as file:
             return _read(file, shown)
-    except OSError as complaint:
+    except OSError as exc:
         raise DataError(
-            f"the shard '{_last(shown)}' cannot be read: {complaint.strerror or complaint}",
+            f"the shard '{_last(shown)}' cannot be read: {exc.strerror or exc}",
             where={"shard": shown},
-        ) from complaint
+        ) from exc
 
 
 def _read(file: BinaryIO, shown: str) -> TarIndex:
@@ -164,8 +164,8 @@ def _read(file: BinaryIO, shown: str) -> TarIndex:
         # tarfile reads a long name and the header it belongs to by calling itself.
         nested = tarfile.ReadError("one long name after the other, and no file that they name")
         _refuse_cut(file, samples, member, nested, stamp, shown)
-    except (tarfile.TarError, ValueError, EOFError, OverflowError) as complaint:
-        _refuse_cut(file, samples, member, complaint, stamp, shown)
+    except (tarfile.TarError, ValueError, EOFError, OverflowError) as exc:
+        _refuse_cut(file, samples, member, exc, stamp, shown)
     _check_end(file, end, samples, stamp, shown)
     chosen = [(min(sample.images), sample.label) for sample in samples.values() if sample.images]
     labels = "\0".join(label for _, label in chosen).encode()
@@ -198,7 +198,7 @@ def _refuse_what_is_no_tar(file: BinaryIO, size: int, shown: str) -> None:
         )
     try:
         tarfile.TarInfo.frombuf(start, tarfile.ENCODING, "surrogateescape")
-    except tarfile.HeaderError as complaint:
+    except tarfile.HeaderError as exc:
         if not any(start):
             return
         raise DataError(
@@ -206,7 +206,7 @@ def _refuse_what_is_no_tar(file: BinaryIO, size: int, shown: str) -> None:
             where={"shard": shown},
             hint="see what it is with `file` (a page of a server that asks for a login?), and fetch it again; "
             "shards are written with webdataset's TarWriter or `tar cf`",
-        ) from complaint
+        ) from exc
 
 
 def _refuse_member(member: tarfile.TarInfo, shown: str) -> None:
@@ -279,7 +279,7 @@ def _refuse_cut(
     file: BinaryIO,
     samples: dict[str, _Sample],
     member: tarfile.TarInfo | None,
-    complaint: Exception,
+    exc: Exception,
     stamp: Stamp,
     shown: str,
 ) -> None:
@@ -294,14 +294,14 @@ def _refuse_cut(
     whole = sum(1 for key, sample in samples.items() if sample.images and key != cut)
     # A tar ends with blocks of zeros: one that does so and cannot be read was not cut.
     if cut is None and not any(os.pread(file.fileno(), _BLOCK, max(0, stamp.size - _BLOCK))):
-        problem = f"is damaged: {complaint}"
+        problem = f"is damaged: {exc}"
     else:
         problem = f"is cut short: it ends inside {inside}"
     raise DataError(
         f"the shard '{_last(shown)}' {problem}, after {counted(whole, 'whole sample')}",
         where=where,
         hint="copy or fetch it again",
-    ) from complaint
+    ) from exc
 
 
 def _check_end(file: BinaryIO, end: int, samples: dict[str, _Sample], stamp: Stamp, shown: str) -> None:

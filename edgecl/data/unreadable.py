@@ -60,12 +60,12 @@ class BadImages:
         with self._lock:
             return tuple(self._source.describe(index) for index in sorted(self._reasons))
 
-    def add(self, index: int, complaint: UnreadableImage) -> None:
+    def add(self, index: int, exc: UnreadableImage) -> None:
         """Count an image; any thread may."""
         with self._lock:
-            self._reasons[index] = str(complaint)
-            if complaint.lasting:
-                self._news[index] = str(complaint)
+            self._reasons[index] = str(exc)
+            if exc.lasting:
+                self._news[index] = str(exc)
 
     def remember(self) -> None:
         """Keep for the next start what was found since the last call, where the source has a memory."""

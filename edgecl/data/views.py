@@ -1,7 +1,7 @@
 """A batch of pictures -> two or more whole views and any number of small local ones, augmented, every sample different.
 
 They are made in batches, on the pictures' device. The operators and their order are torchvision's (random resized crop,
-flip, colour jitter, greyscale, blur, solarise), and so are the distributions of their parameters; the tests hold both to
+flip, color jitter, grayscale, blur, solarize), and so are the distributions of their parameters; the tests hold both to
 torchvision.
 """
 
@@ -36,16 +36,16 @@ WHOLE = string.ascii_lowercase
 
 # Blur is stated for this side (BYOL's) and scales with the view.
 _BLUR_VIEW_SIZE = 224
-# Below this sigma the nearest neighbour weighs under 4e-6: no blur.
+# Below this sigma the nearest neighbor weighs under 4e-6: no blur.
 _SIGMA_WITHOUT_EFFECT = 0.2
-# Beyond so many sigmas a neighbour weighs under 2e-8, less than float32 tells apart.
+# Beyond so many sigmas a neighbor weighs under 2e-8, less than float32 tells apart.
 _SIGMAS_TO_NOTHING = 6.0
 _BLUR_PIECE = 32
 # On one core, views of this side or more are made one after another.
 _ALONE_FROM = 112
 _CROP_ATTEMPTS = 10
 _SOLARIZE_THRESHOLD = 0.5
-_GREY = (0.2989, 0.587, 0.114)  # ITU-R 601-2, as torchvision rounds it
+_GRAYSCALE = (0.2989, 0.587, 0.114)  # ITU-R 601-2, as torchvision rounds it
 _ORDERS = np.array(list(itertools.permutations(range(4))))
 _TILE = 96
 _GAP = 4
@@ -63,7 +63,7 @@ class Parameters(NamedTuple):
     """(N, 4) operators in the order they are applied: 0 brightness, 1 contrast, 2 saturation, 3 hue."""
     factors: Floats
     """(N, 4) of brightness, contrast and saturation; of hue the shift, in turns."""
-    grey: NDArray[np.bool_]
+    grayscale: NDArray[np.bool_]
     blur: NDArray[np.bool_]
     sigma: Floats
     """(N,) pixels of this view."""
@@ -96,7 +96,7 @@ def make_views(
         epoch: 0-based.
 
     Returns:
-        The whole views, (N, 3, image_size, image_size), then the local views, (N, 3, local_size, local_size); normalised, on
+        The whole views, (N, 3, image_size, image_size), then the local views, (N, 3, local_size, local_size); normalized, on
         the batch's device; float32 even under autocast.
     """
     sizes = batch.sizes.cpu().numpy()
@@ -120,7 +120,7 @@ def make_views(
             for name, parameters in drawn.items():
                 part = Parameters._make(column[rows] for column in parameters)
                 view = render_view(pictures, sizes[rows], part, settings, side=sides[name])
-                pieces[name].append(_normalised(view, mean, std))
+                pieces[name].append(_normalized(view, mean, std))
     return [parts[0] if len(parts) == 1 else torch.cat(parts) for parts in pieces.values()]
 
 
@@ -163,7 +163,7 @@ def draw_parameters(
         jitter=chance[:, 2] < settings.jitter,
         order=_ORDERS[(draw("order", 1)[:, 0] * len(_ORDERS)).astype(np.int64)],
         factors=low + (high - low) * draw("factors", 4),
-        grey=chance[:, 3] < settings.grey,
+        grayscale=chance[:, 3] < settings.grayscale,
         blur=chance[:, 4] < settings.blur[which],
         sigma=sigma_low + (sigma_high - sigma_low) * draw("sigma", 1)[:, 0],
         solarize=chance[:, 5] < settings.solarize[which],
@@ -192,7 +192,7 @@ def render_view(
     """
     view = _crop(pictures, sizes, parameters, side)
     _jitter(view, parameters, settings)
-    _change(view, np.flatnonzero(parameters.grey), lambda part: _grey(part).expand_as(part))
+    _change(view, np.flatnonzero(parameters.grayscale), lambda part: _grayscale(part).expand_as(part))
     blurred = np.flatnonzero(parameters.blur & (parameters.sigma > _SIGMA_WITHOUT_EFFECT))
     sigma = _sent(parameters.sigma[blurred], view)
     _change(view, blurred, lambda part: _blur(part, sigma))
@@ -218,9 +218,9 @@ def write_views_grid(
     Args:
         path: of the PNG.
         batch: pictures.
-        views: (N, 3, H, W) float32 each, normalised; all are drawn at the side of the first.
-        mean: that the views were normalised with.
-        std: that the views were normalised with.
+        views: (N, 3, H, W) float32 each, normalized; all are drawn at the side of the first.
+        mean: that the views were normalized with.
+        std: that the views were normalized with.
         count: of pictures shown, the first of the batch.
 
     Raises:
@@ -237,7 +237,7 @@ def write_views_grid(
         whole = _image(batch.canvases[column]).resize(shape, Image.Resampling.BILINEAR)
         page.paste(whole, (column * step + (tile - shape[0]) // 2, (tile - shape[1]) // 2))
         for row, view in enumerate(views, start=1):
-            part = _image(_denormalised(view[column], mean, std))
+            part = _image(_denormalized(view[column], mean, std))
             page.paste(part.resize((tile, tile), Image.Resampling.NEAREST), (column * step, row * step))
     png = io.BytesIO()
     page.save(png, format="PNG")
@@ -281,8 +281,8 @@ def _crop(pictures: Tensor, sizes: NDArray[np.integer[Any]], parameters: Paramet
     flips = np.stack([parameters.flip_vertical, parameters.flip], axis=1)
     start, extent = np.where(flips, start + extent, start), np.where(flips, -extent, extent)
     # The grid runs over -1..1 from edge to edge. (affine_grid would take three times as long.)
-    centres = (np.arange(side) + 0.5) / side
-    places = 2 * (start[:, :, None] + extent[:, :, None] * centres) - 1
+    centers = (np.arange(side) + 0.5) / side
+    places = 2 * (start[:, :, None] + extent[:, :, None] * centers) - 1
     y, x = _sent(places, pictures).unbind(1)
     shape = (len(sizes), side, side)
     grid = torch.stack((x[:, None, :].expand(shape), y[:, :, None].expand(shape)), dim=-1)
@@ -321,13 +321,13 @@ def _brightness(part: Tensor, factor: Tensor) -> Tensor:
 
 
 def _contrast(part: Tensor, factor: Tensor) -> Tensor:
-    mean = _grey(part).mean(dim=(1, 2, 3), keepdim=True)
+    mean = _grayscale(part).mean(dim=(1, 2, 3), keepdim=True)
     return part.mul_(factor).add_(mean * (1 - factor)).clamp_(0, 1)
 
 
 def _saturation(part: Tensor, factor: Tensor) -> Tensor:
-    grey = _grey(part).mul_(1 - factor)
-    return part.mul_(factor).add_(grey).clamp_(0, 1)
+    grayscale = _grayscale(part).mul_(1 - factor)
+    return part.mul_(factor).add_(grayscale).clamp_(0, 1)
 
 
 def _hue(part: Tensor, factor: Tensor) -> Tensor:
@@ -353,9 +353,9 @@ def _hue(part: Tensor, factor: Tensor) -> Tensor:
     return part.clamp_(0, 1).mul_(chroma.unsqueeze(1)).add_(low.unsqueeze(1))
 
 
-def _grey(part: Tensor) -> Tensor:
+def _grayscale(part: Tensor) -> Tensor:
     red, green, blue = (part[:, channel : channel + 1] for channel in range(3))
-    return (red * _GREY[0]).add_(green, alpha=_GREY[1]).add_(blue, alpha=_GREY[2])
+    return (red * _GRAYSCALE[0]).add_(green, alpha=_GRAYSCALE[1]).add_(blue, alpha=_GRAYSCALE[2])
 
 
 def _blur(part: Tensor, sigma: Tensor) -> Tensor:
@@ -409,11 +409,11 @@ def _blur_together(part: Tensor, sigma: Tensor) -> Tensor:
     return mix @ part @ mix.mT
 
 
-def _normalised(view: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def _normalized(view: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     return view.sub_(_per_channel(mean, view)).div_(_per_channel(std, view))
 
 
-def _denormalised(view: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def _denormalized(view: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     scaled = view.float() * _per_channel(std, view) + _per_channel(mean, view)
     return scaled.mul(255).round().clamp(0, 255).to(torch.uint8)
 

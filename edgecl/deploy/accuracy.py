@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from edgecl.data.loading import load_eval_images, normalise, split_holdout
+from edgecl.data.loading import load_eval_images, normalize, split_holdout
 from edgecl.data.randomness import permutation
 from edgecl.data.sources import Split, has_test_split, open_source
 from edgecl.data.unreadable import say_skipped
@@ -47,7 +47,7 @@ class Outputs:
     """What one form of a net gives.
 
     Attributes:
-        queries: (N, F) outputs for the judged images.
+        queries: (N, F) outputs for the evaluated images.
         bank: (M, F) outputs for the images whose labels are known, of a net without classifier.
     """
 
@@ -56,7 +56,7 @@ class Outputs:
 
 
 @dataclass(frozen=True)
-class Judge:
+class Evaluator:
     """Images on which the forms of one net are compared.
 
     Attributes:
@@ -80,16 +80,16 @@ class Judge:
     def __len__(self) -> int:
         return len(self.images)
 
-    def halves(self) -> tuple[Judge, Judge]:
-        """Split the judged images in two: one to search on, one to report on."""
+    def halves(self) -> tuple[Evaluator, Evaluator]:
+        """Split the evaluated images in two: one to search on, one to report on."""
         order = torch.from_numpy(permutation(0, 0, len(self), stream="halves"))
         return self._take(order[: len(self) // 2]), self._take(order[len(self) // 2 :])
 
-    def first(self, count: int) -> Judge:
-        """Return a judge of so many images, an even choice."""
+    def first(self, count: int) -> Evaluator:
+        """Return an evaluator of so many images, an even choice."""
         return self._take(torch.arange(0, len(self), max(1, len(self) // count))[:count])
 
-    def _take(self, index: Tensor) -> Judge:
+    def _take(self, index: Tensor) -> Evaluator:
         labels = None if self.labels is None else self.labels[index]
         return replace(self, images=self.images[index], labels=labels)
 
@@ -99,12 +99,12 @@ class Judge:
         return Outputs(self.queries(run), bank)
 
     def queries(self, run: Run) -> Tensor:
-        """Return the (N, F) outputs for the judged images alone."""
+        """Return the (N, F) outputs for the evaluated images alone."""
         return self._run(run, self.images)
 
     def _run(self, run: Run, images: Tensor) -> Tensor:
         mean, std = self.preprocessing["mean"], self.preprocessing["std"]
-        parts = [run(normalise(part, mean, std).numpy()) for part in images.split(BATCH)]
+        parts = [run(normalize(part, mean, std).numpy()) for part in images.split(BATCH)]
         return torch.from_numpy(numpy.concatenate(parts))
 
     def scores(self, outputs: Outputs, fp32: Outputs) -> Tensor:
@@ -142,15 +142,15 @@ def cosines(found: Tensor, expected: Tensor) -> Tensor:
     return torch.where(both_zero, 1.0, torch.nn.functional.cosine_similarity(found, expected, dim=1))
 
 
-def open_judge(
+def open_evaluator(
     record: dict[str, Any],
     *,
     uri: str | None,
     fallback: str,
     preprocessing: dict[str, Any],
     download: bool = False,
-) -> Judge:
-    """Gather the images on which precisions are judged.
+) -> Evaluator:
+    """Gather the images on which precisions are evaluated.
 
     Args:
         record: of the model.
@@ -195,8 +195,8 @@ def open_judge(
         known, asked = (torch.from_numpy(part) for part in split_holdout(labels.numpy(), 0.5, seed=1))
         bank, bank_labels, images, labels = images[known], labels[known], images[asked], labels[asked]
     if len(images) < 2:
-        raise DataError(f"{len(images)} images are too few to judge a precision on", where={"eval": named})
-    return Judge(metric, images, labels, bank, bank_labels, preprocessing, f"{named}{held_out}")
+        raise DataError(f"{len(images)} images are too few to evaluate a precision on", where={"eval": named})
+    return Evaluator(metric, images, labels, bank, bank_labels, preprocessing, f"{named}{held_out}")
 
 
 def _only_in(found: Sequence[str], own: Sequence[str]) -> str:
@@ -206,14 +206,14 @@ def _only_in(found: Sequence[str], own: Sequence[str]) -> str:
     return "; ".join(parts) or "in another order"
 
 
-def runner_of(model: onnx.ModelProto, *, runtime: str, form: str = "fp32") -> Run:
+def session_of(model: onnx.ModelProto, *, runtime: str, form: str = "fp32") -> Run:
     """Return a function that runs a model on any batch, on one thread.
 
     Args:
         model: in any form.
         runtime: 'openvino' runs it there; everything else on ONNX Runtime.
-        form: of the model. ONNX Runtime computes the forms for TensorRT as they are written, unoptimised: it would
-            quantise biases as well, which flips roundings, and saturate on x86-64 without VNNI.
+        form: of the model. ONNX Runtime computes the forms for TensorRT as they are written, unoptimized: it would
+            quantize biases as well, which flips roundings, and saturate on x86-64 without VNNI.
     """
     data = with_any_batch(model).SerializeToString()
     if runtime == "openvino":

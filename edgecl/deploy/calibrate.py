@@ -1,4 +1,4 @@
-"""Real images -> the range of every activation, from which the quantiser takes its scales.
+"""Real images -> the range of every activation, from which the quantizer takes its scales.
 
 Two passes over the images: the first finds least and largest values, the second counts histograms. Every method
 reads the same histograms, so trying three methods costs no more runs than trying one.
@@ -62,13 +62,13 @@ def calibrate_all(
 
     Returns:
         method -> tensor -> (least, largest), for the graph's input and every float32 output of a node, but for what
-        only a ReLU reads: nobody quantises before it.
+        only a ReLU reads: nobody quantizes before it.
 
     Raises:
         DataError: no image, images of another shape, an unknown method, or an activation that is not finite.
 
     Source: Migacz, "8-bit inference with TensorRT", GTC 2017, for the entropy threshold. As later calibrators do, the
-        count of zeros is replaced by its neighbour's: zero is exact at any scale and says nothing about the threshold.
+        count of zeros is replaced by its neighbor's: zero is exact at any scale and says nothing about the threshold.
     """
     for method in methods:
         if method not in get_args(Method):
@@ -161,7 +161,7 @@ class _Seen:
         if not (math.isfinite(least) and math.isfinite(largest)):
             raise DataError(
                 f"activation '{name}' is not finite on the calibration images (least {least}, largest {largest})",
-                hint="a net that overflows in float32 cannot be quantised; check the images and the weights",
+                hint="a net that overflows in float32 cannot be quantized; check the images and the weights",
             )
         self.least, self.largest = min(self.least, least), max(self.largest, largest)
 

@@ -1,4 +1,4 @@
-"""The INT8 verdict: what INT8 costs in accuracy, which nodes must stay in higher precision, and whether it is kept."""
+"""The INT8 decision: what INT8 costs in accuracy, which nodes must stay in higher precision, and whether it is kept."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import onnx
 from numpy.typing import NDArray
 
 from edgecl.config.target import Quantization
-from edgecl.deploy.accuracy import METRICS, Judge, Outputs, Run, cosines
+from edgecl.deploy.accuracy import METRICS, Evaluator, Outputs, Run, cosines
 
 Array = NDArray[numpy.float32]
-Quantise = Callable[[Collection[str]], onnx.ModelProto]
+Quantize = Callable[[Collection[str]], onnx.ModelProto]
 Open = Callable[[onnx.ModelProto], Run]
 Say = Callable[[str], None]
 
@@ -28,7 +28,7 @@ class Loss:
     """What a form of the net loses against fp32.
 
     Attributes:
-        points: of accuracy, positive where it is worse; None for a judge without labels.
+        points: of accuracy, positive where it is worse; None for an evaluator without labels.
         ci95: of the points, from the paired differences per image.
         cosine: mean similarity with the fp32 outputs.
     """
@@ -45,22 +45,22 @@ class Loss:
         return max(parts)
 
 
-def measure_loss(judge: Judge, outputs: Outputs, fp32: Outputs) -> Loss:
+def measure_loss(evaluator: Evaluator, outputs: Outputs, fp32: Outputs) -> Loss:
     """Compare a form with fp32 on the same images."""
     cosine = float(cosines(outputs.queries, fp32.queries).mean())
-    if judge.metric == "mean_cosine":
+    if evaluator.metric == "mean_cosine":
         return Loss(None, None, cosine)
-    lost = judge.scores(fp32, fp32) - judge.scores(outputs, fp32)
+    lost = evaluator.scores(fp32, fp32) - evaluator.scores(outputs, fp32)
     points = float(lost.mean())
     half = 1.96 * float(lost.std()) / len(lost) ** 0.5
     return Loss(points, (points - half, points + half), cosine)
 
 
 def search_int8(
-    quantise: Quantise,
+    quantize: Quantize,
     candidates: Sequence[str],
     *,
-    judge: Judge,
+    evaluator: Evaluator,
     fp32: Run,
     open_run: Open,
     settings: Quantization,
@@ -69,14 +69,14 @@ def search_int8(
 ) -> tuple[onnx.ModelProto, dict[str, Any]]:
     """Find the smallest set of nodes to keep in higher precision so that the loss stays within the budget.
 
-    Nodes are ranked by how much the net's outputs change when each alone is quantised. The set is searched on
-    one half of the judge's images, by bisection over the ranking; the loss that is reported and decides is
+    Nodes are ranked by how much the net's outputs change when each alone is quantized. The set is searched on
+    one half of the evaluator's images, by bisection over the ranking; the loss that is reported and decides is
     that on the other half.
 
     Args:
-        quantise: the nodes to keep -> the net in INT8.
-        candidates: nodes that can be quantised.
-        judge: the images.
+        quantize: the nodes to keep -> the net in INT8.
+        candidates: nodes that can be quantized.
+        evaluator: the images.
         fp32: runs the net in fp32.
         open_run: makes a model runnable.
         settings: the budget.
@@ -87,12 +87,12 @@ def search_int8(
         the model, and {"kept", "kept_nodes", "candidates", "loss_points", "loss_ci95", "mean_cosine", "budget",
         "tried", ...}; "kept" says whether the loss is within the budget.
     """
-    search, report = judge.halves()
+    search, report = evaluator.halves()
     fp32_search, fp32_report = search.outputs(fp32), report.outputs(fp32)
     tried: list[dict[str, Any]] = []
 
     def attempt(kept: Sequence[str]) -> tuple[onnx.ModelProto, float]:
-        model = quantise(kept)
+        model = quantize(kept)
         loss = measure_loss(search, search.outputs(open_run(model)), fp32_search)
         tried.append({"kept_nodes": len(kept), "loss_points": loss.points, "mean_cosine": loss.cosine})
         return model, loss.excess(settings, features=features)
@@ -101,7 +101,7 @@ def search_int8(
     model, excess = attempt(())
     kept: list[str] = []
     if excess > 0 and candidates:
-        ranking = _rank(quantise, candidates, judge=judge, fp32=fp32, open_run=open_run, say=say)
+        ranking = _rank(quantize, candidates, evaluator=evaluator, fp32=fp32, open_run=open_run, say=say)
         most = int(len(candidates) * settings.max_kept_fraction)
         say(f"INT8: {excess:.2f} over the budget; looking for nodes to keep in higher precision")
         low, high = 0, most  # the net fails with `low` nodes kept and passes with `high`
@@ -120,7 +120,7 @@ def search_int8(
         "kept": loss.excess(settings, features=features) <= 0,
         "kept_nodes": kept,
         "candidates": len(candidates),
-        "metric": judge.metric,
+        "metric": evaluator.metric,
         "loss_points": loss.points,
         "loss_ci95": None if loss.ci95 is None else list(loss.ci95),
         "mean_cosine": loss.cosine,
@@ -131,53 +131,59 @@ def search_int8(
         "images": len(report),
         "searched_on": len(search),
         "tried": tried,
-        "data": judge.data,
+        "data": evaluator.data,
     }
 
 
 def _rank(
-    quantise: Quantise, candidates: Sequence[str], *, judge: Judge, fp32: Run, open_run: Open, say: Say
+    quantize: Quantize,
+    candidates: Sequence[str],
+    *,
+    evaluator: Evaluator,
+    fp32: Run,
+    open_run: Open,
+    say: Say,
 ) -> list[str]:
-    """Order nodes by the error of the net's outputs when each alone is quantised, the worst first."""
-    few = judge.first(SENSITIVITY_IMAGES)
+    """Order nodes by the error of the net's outputs when each alone is quantized, the worst first."""
+    few = evaluator.first(SENSITIVITY_IMAGES)
     expected = few.queries(fp32).double()
     errors: dict[str, float] = {}
     for place, name in enumerate(candidates):
         if place % 10 == 0:
             say(f"INT8: node {place + 1} of {len(candidates)}")
         others = [other for other in candidates if other != name]
-        found = few.queries(open_run(quantise(others))).double()
+        found = few.queries(open_run(quantize(others))).double()
         errors[name] = float((found - expected).square().mean())
     return sorted(candidates, key=lambda name: -errors[name])
 
 
-def conclude(verdict: dict[str, Any], *, speed: dict[str, Any] | None, higher: str) -> dict[str, Any]:
+def conclude(decision: dict[str, Any], *, speed: dict[str, Any] | None, higher: str) -> dict[str, Any]:
     """Decide whether INT8 is kept, and say so in words and numbers.
 
     Args:
-        verdict: of `search_int8`.
+        decision: of `search_int8`.
         speed: {"against", "ratio", "ci95"}: how many times as fast as another precision INT8 is on this machine,
             or None where it cannot be measured here.
         higher: the precision that kept nodes have.
 
     Returns:
-        the verdict with "words" and "speed".
+        the decision with "words" and "speed".
     """
-    if "budget" not in verdict:  # of `unjudged`
-        return {**verdict, "speed": speed}
-    cost = _cost(verdict)
+    if "budget" not in decision:  # of `unevaluated`
+        return {**decision, "speed": speed}
+    cost = _cost(decision)
     faster = None if speed is None else speed["ratio"]
     pace = (
         "speed not measured here"
         if speed is None or faster is None
         else f"{100 * (faster - 1):+.0f} % speed against {speed['against']}"
     )
-    kept_nodes = verdict["kept_nodes"]
-    within = verdict["kept"]
+    kept_nodes = decision["kept_nodes"]
+    within = decision["kept"]
     slower = faster is not None and faster <= 1.0
     if within and not slower:
         how = (
-            f"kept with {len(kept_nodes)} of {verdict['candidates']} nodes in {higher}"
+            f"kept with {len(kept_nodes)} of {decision['candidates']} nodes in {higher}"
             if kept_nodes
             else "kept"
         )
@@ -186,29 +192,29 @@ def conclude(verdict: dict[str, Any], *, speed: dict[str, Any] | None, higher: s
         words = f"rejected because it is slower: {pace}; {cost}"
     else:
         words = f"rejected because it costs too much: {cost}, for {pace}; " + (
-            "it was trained for INT8 already" if verdict.get("trained_for_int8") else WAY_OUT
+            "it was trained for INT8 already" if decision.get("trained_for_int8") else WAY_OUT
         )
-    return {**verdict, "kept": within and not slower, "speed": speed, "words": words}
+    return {**decision, "kept": within and not slower, "speed": speed, "words": words}
 
 
-def _cost(verdict: dict[str, Any]) -> str:
-    budget = verdict["budget"]
+def _cost(decision: dict[str, Any]) -> str:
+    budget = decision["budget"]
     parts = []
-    if verdict["loss_points"] is not None:
-        low, high = verdict["loss_ci95"]
+    if decision["loss_points"] is not None:
+        low, high = decision["loss_ci95"]
         parts.append(
-            f"{verdict['loss_points']:.2f} points of {METRICS[verdict['metric']]} lost [{low:.2f}, {high:.2f}], "
+            f"{decision['loss_points']:.2f} points of {METRICS[decision['metric']]} lost [{low:.2f}, {high:.2f}], "
             f"{budget['max_loss_points']:g} allowed"
         )
         if low <= budget["max_loss_points"] < high:
             parts[-1] += " (more images would tell better)"
     if budget["min_cosine"] is not None:
         parts.append(
-            f"cosine similarity with fp32 {verdict['mean_cosine']:.4f}, at least {budget['min_cosine']:g}"
+            f"cosine similarity with fp32 {decision['mean_cosine']:.4f}, at least {budget['min_cosine']:g}"
         )
-    return ", ".join(parts) + f" (on {verdict['images']:,} images)"
+    return ", ".join(parts) + f" (on {decision['images']:,} images)"
 
 
-def unjudged(reason: str) -> dict[str, Any]:
-    """Return the verdict of an INT8 net that nothing was measured on: it is never a default."""
-    return {"kept": False, "kept_nodes": [], "words": f"not judged: {reason}", "speed": None}
+def unevaluated(reason: str) -> dict[str, Any]:
+    """Return the decision of an INT8 net that nothing was measured on: it is never a default."""
+    return {"kept": False, "kept_nodes": [], "words": f"not evaluated: {reason}", "speed": None}

@@ -15,15 +15,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edgecl.config.target import Precision, Target, read_target, target_name
-from edgecl.data.loading import load_eval_images, normalise, split_holdout
+from edgecl.data.loading import load_eval_images, normalize, split_holdout
 from edgecl.data.randomness import permutation
 from edgecl.data.sources import has_test_split, open_source
 from edgecl.data.unreadable import say_skipped
-from edgecl.deploy.accuracy import HOLDOUT, MAX_BAD_FRACTION, open_judge
+from edgecl.deploy.accuracy import HOLDOUT, MAX_BAD_FRACTION, open_evaluator
 from edgecl.deploy.decision import conclude
 from edgecl.deploy.onboard_zip import write_onboard
 from edgecl.deploy.onnx import INPUT, OUTPUT, save_onnx
-from edgecl.deploy.parity import slim_view_rung
+from edgecl.deploy.parity import slim_view_check
 from edgecl.deploy.process import run_here
 from edgecl.deploy.readme import bundle_readme
 from edgecl.deploy.rtx import compile_rtx
@@ -32,7 +32,7 @@ from edgecl.deploy.variants import (
     REFERENCE_IMAGES,
     Form,
     float_net,
-    make_forms,
+    make_variants,
     torch_outputs,
 )
 from edgecl.deploy.verify import verify
@@ -83,9 +83,9 @@ def export(
         precisions: in place of the target's, the preferred one first.
         calibration: a data URI of real images to calibrate INT8 and to compare on; None takes the images the
             net was made from.
-        eval_uri: a data URI of labelled images on which the precisions are judged; None takes the held-out part
+        eval_uri: a data URI of labelled images on which the precisions are evaluated; None takes the held-out part
             of the images the net was made from.
-        run: the run directory the model was carved from; its slim view is then the ladder's first rung.
+        run: the run directory the model was carved from; its slim view is then the first parity check.
         force: replace an earlier bundle.
         download: let torchvision fetch what is not on the disk.
         say: told how far it is, one line each.
@@ -96,7 +96,7 @@ def export(
     Raises:
         ArtifactError: not a model directory, the output exists, or the disk is full.
         TargetError: unknown target, or a precision the target's device lacks.
-        DataError: no images to compare on, too few to calibrate on, or images to judge on that do not fit.
+        DataError: no images to compare on, too few to calibrate on, or images to evaluate on that do not fit.
         ParityError: a form outside the target's tolerance; no bundle is left.
         DeviceError: the target needs a compiler that is not installed.
     """
@@ -112,24 +112,31 @@ def export(
         )
     preprocessing = _preprocessing(record["preprocessing"], chosen.graph.image_size)
     tested_on = _tested_on(ModelDir(model))
-    # Images named to judge on leave all of the others to calibrate on.
+    # Images named to evaluate on leave all of the others to calibrate on.
     images, labels = _read_images(
         uri, chosen, record, preprocessing, hold_out=not (eval_uri or tested_on), download=download
     )
-    judge = None
+    evaluator = None
     if len(chosen.precisions) > 1 or "int8" in chosen.precisions or eval_uri:
-        judge = open_judge(
+        evaluator = open_evaluator(
             record,
             uri=eval_uri or tested_on,
             fallback=uri if record["data"] is None else record["data"],
             preprocessing=preprocessing,
             download=download,
         )
-    ladder = [slim_view_rung(net, record, run, images[:PARITY_IMAGES])] if run else []
+    parity = [slim_view_check(net, record, run, images[:PARITY_IMAGES])] if run else []
     with new_directory(out, kind=Bundle.KIND, force=force) as aside:
         bundle = Bundle(aside)
-        forms, steps = make_forms(
-            net, record, images, labels, target=chosen, preprocessing=preprocessing, judge=judge, say=say
+        forms, steps = make_variants(
+            net,
+            record,
+            images,
+            labels,
+            target=chosen,
+            preprocessing=preprocessing,
+            evaluator=evaluator,
+            say=say,
         )
         expected = torch_outputs(float_net(net, record), images[:REFERENCE_IMAGES])
         numpy.savez(bundle.reference_file, inputs=images[:REFERENCE_IMAGES].numpy(), outputs=expected)
@@ -151,11 +158,11 @@ def export(
             },
             "preprocessing": preprocessing,
             "classes": record["classes"],
-            "ladder": [*ladder, *steps],
+            "parity": [*parity, *steps],
             "images_from": uri,
             "versions": _versions(chosen),
         }
-        _write_forms(bundle, manifest, forms, target=chosen, say=say)
+        _write_variants(bundle, manifest, forms, target=chosen, say=say)
         return _finish(bundle, manifest, target=chosen, say=say)
 
 
@@ -184,7 +191,7 @@ def _read_images(
     hold_out: bool,
     download: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Read real images to compare and to calibrate on, none of them from what is held out for the judge.
+    """Read real images to compare and to calibrate on, none of them from what is held out for the evaluator.
 
     Returns:
         (N, 3, H, W) after preprocessing, in a random order, and (N,) labels of the net's classes or None.
@@ -222,7 +229,7 @@ def _read_images(
             + (",".join(name for name in target.precisions if name != "int8") or "fp32"),
         )
     order = torch.from_numpy(permutation(0, 0, len(loaded.images), stream="calibration"))
-    images = normalise(loaded.images[order], preprocessing["mean"], preprocessing["std"])
+    images = normalize(loaded.images[order], preprocessing["mean"], preprocessing["std"])
     fits = record["classes"] is not None and list(source.classes or ()) == list(record["classes"])
     return images, loaded.labels[order] if loaded.labels is not None and fits else None
 
@@ -238,7 +245,7 @@ def _input_form(target: Target, images: Tensor) -> dict[str, Any]:
     }
 
 
-def _write_forms(
+def _write_variants(
     bundle: Bundle,
     manifest: dict[str, Any],
     forms: dict[Precision, Form],
@@ -250,8 +257,8 @@ def _write_forms(
     order = [*target.precisions, *(name for name in forms if name not in target.precisions)]
     for precision in order:
         form = forms[precision]
-        if form.verdict and form.verdict.get("outside_tolerance"):
-            manifest["left_out"] = {precision: {"verdict": form.verdict, "parity": form.parity}}
+        if form.decision and form.decision.get("outside_tolerance"):
+            manifest["left_out"] = {precision: {"decision": form.decision, "parity": form.parity}}
             continue
         file = bundle.path / onnx_name(precision)
         save_onnx(form.model, file)
@@ -266,7 +273,7 @@ def _write_forms(
             ),
             "parity": form.parity,
             "accuracy": form.accuracy,
-            "verdict": form.verdict,
+            "decision": form.decision,
             **form.about,
         }
         if target.runtime == "tensorrt_rtx":
@@ -301,7 +308,7 @@ def _write_forms(
 def _finish(
     bundle: Bundle, manifest: dict[str, Any], *, target: Target, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Judge the speed of INT8 where this machine can, choose the default, and seal the bundle once it verifies."""
+    """Evaluate the speed of INT8 where this machine can, choose the default, and seal the bundle once it verifies."""
     write_onboard(bundle.onboard_file)
     int8 = manifest["precisions"].get("int8")
     if int8:
@@ -311,9 +318,9 @@ def _finish(
             _seal(bundle, manifest)
             speed = _speed(bundle, against=_preferred(manifest, target, besides="int8"))
         higher = "fp32" if target.graph.int8 == "int8-cpu" or target.runtime == "openvino" else "fp16"
-        int8["verdict"] = conclude(int8["verdict"], speed=speed, higher=higher)
+        int8["decision"] = conclude(int8["decision"], speed=speed, higher=higher)
     for about in manifest.get("left_out", {}).values():
-        about["verdict"] = conclude(about["verdict"], speed=None, higher="fp16")
+        about["decision"] = conclude(about["decision"], speed=None, higher="fp16")
     manifest["precision"] = _preferred(manifest, target)
     if target.runtime == "tensorrt":
         write_bytes(bundle.trtexec_file, trtexec.script(manifest).encode())
@@ -336,10 +343,10 @@ def runs_here(target: Target) -> bool:
 
 
 def _preferred(manifest: dict[str, Any], target: Target, *, besides: str | None = None) -> str:
-    """Return the first precision of the target that may be a default: INT8 only with a passing verdict."""
+    """Return the first precision of the target that may be a default: INT8 only with a passing decision."""
     for precision in (*target.precisions, "fp32"):
         about = manifest["precisions"].get(precision)
-        if about and precision != besides and (about["verdict"] is None or about["verdict"]["kept"]):
+        if about and precision != besides and (about["decision"] is None or about["decision"]["kept"]):
             return precision
     raise AssertionError("a bundle always holds fp32")
 

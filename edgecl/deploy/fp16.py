@@ -89,7 +89,7 @@ def largest_magnitudes(model: onnx.ModelProto, images: NDArray[np.float32]) -> d
     )
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    # Optimised graphs lack the tensors that were fused away, and TensorRT may compute them all.
+    # Optimized graphs lack the tensors that were fused away, and TensorRT may compute them all.
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(
         watched.SerializeToString(), options, providers=["CPUExecutionProvider"]

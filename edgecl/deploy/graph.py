@@ -131,7 +131,7 @@ def _check_domains(model: onnx.ModelProto) -> None:
         raise TargetError(
             f"'{foreign.op_type}' is an operator of '{foreign.domain}', which only some runtimes have",
             where={"node": foreign.name or foreign.output[0]},
-            hint="export the net itself, not a file that a runtime has optimised",
+            hint="export the net itself, not a file that a runtime has optimized",
         )
     if model.functions:
         raise TargetError(
@@ -416,6 +416,6 @@ def with_shapes(model: onnx.ModelProto, *, problem: str, hint: str) -> onnx.Mode
     try:
         inferred = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
         onnx.checker.check_model(inferred, full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as complaint:
-        raise ParityError(f"{problem}: {str(complaint).strip().splitlines()[0]}", hint=hint) from complaint
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as exc:
+        raise ParityError(f"{problem}: {str(exc).strip().splitlines()[0]}", hint=hint) from exc
     return inferred

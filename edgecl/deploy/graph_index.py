@@ -1,4 +1,4 @@
-"""What the nodes of a net stand for: its first and last layers, gates, residual sums, and what can be quantised."""
+"""What the nodes of a net stand for: its first and last layers, gates, residual sums, and what can be quantized."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ WEIGHTED = ("Conv", "Gemm")
 _POOLS = ("GlobalAveragePool", "ReduceMean")
 
 
-def quantisable(model: onnx.ModelProto, form: Int8Form) -> list[str]:
-    """Name the convolutions and matrix products that a form quantises, in the graph's order.
+def quantizable(model: onnx.ModelProto, form: Int8Form) -> list[str]:
+    """Name the convolutions and matrix products that a form quantizes, in the graph's order.
 
-    Sums, products, pools and activations follow from them: they are quantised where their inputs are.
+    Sums, products, pools and activations follow from them: they are quantized where their inputs are.
     """
     constants = {tensor.name for tensor in model.graph.initializer}
     kept = set(baseline_keep(model, form))
@@ -35,7 +35,7 @@ def baseline_keep(model: onnx.ModelProto, form: Int8Form) -> list[str]:
     For TensorRT the branches of squeeze-and-excitation and the classifier, products of a matrix and one vector that cost
     next to nothing, and convolutions too narrow for the integer kernels. For ONNX Runtime the first convolution, when
     it reads an image of few channels: it is faster in float32 than in integers, and better; what it makes is
-    quantised. A branch of squeeze-and-excitation in float32 would be slower there than one in integers, because of the
+    quantized. A branch of squeeze-and-excitation in float32 would be slower there than one in integers, because of the
     changes of layout and type at either end; only that of the first block stays float, see `first_block`.
 
     Source: the exclusions of NVIDIA's Model Optimizer, for TensorRT.
@@ -60,7 +60,7 @@ def first_block(model: onnx.ModelProto) -> list[str]:
     going there costs. The block ends before its pointwise convolution, or, where a residual sum goes around
     both, behind that sum.
     """
-    groups, links = default_keep(model), Links(model.graph)
+    groups, links = default_keep(model), GraphIndex(model.graph)
     shapes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
     aside = {*groups["first_conv"], *groups["squeeze_excite"]}
     rest = [node for node in model.graph.node if node.op_type in WEIGHTED and node.name not in aside]
@@ -83,7 +83,7 @@ def default_keep(model: onnx.ModelProto) -> dict[str, list[str]]:
         "first_conv": the convolutions that no other comes before; "classifier": the matrix products that no other
         weighted node comes after.
     """
-    links = Links(model.graph)
+    links = GraphIndex(model.graph)
     weighted = [node for node in model.graph.node if node.op_type in WEIGHTED]
     after: set[str] = set()
     for node in model.graph.node:
@@ -113,7 +113,7 @@ def clips_at_zero(node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto
     return least is not None and float(numpy_helper.to_array(least)) == 0.0
 
 
-class Links:
+class GraphIndex:
     """Who makes and who reads each tensor of a graph."""
 
     def __init__(self, graph: onnx.GraphProto) -> None:
@@ -164,10 +164,10 @@ class Links:
                 open_ends += self.activations(maker)
         return list(found.values()) if reached else []
 
-    def skip_input(self, node: onnx.NodeProto, quantised: Collection[str]) -> int | None:
+    def skip_input(self, node: onnx.NodeProto, quantized: Collection[str]) -> int | None:
         """Return which input of a residual sum is the skip: not the one that the deepest convolution makes for it alone.
 
-        None where the sum is none, or that convolution is not quantised: the sum is fused into nothing then.
+        None where the sum is none, or that convolution is not quantized: the sum is fused into nothing then.
         """
         if node.op_type != "Add" or len(self.activations(node)) != 2 or node.input[0] == node.input[1]:
             return None
@@ -182,7 +182,7 @@ class Links:
         if not sides:
             return None
         fused = max(sides, key=lambda side: self._depth[node.input[side]])
-        return 1 - fused if self.maker[node.input[fused]].name in quantised else None
+        return 1 - fused if self.maker[node.input[fused]].name in quantized else None
 
 
 def _is_plain(node: onnx.NodeProto, constants: Collection[str]) -> bool:

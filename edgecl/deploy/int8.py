@@ -1,4 +1,4 @@
-"""A net in fp32 -> the same in INT8: calibrated on real images, its method chosen by accuracy, judged on others."""
+"""A net in fp32 -> the same in INT8: calibrated on real images, its method chosen by accuracy, evaluated on others."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edgecl.config.target import Target
-from edgecl.deploy.accuracy import Judge, Run, cosines, runner_of
+from edgecl.deploy.accuracy import Evaluator, Run, cosines, session_of
 from edgecl.deploy.calibrate import calibrate_all
-from edgecl.deploy.decision import Say, search_int8, unjudged
-from edgecl.deploy.graph_index import quantisable
-from edgecl.deploy.quantize import quantise
+from edgecl.deploy.decision import Say, search_int8, unevaluated
+from edgecl.deploy.graph_index import quantizable
+from edgecl.deploy.quantize import quantize
 
 Array = NDArray[numpy.float32]
 
-# On which what overflows fp16 is looked for, each time a graph is quantised.
+# On which what overflows fp16 is looked for, each time a graph is quantized.
 FP16_IMAGES = 16
 # Half of them to search on, half to report on; with fewer, a point of accuracy is less than one image.
-LEAST_JUDGED = 200
+LEAST_EVALUATED = 200
 
 
 def make_int8(
@@ -33,11 +33,11 @@ def make_int8(
     calibration: Array,
     holdout: Array,
     holdout_labels: Tensor | None,
-    judge: Judge | None,
+    evaluator: Evaluator | None,
     features: bool,
     say: Say,
 ) -> tuple[onnx.ModelProto, dict[str, Any]]:
-    """Quantise a net after training and find what must stay in higher precision.
+    """Quantize a net after training and find what must stay in higher precision.
 
     Args:
         fp32: the portable net.
@@ -45,12 +45,12 @@ def make_int8(
         calibration: (N, 3, H, W) real images after preprocessing, whose activations set the ranges.
         holdout: (M, 3, H, W) others, on which the methods are compared.
         holdout_labels: (M,) of a classifier, or None: then the methods are compared by cosine similarity.
-        judge: the images of the verdict, or None where nothing can be judged.
+        evaluator: the images of the decision, or None where nothing can be evaluated.
         features: the net has no classifier.
         say: told how far it is.
 
     Returns:
-        the net, and the verdict with the method that was chosen.
+        the net, and the decision with the method that was chosen.
 
     Raises:
         DataError: activations that are not finite.
@@ -60,14 +60,14 @@ def make_int8(
     ranges = calibrate_all(fp32, calibration, settings.methods)
 
     def open_run(model: onnx.ModelProto) -> Run:
-        return runner_of(model, runtime=target.runtime, form=form)
+        return session_of(model, runtime=target.runtime, form=form)
 
     few = calibration[:FP16_IMAGES]
-    run_fp32 = runner_of(fp32, runtime=target.runtime)
+    run_fp32 = session_of(fp32, runtime=target.runtime)
     expected = _outputs(run_fp32, holdout)
     compared: dict[str, dict[str, float]] = {}
     for method in settings.methods:
-        model = quantise(fp32, form=form, ranges=ranges[method], images=few)
+        model = quantize(fp32, form=form, ranges=ranges[method], images=few)
         found = _outputs(open_run(model), holdout)
         compared[method] = {"mean_cosine": float(cosines(found, expected).mean())}
         if holdout_labels is not None:
@@ -85,60 +85,60 @@ def make_int8(
     }
 
     def keep(kept: Collection[str]) -> onnx.ModelProto:
-        return quantise(fp32, form=form, ranges=ranges[method], keep=kept, images=few)
+        return quantize(fp32, form=form, ranges=ranges[method], keep=kept, images=few)
 
-    obstacle = obstacle_to_judging(judge, features=features)
-    if judge is None or obstacle:
-        return keep(()), {**unjudged(obstacle or ""), **chosen}
-    model, verdict = search_int8(
+    obstacle = obstacle_to_judging(evaluator, features=features)
+    if evaluator is None or obstacle:
+        return keep(()), {**unevaluated(obstacle or ""), **chosen}
+    model, decision = search_int8(
         keep,
-        quantisable(fp32, form),
-        judge=judge,
+        quantizable(fp32, form),
+        evaluator=evaluator,
         fp32=run_fp32,
         open_run=open_run,
         settings=settings,
         features=features,
         say=say,
     )
-    return model, {**verdict, **chosen}
+    return model, {**decision, **chosen}
 
 
-def obstacle_to_judging(judge: Judge | None, *, features: bool) -> str | None:
-    """Say why no verdict can be had from a judge, or None."""
-    if judge is None:
-        return "no images to judge on"
-    if judge.metric == "mean_cosine" and not features:
+def obstacle_to_judging(evaluator: Evaluator | None, *, features: bool) -> str | None:
+    """Say why no decision can be had from an evaluator, or None."""
+    if evaluator is None:
+        return "no images to evaluate on"
+    if evaluator.metric == "mean_cosine" and not features:
         return "no images labelled with the net's classes; name some with --eval URI"
-    if len(judge) < LEAST_JUDGED:
-        return f"{len(judge)} images are too few for a verdict, {LEAST_JUDGED} are needed; name more with --eval URI"
+    if len(evaluator) < LEAST_EVALUATED:
+        return f"{len(evaluator)} images are too few for a decision, {LEAST_EVALUATED} are needed; name more with --eval URI"
     return None
 
 
-def judge_trained(
+def evaluate_trained(
     model: onnx.ModelProto,
     fp32: onnx.ModelProto,
     *,
     target: Target,
-    judge: Judge | None,
+    evaluator: Evaluator | None,
     features: bool,
     say: Say,
 ) -> dict[str, Any]:
-    """Return the verdict of a net whose scales were trained: there is nothing to choose and nothing to search."""
+    """Return the decision of a net whose scales were trained: there is nothing to choose and nothing to search."""
     chosen = {"form": target.graph.int8, "method": "trained"}
-    obstacle = obstacle_to_judging(judge, features=features)
-    if judge is None or obstacle:
-        return {**unjudged(obstacle or ""), **chosen}
-    verdict = search_int8(
+    obstacle = obstacle_to_judging(evaluator, features=features)
+    if evaluator is None or obstacle:
+        return {**unevaluated(obstacle or ""), **chosen}
+    decision = search_int8(
         lambda kept: model,
         [],
-        judge=judge,
-        fp32=runner_of(fp32, runtime=target.runtime),
-        open_run=lambda found: runner_of(found, runtime=target.runtime, form=target.graph.int8),
+        evaluator=evaluator,
+        fp32=session_of(fp32, runtime=target.runtime),
+        open_run=lambda found: session_of(found, runtime=target.runtime, form=target.graph.int8),
         settings=target.quantization,
         features=features,
         say=say,
     )[1]
-    return {**verdict, **chosen}
+    return {**decision, **chosen}
 
 
 def _outputs(run: Run, images: Array) -> Tensor:

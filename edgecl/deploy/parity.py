@@ -1,4 +1,4 @@
-"""The parity ladder: slim view, torch, ONNX in each precision, each rung held to the one it was made from."""
+"""The parity report: slim view, torch, ONNX in each precision, each check held to the one it was made from."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Layers = dict[str, Array]
 LAYER_IMAGES = 4
 
 
-def rung(source: str, form: str, found: Array, expected: Array) -> dict[str, Any]:
+def check_parity(source: str, form: str, found: Array, expected: Array) -> dict[str, Any]:
     """Compare the outputs of one form of a net with those of the form it was made from.
 
     Args:
@@ -60,7 +60,7 @@ def rung(source: str, form: str, found: Array, expected: Array) -> dict[str, Any
 
 
 def breaches(step: dict[str, Any], tolerance: Tolerance) -> list[str]:
-    """Say in which ways a rung leaves a tolerance; NaN leaves every one."""
+    """Say in which ways a check leaves a tolerance; NaN leaves every one."""
     difference, agreement = step["max_relative_difference"], step["top1_agreement"]
     problems = []
     if not difference <= tolerance.max_relative_difference:
@@ -79,7 +79,7 @@ def breaches(step: dict[str, Any], tolerance: Tolerance) -> list[str]:
 
 
 def hold(step: dict[str, Any], tolerance: Tolerance) -> None:
-    """Refuse a rung outside its tolerance.
+    """Refuse a check outside its tolerance.
 
     Raises:
         ParityError: naming the first layer that leaves the tolerance, where it is known.
@@ -157,7 +157,7 @@ def onnx_layers(model: onnx.ModelProto, images: Array, *, names: list[str]) -> L
     }
 
 
-def slim_view_rung(net: nn.Module, record: dict[str, Any], run: Path, images: Tensor) -> dict[str, Any]:
+def slim_view_check(net: nn.Module, record: dict[str, Any], run: Path, images: Tensor) -> dict[str, Any]:
     """Compare a carved net with the slim view inside its host.
 
     Where carving re-estimated the statistics of the batch norms, the slim view is given these, so that what is
@@ -194,4 +194,4 @@ def slim_view_rung(net: nn.Module, record: dict[str, Any], run: Path, images: Te
             seen = functional_call(slimmable.host.get_submodule("backbone"), replaced, (images,))
         carved = net(images)
     form = "carved torch net" + (" (batch norms re-estimated)" if record["recalibrated"] else "")
-    return rung("slim view in its host", form, carved.numpy(), seen.numpy())
+    return check_parity("slim view in its host", form, carved.numpy(), seen.numpy())

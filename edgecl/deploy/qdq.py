@@ -1,4 +1,4 @@
-"""Graphs with explicit quantisation while they are written: what TensorRT takes, and what ONNX Runtime fuses."""
+"""Graphs with explicit quantization while they are written: what TensorRT takes, and what ONNX Runtime fuses."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from edgecl.deploy.graph import Names
-from edgecl.deploy.graph_index import WEIGHTED, Links, attribute, baseline_keep, clips_at_zero
+from edgecl.deploy.graph_index import WEIGHTED, GraphIndex, attribute, baseline_keep, clips_at_zero
 from edgecl.deploy.scales import (
     asymmetric_scale,
     paired_weight_scales,
@@ -27,28 +27,28 @@ Ranges = Mapping[str, tuple[float, float]]
 _BIAS_STEPS = 2.0**30
 
 
-class Draft:
-    """A quantised graph while it is written, node after node.
+class QdqWriter:
+    """A quantized graph while it is written, node after node.
 
     Args:
         model: the graph it is made from.
         ranges: tensor -> (least, largest).
-        chosen: names of weighted nodes to quantise.
+        chosen: names of weighted nodes to quantize.
         keep: names of nodes that must not be.
     """
 
     def __init__(self, model: onnx.ModelProto, ranges: Ranges, *, chosen: set[str], keep: set[str]) -> None:
         self.model, self.ranges, self.chosen, self.keep = model, ranges, chosen, keep
-        self.links = Links(model.graph)
+        self.links = GraphIndex(model.graph)
         self.names = Names(model.graph)
         self.nodes: list[onnx.NodeProto] = []
         self.constants = dict(self.links.constants)
-        self.dequantised: dict[str, str] = {}
+        self.dequantized: dict[str, str] = {}
         """Tensor -> what its Q/DQ pair gives; one pair serves all readers."""
         self._uncast = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "Cast"}
 
     def write(self) -> onnx.ModelProto:
-        """Return the quantised model."""
+        """Return the quantized model."""
         for node in self.model.graph.node:
             self.write_node(node)
         written = onnx.ModelProto()
@@ -96,7 +96,7 @@ class Draft:
         tensor = self._uncast.get(tensor, tensor)
         if tensor not in self.ranges:
             raise DataError(
-                f"tensor '{tensor}' has no range", hint="calibrate the very graph that is quantised"
+                f"tensor '{tensor}' has no range", hint="calibrate the very graph that is quantized"
             )
         least, largest = self.ranges[tensor]
         if not (numpy.isfinite(least) and numpy.isfinite(largest) and least <= largest):
@@ -109,7 +109,7 @@ class Draft:
         """Append QuantizeLinear and DequantizeLinear behind a tensor.
 
         Args:
-            tensor: what is quantised.
+            tensor: what is quantized.
             scale, zero: names of constants.
             axis: of the channels that have a scale each.
             back: the scale to come back with, where it is another one.
@@ -131,7 +131,7 @@ class Draft:
         )
 
 
-class TensorrtDraft(Draft):
+class TensorrtDraft(QdqWriter):
     """Symmetric S8 on inputs only; the scales have the type of what they scale."""
 
     def write_node(self, node: onnx.NodeProto) -> None:
@@ -148,32 +148,32 @@ class TensorrtDraft(Draft):
         self.append_with(node, changed)
 
     def _activation(self, tensor: str, dtype: Any) -> str:
-        if tensor not in self.dequantised:
+        if tensor not in self.dequantized:
             scale = symmetric_scale(*self.range_of(tensor), dtype=dtype)
-            self.dequantised[tensor] = self.pair(
+            self.dequantized[tensor] = self.pair(
                 tensor,
                 self.constant(f"{tensor}_scale", scale),
                 self.constant(f"{tensor}_zero_point", numpy.zeros((), numpy.int8)),
             )
-        return self.dequantised[tensor]
+        return self.dequantized[tensor]
 
     def _weights(self, node: onnx.NodeProto) -> str:
         tensor, axis = node.input[1], _channel_axis(node)
         # The same weights as rows of one node and columns of another have two sets of scales.
         key = f"{tensor}:{axis}"
-        if key not in self.dequantised:
+        if key not in self.dequantized:
             weights = self.values(tensor)
             scale = weight_scales(weights, axis=axis, dtype=weights.dtype)
-            self.dequantised[key] = self.pair(
+            self.dequantized[key] = self.pair(
                 tensor,
                 self.constant(f"{tensor}_scale", scale),
                 self.constant(f"{tensor}_zero_point", numpy.zeros(scale.shape, numpy.int8)),
                 axis=axis,
             )
-        return self.dequantised[key]
+        return self.dequantized[key]
 
 
-class CpuDraft(Draft):
+class CpuDraft(QdqWriter):
     """Asymmetric U8 activations on both sides of every operator that ONNX Runtime has an integer kernel for."""
 
     def __init__(self, model: onnx.ModelProto, ranges: Ranges, *, chosen: set[str], keep: set[str]) -> None:
@@ -222,13 +222,13 @@ class CpuDraft(Draft):
         )
 
     def _finish(self, node: onnx.NodeProto, written: onnx.NodeProto) -> None:
-        """Quantise the output of a node, and leave a clip out that saturation computes."""
+        """Quantize the output of a node, and leave a clip out that saturation computes."""
         tensor, outputs = node.output[0], self.links.outputs
         readers = self.links.readers[tensor]
         if tensor in outputs:
             return
         if len(readers) == 1 and clips_at_zero(readers[0], self.constants):
-            # The end of the net is not quantised: nothing saturates there.
+            # The end of the net is not quantized: nothing saturates there.
             if readers[0].output[0] in outputs:
                 return
             tensor = readers[0].output[0]
@@ -246,7 +246,7 @@ class CpuDraft(Draft):
         return any(reader.name in self.chosen for reader in self.links.readers[node.output[0]])
 
     def _leads_to_chosen(self, node: onnx.NodeProto) -> bool:
-        """Tell whether one of the next weighted nodes is quantised."""
+        """Tell whether one of the next weighted nodes is quantized."""
         seen: set[str] = set()
         ahead = list(node.output)
         while ahead:
@@ -268,14 +268,14 @@ class CpuDraft(Draft):
         return self._grid[tensor]
 
     def _activation(self, tensor: str) -> str:
-        if tensor not in self.dequantised:
+        if tensor not in self.dequantized:
             scale, zero = self._grid_of(tensor)
-            self.dequantised[tensor] = self.pair(
+            self.dequantized[tensor] = self.pair(
                 tensor,
                 self.constant(f"{tensor}_scale", scale),
                 self.constant(f"{tensor}_zero_point", zero),
             )
-        return self.dequantised[tensor]
+        return self.dequantized[tensor]
 
     def _weighted(self, node: onnx.NodeProto) -> onnx.NodeProto:
         """Append a convolution or matrix product with S8 weights and an int32 bias."""
@@ -320,7 +320,7 @@ class CpuDraft(Draft):
         )
 
     def _operands(self, node: onnx.NodeProto) -> dict[int, str]:
-        """Return the quantised operands of a sum or product; a constant is exact as one step of its own size."""
+        """Return the quantized operands of a sum or product; a constant is exact as one step of its own size."""
         changed = {}
         for place, name in enumerate(node.input):
             if name not in self.constants:
@@ -359,7 +359,7 @@ class CpuDraft(Draft):
             self.names.tensor(f"{tensor}_lifted"),
             name=node.name,
         )
-        self.dequantised[tensor] = self.pair(
+        self.dequantized[tensor] = self.pair(
             lifted,
             self.constant(f"{tensor}_scale", numpy.asarray(1 / alpha / 255, numpy.float32)),
             self.constant(f"{tensor}_zero_point", zero),

@@ -6,7 +6,7 @@ with fp16 scales and the rest in fp16, for strongly typed networks, which would 
 `int8-cpu` is what ONNX Runtime fuses: asymmetric U8 activations, S8 weights, int32 biases, and Q/DQ behind every
 operator that has an integer kernel. Its weights leave room for the 16-bit sums of processors without VNNI, so that
 all processors compute the same. The first two exclude the last: TensorRT refuses U8 and int32, and ONNX Runtime
-fuses nothing in a graph without quantised outputs.
+fuses nothing in a graph without quantized outputs.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from numpy.typing import NDArray
 from edgecl.config.target import Int8Form
 from edgecl.deploy.fp16 import half
 from edgecl.deploy.graph import opset_of, portable
-from edgecl.deploy.graph_index import first_block, quantisable
+from edgecl.deploy.graph_index import first_block, quantizable
 from edgecl.deploy.qdq import CpuDraft, Ranges, TensorrtDraft
 from edgecl.errors import DataError, TargetError, near_matches
 
 _HALF_LIMIT = 6e4
 
 
-def quantise(
+def quantize(
     model: onnx.ModelProto,
     *,
     form: Int8Form,
@@ -35,7 +35,7 @@ def quantise(
     keep: Collection[str] = (),
     images: NDArray[numpy.float32] | None = None,
 ) -> onnx.ModelProto:
-    """Quantise a portable float32 graph.
+    """Quantize a portable float32 graph.
 
     Args:
         model: from `edgecl.deploy.graph.portable`; left as it is.
@@ -49,7 +49,7 @@ def quantise(
         a model that onnx's full check passes, with float32 input and output, and the same bytes each time.
 
     Raises:
-        DataError: a tensor to quantise has no range, or one that is not finite.
+        DataError: a tensor to quantize has no range, or one that is not finite.
         TargetError: a name to keep is not in the graph, or the opset is too old for the form.
     """
     names = {node.name for node in model.graph.node}
@@ -64,17 +64,17 @@ def quantise(
             f"'{form}' needs opset {least}, the graph has {opset_of(model)}",
             hint=f"set [graph] opset = {least} or later in the target",
         )
-    chosen = set(quantisable(model, form)) - set(keep)
+    chosen = set(quantizable(model, form)) - set(keep)
     if form == "int8-cpu":
         # Only HardSigmoid is known below.
         plain = portable(model, opset=opset_of(model), hard_swish="hard_sigmoid")
         kept = {*keep, *first_block(model)}
-        quantised = CpuDraft(plain, ranges, chosen=chosen, keep=kept).write()
+        quantized = CpuDraft(plain, ranges, chosen=chosen, keep=kept).write()
     else:
         source = _in_half(model, ranges, images) if form == "int8-trt-fp16" else model
-        quantised = TensorrtDraft(source, ranges, chosen=chosen, keep=set(keep)).write()
-    onnx.checker.check_model(quantised, full_check=True)
-    return quantised
+        quantized = TensorrtDraft(source, ranges, chosen=chosen, keep=set(keep)).write()
+    onnx.checker.check_model(quantized, full_check=True)
+    return quantized
 
 
 def _in_half(

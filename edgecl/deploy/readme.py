@@ -11,7 +11,8 @@ def bundle_readme(manifest: dict[str, Any]) -> str:
     batch = f"1 to {form['max_batch']}" if form["dynamic_batch"] else str(form["shape"][0])
     outputs = f"{len(manifest['classes'])} classes" if manifest["classes"] else "features"
     holds = ", ".join(
-        f"{name} ({about['model']})" + ("" if about["verdict"] is None else f": {about['verdict']['words']}")
+        f"{name} ({about['model']})"
+        + ("" if about["decision"] is None else f": {about['decision']['words']}")
         for name, about in manifest["precisions"].items()
     )
     needs = {

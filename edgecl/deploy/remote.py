@@ -167,8 +167,8 @@ def _options_of_environment() -> list[str]:
     text = os.environ.get(SSH_OPTIONS, "")
     try:
         return shlex.split(text)
-    except ValueError as complaint:
-        raise DeviceError(f"cannot split {SSH_OPTIONS}={text!r} into words: {complaint}") from complaint
+    except ValueError as exc:
+        raise DeviceError(f"cannot split {SSH_OPTIONS}={text!r} into words: {exc}") from exc
 
 
 def _files_of(bundle: Path) -> list[dict[str, Any]]:
@@ -296,10 +296,10 @@ class _Board:
                 stderr=complaints,
                 start_new_session=True,
             )
-        except FileNotFoundError as complaint:
+        except FileNotFoundError as exc:
             raise DeviceError(
                 "the program 'ssh' is not on the PATH", hint="sudo apt install openssh-client"
-            ) from complaint
+            ) from exc
 
     def reached(self) -> None:
         """Note that the board spoke: from now on a lost connection is sought again."""

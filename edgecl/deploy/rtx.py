@@ -9,7 +9,7 @@ from edgecl.config.target import Build
 from edgecl.errors import DeviceError
 from edgecl.onboard.engine import build_plan, import_runtime
 from edgecl.onboard.errors import OnboardError
-from edgecl.onboard.layers import summarise
+from edgecl.onboard.layers import summarize
 
 RUNTIME = "tensorrt_rtx"
 
@@ -56,7 +56,7 @@ def compile_rtx(
         "size_bytes": len(built.plan),
         "io": {**built.network["inputs"], **built.network["outputs"]},
         "layers": built.network["layers"],
-        "engine": summarise(built.layers) if built.layers else None,
+        "engine": summarize(built.layers) if built.layers else None,
         "settings": built.settings,
         "warnings": built.warnings,
     }

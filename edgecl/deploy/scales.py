@@ -38,9 +38,9 @@ def weight_scales(weights: Array, *, axis: int, dtype: Any = numpy.float32) -> A
 def paired_weight_scales(weights: Array, *, axis: int) -> Array:
     """Return the S8 scale of every output channel at which sums of two products with U8 fit into 16 bits.
 
-    x86-64 without VNNI multiplies two neighbours at once and adds them with saturation (`vpmaddubsw`). No such sum
+    x86-64 without VNNI multiplies two neighbors at once and adds them with saturation (`vpmaddubsw`). No such sum
     saturates where no two weights of a channel that have the same sign exceed 128 steps together: 128 * 255 < 2**15.
-    Which weights are neighbours is the kernel's choice, so the two largest decide.
+    Which weights are neighbors is the kernel's choice, so the two largest decide.
 
     Returns:
         (O,) float32, positive; from `weight_scales` up to about twice that.

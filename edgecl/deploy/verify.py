@@ -26,7 +26,7 @@ def verify(
     ssh_options: Sequence[str] = (),
     report: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """Check a bundle's files and outputs with the code that runs on devices, and keep the verdict beside it.
+    """Check a bundle's files and outputs with the code that runs on devices, and keep the decision beside it.
 
     The net runs in a process of its own: one that loops for ever, crashes or fills the memory takes only that along.
 
@@ -36,7 +36,7 @@ def verify(
         runtime: to run them with; the bundle's own where None.
         host: USER@BOARD[:PORT] to verify on, by `edgecl.deploy.remote`; this machine where None.
         ssh_options: further arguments for `ssh`.
-        report: called with a line on how far it is, and where the verdict could not be kept.
+        report: called with a line on how far it is, and where the decision could not be kept.
 
     Returns:
         The record; see `edgecl.onboard.verify.verify` for its numbers.
@@ -68,15 +68,15 @@ def verify(
                 host, "verify", arguments, bundle=bundle, ssh_options=ssh_options, report=report
             )
     except OnboardError as error:
-        if error.name != onboard_errors.DeviceError.name:  # without a runtime there is no verdict
-            verdict = {
+        if error.name != onboard_errors.DeviceError.name:  # without a runtime there is no decision
+            decision = {
                 "ok": False,
                 "files_ok": False,
                 **getattr(error, "record", {}),
                 "problem": error.problem,
             }
-            with contextlib.suppress(ArtifactError):  # the verdict matters more than its record
-                write_json(directory.verify_file, {**header, **verdict})
+            with contextlib.suppress(ArtifactError):  # the decision matters more than its record
+                write_json(directory.verify_file, {**header, **decision})
         where = {"bundle": bundle} if host is None else {"bundle": bundle, "board": host}
         raise error_from_onboard(error, where=where) from error
     record = {**header, **found}
@@ -84,5 +84,5 @@ def verify(
         write_json(directory.verify_file, record)
     except ArtifactError as error:  # the bundle may lie on a read-only place, and the check has passed
         if report:
-            report(f"the verdict is not kept: {error.problem}")
+            report(f"the decision is not kept: {error.problem}")
     return record

@@ -148,16 +148,16 @@ def join(device: str = "auto") -> None:
             world_size=count,
             timeout=limit,
         )
-    except (RuntimeError, ValueError, OSError) as complaint:
+    except (RuntimeError, ValueError, OSError) as exc:
         raise ProcessError(
             f"the {world_size()} processes of the run did not find each other: "
-            f"{(str(complaint).splitlines() or [type(complaint).__name__])[0]}",
+            f"{(str(exc).splitlines() or [type(exc).__name__])[0]}",
             where={
                 "this process": f"{rank()} of {world_size()} on {os.uname().nodename}",
                 "meeting point": f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}",
             },
             hint="start them with torchrun, with the same --rdzv-endpoint on every machine",
-        ) from complaint
+        ) from exc
 
 
 def meet(store: Any, number: int, count: int, *, limit_s: float) -> tuple[str, str]:
@@ -213,9 +213,9 @@ def meet(store: Any, number: int, count: int, *, limit_s: float) -> tuple[str, s
         )
 
 
-def _pause(seconds: float, until: float, complaint: str) -> None:
+def _pause(seconds: float, until: float, exc: str) -> None:
     if time.monotonic() > until:
-        raise TimeoutError(complaint)
+        raise TimeoutError(exc)
     time.sleep(seconds)
 
 
@@ -231,7 +231,7 @@ def _take_gpu() -> None:
     number, gpus = _from_environment("LOCAL_RANK", 0), torch.cuda.device_count()
     need = max(number + 1, _from_environment("LOCAL_WORLD_SIZE", 1))
     if re.fullmatch("[^,]+", os.environ.get("CUDA_VISIBLE_DEVICES", "")):
-        # Perhaps each process was given its own, as number 0 (torchrun --virtual-local-rank): each can judge only itself.
+        # Perhaps each process was given its own, as number 0 (torchrun --virtual-local-rank): each can evaluate only itself.
         _on_its_own, need = True, number + 1
     if need > gpus:
         raise DeviceError(
@@ -291,8 +291,8 @@ def explain_lost_peers() -> Iterator[None]:
     """Turn a collective that failed because another process is gone into a named error, with the memory figures."""
     try:
         yield
-    except RuntimeError as complaint:
-        first = (str(complaint).splitlines() or [""])[0]
+    except RuntimeError as exc:
+        first = (str(exc).splitlines() or [""])[0]
         if world_size() == 1 or not _LOST.search(first):
             raise
         if threading.current_thread() is threading.main_thread():
@@ -315,7 +315,7 @@ def explain_lost_peers() -> Iterator[None]:
                 else "a process that the system killed was most often out of memory (see `dmesg`): lower [data] batch_size "
                 "or cache_mib, or start fewer processes per machine; then go on with --resume"
             ),
-        ) from complaint
+        ) from exc
 
 
 def claim_report() -> bool:

@@ -15,7 +15,7 @@ from edgecl.config.recipe import Views
 from edgecl.evaluate.few_labels import FewLabels, train_on_few
 from edgecl.evaluate.labelled import Labelled, draw_few
 from edgecl.evaluate.probe import load_feature_net, probe_net, summary
-from edgecl.evaluate.supervised import Supervision
+from edgecl.evaluate.supervised import FinetuneConfig
 from edgecl.metrics.intervals import mean_interval
 from edgecl.nets.backbone import create_backbone
 from edgecl.nets.carving import recalibrate_on, write_model
@@ -25,13 +25,13 @@ from edgecl.storage.artifacts import ModelDir, record_header
 def write_random(
     out: Path, record: dict[str, Any], labelled: Labelled, *, seed: int, force: bool = False
 ) -> None:
-    """Write the same net at random initialisation as a model directory, its norms recalibrated like the carved net's.
+    """Write the same net at random initialization as a model directory, its norms recalibrated like the carved net's.
 
     Args:
         out: the model directory to write.
         record: of the net to be compared.
         labelled: its training images set the norms, as they did for the carved net.
-        seed: of the initialisation.
+        seed: of the initialization.
         force: replace an earlier model directory.
     """
     torch.manual_seed(seed)
@@ -71,14 +71,14 @@ def compare(
 
     Args:
         pretrained: a model directory.
-        random: the model directory of the same net at random initialisation.
+        random: the model directory of the same net at random initialization.
         labelled: images to learn from and held-out images.
         labels_per_class: labels in each draw.
         draws: label draws, at least 2; every method sees the same ones.
         scratch_steps: steps of the net trained from scratch on a draw's labels.
         scratch_lr: its rate.
         views: how the few images are varied: as in pretraining, so that no method knows less about the pictures.
-        seed: of the from-scratch initialisations.
+        seed: of the from-scratch initializations.
 
     Returns:
         the comparison record, and the probe of each model directory by name.
@@ -156,7 +156,7 @@ def _trained_rows(
             images=labelled.train.images[chosen].numpy(),
             labels=labelled.train.labels[chosen].numpy(),
             steps=steps,
-            settings=Supervision(lr=lr, seed=(seed + draw) % 2**63, device="cpu"),
+            settings=FinetuneConfig(lr=lr, seed=(seed + draw) % 2**63, device="cpu"),
             views=views,
         )
         for start in starts.values()

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from edgecl.config.recipe import Views
 from edgecl.errors import ProcessError
 from edgecl.evaluate.labelled import Part
-from edgecl.evaluate.supervised import Supervision, classifier_top1, train_classifier
+from edgecl.evaluate.supervised import FinetuneConfig, classifier_top1, train_classifier
 from edgecl.nets.carving import create_blank, load_backbone, load_model
 from edgecl.progress import Progress
 
@@ -48,7 +48,7 @@ class FewLabels:
     images: NDArray[numpy.uint8]
     labels: NDArray[numpy.int64]
     steps: int
-    settings: Supervision
+    settings: FinetuneConfig
     views: Views
 
 

@@ -10,23 +10,23 @@ import torch
 from torch import nn
 
 from edgecl.config.settings import override, validate
-from edgecl.data.loading import normalise
+from edgecl.data.loading import normalize
 from edgecl.data.sources import absolute_uri
 from edgecl.errors import ArtifactError, DataError, RecipeError
 from edgecl.evaluate.labelled import Labelled, Part, read_labelled
 from edgecl.evaluate.supervised import (
-    QuantisedSupervision,
-    Supervision,
+    FinetuneConfig,
+    QuantizedFinetuneConfig,
     classifier_top1,
     train_classifier,
 )
 from edgecl.metrics.intervals import proportion_interval
 from edgecl.nets.carving import create_blank, load_backbone, load_model, write_model
-from edgecl.nets.fake_quant import learning_scales, quantise_net
+from edgecl.nets.fake_quant import learning_scales, quantize_net
 from edgecl.storage.artifacts import ModelDir, record_header, refuse_existing, refuse_own_input, write_json
 
 DEFAULT_EPOCHS = 20
-DEFAULT_QUANTISED_EPOCHS = 3
+DEFAULT_QUANTIZED_EPOCHS = 3
 # Spread over the images to learn from.
 CALIBRATION_IMAGES = 512
 
@@ -47,7 +47,7 @@ def finetune(
 
     With `quantize` the net is trained as the int8 net it will be: batch norms folded, everything a convolution reads
     rounded to int8. A classifier that the net has is kept; a net without one first gets it, by this function's own
-    defaults, and `epochs` and `assignments` are of the quantised part.
+    defaults, and `epochs` and `assignments` are of the quantized part.
 
     Args:
         model: a model directory.
@@ -56,7 +56,7 @@ def finetune(
         test: a data URI with labels, held out; None takes the data set's own test split or holds out a fifth.
         epochs: passes over the data; None takes 20, or 3 with `quantize`.
         quantize: "int8", or None to train in float.
-        assignments: `KEY=VALUE` of Supervision, with `quantize` of QuantisedSupervision.
+        assignments: `KEY=VALUE` of FinetuneConfig, with `quantize` of QuantizedFinetuneConfig.
         force: replace an earlier model directory.
         download: let torchvision fetch what is not on the disk.
 
@@ -64,15 +64,15 @@ def finetune(
         the record in model.json, with the accuracy under "evaluation".
 
     Raises:
-        ArtifactError: not a model directory, a net that is quantised already, or the output exists.
-        DataError: no labels, or other classes than those of the classifier to quantise.
-        RecipeError: unknown key or value, or a net that cannot be quantised.
+        ArtifactError: not a model directory, a net that is quantized already, or the output exists.
+        DataError: no labels, or other classes than those of the classifier to quantize.
+        RecipeError: unknown key or value, or a net that cannot be quantized.
     """
     if quantize not in (None, "int8"):
-        raise RecipeError(f"cannot quantise to '{quantize}'", hint="the one precision to train for is int8")
+        raise RecipeError(f"cannot quantize to '{quantize}'", hint="the one precision to train for is int8")
     assignments = assignments or []
-    settings: Supervision = validate(
-        QuantisedSupervision if quantize else Supervision,
+    settings: FinetuneConfig = validate(
+        QuantizedFinetuneConfig if quantize else FinetuneConfig,
         override({}, assignments, error=RecipeError),
         source="--set",
         error=RecipeError,
@@ -83,18 +83,18 @@ def finetune(
     net, record = load_model(model)
     if record.get("quantization"):
         raise ArtifactError(
-            "this net is quantised already",
+            "this net is quantized already",
             where={"model": model},
             hint="start from the float net that it was made from",
         )
     preprocessing = record["preprocessing"]
     labelled = read_labelled(data, test=test, preprocessing=preprocessing, download=download)
     torch.manual_seed(settings.seed)
-    quantised: dict[str, Any] = {}
-    if isinstance(settings, QuantisedSupervision):
-        epochs = epochs or DEFAULT_QUANTISED_EPOCHS
+    quantized: dict[str, Any] = {}
+    if isinstance(settings, QuantizedFinetuneConfig):
+        epochs = epochs or DEFAULT_QUANTIZED_EPOCHS
         if not record["classes"]:
-            plain = Supervision(seed=settings.seed, device=settings.device)
+            plain = FinetuneConfig(seed=settings.seed, device=settings.device)
             net = _with_classifier(net, record, labelled, epochs=DEFAULT_EPOCHS, settings=plain)
         elif record["classes"] != list(labelled.classes):
             raise DataError(
@@ -102,7 +102,7 @@ def finetune(
                 where={"model": model, "data": data},
                 hint="fine-tune to these classes without --quantize first",
             )
-        net, quantised = _quantised(net, labelled, preprocessing, epochs=epochs, settings=settings)
+        net, quantized = _quantized(net, labelled, preprocessing, epochs=epochs, settings=settings)
     else:
         epochs = epochs or DEFAULT_EPOCHS
         net = _with_classifier(net, record, labelled, epochs=epochs, settings=settings)
@@ -120,14 +120,14 @@ def finetune(
         data=absolute_uri(data),
         recipe_name=record["recipe_name"],
         arm=record["arm"],
-        quantization=quantised.pop("quantization", None),
+        quantization=quantized.pop("quantization", None),
         force=force,
     )
     evaluation = {
         **record_header("evaluation", made_from=ModelDir(out).sha256),
         "top1": top1,
         "top1_ci95": list(proportion_interval(top1, len(labelled.test))),
-        **quantised,
+        **quantized,
         "n_test": len(labelled.test),
         "n_train": len(labelled.train),
         "data": labelled.train_from,
@@ -141,7 +141,12 @@ def finetune(
 
 
 def _with_classifier(
-    pretrained: nn.Module, record: dict[str, Any], labelled: Labelled, *, epochs: int, settings: Supervision
+    pretrained: nn.Module,
+    record: dict[str, Any],
+    labelled: Labelled,
+    *,
+    epochs: int,
+    settings: FinetuneConfig,
 ) -> nn.Module:
     """Return the net with a new classifier, both trained."""
     net = create_blank({**record, "classes": list(labelled.classes)})
@@ -157,33 +162,33 @@ def _with_classifier(
     return net
 
 
-def _quantised(
+def _quantized(
     net: nn.Module,
     labelled: Labelled,
     preprocessing: dict[str, Any],
     *,
     epochs: int,
-    settings: QuantisedSupervision,
+    settings: QuantizedFinetuneConfig,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Return the net quantised and trained on, and what the records say of it."""
+    """Return the net quantized and trained on, and what the records say of it."""
     images = labelled.train.images[:: max(1, len(labelled.train) // CALIBRATION_IMAGES)][:CALIBRATION_IMAGES]
-    quantised, kept = quantise_net(
-        net, normalise(images, preprocessing["mean"], preprocessing["std"]), keep=settings.keep
+    quantized, kept = quantize_net(
+        net, normalize(images, preprocessing["mean"], preprocessing["std"]), keep=settings.keep
     )
     before = {
         "float": classifier_top1(net, labelled.test, preprocessing),
-        "calibrated": classifier_top1(quantised, labelled.test, preprocessing),
+        "calibrated": classifier_top1(quantized, labelled.test, preprocessing),
     }
-    with learning_scales(quantised) if settings.learn_scales else contextlib.nullcontext():
+    with learning_scales(quantized) if settings.learn_scales else contextlib.nullcontext():
         train_classifier(
-            quantised,
+            quantized,
             labelled.train,
             steps=_steps(epochs, labelled.train, settings),
             settings=settings,
             preprocessing=preprocessing,
             what="finetune int8",
         )
-    return quantised, {
+    return quantized, {
         "quantization": {"precision": "int8", "keep": kept, "learnt": settings.learn_scales},
         **{f"{state}_top1": top1 for state, top1 in before.items()},
         **{
@@ -193,7 +198,7 @@ def _quantised(
     }
 
 
-def _steps(epochs: int, part: Part, settings: Supervision) -> int:
+def _steps(epochs: int, part: Part, settings: FinetuneConfig) -> int:
     return epochs * max(1, len(part) // min(settings.batch_size, len(part)))
 
 

@@ -40,7 +40,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Labelled:
-    """What a net is judged on.
+    """What a net is evaluated on.
 
     Attributes:
         train: to learn from.

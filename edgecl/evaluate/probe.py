@@ -1,4 +1,4 @@
-"""How good a frozen net's features are: nearest neighbours, a linear probe, and a linear probe on few labels."""
+"""How good a frozen net's features are: nearest neighbors, a linear probe, and a linear probe on few labels."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from edgecl.data.loading import normalise
+from edgecl.data.loading import normalize
 from edgecl.errors import ArtifactError
 from edgecl.evaluate.cost import forward_cost
 from edgecl.evaluate.labelled import Labelled, draw_few, read_labelled
@@ -33,10 +33,10 @@ def probe(
     seeds: int = 3,
     download: bool = False,
 ) -> dict[str, Any]:
-    """Judge the features of a model directory and write probe.json into it.
+    """Evaluate the features of a model directory and write probe.json into it.
 
     Args:
-        model: a model directory; of a fine-tuned net the features below its classifier are judged.
+        model: a model directory; of a fine-tuned net the features below its classifier are evaluated.
         data: a data URI with labels, to learn from.
         test: a data URI with labels, held out; None takes the data set's own test split or holds out a fifth.
         labels_per_class: labels of the few-label probe; None takes 10.
@@ -65,7 +65,7 @@ def probe_all(
     seeds: int = 3,
     download: bool = False,
 ) -> list[dict[str, Any]]:
-    """Judge several model directories on the same images and label draws; arguments and errors as for probe.
+    """Evaluate several model directories on the same images and label draws; arguments and errors as for probe.
 
     Returns:
         the record of each, in the order given.
@@ -120,7 +120,7 @@ def side_by_side(models: Sequence[Path], records: Sequence[dict[str, Any]]) -> l
 
 
 def write_probe(model: Path, net: nn.Module, labelled: Labelled, **settings: Any) -> dict[str, Any]:
-    """Judge a model directory's net, arguments as for probe_net, and write probe.json into it."""
+    """Evaluate a model directory's net, arguments as for probe_net, and write probe.json into it."""
     result = {
         **record_header("probe", made_from=ModelDir(model).sha256),
         **probe_net(net, labelled, **settings),
@@ -148,7 +148,7 @@ def load_feature_net(model: Path) -> tuple[nn.Module, dict[str, Any]]:
 def probe_net(
     net: nn.Module, labelled: Labelled, *, preprocessing: dict[str, Any], labels_per_class: int, draws: int
 ) -> dict[str, Any]:
-    """Judge the features of a net.
+    """Evaluate the features of a net.
 
     Args:
         net: (N, 3, H, W) -> (N, F).
@@ -159,18 +159,18 @@ def probe_net(
     """
 
     def prepare(images: Tensor) -> Tensor:
-        return normalise(images, preprocessing["mean"], preprocessing["std"])
+        return normalize(images, preprocessing["mean"], preprocessing["std"])
 
     train, test = labelled.train, labelled.test
     classes = len(labelled.classes)
     # Refuse a draw that cannot be made before anything takes time.
     draw_few(train.labels, per_class=labels_per_class, draw=0)
     with Progress("probe", total=draws + 3, unit="fits") as progress:
-        train_features = extract_features(net, train.images, normalise=prepare)
-        test_features = extract_features(net, test.images, normalise=prepare)
+        train_features = extract_features(net, train.images, normalize=prepare)
+        test_features = extract_features(net, test.images, normalize=prepare)
         progress.advance(note="features")
         knn = knn_top1(train_features, train.labels, test_features, test.labels)
-        progress.advance(note="nearest neighbours")
+        progress.advance(note="nearest neighbors")
         linear = fit_linear(train_features, train.labels, classes=classes).top1(test_features, test.labels)
         progress.advance(note="linear probe")
         few = []

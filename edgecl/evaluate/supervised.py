@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from edgecl.config.recipe import Fraction, Views
-from edgecl.config.settings import Decay, Rate, Seed, Settings
-from edgecl.data.loading import normalise
+from edgecl.config.settings import Config, Decay, Rate, Seed
+from edgecl.data.loading import normalize
 from edgecl.data.randomness import permutation
 from edgecl.data.views import draw_parameters, render_view
 from edgecl.errors import DeviceError, NonFiniteError
@@ -22,7 +22,7 @@ from edgecl.progress import Progress
 from edgecl.train.allocator import keep_freed_memory
 
 
-class Supervision(Settings):
+class FinetuneConfig(Config):
     """How a classifier is trained; every key can be set with `--set KEY=VALUE`."""
 
     lr: Rate = 1e-3
@@ -37,25 +37,25 @@ class Supervision(Settings):
     flip: Fraction = 0.5
     flip_vertical: Fraction = 0.0
     jitter: Fraction = 0.0
-    """Probability of colour jitter."""
+    """Probability of color jitter."""
     seed: Seed = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def views(self) -> Views:
-        """Return the variation of the images: crop, flips and colour, neither blur nor solarisation."""
+        """Return the variation of the images: crop, flips and color, neither blur nor solarization."""
         return Views(
             crop_scale=(self.crop_min, 1.0),
             flip=self.flip,
             flip_vertical=self.flip_vertical,
             jitter=self.jitter,
-            grey=0.0,
+            grayscale=0.0,
             blur=(0.0, 0.0),
             solarize=(0.0, 0.0),
         )
 
 
-class QuantisedSupervision(Supervision):
-    """How a quantised classifier is trained on: gently, since it has been trained before."""
+class QuantizedFinetuneConfig(FinetuneConfig):
+    """How a quantized classifier is trained on: gently, since it has been trained before."""
 
     lr: Rate = 5e-4
     """Peak learning rate of AdamW; of a scale it is the relative change per step."""
@@ -72,7 +72,7 @@ def train_classifier(
     part: Part,
     *,
     steps: int,
-    settings: Supervision,
+    settings: FinetuneConfig,
     preprocessing: dict[str, Any],
     what: str | None = None,
     views: Views | None = None,
@@ -82,7 +82,7 @@ def train_classifier(
     Args:
         net: (N, 3, H, W) -> (N, K) logits, with timm's classifier.
         part: labelled images, prepared to the net's size.
-        steps: optimiser steps.
+        steps: optimizer steps.
         settings: how.
         preprocessing: of the net, as in model.json.
         what: for the progress bar; without, none is shown.
@@ -130,7 +130,7 @@ def train_classifier(
             pictures = part.images[torch.from_numpy(index)].to(device).float().div_(255)
             images = render_view(pictures, sizes[index], drawn, views, side=size)
             loss = functional.cross_entropy(
-                net(_standardise(images, preprocessing).contiguous(memory_format=torch.channels_last)),
+                net(_standardize(images, preprocessing).contiguous(memory_format=torch.channels_last)),
                 part.labels[torch.from_numpy(index)].to(device),
                 label_smoothing=settings.label_smoothing,
             )
@@ -149,13 +149,13 @@ def train_classifier(
     net.eval().to("cpu").to(memory_format=torch.contiguous_format)
 
 
-def _standardise(images: Tensor, preprocessing: dict[str, Any]) -> Tensor:
+def _standardize(images: Tensor, preprocessing: dict[str, Any]) -> Tensor:
     mean = torch.tensor(preprocessing["mean"], device=images.device).view(1, 3, 1, 1)
     std = torch.tensor(preprocessing["std"], device=images.device).view(1, 3, 1, 1)
     return (images - mean) / std
 
 
-def _create_optimizer(net: nn.Module, settings: Supervision) -> torch.optim.Optimizer:
+def _create_optimizer(net: nn.Module, settings: FinetuneConfig) -> torch.optim.Optimizer:
     head = {id(parameter) for parameter in cast(Any, net).get_classifier().parameters()}
     groups: list[dict[str, Any]] = []
     for in_head, rate in ((True, settings.lr), (False, settings.lr * settings.backbone_lr_fraction)):
@@ -177,7 +177,7 @@ def classifier_top1(net: nn.Module, part: Part, preprocessing: dict[str, Any]) -
     net.eval()
     correct = 0
     for images, labels in zip(part.images.split(256), part.labels.split(256), strict=True):
-        logits = net(normalise(images, preprocessing["mean"], preprocessing["std"]))
+        logits = net(normalize(images, preprocessing["mean"], preprocessing["std"]))
         correct += int((logits.argmax(1) == labels).sum())
     return 100 * correct / len(part)
 

@@ -1,7 +1,7 @@
 """EMP-SSL's loss: many views of a picture share one direction, and the views of a batch fill all their dimensions.
 
 Source: Tong, Chen, Ma, LeCun, "EMP-SSL: Towards Self-Supervised Learning in One Training Epoch", 2023, arXiv:2304.03977,
-equation 5; projections are standardised over the batch, as everywhere in edgecl.
+equation 5; projections are standardized over the batch, as everywhere in edgecl.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Config(MethodConfig):
 
     name: Literal["emp-ssl"] = "emp-ssl"
     views: int = Field(4, ge=2, le=26)
-    """Whole views of each picture; the first has view A's blur and solarisation, all others view B's."""
+    """Whole views of each picture; the first has view A's blur and solarization, all others view B's."""
     coding_rate: CodingRate = CodingRate(weight=0.1)
 
     @property

@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from edgecl.config.recipe import Recipe
-from edgecl.config.settings import Settings, Weight
+from edgecl.config.settings import Config, Weight
 from edgecl.errors import ShapeError
 from edgecl.nets.sync_norms import process_count, sum_over_processes
 
-# nn.BatchNorm1d's, which the public Barlow Twins codes normalise with.
+# nn.BatchNorm1d's, which the public Barlow Twins codes normalize with.
 VARIANCE_EPSILON = 1e-5
 
 
@@ -52,8 +52,8 @@ def cross_correlation(z_a: Tensor, z_b: Tensor) -> Tensor:
     """
     _check_pair(z_a, z_b)
     with torch.autocast(device_type=z_a.device.type, enabled=False):
-        a, count = _standardise(_wide(z_a))
-        b, _ = _standardise(_wide(z_b))
+        a, count = _standardize(_wide(z_a))
+        b, _ = _standardize(_wide(z_b))
         return _sum_of_matrices(a.T @ b) / count
 
 
@@ -70,18 +70,18 @@ def _wide(z: Tensor) -> Tensor:
     return z.to(torch.promote_types(z.dtype, torch.float32))
 
 
-def _standardise(z: Tensor) -> tuple[Tensor, int]:
+def _standardize(z: Tensor) -> tuple[Tensor, int]:
     count = z.shape[0] * process_count()
-    centred = z - sum_over_processes(z.sum(0)) / count
-    variance = sum_over_processes(centred.square().sum(0)) / count
-    return centred * torch.rsqrt(variance + VARIANCE_EPSILON), count
+    centered = z - sum_over_processes(z.sum(0)) / count
+    variance = sum_over_processes(centered.square().sum(0)) / count
+    return centered * torch.rsqrt(variance + VARIANCE_EPSILON), count
 
 
 def cross_correlation_loss(z_a: Tensor, z_b: Tensor, *, off_diagonal: float) -> CorrelationLoss:
     """Pull the cross-correlation of two views towards the identity.
 
     Args:
-        z_a: (N, D) projections of view A; normalised here over N, any scale.
+        z_a: (N, D) projections of view A; normalized here over N, any scale.
         z_b: (N, D) projections of view B; same dtype and device as z_a.
         off_diagonal: weight of the redundancy term, unitless, >= 0.
 
@@ -164,7 +164,7 @@ def alignment_loss(z_a: Tensor, z_b: Tensor) -> Tensor:
         z_b: (N, D) projections of view B; same dtype and device as z_a.
 
     Returns:
-        () mean of 2 - 2 cos of the standardised projections over the global batch; float32 even under autocast.
+        () mean of 2 - 2 cos of the standardized projections over the global batch; float32 even under autocast.
 
     Raises:
         ShapeError: shapes differ, or N < 2.
@@ -173,13 +173,13 @@ def alignment_loss(z_a: Tensor, z_b: Tensor) -> Tensor:
     """
     _check_pair(z_a, z_b)
     with torch.autocast(device_type=z_a.device.type, enabled=False):
-        # Standardised as in the coding rate: a mean that all projections share would align them for nothing.
-        a, b = (_standardise(_wide(z))[0] for z in (z_a, z_b))
+        # Standardized as in the coding rate: a mean that all projections share would align them for nothing.
+        a, b = (_standardize(_wide(z))[0] for z in (z_a, z_b))
         cosines = functional.cosine_similarity(a, b, dim=1)
         return 2 - 2 * sum_over_processes(cosines.sum()) / (len(cosines) * process_count())
 
 
-class CodingRate(Settings):
+class CodingRate(Config):
     """L <- L - weight R: R, the coding rate, is large when the projections fill all their dimensions."""
 
     weight: Weight = 0.0
@@ -223,7 +223,7 @@ class CodingRate(Settings):
         """
         if self.weight > 0 and recipe.data.batch_size < 3:
             raise ValueError(
-                "'method.coding_rate.weight' needs a 'data.batch_size' of 3 or more: of two standardised projections "
+                "'method.coding_rate.weight' needs a 'data.batch_size' of 3 or more: of two standardized projections "
                 "one is always the other's opposite"
             )
 
@@ -231,7 +231,7 @@ class CodingRate(Settings):
 def coding_rate(z: Tensor, *, epsilon: float) -> Tensor:
     """Measure how many directions a batch of projections fills: 1/2 logdet(I + D / (N epsilon) Z^T Z).
 
-    Rows of Z are the projections, standardised per dimension over the batch and then scaled to length 1. The
+    Rows of Z are the projections, standardized per dimension over the batch and then scaled to length 1. The
     determinant pulls hardest on the smallest eigenvalues, where the correlation losses hardly pull at all.
 
     Args:
@@ -245,11 +245,11 @@ def coding_rate(z: Tensor, *, epsilon: float) -> Tensor:
     Raises:
         ShapeError: not (N, D), or N < 2.
 
-    Source: Yu et al. 2020 (MCR2), arXiv:2006.08558, equation 7; standardised as SACL-XD's projections are.
+    Source: Yu et al. 2020 (MCR2), arXiv:2006.08558, equation 7; standardized as SACL-XD's projections are.
     """
     _check_pair(z, z)
     with torch.autocast(device_type=z.device.type, enabled=False):
-        rows, count = _standardise(_wide(z))
+        rows, count = _standardize(_wide(z))
         rows = functional.normalize(rows, dim=1)
         dimensions = rows.shape[1]
         # Both products give the same determinant (Sylvester). Only the D x D one is a sum over processes.

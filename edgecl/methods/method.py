@@ -102,7 +102,7 @@ class Method(nn.Module):
         return {}
 
     def loss(self, embeddings: Embeddings, step: int) -> tuple[Tensor, Terms]:
-        """Return what is minimised, and what is logged.
+        """Return what is minimized, and what is logged.
 
         Terms "diagonal" and "off_diagonal_rms", of the correlation of two views, also feed the alarms of collapse and
         plateau (`edgecl.methods.losses.correlation_of`).
@@ -117,7 +117,7 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def after_step(self, step: int) -> None:
-        """Do what follows an optimiser's step, e.g. move a target network; not called for a step left out.
+        """Do what follows an optimizer's step, e.g. move a target network; not called for a step left out.
 
         Args:
             step: steps taken before this one.

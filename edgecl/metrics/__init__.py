@@ -1,1 +1,1 @@
-"""Numbers about embeddings and accuracies: collapse, intervals, nearest neighbours and linear classifiers."""
+"""Numbers about embeddings and accuracies: collapse, intervals, nearest neighbors and linear classifiers."""

@@ -1,4 +1,4 @@
-"""How good features are: spread, redundancy, effective rank, nearest neighbours. Used while training and after."""
+"""How good features are: spread, redundancy, effective rank, nearest neighbors. Used while training and after."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-KNN_NEIGHBOURS = 20
+KNN_NEIGHBORS = 20
 KNN_TEMPERATURE = 0.07
 
 
@@ -20,7 +20,7 @@ def spread(z: Tensor) -> Tensor:
         z: (N, D) projections.
 
     Returns:
-        () mean standard deviation per dimension of the L2-normalised projections, times sqrt(D): 1 when they
+        () mean standard deviation per dimension of the L2-normalized projections, times sqrt(D): 1 when they
         spread evenly over the sphere, 0 when they all agree.
 
     Source: Chen and He 2021 (SimSiam), arXiv:2011.10566, figure 2.
@@ -36,7 +36,7 @@ def rank_me(features: Tensor) -> float:
         features: (N, F) features.
 
     Returns:
-        exp of the entropy of the normalised singular values, 1..min(N, F).
+        exp of the entropy of the normalized singular values, 1..min(N, F).
 
     Source: Garrido et al. 2023 (RankMe), arXiv:2210.02885, equation 1.
     """
@@ -51,7 +51,7 @@ def knn_top1(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor)
 
 
 def knn_correct(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor) -> Tensor:
-    """Classify by weighted nearest neighbours on the sphere.
+    """Classify by weighted nearest neighbors on the sphere.
 
     Args:
         bank: (N, F) features whose labels are known.
@@ -65,11 +65,11 @@ def knn_correct(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tens
     Source: Wu et al. 2018, arXiv:1805.01978, section 3.4 (temperature 0.07), with k = 20 as DINO uses.
     """
     bank = functional.normalize(bank.float(), dim=1)
-    neighbours = min(KNN_NEIGHBOURS, len(bank))
+    neighbors = min(KNN_NEIGHBORS, len(bank))
     classes = int(max(int(bank_labels.max()), int(labels.max()))) + 1
     correct = []
     for chunk, truth in zip(queries.float().split(1024), labels.split(1024), strict=True):
-        similarity, index = (functional.normalize(chunk, dim=1) @ bank.T).topk(neighbours, dim=1)
+        similarity, index = (functional.normalize(chunk, dim=1) @ bank.T).topk(neighbors, dim=1)
         votes = torch.zeros(len(chunk), classes, device=chunk.device)
         votes.scatter_add_(1, bank_labels[index], (similarity / KNN_TEMPERATURE).exp())
         correct.append(votes.argmax(1) == truth)
@@ -78,14 +78,14 @@ def knn_correct(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tens
 
 @torch.no_grad()
 def extract_features(
-    net: torch.nn.Module, images: Tensor, *, normalise: Callable[[Tensor], Tensor], batch: int = 256
+    net: torch.nn.Module, images: Tensor, *, normalize: Callable[[Tensor], Tensor], batch: int = 256
 ) -> Tensor:
     """Run a net over uint8 images in evaluation mode.
 
     Args:
         net: (N, 3, H, W) float -> (N, F).
         images: (N, 3, H, W) uint8.
-        normalise: uint8 batch -> float batch.
+        normalize: uint8 batch -> float batch.
         batch: images at a time.
 
     Returns:
@@ -95,6 +95,6 @@ def extract_features(
     was_training = net.training
     net.eval()
     try:
-        return torch.cat([net(normalise(part).to(device)).float().cpu() for part in images.split(batch)])
+        return torch.cat([net(normalize(part).to(device)).float().cpu() for part in images.split(batch)])
     finally:
         net.train(was_training)

@@ -23,8 +23,8 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
     degrees = len(values) - 1
     quantile = _T95[degrees - 1] if degrees <= len(_T95) else _Z95
     half = quantile * stdev(values) / math.sqrt(len(values))
-    centre = mean(values)
-    return centre - half, centre + half
+    center = mean(values)
+    return center - half, center + half
 
 
 def proportion_interval(percent: float, count: int) -> tuple[float, float]:
@@ -33,6 +33,6 @@ def proportion_interval(percent: float, count: int) -> tuple[float, float]:
     Source: Wilson 1927, the score interval, which stays inside 0..100.
     """
     p, z2 = percent / 100, _Z95**2
-    centre = (p + z2 / (2 * count)) / (1 + z2 / count)
+    center = (p + z2 / (2 * count)) / (1 + z2 / count)
     half = _Z95 * math.sqrt(p * (1 - p) / count + z2 / (4 * count**2)) / (1 + z2 / count)
-    return 100 * max(0.0, centre - half), 100 * min(1.0, centre + half)
+    return 100 * max(0.0, center - half), 100 * min(1.0, center + half)

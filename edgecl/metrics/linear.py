@@ -1,4 +1,4 @@
-"""A linear classifier on frozen features: standardised, its regularisation chosen on a part of the training data."""
+"""A linear classifier on frozen features: standardized, its regularisation chosen on a part of the training data."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _ITERATIONS = 60
 
 @dataclass(frozen=True)
 class LinearClassifier:
-    """Multinomial logistic regression on standardised features.
+    """Multinomial logistic regression on standardized features.
 
     Attributes:
         mean: (F,) of the training features.
@@ -50,7 +50,7 @@ def fit_linear(features: Tensor, labels: Tensor, *, classes: int) -> LinearClass
     """
     mean = features.mean(0)
     deviation = features.std(0, correction=0)
-    # A feature that never changes says nothing: its standardised value is 0, not 0/0.
+    # A feature that never changes says nothing: its standardized value is 0, not 0/0.
     deviation = torch.where(deviation > 1e-6 * deviation.max().clamp(min=1e-12), deviation, torch.inf)
     standard = (features - mean) / deviation
     penalty = _choose_penalty(standard, labels, classes)

@@ -139,7 +139,7 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def recalibrate(net: nn.Module, batches: Any, *, device: torch.device) -> int:
-    """Re-estimate every batch norm's statistics as the average over batches of normalised images.
+    """Re-estimate every batch norm's statistics as the average over batches of normalized images.
 
     Args:
         net: a backbone; its running statistics change, nothing else does.

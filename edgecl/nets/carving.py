@@ -70,11 +70,11 @@ def _try_image_size(net: SlimmableNet, arch: str, size: int) -> None:
     try:
         with torch.no_grad():
             net.forward_slim(torch.zeros(1, 3, size, size))
-    except (RuntimeError, AssertionError, ValueError) as complaint:
+    except (RuntimeError, AssertionError, ValueError) as exc:
         raise RecipeError(
-            f"'{arch}' does not take pictures of {size} x {size}: {str(complaint).splitlines()[0]}",
+            f"'{arch}' does not take pictures of {size} x {size}: {str(exc).splitlines()[0]}",
             hint="set [data] image_size or [views] local_size to a size the net takes, or choose another net",
-        ) from complaint
+        ) from exc
     finally:
         net.train()
 
@@ -120,7 +120,7 @@ def carve(
         run: a run directory.
         out: the model directory to write.
         width: which trained width, the host's among them; None means the widest slim net.
-        checkpoint: the newest, or the one at which the slim net's features were judged best.
+        checkpoint: the newest, or the one at which the slim net's features were evaluated best.
         recalibrate_norms: re-estimate batch-norm statistics on the run's own images, unaugmented. Without it the
             carved net equals the slim net of the checkpoint bit for bit.
         force: replace an earlier model directory.
@@ -196,13 +196,13 @@ def _recalibrate_on_run(backbone: nn.Module, trained_on: dict[str, Any], recipe:
 
 def recalibrate_on(net: nn.Module, images: Tensor, preprocessing: dict[str, Any]) -> None:
     """Re-estimate a net's batch norms on (N, 3, H, W) uint8 images, at most RECALIBRATION_IMAGES spread over them."""
-    from edgecl.data.loading import normalise
+    from edgecl.data.loading import normalize
 
     chosen = images[:: max(1, len(images) // RECALIBRATION_IMAGES)][:RECALIBRATION_IMAGES]
     recalibrate(
         net,
         (
-            normalise(batch, preprocessing["mean"], preprocessing["std"])
+            normalize(batch, preprocessing["mean"], preprocessing["std"])
             for batch in chosen.split(RECALIBRATION_BATCH)
             if len(batch) > 1
         ),
@@ -244,7 +244,7 @@ def write_model(
     """Write a net as a model directory: weights that timm loads, and what rebuilds the net around them.
 
     Args:
-        quantization: of a net with fake quantisers: its "precision", and under "keep" the modules that stayed float.
+        quantization: of a net with fake quantizers: its "precision", and under "keep" the modules that stayed float.
             Its weights are those of the folded net and the scales.
 
     Raises:
@@ -279,7 +279,7 @@ def write_model(
 
 
 def load_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:
-    """Rebuild the net of a model directory, in evaluation mode; a quantised net with its fake quantisers.
+    """Rebuild the net of a model directory, in evaluation mode; a quantized net with its fake quantizers.
 
     Returns:
         the net and its record.
@@ -295,12 +295,12 @@ def load_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:
         tensors = load_file(directory.weights_file)
     try:
         net.load_state_dict(tensors)
-    except RuntimeError as complaint:
+    except RuntimeError as exc:
         raise ArtifactError(
             f"the weights are not those of '{record['arch']}' at width {record['width']:g}"
-            + (", quantised as the record says" if record.get("quantization") else ""),
+            + (", quantized as the record says" if record.get("quantization") else ""),
             where={"file": directory.weights_file},
-        ) from complaint
+        ) from exc
     return net.eval(), record
 
 
@@ -318,7 +318,7 @@ def load_backbone(net: nn.Module, source: nn.Module) -> None:
 
 
 def create_blank(record: dict[str, Any]) -> nn.Module:
-    """Build the net a model record describes, with random weights; a quantised net with scales of 1."""
+    """Build the net a model record describes, with random weights; a quantized net with scales of 1."""
     net = create_backbone(
         record["arch"],
         width=record["width"],

@@ -1,8 +1,8 @@
-"""Fake quantisation: a float net that computes what its int8 form will compute, and can be trained so.
+"""Fake quantization: a float net that computes what its int8 form will compute, and can be trained so.
 
 int8 from -128 to 127, zero point 0: one scale per tensor for what goes into a convolution and for the skip input of a
 residual sum, one per output channel for weights. Biases and everything else stay float. A net exported with its fake
-quantisers in place holds exactly one QuantizeLinear/DequantizeLinear pair for each of them, as TensorRT reads it.
+quantizers in place holds exactly one QuantizeLinear/DequantizeLinear pair for each of them, as TensorRT reads it.
 """
 
 from __future__ import annotations
@@ -104,14 +104,14 @@ class _LearntRounding(torch.autograd.Function):
 
 
 class QuantConv2d(nn.Conv2d):
-    """A convolution whose weights are fake-quantised, and whose input may be.
+    """A convolution whose weights are fake-quantized, and whose input may be.
 
     Args:
         convolution: whose parameters it takes over.
-        input_quantiser: a FakeQuant, or nn.Identity() where the input has passed one already.
+        input_quantizer: a FakeQuant, or nn.Identity() where the input has passed one already.
     """
 
-    def __init__(self, convolution: nn.Conv2d, input_quantiser: nn.Module):
+    def __init__(self, convolution: nn.Conv2d, input_quantizer: nn.Module):
         super().__init__(
             convolution.in_channels,
             convolution.out_channels,
@@ -124,52 +124,52 @@ class QuantConv2d(nn.Conv2d):
             device="meta",
         )
         self.weight, self.bias = convolution.weight, convolution.bias
-        self.input_quantiser = input_quantiser
-        self.weight_quantiser: nn.Module = FakeQuant(convolution.out_channels)
+        self.input_quantizer = input_quantizer
+        self.weight_quantizer: nn.Module = FakeQuant(convolution.out_channels)
 
     def forward(self, images: Tensor) -> Tensor:
         """Convolve."""
-        weight = self.weight_quantiser(self.weight)
-        output: Tensor = self._conv_forward(self.input_quantiser(images), weight, self.bias)
+        weight = self.weight_quantizer(self.weight)
+        output: Tensor = self._conv_forward(self.input_quantizer(images), weight, self.bias)
         return output
 
 
 class QuantLinear(nn.Linear):
-    """A linear layer whose weights and input are fake-quantised.
+    """A linear layer whose weights and input are fake-quantized.
 
     Args:
         linear: whose parameters it takes over.
-        input_quantiser: a FakeQuant, or nn.Identity() where the input has passed one already.
+        input_quantizer: a FakeQuant, or nn.Identity() where the input has passed one already.
     """
 
-    def __init__(self, linear: nn.Linear, input_quantiser: nn.Module):
+    def __init__(self, linear: nn.Linear, input_quantizer: nn.Module):
         super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
-        self.input_quantiser = input_quantiser
-        self.weight_quantiser: nn.Module = FakeQuant(linear.out_features)
+        self.input_quantizer = input_quantizer
+        self.weight_quantizer: nn.Module = FakeQuant(linear.out_features)
 
     def forward(self, features: Tensor) -> Tensor:
         """Multiply."""
-        weight = self.weight_quantiser(self.weight)
-        return nn.functional.linear(self.input_quantiser(features), weight, self.bias)
+        weight = self.weight_quantizer(self.weight)
+        return nn.functional.linear(self.input_quantizer(features), weight, self.bias)
 
 
-def quantise_net(
+def quantize_net(
     net: nn.Module, images: Tensor, *, keep: Sequence[str] | None = None
 ) -> tuple[nn.Module, list[str]]:
-    """Fold a net's batch norms, insert fake quantisers and calibrate them.
+    """Fold a net's batch norms, insert fake quantizers and calibrate them.
 
     Args:
         net: (N, 3, H, W) -> (N, F) or (N, K); left as it is.
-        images: (N, 3, H, W) float32, normalised as the net expects.
+        images: (N, 3, H, W) float32, normalized as the net expects.
         keep: names of modules that stay float with all they hold; None keeps what `kept_by_default` names.
 
     Returns:
-        the quantised copy in evaluation mode, and the names that were kept: enough, with the state dict, to build it
+        the quantized copy in evaluation mode, and the names that were kept: enough, with the state dict, to build it
         again by `insert_fake_quant`.
 
     Raises:
-        RecipeError: a net that cannot be folded, an unknown name to keep, or nothing left to quantise.
+        RecipeError: a net that cannot be folded, an unknown name to keep, or nothing left to quantize.
         NonFiniteError: a value inside the net is not a number.
     """
     folded = fold_batch_norm(net)
@@ -180,10 +180,10 @@ def quantise_net(
                 f"the net has no module '{name}' to keep in float",
                 hint=near_matches(name, [each for each, _ in folded.named_modules() if each]),
             )
-    quantised = insert_fake_quant(folded, keep=kept)
-    _calibrate_weights(quantised)
-    _calibrate_activations(quantised, images)
-    return quantised, kept
+    quantized = insert_fake_quant(folded, keep=kept)
+    _calibrate_weights(quantized)
+    _calibrate_activations(quantized, images)
+    return quantized, kept
 
 
 def kept_by_default(net: nn.Module) -> list[str]:
@@ -200,10 +200,10 @@ def kept_by_default(net: nn.Module) -> list[str]:
 
 
 def insert_fake_quant(net: nn.Module, *, keep: Sequence[str]) -> nn.Module:
-    """Insert fake quantisers with scales of 1.
+    """Insert fake quantizers with scales of 1.
 
-    A tensor that several convolutions read, or a convolution and a residual sum, gets one quantiser, at the input of
-    the block that holds them all; a convolution to keep that reads it too is given the quantised tensor.
+    A tensor that several convolutions read, or a convolution and a residual sum, gets one quantizer, at the input of
+    the block that holds them all; a convolution to keep that reads it too is given the quantized tensor.
 
     Args:
         net: without batch norms; left as it is.
@@ -213,10 +213,10 @@ def insert_fake_quant(net: nn.Module, *, keep: Sequence[str]) -> nn.Module:
         a copy in evaluation mode; all modules keep their names.
 
     Raises:
-        RecipeError: a kind of convolution this does not know, or nothing left to quantise.
+        RecipeError: a kind of convolution this does not know, or nothing left to quantize.
     """
-    quantised = copy.deepcopy(net).eval()
-    seen = walk(quantised)
+    quantized = copy.deepcopy(net).eval()
+    seen = walk(quantized)
     layers: dict[str, nn.Module] = {}
     readers: dict[int, list[str]] = {}
     for name, module, given in seen.calls:
@@ -224,24 +224,24 @@ def insert_fake_quant(net: nn.Module, *, keep: Sequence[str]) -> nn.Module:
             layers[name] = module
             readers.setdefault(id(given), []).append(name)
     if not layers:
-        raise RecipeError("nothing is left to quantise", hint="keep fewer modules in float")
+        raise RecipeError("nothing is left to quantize", hint="keep fewer modules in float")
     skips = _skips(seen, layers)
-    blocks = _blocks_to_quantise_at(seen, readers, skips)
+    blocks = _blocks_to_quantize_at(seen, readers, skips)
     for tensor, names in readers.items():
         for name in names:
-            quantised_already = tensor in blocks and _within(name, [blocks[tensor]])
-            own = nn.Identity() if quantised_already else FakeQuant()
-            replace_module(quantised, name, _quantised_layer(name, layers[name], own))
+            quantized_already = tensor in blocks and _within(name, [blocks[tensor]])
+            own = nn.Identity() if quantized_already else FakeQuant()
+            replace_module(quantized, name, _quantized_layer(name, layers[name], own))
     for name in blocks.values():
-        block = quantised.get_submodule(name)
+        block = quantized.get_submodule(name)
         # A net made by `without_fake_quant` has the hook already.
-        if not hasattr(block, "input_quantiser"):
-            block.register_forward_pre_hook(_quantise_input)
-        block.add_module("input_quantiser", FakeQuant())
+        if not hasattr(block, "input_quantizer"):
+            block.register_forward_pre_hook(_quantize_input)
+        block.add_module("input_quantizer", FakeQuant())
     for _, maker in skips.values():
         if maker is not None:
-            quantised.get_submodule(maker).add_module("skip_quantiser", FakeQuant())
-    return quantised.eval()
+            quantized.get_submodule(maker).add_module("skip_quantizer", FakeQuant())
+    return quantized.eval()
 
 
 def _within(name: str, holders: Sequence[str]) -> bool:
@@ -249,7 +249,7 @@ def _within(name: str, holders: Sequence[str]) -> bool:
 
 
 def _skips(seen: Walk, layers: dict[str, nn.Module]) -> dict[int, tuple[str, str | None]]:
-    """Find the skip input of every residual sum in a block that holds quantised layers.
+    """Find the skip input of every residual sum in a block that holds quantized layers.
 
     Returns:
         id of the tensor -> (name of the block, name of the nn.Sequential in it that made the tensor, or None where
@@ -275,10 +275,10 @@ def _skips(seen: Walk, layers: dict[str, nn.Module]) -> dict[int, tuple[str, str
     return found
 
 
-def _blocks_to_quantise_at(
+def _blocks_to_quantize_at(
     seen: Walk, readers: dict[int, list[str]], skips: dict[int, tuple[str, str | None]]
 ) -> dict[int, str]:
-    """Return the block at whose input a tensor is quantised, for each tensor that is a skip or has several readers."""
+    """Return the block at whose input a tensor is quantized, for each tensor that is a skip or has several readers."""
     found = {tensor: block for tensor, (block, maker) in skips.items() if maker is None}
     for name, module, given in seen.calls:
         names = readers.get(id(given), [])
@@ -291,17 +291,17 @@ def _blocks_to_quantise_at(
     return found
 
 
-def _quantise_input(block: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (cast(Any, block).input_quantiser(inputs[0]), *inputs[1:])
+def _quantize_input(block: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (cast(Any, block).input_quantizer(inputs[0]), *inputs[1:])
 
 
-def _quantised_layer(name: str, layer: nn.Module, own: nn.Module) -> nn.Module:
+def _quantized_layer(name: str, layer: nn.Module, own: nn.Module) -> nn.Module:
     if isinstance(layer, nn.Linear):
         return QuantLinear(layer, own)
     if type(layer) is nn.Conv2d and layer.padding_mode == "zeros":
         return QuantConv2d(layer, own)
     raise RecipeError(
-        f"cannot quantise '{name}': it is a {type(layer).__name__}, not a plain convolution",
+        f"cannot quantize '{name}': it is a {type(layer).__name__}, not a plain convolution",
         hint=f"keep it in float with --set 'keep=[\"{name}\"]', or choose another net",
     )
 
@@ -311,7 +311,7 @@ def _calibrate_weights(net: nn.Module) -> None:
     for module in net.modules():
         if isinstance(module, (QuantConv2d, QuantLinear)):
             largest = module.weight.detach().flatten(1).abs().amax(1)
-            cast(FakeQuant, module.weight_quantiser).scale = torch.where(largest > 0, largest / HIGHEST, 1.0)
+            cast(FakeQuant, module.weight_quantizer).scale = torch.where(largest > 0, largest / HIGHEST, 1.0)
 
 
 def _calibrate_activations(net: nn.Module, images: Tensor) -> None:
@@ -329,36 +329,36 @@ def _calibrate_activations(net: nn.Module, images: Tensor) -> None:
         return inputs[0]
 
     def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        quantiser = cast(FakeQuant, module)
-        found = torch.histc(inputs[0].abs(), _BINS, 0, float(peaks[quantiser].clamp(min=1e-30)))
-        counts[quantiser] = counts.get(quantiser, torch.zeros_like(found)) + found
+        quantizer = cast(FakeQuant, module)
+        found = torch.histc(inputs[0].abs(), _BINS, 0, float(peaks[quantizer].clamp(min=1e-30)))
+        counts[quantizer] = counts.get(quantizer, torch.zeros_like(found)) + found
         return inputs[0]
 
     _run_watched(net, images, watch_peak)
     names = {module: name for name, module in net.named_modules()}
-    for quantiser, peak in peaks.items():
+    for quantizer, peak in peaks.items():
         if not torch.isfinite(peak):
             raise NonFiniteError(
-                f"'{names[quantiser]}' was given {float(peak):g} while calibrating",
+                f"'{names[quantizer]}' was given {float(peak):g} while calibrating",
                 hint="the net's own outputs are not finite: train it again with a lower rate",
             )
     _run_watched(net, images, count)
-    for quantiser, peak in peaks.items():
+    for quantizer, peak in peaks.items():
         if peak > 0:
-            quantiser.scale = scale_of_least_error(counts[quantiser], peak)
+            quantizer.scale = scale_of_least_error(counts[quantizer], peak)
 
 
 @torch.no_grad()
 def _run_watched(net: nn.Module, images: Tensor, watch: Any) -> None:
-    """Run all images, each activation's quantiser replaced by what `watch` returns."""
-    weights = {id(getattr(module, "weight_quantiser", None)) for module in net.modules()}
-    quantisers = [
+    """Run all images, each activation's quantizer replaced by what `watch` returns."""
+    weights = {id(getattr(module, "weight_quantizer", None)) for module in net.modules()}
+    quantizers = [
         module for module in net.modules() if isinstance(module, FakeQuant) and id(module) not in weights
     ]
     # The weights stay float too: their rounding is no reason for another range.
-    handles = [module.register_forward_hook(watch) for module in quantisers]
+    handles = [module.register_forward_hook(watch) for module in quantizers]
     handles += [
-        module.weight_quantiser.register_forward_hook(lambda module, inputs, output: inputs[0])
+        module.weight_quantizer.register_forward_hook(lambda module, inputs, output: inputs[0])
         for module in net.modules()
         if isinstance(module, (QuantConv2d, QuantLinear))
     ]
@@ -377,30 +377,30 @@ def scale_of_least_error(counts: Tensor, peak: Tensor) -> Tensor:
         counts: (B,) how many values lie in each of B equal bins of magnitude from 0 to `peak`.
         peak: () largest magnitude, > 0.
     """
-    centres = (torch.arange(len(counts)) + 0.5) * peak / len(counts)
+    centers = (torch.arange(len(counts)) + 0.5) * peak / len(counts)
     scales = torch.linspace(_SMALLEST_CLIP, 1, _CLIPS) * peak / HIGHEST
-    rounded = (centres / scales[:, None]).round().clamp(max=HIGHEST) * scales[:, None]
-    errors = ((rounded - centres).square().double() * counts.double()).sum(1)
+    rounded = (centers / scales[:, None]).round().clamp(max=HIGHEST) * scales[:, None]
+    errors = ((rounded - centers).square().double() * counts.double()).sum(1)
     return scales[errors.argmin()]
 
 
 @contextlib.contextmanager
 def learning_scales(net: nn.Module) -> Iterator[None]:
     """Make every scale of a net a parameter, and settle on the values learnt at the end."""
-    quantisers = [module for module in net.modules() if isinstance(module, FakeQuant)]
-    for quantiser in quantisers:
-        quantiser.log_scale = nn.Parameter(quantiser.scale.log())
+    quantizers = [module for module in net.modules() if isinstance(module, FakeQuant)]
+    for quantizer in quantizers:
+        quantizer.log_scale = nn.Parameter(quantizer.scale.log())
     try:
         yield
     finally:
-        for quantiser in quantisers:
-            assert quantiser.log_scale is not None
-            quantiser.scale = quantiser.log_scale.detach().exp()
-            quantiser.log_scale = None
+        for quantizer in quantizers:
+            assert quantizer.log_scale is not None
+            quantizer.scale = quantizer.log_scale.detach().exp()
+            quantizer.log_scale = None
 
 
 def without_fake_quant(net: nn.Module) -> nn.Module:
-    """Return a float copy of a quantised net: its weights as training left them, nothing rounded.
+    """Return a float copy of a quantized net: its weights as training left them, nothing rounded.
 
     Its state dict names what the folded net's names.
     """

@@ -106,11 +106,11 @@ def run_example(net: nn.Module) -> Tensor:
     try:
         with torch.no_grad():
             output: Tensor = net(noise.to(like.device, like.dtype))
-    except (RuntimeError, AssertionError, ValueError) as complaint:
+    except (RuntimeError, AssertionError, ValueError) as exc:
         raise RecipeError(
-            f"the net does not take a picture of {EXAMPLE_SIDE} x {EXAMPLE_SIDE}: {str(complaint).splitlines()[0]}",
+            f"the net does not take a picture of {EXAMPLE_SIDE} x {EXAMPLE_SIDE}: {str(exc).splitlines()[0]}",
             hint=_SERVED,
-        ) from complaint
+        ) from exc
     finally:
         net.train(was_training)
     return output

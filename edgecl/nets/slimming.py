@@ -159,7 +159,7 @@ class SlimmableNet(nn.Module):
         self._check_function(view)
 
     def _copy_host_norms(self, view: SlimView) -> None:
-        """Start the slim norms at the host's values: architectures initialise some norms at zero."""
+        """Start the slim norms at the host's values: architectures initialize some norms at zero."""
         host = dict(self.host.named_parameters())
         with torch.no_grad():
             for key, norm in view.norms.items():
@@ -191,12 +191,12 @@ class SlimmableNet(nn.Module):
             with torch.no_grad(), _common_skips(self.host, view.skeleton):
                 expected = functional_call(view.skeleton, slim, (images,))
                 found = functional_call(self.host, masked, (images,))
-        except RuntimeError as complaint:
+        except RuntimeError as exc:
             raise SliceError(
-                f"cannot slice this net: a slim forward pass fails ({str(complaint).splitlines()[0]})",
+                f"cannot slice this net: a slim forward pass fails ({str(exc).splitlines()[0]})",
                 where=where,
                 hint=_NESTING_HINT,
-            ) from complaint
+            ) from exc
         finally:
             self.train(training)
         found = found[:, : expected.shape[1]]

@@ -20,7 +20,7 @@ from edgecl.nets.slimming import SlimmableNet
 _KNOWN = (nn.BatchNorm1d, nn.BatchNorm2d, BatchNormAct2d)
 
 
-def synchronise_norms(
+def synchronize_norms(
     net: SlimmableNet, *, which: Literal["none", "projector", "all"], device: torch.device
 ) -> None:
     """Let batch norms take their statistics over all processes; the names of all tensors stay as they are.
@@ -31,7 +31,7 @@ def synchronise_norms(
         device: where the net will run: on a GPU they are torch's SyncBatchNorm, which has no form for the CPU.
 
     Raises:
-        RecipeError: a norm of a kind that cannot be synchronised.
+        RecipeError: a norm of a kind that cannot be synchronized.
     """
     if which == "none" or process_count() == 1:
         return
@@ -76,13 +76,13 @@ class GlobalBatchNorm(_BatchNorm):
         self.train(norm.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise (N, C) or (N, C, H, W) activations; the result has their dtype."""
-        y = self._normalise(x) if self.training and process_count() > 1 else super().forward(x)
+        """Normalize (N, C) or (N, C, H, W) activations; the result has their dtype."""
+        y = self._normalize(x) if self.training and process_count() > 1 else super().forward(x)
         for part in self.children():  # dropout, activation
             y = part(y)
         return y
 
-    def _normalise(self, x: Tensor) -> Tensor:
+    def _normalize(self, x: Tensor) -> Tensor:
         with torch.autocast(device_type=x.device.type, enabled=False):
             wide = x.to(torch.promote_types(x.dtype, torch.float32))
             count, mean, variance = _global_moments(wide)

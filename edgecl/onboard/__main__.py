@@ -57,8 +57,8 @@ def main(arguments: Optional[List[str]] = None) -> int:
         return status
     try:
         write_whole(Path(options.out), (text + "\n").encode("utf-8"))
-    except OSError as complaint:
-        _say("edgecl: cannot write '%s': %s" % (options.out, complaint.strerror))
+    except OSError as exc:
+        _say("edgecl: cannot write '%s': %s" % (options.out, exc.strerror))
         return 1
     return status
 
@@ -165,7 +165,7 @@ def _run_named(options: argparse.Namespace) -> Dict[str, Any]:
         RecursionError,
         TypeError,
         ValueError,
-    ) as complaint:
+    ) as exc:
         if options.bundle is None:
             raise
         place = traceback.extract_tb(sys.exc_info()[2])[-1]
@@ -173,17 +173,17 @@ def _run_named(options: argparse.Namespace) -> Dict[str, Any]:
             "'%s' is not what edgecl writes (%s: %s, at %s:%d)"
             % (
                 options.bundle,
-                type(complaint).__name__,
-                complaint,
+                type(exc).__name__,
+                exc,
                 Path(place.filename).name,
                 place.lineno or 0,
             ),
             "do not use this bundle if a stranger made it; else export it again, and report this if it stays",
-        ) from complaint
-    except OSError as complaint:
+        ) from exc
+    except OSError as exc:
         raise DeviceError(
-            "'%s' cannot be read or written: %s" % (complaint.filename or options.bundle, complaint.strerror)
-        ) from complaint
+            "'%s' cannot be read or written: %s" % (exc.filename or options.bundle, exc.strerror)
+        ) from exc
 
 
 def _run(options: argparse.Namespace) -> Dict[str, Any]:
@@ -219,8 +219,8 @@ def _run(options: argparse.Namespace) -> Dict[str, Any]:
 def _need_numpy() -> None:
     try:
         import numpy  # noqa: F401
-    except ImportError as complaint:
-        raise cannot_import("NumPy", complaint, "sudo apt install python3-numpy") from complaint
+    except ImportError as exc:
+        raise cannot_import("NumPy", exc, "sudo apt install python3-numpy") from exc
 
 
 def _read_target(path: Optional[str]) -> Optional[Dict[str, Any]]:
@@ -228,8 +228,8 @@ def _read_target(path: Optional[str]) -> Optional[Dict[str, Any]]:
         return None
     try:
         target = json.loads(Path(path).read_bytes().decode("utf-8"))
-    except (OSError, ValueError) as complaint:
-        raise BundleError("cannot read the target '%s': %s" % (path, complaint)) from complaint
+    except (OSError, ValueError) as exc:
+        raise BundleError("cannot read the target '%s': %s" % (path, exc)) from exc
     if not isinstance(target, dict) or "runtime" not in target:
         raise BundleError("'%s' is not a target as JSON: it has no runtime" % path)
     return target

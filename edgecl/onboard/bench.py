@@ -14,12 +14,12 @@ import numpy as np
 
 from .bundle import check_files, choose_precision, read_manifest
 from .clock import BLOCK_S, Measurement, Report, measure_interleaved
-from .device_info import add_state_after, available_cores, read_passport
+from .device_info import add_state_after, available_cores, read_device_info
 from .errors import DeviceError
 from .power import PowerMeter
 from .reference import read_reference
-from .runtimes import Runner, full_name, open_runner
-from .statistics import drift, ratio_interval, summarise
+from .runtimes import Session, full_name, open_session
+from .statistics import drift, ratio_interval, summarize
 from .throttle import ThrottleWatch
 from .versions import version_fits
 
@@ -86,9 +86,9 @@ def bench(
         report: called about once a second with a line on how far it is.
 
     Returns:
-        The record without its header: runtime, batch, threads, device (the passport), measurements, ratios,
+        The record without its header: runtime, batch, threads, device (the device_info), measurements, ratios,
         throttle, power, marks and the conditions. Each measurement has precision, form, mode, headline (the first
-        mode of its runner), latency_ms, cov, throughput_per_s (images), samples, warmup_samples, warmup_s,
+        mode of its session), latency_ms, cov, throughput_per_s (images), samples, warmup_samples, warmup_s,
         steady, duration_s, drift, marks, settings, engine and energy. Its marks name what casts doubt:
         'unsteady' (warm-up never settled), 'noisy' (p90 over 1.25 times p50), 'drift' (the last quarter of the
         samples over 3 % slower than the first). The marks of the session are those of `throttle`, and a busy
@@ -210,25 +210,25 @@ def _measure_here(
     batch = manifest["input"]["shape"][0]
     bound = images[np.arange(batch) % len(images)]
     with contextlib.ExitStack() as opened:
-        runners: Dict[str, Runner] = {}
+        sessions: Dict[str, Session] = {}
         for precision in precisions:
             say("loading %s" % precision)
-            runner = open_runner(
+            session = open_session(
                 bundle, manifest, precision=precision, runtime=runtime, threads=threads, report=say
             )
-            opened.callback(runner.close)
-            runner.bind(bound)
-            runners[precision] = runner
-        abouts = {precision: runner.describe() for precision, runner in runners.items()}
+            opened.callback(session.close)
+            session.bind(bound)
+            sessions[precision] = session
+        abouts = {precision: session.describe() for precision, session in sessions.items()}
         about = abouts[precisions[0]]
-        device = read_passport(threads=threads, versions=about["versions"])  # the load before ours
-        headlines = {precision: runner.modes()[0] for precision, runner in runners.items()}
+        device = read_device_info(threads=threads, versions=about["versions"])  # the load before ours
+        headlines = {precision: session.modes()[0] for precision, session in sessions.items()}
         # The precisions of one mode side by side: these are compared.
-        modes = list(dict.fromkeys(mode for runner in runners.values() for mode in runner.modes()))
-        tasks = [_Task(name, mode) for mode in modes for name in runners if mode in runners[name].modes()]
+        modes = list(dict.fromkeys(mode for session in sessions.values() for mode in session.modes()))
+        tasks = [_Task(name, mode) for mode in modes for name in sessions if mode in sessions[name].modes()]
         watch.start()
         seen = measure_interleaved(
-            [(str(task), _run_once(runners[task.precision], task.mode)) for task in tasks],
+            [(str(task), _run_once(sessions[task.precision], task.mode)) for task in tasks],
             duration_s=duration_s,
             max_warmup_s=min(max(3 * duration_s, 5.0), 60.0),
             block_s=METERED_BLOCK_S if meter.source else BLOCK_S,
@@ -241,7 +241,7 @@ def _measure_here(
         measurement = _measurement(manifest, task, abouts[task.precision], batch)
         measurement.update(
             headline=task.mode == headlines[task.precision],
-            **summarise(measured.samples_s, batch),
+            **summarize(measured.samples_s, batch),
             warmup_samples=measured.warmup_samples,
             warmup_s=round(measured.warmup_s, 3),
             steady=measured.steady,
@@ -257,8 +257,8 @@ def _measure_here(
     return _Session(about["runtime"], device, measurements, _ratios(tasks, seen))
 
 
-def _run_once(runner: Runner, mode: str) -> Callable[[], Optional[float]]:
-    run_once = runner.run_once
+def _run_once(session: Session, mode: str) -> Callable[[], Optional[float]]:
+    run_once = session.run_once
     return lambda: run_once(mode)
 
 
@@ -337,7 +337,7 @@ def _measure_with_trtexec(
         about = found["describe"]
         runtime = about["runtime"]
         if device is None:
-            device = read_passport(threads=None, versions=about["versions"])
+            device = read_device_info(threads=None, versions=about["versions"])
         for place, (mode, seen) in enumerate(found["modes"].items()):
             measurement = _measurement(manifest, _Task(precision, mode), about, batch)
             measurement.update(headline=place == 0, **_summary(seen, batch))
@@ -352,10 +352,10 @@ def _measure_with_trtexec(
 
 
 def _summary(seen: Dict[str, Any], batch: int) -> Dict[str, Any]:
-    """Return the numbers of one run of trtexec, as `summarise` names them; what it does not tell is None."""
+    """Return the numbers of one run of trtexec, as `summarize` names them; what it does not tell is None."""
     samples_s = seen["samples_s"]
     if samples_s is not None:
-        numbers = summarise(samples_s, batch)
+        numbers = summarize(samples_s, batch)
     else:
         latency = dict.fromkeys(
             ("p50", "ci95_p50", "p90", "ci95_p90", "p99", "ci95_p99", "mean", "std", "min")

@@ -121,12 +121,12 @@ def plain_file(
     path = Path(bundle) / name
     try:
         found = os.lstat(str(path))
-    except (FileNotFoundError, NotADirectoryError) as complaint:
+    except (FileNotFoundError, NotADirectoryError) as exc:
         raise if_missing or BundleError(
             "'%s' is missing from the bundle '%s'" % (name, bundle), "export the bundle again"
-        ) from complaint
-    except (OSError, ValueError) as complaint:
-        raise BundleError(_unreadable(str(path), complaint)) from complaint
+        ) from exc
+    except (OSError, ValueError) as exc:
+        raise BundleError(_unreadable(str(path), exc)) from exc
     if stat.S_ISLNK(found.st_mode):
         raise BundleError(
             "'%s' of the bundle '%s' is a link, which may lead out of it" % (name, bundle),
@@ -146,8 +146,8 @@ def plain_file(
     return path
 
 
-def _unreadable(name: str, complaint: Exception) -> str:
-    return "'%s' cannot be read: %s" % (name, getattr(complaint, "strerror", None) or complaint)
+def _unreadable(name: str, exc: Exception) -> str:
+    return "'%s' cannot be read: %s" % (name, getattr(exc, "strerror", None) or exc)
 
 
 def sha256_of_file(path: Union[str, Path]) -> str:
@@ -185,12 +185,10 @@ def read_manifest(bundle: Union[str, Path]) -> Dict[str, Any]:
     try:
         manifest = json.loads(path.read_bytes().decode("utf-8"))
         too_deep = _is_deeper(manifest, _DEEPEST)
-    except ValueError as complaint:
-        raise BundleError(
-            "'%s' is not valid JSON: %s" % (path, complaint), "export the bundle again"
-        ) from complaint
-    except OSError as complaint:
-        raise BundleError(_unreadable(str(path), complaint)) from complaint
+    except ValueError as exc:
+        raise BundleError("'%s' is not valid JSON: %s" % (path, exc), "export the bundle again") from exc
+    except OSError as exc:
+        raise BundleError(_unreadable(str(path), exc)) from exc
     except RecursionError:
         too_deep = True
     if too_deep:
@@ -232,8 +230,8 @@ def _check_manifest(path: Path, manifest: Dict[str, Any]) -> None:
     expect("schema", manifest.get("schema"), _is_count, "a whole number")
     if manifest["schema"] > SCHEMA:
         raise BundleError(
-            "'%s' has schema %s, this runner reads up to %s" % (path, manifest["schema"], SCHEMA),
-            "use the runner that came with the bundle",
+            "'%s' has schema %s, this edgecl reads up to %s" % (path, manifest["schema"], SCHEMA),
+            "use the onboard.pyz that came with the bundle",
         )
     missing = [key for key in _KEYS if key not in manifest]
     if not missing:
@@ -401,8 +399,8 @@ def check_files(bundle: Union[str, Path], manifest: Dict[str, Any]) -> None:
         path = plain_file(bundle, name)
         try:
             found = sha256_of_file(path)
-        except OSError as complaint:
-            raise BundleError(_unreadable(name, complaint)) from complaint
+        except OSError as exc:
+            raise BundleError(_unreadable(name, exc)) from exc
         if found != expected:
             raise BundleError(
                 "'%s' does not match its hash: the manifest says %s..., the file has %s..."

@@ -1,4 +1,4 @@
-"""Time runners: warm each up until it is steady, then sample them in alternating blocks."""
+"""Time sessions: warm each up until it is steady, then sample them in alternating blocks."""
 
 import gc
 import time
@@ -28,7 +28,7 @@ BLOCK_S = 0.5
 ROUNDS = 10
 BLOCK_SAMPLES = 8
 SLOW_BLOCK = 4.0
-# Not recorded after a switch: caches hold the other net, and threads of the other runner still spin. A tenth
+# Not recorded after a switch: caches hold the other net, and threads of the other session still spin. A tenth
 # of a block, and a few runs; of a slow net one run, if it takes half a block.
 SETTLE = 0.1
 SETTLE_RUNS = 3

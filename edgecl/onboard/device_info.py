@@ -47,7 +47,7 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
-def read_passport(
+def read_device_info(
     *,
     threads: Optional[int],
     versions: Mapping[str, str],
@@ -58,7 +58,7 @@ def read_passport(
     """Return what this device is; whatever it does not tell is None.
 
     Args:
-        threads: how many threads the runner was given.
+        threads: how many threads the session was given.
         versions: library -> version.
         root: where /proc, /sys and /etc lie.
         machine: the instruction set, if not this machine's.
@@ -103,10 +103,10 @@ def read_passport(
     }
 
 
-def add_state_after(passport: Dict[str, Any], root: Union[str, Path] = "/") -> None:
-    """Complete a passport with the clocks and temperatures of now."""
-    passport["clocks"]["after"] = read_clocks(root)
-    passport["temperatures_c"]["after"] = read_temperatures(root)
+def add_state_after(device_info: Dict[str, Any], root: Union[str, Path] = "/") -> None:
+    """Complete a device-info record with the clocks and temperatures of now."""
+    device_info["clocks"]["after"] = read_clocks(root)
+    device_info["temperatures_c"]["after"] = read_temperatures(root)
 
 
 def read_clocks(root: Union[str, Path] = "/") -> Dict[str, Any]:

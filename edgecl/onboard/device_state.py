@@ -12,7 +12,7 @@ from .device_info import thermal_zones
 from .throttle import LEAST_TRIP_C
 
 Check = Dict[str, Any]
-Passport = Dict[str, Any]
+DeviceInfo = Dict[str, Any]
 
 # Closer to its limit than this, in degrees Celsius, a zone may throttle within the minute a measurement takes.
 NEAR_TRIP_C = 10.0
@@ -36,19 +36,19 @@ class PowerMode(NamedTuple):
     name: str
 
 
-def check_conditions(root: Path, passport: Passport) -> List[Check]:
+def check_conditions(root: Path, device_info: DeviceInfo) -> List[Check]:
     """Return every check of the device's state that applies to it."""
-    jetson = passport["kind"] is not None
+    jetson = device_info["kind"] is not None
     found = [
-        check_power_mode(root, passport),
-        check_gpu_clock(passport),
-        check_cpu_clock(passport),
-        check_temperature(root, passport),
-        check_fan(passport),
+        check_power_mode(root, device_info),
+        check_gpu_clock(device_info),
+        check_cpu_clock(device_info),
+        check_temperature(root, device_info),
+        check_fan(device_info),
         check_swap(root),
         check_desktop(root) if jetson else None,
-        check_load(passport),
-        check_quota(passport),
+        check_load(device_info),
+        check_quota(device_info),
     ]
     return [one for one in found if one]
 
@@ -70,12 +70,12 @@ def highest_power_mode(table: str) -> Optional[PowerMode]:
     return max(modes, key=rank) if modes else None
 
 
-def check_power_mode(root: Path, passport: Passport) -> Optional[Check]:
+def check_power_mode(root: Path, device_info: DeviceInfo) -> Optional[Check]:
     """Warn of a power mode below the highest."""
     highest = highest_power_mode(_text(root / "etc/nvpmodel.conf") or "")
     if highest is None:
         return None
-    current = passport["power_mode"]
+    current = device_info["power_mode"]
     fix = "sudo nvpmodel -m %d  # %s" % (highest.number, highest.name)
     if current is None:
         return check("power mode", "warn", "not told; see `nvpmodel -q`", fix)
@@ -85,9 +85,9 @@ def check_power_mode(root: Path, passport: Passport) -> Optional[Check]:
     return check("power mode", "warn", "%s, the highest is %s" % (name, highest.name), fix)
 
 
-def check_gpu_clock(passport: Passport) -> Optional[Check]:
+def check_gpu_clock(device_info: DeviceInfo) -> Optional[Check]:
     """Warn of a GPU clock that moves."""
-    gpu = passport["clocks"]["before"]["gpu"]
+    gpu = device_info["clocks"]["before"]["gpu"]
     if gpu is None or gpu["max_mhz"] is None:
         return None
     if gpu["locked"]:
@@ -96,20 +96,20 @@ def check_gpu_clock(passport: Passport) -> Optional[Check]:
     return check("GPU clock", "warn", moves, "sudo jetson_clocks")
 
 
-def check_cpu_clock(passport: Passport) -> Optional[Check]:
+def check_cpu_clock(device_info: DeviceInfo) -> Optional[Check]:
     """Warn of processor clocks that follow the load."""
-    cpu, governor = passport["clocks"]["before"]["cpu"], passport["governor"]
+    cpu, governor = device_info["clocks"]["before"]["cpu"], device_info["governor"]
     if cpu is not None and cpu["locked"]:
         return check("CPU clock", "ok", "locked at %.0f MHz" % cpu["max_mhz"])
     if governor is None:
         return None
     if governor == "performance":
         return check("CPU clock", "ok", "governor performance")
-    fix = "sudo jetson_clocks" if passport["kind"] else "sudo cpupower frequency-set -g performance"
+    fix = "sudo jetson_clocks" if device_info["kind"] else "sudo cpupower frequency-set -g performance"
     return check("CPU clock", "warn", "governor %s: it follows the load" % governor, fix)
 
 
-def check_temperature(root: Path, passport: Passport) -> Optional[Check]:
+def check_temperature(root: Path, device_info: DeviceInfo) -> Optional[Check]:
     """Warn of a zone close to where it makes the clocks fall, fail at it."""
     nearest: Optional[Tuple[float, str, float, float]] = None
     for zone in thermal_zones(root):
@@ -125,19 +125,19 @@ def check_temperature(root: Path, passport: Passport) -> Optional[Check]:
         status = "fail" if nearest[0] <= 0 else "warn"
         found = "%s is at %.0f C, clocks fall at %.0f C" % nearest[1:]
         return check("temperature", status, found, "let it cool; sudo jetson_clocks --fan")
-    degrees = passport["temperatures_c"]["before"]
+    degrees = device_info["temperatures_c"]["before"]
     if not degrees:
         return None
     hottest = max(degrees, key=lambda zone: float(degrees[zone]))
     return check("temperature", "ok", "%.0f C at most (%s)" % (degrees[hottest], hottest))
 
 
-def check_fan(passport: Passport) -> Optional[Check]:
+def check_fan(device_info: DeviceInfo) -> Optional[Check]:
     """Warn of a fan that rests on a warm board."""
-    fan = passport["fan"]
+    fan = device_info["fan"]
     if fan is None or fan["pwm"] is None:
         return None
-    if fan["pwm"] == 0 and max(passport["temperatures_c"]["before"].values(), default=0.0) > WARM_C:
+    if fan["pwm"] == 0 and max(device_info["temperatures_c"]["before"].values(), default=0.0) > WARM_C:
         return check("fan", "warn", "at rest on a warm board", "sudo jetson_clocks --fan")
     return check("fan", "ok", "at %d of 255" % fan["pwm"])
 
@@ -170,9 +170,9 @@ def check_desktop(root: Path) -> Optional[Check]:
     )
 
 
-def check_load(passport: Passport) -> Optional[Check]:
+def check_load(device_info: DeviceInfo) -> Optional[Check]:
     """Warn of a busy processor."""
-    load, cores = passport["load_1m"], passport["cores"]
+    load, cores = device_info["load_1m"], device_info["cores"]
     if load is None:
         return None
     if load > max(0.5 * cores, 1.0):
@@ -180,9 +180,9 @@ def check_load(passport: Passport) -> Optional[Check]:
     return check("load", "ok", "%.2f on %d cores" % (load, cores))
 
 
-def check_quota(passport: Passport) -> Optional[Check]:
+def check_quota(device_info: DeviceInfo) -> Optional[Check]:
     """Warn of a container that grants less time than it shows cores."""
-    quota, cores = passport["core_quota"], passport["cores"]
+    quota, cores = device_info["core_quota"], device_info["cores"]
     if quota is None or quota >= cores:
         return None
     return check(

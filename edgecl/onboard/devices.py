@@ -22,7 +22,7 @@ class Device(NamedTuple):
 
 DEVICES: Dict[str, Device] = {
     "cpu": Device("a CPU", ("fp32", "fp16", "int8")),
-    "gpu": Device("a desktop or data-centre GPU", ("fp32", "fp16", "int8", "fp8")),
+    "gpu": Device("a desktop or data-center GPU", ("fp32", "fp16", "int8", "fp8")),
     "jetson-nano": Device("Jetson Nano", ("fp32", "fp16"), 0, "5.3", ("Jetson Nano", "Jetson TX1")),
     "jetson-tx2": Device("Jetson TX2", ("fp32", "fp16"), 0, "6.2", ("Jetson TX2", "quill")),
     "jetson-xavier": Device("Jetson Xavier", ("fp32", "fp16", "int8"), 2, "7.2", ("Xavier",)),

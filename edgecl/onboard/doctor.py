@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Union
 
 from .bundle import check_files, is_plain_file, read_manifest
-from .device_info import read_passport
+from .device_info import read_device_info
 from .device_state import Check, check, check_conditions, check_memory
 from .devices import DEVICES
 from .errors import OnboardError
@@ -58,12 +58,12 @@ def doctor(
         root: where /proc, /sys, /etc, /usr and /var lie.
 
     Returns:
-        ok, False if a check failed; device, its passport; checks, each
+        ok, False if a check failed; device, its device_info; checks, each
         with name, status ("ok", "warn", "fail"), found, and fix where there is one.
     """
     root = Path(root)
-    passport = read_passport(threads=None, versions={}, root=root)
-    kind = passport["kind"]
+    device_info = read_device_info(threads=None, versions={}, root=root)
+    kind = device_info["kind"]
     checks: List[Optional[Check]] = [_check_python(), _check_numpy()]
     manifest: Optional[Dict[str, Any]] = None
     if bundle is not None:
@@ -84,10 +84,10 @@ def doctor(
     if target is None:
         checks.append(check_memory(root, 0))
     checks.append(_check_disk(bundle, manifest))
-    checks += check_conditions(root, passport)
+    checks += check_conditions(root, device_info)
     checks.append(_check_rails(root, jetson=kind is not None))
     done = [one for one in checks if one]
-    return {"ok": all(one["status"] != "fail" for one in done), "device": passport, "checks": done}
+    return {"ok": all(one["status"] != "fail" for one in done), "device": device_info, "checks": done}
 
 
 def _check_python() -> Check:

@@ -85,8 +85,8 @@ def import_runtime(runtime: str) -> "Trt":
         module: Any = importlib.import_module(runtime)
         if not hasattr(module, "Builder"):  # type stubs, or a folder of that name, import as an empty module
             raise ImportError("there is a module of that name without TensorRT in it")
-    except (ImportError, OSError) as complaint:
-        raise cannot_import("the runtime '%s'" % runtime, complaint, _INSTALL[runtime]) from complaint
+    except (ImportError, OSError) as exc:
+        raise cannot_import("the runtime '%s'" % runtime, exc, _INSTALL[runtime]) from exc
     trt: "Trt" = module
     return trt
 
@@ -107,7 +107,7 @@ class Log:
         severities = trt.ILogger.Severity
         errors, warning = (severities.INTERNAL_ERROR, severities.ERROR), severities.WARNING
 
-        def initialise(logger: Any) -> None:
+        def initialize(logger: Any) -> None:
             trt.ILogger.__init__(logger)
 
         def receive(logger: Any, severity: Any, message: str) -> None:
@@ -122,7 +122,7 @@ class Log:
             kept.append(message)
             del kept[:-_KEPT_MESSAGES]
 
-        self.logger: Any = type("Log", (trt.ILogger,), {"__init__": initialise, "log": receive})()
+        self.logger: Any = type("Log", (trt.ILogger,), {"__init__": initialize, "log": receive})()
 
     def forget(self) -> None:
         """Begin anew, before something whose messages matter."""
@@ -249,11 +249,11 @@ def _make(make: Callable[[], Any], what: str, title: str, log: Log) -> Any:
     except (
         TypeError,
         RuntimeError,
-    ) as complaint:  # the bindings' way to say that a constructor returned nothing
+    ) as exc:  # the bindings' way to say that a constructor returned nothing
         raise DeviceError(
-            "%s cannot make %s: %s" % (title, what, log.last() if log.complaints else complaint),
+            "%s cannot make %s: %s" % (title, what, log.last() if log.complaints else exc),
             "it needs a GPU and a driver that fits; `onboard.pyz doctor` looks at both",
-        ) from complaint
+        ) from exc
     if made is None:
         raise DeviceError(
             "%s cannot make %s: %s" % (title, what, log.last()),
@@ -318,7 +318,7 @@ def _hint_of_parser(text: str) -> str:
     if "hardswish" in lower:  # before 8.5
         return "this version has no HardSwish: export with [graph] hard_swish = 'hard_sigmoid' in the target"
     if "zero point" in lower or "uint8" in lower or "quantizelinear" in lower:
-        return "export with [graph] int8 = 'int8-trt' in the target: symmetric INT8, no quantised bias"
+        return "export with [graph] int8 = 'int8-trt' in the target: symmetric INT8, no quantized bias"
     if "not a regular file" in lower or "parse" in lower and "protobuf" in lower:
         return "the file is damaged: copy the bundle again"
     if "plugin not found" in lower or "no importer registered" in lower:
@@ -380,7 +380,7 @@ def _set_precision(
     if typed or precision == "fp32":
         return []
     names = ["FP16"] if precision == "fp16" else ["INT8"]
-    # What is not quantised shall be fp16, where the GPU has it.
+    # What is not quantized shall be fp16, where the GPU has it.
     if precision == "int8" and getattr(builder, "platform_has_fast_fp16", True):
         names.append("FP16")
     for name in names:
@@ -509,7 +509,7 @@ def _hint_of_build(log: Log, build: Dict[str, Any]) -> str:
             "or add swap" % build.get("workspace_mib", 1024)
         )
     if "int8 is not configured" in text:
-        return "the graph is quantised: ask for --precision int8"
+        return "the graph is quantized: ask for --precision int8"
     if "DLA" in text:
         return "export the bundle without build.dla_core, or for a net without squeeze-and-excitation"
     if "could not find any implementation" in text.lower():
@@ -533,13 +533,13 @@ def build(
         report: called with a line on how far it is.
 
     Returns:
-        runtime; precisions, for each what the runner says of its engine: file, sha256, layers, build_s, cached.
+        runtime; precisions, for each what the session says of its engine: file, sha256, layers, build_s, cached.
 
     Raises:
         BundleError: a file is missing or changed, or the bundle is for another runtime.
         DeviceError: no TensorRT, no GPU, or it cannot build the engine.
     """
-    from .runtimes.tensorrt import TensorrtRunner
+    from .runtimes.tensorrt import TensorrtSession
 
     manifest = read_manifest(bundle)
     check_files(bundle, manifest)
@@ -551,13 +551,13 @@ def build(
     chosen = [choose_precision(manifest, name)[0] for name in precisions or list(manifest["precisions"])]
     record: Dict[str, Any] = {"ok": True, "precisions": {}}
     for precision in chosen:
-        runner = TensorrtRunner(
+        session = TensorrtSession(
             Path(bundle), manifest, precision=precision, threads=1, runtime=manifest["runtime"], report=report
         )
         try:
-            about = runner.describe()
+            about = session.describe()
         finally:
-            runner.close()
+            session.close()
         record["runtime"], record["versions"] = about["runtime"], about["versions"]
         record["precisions"][precision] = about["engine"]
     return record

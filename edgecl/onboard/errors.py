@@ -79,6 +79,6 @@ class DeviceError(OnboardError):
     name = "device"
 
 
-def cannot_import(what: str, complaint: Exception, hint: str) -> DeviceError:
+def cannot_import(what: str, exc: Exception, hint: str) -> DeviceError:
     """Return the error for a library that this Python does not have, or cannot load."""
-    return DeviceError("%s cannot be imported by %s: %s" % (what, sys.executable, complaint), hint)
+    return DeviceError("%s cannot be imported by %s: %s" % (what, sys.executable, exc), hint)

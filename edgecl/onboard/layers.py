@@ -122,7 +122,7 @@ def check_delivered(
     Args:
         shares: what `precision_shares` returned; where it is empty nothing can be said.
         asked: 'fp32', 'fp16' or 'int8'.
-        expected: the share that the graph asks for, 0 to 1; for int8 that of the quantised layers.
+        expected: the share that the graph asks for, 0 to 1; for int8 that of the quantized layers.
         maker: who built the engine, for the error.
 
     Returns:
@@ -160,7 +160,7 @@ def read_layers(text: str) -> List[Layer]:
 
 
 def layers_of_engine(trt: Any, engine: Any) -> List[Layer]:
-    """Return the layers of a deserialised engine, or none where this version has no inspector."""
+    """Return the layers of a deserialized engine, or none where this version has no inspector."""
     if not hasattr(engine, "create_engine_inspector"):
         return []
     inspector = engine.create_engine_inspector()
@@ -236,7 +236,7 @@ def histogram(layers: Sequence[Layer]) -> Dict[str, int]:
     return dict(sorted(counts.items()))
 
 
-def summarise(layers: Sequence[Layer]) -> Dict[str, Any]:
+def summarize(layers: Sequence[Layer]) -> Dict[str, Any]:
     """Return what a record says of an engine: how many layers per precision, and the shares of the matrix layers."""
     return {
         "layers": count_precisions(layers),

@@ -30,16 +30,16 @@ def check_self_contained(path: Union[str, Path]) -> None:
     path = Path(path)
     try:
         content = memoryview(path.read_bytes())
-    except OSError as complaint:
+    except OSError as exc:
         raise BundleError(
-            "'%s' cannot be read: %s" % (path.name, complaint.strerror), "export the bundle again"
-        ) from complaint
+            "'%s' cannot be read: %s" % (path.name, exc.strerror), "export the bundle again"
+        ) from exc
     try:
         _check_model(path.name, content)
-    except (IndexError, ValueError) as complaint:
+    except (IndexError, ValueError) as exc:
         raise BundleError(
-            "'%s' is not a whole ONNX file: %s" % (path.name, complaint), "export the bundle again"
-        ) from complaint
+            "'%s' is not a whole ONNX file: %s" % (path.name, exc), "export the bundle again"
+        ) from exc
 
 
 def _check_model(name: str, content: memoryview) -> None:

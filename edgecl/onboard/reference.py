@@ -37,12 +37,11 @@ def read_reference(bundle: Union[str, Path], manifest: Dict[str, Any]) -> Tuple[
         raise
     except (
         Exception
-    ) as complaint:  # of damaged bytes zipfile and NumPy complain in a dozen classes, some not documented
+    ) as exc:  # of damaged bytes zipfile and NumPy complain in a dozen classes, some not documented
         raise BundleError(
-            "'%s' holds no reference inputs and outputs: %s"
-            % (path, str(complaint) or type(complaint).__name__),
+            "'%s' holds no reference inputs and outputs: %s" % (path, str(exc) or type(exc).__name__),
             _AGAIN,
-        ) from complaint
+        ) from exc
     if not np.isfinite(outputs).all():
         raise BundleError(
             "'%s' holds outputs that no net can be held to: some are not finite" % REFERENCE, _AGAIN

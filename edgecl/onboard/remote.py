@@ -104,9 +104,9 @@ def go(run: Path, source: BinaryIO, told: TextIO) -> int:
     except _RefusedError as refusal:
         _tell(told, {"refused": {"problem": refusal.problem, "hint": refusal.hint}})
         return 1
-    except OSError as complaint:
-        full = complaint.errno in (errno.ENOSPC, errno.EDQUOT)
-        problem = "no room on the board's disk" if full else "the board cannot write: %s" % complaint
+    except OSError as exc:
+        full = exc.errno in (errno.ENOSPC, errno.EDQUOT)
+        problem = "no room on the board's disk" if full else "the board cannot write: %s" % exc
         hint = "free some space in %s" % run.parent if full else None
         _tell(told, {"refused": {"problem": problem, "hint": hint}})
         return 1
@@ -228,8 +228,8 @@ def supervise(run: Path) -> int:
     threads = asked["threads"] or available_cores()
     try:
         status = subprocess.call(asked["command"], env=pinned(threads), stdin=subprocess.DEVNULL)
-    except OSError as complaint:
-        sys.stderr.write("%s\n" % complaint)
+    except OSError as exc:
+        sys.stderr.write("%s\n" % exc)
         status = 127
     _write(run / _STATUS, str(status))
     return 0

@@ -72,12 +72,12 @@ def block_length(series: np.ndarray) -> float:
     Source: Politis & White 2004, section 3.2, with the constants of Patton, Politis & White 2009.
     """
     count = len(series)
-    centred = np.asarray(series, dtype=np.float64) - np.mean(series)
-    variance = float(np.mean(centred**2))
+    centered = np.asarray(series, dtype=np.float64) - np.mean(series)
+    variance = float(np.mean(centered**2))
     if count < 8 or variance == 0:
         return 1.0
     size = 1 << (2 * count - 1).bit_length()
-    spectrum = np.fft.rfft(centred, size)
+    spectrum = np.fft.rfft(centered, size)
     covariances = np.fft.irfft(spectrum * np.conj(spectrum), size)[:count] / count
     quiet = max(5, int(math.ceil(math.sqrt(math.log10(count)))))
     most = min(int(math.ceil(math.sqrt(count))) + quiet, count - 1)
@@ -163,8 +163,8 @@ def _percentiles_of_resamples(
     groups = weights.shape[1]
     sizes = np.bincount(group_of, minlength=groups).astype(np.float64)
     ordered = np.sort(values)
-    centre = ordered[min(int(fraction * len(ordered)), len(ordered) - 1)]
-    below = np.bincount(group_of, weights=values <= centre, minlength=groups)
+    center = ordered[min(int(fraction * len(ordered)), len(ordered) - 1)]
+    below = np.bincount(group_of, weights=values <= center, minlength=groups)
     totals = weights @ sizes
     spread = REACH * float(np.std((weights @ below) / totals)) + 2.0 / len(ordered)
     levels = np.linspace(max(fraction - spread, 0.0), min(fraction + spread, 1.0), THRESHOLDS)
@@ -178,7 +178,7 @@ def _percentiles_of_resamples(
     return found
 
 
-def summarise(samples_s: Sequence[float], batch: int) -> Dict[str, Any]:
+def summarize(samples_s: Sequence[float], batch: int) -> Dict[str, Any]:
     """Return what a record says about a series of latencies.
 
     Args:

@@ -211,7 +211,7 @@ def measure_with_trtexec(
         report: called with a line on what begins.
 
     Returns:
-        describe: as a runner's; engine holds file, sha256, build_s (None for one built before), layers and
+        describe: as a session's; engine holds file, sha256, build_s (None for one built before), layers and
         precision_checked: whether they said enough to hold the engine to the precision; where they did not,
         every mode has the mark 'precision not checked'.
         modes: name -> samples_s (`array` of seconds per inference; None with the mark 'summary only', where
@@ -354,10 +354,10 @@ def _check_precision(
 ) -> bool:
     """Hold an engine to its precision, as `check_delivered` does; one that does not deliver it is deleted."""
     expected = 1.0
-    verdict = about.get("verdict") or {}
-    if precision == "int8" and verdict.get("candidates"):
+    decision = about.get("decision") or {}
+    if precision == "int8" and decision.get("candidates"):
         # Nodes that int8 would harm stay in a wider type.
-        expected -= len(verdict.get("kept_nodes") or ()) / verdict["candidates"]
+        expected -= len(decision.get("kept_nodes") or ()) / decision["candidates"]
     try:
         return check_delivered(precision_shares(layers), precision, expected=expected, maker=maker)
     except DeviceError:
@@ -464,8 +464,8 @@ def _run(command: Sequence[str], *, limit_s: float) -> _Run:
         process = subprocess.Popen(
             list(command), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
-    except OSError as complaint:
-        raise DeviceError("'%s' cannot be started: %s" % (command[0], complaint), _INSTALL) from complaint
+    except OSError as exc:
+        raise DeviceError("'%s' cannot be started: %s" % (command[0], exc), _INSTALL) from exc
     assert process.stdout is not None
     lines: List[Tuple[float, str]] = []
     pending = b""
@@ -486,8 +486,8 @@ def _run(command: Sequence[str], *, limit_s: float) -> _Run:
                 pending = whole.pop()
                 lines += [(now, line.decode("utf-8", "replace").rstrip("\r")) for line in whole]
         process.wait(timeout=60)
-    except subprocess.TimeoutExpired as complaint:
-        raise DeviceError("trtexec closed its output but did not end", "run it by hand") from complaint
+    except subprocess.TimeoutExpired as exc:
+        raise DeviceError("trtexec closed its output but did not end", "run it by hand") from exc
     finally:
         if process.poll() is None:
             process.kill()

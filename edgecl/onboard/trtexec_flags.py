@@ -30,7 +30,7 @@ _MEMORY_POOLS = (8, 4)  # before: --workspace
 _SKIP_INFERENCE = (
     8,
     6,
-)  # before: --buildOnly; also --infStreams, several percentiles, the optimisation level
+)  # before: --buildOnly; also --infStreams, several percentiles, the optimization level
 _STRONGLY_TYPED = (10, 12)  # weak typing is deprecated; precision flags conflict with --stronglyTyped
 _OPPOSITE = (11, 0)  # no precision flags, no --stronglyTyped, the opposite switches
 _FP16_SCALES = (10, 0)  # Q/DQ with fp16 scales: strongly typed from the start

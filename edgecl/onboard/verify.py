@@ -9,7 +9,7 @@ from .bundle import check_files, choose_precision, read_manifest
 from .device_info import available_cores
 from .errors import DisagreementError
 from .reference import read_reference
-from .runtimes import Runner, open_runner
+from .runtimes import Session, open_session
 
 
 def verify(
@@ -46,15 +46,15 @@ def verify(
     record: Dict[str, Any] = {"ok": False, "files_ok": True, "images": len(images), "precisions": {}}
     problems = []
     for name, about in chosen:
-        runner = open_runner(
+        session = open_session(
             bundle, manifest, precision=name, runtime=runtime, threads=available_cores(), report=report
         )
         try:
-            found = run_all(runner, images, manifest["input"])
-            record["runtime"] = runner.describe()["runtime"]
+            found = run_all(session, images, manifest["input"])
+            record["runtime"] = session.describe()["runtime"]
         finally:
-            runner.close()
-        numbers, problem = _judge(found, expected, about["tolerance"])
+            session.close()
+        numbers, problem = _evaluator(found, expected, about["tolerance"])
         record["precisions"][name] = numbers
         if problem:
             problems.append("%s %s" % (name, problem))
@@ -70,7 +70,7 @@ def verify(
     return record
 
 
-def _judge(
+def _evaluator(
     found: np.ndarray, expected: np.ndarray, tolerance: Dict[str, float]
 ) -> Tuple[Dict[str, Any], Optional[str]]:
     """Return the numbers of a precision, and in words what is wrong with them, if anything."""
@@ -120,7 +120,7 @@ def _cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.where(both_zero, 1.0, np.minimum(cosines, 1.0))
 
 
-def run_all(runner: Runner, images: np.ndarray, form: Dict[str, Any]) -> np.ndarray:
+def run_all(session: Session, images: np.ndarray, form: Dict[str, Any]) -> np.ndarray:
     """Run any number of images in batches the net takes; a static batch is filled up with the last image."""
     size = form["max_batch"] if form["dynamic_batch"] else form["shape"][0]
     outputs = []
@@ -129,5 +129,5 @@ def run_all(runner: Runner, images: np.ndarray, form: Dict[str, Any]) -> np.ndar
         count = len(batch)
         if not form["dynamic_batch"] and count < size:
             batch = np.concatenate([batch, np.repeat(batch[-1:], size - count, axis=0)])
-        outputs.append(runner.run(batch)[:count])
+        outputs.append(session.run(batch)[:count])
     return np.concatenate(outputs)

@@ -1,4 +1,4 @@
-"""The page's section about each bundle: what became of its precisions, its modes, its parity ladder."""
+"""The page's section about each bundle: what became of its precisions, its modes, its parity report."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from typing import Any
 
 from edgecl.reports.markup import detail_table, escaped
 from edgecl.reports.notation import MISSING, megabytes, percent, scientific
-from edgecl.reports.precisions import REJECTED, verdict_in_short, verdict_in_words
-from edgecl.reports.text import energy_in_words, ladder_rows, mode_rows, timing_groups
+from edgecl.reports.precisions import REJECTED, decision_in_short, decision_in_words
+from edgecl.reports.text import energy_in_words, mode_rows, parity_rows, timing_groups
 
 
 def bundle_sections(record: dict[str, Any]) -> str:
-    """Write a section for every bundle that holds several precisions, modes or a ladder."""
+    """Write a section for every bundle that holds several precisions, modes or a parity report."""
     parts = []
     for bundle in record["bundles"]:
-        content = _precisions(bundle) + _ratios(bundle) + _modes(bundle) + _ladder(bundle)
+        content = _precisions(bundle) + _ratios(bundle) + _modes(bundle) + _parity(bundle)
         if content:
             title = f"Bundle {bundle['name']}" + (f", for {bundle['target']}" if bundle["target"] else "")
             parts.append(f"<section>\n<h2>{escaped(title)}</h2>\n{content}</section>")
@@ -23,7 +23,7 @@ def bundle_sections(record: dict[str, Any]) -> str:
 
 def _precisions(bundle: dict[str, Any]) -> str:
     found = bundle["precisions"]
-    if len(found) < 2 and not any(one["verdict"] for one in found):
+    if len(found) < 2 and not any(one["decision"] for one in found):
         return ""
     columns = [
         "precision",
@@ -33,7 +33,7 @@ def _precisions(bundle: dict[str, Any]) -> str:
         "relative difference",
         "same top-1 %",
         "verify",
-        "verdict",
+        "decision",
     ]
     rows = []
     for one in found:
@@ -47,16 +47,16 @@ def _precisions(bundle: dict[str, Any]) -> str:
                 scientific(one["max_relative_difference"]),
                 percent(None if agreement is None else 100 * agreement),
                 {True: "passed", False: "failed", None: MISSING}[one["verified"]],
-                verdict_in_short(one["verdict"]) or "not judged",
+                decision_in_short(one["decision"]) or "not evaluated",
             ]
         )
-    verdicts = "".join(
-        f"<li{' class=rejected' if one['verdict']['state'] == REJECTED else ''}><b>{escaped(one['precision'])}</b> "
-        f"{escaped(verdict_in_words(one['verdict']))}</li>"
+    decisions = "".join(
+        f"<li{' class=rejected' if one['decision']['state'] == REJECTED else ''}><b>{escaped(one['precision'])}</b> "
+        f"{escaped(decision_in_words(one['decision']))}</li>"
         for one in found
-        if one["verdict"]
+        if one["decision"]
     )
-    return detail_table(columns, rows) + (f'<ul class="verdicts">{verdicts}</ul>\n' if verdicts else "")
+    return detail_table(columns, rows) + (f'<ul class="decisions">{decisions}</ul>\n' if decisions else "")
 
 
 def _ratios(bundle: dict[str, Any]) -> str:
@@ -86,12 +86,12 @@ def _modes(bundle: dict[str, Any]) -> str:
     return "<h3>Every mode that was timed</h3>\n" + "".join(parts) if parts else ""
 
 
-def _ladder(bundle: dict[str, Any]) -> str:
-    if not bundle["ladder"]:
+def _parity(bundle: dict[str, Any]) -> str:
+    if not bundle["parity"]:
         return ""
     return (
-        "<h3>Parity ladder</h3>\n"
+        "<h3>Parity report</h3>\n"
         '<p class="lead">The same real images through two forms of the net at each step. Differences are of '
         "outputs; relative ones are to the largest output.</p>\n"
-        + detail_table(*ladder_rows(bundle["ladder"]))
+        + detail_table(*parity_rows(bundle["parity"]))
     )

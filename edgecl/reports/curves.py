@@ -15,7 +15,7 @@ def curve(lines: list[dict[str, Any]], key: str) -> Curve | None:
     """Return one quantity over epochs, or None when no line has it.
 
     Returns:
-        `epoch`, `mean`, `low` and `high`, equally long and at most MOST_POINTS: neighbouring steps are put
+        `epoch`, `mean`, `low` and `high`, equally long and at most MOST_POINTS: neighboring steps are put
         together in equal shares, with their mean and their extremes, so that a spike stays visible.
     """
     pairs = [(finite(line.get("epoch")), finite(line.get(key))) for line in lines]

@@ -105,7 +105,7 @@ def diff(old: Path, new: Path, *, rules: Sequence[Rule] = ()) -> dict[str, Any]:
 def _summary(rules: Sequence[Rule], checked: int, broken: int, pairs: int) -> str:
     checks = "1 check" if checked == 1 else f"{checked} checks"
     if not rules:
-        return f"no rule was given: {'1 row' if pairs == 1 else f'{pairs} rows'} compared, nothing judged"
+        return f"no rule was given: {'1 row' if pairs == 1 else f'{pairs} rows'} compared, nothing evaluated"
     if broken:
         return f"regression: {broken} of {checks} {'fails' if broken == 1 else 'fail'}"
     return f"no regression: {checks} {'holds' if checked == 1 else 'hold'}"
@@ -235,9 +235,9 @@ def _differing(old: Row, new: Row) -> list[dict[str, Any]]:
             continue
         breaks = key in _TIMING or (key == "runtime" and _family(old) != _family(new))
         found.append({"condition": name, "old": a, "new": b, "breaks_timing": breaks})
-    a, b = ((row.get("verdict") or {}).get("state") for row in (old, new))
+    a, b = ((row.get("decision") or {}).get("state") for row in (old, new))
     if a != b:
-        found.append({"condition": "verdict", "old": a, "new": b, "breaks_timing": False})
+        found.append({"condition": "decision", "old": a, "new": b, "breaks_timing": False})
     a, b = ((row.get("accuracy") or {}).get("data") for row in (old, new))
     if a and b and a != b:
         found.append({"condition": "test images", "old": a, "new": b, "breaks_timing": False})
@@ -276,13 +276,13 @@ def _check(
     if rule is None:
         check["words"] = "" if comparable else _apart_in_words(apart)
         return check
-    check["broken"], words = _judged(rule, before, after, new, comparable, apart)
+    check["broken"], words = _evaluated(rule, before, after, new, comparable, apart)
     noise = {True: "", None: "", False: ", within the intervals"}[check["resolved"]]
     check["words"] = words + (noise if rule.relative else "")
     return check
 
 
-def _judged(
+def _evaluated(
     rule: Rule,
     before: float | None,
     after: float | None,

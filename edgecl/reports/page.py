@@ -82,7 +82,7 @@ def _head(record: dict[str, Any]) -> str:
         support = f'<ul class="support">{items}</ul>\n'
     return (
         f"<header>\n<h1>{_e(record['title'])}</h1>\n"
-        f'<p class="verdict">{_unbroken(record["verdict"])}</p>\n' + support + "</header>"
+        f'<p class="decision">{_unbroken(record["decision"])}</p>\n' + support + "</header>"
     )
 
 
@@ -233,7 +233,7 @@ def _scatter(record: dict[str, Any]) -> str:
         shapes = {"fp32": "circles are fp32", "fp16": "squares fp16", "int8": "diamonds int8"}
         caption += f" {', '.join(words for key, words in shapes.items() if key in precisions).capitalize()}."
     if any(map(is_rejected, shown)):
-        caption += " A cross is a precision whose verdict is rejected: it is on no front."
+        caption += " A cross is a precision whose decision is rejected: it is on no front."
     hollow = any(
         index not in group["front"] and not is_rejected(rows[index])
         for group in trade["groups"]
@@ -356,7 +356,7 @@ def _panels(run: dict[str, Any], prefix: str) -> Iterator[str]:
     x_range = (run["from_epoch"], run["epochs"])
 
     def series(*wanted: tuple[str, str, str]) -> list[tuple[str, str, Any]]:
-        return [(name, colour, curves[key]) for key, name, colour in wanted if key in curves]
+        return [(name, color, curves[key]) for key, name, color in wanted if key in curves]
 
     def narrower(kind: str) -> list[tuple[str, str, str]]:
         # "slim" is the widest of them.
@@ -364,13 +364,13 @@ def _panels(run: dict[str, Any], prefix: str) -> Iterator[str]:
         keys = sorted((key for key in curves if key.startswith(prefix)), reverse=True)
         return [(key, f"{key.removeprefix(prefix)}\u00d7", MUTED) for key in keys]
 
-    def coloured(lines: dict[str, str]) -> list[tuple[str, str, str]]:
+    def colored(lines: dict[str, str]) -> list[tuple[str, str, str]]:
         others = itertools.cycle((PURPLE, _HOST, _SLIM, MUTED))
         return [(key, name, INK if key == "loss" else next(others)) for key, name in lines.items()]
 
     panels: list[tuple[list[tuple[str, str, Any]], dict[str, Any]]] = [
         *(
-            (series(*coloured(panel["lines"])), {key: panel[key] for key in ("title", "unit", "log")})
+            (series(*colored(panel["lines"])), {key: panel[key] for key in ("title", "unit", "log")})
             for panel in run["panels"]
         ),
         (

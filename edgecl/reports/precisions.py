@@ -22,7 +22,7 @@ METRICS = {
 }
 """What an accuracy is called. The last four were measured on the net in torch, not on the exported file."""
 
-# Under one of these a verdict lists the nodes that stay in higher precision.
+# Under one of these a decision lists the nodes that stay in higher precision.
 _NODES = ("kept_nodes", "nodes")
 
 
@@ -59,36 +59,36 @@ def file_bytes(manifest: Record, precision: str | None) -> float | None:
     return finite(table(manifest, "size_bytes").get(name)) if isinstance(name, str) else None
 
 
-def verdict_on(about: Record) -> dict[str, Any] | None:
-    """Return a precision's verdict: `state`, `nodes` that stay in higher precision, and its `words`.
+def decision_on(about: Record) -> dict[str, Any] | None:
+    """Return a precision's decision: `state`, `nodes` that stay in higher precision, and its `words`.
 
     Returns:
-        None where the precision was not judged.
+        None where the precision was not evaluated.
     """
-    verdict = table(about, "verdict")
-    kept = verdict.get("kept")
+    decision = table(about, "decision")
+    kept = decision.get("kept")
     if not isinstance(kept, bool):
         return None
-    nodes = next((len(verdict[key]) for key in _NODES if isinstance(verdict.get(key), list)), 0)
+    nodes = next((len(decision[key]) for key in _NODES if isinstance(decision.get(key), list)), 0)
     state = (KEPT_IN_PART if nodes else KEPT) if kept else REJECTED
-    return {"state": state, "nodes": nodes, "words": printable(verdict.get("words") or "")}
+    return {"state": state, "nodes": nodes, "words": printable(decision.get("words") or "")}
 
 
-def verdict_in_short(verdict: dict[str, Any] | None) -> str:
-    """Write a verdict in as few words as a cell of a table holds."""
-    if verdict is None:
+def decision_in_short(decision: dict[str, Any] | None) -> str:
+    """Write a decision in as few words as a cell of a table holds."""
+    if decision is None:
         return ""
-    if verdict["state"] == KEPT_IN_PART:
-        return f"kept, {counted(verdict['nodes'], 'node')} higher"
-    return str(verdict["state"])
+    if decision["state"] == KEPT_IN_PART:
+        return f"kept, {counted(decision['nodes'], 'node')} higher"
+    return str(decision["state"])
 
 
-def verdict_in_words(verdict: dict[str, Any]) -> str:
-    """Write a verdict with its reasons, without saying twice what the reasons begin with."""
-    short, words = verdict_in_short(verdict), verdict["words"]
+def decision_in_words(decision: dict[str, Any]) -> str:
+    """Write a decision with its reasons, without saying twice what the reasons begin with."""
+    short, words = decision_in_short(decision), decision["words"]
     if not words:
         return short
-    begins_alike = words.lower().startswith("kept" if verdict["state"] == KEPT_IN_PART else short)
+    begins_alike = words.lower().startswith("kept" if decision["state"] == KEPT_IN_PART else short)
     return str(words) if begins_alike else f"{short}: {words}"
 
 
@@ -212,7 +212,7 @@ def ratios_of(bench: Record, rejected: set[str]) -> list[dict[str, Any]]:
     return found
 
 
-def ladder_of(manifest: Record) -> list[dict[str, Any]]:
+def parity_of(manifest: Record) -> list[dict[str, Any]]:
     """Return the steps from torch to the smallest precision."""
     return [
         {
@@ -231,7 +231,7 @@ def ladder_of(manifest: Record) -> list[dict[str, Any]]:
             },
             "first_diverging_layer": text(step.get("first_diverging_layer")),
         }
-        for step in tables(manifest, "ladder")
+        for step in tables(manifest, "parity")
     ]
 
 
@@ -251,7 +251,7 @@ def bundle_record(bundle: Source) -> dict[str, Any]:
                 "max_relative_difference": finite(parity.get("max_relative_difference")),
                 "top1_agreement": finite(parity.get("top1_agreement")),
                 "verified": verified(verify, name),
-                "verdict": verdict_on(about),
+                "decision": decision_on(about),
                 "default": name == manifest.get("precision"),
             }
         )
@@ -263,14 +263,14 @@ def bundle_record(bundle: Source) -> dict[str, Any]:
         "precisions": precisions,
         "timings": [timing for bench in bundle.benches() for timing in timings_of(bench)],
         "ratios": [ratio for bench in bundle.benches() for ratio in ratios_of(bench, rejected)],
-        "ladder": ladder_of(manifest),
+        "parity": parity_of(manifest),
     }
 
 
 def rejected_of(manifest: Record) -> set[str]:
-    """Return the precisions of a bundle whose verdict is rejected."""
-    verdicts = {name: verdict_on(about) for name, about in precisions_of(manifest).items()}
-    return {name for name, verdict in verdicts.items() if verdict and verdict["state"] == REJECTED}
+    """Return the precisions of a bundle whose decision is rejected."""
+    decisions = {name: decision_on(about) for name, about in precisions_of(manifest).items()}
+    return {name for name, decision in decisions.items() if decision and decision["state"] == REJECTED}
 
 
 def verified(verify: Record, precision: str | None) -> bool | None:

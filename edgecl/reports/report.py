@@ -17,7 +17,7 @@ from edgecl.reports.page import page
 from edgecl.reports.pareto import size_trade_off, trade_off
 from edgecl.reports.precisions import bundle_record
 from edgecl.reports.rows import ORIGINS, rows_of
-from edgecl.reports.sentences import plateaus_in_words, verdict_of, warnings_of
+from edgecl.reports.sentences import decision_of, plateaus_in_words, warnings_of
 from edgecl.reports.text import markdown
 from edgecl.storage.artifacts import (
     RECORDS,
@@ -56,7 +56,7 @@ def report(dirs: Sequence[Path], *, out: Path, force: bool = False) -> dict[str,
         force: replace an earlier report.
 
     Returns:
-        The content of report.json: `verdict`, `rows`, `comparison`, `trade_off`, `runs`, `notes` and more.
+        The content of report.json: `decision`, `rows`, `comparison`, `trade_off`, `runs`, `notes` and more.
 
     Raises:
         ArtifactError: a directory edgecl did not write, an unreadable record, or an output in the way.
@@ -84,13 +84,13 @@ def report_record(collection: Collection) -> dict[str, Any]:
         group["families"] = lines_of(families, rows, group["rows"])
     joined = any(group["families"] for group in trade["groups"]) if trade else False
     bundles = [_made(bundle_record, bundle) for bundle in collection.of("bundle")]
-    verdict, support = verdict_of(comparisons, rows, bundles, collection)
+    decision, support = decision_of(comparisons, rows, bundles, collection)
     stuck, what_to_change = plateaus_in_words(collection.of("run"))
     header = record_header("report", made_from=collection.sha256())
     record = {
         **header,
         "title": _title(collection),
-        "verdict": " ".join([*stuck, verdict]),
+        "decision": " ".join([*stuck, decision]),
         "support": [*what_to_change, *support, *(family_in_words(family, rows) for family in families)],
         "rows": rows,
         "bundles": bundles,

@@ -10,13 +10,13 @@ from edgecl.reports.collect import Collection, Record, Source
 from edgecl.reports.notation import finite, interval_from
 from edgecl.reports.precisions import (
     REJECTED,
+    decision_on,
     exported_accuracy,
     file_bytes,
     precisions_of,
     table,
     text,
     timings_of,
-    verdict_on,
     verified,
 )
 
@@ -41,7 +41,7 @@ _OF_THE_NET = {
 }
 # What a row has only where its net was exported.
 _OF_A_BUNDLE = (
-    *("bundle", "precision", "accuracy", "verdict", "latency_ms"),
+    *("bundle", "precision", "accuracy", "decision", "latency_ms"),
     *("device", "power_mode", "runtime", "mode", "threads", "batch"),
 )
 # What an accuracy measured on the exported file is the like of.
@@ -147,7 +147,7 @@ def _row(
         "runtime": timing.get("runtime") or text(manifest.get("runtime")),
         "precision": precision,
         "form": text(about.get("form")),
-        "verdict": verdict_on(about),
+        "decision": decision_on(about),
         "device": timing.get("device"),
         "power_mode": timing.get("power_mode"),
         "macs": finite(cost.get("macs")),
@@ -201,8 +201,8 @@ def is_timed(row: Row) -> bool:
 
 
 def is_rejected(row: Row) -> bool:
-    """Say whether a row's precision was judged and found not worth its cost."""
-    return bool(row["verdict"]) and row["verdict"]["state"] == REJECTED
+    """Say whether a row's precision was evaluated and found not worth its cost."""
+    return bool(row["decision"]) and row["decision"]["state"] == REJECTED
 
 
 def nets_of(rows: Sequence[Row]) -> list[Row]:
@@ -275,7 +275,7 @@ def row_label(row: Row, rows: Sequence[Row], *, without: Sequence[str] = ()) -> 
     Args:
         row: the row to name.
         rows: the rows it shall be told from.
-        without: parts that are shown in another way, such as by colour.
+        without: parts that are shown in another way, such as by color.
     """
     label = str(row["name"])
     alike = [other for other in rows if other["name"] == row["name"]]

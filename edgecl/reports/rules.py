@@ -116,7 +116,7 @@ class Rule:
 
         Args:
             old: needed by a relative rule.
-            new: the value judged.
+            new: the value evaluated.
         """
         value = new
         if self.relative:

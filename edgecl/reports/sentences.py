@@ -9,7 +9,7 @@ from typing import Any
 from edgecl.errors import counted, printable
 from edgecl.reports.collect import Collection, Source
 from edgecl.reports.notation import between, finite, fixed, megabytes, milliseconds, percent, points, scaled
-from edgecl.reports.precisions import precisions_of, timings_of, verdict_in_words
+from edgecl.reports.precisions import decision_in_words, precisions_of, timings_of
 from edgecl.reports.rows import ACCURACIES, Row, is_rejected, is_timed, row_label
 
 # What a measurement says against itself.
@@ -22,7 +22,7 @@ _MARKS = {
 }
 
 
-def verdict_of(
+def decision_of(
     comparisons: Sequence[dict[str, Any]],
     rows: Sequence[Row],
     bundles: Sequence[dict[str, Any]],
@@ -30,22 +30,22 @@ def verdict_of(
 ) -> tuple[str, list[str]]:
     """Say in one sentence what came out, and in a few more what it costs and what became of each precision."""
     support: list[str] = []
-    verdict = ""
+    decision = ""
     for comparison in comparisons:
         where = f"{comparison['name']}: " if len(comparisons) > 1 else ""
         labels = comparison["labels_per_class"]
         at = f" with {counted(labels, 'label')} per class" if isinstance(labels, int) else ""
         for difference in sorted(comparison["differences"], key=lambda one: one["b"] != "random init"):
             sentence = where + _difference_in_words(difference, at)
-            if verdict:
+            if decision:
                 support.append(sentence)
             else:
-                verdict = sentence
+                decision = sentence
     timed = [row for row in rows if is_timed(row)]
     speeds = _speeds_in_words(timed, rows)
     precisions = [sentence for bundle in bundles for sentence in _precisions_in_words(bundle, bundles)]
-    if verdict:
-        return verdict, [*support, *speeds, *precisions]
+    if decision:
+        return decision, [*support, *speeds, *precisions]
     if timed:
         return speeds[0], [*speeds[1:], *precisions]
     accurate = [(row, key) for row in rows for key in ACCURACIES if row[key]]
@@ -70,7 +70,7 @@ def plateaus_in_words(runs: Sequence[Source]) -> tuple[list[str], list[str]]:
     """Say of each run that is stuck on the plateau of one dimension that it is, and what to change.
 
     Returns:
-        what the verdict must begin with, and what must stand right below it; both empty where no run is stuck.
+        what the decision must begin with, and what must stand right below it; both empty where no run is stuck.
     """
     stuck = [(run, plateau) for run in runs if isinstance(plateau := run.record.get("plateau"), dict)]
     words = [
@@ -98,7 +98,7 @@ def _what_measures(rows: Sequence[Row], *, accuracy: bool) -> str:
 
 _CALLED = {
     "pretrained": "the pretrained net",
-    "random init": "its random initialisation",
+    "random init": "its random initialization",
     "fine-tuned": "the pretrained net, fine-tuned on these labels,",
     "from scratch": "the same net trained from scratch",
 }
@@ -153,12 +153,12 @@ def _speeds_in_words(timed: Sequence[Row], rows: Sequence[Row]) -> list[str]:
 
 
 def _precisions_in_words(bundle: dict[str, Any], bundles: Sequence[dict[str, Any]]) -> list[str]:
-    """Say what was decided about each judged precision of a bundle, and how fast those timed in turns are."""
+    """Say what was decided about each evaluated precision of a bundle, and how fast those timed in turns are."""
     where = f"{bundle['name']}, " if len(bundles) > 1 else ""
     sentences = []
     for one in bundle["precisions"]:
-        if one["verdict"]:
-            sentences.append(_ended(f"{where}{one['precision']} {verdict_in_words(one['verdict'])}"))
+        if one["decision"]:
+            sentences.append(_ended(f"{where}{one['precision']} {decision_in_words(one['decision'])}"))
     several = len({(ratio["device"], ratio["runtime"]) for ratio in bundle["ratios"]}) > 1
     for ratio in bundle["ratios"]:
         on = f" on {ratio['device']}, {ratio['runtime']}" if several else ""

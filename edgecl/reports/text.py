@@ -21,7 +21,7 @@ from edgecl.reports.notation import (
     scaled,
     scientific,
 )
-from edgecl.reports.precisions import METRICS, verdict_in_short
+from edgecl.reports.precisions import METRICS, decision_in_short
 from edgecl.reports.rows import Row, conditions_of_row, net_of_row, nets_of, row_label
 from edgecl.reports.rules import METRICS as METRICS_OF_RULES
 
@@ -43,10 +43,10 @@ _BUNDLE_COLUMNS: tuple[Column, ...] = (
     ("throughput_per_s", "Speed", "images/s", "/s"),
     ("j_per_inference", "Energy", "J/inference", "J"),
     ("onnx_bytes", "Size", "ONNX MB", "MB"),
-    ("verdict", "Precision", "verdict", ""),
+    ("decision", "Precision", "decision", ""),
 )
 # Columns that are left out where no row has a value; of the others it is worth saying that nothing was measured.
-_IF_KNOWN = ("j_per_inference", "verdict")
+_IF_KNOWN = ("j_per_inference", "decision")
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,8 @@ def cell(row: Row, key: str) -> tuple[str, str]:
         beside = between(latency.get("ci95_p50"), milliseconds) if key == "p50" else ""
         marks = ", ".join(row["marks"]) if key == "p50" else ""
         return milliseconds(latency.get(key)), ", ".join(part for part in (beside, marks) if part)
-    if key == "verdict":
-        return verdict_in_short(row["verdict"]) or MISSING, ""
+    if key == "decision":
+        return decision_in_short(row["decision"]) or MISSING, ""
     write = {
         "throughput_per_s": per_second,
         "j_per_inference": milliseconds,
@@ -157,8 +157,8 @@ def table_rows(record: dict[str, Any], table: Table) -> tuple[list[str], list[li
     return ["net", *table.headings(record)], rows
 
 
-def ladder_rows(ladder: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Return a parity ladder as column headings and rows of strings, one row per step."""
+def parity_rows(parity: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Return a parity report as column headings and rows of strings, one row per step."""
     columns = [
         "step",
         "max difference",
@@ -170,7 +170,7 @@ def ladder_rows(ladder: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[
         "first layer out of tolerance",
     ]
     rows = []
-    for step in ladder:
+    for step in parity:
         agreement = step["top1_agreement"]
         rows.append(
             [
@@ -319,8 +319,8 @@ def diff_conditions(record: dict[str, Any]) -> list[str]:
 
 
 def markdown(record: dict[str, Any]) -> str:
-    """Write the report in GitHub Markdown: verdict, table, comparison, warnings and commands."""
-    lines = [f"# {_escaped(record['title'])}", "", f"**{_escaped(record['verdict'])}**", ""]
+    """Write the report in GitHub Markdown: decision, table, comparison, warnings and commands."""
+    lines = [f"# {_escaped(record['title'])}", "", f"**{_escaped(record['decision'])}**", ""]
     for sentence in record["support"]:
         lines += [_escaped(sentence), ""]
     for table in tables_of(record):
@@ -361,9 +361,9 @@ def _bundle_lines(bundle: dict[str, Any]) -> list[str]:
         lines += [f"{_escaped(words)}:", "", *_markdown_table(*mode_rows(timings)), ""]
         lines += [f"- {_escaped(sentence)}" for sentence in energy_in_words(timings)]
         lines += [""] if lines[-1] else []
-    if bundle["ladder"]:
+    if bundle["parity"]:
         lines += ["Parity, the same images through two forms of the net at each step:", ""]
-        lines += [*_markdown_table(*ladder_rows(bundle["ladder"])), ""]
+        lines += [*_markdown_table(*parity_rows(bundle["parity"])), ""]
     return [f"## Bundle {_escaped(bundle['name'])}", "", *lines] if lines else []
 
 

@@ -369,29 +369,29 @@ def disk_errors(path: Path) -> Iterator[None]:
         yield
     except EdgeclError:
         raise
-    except Exception as complaint:
-        code = _errno_of(complaint)
+    except Exception as exc:
+        code = _errno_of(exc)
         if code in DISK_FULL:
             raise ArtifactError(
                 f"no room on the disk to write '{path.name}'",
                 where={"directory": path.parent},
                 hint="free some space and run the command again; nothing partial was left",
-            ) from complaint
+            ) from exc
         if code in _REFUSED:
             raise ArtifactError(
                 f"no permission to write '{path.name}'", where={"directory": path.parent}
-            ) from complaint
+            ) from exc
         if code in _NO_PLACE:
             raise ArtifactError(
                 f"cannot write '{path.name}': {os.strerror(code).lower()}", where={"directory": path.parent}
-            ) from complaint
+            ) from exc
         raise
 
 
-def _errno_of(complaint: Exception) -> int:
-    if isinstance(complaint, OSError):
-        return complaint.errno or 0
-    found = _ERRNO_IN_TEXT.search(str(complaint))
+def _errno_of(exc: Exception) -> int:
+    if isinstance(exc, OSError):
+        return exc.errno or 0
+    found = _ERRNO_IN_TEXT.search(str(exc))
     return int(found[1]) if found else 0
 
 

@@ -49,7 +49,7 @@ class Checkpoint:
         step: steps done.
         epoch: whole epochs done.
         model: tensors by name: of the training net, host and slim norms, and the method's own.
-        optimizer: the optimiser's state dict.
+        optimizer: the optimizer's state dict.
         state: what else a run goes on from, as JSON knows it: numbers, texts, lists and tables.
         quality: {"name", "value"} of the last look at quality, higher is better; None when there was none.
         sha256: hash of state.json, which holds the hashes of the tensors and of its own content.
@@ -88,7 +88,7 @@ def write_checkpoint(
         step: steps done.
         epoch: whole epochs done.
         model: the training net's tensors by name.
-        optimizer: the optimiser's state dict.
+        optimizer: the optimizer's state dict.
         state: what else to go on from, as JSON knows it.
         quality: {"name", "value"}, higher is better; one that is not finite counts as none.
         keep: how many of the newest stay, this one among them.
@@ -198,7 +198,7 @@ def read_sealed(run_dir: RunDir, sha256: str) -> Checkpoint | None:
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load an optimiser's state, every tensor in the memory layout of its parameter.
+    """Load an optimizer's state, every tensor in the memory layout of its parameter.
 
     Files hold contiguous tensors. A fused step walks through memory without looking at strides, and would silently
     pair the moments of a channels-last convolution with the wrong weights.
@@ -404,8 +404,8 @@ def _unreadable() -> Iterator[None]:
         LookupError,
         TypeError,
         AttributeError,
-    ) as complaint:
-        raise _NotWholeError(f"unreadable ({first_line(complaint)})") from complaint
+    ) as exc:
+        raise _NotWholeError(f"unreadable ({first_line(exc)})") from exc
 
 
 def _digest(record: dict[str, Any]) -> str:
@@ -443,10 +443,10 @@ def _for_file(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _flatten(optimizer: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Part an optimiser's state dict into tensors for safetensors and scalars for JSON."""
+    """Part an optimizer's state dict into tensors for safetensors and scalars for JSON."""
     unknown = sorted(optimizer.keys() - {"state", "param_groups"})
     if unknown:
-        raise TypeError(f"an optimiser's state with '{unknown[0]}' in it cannot be kept")
+        raise TypeError(f"an optimizer's state with '{unknown[0]}' in it cannot be kept")
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, Any] = {_GROUPS: [], "state": {}}
     for number, group in enumerate(optimizer["param_groups"]):
@@ -481,7 +481,7 @@ def _unflatten(tensors: dict[str, Tensor], scalars: dict[str, Any]) -> dict[str,
 
 
 def _like(now: Any, saved: Any) -> Any:
-    """Give an option of an optimiser what a file cannot hold: that it was a tuple, or on which device it was."""
+    """Give an option of an optimizer what a file cannot hold: that it was a tuple, or on which device it was."""
     if isinstance(now, tuple) and isinstance(saved, list):
         return tuple(saved)
     if isinstance(now, Tensor) and isinstance(saved, Tensor):

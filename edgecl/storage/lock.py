@@ -95,15 +95,15 @@ def _take(file: Path, what: str) -> int:
             if renamed == _LONGEST_CROWD:
                 _say_no_locks(file.parent, "files do not keep their numbers")
                 return handle
-        except OSError as complaint:
-            if complaint.errno in _NO_LOCKS_HERE:
-                _say_no_locks(file.parent, os.strerror(complaint.errno or 0))
+        except OSError as exc:
+            if exc.errno in _NO_LOCKS_HERE:
+                _say_no_locks(file.parent, os.strerror(exc.errno or 0))
                 return handle
-            if complaint.errno not in _HELD_ELSEWHERE:
+            if exc.errno not in _HELD_ELSEWHERE:
                 if _is_named(handle, file):
                     file.unlink(missing_ok=True)  # unsigned: the disk is full
                 os.close(handle)
-                raise _cannot_write(file, what, complaint) from complaint
+                raise _cannot_write(file, what, exc) from exc
             holder = _read_holder(handle)
             unsigned += 1
             if holder or unsigned == _TRIES:
@@ -123,12 +123,12 @@ def _open(file: Path, what: str) -> int:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             return os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-        except OSError as complaint:
+        except OSError as exc:
             tries += 1
             # Its last holder may have removed the directory in between.
-            if isinstance(complaint, (FileNotFoundError, FileExistsError)) and tries < _LONGEST_CROWD:
+            if isinstance(exc, (FileNotFoundError, FileExistsError)) and tries < _LONGEST_CROWD:
                 continue
-            raise _cannot_write(file, what, complaint) from complaint
+            raise _cannot_write(file, what, exc) from exc
 
 
 def _is_named(handle: int, file: Path) -> bool:
@@ -173,6 +173,6 @@ def _in_use(directory: Path, what: str, holder: dict[str, Any] | None) -> Artifa
     )
 
 
-def _cannot_write(file: Path, what: str, complaint: OSError) -> ArtifactError:
-    why = os.strerror(complaint.errno or 0).lower()
+def _cannot_write(file: Path, what: str, exc: OSError) -> ArtifactError:
+    why = os.strerror(exc.errno or 0).lower()
     return ArtifactError(f"cannot write the {what} '{file.parent}': {why}")

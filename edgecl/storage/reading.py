@@ -40,8 +40,8 @@ def read_bytes(path: Path, *, most: int | None = None, error: type[EdgeclError] 
     try:
         with path.open("rb") as file:
             content = file.read() if most is None else file.read(most + 1)
-    except OSError as complaint:
-        complaint.filename = complaint.filename or str(path)  # reading, unlike opening, does not say it
+    except OSError as exc:
+        exc.filename = exc.filename or str(path)  # reading, unlike opening, does not say it
         raise
     if most is not None and len(content) > most:
         raise error(
@@ -61,12 +61,12 @@ def read_json(path: Path) -> Any:
     content = read_bytes(path, most=RECORD_BYTES)
     try:
         return parse_json(content)
-    except ValueError as complaint:
+    except ValueError as exc:
         raise ArtifactError(
-            f"'{path.name}' is not valid JSON: {complaint}",
+            f"'{path.name}' is not valid JSON: {exc}",
             where={"file": path},
             hint="restore it from a copy, or make its directory anew in another --out",
-        ) from complaint
+        ) from exc
 
 
 def parse_json(content: bytes) -> Any:
@@ -115,9 +115,9 @@ def reading(path: Path, *more: type[Exception]) -> Iterator[None]:
     causes: tuple[type[Exception], ...] = (*_CAUSES, *more)
     try:
         yield
-    except causes as complaint:
+    except causes as exc:
         raise ArtifactError(
-            f"'{path.name}' is not what edgecl writes ({type(complaint).__name__}: {first_line(complaint)})",
+            f"'{path.name}' is not what edgecl writes ({type(exc).__name__}: {first_line(exc)})",
             where={"file": path},
             hint="make its directory anew; `edgecl --debug` before the command shows what failed",
-        ) from complaint
+        ) from exc

@@ -125,10 +125,10 @@ def check_record(record: dict[str, Any], *, path: Path, whole: bool) -> None:
     text = json.dumps(record, ensure_ascii=False).encode("utf-8", "replace")
     try:
         model.model_validate_json(text)
-    except ValidationError as complaint:
+    except ValidationError as exc:
         problems = [
             f"'{bounded('.'.join(map(str, problem['loc'])), 100)}': {problem['msg'].lower()}"
-            for problem in complaint.errors(include_url=False, include_input=False, include_context=False)
+            for problem in exc.errors(include_url=False, include_input=False, include_context=False)
             if whole or problem["type"] != "missing"
         ]
         if problems:

@@ -1,1 +1,1 @@
-"""The training loop and what it stands on: optimiser and monitoring."""
+"""The training loop and what it stands on: optimizer and monitoring."""

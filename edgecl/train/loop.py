@@ -293,7 +293,7 @@ class Training:
         measure = regular or self.step == self._early_look
         if not (save or measure):
             return True
-        # Norms that are not synchronised differ between processes; what would be written decides for all.
+        # Norms that are not synchronized differ between processes; what would be written decides for all.
         broken = processes.from_main(self._broken_weight())
         looks = self.quality.measure(self.net) if measure and broken is None else {}
         if any(value is not None and math.isnan(value) for value in looks.values()):

@@ -1,4 +1,4 @@
-"""The optimiser and its schedule, from timm."""
+"""The optimizer and its schedule, from timm."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from edgecl.config.recipe import Optim
 
 
 def create_optimizer(net: nn.Module, settings: Optim, *, batch_size: int) -> torch.optim.Optimizer:
-    """Build the optimiser; biases and norms get neither weight decay nor, under LARS, a trust ratio.
+    """Build the optimizer; biases and norms get neither weight decay nor, under LARS, a trust ratio.
 
     Args:
         net: what is trained.

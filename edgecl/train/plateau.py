@@ -85,7 +85,7 @@ class PlateauAlarm:
         }
         return self._decide(record["step"])
 
-    def verdict(self) -> dict[str, Any] | None:
+    def decision(self) -> dict[str, Any] | None:
         """Return what a run's record says while it is stuck, as "since" (a step), "words" and "hint"; else None."""
         if self._since is None:
             return None

@@ -251,7 +251,7 @@ def _run(
         "host_skips": net.host_skips,
         "launch": processes.launch(),
         # Set while training is stuck on the plateau of one dimension, and at the end when it ended there.
-        "plateau": training.plateau.verdict(),
+        "plateau": training.plateau.decision(),
         "state": "running",
         "step": training.step,
         "wall_s": 0.0,
@@ -286,7 +286,7 @@ def _run(
     def keep(step: int) -> None:
         # A run that ends here keeps its step and its time, also when it is killed.
         with writing:
-            record["step"], record["plateau"] = step, training.plateau.verdict()
+            record["step"], record["plateau"] = step, training.plateau.decision()
             state = record["state"] if ended else "running"
             write_json(run_dir.record_file, {**record, "state": state, "wall_s": elapsed()})
 
@@ -303,7 +303,7 @@ def _run(
         for tracker in accelerator.trackers:
             tracker.finish()
         if main:
-            record["wall_s"], record["plateau"] = elapsed(), training.plateau.verdict()
+            record["wall_s"], record["plateau"] = elapsed(), training.plateau.decision()
             record["data"]["skipped"] = list(images.skipped)
             if not images.is_cached:
                 # Met on the way; images held in memory were counted without them.
@@ -439,7 +439,7 @@ def create_accelerator(recipe: Recipe, *, device: str, out: Path) -> Accelerator
 
 
 def _index_beside(run_dir: RunDir) -> Path:
-    """Return where a folder's index is kept: beside the run, for its next start and for its neighbours."""
+    """Return where a folder's index is kept: beside the run, for its next start and for its neighbors."""
     return run_dir.path.absolute().parent / ".edgecl"
 
 

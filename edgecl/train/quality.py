@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from edgecl.config.recipe import Recipe
-from edgecl.data.loading import load_eval_images, normalise
+from edgecl.data.loading import load_eval_images, normalize
 from edgecl.data.sources import ImageSource
 from edgecl.metrics.collapse import extract_features, knn_top1, rank_me
 from edgecl.nets.backbone import create_backbone, recalibrate
@@ -100,20 +100,20 @@ class QualityWatch:
             with torch.random.fork_rng():
                 recalibrate(
                     backbone,
-                    (normalise(part, data.mean, data.std) for part in batches),
+                    (normalize(part, data.mean, data.std) for part in batches),
                     device=self._accelerator.device,
                 )
         if self._accelerator.num_processes > 1:
-            # Norms that are not synchronised differ; the first process's are those of the checkpoint.
+            # Norms that are not synchronized differ; the first process's are those of the checkpoint.
             for buffer in backbone.buffers():
                 torch.distributed.broadcast(buffer, src=0)
         features = extract_features(
-            backbone, self._share, normalise=lambda part: normalise(part, data.mean, data.std)
+            backbone, self._share, normalize=lambda part: normalize(part, data.mean, data.std)
         )
         return _gathered(features, self._count, self._accelerator)
 
     def _knn(self, features: Tensor) -> float | None:
-        """Classify every other image by its neighbours among the rest."""
+        """Classify every other image by its neighbors among the rest."""
         if self._labels is None:
             return None
         return knn_top1(features[::2], self._labels[::2], features[1::2], self._labels[1::2])

@@ -60,7 +60,7 @@ class Saver:
             step: steps done.
             epoch: whole epochs done.
             model: the training net's tensors by name.
-            optimizer: the optimiser's state dict.
+            optimizer: the optimizer's state dict.
             state: what else to go on from, as JSON knows it.
             quality: {"name", "value"} or None.
             on_written: called on the background thread once the checkpoint is on the disk.

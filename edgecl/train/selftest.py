@@ -1,6 +1,6 @@
 """Whether training here is exact under many processes: a step of every arm, against one process with the whole batch.
 
-Everything is what `edgecl pretrain` trains with: the net of a recipe, its synchronised norms, the step, accelerate's
+Everything is what `edgecl pretrain` trains with: the net of a recipe, its synchronized norms, the step, accelerate's
 data-parallel wrapper and, between the processes, the network and the libraries of the user's own machines. Numbers are
 float64, in which rounding stays below 1e-9. In float32 a step that is summed in another order differs by 2e-5 in half of
 the tensors and by 4e-3 in the worst, behind thirty batch norms, and would hide real mistakes.
@@ -122,7 +122,7 @@ def run_arms(
         arms: which.
 
     Returns:
-        arm -> name -> tensor on the CPU: the loss, every parameter's gradient as the optimiser is given it with the norms
+        arm -> name -> tensor on the CPU: the loss, every parameter's gradient as the optimizer is given it with the norms
         that training watches, and every buffer (batch norm statistics) afterwards.
     """
     results = {}
@@ -228,7 +228,7 @@ def chosen_arms(names: Sequence[str]) -> tuple[Arm, ...]:
 def compare(*, device: str, report: Report, names: Sequence[str] = ()) -> dict[str, Any]:
     """Compare this run's processes, one of which calls this, with one process that has the whole batch.
 
-    Every process computes the whole for itself before it joins the others, and holds its own results to it; the verdict
+    Every process computes the whole for itself before it joins the others, and holds its own results to it; the decision
     is of the worst of all processes and is the same in all of them.
 
     Args:

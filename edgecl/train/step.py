@@ -1,4 +1,4 @@
-"""One optimiser step: views in, a host and its slim nets changed; the host process never waits for the device."""
+"""One optimizer step: views in, a host and its slim nets changed; the host process never waits for the device."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from edgecl.config.recipe import Recipe
-from edgecl.data.randomness import whole_numbers
+from edgecl.data.randomness import random_uint64
 from edgecl.distributed import processes
 from edgecl.methods.method import Embeddings, Terms, create_method
 from edgecl.nets.slimming import SlimmableNet
-from edgecl.nets.sync_norms import synchronise_norms
+from edgecl.nets.sync_norms import synchronize_norms
 from edgecl.train.monitor import gradient_norms
 from edgecl.train.optim import create_optimizer, create_schedule
 
@@ -42,7 +42,7 @@ class Outcome(NamedTuple):
 
 
 class Step:
-    """The moving parts of training: method, optimiser and schedule.
+    """The moving parts of training: method, optimizer and schedule.
 
     Args:
         recipe: what to train and how.
@@ -63,7 +63,7 @@ class Step:
         self._memory_format = torch.channels_last if run.channels_last else torch.contiguous_format
         net.to(memory_format=self._memory_format)
         if run.sync_norms != "none":
-            synchronise_norms(net, which=run.sync_norms, device=accelerator.device)
+            synchronize_norms(net, which=run.sync_norms, device=accelerator.device)
         net.to(accelerator.device)
         if run.compile:
             net.compile_passes()
@@ -179,7 +179,7 @@ class Step:
 
     def _seed_layers(self, number: int, *, part: int) -> None:
         """Seed layers that draw random numbers (dropout, stochastic depth), so that nothing depends on history."""
-        key = whole_numbers(self._seed, number, np.array([processes.rank()]), stream="layers", count=part + 1)
+        key = random_uint64(self._seed, number, np.array([processes.rank()]), stream="layers", count=part + 1)
         torch.manual_seed(int(key[0, part]))
 
     def _gradient_norms(self, watched: dict[str, Tensor]) -> dict[str, float | None]:
@@ -192,7 +192,7 @@ class Step:
         return gradient_norms(self.net, watched, scale=scaler.get_scale() if scaler else 1.0)
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps besides weights and the optimiser's tensors: the scaling of fp16's loss."""
+        """Return what a checkpoint keeps besides weights and the optimizer's tensors: the scaling of fp16's loss."""
         scaler = self.accelerator.scaler
         return {"scaler": scaler.state_dict() if scaler else None}
 

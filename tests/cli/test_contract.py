@@ -261,7 +261,7 @@ def test_bench_prints_one_json_value_with_the_keys_of_the_contract(edgecl_proces
     assert {"p50", "p90", "p99", "mean", "ci95_p50"} <= measured["latency_ms"].keys()
 
 
-def test_doctor_prints_one_json_value_and_its_exit_code_is_the_verdict(edgecl):
+def test_doctor_prints_one_json_value_and_its_exit_code_is_the_decision(edgecl):
     code, out, _ = edgecl("doctor", "--target", "jetson-nano-jp4", "--json")
     record = one_json(out)
     assert {"ok", "device", "checks"} == record.keys()

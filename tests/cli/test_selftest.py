@@ -51,7 +51,7 @@ def other_images_in_one():
 
 
 def norms_of_a_share():
-    step.synchronise_norms = lambda *_, **__: None
+    step.synchronize_norms = lambda *_, **__: None
 
 
 def no_number():
@@ -131,13 +131,13 @@ def test_plain_all_reduce_differs_and_every_process_fails(launched):
     assert cells(out)[4] == "DIFFERS"
 
 
-def test_a_difference_in_one_process_is_the_verdict_of_all(launched):
+def test_a_difference_in_one_process_is_the_decision_of_all(launched):
     (code, out, _), (other_code, _, _) = launched("other_images_in_one")
     assert (code, other_code) == (1, 1)
     assert json.loads(out)["exact"] is False
 
 
-def test_norms_that_are_not_synchronised_differ(launched):
+def test_norms_that_are_not_synchronized_differ(launched):
     (code, out, _), _ = launched("norms_of_a_share")
     (row,) = json.loads(out)["arms"]
     assert code == 1

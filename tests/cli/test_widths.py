@@ -1,4 +1,4 @@
-"""Many widths from one run, through the command line: train, price, carve each, judge them side by side."""
+"""Many widths from one run, through the command line: train, price, carve each, evaluate them side by side."""
 
 from __future__ import annotations
 

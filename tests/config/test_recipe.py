@@ -264,7 +264,7 @@ def test_another_loss_is_in_the_arms_name(write, loss, alpha, host, arm):
     assert read_recipe(write(MINIMAL), assignments).arm == arm
 
 
-def test_mistyped_optimiser_suggests_the_near_one(write):
+def test_mistyped_optimizer_suggests_the_near_one(write):
     with pytest.raises(
         RecipeError, match=r"'optim\.name' is 'adam', not one of lars, adamw, sgd \(did you mean 'adamw'\?\)"
     ):

@@ -8,7 +8,7 @@ import pytest
 from pydantic import Field, ValidationError
 
 from edgecl.config.settings import (
-    Settings,
+    Config,
     find_settings_file,
     header_comment,
     override,
@@ -18,15 +18,15 @@ from edgecl.config.settings import (
 from edgecl.errors import RecipeError
 
 
-class Inner(Settings):
+class Inner(Config):
     speed: float = 1.0
-    colour: Literal["red", "green", "blue"] = "red"
+    color: Literal["red", "green", "blue"] = "red"
     sizes: tuple[int, ...] = Field((), examples=[(3, 5)])
     area: tuple[float, float] = (0.08, 1.0)
     names: tuple[str, ...] = ()
 
 
-class Outer(Settings):
+class Outer(Config):
     name: str
     inner: Inner = Inner()
 
@@ -35,13 +35,13 @@ def check(tables):
     return validate(Outer, tables, source="x.toml", error=RecipeError)
 
 
-def complaint(tables):
+def exc(tables):
     with pytest.raises(RecipeError) as caught:
         check(tables)
     return caught.value
 
 
-def complaint_about(*assignments, file):
+def exc_about(*assignments, file):
     with pytest.raises(RecipeError) as caught:
         validate(
             Outer,
@@ -59,39 +59,39 @@ def test_settings_are_frozen():
 
 
 def test_unknown_key_is_named_with_its_table_and_a_near_match():
-    error = complaint({"name": "a", "inner": {"sped": 2.0}})
+    error = exc({"name": "a", "inner": {"sped": 2.0}})
     assert error.problem == "unknown key 'inner.sped' (did you mean 'speed'?)"
     assert error.where == {"file": "x.toml"}
 
 
 def test_unknown_key_like_nothing_lists_what_is_known():
-    assert complaint({"name": "a", "zzz": 1}).problem == "unknown key 'zzz' (known: inner, name)"
+    assert exc({"name": "a", "zzz": 1}).problem == "unknown key 'zzz' (known: inner, name)"
 
 
 def test_all_problems_are_reported_at_once():
-    problem = complaint({"inner": {"sped": 1, "speed": "fast", "colour": "gren"}}).problem
+    problem = exc({"inner": {"sped": 1, "speed": "fast", "color": "gren"}}).problem
     assert problem.count("; ") >= 3
     for part in (
         "missing key 'name'",
         "unknown key 'inner.sped'",
         "'inner.speed' is 'fast'",
-        "'inner.colour' is 'gren'",
+        "'inner.color' is 'gren'",
     ):
         assert part in problem
 
 
 def test_mistyped_choice_lists_all_and_suggests_the_near_one():
-    problem = complaint({"name": "a", "inner": {"colour": "bleu"}}).problem
-    assert problem == "'inner.colour' is 'bleu', not one of red, green, blue (did you mean 'blue'?)"
+    problem = exc({"name": "a", "inner": {"color": "bleu"}}).problem
+    assert problem == "'inner.color' is 'bleu', not one of red, green, blue (did you mean 'blue'?)"
 
 
 def test_choice_like_no_other_lists_all_once():
-    problem = complaint({"name": "a", "inner": {"colour": "zzz"}}).problem
-    assert problem == "'inner.colour' is 'zzz', not one of red, green, blue"
+    problem = exc({"name": "a", "inner": {"color": "zzz"}}).problem
+    assert problem == "'inner.color' is 'zzz', not one of red, green, blue"
 
 
 def test_place_inside_a_list_is_named():
-    assert "'inner.sizes.1' is 'two'" in complaint({"name": "a", "inner": {"sizes": [1, "two"]}}).problem
+    assert "'inner.sizes.1' is 'two'" in exc({"name": "a", "inner": {"sizes": [1, "two"]}}).problem
 
 
 @pytest.mark.parametrize(
@@ -105,11 +105,11 @@ def test_place_inside_a_list_is_named():
     ],
 )
 def test_what_must_be_a_list_is_told_so_with_one(table, key, problem):
-    assert complaint({"name": "a", "inner": table}).problem == f"'inner.{key}' {problem}"
+    assert exc({"name": "a", "inner": table}).problem == f"'inner.{key}' {problem}"
 
 
 def test_what_must_be_a_table_is_told_so():
-    assert complaint({"name": "a", "inner": 3}).problem == "'inner' is 3: must be a table"
+    assert exc({"name": "a", "inner": 3}).problem == "'inner' is 3: must be a table"
 
 
 @pytest.mark.parametrize(
@@ -126,12 +126,12 @@ def test_what_must_be_a_table_is_told_so():
     ],
 )
 def test_a_wrong_key_or_value_is_blamed_on_what_set_it(file, assignments, where):
-    assert complaint_about(*assignments, file=file).where == where
+    assert exc_about(*assignments, file=file).where == where
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_values_that_are_not_finite_are_refused(value):
-    assert "'inner.speed'" in complaint({"name": "a", "inner": {"speed": value}}).problem
+    assert "'inner.speed'" in exc({"name": "a", "inner": {"speed": value}}).problem
 
 
 @pytest.mark.parametrize(
@@ -140,8 +140,8 @@ def test_values_that_are_not_finite_are_refused(value):
         ("inner.speed=2.5", 2.5),
         ("inner.speed = 1e-3", 1e-3),
         ("inner.sizes=[3, 4]", [3, 4]),
-        ("inner.colour=blue", "blue"),
-        ('inner.colour="blue"', "blue"),
+        ("inner.color=blue", "blue"),
+        ('inner.color="blue"', "blue"),
         ("inner.flag=true", True),
         ("inner.uri=/data/my pictures", "/data/my pictures"),
         ("inner.uri=cifar10:/data", "cifar10:/data"),
@@ -163,7 +163,7 @@ def test_later_assignment_wins():
 
 def test_assignments_leave_the_given_tables_alone():
     tables = {"inner": {"speed": 1.0}}
-    override(tables, ["inner.speed=2.0", "inner.colour=blue"], error=RecipeError)
+    override(tables, ["inner.speed=2.0", "inner.color=blue"], error=RecipeError)
     assert tables == {"inner": {"speed": 1.0}}
 
 

@@ -97,7 +97,7 @@ def test_nano_target_has_no_int8_opset_13_and_no_hard_swish_node():
 
 
 @pytest.mark.parametrize(
-    ("text", "complaint"),
+    ("text", "exc"),
     [
         (
             'runtime = "tensorrt"\ndevice = "jetson-nano"\nprecisions = ["int8"]\n',
@@ -164,8 +164,8 @@ def test_nano_target_has_no_int8_opset_13_and_no_hard_swish_node():
         ('runtime = "onnxruntime"\n[quantization]\nmethods = []\n', r"'quantization\.methods'"),
     ],
 )
-def test_target_that_its_device_cannot_serve_is_refused(write, text, complaint):
-    with pytest.raises(TargetError, match=complaint):
+def test_target_that_its_device_cannot_serve_is_refused(write, text, exc):
+    with pytest.raises(TargetError, match=exc):
         read_target(write(text))
 
 

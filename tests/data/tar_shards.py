@@ -41,7 +41,7 @@ def numbers(source):
     return [number_of(source.read(index)) for index in range(len(source))]
 
 
-def complaint(uri):
+def exc(uri):
     with pytest.raises(DataError) as caught:
         open_source(uri)
     return caught.value

@@ -16,7 +16,7 @@ from edgecl.errors import DeviceError
 
 
 def scene(height, width, channels=3):
-    """Smooth colours, a sharp disc off the centre, and a little noise."""
+    """Smooth colors, a sharp disc off the center, and a little noise."""
     y, x = np.mgrid[0:height, 0:width] / max(height, width)
     smooth = np.stack([y, x, 1 - y * x], -1) * 200 + 20
     smooth[(y - 0.2) ** 2 + (x - 0.3) ** 2 < 0.02] = (250, 30, 90)
@@ -73,7 +73,7 @@ def test_a_jpeg_of_the_canvas_size_is_pillows_bit_for_bit(tmp_path):
     assert torch.equal(read_canvas(source, 0, 64).canvas, by_pillow(source, 64)[0])
 
 
-def test_a_grey_jpeg_has_three_equal_channels(tmp_path):
+def test_a_grayscale_jpeg_has_three_equal_channels(tmp_path):
     source = save(tmp_path, scene(50, 70, channels=1))
     assert is_plain(source)
     ours = read_canvas(source, 0, 40).canvas

@@ -24,11 +24,11 @@ def test_every_class_is_drawn_equally_often():
     assert numpy.bincount(labels).tolist() == [10] * len(CLASSES)
 
 
-def test_mean_colour_says_little_about_the_class():
+def test_mean_color_says_little_about_the_class():
     train, labels = render("train", 1000)
     test, truth = render("test", 500)
-    colours, found = (images.reshape(len(images), -1, 3).mean(1) for images in (train, test))
-    nearest = ((found[:, None] - colours[None]) ** 2).sum(2).argmin(1)
+    colors, found = (images.reshape(len(images), -1, 3).mean(1) for images in (train, test))
+    nearest = ((found[:, None] - colors[None]) ** 2).sum(2).argmin(1)
     assert (labels[nearest] == truth).mean() < 0.3
 
 

@@ -21,7 +21,7 @@ from edgecl.data import fetching
 from edgecl.data.fetching import cached_place
 from edgecl.data.sources import absolute_uri, open_source
 
-from .tar_shards import complaint, numbers, pattern
+from .tar_shards import exc, numbers, pattern
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -112,7 +112,7 @@ def test_a_damaged_file_in_the_cache_is_fetched_again(write_shards, server, cach
 
 def test_a_shard_the_server_has_not_is_named(write_shards, server):
     write_shards(1)
-    assert str(complaint(f"shards:{server.url}/x-{{000..001}}.tar")) == (
+    assert str(exc(f"shards:{server.url}/x-{{000..001}}.tar")) == (
         "the shard 'x-001.tar' could not be fetched: HTTP 404, there is no such file\n"
         f"  url:  {server.url}/x-001.tar\n"
         "  hint: compare the pattern's braces with what is there"
@@ -122,7 +122,7 @@ def test_a_shard_the_server_has_not_is_named(write_shards, server):
 def test_a_refused_login_says_where_a_login_belongs(write_shards, server):
     write_shards(1)
     server.behave = "forbid"
-    error = complaint(f"shards:http://me:geheim@127.0.0.1:{server.server_port}/x-000.tar?Signature=streng")
+    error = exc(f"shards:http://me:geheim@127.0.0.1:{server.server_port}/x-000.tar?Signature=streng")
     assert str(error) == (
         "the shard 'x-000.tar' could not be fetched: HTTP 403\n"
         f"  url:  {server.url}/x-000.tar\n"
@@ -134,7 +134,7 @@ def test_a_refused_login_says_where_a_login_belongs(write_shards, server):
 def test_a_server_that_is_not_there_is_named(server):
     server.shutdown()
     server.server_close()
-    error = complaint(f"shards:{server.url}/x.tar")
+    error = exc(f"shards:{server.url}/x.tar")
     assert error.problem == "the shard 'x.tar' could not be fetched: no connection: refused, or no way there"
     assert error.where == {"url": f"{server.url}/x.tar"}
     assert error.hint == "check the URL's host and port, and that its server is up; what is fetched stays"
@@ -150,7 +150,7 @@ def test_a_connection_that_breaks_is_tried_again(write_shards, server):
 def test_a_length_that_disagrees_with_content_length_is_found(write_shards, server, cache):
     write_shards(1)
     server.behave = "break"
-    error = complaint(f"shards:{server.url}/x-000.tar")
+    error = exc(f"shards:{server.url}/x-000.tar")
     assert error.problem == (
         "the shard 'x-000.tar' could not be fetched: the connection ended before the announced length "
         "(Content-Length) (3 tries)"
@@ -162,7 +162,7 @@ def test_a_length_that_disagrees_with_content_length_is_found(write_shards, serv
 def test_a_shard_that_is_cut_on_the_server_is_not_kept(write_shards, server, cache):
     write_shards(1)
     server.behave = "cut"
-    error = complaint(f"shards:{server.url}/x-000.tar")
+    error = exc(f"shards:{server.url}/x-000.tar")
     assert error.problem.startswith("the shard 'x-000.tar' is cut short: ")
     assert error.where["shard"] == f"{server.url}/x-000.tar"
     assert [path.suffix for path in cache.iterdir()] == [".lock"]
@@ -174,7 +174,7 @@ def test_a_server_that_falls_silent_is_given_up(write_shards, server, monkeypatc
     write_shards(1)
     server.behave = "stall"
     monkeypatch.setattr(fetching, "STALL_S", 0.5)
-    error = complaint(f"shards:{server.url}/x-000.tar")
+    error = exc(f"shards:{server.url}/x-000.tar")
     assert str(error) == (
         "the shard 'x-000.tar' could not be fetched: no block of data came within 0 s\n"
         f"  url:  {server.url}/x-000.tar\n"
@@ -268,7 +268,7 @@ def test_a_process_that_waits_for_one_that_gets_nowhere_gives_up(write_shards, s
     )
     assert holder.stdout.readline() == b"held\n"
     monkeypatch.setattr(fetching, "STALL_S", 0.25)
-    error = complaint(f"shards:{url}")
+    error = exc(f"shards:{url}")
     holder.kill()
     holder.communicate()
     assert error.problem == "another process fetches the shard 'x-000.tar' and got no further for 0 s"
@@ -279,7 +279,7 @@ def test_a_cache_that_cannot_be_written_is_named(write_shards, server, monkeypat
     write_shards(1)
     (tmp_path / "file").touch()
     monkeypatch.setenv("EDGECL_CACHE", str(tmp_path / "file"))
-    error = complaint(f"shards:{server.url}/x-000.tar")
+    error = exc(f"shards:{server.url}/x-000.tar")
     assert error.problem == "the cache cannot be written: Not a directory"
     assert error.where["cache"] == tmp_path / "file" / "shards"
     assert error.hint.startswith("EDGECL_CACHE names another place")
@@ -298,7 +298,7 @@ def test_a_full_disk_is_named(write_shards, server, cache):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fetching, "_part", full)
-        error = complaint(f"shards:{url}")
+        error = exc(f"shards:{url}")
     assert error.problem == "no room for the shard 'x-000.tar'"
     assert [path.suffix for path in cache.iterdir()] == [".lock"]
 
@@ -369,7 +369,7 @@ def test_s3_is_read_by_the_aws_program(write_shards, program, tmp_path):
 
 def test_what_aws_complains_about_is_shown(program):
     program("aws", "echo >&2; echo 'fatal error: An error occurred (404): Not Found' >&2; exit 1")
-    assert str(complaint("shards:s3://bucket/x.tar")) == (
+    assert str(exc("shards:s3://bucket/x.tar")) == (
         "the shard 'x.tar' could not be fetched: its program ended with status 1\n"
         "  url:  s3://bucket/x.tar\n"
         "  said: fatal error: An error occurred (404): Not Found"
@@ -378,13 +378,13 @@ def test_what_aws_complains_about_is_shown(program):
 
 def test_a_missing_program_is_named(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    error = complaint("shards:s3://bucket/x.tar")
+    error = exc("shards:s3://bucket/x.tar")
     assert error.problem == "the shard 'x.tar' could not be fetched: the program 'aws' is not there"
     assert error.hint == "install aws, or put it on the PATH"
 
 
 def test_an_unknown_kind_of_url_is_named():
-    error = complaint("shards:gopher://host/x.tar")
+    error = exc("shards:gopher://host/x.tar")
     assert error.problem == (
         "the shard 'x.tar' could not be fetched: gopher://host/x.tar: no gopen handler defined"
     )
@@ -393,7 +393,7 @@ def test_an_unknown_kind_of_url_is_named():
 def test_a_pipe_runs_only_where_it_is_allowed(write_shards, monkeypatch, tmp_path):
     root = write_shards(1)
     uri = f"shards:pipe:touch {tmp_path}/ran; cat {root}/x-000.tar"
-    error = complaint(uri)
+    error = exc(uri)
     assert error.problem == "a pipe runs a program, so it must be allowed first: 'pipe:touch …'"
     assert error.hint == "if this is your own command, set EDGECL_SHARD_PIPES=1"
     assert not (tmp_path / "ran").exists()
@@ -402,14 +402,12 @@ def test_a_pipe_runs_only_where_it_is_allowed(write_shards, monkeypatch, tmp_pat
     assert (tmp_path / "ran").exists()
     recorded = absolute_uri(uri)
     assert recorded == "shards:pipe:touch …"
-    assert complaint(recorded).problem == "the command of 'pipe:touch …' was not kept in the record"
+    assert exc(recorded).problem == "the command of 'pipe:touch …' was not kept in the record"
 
 
 def test_a_url_is_no_shell_command(server, tmp_path):
     for place in (server.url, "s3://bucket"):
-        complaint(
-            f"shards:{place}/x'$(touch {tmp_path}/ran)`touch {tmp_path}/ran`;touch '{tmp_path}/ran'.tar"
-        )
+        exc(f"shards:{place}/x'$(touch {tmp_path}/ran)`touch {tmp_path}/ran`;touch '{tmp_path}/ran'.tar")
     assert not (tmp_path / "ran").exists()
 
 

@@ -16,7 +16,7 @@ from edgecl.data.loading import (
     choose_images,
     eval_image,
     load_eval_images,
-    normalise,
+    normalize,
     split_holdout,
 )
 from edgecl.data.randomness import permutation
@@ -62,7 +62,7 @@ def test_a_canvas_is_antialiased():
 
 
 @pytest.mark.parametrize(("height", "width"), [(50, 81), (81, 50), (20, 30), (32, 32), (33, 47)])
-def test_eval_image_equals_torchvisions_resize_and_centre_crop(height, width):
+def test_eval_image_equals_torchvisions_resize_and_center_crop(height, width):
     picture = noise(height, width)
     reference = v2.CenterCrop(28)(v2.Resize(32)(picture))
     assert np.array_equal(
@@ -70,11 +70,11 @@ def test_eval_image_equals_torchvisions_resize_and_centre_crop(height, width):
     )
 
 
-def test_normalise_equals_torchvisions():
+def test_normalize_equals_torchvisions():
     images = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
     torch.testing.assert_close(
-        normalise(images, mean, std), v2.functional.normalize(images.float() / 255, mean, std)
+        normalize(images, mean, std), v2.functional.normalize(images.float() / 255, mean, std)
     )
 
 

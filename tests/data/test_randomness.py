@@ -37,7 +37,7 @@ def test_seed_and_epoch_cannot_stand_in_for_each_other():
 
 
 @pytest.mark.parametrize("lag", [1, 2, 64])
-def test_neighbouring_images_get_unrelated_numbers(lag):
+def test_neighboring_images_get_unrelated_numbers(lag):
     values = draw(count=1)
     assert correlation(values[lag:], values[:-lag]) < 0.03
 

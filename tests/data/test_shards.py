@@ -18,7 +18,7 @@ from edgecl.data.loading import TrainingImages, load_eval_images
 from edgecl.data.sources import UnreadableImage, absolute_uri, has_test_split, list_datasets, open_source
 from edgecl.errors import DataError
 
-from .tar_shards import complaint, numbers, pattern, picture, write_tar
+from .tar_shards import exc, numbers, pattern, picture, write_tar
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -225,7 +225,7 @@ def test_fingerprint_changes_with_what_is_in_the_shards(write_shards, change):
 def test_missing_shards_are_named_and_the_others_counted(write_shards):
     root = write_shards(3)
     (root / "x-001.tar").unlink()
-    assert str(complaint(pattern(root, 3))) == (
+    assert str(exc(pattern(root, 3))) == (
         "2 of 4 shards are missing\n"
         f"  data:    shards:{root}/x-{{000..003}}.tar\n"
         f"  missing: {root}/x-001.tar\n"
@@ -237,7 +237,7 @@ def test_missing_shards_are_named_and_the_others_counted(write_shards):
 
 def test_a_folder_without_shards_says_what_was_looked_for(tmp_path):
     (tmp_path / "x.tar.gz").touch()
-    assert str(complaint(f"shards:{tmp_path}")) == (
+    assert str(exc(f"shards:{tmp_path}")) == (
         f"no .tar files in the folder '{tmp_path}'\n"
         "  hint: looked for *.tar right in it, not deeper; unpack .tar.gz to .tar; if it holds images as they are, "
         "name the folder without 'shards:'"
@@ -245,7 +245,7 @@ def test_a_folder_without_shards_says_what_was_looked_for(tmp_path):
 
 
 def test_many_missing_shards_are_counted(tmp_path):
-    assert f"{tmp_path}/x-004.tar and 15 more\n" in str(complaint(pattern(tmp_path, 19)))
+    assert f"{tmp_path}/x-004.tar and 15 more\n" in str(exc(pattern(tmp_path, 19)))
 
 
 @pytest.mark.parametrize(
@@ -260,7 +260,7 @@ def test_many_missing_shards_are_counted(tmp_path):
 )
 def test_a_shard_named_twice_is_refused(write_shards, twice):
     pattern = "shards:" + twice.format(root=write_shards(2))
-    error = complaint(pattern)
+    error = exc(pattern)
     assert error.problem == "the shard 'x-000.tar' is named twice"
     assert error.where["data"] == pattern
     assert error.where["first"].endswith("x-000.tar")
@@ -271,9 +271,7 @@ def test_a_shard_named_twice_is_refused(write_shards, twice):
 
 
 def test_a_remote_shard_named_twice_is_refused_however_it_is_signed():
-    error = complaint(
-        "shards:http://h.example/x.tar?Signature=geheim::http://h.example/x.tar?Signature=streng"
-    )
+    error = exc("shards:http://h.example/x.tar?Signature=geheim::http://h.example/x.tar?Signature=streng")
     assert error.problem == "the shard 'x.tar' is named twice"
     assert "geheim" not in str(error)
     assert "streng" not in str(error)
@@ -310,7 +308,7 @@ def test_a_shard_that_disappears_during_the_run_is_unreadable(write_shards):
 
 
 def test_a_pattern_that_cannot_be_read_is_named():
-    error = complaint("shards:x-{000..001.tar")
+    error = exc("shards:x-{000..001.tar")
     assert error.problem == (
         "the pattern 'shards:x-{000..001.tar' cannot be read: Unbalanced braces: 'x-{000..001.tar'"
     )
@@ -334,7 +332,7 @@ def test_a_pattern_that_cannot_be_read_is_named():
 def test_a_pattern_for_more_shards_than_there_are_is_refused_before_it_is_expanded(pattern, monkeypatch):
     monkeypatch.setenv("WDS_BRACES", "{0..99999999}")
     monkeypatch.setattr("webdataset.shardlists.expand_urls", lambda pattern: pytest.fail("expanded"))
-    assert "stands for" in complaint(f"shards:{pattern}").problem
+    assert "stands for" in exc(f"shards:{pattern}").problem
 
 
 @pytest.mark.parametrize(
@@ -363,16 +361,16 @@ def test_shards_are_counted_as_webdataset_expands_them(pattern, count):
     "pattern", ["{" * 5000 + "}" * 5000, "{0.." + "9" * 5000 + "}.tar", "http://[::1", "http://[x]/y.tar"]
 )
 def test_a_pattern_nobody_writes_is_a_named_error(pattern):
-    problem = complaint(f"shards:{pattern}").problem
+    problem = exc(f"shards:{pattern}").problem
     assert "cannot be read" in problem or "is no URL" in problem
 
 
 def test_a_pattern_that_cannot_be_read_keeps_its_secrets():
-    assert "geheim" not in str(complaint("shards:https://me:geheim@host/x-{000..001.tar?sig=geheim"))
+    assert "geheim" not in str(exc("shards:https://me:geheim@host/x-{000..001.tar?sig=geheim"))
 
 
 def test_a_variable_that_is_not_set_is_named():
-    error = complaint("shards:${NOT_SET}/x.tar")
+    error = exc("shards:${NOT_SET}/x.tar")
     assert (
         error.problem
         == "the environment variable WDS_NOT_SET is not set, and 'shards:${NOT_SET}/x.tar' stands on it"
@@ -381,7 +379,7 @@ def test_a_variable_that_is_not_set_is_named():
 
 
 def test_an_empty_pattern_is_an_error():
-    assert complaint("shards:").problem == "'shards:' names no shards"
+    assert exc("shards:").problem == "'shards:' names no shards"
 
 
 def test_shards_have_no_test_split():
@@ -397,20 +395,20 @@ def test_shards_are_listed():
 
 def test_a_tar_file_without_the_scheme_is_told_the_scheme(write_shards):
     path = write_shards(1) / "x-000.tar"
-    assert complaint(str(path)).hint == f"write shards:{path}"
+    assert exc(str(path)).hint == f"write shards:{path}"
 
 
 def test_a_missing_webdataset_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "webdataset", None)
     monkeypatch.setitem(sys.modules, "webdataset.shardlists", None)
-    error = complaint("shards:x.tar")
+    error = exc("shards:x.tar")
     assert error.problem == "reading shards needs the package 'webdataset'"
     assert error.hint == "pip install 'edgecl[webdataset]'"
 
 
 def test_a_webdataset_that_would_use_a_shell_is_refused(monkeypatch):
     monkeypatch.setattr(shards, "version", lambda _: "0.2.111")
-    error = complaint("shards:x.tar")
+    error = exc("shards:x.tar")
     assert error.problem == "webdataset 0.2.111 is too old: it hands URLs to a shell"
     assert error.hint == "pip install --upgrade 'edgecl[webdataset]'"
 

@@ -52,7 +52,7 @@ def test_jpeg_gives_nearly_the_pixels(tmp_path, gradient, name):
     assert np.abs(pixels.astype(int) - gradient).mean() < 4
 
 
-def test_greyscale_has_three_equal_channels(tmp_path):
+def test_grayscale_has_three_equal_channels(tmp_path):
     pixels = read_one(save(tmp_path, Image.new("L", (5, 4), 77), "x.png"))
     assert pixels.shape == (4, 5, 3)
     assert (pixels == 77).all()
@@ -62,7 +62,7 @@ def test_one_bit_pictures_become_black_and_white(tmp_path):
     assert (read_one(save(tmp_path, Image.new("1", (5, 4), 1), "x.png")) == 255).all()
 
 
-def test_palette_pictures_get_their_colours(tmp_path):
+def test_palette_pictures_get_their_colors(tmp_path):
     picture = Image.fromarray(RED).convert("P", palette=Image.Palette.ADAPTIVE)
     np.testing.assert_array_equal(read_one(save(tmp_path, picture, "x.png")), RED)
 
@@ -80,12 +80,12 @@ def test_transparency_is_laid_on_white(tmp_path):
     assert pixels[0, 0].tolist() == [255, 204, 204]
 
 
-def test_grey_with_transparency_is_laid_on_white(tmp_path):
+def test_grayscale_with_transparency_is_laid_on_white(tmp_path):
     pixels = read_one(save(tmp_path, Image.new("LA", (3, 2), (0, 51)), "x.png"))
     assert pixels[0, 0].tolist() == [204, 204, 204]
 
 
-def test_a_transparent_colour_becomes_white(tmp_path):
+def test_a_transparent_color_becomes_white(tmp_path):
     assert (read_one(save(tmp_path, Image.fromarray(RED), "x.png", transparency=(255, 0, 0))) == 255).all()
 
 
@@ -94,7 +94,7 @@ def test_cmyk_becomes_rgb(tmp_path):
     assert np.abs(pixels.astype(int) - [255, 0, 0]).max() < 6
 
 
-def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path):
+def test_sixteen_bit_grayscale_is_scaled_not_clipped(tmp_path):
     deep = Image.fromarray(np.array([[0, 257 * 100, 65535]], dtype=np.uint16))
     assert read_one(save(tmp_path, deep, "x.png"))[0, :, 0].tolist() == [0, 100, 255]
 

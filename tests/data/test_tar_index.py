@@ -12,7 +12,7 @@ pytest.importorskip("webdataset")
 
 from edgecl.data.sources import UnreadableImage, open_source
 
-from .tar_shards import complaint, numbers, pattern, picture, write_tar
+from .tar_shards import exc, numbers, pattern, picture, write_tar
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -108,7 +108,7 @@ def test_a_truncated_shard_says_how_much_of_it_is_whole(write_shards):
         member = archive.getmember("000002.png")
     os.truncate(path, member.offset_data + 10)
     expected = member.offset_data + -(-member.size // 512) * 512
-    assert str(complaint(f"shards:{path}")) == (
+    assert str(exc(f"shards:{path}")) == (
         "the shard 'x-000.tar' is cut short: it ends inside '000002.png', after 2 whole samples\n"
         f"  shard: {path}\n"
         f"  bytes: {member.offset_data + 10:,}, at least {expected:,} expected\n"
@@ -121,7 +121,7 @@ def test_a_shard_cut_between_members_lacks_its_end_mark(write_shards, more):
     path = write_shards(1) / "x-000.tar"
     with tarfile.open(path) as archive:
         os.truncate(path, archive.getmember("000003.png").offset + more)
-    error = complaint(f"shards:{path}")
+    error = exc(f"shards:{path}")
     # The fourth sample's other members come before its picture, so three are whole.
     assert (
         error.problem
@@ -137,7 +137,7 @@ def test_a_shard_damaged_in_its_middle_is_found(write_shards):
     with path.open("r+b") as file:
         file.seek(start)
         file.write(b"\xff" * 512)
-    assert complaint(f"shards:{path}").problem == (
+    assert exc(f"shards:{path}").problem == (
         f"the shard 'x-000.tar' is damaged at byte {start:,}: no tar header there, after 2 whole samples"
     )
 
@@ -147,7 +147,7 @@ def test_a_shard_cut_inside_a_header_is_cut_short(tmp_path):
     with tarfile.open(path) as archive:
         long = archive.getmembers()[1]
     os.truncate(path, long.offset_data - 512)
-    assert complaint(f"shards:{path}").problem == (
+    assert exc(f"shards:{path}").problem == (
         "the shard 'x.tar' is cut short: it ends inside a header, after 1 whole sample"
     )
 
@@ -159,7 +159,7 @@ def test_a_damaged_long_name_is_no_cut(tmp_path):
     with path.open("r+b") as file:
         file.seek(long.offset_data - 512)
         file.write(b"\xff" * 512)
-    assert complaint(f"shards:{path}").problem == (
+    assert exc(f"shards:{path}").problem == (
         "the shard 'x.tar' is damaged: bad checksum, after 1 whole sample"
     )
 
@@ -171,14 +171,14 @@ def test_long_names_of_long_names_are_damage(tmp_path, kind):
     block = header.tobuf(tarfile.GNU_FORMAT) + b"a" * 512
     path = tmp_path / "x.tar"
     path.write_bytes(block * 5000 + bytes(1024))
-    assert "is damaged" in complaint(f"shards:{path}").problem
+    assert "is damaged" in exc(f"shards:{path}").problem
 
 
 def test_joined_tar_files_are_not_read_halfway(write_shards, tmp_path):
     root = write_shards(2)
     joined = tmp_path / "joined.tar"
     joined.write_bytes((root / "x-000.tar").read_bytes() + (root / "x-001.tar").read_bytes())
-    error = complaint(f"shards:{joined}")
+    error = exc(f"shards:{joined}")
     assert error.problem == "the shard 'joined.tar' goes on after its end mark, after 4 samples"
     assert error.hint == "tar files cannot be joined with `cat`; name them both, with '::' between"
 
@@ -186,7 +186,7 @@ def test_joined_tar_files_are_not_read_halfway(write_shards, tmp_path):
 def test_a_compressed_shard_is_refused(tmp_path):
     with tarfile.open(tmp_path / "x.tar.gz", "w:gz") as archive:
         archive.addfile(tarfile.TarInfo("a.png"))
-    error = complaint(f"shards:{tmp_path}/x.tar.gz")
+    error = exc(f"shards:{tmp_path}/x.tar.gz")
     assert error.problem == (
         "the shard 'x.tar.gz' is compressed, so no image in it can be read without all before it"
     )
@@ -218,12 +218,12 @@ def test_a_compressed_shard_is_refused(tmp_path):
 )
 def test_what_is_no_shard_is_named(tmp_path, content, text):
     (tmp_path / "x.tar").write_bytes(content)
-    assert str(complaint(f"shards:{tmp_path}/x.tar")) == text.format(tmp_path)
+    assert str(exc(f"shards:{tmp_path}/x.tar")) == text.format(tmp_path)
 
 
 def test_a_pipe_in_the_place_of_a_shard_is_refused_without_waiting_for_it(tmp_path):
     os.mkfifo(tmp_path / "x.tar")
-    assert str(complaint(f"shards:{tmp_path}/x.tar")) == (
+    assert str(exc(f"shards:{tmp_path}/x.tar")) == (
         "the shard 'x.tar' is no file\n"
         f"  shard: {tmp_path}/x.tar\n"
         "  hint:  images are read from within a shard, in any order: write it to a file first"
@@ -235,10 +235,10 @@ def test_a_shard_nobody_may_read_is_named(write_shards):
     path.unlink()
     path.symlink_to(path.name)
     # A loop of links counts as missing, a folder of that name as a folder without shards.
-    assert complaint(f"shards:{path}").problem == f"there is no shard '{path}'"
+    assert exc(f"shards:{path}").problem == f"there is no shard '{path}'"
     path.unlink()
     path.mkdir()
-    assert complaint(f"shards:{path}").problem == f"no .tar files in the folder '{path}'"
+    assert exc(f"shards:{path}").problem == f"no .tar files in the folder '{path}'"
 
 
 def link(name, target, kind):
@@ -263,7 +263,7 @@ def link(name, target, kind):
 )
 def test_a_member_that_has_no_place_in_a_shard_is_refused(tmp_path, member, problem, cache):
     path = write_tar(tmp_path / "x.tar", [("0.png", picture(0)), (member, picture(1))])
-    assert str(complaint(f"shards:{path}")) == (
+    assert str(exc(f"shards:{path}")) == (
         f"a member of the shard 'x.tar' {problem}\n"
         f"  shard: {path}\n"
         "  hint:  do not trust a shard with such a member; write it again with regular files alone"
@@ -278,7 +278,7 @@ def test_the_same_member_twice_is_refused(tmp_path):
     path = write_tar(
         tmp_path / "x.tar", [("a.png", picture(0)), ("b.png", picture(1)), ("a.png", picture(2))]
     )
-    error = complaint(f"shards:{path}")
+    error = exc(f"shards:{path}")
     assert error.problem == "the shard 'x.tar' holds 'a.png' twice"
     assert error.hint == "write the shard again, with a key of its own for every sample"
 
@@ -286,5 +286,5 @@ def test_the_same_member_twice_is_refused(tmp_path):
 @pytest.mark.parametrize("content", [b"\xff\xfe", b"a\0b", b"long" * 500])
 def test_a_label_that_is_no_short_text_is_refused(tmp_path, content):
     path = write_tar(tmp_path / "x.tar", [("a.png", picture(0)), ("a.cls", content)])
-    error = complaint(f"shards:{path}")
+    error = exc(f"shards:{path}")
     assert error.problem == "the label 'a.cls' in the shard 'x.tar' is no short text"

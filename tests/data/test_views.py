@@ -11,7 +11,9 @@ from edgecl.config.recipe import Views
 from edgecl.data.loading import Batch
 from edgecl.data.views import draw_parameters, make_views, render_view, write_views_grid
 
-PLAIN = Views(crop_scale=(1, 1), crop_ratio=(1, 1), flip=0, jitter=0, grey=0, blur=(0, 0), solarize=(0, 0))
+PLAIN = Views(
+    crop_scale=(1, 1), crop_ratio=(1, 1), flip=0, jitter=0, grayscale=0, blur=(0, 0), solarize=(0, 0)
+)
 NO_MEAN, NO_STD = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
 N, SIDE = 48, 32
 
@@ -21,7 +23,7 @@ def settings(**changes):
 
 
 def pictures(count=N, side=SIDE):
-    """Smooth colours and some noise, every value in 0..255 met."""
+    """Smooth colors and some noise, every value in 0..255 met."""
     random = np.random.default_rng(0)
     coarse = torch.from_numpy(random.random((count, 3, 5, 5), dtype=np.float32))
     smooth = torch.nn.functional.interpolate(coarse, (side, side), mode="bilinear")
@@ -58,7 +60,7 @@ def test_without_any_operator_a_view_is_the_picture():
     torch.testing.assert_close(after, before, atol=1e-5, rtol=0)
 
 
-COLOUR_OPERATORS = [
+COLOR_OPERATORS = [
     ("brightness", 0, reference.adjust_brightness),
     ("contrast", 1, reference.adjust_contrast),
     ("saturation", 2, reference.adjust_saturation),
@@ -66,8 +68,8 @@ COLOUR_OPERATORS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "column", "operator"), COLOUR_OPERATORS)
-def test_colour_operators_equal_torchvisions(name, column, operator):
+@pytest.mark.parametrize(("name", "column", "operator"), COLOR_OPERATORS)
+def test_color_operators_equal_torchvisions(name, column, operator):
     before, after, parameters = render(settings(jitter=1.0, **{name: 0.5}, **others_off(name)))
     torch.testing.assert_close(
         after, each(operator, before, parameters.factors[:, column]), atol=2e-4, rtol=0
@@ -82,7 +84,7 @@ def test_jitter_applies_its_operators_in_each_samples_own_order():
     before, after, parameters = render(
         settings(jitter=1.0, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)
     )
-    operators = [operator for _, _, operator in COLOUR_OPERATORS]
+    operators = [operator for _, _, operator in COLOR_OPERATORS]
 
     def jitter(image, order, factors):
         for number in order:
@@ -94,16 +96,16 @@ def test_jitter_applies_its_operators_in_each_samples_own_order():
     )
 
 
-def test_grey_pixels_keep_their_colour_whatever_the_hue():
-    grey = torch.full((4, 3, 8, 8), 90, dtype=torch.uint8)
+def test_grayscale_pixels_keep_their_color_whatever_the_hue():
+    grayscale = torch.full((4, 3, 8, 8), 90, dtype=torch.uint8)
     before, after, _ = render(
-        settings(jitter=1.0, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.5), grey, side=8
+        settings(jitter=1.0, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.5), grayscale, side=8
     )
     torch.testing.assert_close(after, before, atol=1e-6, rtol=0)
 
 
-def test_greyscale_equals_torchvisions():
-    before, after, _ = render(settings(grey=1.0))
+def test_grayscale_equals_torchvisions():
+    before, after, _ = render(settings(grayscale=1.0))
     torch.testing.assert_close(after, reference.rgb_to_grayscale(before, 3), atol=1e-5, rtol=0)
 
 
@@ -148,7 +150,7 @@ def test_blur_of_hardly_any_width_changes_nothing():
     torch.testing.assert_close(after, before, atol=1e-4, rtol=0)
 
 
-def test_solarise_equals_torchvisions():
+def test_solarize_equals_torchvisions():
     before, after, _ = render(settings(solarize=(1.0, 0.0)))
     changed = (before - 0.5).abs() > 1e-4  # rounding decides at the threshold itself
     torch.testing.assert_close(after[changed], reference.solarize(before, 0.5)[changed], atol=1e-5, rtol=0)
@@ -177,8 +179,8 @@ def test_crops_equal_torchvisions_where_nothing_is_downsampled():
 def test_a_crop_of_a_wide_picture_is_cut_in_true_proportions():
     # A picture 64 wide and 32 high: red, green, blue and white quarters from left to right.
     wide = np.zeros((32, 64, 3), dtype=np.uint8)
-    for quarter, colour in enumerate([(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)]):
-        wide[:, 16 * quarter : 16 * (quarter + 1)] = colour
+    for quarter, color in enumerate([(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)]):
+        wide[:, 16 * quarter : 16 * (quarter + 1)] = color
     squeezed = np.asarray(Image.fromarray(wide).resize((64, 64), Image.Resampling.BILINEAR))
     canvases = torch.from_numpy(squeezed.copy()).permute(2, 0, 1).unsqueeze(0).repeat(16, 1, 1, 1)
     _, after, parameters = render(settings(crop_scale=(0.5, 0.5)), canvases, size=(32, 64))
@@ -223,11 +225,15 @@ def test_crops_stay_inside_the_picture():
 
 
 def test_operators_come_at_their_rates():
-    views = Views(flip=0.5, flip_vertical=0.1, jitter=0.8, grey=0.2, blur=(1.0, 0.1), solarize=(0.0, 0.2))
+    views = Views(
+        flip=0.5, flip_vertical=0.1, jitter=0.8, grayscale=0.2, blur=(1.0, 0.1), solarize=(0.0, 0.2)
+    )
 
     def rates(view):
         p = draw(views, count=20_000, view=view)
-        return [float(who.mean()) for who in (p.flip, p.flip_vertical, p.jitter, p.grey, p.blur, p.solarize)]
+        return [
+            float(who.mean()) for who in (p.flip, p.flip_vertical, p.jitter, p.grayscale, p.blur, p.solarize)
+        ]
 
     assert rates("a") == pytest.approx([0.5, 0.1, 0.8, 0.2, 1.0, 0.0], abs=0.015)
     assert rates("b") == pytest.approx([0.5, 0.1, 0.8, 0.2, 0.1, 0.2], abs=0.015)
@@ -296,10 +302,10 @@ def test_large_views_made_one_after_another_equal_those_made_together(image_size
             canvases.float() / 255, batch.sizes.numpy(), parameters, views, side=image_size
         )
         differing = (view - together).abs() > 1e-5
-        assert differing.float().mean() < 1e-4  # rounding decides at the threshold of solarise
+        assert differing.float().mean() < 1e-4  # rounding decides at the threshold of solarize
 
 
-def test_views_are_normalised_and_leave_the_pictures_alone():
+def test_views_are_normalized_and_leave_the_pictures_alone():
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
     batch = batch_of(pictures(4))
     before = batch.canvases.clone()
@@ -331,7 +337,7 @@ def test_views_on_a_gpu_equal_those_on_the_cpu():
     on_gpu = make_views(batch._replace(canvases=batch.canvases.cuda()), Views(), **options)
     for cpu, gpu in zip(make_views(batch, Views(), **options), on_gpu, strict=True):
         differing = (cpu - gpu.cpu()).abs() > 1e-3
-        assert differing.float().mean() < 1e-3  # solarise may fall on either side of its threshold
+        assert differing.float().mean() < 1e-3  # solarize may fall on either side of its threshold
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

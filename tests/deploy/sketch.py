@@ -10,7 +10,7 @@ import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
 from edgecl.deploy.calibrate import calibrate
-from edgecl.deploy.quantize import quantise
+from edgecl.deploy.quantize import quantize
 
 FORMS = ("int8-trt", "int8-trt-fp16", "int8-cpu")
 TENSORRT_FORMS = ("int8-trt", "int8-trt-fp16")
@@ -105,9 +105,9 @@ def ranges_of(model, images=None):
     return calibrate(model, images, method="minmax")
 
 
-def quantise_net(form, *, keep=(), **options):
+def quantize_net(form, *, keep=(), **options):
     model = sketch_net(opset=19 if form == "int8-trt-fp16" else 17, **options)
-    return quantise(model, form=form, ranges=ranges_of(model), keep=keep)
+    return quantize(model, form=form, ranges=ranges_of(model), keep=keep)
 
 
 def run(model, images, *, plain=False):
@@ -122,14 +122,14 @@ def run(model, images, *, plain=False):
     return session.run(None, {"input": images})[0]
 
 
-def optimised_kinds(model, path):
-    """What ONNX Runtime runs: the kinds of nodes after its portable optimisations."""
+def optimized_kinds(model, path):
+    """What ONNX Runtime runs: the kinds of nodes after its portable optimizations."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-    options.optimized_model_filepath = str(path / "optimised.onnx")
+    options.optimized_model_filepath = str(path / "optimized.onnx")
     onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return Counter(node.op_type for node in onnx.load(path / "optimised.onnx").graph.node)
+    return Counter(node.op_type for node in onnx.load(path / "optimized.onnx").graph.node)
 
 
 def maker(model, tensor):
@@ -149,7 +149,7 @@ def kinds(model):
 
 
 def pair_of(model, tensor):
-    """Return what a dequantised tensor was before, and the two nodes it went through; None where it is none."""
+    """Return what a dequantized tensor was before, and the two nodes it went through; None where it is none."""
     back = maker(model, tensor)
     if back is None or back.op_type != "DequantizeLinear":
         return None

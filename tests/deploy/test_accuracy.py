@@ -1,4 +1,4 @@
-"""The judge: which images it takes, and its numbers against independent ones."""
+"""The evaluator: which images it takes, and its numbers against independent ones."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from edgecl.config.target import Graph
-from edgecl.deploy.accuracy import Judge, Outputs, cosines, open_judge, runner_of
+from edgecl.deploy.accuracy import Evaluator, Outputs, cosines, open_evaluator, session_of
 from edgecl.deploy.onnx import onnx_from_net
 from edgecl.errors import DataError
 from edgecl.nets.carving import load_model
@@ -15,39 +15,41 @@ from edgecl.nets.carving import load_model
 PREPROCESSING = {"image_size": 8, "resize_size": 8, "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
 
 
-def test_classifier_is_judged_on_the_fifth_that_is_held_out(image_folder):
+def test_classifier_is_evaluated_on_the_fifth_that_is_held_out(image_folder):
     record = {"classes": ["blue", "green", "red"]}
-    judge = open_judge(record, uri=None, fallback=str(image_folder), preprocessing=PREPROCESSING)
-    assert judge.metric == "top1"
-    assert len(judge) == 12
-    assert judge.labels.bincount().tolist() == [4, 4, 4]
-    assert judge.data.endswith("(held out)")
+    evaluator = open_evaluator(record, uri=None, fallback=str(image_folder), preprocessing=PREPROCESSING)
+    assert evaluator.metric == "top1"
+    assert len(evaluator) == 12
+    assert evaluator.labels.bincount().tolist() == [4, 4, 4]
+    assert evaluator.data.endswith("(held out)")
 
 
-def test_classifier_is_judged_on_all_that_the_user_names(image_folder):
+def test_classifier_is_evaluated_on_all_that_the_user_names(image_folder):
     record = {"classes": ["blue", "green", "red"]}
-    judge = open_judge(record, uri=str(image_folder), fallback="demo", preprocessing=PREPROCESSING)
-    assert (judge.metric, len(judge)) == ("top1", 60)
+    evaluator = open_evaluator(record, uri=str(image_folder), fallback="demo", preprocessing=PREPROCESSING)
+    assert (evaluator.metric, len(evaluator)) == ("top1", 60)
 
 
-def test_features_are_judged_by_neighbours_with_known_labels(image_folder):
-    judge = open_judge({"classes": None}, uri=str(image_folder), fallback="demo", preprocessing=PREPROCESSING)
-    assert judge.metric == "knn_top1"
-    assert (len(judge), len(judge.bank)) == (30, 30)
-    both = torch.cat([judge.images, judge.bank]).flatten(1)
+def test_features_are_evaluated_by_neighbors_with_known_labels(image_folder):
+    evaluator = open_evaluator(
+        {"classes": None}, uri=str(image_folder), fallback="demo", preprocessing=PREPROCESSING
+    )
+    assert evaluator.metric == "knn_top1"
+    assert (len(evaluator), len(evaluator.bank)) == (30, 30)
+    both = torch.cat([evaluator.images, evaluator.bank]).flatten(1)
     assert len(torch.unique(both, dim=0)) == 60
 
 
-def test_images_without_labels_are_judged_by_similarity(unlabelled_folder):
-    judge = open_judge(
+def test_images_without_labels_are_evaluated_by_similarity(unlabelled_folder):
+    evaluator = open_evaluator(
         {"classes": ["a", "b"]}, uri=None, fallback=str(unlabelled_folder), preprocessing=PREPROCESSING
     )
-    assert (judge.metric, judge.labels, len(judge)) == ("mean_cosine", None, 24)
+    assert (evaluator.metric, evaluator.labels, len(evaluator)) == ("mean_cosine", None, 24)
 
 
 def test_images_named_for_their_labels_must_have_them(unlabelled_folder):
     with pytest.raises(DataError, match="these images have no labels"):
-        open_judge(
+        open_evaluator(
             {"classes": None}, uri=str(unlabelled_folder), fallback="demo", preprocessing=PREPROCESSING
         )
 
@@ -57,7 +59,7 @@ def test_images_of_other_classes_are_refused(image_folder):
         DataError,
         match="other classes than the net: 'blue' and 2 more are not the net's; 'a' and 1 more are missing",
     ):
-        open_judge(
+        open_evaluator(
             {"classes": ["a", "b"]}, uri=str(image_folder), fallback="demo", preprocessing=PREPROCESSING
         )
 
@@ -66,16 +68,16 @@ def test_top1_is_the_percentage_of_right_answers():
     labels = torch.tensor([0, 1, 2, 3])
     logits = torch.eye(4)
     logits[3] = logits[0]
-    judge = Judge(
+    evaluator = Evaluator(
         "top1", torch.zeros(4, 3, 8, 8, dtype=torch.uint8), labels, None, None, PREPROCESSING, "test"
     )
-    found = judge.accuracy(Outputs(logits, None), Outputs(torch.eye(4), None))
+    found = evaluator.accuracy(Outputs(logits, None), Outputs(torch.eye(4), None))
     assert found["value"] == 75
     assert found["ci95"][0] < 75 < found["ci95"][1]
     assert found["mean_cosine"] == pytest.approx(0.75)
 
 
-def test_images_are_normalised_before_they_are_run():
+def test_images_are_normalized_before_they_are_run():
     seen = []
 
     def run(images):
@@ -83,7 +85,7 @@ def test_images_are_normalised_before_they_are_run():
         return images.reshape(len(images), -1)
 
     pixels = torch.full((3, 3, 8, 8), 255, dtype=torch.uint8)
-    Judge("mean_cosine", pixels, None, None, None, PREPROCESSING, "test").outputs(run)
+    Evaluator("mean_cosine", pixels, None, None, None, PREPROCESSING, "test").outputs(run)
     assert np.allclose(seen[0], (1 - 0.5) / 0.25)
 
 
@@ -103,5 +105,5 @@ def test_model_of_one_image_is_run_on_any_number(carved_model, runtime):
     images = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = net(images).numpy()
-    found = runner_of(model, runtime=runtime)(images.numpy())
+    found = session_of(model, runtime=runtime)(images.numpy())
     assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()

@@ -16,7 +16,7 @@ METHODS = ("minmax", "entropy", "percentile")
 
 
 def make_net(batch="N", scale=1.0):
-    """Conv, ReLU, a hard-swish as two nodes, pool: two tensors that nobody quantises before a ReLU."""
+    """Conv, ReLU, a hard-swish as two nodes, pool: two tensors that nobody quantizes before a ReLU."""
     random = np.random.default_rng(1)
     weights = {
         "w": random.normal(0, 0.3 * scale, (8, 3, 3, 3)),

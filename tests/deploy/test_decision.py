@@ -1,4 +1,4 @@
-"""The verdict: losses, the search for nodes to keep, and what it says in words."""
+"""The decision: losses, the search for nodes to keep, and what it says in words."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import pytest
 import torch
 
 from edgecl.config.target import Quantization
-from edgecl.deploy.accuracy import Judge, Outputs
-from edgecl.deploy.decision import conclude, measure_loss, search_int8, unjudged
+from edgecl.deploy.accuracy import Evaluator, Outputs
+from edgecl.deploy.decision import conclude, measure_loss, search_int8, unevaluated
 
 CLASSES = 4
 PREPROCESSING = {"mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]}
 
 
-def judge(count=400, metric="top1"):
+def evaluator(count=400, metric="top1"):
     draw = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (count, 3, 2, 2), generator=draw, dtype=torch.uint8)
     labels = torch.from_numpy(clean(images.float().div(255).numpy()).argmax(1))
-    return Judge(
+    return Evaluator(
         metric, images, None if metric == "mean_cosine" else labels, None, None, PREPROCESSING, "test"
     )
 
@@ -30,13 +30,13 @@ def clean(images):
 
 
 class Net:
-    """A net of so many nodes, of which some do damage when they are quantised; a model is the set of kept nodes."""
+    """A net of so many nodes, of which some do damage when they are quantized; a model is the set of kept nodes."""
 
     def __init__(self, harm):
         self.harm = harm
         self.names = list(harm)
 
-    def quantise(self, kept):
+    def quantize(self, kept):
         return frozenset(kept)
 
     def open_run(self, kept):
@@ -51,23 +51,23 @@ class Net:
 
         return run
 
-    def search(self, judge, **settings):
+    def search(self, evaluator, **settings):
         told = []
-        model, verdict = search_int8(
-            self.quantise,
+        model, decision = search_int8(
+            self.quantize,
             self.names,
-            judge=judge,
+            evaluator=evaluator,
             fp32=self.open_run(set(self.names)),
             open_run=self.open_run,
             settings=Quantization(**settings),
-            features=judge.metric != "top1",
+            features=evaluator.metric != "top1",
             say=told.append,
         )
-        return model, verdict, told
+        return model, decision, told
 
 
 def test_loss_and_its_interval_are_those_of_the_paired_differences():
-    images = judge(200)
+    images = evaluator(200)
     right = Outputs(torch.nn.functional.one_hot(images.labels, CLASSES).float(), None)
     wrong = right.queries.clone()
     wrong[:30] = wrong[:30].roll(1, dims=1)
@@ -82,46 +82,46 @@ def test_loss_and_its_interval_are_those_of_the_paired_differences():
 
 def test_net_within_its_budget_keeps_no_node():
     net = Net({f"conv{place}": 0.0 for place in range(10)})
-    model, verdict, _ = net.search(judge())
+    model, decision, _ = net.search(evaluator())
     assert model == frozenset()
-    assert verdict["kept"] is True
-    assert verdict["kept_nodes"] == []
-    assert verdict["loss_points"] == 0
-    assert len(verdict["tried"]) == 1
+    assert decision["kept"] is True
+    assert decision["kept_nodes"] == []
+    assert decision["loss_points"] == 0
+    assert len(decision["tried"]) == 1
 
 
 def test_search_finds_the_smallest_set_of_nodes_that_do_the_damage():
     harm = {f"conv{place}": 0.0 for place in range(40)} | {"conv7": 3.0, "conv20": 2.0, "conv33": 4.0}
     net = Net(harm)
-    model, verdict, _ = net.search(judge())
-    assert verdict["kept"] is True
-    assert verdict["kept_nodes"] == ["conv33", "conv7", "conv20"], "the worst first"
+    model, decision, _ = net.search(evaluator())
+    assert decision["kept"] is True
+    assert decision["kept_nodes"] == ["conv33", "conv7", "conv20"], "the worst first"
     assert model == {"conv7", "conv20", "conv33"}
-    assert len(verdict["tried"]) <= 8, "bisection, not one after another"
+    assert len(decision["tried"]) <= 8, "bisection, not one after another"
 
 
 def test_net_beyond_saving_is_rejected():
     net = Net({f"conv{place}": 2.0 for place in range(10)})
-    _, verdict, _ = net.search(judge(), max_kept_fraction=0.3)
-    assert verdict["kept"] is False
-    assert verdict["loss_points"] > 5
-    assert verdict["kept_nodes"] == []
+    _, decision, _ = net.search(evaluator(), max_kept_fraction=0.3)
+    assert decision["kept"] is False
+    assert decision["loss_points"] > 5
+    assert decision["kept_nodes"] == []
 
 
 def test_loss_is_reported_on_images_the_search_did_not_see():
-    images = judge(401)
+    images = evaluator(401)
     search, report = images.halves()
     together = torch.cat([search.images, report.images]).flatten(1)
     assert len(search) == 200
     assert len(report) == 201
     assert len(torch.unique(together, dim=0)) == len(torch.unique(images.images.flatten(1), dim=0))
-    _, verdict, _ = Net({"conv": 0.0}).search(images)
-    assert (verdict["searched_on"], verdict["images"]) == (200, 201)
+    _, decision, _ = Net({"conv": 0.0}).search(images)
+    assert (decision["searched_on"], decision["images"]) == (200, 201)
 
 
 def test_features_are_held_to_their_similarity():
     strict, loose = (
-        Net({"conv": 0.5}).search(judge(metric="mean_cosine"), min_cosine=cosine, max_kept_fraction=0)[1]
+        Net({"conv": 0.5}).search(evaluator(metric="mean_cosine"), min_cosine=cosine, max_kept_fraction=0)[1]
         for cosine in (0.9999, 0.5)
     )
     assert (strict["kept"], loose["kept"]) == (False, True)
@@ -129,13 +129,13 @@ def test_features_are_held_to_their_similarity():
     assert 0.5 < strict["mean_cosine"] < 0.9999
 
 
-def verdict_of(net, **more):
-    return net.search(judge(), **more)[1]
+def decision_of(net, **more):
+    return net.search(evaluator(), **more)[1]
 
 
 def test_words_of_a_kept_net_name_loss_budget_and_speed():
-    verdict = verdict_of(Net({"conv": 0.0}))
-    words = conclude(verdict, speed={"against": "fp32", "ratio": 1.5, "ci95": [1.4, 1.6]}, higher="fp32")[
+    decision = decision_of(Net({"conv": 0.0}))
+    words = conclude(decision, speed={"against": "fp32", "ratio": 1.5, "ci95": [1.4, 1.6]}, higher="fp32")[
         "words"
     ]
     assert words == (
@@ -144,15 +144,15 @@ def test_words_of_a_kept_net_name_loss_budget_and_speed():
 
 
 def test_words_of_a_net_with_kept_nodes_name_their_precision():
-    verdict = verdict_of(Net({**{f"conv{place}": 0.0 for place in range(9)}, "bad": 4.0}))
-    words = conclude(verdict, speed=None, higher="fp16")["words"]
+    decision = decision_of(Net({**{f"conv{place}": 0.0 for place in range(9)}, "bad": 4.0}))
+    words = conclude(decision, speed=None, higher="fp16")["words"]
     assert words.startswith("kept with 1 of 10 nodes in fp16: ")
     assert words.endswith("for speed not measured here")
 
 
 def test_accurate_net_that_is_slower_is_rejected_for_its_speed():
     found = conclude(
-        verdict_of(Net({"conv": 0.0})),
+        decision_of(Net({"conv": 0.0})),
         speed={"against": "fp32", "ratio": 0.8, "ci95": [0.79, 0.81]},
         higher="fp32",
     )
@@ -161,38 +161,38 @@ def test_accurate_net_that_is_slower_is_rejected_for_its_speed():
 
 
 def test_rejected_net_is_told_the_way_out():
-    verdict = verdict_of(Net({f"conv{place}": 2.0 for place in range(10)}), max_kept_fraction=0.0)
-    found = conclude(verdict, speed={"against": "fp16", "ratio": 1.4, "ci95": None}, higher="fp16")
+    decision = decision_of(Net({f"conv{place}": 2.0 for place in range(10)}), max_kept_fraction=0.0)
+    found = conclude(decision, speed={"against": "fp16", "ratio": 1.4, "ci95": None}, higher="fp16")
     assert found["kept"] is False
     assert found["words"].startswith("rejected because it costs too much: ")
     assert "for +40 % speed against fp16; `edgecl finetune --quantize int8`" in found["words"]
 
 
-def test_verdict_whose_interval_crosses_the_budget_says_so():
+def test_decision_whose_interval_crosses_the_budget_says_so():
     net = Net({"conv": 1.2})
-    verdict = net.search(
-        judge(), max_loss_points=net.search(judge())[1]["loss_points"] + 0.1, max_kept_fraction=0
+    decision = net.search(
+        evaluator(), max_loss_points=net.search(evaluator())[1]["loss_points"] + 0.1, max_kept_fraction=0
     )[1]
-    assert "(more images would tell better)" in conclude(verdict, speed=None, higher="fp16")["words"]
+    assert "(more images would tell better)" in conclude(decision, speed=None, higher="fp16")["words"]
 
 
 def test_net_trained_for_int8_is_not_sent_there_again():
-    verdict = verdict_of(Net({f"conv{place}": 2.0 for place in range(10)}), max_kept_fraction=0.0)
-    words = conclude({**verdict, "trained_for_int8": True}, speed=None, higher="fp16")["words"]
+    decision = decision_of(Net({f"conv{place}": 2.0 for place in range(10)}), max_kept_fraction=0.0)
+    words = conclude({**decision, "trained_for_int8": True}, speed=None, higher="fp16")["words"]
     assert words.endswith("; it was trained for INT8 already")
 
 
-def test_unjudged_net_stays_unjudged_whatever_its_speed():
+def test_unevaluated_net_stays_unevaluated_whatever_its_speed():
     found = conclude(
-        unjudged("no images"), speed={"against": "fp32", "ratio": 2.0, "ci95": None}, higher="fp32"
+        unevaluated("no images"), speed={"against": "fp32", "ratio": 2.0, "ci95": None}, higher="fp32"
     )
-    assert (found["kept"], found["words"]) == (False, "not judged: no images")
+    assert (found["kept"], found["words"]) == (False, "not evaluated: no images")
 
 
-def test_net_nobody_judged_is_not_kept():
-    assert unjudged("no images") == {
+def test_net_nobody_evaluated_is_not_kept():
+    assert unevaluated("no images") == {
         "kept": False,
         "kept_nodes": [],
-        "words": "not judged: no images",
+        "words": "not evaluated: no images",
         "speed": None,
     }

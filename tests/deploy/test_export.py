@@ -103,7 +103,7 @@ def test_preprocessing_is_the_same_in_model_manifest_and_onnx(carved_model, expo
 
 def test_parity_is_recorded_with_its_images(image_folder, manifest):
     parity = manifest["precisions"]["fp32"]["parity"]
-    assert manifest["ladder"] == [parity]
+    assert manifest["parity"] == [parity]
     assert (parity["from"], parity["to"]) == ("carved torch net", "ONNX fp32")
     # A fifth of the 60 is held out for judging.
     assert parity["images"] == 48
@@ -121,7 +121,7 @@ def test_reference_is_real_images_and_what_torch_says_of_them(carved_model, expo
     assert inputs.shape == (16, 3, 32, 32)
     mean, std = (np.array(manifest["preprocessing"][key]).reshape(3, 1, 1) for key in ("mean", "std"))
     pixels = (inputs * std + mean) * 255
-    # Whole numbers from 0 to 255 before normalising: pictures, not noise.
+    # Whole numbers from 0 to 255 before normalizing: pictures, not noise.
     assert np.abs(pixels - pixels.round()).max() < 1e-2
     assert pixels.min() > -0.5
     assert pixels.max() < 255.5
@@ -212,7 +212,7 @@ def test_bundle_holds_what_was_asked_for_and_fp32_to_fall_back_on(three):
         assert manifest["files"][about["model"]] == sha256_of_file(three[0] / about["model"])
 
 
-def test_every_precision_is_judged_on_the_held_out_images(three, classifier):
+def test_every_precision_is_evaluated_on_the_held_out_images(three, classifier):
     manifest = Bundle(three[0]).read()
     for about in manifest["precisions"].values():
         assert (about["accuracy"]["metric"], about["accuracy"]["n"]) == ("top1", 204)
@@ -224,7 +224,7 @@ def test_every_precision_is_judged_on_the_held_out_images(three, classifier):
 
 def test_accuracy_of_int8_is_that_of_its_file(three, classifier):
     """Counted again by hand, from the file in the bundle and the pictures."""
-    from edgecl.data.loading import load_eval_images, normalise, split_holdout
+    from edgecl.data.loading import load_eval_images, normalize, split_holdout
     from edgecl.data.sources import open_source
 
     bundle, (model, folder) = three[0], classifier
@@ -232,7 +232,7 @@ def test_accuracy_of_int8_is_that_of_its_file(three, classifier):
     source = open_source(str(folder))
     source = source.take(split_holdout(source.labels, 0.2, seed=0)[1])
     loaded = load_eval_images(source, resize_size=32, image_size=32)
-    images = normalise(loaded.images, preprocessing["mean"], preprocessing["std"]).numpy()
+    images = normalize(loaded.images, preprocessing["mean"], preprocessing["std"]).numpy()
     session = onnxruntime.InferenceSession(
         str(bundle / "model.int8.onnx"), providers=["CPUExecutionProvider"]
     )
@@ -244,26 +244,26 @@ def test_accuracy_of_int8_is_that_of_its_file(three, classifier):
     assert manifest["precisions"]["int8"]["accuracy"]["value"] == pytest.approx(100 * np.mean(right))
 
 
-def test_verdict_says_what_int8_costs_and_how_fast_it_is(three):
+def test_decision_says_what_int8_costs_and_how_fast_it_is(three):
     manifest = Bundle(three[0]).read()
-    verdict = manifest["precisions"]["int8"]["verdict"]
-    assert verdict["method"] in verdict["methods"]
-    assert set(verdict["methods"]) == {"minmax", "entropy", "percentile"}
-    assert (verdict["calibration_images"], verdict["holdout_images"]) == (256, 256)
-    assert verdict["speed"]["against"] == "fp16"
-    assert verdict["speed"]["ratio"] > 0
-    assert verdict["words"].startswith("kept" if verdict["kept"] else "rejected")
-    assert manifest["precision"] == ("int8" if verdict["kept"] else "fp16")
+    decision = manifest["precisions"]["int8"]["decision"]
+    assert decision["method"] in decision["methods"]
+    assert set(decision["methods"]) == {"minmax", "entropy", "percentile"}
+    assert (decision["calibration_images"], decision["holdout_images"]) == (256, 256)
+    assert decision["speed"]["against"] == "fp16"
+    assert decision["speed"]["ratio"] > 0
+    assert decision["words"].startswith("kept" if decision["kept"] else "rejected")
+    assert manifest["precision"] == ("int8" if decision["kept"] else "fp16")
 
 
-def test_ladder_goes_from_torch_to_int8(three):
-    ladder = Bundle(three[0]).read()["ladder"]
-    assert [(step["from"], step["to"]) for step in ladder] == [
+def test_parity_report_goes_from_torch_to_int8(three):
+    parity = Bundle(three[0]).read()["parity"]
+    assert [(step["from"], step["to"]) for step in parity] == [
         ("carved torch net", "ONNX fp32"),
         ("ONNX fp32", "ONNX fp16"),
         ("ONNX fp32", "ONNX int8"),
     ]
-    fp32, fp16, int8 = (step["max_abs_difference"] for step in ladder)
+    fp32, fp16, int8 = (step["max_abs_difference"] for step in parity)
     assert fp32 < fp16 < int8
 
 
@@ -300,7 +300,7 @@ def test_too_few_images_for_a_reference_are_refused(tmp_path, carved_model):
         export(carved_model, target="ort-cpu", out=tmp_path / "b", calibration=str(folder))
 
 
-def test_images_that_fine_tuning_held_out_are_judged_on(tmp_path, classifier, carved_model):
+def test_images_that_fine_tuning_held_out_are_evaluated_on(tmp_path, classifier, carved_model):
     from edgecl.evaluate.finetune import finetune
 
     test = write_folder(tmp_path / "test", per_class=4)
@@ -319,25 +319,25 @@ def lenient(tmp_path):
     return str(tmp_path / "lenient.toml")
 
 
-def test_few_images_give_no_verdict(tmp_path, classifier, lenient):
+def test_few_images_give_no_decision(tmp_path, classifier, lenient):
     few = write_folder(tmp_path / "few", per_class=5)
     manifest = export(
         classifier[0], target=lenient, eval_uri=str(few), precisions=["int8"], out=tmp_path / "b"
     )
     assert manifest["precision"] == "fp32"
-    assert manifest["precisions"]["int8"]["verdict"]["words"] == (
-        "not judged: 15 images are too few for a verdict, 200 are needed; name more with --eval URI"
+    assert manifest["precisions"]["int8"]["decision"]["words"] == (
+        "not evaluated: 15 images are too few for a decision, 200 are needed; name more with --eval URI"
     )
 
 
-def test_classifier_without_labelled_images_is_not_judged(tmp_path, classifier, lenient):
+def test_classifier_without_labelled_images_is_not_evaluated(tmp_path, classifier, lenient):
     other = write_folder(tmp_path / "other", per_class=60, classes={"x": (1, 2, 3), "y": (200, 1, 9)})
     model = shutil.copytree(classifier[0], tmp_path / "m")
     record = json.loads((model / "model.json").read_text())
     write_sealed(model / "model.json", {**record, "data": str(other)})
     manifest = export(model, target=lenient, precisions=["int8"], out=tmp_path / "b")
-    assert manifest["precisions"]["int8"]["verdict"]["words"].startswith(
-        "not judged: no images labelled with the net's classes"
+    assert manifest["precisions"]["int8"]["decision"]["words"].startswith(
+        "not evaluated: no images labelled with the net's classes"
     )
 
 
@@ -366,7 +366,7 @@ def test_jetson_bundle_verifies_here_by_its_onnx_files_and_carries_trtexec(tmp_p
     assert list(manifest["precisions"]) == ["fp16", "int8", "fp32"]
     int8 = manifest["precisions"]["int8"]
     assert (int8["form"], int8["opset"]) == ("int8-trt", 17)
-    assert int8["verdict"]["speed"] is None
+    assert int8["decision"]["speed"] is None
     script = (out / "trtexec.sh").read_text()
     for about in manifest["precisions"].values():
         assert f"--onnx={about['model']}" in script
@@ -375,10 +375,10 @@ def test_jetson_bundle_verifies_here_by_its_onnx_files_and_carries_trtexec(tmp_p
         verify(out)
 
 
-def test_slim_view_is_the_ladders_first_rung(tmp_path, carved_model, trained_run):
+def test_slim_view_is_the_first_parity_check(tmp_path, carved_model, trained_run):
     manifest = export(carved_model, target="ort-cpu", out=tmp_path / "b", run=trained_run)
-    assert manifest["ladder"][0]["from"] == "slim view in its host"
-    assert manifest["ladder"][0]["max_abs_difference"] == 0
+    assert manifest["parity"][0]["from"] == "slim view in its host"
+    assert manifest["parity"][0]["max_abs_difference"] == 0
 
 
 def test_target_decides_the_size_of_the_input(tmp_path, carved_model):
@@ -395,16 +395,16 @@ def test_target_decides_the_size_of_the_input(tmp_path, carved_model):
 def scaled(factor):
     """A way to run models that gives another result than the model's."""
 
-    def runner_of(model, *, runtime, form="fp32"):
-        run = edgecl.deploy.accuracy.runner_of(model, runtime=runtime, form=form)
+    def session_of(model, *, runtime, form="fp32"):
+        run = edgecl.deploy.accuracy.session_of(model, runtime=runtime, form=form)
         return lambda images: run(images) * np.float32(factor)
 
-    return runner_of
+    return session_of
 
 
 @pytest.mark.usefixtures("quick_onnx")
 def test_net_that_disagrees_with_torch_leaves_no_bundle(tmp_path, carved_model, monkeypatch):
-    monkeypatch.setattr(edgecl.deploy.variants, "runner_of", scaled(1.01))
+    monkeypatch.setattr(edgecl.deploy.variants, "session_of", scaled(1.01))
     with pytest.raises(ParityError, match="ONNX fp32 disagrees with carved torch net on 48 images"):
         export(carved_model, target="ort-cpu", out=tmp_path / "b")
     assert list(tmp_path.iterdir()) == []
@@ -416,7 +416,7 @@ def test_net_that_disagrees_with_torch_leaves_the_earlier_bundle(
 ):
     bundle = shutil.copytree(exported_bundle, tmp_path / "b")
     before = sha256_of_file(bundle / "manifest.json")
-    monkeypatch.setattr(edgecl.deploy.variants, "runner_of", scaled(np.nan))
+    monkeypatch.setattr(edgecl.deploy.variants, "session_of", scaled(np.nan))
     with pytest.raises(ParityError):
         export(carved_model, target="ort-cpu", out=bundle, force=True)
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
@@ -493,8 +493,8 @@ def test_int8_outside_its_tolerance_is_left_out_and_the_rest_is_written(
         carved_model, target="ort-cpu", precisions=["int8"], calibration=str(pictures), out=tmp_path / "b"
     )
     assert list(manifest["precisions"]) == ["fp32"]
-    assert manifest["left_out"]["int8"]["verdict"]["outside_tolerance"] == ["too far"]
-    assert not manifest["left_out"]["int8"]["verdict"]["kept"]
+    assert manifest["left_out"]["int8"]["decision"]["outside_tolerance"] == ["too far"]
+    assert not manifest["left_out"]["int8"]["decision"]["kept"]
 
 
 # --- odd pictures ---
@@ -505,7 +505,7 @@ def test_odd_pictures_will_do_to_compare_on(tmp_path, carved_model):
     odd = tmp_path / "odd"
     odd.mkdir()
     random = np.random.default_rng(0)
-    Image.fromarray(random.integers(0, 256, (50, 20), dtype=np.uint8)).save(odd / "grey.png")
+    Image.fromarray(random.integers(0, 256, (50, 20), dtype=np.uint8)).save(odd / "grayscale.png")
     Image.fromarray(random.integers(0, 256, (9, 70, 4), dtype=np.uint8), "RGBA").save(odd / "alpha.webp")
     Image.fromarray(random.integers(0, 256, (40, 40, 4), dtype=np.uint8), "CMYK").save(odd / "cmyk.jpg")
     Image.fromarray(random.integers(0, 256, (33, 31, 3), dtype=np.uint8)).convert("P").save(odd / "p.bmp")
@@ -513,7 +513,7 @@ def test_odd_pictures_will_do_to_compare_on(tmp_path, carved_model):
     for index in range(11):
         Image.fromarray(random.integers(0, 256, (9, 9 + index), dtype=np.uint8)).save(odd / f"{index}.png")
     found = export(carved_model, target="ort-cpu", out=tmp_path / "b", calibration=str(odd))
-    assert found["ladder"][0]["images"] == 16
+    assert found["parity"][0]["images"] == 16
     assert found["images_from"] == str(odd)
 
 
@@ -523,4 +523,4 @@ def test_broken_picture_among_good_ones_does_not_stop_an_export(tmp_path, carved
     (folder / "red" / "000.png").write_bytes(b"")
     found = export(carved_model, target="ort-cpu", out=tmp_path / "b", calibration=str(folder))
     # Of 30 a fifth is held out; one of the rest is broken.
-    assert found["ladder"][0]["images"] == 23
+    assert found["parity"][0]["images"] == 23

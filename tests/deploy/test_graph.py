@@ -380,7 +380,7 @@ def test_axes_that_are_computed_are_refused_where_numbers_are_needed():
     assert "its axes 'axes' are computed, opset 17 needs numbers" in text
 
 
-def test_graph_that_a_runtime_optimised_is_refused():
+def test_graph_that_a_runtime_optimized_is_refused():
     node = helper.make_node("QuickGelu", ["x"], ["y"], name="fused", domain="com.microsoft")
     text = refused([node], opset=18, to=17, domain="com.microsoft", out=(1, 4, 8, 8))
     assert text.startswith("'QuickGelu' is an operator of 'com.microsoft', which only some runtimes have")

@@ -1,10 +1,10 @@
-"""The structure of a graph: its groups, its first block, and what each form may quantise."""
+"""The structure of a graph: its groups, its first block, and what each form may quantize."""
 
 from __future__ import annotations
 
 from collections import Counter
 
-from edgecl.deploy.graph_index import baseline_keep, default_keep, first_block, quantisable
+from edgecl.deploy.graph_index import baseline_keep, default_keep, first_block, quantizable
 
 from .sketch import TENSORRT_FORMS, named, sketch_net
 
@@ -23,14 +23,14 @@ def test_pool_before_the_head_is_no_squeeze_and_excitation():
     assert "head_Conv" not in {name for names in groups.values() for name in names}
 
 
-def test_baseline_is_disjoint_from_what_is_quantised():
+def test_baseline_is_disjoint_from_what_is_quantized():
     model = sketch_net()
     assert baseline_keep(model, "int8-cpu") == ["stem_Conv"]
-    assert quantisable(model, "int8-cpu") == [
+    assert quantizable(model, "int8-cpu") == [
         "expand_Conv", "depth_Conv", "reduce_Conv", "excite_Conv", "project_Conv", "head_Conv", "output_Gemm",
     ]  # fmt: skip
     for form in TENSORRT_FORMS:
-        assert quantisable(model, form) == ["expand_Conv", "depth_Conv", "project_Conv", "head_Conv"]
+        assert quantizable(model, form) == ["expand_Conv", "depth_Conv", "project_Conv", "head_Conv"]
         assert {"stem_Conv", "output_Gemm", "reduce_Conv", "excite_Conv"} <= set(baseline_keep(model, form))
 
 

@@ -15,10 +15,10 @@ from conftest import write_folder
 from onnx import helper
 
 from edgecl.deploy.export import export
-from edgecl.deploy.quantize import quantise
+from edgecl.deploy.quantize import quantize
 from edgecl.deploy.scales import weight_scales
 
-from .sketch import Sketch, images_of, quantise_net, ranges_of, run
+from .sketch import Sketch, images_of, quantize_net, ranges_of, run
 
 QEMU = shutil.which("qemu-x86_64-static") or shutil.which("qemu-x86_64")
 pytestmark = [
@@ -43,12 +43,12 @@ import sys
 import numpy
 from onboard.bundle import read_manifest
 from onboard.reference import read_reference
-from onboard.runtimes import open_runner
+from onboard.runtimes import open_session
 from onboard.verify import run_all
 bundle, out = sys.argv[1:]
 manifest = read_manifest(bundle)
-runner = open_runner(bundle, manifest, precision="int8", runtime=None, threads=1)
-numpy.save(out, run_all(runner, read_reference(bundle, manifest)[0], manifest["input"]))
+session = open_session(bundle, manifest, precision="int8", runtime=None, threads=1)
+numpy.save(out, run_all(session, read_reference(bundle, manifest)[0], manifest["input"]))
 """
 
 
@@ -115,7 +115,7 @@ def wrong_steps(pairs, folder):
     """Return how many steps of the convolution's output each form is off there, at most."""
     opened = [(*exposed(form, "a"), images) for form, images in pairs]
     there = run_there([(form, images) for form, _, images in opened], folder)
-    # Without optimisation ONNX Runtime computes in floats what stands between two pairs.
+    # Without optimization ONNX Runtime computes in floats what stands between two pairs.
     return [
         float(np.abs(found - run(form, images, plain=True)).max() / step)
         for found, (form, step, images) in zip(there, opened, strict=True)
@@ -126,16 +126,16 @@ def test_every_integer_convolution_computes_there_what_floats_do(tmp_path, monke
     models = [worst(**shape) for shape in KERNELS.values()]
     ranges = [ranges_of(model, images) for model, images in models]
 
-    def quantised():
+    def quantized():
         return [
-            (quantise(model, form="int8-cpu", ranges=seen), images)
+            (quantize(model, form="int8-cpu", ranges=seen), images)
             for (model, images), seen in zip(models, ranges, strict=True)
         ]
 
-    forms = quantised()
+    forms = quantized()
     # With 8 bits everywhere the matrix products saturate there, so that this test can fail.
     monkeypatch.setattr("edgecl.deploy.qdq.paired_weight_scales", weight_scales)
-    steps = wrong_steps(forms + quantised(), tmp_path)
+    steps = wrong_steps(forms + quantized(), tmp_path)
     exact = dict(zip(KERNELS, steps[: len(KERNELS)], strict=True))
     saturated = dict(zip(KERNELS, steps[len(KERNELS) :], strict=True))
     assert max(exact.values()) < 1.01, exact
@@ -146,7 +146,7 @@ def test_every_integer_convolution_computes_there_what_floats_do(tmp_path, monke
 
 
 def test_every_operator_of_a_net_computes_there_what_it_does_here(tmp_path):
-    pairs = [(quantise_net("int8-cpu", classifier=classifier), images_of()) for classifier in (True, False)]
+    pairs = [(quantize_net("int8-cpu", classifier=classifier), images_of()) for classifier in (True, False)]
     for (model, images), found in zip(pairs, run_there(pairs, tmp_path), strict=True):
         for here in (run(model, images), run(model, images, plain=True)):
             assert np.abs(found - here).max() < 0.02 * np.abs(here).max()

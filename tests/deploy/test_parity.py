@@ -1,4 +1,4 @@
-"""The ladder: numbers and sentences of a rung, and the first layer that leaves the tolerance."""
+"""The parity report: numbers and sentences of a check, and the first layer that leaves the tolerance."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from edgecl.config.target import Graph, Tolerance
 from edgecl.deploy.onnx import onnx_from_net
 from edgecl.deploy.parity import (
     breaches,
+    check_parity,
     first_outside,
     hold,
     onnx_layers,
-    rung,
-    slim_view_rung,
+    slim_view_check,
     torch_layers,
 )
 from edgecl.errors import ArtifactError, ParityError
@@ -33,7 +33,7 @@ STRICT = Tolerance(max_relative_difference=1e-3, top1_agreement=0.99, mean_cosin
 
 
 def test_equal_outputs_have_no_difference():
-    step = rung("torch", "ONNX", EXPECTED.copy(), EXPECTED)
+    step = check_parity("torch", "ONNX", EXPECTED.copy(), EXPECTED)
     assert (step["from"], step["to"], step["images"]) == ("torch", "ONNX", 10)
     assert step["max_abs_difference"] == step["mean_abs_difference"] == step["max_relative_difference"] == 0
     assert step["top1_agreement"] == 1
@@ -41,10 +41,10 @@ def test_equal_outputs_have_no_difference():
     hold(step, STRICT)
 
 
-def test_numbers_of_a_rung_are_those_of_their_definitions():
+def test_numbers_of_a_check_are_those_of_their_definitions():
     found = EXPECTED.copy()
     found[3, EXPECTED[3].argmin()] = EXPECTED[3].max() + 1
-    step = rung("torch", "ONNX", found, EXPECTED)
+    step = check_parity("torch", "ONNX", found, EXPECTED)
     difference = np.abs(found - EXPECTED)
     assert step["max_abs_difference"] == pytest.approx(difference.max())
     assert step["mean_abs_difference"] == pytest.approx(difference.mean())
@@ -54,8 +54,8 @@ def test_numbers_of_a_rung_are_those_of_their_definitions():
     assert step["mean_cosine"] == pytest.approx(((found * EXPECTED).sum(1) / norms).mean())
 
 
-def test_rung_outside_its_tolerance_is_refused_with_numbers_and_layer():
-    step = rung("carved torch net", "ONNX fp32", EXPECTED + 0.01, EXPECTED)
+def test_check_outside_its_tolerance_is_refused_with_numbers_and_layer():
+    step = check_parity("carved torch net", "ONNX fp32", EXPECTED + 0.01, EXPECTED)
     step["first_diverging_layer"] = "blocks.1.conv_pw"
     with pytest.raises(ParityError) as caught:
         hold(step, STRICT)
@@ -68,7 +68,7 @@ def test_rung_outside_its_tolerance_is_refused_with_numbers_and_layer():
 
 
 def test_agreement_below_the_tolerance_is_a_breach_of_its_own():
-    step = rung("torch", "ONNX", EXPECTED[:, ::-1].copy(), EXPECTED)
+    step = check_parity("torch", "ONNX", EXPECTED[:, ::-1].copy(), EXPECTED)
     assert len(breaches(step, STRICT)) == 3
     assert "the largest output agrees on" in breaches(step, STRICT)[1]
     assert "the mean cosine similarity is" in breaches(step, STRICT)[2]
@@ -78,12 +78,12 @@ def test_values_that_are_not_finite_are_refused():
     found = EXPECTED.copy()
     found[0, 0] = np.inf
     with pytest.raises(ParityError, match="fp16 gives values that are not finite"):
-        rung("fp32", "fp16", found, EXPECTED)
+        check_parity("fp32", "fp16", found, EXPECTED)
 
 
 def test_other_shape_is_refused():
     with pytest.raises(ParityError, match=r"ONNX gives outputs \(10, 5\), torch gives \(10, 6\)"):
-        rung("torch", "ONNX", EXPECTED[:, :5], EXPECTED)
+        check_parity("torch", "ONNX", EXPECTED[:, :5], EXPECTED)
 
 
 # --- layer by layer ---
@@ -141,14 +141,14 @@ def plain_model(trained_run, tmp_path_factory):
 
 def test_carved_net_equals_the_slim_view_bit_for_bit(plain_model, trained_run):
     net, record = load_model(plain_model)
-    step = slim_view_rung(net, record, trained_run, IMAGES)
+    step = slim_view_check(net, record, trained_run, IMAGES)
     assert step["max_abs_difference"] == 0
     assert step["to"] == "carved torch net"
 
 
 def test_carved_net_with_new_statistics_equals_the_slim_view_given_them(carved_model, trained_run):
     net, record = load_model(carved_model)
-    step = slim_view_rung(net, record, trained_run, IMAGES)
+    step = slim_view_check(net, record, trained_run, IMAGES)
     assert step["max_abs_difference"] == 0
     assert step["to"] == "carved torch net (batch norms re-estimated)"
 
@@ -157,7 +157,7 @@ def test_slim_view_shows_a_weight_that_was_changed(plain_model, trained_run):
     net, record = load_model(plain_model)
     with torch.no_grad():
         next(net.parameters()).mul_(1.01)
-    assert slim_view_rung(net, record, trained_run, IMAGES)["max_abs_difference"] > 0
+    assert slim_view_check(net, record, trained_run, IMAGES)["max_abs_difference"] > 0
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +174,7 @@ def run_of_widths(tmp_path_factory, image_folder, recipe_file):
 def test_net_of_every_width_equals_its_own_view_in_the_host(run_of_widths, tmp_path, width, recalibrated):
     carve(run_of_widths, out=tmp_path / "net", width=width, recalibrate_norms=recalibrated)
     net, record = load_model(tmp_path / "net")
-    assert slim_view_rung(net, record, run_of_widths, IMAGES)["max_abs_difference"] == 0
+    assert slim_view_check(net, record, run_of_widths, IMAGES)["max_abs_difference"] == 0
 
 
 def test_net_of_a_checkpoint_that_is_not_the_newest_has_its_slim_view(run_of_widths, tmp_path):
@@ -190,10 +190,10 @@ def test_net_of_a_checkpoint_that_is_not_the_newest_has_its_slim_view(run_of_wid
         optimizer=checkpoint.optimizer,
     )
     net, record = load_model(tmp_path / "net")
-    assert slim_view_rung(net, record, copy, IMAGES)["max_abs_difference"] == 0
+    assert slim_view_check(net, record, copy, IMAGES)["max_abs_difference"] == 0
 
 
 def test_another_run_is_refused(plain_model, trained_run):
     net, record = load_model(plain_model)
     with pytest.raises(ArtifactError, match="this model was not carved from a checkpoint that this run has"):
-        slim_view_rung(net, {**record, "made_from": "0" * 64}, trained_run, IMAGES)
+        slim_view_check(net, {**record, "made_from": "0" * 64}, trained_run, IMAGES)

@@ -1,4 +1,4 @@
-"""Where quantisation stands in a graph: the rules that TensorRT and ONNX Runtime ask for."""
+"""Where quantization stands in a graph: the rules that TensorRT and ONNX Runtime ask for."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from onnx import helper
 
 from edgecl.deploy.graph import portable
-from edgecl.deploy.quantize import quantise
+from edgecl.deploy.quantize import quantize
 
 from .sketch import (
     TENSORRT_FORMS,
@@ -21,9 +21,9 @@ from .sketch import (
     kinds,
     maker,
     named,
-    optimised_kinds,
+    optimized_kinds,
     pair_of,
-    quantise_net,
+    quantize_net,
     ranges_of,
     run,
     sketch_net,
@@ -34,7 +34,7 @@ from .sketch import (
 
 @pytest.mark.parametrize("form", TENSORRT_FORMS)
 def test_all_zero_points_are_written_and_are_int8_zeros(form):
-    model = quantise_net(form)
+    model = quantize_net(form)
     values = constants(model)
     touched = [node for node in model.graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
     assert touched
@@ -48,7 +48,7 @@ def test_all_zero_points_are_written_and_are_int8_zeros(form):
 
 @pytest.mark.parametrize("form", TENSORRT_FORMS)
 def test_weights_are_floats_behind_a_pair_per_output_channel(form):
-    model = quantise_net(form)
+    model = quantize_net(form)
     values = constants(model)
     for name in ("expand", "depth", "project", "head"):
         node = named(model, f"{name}_Conv")
@@ -62,13 +62,13 @@ def test_weights_are_floats_behind_a_pair_per_output_channel(form):
 
 @pytest.mark.parametrize("form", TENSORRT_FORMS)
 def test_biases_are_left_alone(form):
-    model = quantise_net(form)
+    model = quantize_net(form)
     assert named(model, "expand_Conv").input[2] == "expand_b"
     assert not any(values.dtype == np.int32 for values in constants(model).values())
 
 
 def test_activations_have_one_pair_whoever_reads_them():
-    model = quantise_net("int8-trt")
+    model = quantize_net("int8-trt")
     there = [node for node in model.graph.node if node.op_type == "QuantizeLinear"]
     assert Counter(node.input[0] for node in there).most_common(1)[0][1] == 1
     expand, total = named(model, "expand_Conv"), named(model, "sum_Add")
@@ -77,16 +77,16 @@ def test_activations_have_one_pair_whoever_reads_them():
 
 
 def test_only_the_skip_input_of_a_residual_sum_has_a_pair():
-    total = named(quantise_net("int8-trt"), "sum_Add")
+    total = named(quantize_net("int8-trt"), "sum_Add")
     assert total.input[0] == "project"
     assert total.input[1] != "stem_act"
 
 
-def test_outputs_are_not_quantised():
-    model = quantise_net("int8-trt")
-    quantised = {node.input[0] for node in model.graph.node if node.op_type == "QuantizeLinear"}
-    assert not quantised & {"expand", "depth", "project", "head", "output", "sum_Add"}
-    assert quantised >= {"stem_act", "expand_act", "gated", "sum"}
+def test_outputs_are_not_quantized():
+    model = quantize_net("int8-trt")
+    quantized = {node.input[0] for node in model.graph.node if node.op_type == "QuantizeLinear"}
+    assert not quantized & {"expand", "depth", "project", "head", "output", "sum_Add"}
+    assert quantized >= {"stem_act", "expand_act", "gated", "sum"}
 
 
 def test_of_two_convolutions_the_deeper_one_is_fused_with_the_sum():
@@ -100,14 +100,14 @@ def test_of_two_convolutions_the_deeper_one_is_fused_with_the_sum():
         net.node("Add", order, "output")
         model = net.model(["output"], channels=16)
         images = np.random.default_rng(0).normal(size=(4, 16, 16, 16)).astype(np.float32)
-        quantised = quantise(model, form="int8-trt", ranges=ranges_of(model, images))
-        total = named(quantised, "output_Add")
+        quantized = quantize(model, form="int8-trt", ranges=ranges_of(model, images))
+        total = named(quantized, "output_Add")
         assert total.input[order.index("main")] == "main"
-        assert pair_of(quantised, total.input[order.index("short")])[0] == "short"
+        assert pair_of(quantized, total.input[order.index("short")])[0] == "short"
 
 
 def test_sum_behind_a_kept_convolution_keeps_its_skip():
-    model = quantise_net("int8-trt", keep=["project_Conv"])
+    model = quantize_net("int8-trt", keep=["project_Conv"])
     assert list(named(model, "sum_Add").input) == ["project", "stem_act"]
     assert list(named(model, "project_Conv").input) == ["gated", "project_w"]
 
@@ -115,16 +115,16 @@ def test_sum_behind_a_kept_convolution_keeps_its_skip():
 @pytest.mark.parametrize("opset", [13, 17])
 def test_tensorrt_form_holds_at_old_opsets(opset):
     model = sketch_net(opset=opset)
-    quantised = quantise(model, form="int8-trt", ranges=ranges_of(model))
-    assert quantised.opset_import[0].version == opset
-    onnx.checker.check_model(quantised, full_check=True)
+    quantized = quantize(model, form="int8-trt", ranges=ranges_of(model))
+    assert quantized.opset_import[0].version == opset
+    onnx.checker.check_model(quantized, full_check=True)
 
 
 # What ONNX Runtime asks for --------------------------------------------------------------------------------------------
 
 
 def test_every_operator_but_the_first_convolution_becomes_an_integer_kernel(tmp_path):
-    found = optimised_kinds(quantise_net("int8-cpu"), tmp_path)
+    found = optimized_kinds(quantize_net("int8-cpu"), tmp_path)
     expected = {
         "Conv": 1,
         "QuantizeLinear": 1,
@@ -139,7 +139,7 @@ def test_every_operator_but_the_first_convolution_becomes_an_integer_kernel(tmp_
 
 
 def test_activations_are_u8_and_weights_s8_with_int32_biases():
-    model = quantise_net("int8-cpu")
+    model = quantize_net("int8-cpu")
     values = constants(model)
     depth = named(model, "depth_Conv")
     _, there, _ = pair_of(model, depth.input[0])
@@ -151,7 +151,7 @@ def test_activations_are_u8_and_weights_s8_with_int32_biases():
 
 
 def test_clips_that_saturation_computes_are_gone():
-    model = quantise_net("int8-cpu")
+    model = quantize_net("int8-cpu")
     assert not kinds(model)["Clip"]
     assert not kinds(model)["Relu"]
     values = constants(model)
@@ -165,7 +165,7 @@ def test_relu_at_the_end_of_the_net_stays():
     net.node("Relu", ["a"], "output")
     model = net.model(["output"], channels=16)
     images = np.random.default_rng(0).normal(size=(8, 16, 16, 16)).astype(np.float32)
-    found = run(quantise(model, form="int8-cpu", ranges=ranges_of(model, images)), images)
+    found = run(quantize(model, form="int8-cpu", ranges=ranges_of(model, images)), images)
     assert found.min() == 0
     assert np.abs(found - run(model, images)).max() < 0.05 * found.max()
 
@@ -179,15 +179,15 @@ def test_clip_that_ends_below_zero_stays():
     net.conv("c", "output", inputs=16, outputs=16)
     model = net.model(["output"], channels=16)
     images = np.random.default_rng(0).normal(size=(8, 16, 16, 16)).astype(np.float32)
-    quantised = quantise(model, form="int8-cpu", ranges=ranges_of(model, images))
-    assert kinds(quantised)["Clip"] == 1
+    quantized = quantize(model, form="int8-cpu", ranges=ranges_of(model, images))
+    assert kinds(quantized)["Clip"] == 1
     expected = run(model, images)
-    assert np.abs(run(quantised, images) - expected).max() < 0.05 * np.abs(expected).max()
+    assert np.abs(run(quantized, images) - expected).max() < 0.05 * np.abs(expected).max()
 
 
 def test_output_of_the_net_is_not_rounded():
     for classifier in (True, False):
-        found = run(quantise_net("int8-cpu", classifier=classifier), images_of())
+        found = run(quantize_net("int8-cpu", classifier=classifier), images_of())
         assert len(np.unique(found)) > 0.5 * found.size
 
 
@@ -199,13 +199,13 @@ def test_hard_sigmoid_as_an_integer_sum_is_the_hard_sigmoid():
     net.conv("h", "output", inputs=16, outputs=16)
     model = net.model(["output"], channels=16)
     images = 4 * np.random.default_rng(0).normal(size=(8, 16, 16, 16)).astype(np.float32)
-    quantised = quantise(model, form="int8-cpu", ranges=ranges_of(model, images))
-    assert not kinds(quantised)["HardSigmoid"]
+    quantized = quantize(model, form="int8-cpu", ranges=ranges_of(model, images))
+    assert not kinds(quantized)["HardSigmoid"]
     exposed = onnx.ModelProto()
-    exposed.CopyFrom(quantised)
-    gate = named(quantised, "h_Mul").input[1]
+    exposed.CopyFrom(quantized)
+    gate = named(quantized, "h_Mul").input[1]
     exposed.graph.output.insert(0, helper.make_empty_tensor_value_info(gate))
-    source = next(name for name in named(quantised, "h_Mul").input if name != gate)
+    source = next(name for name in named(quantized, "h_Mul").input if name != gate)
     exposed.graph.output.insert(1, helper.make_empty_tensor_value_info(source))
     session = onnxruntime.InferenceSession(exposed.SerializeToString(), providers=["CPUExecutionProvider"])
     found, x, _ = session.run(None, {"input": images})
@@ -223,13 +223,13 @@ def test_every_form_of_hard_swish_is_fused(hard_swish, tmp_path):
     model = portable(net.model(["output"], channels=16), opset=17, hard_swish=hard_swish)
     images = 4 * np.random.default_rng(0).normal(size=(8, 16, 16, 16)).astype(np.float32)
     found = {
-        form: quantise(model, form=form, ranges=ranges_of(model, images)) for form in ("int8-cpu", "int8-trt")
+        form: quantize(model, form=form, ranges=ranges_of(model, images)) for form in ("int8-cpu", "int8-trt")
     }
-    fused = optimised_kinds(found["int8-cpu"], tmp_path)
+    fused = optimized_kinds(found["int8-cpu"], tmp_path)
     assert not {"Clip", "HardSigmoid", "HardSwish", "Mul", "Add"} & set(fused)
     expected = run(model, images)
-    for quantised in found.values():
-        assert np.abs(run(quantised, images) - expected).max() < 0.05 * np.abs(expected).max()
+    for quantized in found.values():
+        assert np.abs(run(quantized, images) - expected).max() < 0.05 * np.abs(expected).max()
 
 
 def test_bias_far_larger_than_its_weights_survives():
@@ -243,9 +243,9 @@ def test_bias_far_larger_than_its_weights_survives():
     model = net.model(["output"], channels=16)
     images = np.random.default_rng(0).normal(size=(8, 16, 16, 16)).astype(np.float32)
     ranges = ranges_of(model, images)
-    quantised = quantise(model, form="int8-cpu", ranges=ranges)
-    values = constants(quantised)
-    codes, scale, _ = (values[name] for name in maker(quantised, named(quantised, "a_Conv").input[2]).input)
+    quantized = quantize(model, form="int8-cpu", ranges=ranges)
+    values = constants(quantized)
+    codes, scale, _ = (values[name] for name in maker(quantized, named(quantized, "a_Conv").input[2]).input)
     np.testing.assert_allclose(codes * scale.astype(np.float64), net.constants["a_b"], rtol=1e-4, atol=1e-3)
     expected = run(model, images)
-    assert np.abs(run(quantised, images) - expected).max() < 0.05 * np.abs(expected).max()
+    assert np.abs(run(quantized, images) - expected).max() < 0.05 * np.abs(expected).max()

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from edgecl.deploy.graph_index import first_block, quantisable
-from edgecl.deploy.quantize import quantise
+from edgecl.deploy.graph_index import first_block, quantizable
+from edgecl.deploy.quantize import quantize
 from edgecl.errors import DataError, TargetError
 
 from .sketch import (
@@ -23,9 +23,9 @@ from .sketch import (
     kinds,
     maker,
     named,
-    optimised_kinds,
+    optimized_kinds,
     pair_of,
-    quantise_net,
+    quantize_net,
     ranges_of,
     run,
     sketch_net,
@@ -41,7 +41,7 @@ NETS = [
 
 
 def test_half_form_is_half_inside_and_float32_outside():
-    model = quantise_net("int8-trt-fp16")
+    model = quantize_net("int8-trt-fp16")
     graph = model.graph
     assert {value.type.tensor_type.elem_type for value in (*graph.input, *graph.output)} == {
         TensorProto.FLOAT
@@ -52,7 +52,7 @@ def test_half_form_is_half_inside_and_float32_outside():
 
 def test_half_form_is_near_the_float32_one():
     images = images_of(seed=1)
-    found, expected = run(quantise_net("int8-trt-fp16"), images), run(quantise_net("int8-trt"), images)
+    found, expected = run(quantize_net("int8-trt-fp16"), images), run(quantize_net("int8-trt"), images)
     assert found.dtype == np.float32
     assert np.abs(found - expected).max() < 0.05 * np.abs(expected).max()
 
@@ -60,7 +60,7 @@ def test_half_form_is_near_the_float32_one():
 def test_half_form_asks_for_opset_19():
     model = sketch_net(opset=17)
     with pytest.raises(TargetError, match=r"'int8-trt-fp16' needs opset 19, the graph has 17\n.*opset = 19"):
-        quantise(model, form="int8-trt-fp16", ranges=ranges_of(model))
+        quantize(model, form="int8-trt-fp16", ranges=ranges_of(model))
 
 
 def overflowing_net():
@@ -78,18 +78,18 @@ def test_tensor_that_overflows_half_needs_images():
     with pytest.raises(
         DataError, match=r"tensor '\w+' reaches [\d.e+]+, which fp16 may not hold\n.*give images"
     ):
-        quantise(model, form="int8-trt-fp16", ranges=ranges_of(model))
+        quantize(model, form="int8-trt-fp16", ranges=ranges_of(model))
 
 
 def test_node_that_overflows_half_stays_in_float32_with_float32_scales():
     model, images = overflowing_net(), images_of(seed=1)
-    quantised = quantise(model, form="int8-trt-fp16", ranges=ranges_of(model), images=images_of())
-    head = named(quantised, "head_Conv")
-    values = constants(quantised)
+    quantized = quantize(model, form="int8-trt-fp16", ranges=ranges_of(model), images=images_of())
+    head = named(quantized, "head_Conv")
+    values = constants(quantized)
     for place in (0, 1):
-        assert values[pair_of(quantised, head.input[place])[1].input[1]].dtype == np.float32
-    assert values[pair_of(quantised, named(quantised, "depth_Conv").input[0])[1].input[1]].dtype == np.float16
-    found, expected = run(quantised, images), run(model, images)
+        assert values[pair_of(quantized, head.input[place])[1].input[1]].dtype == np.float32
+    assert values[pair_of(quantized, named(quantized, "depth_Conv").input[0])[1].input[1]].dtype == np.float16
+    found, expected = run(quantized, images), run(model, images)
     assert np.isfinite(found).all()
     assert cosine(found, expected) > 0.97
 
@@ -127,7 +127,7 @@ def test_one_convolution_is_what_numpy_computes(form, group):
     model = net.model(["output"], channels=16)
     images = np.random.default_rng(0).normal(size=(4, 16, 16, 16)).astype(np.float32)
     ranges = {"input": (-2.0, 3.0), "output": (0.0, 2.0)}
-    found = run(quantise(model, form=form, ranges=ranges), images, plain=True)
+    found = run(quantize(model, form=form, ranges=ranges), images, plain=True)
     weights, bias = net.constants["a_w"], net.constants["a_b"]
     w_scale = (np.abs(weights).max(axis=(1, 2, 3)) / 127).reshape(-1, 1, 1, 1)
     if form == "int8-cpu" and group == 1:
@@ -152,27 +152,27 @@ def test_one_convolution_is_what_numpy_computes(form, group):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_quantised_net_is_near_the_float_one(form):
+def test_quantized_net_is_near_the_float_one(form):
     model, images = sketch_net(), images_of(64, seed=1)
     expected = run(model, images)
-    found = run(quantise_net(form), images)
+    found = run(quantize_net(form), images)
     assert cosine(found, expected) > 0.995
     assert np.abs(found - expected).max() > 1e-4
 
 
 @pytest.mark.parametrize("form", ["int8-trt", "int8-cpu"])
 @pytest.mark.parametrize("transposed", [True, False])
-def test_classifier_is_quantised_per_class(form, transposed):
+def test_classifier_is_quantized_per_class(form, transposed):
     """For TensorRT only where it is asked to: the classifier is kept by default."""
     model = sketch_net(transposed=transposed)
-    quantised = quantise(model, form=form, ranges=ranges_of(model))
-    node = named(quantised, "output_Gemm")
+    quantized = quantize(model, form=form, ranges=ranges_of(model))
+    node = named(quantized, "output_Gemm")
     if form == "int8-trt":
         assert list(node.input) == ["features", "classes_w", "classes_b"]
         return
-    back = maker(quantised, node.input[1])
+    back = maker(quantized, node.input[1])
     assert helper.get_node_attr_value(back, "axis") == (0 if transposed else 1)
-    assert constants(quantised)[back.input[1]].shape == (10,)
+    assert constants(quantized)[back.input[1]].shape == (10,)
 
 
 # What is kept ----------------------------------------------------------------------------------------------------------
@@ -181,7 +181,7 @@ def test_classifier_is_quantised_per_class(form, transposed):
 @pytest.mark.parametrize("form", FORMS)
 def test_kept_nodes_compute_in_floats(form):
     kept = ["depth_Conv", "head_Conv"]
-    model = quantise_net(form, keep=kept)
+    model = quantize_net(form, keep=kept)
     values = constants(model)
     for name in kept:
         assert named(model, name).input[1] in values
@@ -193,10 +193,10 @@ def test_keeping_more_comes_nearer_to_float():
     model, images = sketch_net(), images_of(64, seed=1)
     expected, ranges = run(model, images), ranges_of(sketch_net())
     for form in ("int8-trt", "int8-cpu"):
-        names = quantisable(model, form)
+        names = quantizable(model, form)
         errors = [
             np.abs(
-                run(quantise(model, form=form, ranges=ranges, keep=names[:count]), images) - expected
+                run(quantize(model, form=form, ranges=ranges, keep=names[:count]), images) - expected
             ).mean()
             for count in (0, len(names))
         ]
@@ -205,7 +205,7 @@ def test_keeping_more_comes_nearer_to_float():
 
 def test_unknown_name_to_keep_is_refused_with_a_near_one():
     with pytest.raises(TargetError, match=r"no node 'depth_Con' to keep.*\n.*did you mean 'depth_Conv'"):
-        quantise_net("int8-trt", keep=["depth_Con"])
+        quantize_net("int8-trt", keep=["depth_Con"])
 
 
 def test_tensor_without_a_range_is_named():
@@ -214,21 +214,21 @@ def test_tensor_without_a_range_is_named():
     del ranges["gated"]
     for form in ("int8-trt", "int8-cpu"):
         with pytest.raises(DataError, match=r"tensor 'gated' has no range\n.*calibrate the very graph"):
-            quantise(model, form=form, ranges=ranges)
+            quantize(model, form=form, ranges=ranges)
 
 
 @pytest.mark.parametrize("ends", [(0.0, float("inf")), (float("nan"), 1.0), (2.0, 1.0)])
 def test_range_that_is_none_is_named(ends):
     model = sketch_net()
     with pytest.raises(DataError, match="tensor 'gated' has the range"):
-        quantise(model, form="int8-trt", ranges={**ranges_of(model), "gated": ends})
+        quantize(model, form="int8-trt", ranges={**ranges_of(model), "gated": ends})
 
 
 # Graphs that are a little odd ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_tensor_and_channel_of_zeros_are_quantised(form):
+def test_tensor_and_channel_of_zeros_are_quantized(form):
     model = sketch_net(opset=19)
     for tensor in model.graph.initializer:
         values = numpy_helper.to_array(tensor).copy()
@@ -239,17 +239,17 @@ def test_tensor_and_channel_of_zeros_are_quantised(form):
         tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
     ranges = ranges_of(model)
     assert ranges["expand_act"] == (0.0, 0.0)
-    quantised = quantise(model, form=form, ranges=ranges)
-    for node in quantised.graph.node:
+    quantized = quantize(model, form=form, ranges=ranges)
+    for node in quantized.graph.node:
         if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
-            scale = constants(quantised)[node.input[1]]
+            scale = constants(quantized)[node.input[1]]
             assert np.isfinite(scale).all()
             assert (scale > 0).all()
-    assert cosine(run(quantised, images_of()), run(model, images_of())) > 0.99
+    assert cosine(run(quantized, images_of()), run(model, images_of())) > 0.99
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_weights_shared_by_a_quantised_and_a_kept_convolution_serve_both(form):
+def test_weights_shared_by_a_quantized_and_a_kept_convolution_serve_both(form):
     net = Sketch()
     net.conv("input", "a", inputs=16, outputs=16, bias=False)
     net.node("Relu", ["a"], "r")
@@ -258,16 +258,16 @@ def test_weights_shared_by_a_quantised_and_a_kept_convolution_serve_both(form):
     net.node("Conv", ["s", "a_w"], "output")
     model = net.model(["output"], opset=19, channels=16)
     images = np.random.default_rng(0).normal(size=(8, 16, 16, 16)).astype(np.float32)
-    quantised = quantise(model, form=form, ranges=ranges_of(model, images), keep=["b_Conv"])
-    assert named(quantised, "b_Conv").input[1] == "a_w"
-    assert named(quantised, "a_Conv").input[1] != "a_w"
+    quantized = quantize(model, form=form, ranges=ranges_of(model, images), keep=["b_Conv"])
+    assert named(quantized, "b_Conv").input[1] == "a_w"
+    assert named(quantized, "a_Conv").input[1] != "a_w"
     expected = run(model, images)
-    assert np.abs(run(quantised, images) - expected).max() < 0.05 * np.abs(expected).max()
+    assert np.abs(run(quantized, images) - expected).max() < 0.05 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_any_batch_is_taken(form):
-    model = quantise_net(form)
+    model = quantize_net(form)
     whole = run(model, images_of(5))
     assert whole.shape == (5, 10)
     np.testing.assert_allclose(run(model, images_of(5)[:1]), whole[:1], rtol=1e-4, atol=1e-4)
@@ -278,7 +278,7 @@ def test_same_bytes_each_time_and_the_source_untouched(form):
     model = sketch_net(opset=19)
     before = model.SerializeToString()
     ranges = ranges_of(model)
-    first, second = (quantise(model, form=form, ranges=ranges).SerializeToString() for _ in range(2))
+    first, second = (quantize(model, form=form, ranges=ranges).SerializeToString() for _ in range(2))
     assert first == second
     assert model.SerializeToString() == before
 
@@ -288,8 +288,8 @@ def test_metadata_of_the_model_is_handed_on(form):
     model = sketch_net(opset=19)
     entry = model.metadata_props.add()
     entry.key, entry.value = "edgecl.mean", "[0.5]"
-    quantised = quantise(model, form=form, ranges=ranges_of(model))
-    assert [(entry.key, entry.value) for entry in quantised.metadata_props] == [("edgecl.mean", "[0.5]")]
+    quantized = quantize(model, form=form, ranges=ranges_of(model))
+    assert [(entry.key, entry.value) for entry in quantized.metadata_props] == [("edgecl.mean", "[0.5]")]
 
 
 # Real nets, and the runtimes -------------------------------------------------------------------------------------------
@@ -328,10 +328,10 @@ def build(tensorrt_log, model):
 @pytest.mark.parametrize("arch", NETS)
 def test_tensorrt_compiles_each_net(exported, tensorrt_log, arch, form):
     model, ranges = exported(arch)
-    quantised = quantise(model, form=form, ranges=ranges)
-    errors, layers, plan = build(tensorrt_log, quantised)
+    quantized = quantize(model, form=form, ranges=ranges)
+    errors, layers, plan = build(tensorrt_log, quantized)
     assert errors == []
-    found = kinds(quantised)
+    found = kinds(quantized)
     assert layers["CONVOLUTION"] == kinds(model)["Conv"]
     assert layers["QUANTIZE"] == layers["DEQUANTIZE"] == found["QuantizeLinear"]
     # A dynamic batch brings one along.
@@ -343,20 +343,20 @@ def test_tensorrt_compiles_each_net(exported, tensorrt_log, arch, form):
 @pytest.mark.parametrize("opset", [13, 17])
 def test_tensorrt_compiles_old_opsets(tensorrt_log, opset):
     model = sketch_net(opset=opset)
-    errors, layers, plan = build(tensorrt_log, quantise(model, form="int8-trt", ranges=ranges_of(model)))
+    errors, layers, plan = build(tensorrt_log, quantize(model, form="int8-trt", ranges=ranges_of(model)))
     assert (errors, layers["CONVOLUTION"]) == ([], 7)
     assert plan is not None
 
 
 def test_tensorrt_refuses_the_form_for_processors(tensorrt_log):
-    errors, _, _ = build(tensorrt_log, quantise_net("int8-cpu"))
+    errors, _, _ = build(tensorrt_log, quantize_net("int8-cpu"))
     assert errors
     assert "zero point" in errors[0]
 
 
 def test_tensorrt_refuses_a_zero_point_that_is_not_zero(tensorrt_log):
     """The control: the test above would notice a wrong graph."""
-    model = quantise_net("int8-trt")
+    model = quantize_net("int8-trt")
     for tensor in model.graph.initializer:
         if tensor.name == "stem_act_zero_point":
             tensor.CopyFrom(numpy_helper.from_array(np.asarray(3, np.int8), tensor.name))
@@ -365,7 +365,7 @@ def test_tensorrt_refuses_a_zero_point_that_is_not_zero(tensorrt_log):
 
 
 def test_tensorrt_refuses_an_int32_bias(tensorrt_log):
-    model = quantise_net("int8-trt")
+    model = quantize_net("int8-trt")
     node = named(model, "expand_Conv")
     node.input[2] = "bias_back"
     model.graph.initializer.extend(
@@ -387,7 +387,7 @@ IN_FLOAT = {"mobilenetv1_100": 2, "mobilenetv3_large_100": 3, "efficientnet_b0":
 @pytest.mark.parametrize("arch", NETS)
 def test_onnx_runtime_fuses_each_net_completely(exported, arch, tmp_path):
     model, ranges = exported(arch)
-    found = optimised_kinds(quantise(model, form="int8-cpu", ranges=ranges), tmp_path)
+    found = optimized_kinds(quantize(model, form="int8-cpu", ranges=ranges), tmp_path)
     assert found["QLinearConv"] == kinds(model)["Conv"] - IN_FLOAT[arch]
     assert (found["QGemm"], found["QuantizeLinear"], found["DequantizeLinear"]) == (1, 1, 0)
     # What is left in float belongs to the first block.
@@ -400,5 +400,5 @@ def test_onnx_runtime_fuses_each_net_completely(exported, arch, tmp_path):
 def test_each_net_stays_near_fp32(exported, arch, form):
     model, ranges = exported(arch)
     images = images_of(8, SIDE, seed=2)
-    found = run(quantise(model, form=form, ranges=ranges), images)
+    found = run(quantize(model, form=form, ranges=ranges), images)
     assert cosine(found, run(model, images)) > 0.9

@@ -18,13 +18,13 @@ from edgecl.config.target import Build, Graph, read_target
 from edgecl.deploy.calibrate import calibrate
 from edgecl.deploy.fp16 import half
 from edgecl.deploy.onnx import onnx_from_net, save_onnx
-from edgecl.deploy.quantize import quantise
+from edgecl.deploy.quantize import quantize
 from edgecl.deploy.rtx import compile_rtx
 from edgecl.errors import DeviceError
 from edgecl.nets.catalogue import NETS
 from edgecl.onboard.cudart import Gpu
 from edgecl.onboard.errors import DeviceError as OnboardDeviceError
-from edgecl.onboard.runtimes.tensorrt import TensorrtRunner
+from edgecl.onboard.runtimes.tensorrt import TensorrtSession
 
 SIDE = 64
 BUILD = Build(compute_capabilities=("SM86", "SM89", "SM120"))
@@ -57,7 +57,7 @@ def made():
             kept[name] = net, {
                 "fp32": fp32,
                 "fp16": half(fp32, images=images)[0],
-                **{form: quantise(fp32, form=form, ranges=ranges, images=images) for form in ("int8-trt", "int8-trt-fp16")},
+                **{form: quantize(fp32, form=form, ranges=ranges, images=images) for form in ("int8-trt", "int8-trt-fp16")},
             }  # fmt: skip
         return kept[name]
 
@@ -105,11 +105,11 @@ def test_every_net_compiles_in_every_form(made, tmp_path, name, form):
 def test_compiled_layers_are_in_the_precision_asked_for(made, tmp_path, form):
     _, models = made(QUICK)
     nodes = models[form].graph.node
-    dequantised = {node.output[0] for node in nodes if node.op_type == "DequantizeLinear"}
+    dequantized = {node.output[0] for node in nodes if node.op_type == "DequantizeLinear"}
     matrices = [node for node in nodes if node.op_type in ("Conv", "Gemm")]
     # What is left in fp32 on purpose is counted in the file.
     expected = (
-        sum(node.input[0] in dequantised for node in matrices) / len(matrices) if form == "int8-trt" else 1.0
+        sum(node.input[0] in dequantized for node in matrices) / len(matrices) if form == "int8-trt" else 1.0
     )
     assert expected > 0.5
     found = compile_(models[form], tmp_path, form=form)["engine"]["shares"][FORMS[form]]
@@ -156,7 +156,7 @@ def test_a_graph_in_another_precision_is_refused(made, tmp_path, form):
     assert not (tmp_path / "engine.plan").exists()
 
 
-def test_asymmetric_quantisation_is_refused_with_the_node(tmp_path):
+def test_asymmetric_quantization_is_refused_with_the_node(tmp_path):
     weight = helper.make_tensor("w", onnx.TensorProto.FLOAT, [1, 3, 1, 1], [1.0, 2.0, 3.0])
     scale = helper.make_tensor("s", onnx.TensorProto.FLOAT, [], [0.1])
     zero = helper.make_tensor("z", onnx.TensorProto.INT8, [], [3])
@@ -249,7 +249,7 @@ def test_without_the_package_it_says_how_to_get_it(monkeypatch, tmp_path):
 
 
 def test_a_real_engine_does_not_load_without_a_gpu_and_says_why(monkeypatch, made, tmp_path):
-    """The runner on the real library, as far as it gets here; with a GPU this test has nothing to show."""
+    """The session on the real library, as far as it gets here; with a GPU this test has nothing to show."""
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     from edgecl.onboard import cudart
@@ -266,4 +266,4 @@ def test_a_real_engine_does_not_load_without_a_gpu_and_says_why(monkeypatch, mad
         "output": {"name": "output", "shape": [1, 10]},
     }
     with pytest.raises(OnboardDeviceError, match=r"cannot load 'engine\.plan': .*cudaError 35"):
-        TensorrtRunner(tmp_path, manifest, precision="fp16", threads=1, runtime="tensorrt_rtx")
+        TensorrtSession(tmp_path, manifest, precision="fp16", threads=1, runtime="tensorrt_rtx")

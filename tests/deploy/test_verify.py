@@ -1,4 +1,4 @@
-"""The host's `verify`: the device code's verdict, kept beside the bundle."""
+"""The host's `verify`: the device code's decision, kept beside the bundle."""
 
 import json
 import subprocess
@@ -27,7 +27,7 @@ def kept(bundle):
     return json.loads((bundle / "verify.json").read_text())
 
 
-def test_verdict_is_returned_and_kept(bundle):
+def test_decision_is_returned_and_kept(bundle):
     record = verify(bundle)
     assert record == kept(bundle)
     assert list(record)[:4] == ["schema", "kind", "made_by", "made_from"]
@@ -36,7 +36,7 @@ def test_verdict_is_returned_and_kept(bundle):
     assert record["ok"] is True
 
 
-def test_flipped_byte_is_an_artifact_error_and_ends_an_earlier_verdict(bundle):
+def test_flipped_byte_is_an_artifact_error_and_ends_an_earlier_decision(bundle):
     verify(bundle)
     flip_byte(bundle / "model.onnx")
     with pytest.raises(ArtifactError, match=r"'model.onnx' does not match its hash") as caught:
@@ -64,7 +64,7 @@ def test_one_precision_of_several_can_be_asked(tmp_path):
         verify(bundle, precisions=["int8"])
 
 
-def test_missing_runtime_is_a_device_error_and_no_verdict(bundle, monkeypatch):
+def test_missing_runtime_is_a_device_error_and_no_decision(bundle, monkeypatch):
     code = "import sys; sys.modules['onnxruntime'] = None; "
     code += "from edgecl.onboard.__main__ import main; sys.exit(main())"
     monkeypatch.setattr("edgecl.deploy.process._ONBOARD", [sys.executable, "-c", code])
@@ -73,14 +73,14 @@ def test_missing_runtime_is_a_device_error_and_no_verdict(bundle, monkeypatch):
     assert not (bundle / "verify.json").exists()
 
 
-def test_a_verdict_that_cannot_be_kept_is_no_failure(bundle, monkeypatch):
+def test_a_decision_that_cannot_be_kept_is_no_failure(bundle, monkeypatch):
     def refuse(path, content):
         raise ArtifactError(f"no permission to write '{path.name}'")
 
     monkeypatch.setattr("edgecl.deploy.verify.write_json", refuse)
     lines = []
     assert verify(bundle, report=lines.append)["ok"] is True
-    assert lines == ["the verdict is not kept: no permission to write 'verify.json'"]
+    assert lines == ["the decision is not kept: no permission to write 'verify.json'"]
     done = run_command(bundle)
     assert done.exit_code == 0
     assert "largest relative difference" in done.stdout

@@ -195,7 +195,7 @@ def test_without_a_launcher_there_is_no_launch(alone, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("complaint", "problem", "hint"),
+    ("exc", "problem", "hint"),
     [
         (
             "Timed out waiting 5000ms for recv operation",
@@ -205,11 +205,11 @@ def test_without_a_launcher_there_is_no_launch(alone, monkeypatch):
         ("Connection closed by peer [127.0.0.1]:4242", "ended without a word", "most often out of memory"),
     ],
 )
-def test_silence_and_an_end_have_hints_of_their_own(become, monkeypatch, complaint, problem, hint):
+def test_silence_and_an_end_have_hints_of_their_own(become, monkeypatch, exc, problem, hint):
     become(0, 2, free_port())
     monkeypatch.setattr(processes.signal, "signal", lambda *_: None)
     with pytest.raises(ProcessError) as caught, processes.explain_lost_peers():
-        raise RuntimeError(complaint)
+        raise RuntimeError(exc)
     assert caught.value.problem == f"another process of the run {problem}"
     assert hint in caught.value.hint
     assert "--resume" in caught.value.hint

@@ -278,11 +278,11 @@ def test_every_float_that_numpy_writes_is_read(bundle, kind):
 
 
 @pytest.mark.parametrize(
-    "complaint", [TypeError("x"), KeyError("x"), MemoryError(), RecursionError("x"), OSError(5, "EIO")]
+    "exc", [TypeError("x"), KeyError("x"), MemoryError(), RecursionError("x"), OSError(5, "EIO")]
 )
-def test_what_nobody_foresaw_is_a_named_error(bundle, monkeypatch, capsys, complaint):
+def test_what_nobody_foresaw_is_a_named_error(bundle, monkeypatch, capsys, exc):
     def fail(*_, **__):
-        raise complaint
+        raise exc
 
     monkeypatch.setattr("edgecl.onboard.verify.verify", fail)
     assert main(["verify", str(bundle)]) == 1
@@ -319,9 +319,9 @@ WRONG = [
 def test_no_value_of_another_kind_anywhere_in_a_manifest_leads_to_anything_but_a_named_error(
     tmp_path, monkeypatch, precisions
 ):
-    """Runtimes apart: these see what passed the checks, which is tried with a runner that computes nothing."""
+    """Runtimes apart: these see what passed the checks, which is tried with a session that computes nothing."""
     bundle = make_bundle(tmp_path / "bundle", precisions=precisions)
-    monkeypatch.setattr("edgecl.onboard.verify.open_runner", lambda *_, **__: Nothing())
+    monkeypatch.setattr("edgecl.onboard.verify.open_session", lambda *_, **__: Nothing())
     monkeypatch.setattr("edgecl.onboard.doctor.probe", lambda module: {"version": "1.0", "file": module})
     whole = read_manifest(bundle)
     names = {
@@ -345,7 +345,7 @@ def test_no_value_of_another_kind_anywhere_in_a_manifest_leads_to_anything_but_a
 
 
 class Nothing:
-    """A runner."""
+    """A session."""
 
     def run(self, images):
         return np.zeros((len(images), 6), np.float32)

@@ -133,7 +133,7 @@ def test_ctrl_c_ends_a_net_that_loops_for_ever_and_its_process(endless, verb):
     assert processes_naming(endless) == []
 
 
-def test_ctrl_c_ends_the_bundles_own_runner_too(endless):
+def test_ctrl_c_ends_the_bundles_own_zip_too(endless):
     words = [sys.executable, "-m", "edgecl.onboard", "verify", str(endless)]
     with subprocess.Popen(
         words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=REPOSITORY, start_new_session=True
@@ -171,8 +171,8 @@ def test_a_net_that_kills_its_process_is_named(tmp_path, monkeypatch, number):
     assert not (bundle / "verify.json").exists()
 
 
-def test_a_net_that_fails_is_an_error_without_colours(tmp_path):
-    """onnxruntime logs a failing node in colours, also into a file."""
+def test_a_net_that_fails_is_an_error_without_colors(tmp_path):
+    """onnxruntime logs a failing node in colors, also into a file."""
     nodes = [
         helper.make_node("ArgMax", ["inner"], ["best"], axis=1, keepdims=0),
         helper.make_node("Add", ["best", "far"], ["beyond"]),

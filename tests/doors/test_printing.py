@@ -7,7 +7,7 @@ import sys
 import unicodedata
 
 import pytest
-from report.conftest import Maker
+from reports.conftest import Maker
 
 from edgecl.cli import main
 from edgecl.cli.output import print_line, print_rows

@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from report.conftest import Maker
+from reports.conftest import Maker
 
 from edgecl.errors import ArtifactError, EdgeclError
 from edgecl.evaluate.cost import cost
@@ -76,7 +76,7 @@ def test_a_model_record_with_another_value_is_refused_or_read_as_it_is(tmp_path,
     assert refused >= len(values) - 4
 
 
-def test_a_quantisation_without_its_modules_is_named(model):
+def test_a_quantization_without_its_modules_is_named(model):
     reseal(model, quantization={"precision": "int8"})
     with pytest.raises(ArtifactError, match=r"model\.json.*quantization\.keep"):
         load_model(model)

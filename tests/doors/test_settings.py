@@ -8,7 +8,7 @@ from edgecl.config.recipe import Recipe, find_method, list_methods, read_recipe
 from edgecl.config.settings import override, parse_toml, validate
 from edgecl.config.target import read_target
 from edgecl.errors import RecipeError, TargetError
-from edgecl.evaluate.supervised import Supervision
+from edgecl.evaluate.supervised import FinetuneConfig
 
 IMPOSSIBLE = [
     "run.seed=9223372036854775808",
@@ -117,7 +117,7 @@ def test_the_largest_seed_is_taken():
 def test_settings_of_supervised_training_are_bounded_too(assignment):
     with pytest.raises(RecipeError, match=assignment.partition("=")[0]):
         validate(
-            Supervision, override({}, [assignment], error=RecipeError), source="--set", error=RecipeError
+            FinetuneConfig, override({}, [assignment], error=RecipeError), source="--set", error=RecipeError
         )
 
 

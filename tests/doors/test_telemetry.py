@@ -127,7 +127,7 @@ def test_measuring_for_as_long_as_it_does_by_itself_sends_nothing(offline):
     assert_silent(offline, offline.run("-m", "edgecl", "bench", bundle))
 
 
-def test_a_bundles_own_runner_sends_nothing(offline):
+def test_a_bundles_own_zip_sends_nothing(offline):
     bundle = make_bundle(offline.work / "named" / "bundle")
     write_onboard(bundle / "onboard.pyz")
     assert_silent(offline, offline.run(bundle / "onboard.pyz", "verify"))

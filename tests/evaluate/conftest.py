@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import COLOURS
+from conftest import COLORS
 
 from edgecl.evaluate.labelled import Labelled, Part
 
@@ -18,12 +18,12 @@ PREPROCESSING = {
 }
 
 
-def coloured_part(per_class: int, *, seed: int, noise: float = 25, side: int = 8) -> Part:
-    """Noisy pictures of one colour per class."""
+def colored_part(per_class: int, *, seed: int, noise: float = 25, side: int = 8) -> Part:
+    """Noisy pictures of one color per class."""
     random = np.random.default_rng(seed)
-    labels = np.repeat(np.arange(len(COLOURS)), per_class)
-    colours = np.array(list(COLOURS.values()))[labels][:, :, None, None]
-    pixels = colours + random.normal(0, noise, (len(labels), 3, side, side))
+    labels = np.repeat(np.arange(len(COLORS)), per_class)
+    colors = np.array(list(COLORS.values()))[labels][:, :, None, None]
+    pixels = colors + random.normal(0, noise, (len(labels), 3, side, side))
     return Part(torch.from_numpy(pixels.clip(0, 255).astype(np.uint8)), torch.from_numpy(labels))
 
 
@@ -49,12 +49,12 @@ class TinyNet(torch.nn.Module):
 
 
 @pytest.fixture
-def coloured() -> Labelled:
-    """12 pictures of each of 3 colours to learn from, 10 of each held out."""
+def colored() -> Labelled:
+    """12 pictures of each of 3 colors to learn from, 10 of each held out."""
     return Labelled(
-        coloured_part(12, seed=0),
-        coloured_part(10, seed=1),
-        tuple(COLOURS),
+        colored_part(12, seed=0),
+        colored_part(10, seed=1),
+        tuple(COLORS),
         train_from="drawn",
         test_from="drawn too",
     )

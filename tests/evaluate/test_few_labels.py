@@ -14,7 +14,7 @@ from edgecl.errors import ArtifactError, ProcessError
 from edgecl.evaluate import few_labels
 from edgecl.evaluate.few_labels import FewLabels, train_on_few
 from edgecl.evaluate.labelled import read_labelled
-from edgecl.evaluate.supervised import Supervision
+from edgecl.evaluate.supervised import FinetuneConfig
 from edgecl.storage.artifacts import ModelDir
 
 
@@ -43,7 +43,7 @@ def jobs_of(model, labelled, *, start=None, steps=3, count=3):
             images=labelled.train.images[:8].numpy(),
             labels=labelled.train.labels[:8].numpy(),
             steps=steps,
-            settings=Supervision(lr=0.01, seed=seed, device="cpu"),
+            settings=FinetuneConfig(lr=0.01, seed=seed, device="cpu"),
             views=Views(),
         )
         for seed in range(count)
@@ -52,20 +52,20 @@ def jobs_of(model, labelled, *, start=None, steps=3, count=3):
 
 def test_nets_trained_in_processes_are_those_trained_here(carved_model, labelled, two_threads, monkeypatch):
     jobs = jobs_of(carved_model, labelled, start=carved_model, steps=6)
-    judged = []
+    evaluated = []
 
-    def judge(net, part, preprocessing):
-        judged.append([value.clone() for value in net.state_dict().values()])
+    def evaluator(net, part, preprocessing):
+        evaluated.append([value.clone() for value in net.state_dict().values()])
         return 0.0
 
-    monkeypatch.setattr(few_labels, "classifier_top1", judge)
+    monkeypatch.setattr(few_labels, "classifier_top1", evaluator)
     assert len(list(train_on_few(jobs, labelled.test))) == 3
     assert not multiprocessing.active_children()
     torch.set_num_threads(1)
     list(train_on_few(jobs, labelled.test))
-    for apart, here in zip(judged[:3], judged[3:], strict=True):
+    for apart, here in zip(evaluated[:3], evaluated[3:], strict=True):
         assert all(map(torch.equal, apart, here))
-    assert not all(map(torch.equal, judged[0], judged[1]))
+    assert not all(map(torch.equal, evaluated[0], evaluated[1]))
 
 
 def test_error_of_a_process_keeps_its_class_and_ends_the_others(

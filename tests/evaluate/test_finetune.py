@@ -111,7 +111,7 @@ def test_frozen_backbone_is_the_pretrained_one_to_the_bit(tuned, plain_model):
     assert set(after) - set(before) == {"classifier.weight", "classifier.bias"}
 
 
-def test_features_below_the_classifier_are_what_a_probe_judges(tuned, plain_model):
+def test_features_below_the_classifier_are_what_a_probe_evaluates(tuned, plain_model):
     features, _ = load_feature_net(tuned[0])
     plain, _ = load_model(plain_model)
     images = torch.randn(2, 3, 32, 32)
@@ -145,13 +145,13 @@ def test_unlabelled_images_are_refused(tmp_path, plain_model, unlabelled_folder)
     assert list(tmp_path.iterdir()) == []
 
 
-# --- quantised ---
+# --- quantized ---
 
 
 @pytest.fixture(scope="module")
-def quantised(tmp_path_factory, tuned, image_folder):
+def quantized(tmp_path_factory, tuned, image_folder):
     """The fine-tuned net trained on as int8, and the record returned."""
-    out = tmp_path_factory.mktemp("quantised") / "m"
+    out = tmp_path_factory.mktemp("quantized") / "m"
     record = finetune(
         tuned[0],
         data=str(image_folder),
@@ -163,8 +163,8 @@ def quantised(tmp_path_factory, tuned, image_folder):
     return out, record
 
 
-def test_quantised_model_loads_as_it_was_trained(quantised, image_folder):
-    out, record = quantised
+def test_quantized_model_loads_as_it_was_trained(quantized, image_folder):
+    out, record = quantized
     net, model = load_model(out)
     held_out = read_labelled(str(image_folder), test=None, preprocessing=model["preprocessing"]).test
     assert record["evaluation"]["top1"] == classifier_top1(net, held_out, model["preprocessing"])
@@ -173,8 +173,8 @@ def test_quantised_model_loads_as_it_was_trained(quantised, image_folder):
     assert not any((scale == 1).any() for scale in scales)
 
 
-def test_record_says_how_the_net_is_quantised(quantised, tuned):
-    out, record = quantised
+def test_record_says_how_the_net_is_quantized(quantized, tuned):
+    out, record = quantized
     model = ModelDir(out).read()
     assert model["quantization"]["precision"] == "int8"
     assert model["quantization"]["learnt"] is True
@@ -185,15 +185,15 @@ def test_record_says_how_the_net_is_quantised(quantised, tuned):
     assert record["evaluation"]["settings"]["lr"] == 5e-4
 
 
-def test_evaluation_compares_float_calibrated_and_trained(quantised, tuned):
-    evaluation = json.loads(ModelDir(quantised[0]).evaluation_file.read_text())
+def test_evaluation_compares_float_calibrated_and_trained(quantized, tuned):
+    evaluation = json.loads(ModelDir(quantized[0]).evaluation_file.read_text())
     assert evaluation["float_top1"] == tuned[1]["evaluation"]["top1"]
     for state in ("float_top1", "calibrated_top1", "top1"):
         assert evaluation[f"{state}_ci95"] == list(proportion_interval(evaluation[state], 12))
 
 
-def test_quantised_training_starts_from_the_nets_own_classifier(quantised, tuned):
-    before, after = (load_file(ModelDir(path).weights_file) for path in (tuned[0], quantised[0]))
+def test_quantized_training_starts_from_the_nets_own_classifier(quantized, tuned):
+    before, after = (load_file(ModelDir(path).weights_file) for path in (tuned[0], quantized[0]))
     moved = (after["classifier.weight"] - before["classifier.weight"]).abs().max()
     assert 0 < moved < 0.01
     assert not any("running_mean" in name for name in after)
@@ -213,7 +213,7 @@ def test_scales_stay_as_calibrated_where_they_are_not_learnt(tmp_path, tuned, im
         )
         weights = load_file(ModelDir(out).weights_file)
         scales.append({name: tensor for name, tensor in weights.items() if name.endswith("scale")})
-    assert "blocks.0.0.se.conv_reduce.weight_quantiser.scale" in scales[0]
+    assert "blocks.0.0.se.conv_reduce.weight_quantizer.scale" in scales[0]
     assert all(torch.equal(scales[1][name], tensor) for name, tensor in scales[0].items())
     record = ModelDir(out).read()
     assert record["quantization"] == {"precision": "int8", "keep": ["conv_stem"], "learnt": False}
@@ -233,8 +233,8 @@ def test_net_without_a_classifier_gets_one_first(tmp_path, plain_model, image_fo
     assert load_model(tmp_path / "m")[0].classifier.out_features == 3
 
 
-def test_probe_and_cost_take_a_quantised_net(tmp_path, quantised, tuned, image_folder):
-    model = shutil.copytree(quantised[0], tmp_path / "m")
+def test_probe_and_cost_take_a_quantized_net(tmp_path, quantized, tuned, image_folder):
+    model = shutil.copytree(quantized[0], tmp_path / "m")
     assert probe(model, data=str(image_folder), labels_per_class=2, seeds=2)["n_test"] == 12
     features, _ = load_feature_net(model)
     assert any(isinstance(module, FakeQuant) for module in features.modules())
@@ -250,11 +250,11 @@ def test_probe_and_cost_take_a_quantised_net(tmp_path, quantised, tuned, image_f
     assert counted["params"] == ModelDir(model).read()["params"] == plain["params"] - norms
 
 
-def test_quantised_net_is_not_trained_a_second_time(tmp_path, quantised, image_folder):
+def test_quantized_net_is_not_trained_a_second_time(tmp_path, quantized, image_folder):
     for quantize in ("int8", None):
         with pytest.raises(ArtifactError) as caught:
-            finetune(quantised[0], data=str(image_folder), out=tmp_path / "m", quantize=quantize)
-        assert caught.value.problem == "this net is quantised already"
+            finetune(quantized[0], data=str(image_folder), out=tmp_path / "m", quantize=quantize)
+        assert caught.value.problem == "this net is quantized already"
         assert caught.value.hint == "start from the float net that it was made from"
     assert list(tmp_path.iterdir()) == []
 
@@ -268,11 +268,11 @@ def test_other_classes_are_refused_before_anything_is_trained(tmp_path, tuned):
 
 
 def test_other_precision_is_refused(tmp_path, tuned, image_folder):
-    with pytest.raises(RecipeError, match="cannot quantise to 'int4'"):
+    with pytest.raises(RecipeError, match="cannot quantize to 'int4'"):
         finetune(tuned[0], data=str(image_folder), out=tmp_path / "m", quantize="int4")
 
 
-def test_settings_of_quantised_training_are_not_those_of_float(tmp_path, tuned, image_folder):
+def test_settings_of_quantized_training_are_not_those_of_float(tmp_path, tuned, image_folder):
     with pytest.raises(RecipeError, match="unknown key 'learn_scales'"):
         finetune(tuned[0], data=str(image_folder), out=tmp_path / "m", assignments=["learn_scales=false"])
 

@@ -21,8 +21,8 @@ from edgecl.storage.artifacts import ModelDir, write_sealed
 
 
 @pytest.fixture
-def judge(tiny_backbone, coloured, preprocessing):
-    def judge(labelled=coloured, **options):
+def evaluator(tiny_backbone, colored, preprocessing):
+    def evaluator(labelled=colored, **options):
         return probe_net(
             tiny_backbone,
             labelled,
@@ -30,7 +30,7 @@ def judge(tiny_backbone, coloured, preprocessing):
             **{"labels_per_class": 2, "draws": 3, **options},
         )
 
-    return judge
+    return evaluator
 
 
 @pytest.fixture(scope="module")
@@ -70,26 +70,26 @@ def test_default_is_ten_labels_per_class(tmp_path, carved_model, image_folder):
     assert probe(model, data=str(image_folder))["few_label_top1"]["labels_per_class"] == 10
 
 
-def test_colours_are_told_apart_in_percent(judge):
-    record = judge()
+def test_colors_are_told_apart_in_percent(evaluator):
+    record = evaluator()
     assert record["knn_top1"] > 90
     assert record["linear_top1"] > 90
 
 
-def test_intervals_are_those_of_a_proportion(judge):
-    record = judge()
+def test_intervals_are_those_of_a_proportion(evaluator):
+    record = evaluator()
     for name in ("knn", "linear"):
         assert record[f"{name}_ci95"] == list(proportion_interval(record[f"{name}_top1"], 30))
 
 
-def test_few_label_summary_is_of_its_draws(judge):
-    few = judge(draws=4)["few_label_top1"]
+def test_few_label_summary_is_of_its_draws(evaluator):
+    few = evaluator(draws=4)["few_label_top1"]
     assert few["mean"] == pytest.approx(sum(few["draws"]) / 4)
     assert few["ci95"] == pytest.approx(list(mean_interval(few["draws"])))
     assert few["labels_per_class"] == 2
 
 
-def test_few_label_probe_learns_from_the_draws_alone(judge, monkeypatch):
+def test_few_label_probe_learns_from_the_draws_alone(evaluator, monkeypatch):
     sizes = []
 
     def watching(features, labels, *, classes):
@@ -97,11 +97,11 @@ def test_few_label_probe_learns_from_the_draws_alone(judge, monkeypatch):
         return fit_linear(features, labels, classes=classes)
 
     monkeypatch.setattr(edgecl.evaluate.probe, "fit_linear", watching)
-    judge(labels_per_class=4, draws=2)
+    evaluator(labels_per_class=4, draws=2)
     assert sizes == [36, 12, 12]
 
 
-def test_test_images_and_labels_change_no_classifier(judge, coloured, monkeypatch):
+def test_test_images_and_labels_change_no_classifier(evaluator, colored, monkeypatch):
     """Nothing is chosen, scaled or fitted on the held-out part."""
 
     def fits(labelled):
@@ -112,13 +112,13 @@ def test_test_images_and_labels_change_no_classifier(judge, coloured, monkeypatc
             return found[-1]
 
         monkeypatch.setattr(edgecl.evaluate.probe, "fit_linear", watching)
-        judge(labelled)
+        evaluator(labelled)
         return found
 
     other = dataclasses.replace(
-        coloured.test, images=255 - coloured.test.images, labels=coloured.test.labels.flip(0)
+        colored.test, images=255 - colored.test.images, labels=colored.test.labels.flip(0)
     )
-    before, after = fits(coloured), fits(dataclasses.replace(coloured, test=other))
+    before, after = fits(colored), fits(dataclasses.replace(colored, test=other))
     for one, two in zip(before, after, strict=True):
         for field in dataclasses.fields(one):
             assert torch.equal(
@@ -126,23 +126,23 @@ def test_test_images_and_labels_change_no_classifier(judge, coloured, monkeypatc
             )
 
 
-def test_labels_are_what_the_accuracy_comes_from(judge, coloured):
-    shuffled = dataclasses.replace(coloured.test, labels=(coloured.test.labels + 1) % 3)
-    record = judge(dataclasses.replace(coloured, test=shuffled))
+def test_labels_are_what_the_accuracy_comes_from(evaluator, colored):
+    shuffled = dataclasses.replace(colored.test, labels=(colored.test.labels + 1) % 3)
+    record = evaluator(dataclasses.replace(colored, test=shuffled))
     assert record["knn_top1"] < 10
     assert record["linear_top1"] < 10
 
 
-def test_more_labels_than_there_are_is_refused_before_anything_runs(judge, monkeypatch):
+def test_more_labels_than_there_are_is_refused_before_anything_runs(evaluator, monkeypatch):
     monkeypatch.setattr(edgecl.evaluate.probe, "extract_features", None)
     with pytest.raises(DataError, match="class 0 has 12 images to learn from, fewer than the 13 labels"):
-        judge(labels_per_class=13)
+        evaluator(labels_per_class=13)
 
 
-def test_net_is_run_in_evaluation_mode(judge, tiny_backbone):
+def test_net_is_run_in_evaluation_mode(evaluator, tiny_backbone):
     before = {name: value.clone() for name, value in tiny_backbone.state_dict().items()}
     tiny_backbone.train()
-    judge()
+    evaluator()
     assert all(torch.equal(value, before[name]) for name, value in tiny_backbone.state_dict().items())
 
 
@@ -207,12 +207,12 @@ def test_images_are_read_again_for_a_net_that_sees_them_otherwise(
     record["preprocessing"] = {**record["preprocessing"], "image_size": 24, "resize_size": 24}
     write_sealed(ModelDir(other).record_file, record)
     seen = []
-    judge = edgecl.evaluate.probe.probe_net
+    evaluator = edgecl.evaluate.probe.probe_net
     monkeypatch.setattr(
         edgecl.evaluate.probe,
         "probe_net",
         lambda net, labelled, **named: (
-            seen.append(labelled.test.images.shape[-1]) or judge(net, labelled, **named)
+            seen.append(labelled.test.images.shape[-1]) or evaluator(net, labelled, **named)
         ),
     )
     probe_all([models[0], other], data=str(image_folder), labels_per_class=2, seeds=2)

@@ -12,27 +12,27 @@ import torch
 import edgecl.evaluate.finetune
 import edgecl.evaluate.supervised
 from edgecl.config.recipe import Views
-from edgecl.data.loading import normalise
+from edgecl.data.loading import normalize
 from edgecl.errors import DeviceError, NonFiniteError
 from edgecl.evaluate.labelled import Part
 from edgecl.evaluate.supervised import (
-    QuantisedSupervision,
-    Supervision,
+    FinetuneConfig,
+    QuantizedFinetuneConfig,
     choose_device,
     classifier_top1,
     train_classifier,
 )
-from edgecl.nets.fake_quant import FakeQuant, learning_scales, quantise_net
+from edgecl.nets.fake_quant import FakeQuant, learning_scales, quantize_net
 
 
 @pytest.fixture
-def train(tiny_net, coloured, preprocessing):
-    def train(net=tiny_net, *, steps=20, part=coloured.train, views=None, **settings):
+def train(tiny_net, colored, preprocessing):
+    def train(net=tiny_net, *, steps=20, part=colored.train, views=None, **settings):
         train_classifier(
             net,
             part,
             steps=steps,
-            settings=Supervision(**{"lr": 0.02, "batch_size": 12, "device": "cpu", **settings}),
+            settings=FinetuneConfig(**{"lr": 0.02, "batch_size": 12, "device": "cpu", **settings}),
             preprocessing=preprocessing,
             what="test",
             views=views,
@@ -50,8 +50,8 @@ def unchanged(module, before):
     return [name for name, value in module.state_dict().items() if torch.equal(value, before[name])]
 
 
-def test_separable_classes_are_learned(train, coloured, preprocessing):
-    assert classifier_top1(train(steps=40), coloured.test, preprocessing) == 100
+def test_separable_classes_are_learned(train, colored, preprocessing):
+    assert classifier_top1(train(steps=40), colored.test, preprocessing) == 100
 
 
 @pytest.mark.parametrize("steps", [1, 2])
@@ -60,15 +60,15 @@ def test_few_steps_are_nothing_to_warn_of(train, caplog, steps):
     assert caplog.text == ""
 
 
-def test_untrained_net_is_near_chance(tiny_net, coloured, preprocessing):
-    assert classifier_top1(tiny_net, coloured.test, preprocessing) < 70
+def test_untrained_net_is_near_chance(tiny_net, colored, preprocessing):
+    assert classifier_top1(tiny_net, colored.test, preprocessing) < 70
 
 
-def test_accuracy_is_in_percent(train, coloured, preprocessing):
+def test_accuracy_is_in_percent(train, colored, preprocessing):
     net = train(steps=40)
-    half = coloured.test.labels.clone()
+    half = colored.test.labels.clone()
     half[::2] = (half[::2] + 1) % 3
-    assert classifier_top1(net, Part(coloured.test.images, half), preprocessing) == 50
+    assert classifier_top1(net, Part(colored.test.images, half), preprocessing) == 50
 
 
 def test_everything_is_trained_by_default(train, tiny_net):
@@ -118,7 +118,7 @@ def test_another_seed_gives_another_net(train, tiny_net):
     assert "backbone.0.weight" not in unchanged(train(steps=3, seed=1), first)
 
 
-def test_views_differ_from_step_to_step(train, coloured, monkeypatch):
+def test_views_differ_from_step_to_step(train, colored, monkeypatch):
     """Over several epochs no batch of views comes twice, though the pictures do."""
     seen = []
     render = edgecl.evaluate.supervised.render_view
@@ -128,11 +128,11 @@ def test_views_differ_from_step_to_step(train, coloured, monkeypatch):
         return seen[-1]
 
     monkeypatch.setattr(edgecl.evaluate.supervised, "render_view", watching)
-    train(steps=4, part=coloured.train.take(torch.arange(6)), batch_size=6)
+    train(steps=4, part=colored.train.take(torch.arange(6)), batch_size=6)
     assert len({view.sum().item() for view in seen}) == 4
 
 
-def test_every_picture_is_seen_in_every_epoch(train, coloured, monkeypatch):
+def test_every_picture_is_seen_in_every_epoch(train, colored, monkeypatch):
     seen = []
     draw = edgecl.evaluate.supervised.draw_parameters
 
@@ -147,8 +147,8 @@ def test_every_picture_is_seen_in_every_epoch(train, coloured, monkeypatch):
     assert seen[:3] != seen[3:]
 
 
-def test_batch_larger_than_the_data_takes_all_of_it(train, coloured):
-    train(steps=2, part=coloured.train.take(torch.arange(5)), batch_size=64)
+def test_batch_larger_than_the_data_takes_all_of_it(train, colored):
+    train(steps=2, part=colored.train.take(torch.arange(5)), batch_size=64)
 
 
 def test_rate_warms_up_and_then_falls_to_zero(train, monkeypatch):
@@ -187,7 +187,7 @@ def test_cuda_that_is_not_there_is_a_named_error():
         choose_device("cuda")
 
 
-def test_views_are_those_of_the_settings_unless_others_are_given(train, coloured, preprocessing, monkeypatch):
+def test_views_are_those_of_the_settings_unless_others_are_given(train, colored, preprocessing, monkeypatch):
     seen = []
     draw = edgecl.evaluate.supervised.draw_parameters
 
@@ -197,12 +197,12 @@ def test_views_are_those_of_the_settings_unless_others_are_given(train, coloured
 
     monkeypatch.setattr(edgecl.evaluate.supervised, "draw_parameters", watching)
     train(steps=1, flip=0.125)
-    assert (seen[0].flip, seen[0].grey, seen[0].blur) == (0.125, 0, (0, 0))
+    assert (seen[0].flip, seen[0].grayscale, seen[0].blur) == (0.125, 0, (0, 0))
     train(steps=1, views=Views(flip=0.25))
     assert seen[1] == Views(flip=0.25)
 
 
-@pytest.mark.parametrize("key", Supervision.model_fields)
+@pytest.mark.parametrize("key", FinetuneConfig.model_fields)
 def test_no_setting_is_dead(key):
     tree = ast.parse(Path(edgecl.evaluate.supervised.__file__).read_text(encoding="utf-8"))
     read = {
@@ -213,28 +213,28 @@ def test_no_setting_is_dead(key):
     assert key in read
 
 
-# --- training a quantised net ---
+# --- training a quantized net ---
 
 
 @pytest.fixture
-def badly_calibrated(train, tiny_net, coloured, preprocessing):
-    """Make a quantised net that knew its classes until its int8 steps were so many times as wide."""
+def badly_calibrated(train, tiny_net, colored, preprocessing):
+    """Make a quantized net that knew its classes until its int8 steps were so many times as wide."""
 
     def make(factor):
         train(steps=40)
-        images = normalise(coloured.train.images, preprocessing["mean"], preprocessing["std"])
-        quantised, _ = quantise_net(tiny_net, images, keep=[])
-        assert classifier_top1(quantised, coloured.test, preprocessing) == 100
-        for module in quantised.modules():
+        images = normalize(colored.train.images, preprocessing["mean"], preprocessing["std"])
+        quantized, _ = quantize_net(tiny_net, images, keep=[])
+        assert classifier_top1(quantized, colored.test, preprocessing) == 100
+        for module in quantized.modules():
             if isinstance(module, FakeQuant):
                 module.scale.mul_(factor)
-        assert classifier_top1(quantised, coloured.test, preprocessing) < 70
-        return quantised
+        assert classifier_top1(quantized, colored.test, preprocessing) < 70
+        return quantized
 
     return make
 
 
-def test_learnt_scales_repair_steps_that_are_too_narrow(train, badly_calibrated, coloured, preprocessing):
+def test_learnt_scales_repair_steps_that_are_too_narrow(train, badly_calibrated, colored, preprocessing):
     """Which the weights alone cannot: nearly everything is clipped."""
     net = badly_calibrated(1 / 30)
     before = copied(net)
@@ -242,21 +242,21 @@ def test_learnt_scales_repair_steps_that_are_too_narrow(train, badly_calibrated,
     with learning_scales(net):
         train(net, steps=150)
     train(fixed, steps=150)
-    assert classifier_top1(net, coloured.test, preprocessing) == 100
-    assert classifier_top1(fixed, coloured.test, preprocessing) < 70
+    assert classifier_top1(net, colored.test, preprocessing) == 100
+    assert classifier_top1(fixed, colored.test, preprocessing) < 70
     assert unchanged(net, before) == []
 
 
-def test_gradients_reach_the_weights_through_the_rounding(train, badly_calibrated, coloured, preprocessing):
+def test_gradients_reach_the_weights_through_the_rounding(train, badly_calibrated, colored, preprocessing):
     net = badly_calibrated(200)
     before = copied(net)
     train(net, steps=150)
-    assert classifier_top1(net, coloured.test, preprocessing) == 100
+    assert classifier_top1(net, colored.test, preprocessing) == 100
     assert [name.rpartition(".")[2] for name in unchanged(net, before)] == ["scale"] * 4
 
 
 @pytest.mark.parametrize(
-    "key", sorted(QuantisedSupervision.model_fields.keys() - Supervision.model_fields.keys())
+    "key", sorted(QuantizedFinetuneConfig.model_fields.keys() - FinetuneConfig.model_fields.keys())
 )
-def test_no_setting_of_quantised_training_is_dead(key):
+def test_no_setting_of_quantized_training_is_dead(key):
     assert f"settings.{key}" in Path(edgecl.evaluate.finetune.__file__).read_text(encoding="utf-8")

@@ -93,7 +93,7 @@ class _Watch:
 _watch: _Watch | None = None
 
 
-def judge(case: Callable[[Path], None], place: Path) -> str | None:
+def evaluator(case: Callable[[Path], None], place: Path) -> str | None:
     """Run a case in a folder of its own; None when all is well, else what is not."""
     global _watch
     _watch = _watch or _Watch()
@@ -113,17 +113,17 @@ def judge(case: Callable[[Path], None], place: Path) -> str | None:
                 case(place)
             finally:
                 _watch.place = None
-    except EdgeclError as complaint:
-        problem = _bad_text(str(complaint))
+    except EdgeclError as exc:
+        problem = _bad_text(str(exc))
     except (OnboardError, UnreadableImage):
         pass  # their texts become part of such an error
     except TooLongError:
         problem = f"longer than {BUSY_S:.0f} s of processor or {WAITING_S:.0f} s of waiting"
-    except OSError as complaint:
+    except OSError as exc:
         # The command line says these too, with the file; without a number they are no system's.
-        problem = None if complaint.errno else _described(complaint)
-    except Exception as complaint:
-        problem = _described(complaint)
+        problem = None if exc.errno else _described(exc)
+    except Exception as exc:
+        problem = _described(exc)
     finally:
         os.chdir(begun)
         gc.enable()
@@ -166,10 +166,10 @@ def _bad_text(text: str) -> str | None:
     return None
 
 
-def _described(complaint: Exception) -> str:
-    frames = traceback.extract_tb(complaint.__traceback__)[-6:]
+def _described(exc: Exception) -> str:
+    frames = traceback.extract_tb(exc.__traceback__)[-6:]
     where = "".join(f"\n    {frame.filename}:{frame.lineno} {frame.name}" for frame in frames)
-    return f"{type(complaint).__name__}: {str(complaint)[:300]!r}{where}"
+    return f"{type(exc).__name__}: {str(exc)[:300]!r}{where}"
 
 
 @contextlib.contextmanager

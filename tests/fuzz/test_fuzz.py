@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from .mutation import Mutator
-from .oracle import judge, remove
+from .oracle import evaluator, remove
 from .readers import GROUPS, Seeds
 
 CASES = 2_000
@@ -40,7 +40,7 @@ def hold(group: str, numbers: range, seeds: Seeds, place: Path) -> None:
     for number in numbers:
         case = f"{group}:{number}"
         folder = place / str(number)
-        problem = judge(lambda inside, case=case: reader(Mutator(case), seeds, inside), folder)
+        problem = evaluator(lambda inside, case=case: reader(Mutator(case), seeds, inside), folder)
         if problem is None:
             remove(folder)
             continue

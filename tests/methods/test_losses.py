@@ -28,7 +28,7 @@ def projections(shape, *, seed=0, scale=3.0, shift=1.5):
     return scale * mixed + shift * draws.normal(size=shape[1])
 
 
-def standardised_reference(z):
+def standardized_reference(z):
     mean = z.mean(axis=0)
     variance = ((z - mean) ** 2).mean(axis=0)
     return (z - mean) / np.sqrt(variance + 1e-5)
@@ -36,7 +36,7 @@ def standardised_reference(z):
 
 def correlation_reference(a, b):
     """Correlate by loops, one pair of dimensions at a time."""
-    a, b = standardised_reference(a), standardised_reference(b)
+    a, b = standardized_reference(a), standardized_reference(b)
     samples, dimensions = a.shape
     c = np.zeros((dimensions, dimensions))
     for i in range(dimensions):
@@ -184,16 +184,16 @@ def distillation_gradient_between_equals(z, off_diagonal):
         G = dL/dC,  G_ii = -2 (1 - C_ii),  G_ij = 2 w C_ij
         dL/du_ni = sum_j G_ij t_nj / N, that is t G^T / N
 
-    and, through the normalisation, per dimension with g = dL/du,
+    and, through the normalization, per dimension with g = dL/du,
 
         dL/dz = r (g - mean_n(g) - u mean_n(g u)).
 
     If gradient also flowed through t, C would be symmetric in z and the result twice as large.
     """
     samples = len(z)
-    centred = z - z.mean(axis=0)
-    r = 1 / np.sqrt((centred**2).mean(axis=0) + 1e-5)
-    u = centred * r
+    centered = z - z.mean(axis=0)
+    r = 1 / np.sqrt((centered**2).mean(axis=0) + 1e-5)
+    u = centered * r
     c = u.T @ u / samples
     g_matrix = 2 * off_diagonal * c
     np.fill_diagonal(g_matrix, -2 * (1 - np.diag(c)))
@@ -289,9 +289,9 @@ def test_contrastive_loss_is_the_references(shape, temperature):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_alignment_loss_is_the_mean_square_distance_on_the_sphere(shape):
-    """Of projections standardised per dimension, as everywhere."""
+    """Of projections standardized per dimension, as everywhere."""
     a, b = pair(shape)
-    rows = [standardised_reference(z) for z in (a, b)]
+    rows = [standardized_reference(z) for z in (a, b)]
     x, y = (z / np.sqrt((z**2).sum(axis=1, keepdims=True)) for z in rows)
     distances = ((x - y) ** 2).sum(axis=1)
     found = alignment_loss(torch.from_numpy(a), torch.from_numpy(b))
@@ -332,7 +332,7 @@ RATE_SHAPES = [(3, 2), (8, 1), (16, 5), (5, 16), (64, 32), (32, 64)]
 
 def rate_reference(z, epsilon):
     """Both forms of the determinant, by NumPy in float64: of the N x N and of the D x D matrix."""
-    rows = standardised_reference(z)
+    rows = standardized_reference(z)
     rows = rows / np.sqrt((rows**2).sum(axis=1, keepdims=True))
     n, d = rows.shape
     forms = [
@@ -347,7 +347,7 @@ def rate_gradient(z, epsilon):
     """Differentiate the rate by hand.
 
     With U the rows of length 1, c = d / (n eps): dR/dU = c (I + c U U^T)^-1 U. Through u = s / |s|, with g = dR/du,
-    dR/ds = (g - u (g . u)) / |s|; through the standardisation as in distillation_gradient_between_equals.
+    dR/ds = (g - u (g . u)) / |s|; through the standardization as in distillation_gradient_between_equals.
     """
     mean = z.mean(axis=0)
     r = 1 / np.sqrt(((z - mean) ** 2).mean(axis=0) + 1e-5)

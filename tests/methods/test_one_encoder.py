@@ -39,7 +39,7 @@ def test_simclr_is_sacl_xds_arm_of_one_net_bit_for_bit(make_net, views, local, w
     assert all(torch.equal(one, other) for one, other in zip(found, pulls, strict=True))
 
 
-def standardised(z):
+def standardized(z):
     return (z - z.mean(0)) / np.sqrt(z.var(0) + 1e-5)
 
 
@@ -51,9 +51,9 @@ def test_emp_ssl_is_the_reference_of_any_number_of_views(make_net):
     method = method_of(net, "emp-ssl", views=4, local_count=1, coding_rate=rate)
     names = [*(f"view_{number}" for number in range(4)), "local_0"]
     found, terms = method.loss(Embeddings(dict(zip(names, z, strict=True)), {}), 0)
-    middle = standardised(z.mean(0).numpy())
+    middle = standardized(z.mean(0).numpy())
     distances = []
-    for one in map(standardised, z.numpy()):
+    for one in map(standardized, z.numpy()):
         cosine = (one * middle).sum(1) / np.linalg.norm(one, axis=1) / np.linalg.norm(middle, axis=1)
         distances.append((2 - 2 * cosine).mean())
     rates = [float(coding_rate(one, epsilon=0.4)) for one in z[:4]]  # of whole views alone

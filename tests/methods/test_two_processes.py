@@ -1,6 +1,6 @@
 """Processes with a share of the batch each learn what one process learns from the whole batch.
 
-Real processes over gloo take a training step with every arm, as `edgecl selftest ddp` does: a real net with synchronised
+Real processes over gloo take a training step with every arm, as `edgecl selftest ddp` does: a real net with synchronized
 batch norms, trained by the engine's own step through accelerate's DistributedDataParallel.
 
 In float64. In float32 the same step, summed in another order, differs by 2e-5 in half of the tensors and by 4e-3 in the
@@ -167,7 +167,7 @@ def test_a_step_of_each_of_four_processes_is_that_of_the_whole_batch_for_every_a
 
 
 @pytest.mark.parametrize("arm", NAMES)
-def test_arm_gives_the_optimiser_gradients_and_moves_the_statistics(results, arm):
+def test_arm_gives_the_optimizer_gradients_and_moves_the_statistics(results, arm):
     """Nothing is compared with nothing."""
     found = results["2-1"]["right"][arm]
     tensors, with_gradient = found["gradients of the host"]

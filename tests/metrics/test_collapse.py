@@ -59,34 +59,34 @@ def test_rank_of_nothing_is_about_one():
 
 
 def clusters(count, seed, noise=0.2):
-    centres = torch.eye(4, 16) * 3
+    centers = torch.eye(4, 16) * 3
     labels = torch.arange(count) % 4
-    return centres[labels] + noise * normal(count, 16, seed=seed), labels
+    return centers[labels] + noise * normal(count, 16, seed=seed), labels
 
 
-def test_neighbours_tell_clusters_apart():
+def test_neighbors_tell_clusters_apart():
     assert knn_top1(*clusters(200, 1), *clusters(100, 2)) == 100
 
 
-def test_neighbours_of_noise_are_chance():
+def test_neighbors_of_noise_are_chance():
     bank, queries = normal(2000, 16, seed=1), normal(4000, 16, seed=2)
     found = knn_top1(bank, torch.arange(2000) % 4, queries, torch.arange(4000) % 4)
     assert found == pytest.approx(25, abs=3)
 
 
-def test_neighbours_are_as_good_as_their_labels():
+def test_neighbors_are_as_good_as_their_labels():
     bank, labels = clusters(200, 1)
     queries, truth = clusters(100, 2)
     assert knn_top1(bank, (labels + 1) % 4, queries, truth) == 0
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1e3])
-def test_neighbours_are_sought_on_the_sphere(scale):
+def test_neighbors_are_sought_on_the_sphere(scale):
     bank, labels = clusters(200, 1)
     assert knn_top1(bank * scale, labels, *clusters(100, 2)) == 100
 
 
-def test_the_nearer_neighbour_weighs_more():
+def test_the_nearer_neighbor_weighs_more():
     bank = torch.tensor([[1.0, 0.0]] + [[0.0, 1.0]] * 5)
     labels = torch.tensor([0] + [1] * 5)
     assert knn_top1(bank, labels, torch.tensor([[1.0, 0.2]]), torch.tensor([0])) == 100
@@ -100,7 +100,7 @@ def test_features_come_in_order_and_in_evaluation_mode():
     net = nn.Sequential(nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2), nn.Dropout(0.5), nn.Flatten())
     images = torch.randint(0, 256, (7, 3, 2, 2), dtype=torch.uint8)
     before = net[1].running_mean.clone()
-    found = extract_features(net, images, normalise=lambda part: part.float() / 255, batch=3)
+    found = extract_features(net, images, normalize=lambda part: part.float() / 255, batch=3)
     assert net.training
     assert torch.equal(net[1].running_mean, before)
     with torch.no_grad():

@@ -35,9 +35,9 @@ def newton(x, y, classes, penalty, steps=60):
 def clouds(count=150, features=6, classes=3, distance=1.5, seed=0):
     """Overlapping Gaussian clouds."""
     random = np.random.default_rng(seed)
-    centres = random.normal(0, distance, (classes, features))
+    centers = random.normal(0, distance, (classes, features))
     labels = np.arange(count) % classes
-    x = centres[labels] + random.normal(0, 1.5, (count, features))
+    x = centers[labels] + random.normal(0, 1.5, (count, features))
     return torch.from_numpy(x).float(), torch.from_numpy(labels)
 
 

@@ -19,7 +19,7 @@ from edgecl.nets.carving import (
     write_model,
 )
 from edgecl.nets.catalogue import NETS
-from edgecl.nets.fake_quant import quantise_net
+from edgecl.nets.fake_quant import quantize_net
 from edgecl.storage.artifacts import ModelDir, RunDir, record_header, write_json, write_sealed
 from edgecl.storage.checkpoint import write_checkpoint
 
@@ -270,7 +270,7 @@ def test_newest_or_best_checkpoint_is_carved(tmp_path, checkpoint, step):
     assert torch.equal(loaded.conv_stem.weight, stems[step])
 
 
-def test_a_run_without_a_judged_checkpoint_has_no_best(tmp_path):
+def test_a_run_without_a_evaluated_checkpoint_has_no_best(tmp_path):
     write_qualities(tmp_path / "run", {40: None})
     with pytest.raises(ArtifactError, match="has no whole checkpoint with a quality"):
         carve(tmp_path / "run", out=tmp_path / "model", checkpoint="best")
@@ -296,7 +296,7 @@ def test_recalibration_changes_norm_statistics_only(tmp_path, write_pictures):
 
 
 def test_recalibrated_statistics_are_those_of_the_unaugmented_images(tmp_path, write_pictures):
-    from edgecl.data.loading import load_eval_images, normalise
+    from edgecl.data.loading import load_eval_images, normalize
     from edgecl.data.sources import open_source
 
     folder = write_pictures(12)
@@ -306,7 +306,7 @@ def test_recalibrated_statistics_are_those_of_the_unaugmented_images(tmp_path, w
     recipe = recipe_from_tables(TABLES, source="test")
     pictures = load_eval_images(open_source(str(folder)), resize_size=40, image_size=32).images
     with torch.no_grad():
-        outputs = loaded.conv_stem(normalise(pictures, recipe.data.mean, recipe.data.std))
+        outputs = loaded.conv_stem(normalize(pictures, recipe.data.mean, recipe.data.std))
     torch.testing.assert_close(loaded.bn1.running_mean, outputs.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(loaded.bn1.running_var, outputs.var((0, 2, 3)), rtol=1e-4, atol=1e-5)
     assert record["preprocessing"] == preprocessing_of(recipe)
@@ -407,18 +407,18 @@ def test_a_net_that_takes_one_size_only_is_refused_by_name(image_size, views, re
     assert "local_size" in caught.value.hint
 
 
-# --- quantised nets ---
+# --- quantized nets ---
 
 
 @pytest.fixture
-def quantised(tmp_path):
-    """Write a quantised net with a classifier; return its directory and the net."""
+def quantized(tmp_path):
+    """Write a quantized net with a classifier; return its directory and the net."""
     torch.manual_seed(0)
-    net, kept = quantise_net(
+    net, kept = quantize_net(
         create_backbone(SMALL, width=0.5, num_classes=2), torch.randn(4, 3, 64, 64), keep=["conv_stem"]
     )
     write_model(
-        tmp_path / "quantised",
+        tmp_path / "quantized",
         net,
         arch=SMALL,
         width=0.5,
@@ -430,11 +430,11 @@ def quantised(tmp_path):
         data=None,
         quantization={"precision": "int8", "keep": kept, "learnt": False},
     )
-    return tmp_path / "quantised", net
+    return tmp_path / "quantized", net
 
 
-def test_quantised_net_is_rebuilt_with_its_scales(quantised, images):
-    path, net = quantised
+def test_quantized_net_is_rebuilt_with_its_scales(quantized, images):
+    path, net = quantized
     net.conv_stem.stride = (1, 1)
     loaded, record = load_model(path)
     assert not loaded.training
@@ -443,20 +443,20 @@ def test_quantised_net_is_rebuilt_with_its_scales(quantised, images):
         assert torch.equal(loaded(images), net(images))
 
 
-def test_weights_of_a_quantised_net_do_not_pass_for_those_of_another_choice(quantised):
-    path, _ = quantised
+def test_weights_of_a_quantized_net_do_not_pass_for_those_of_another_choice(quantized):
+    path, _ = quantized
     file = path / "model.json"
     record = json.loads(file.read_text())
     record["quantization"]["keep"] = ["conv_stem", "conv_head"]
     record.pop("sha256")
     write_sealed(file, record)
     with pytest.raises(
-        ArtifactError, match=f"the weights are not those of '{SMALL}' at width 0.5, quantised"
+        ArtifactError, match=f"the weights are not those of '{SMALL}' at width 0.5, quantized"
     ):
         load_model(path)
 
 
-def test_record_of_a_version_that_knew_no_quantised_nets_loads(tmp_path, images):
+def test_record_of_a_version_that_knew_no_quantized_nets_loads(tmp_path, images):
     torch.manual_seed(0)
     net = create_backbone(SMALL, width=0.5).eval()
     write_model(

@@ -1,4 +1,4 @@
-"""Fake quantisation: the grid, its gradients, where it sits in a net, and the Q/DQ graph it exports to."""
+"""Fake quantization: the grid, its gradients, where it sits in a net, and the Q/DQ graph it exports to."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from edgecl.nets.fake_quant import (
     QuantLinear,
     insert_fake_quant,
     learning_scales,
-    quantise_net,
+    quantize_net,
     scale_of_least_error,
     without_fake_quant,
 )
@@ -49,7 +49,7 @@ def real_net(arch):
     return net
 
 
-def quantiser(scale):
+def quantizer(scale):
     module = FakeQuant(None if isinstance(scale, float) else len(scale))
     module.scale = torch.tensor(scale)
     return module
@@ -61,7 +61,7 @@ def quantiser(scale):
 def test_one_scale_rounds_to_127_steps_up_and_128_down():
     values = torch.tensor([-90.0, -64.0, -63.9, -0.25, 0.24, 0.26, 0.75, 63.5, 63.6, 1e9])
     expected = [-64, -64, -64, 0, 0, 0.5, 1.0, 63.5, 63.5, 63.5]
-    assert quantiser(0.5)(values).tolist() == expected
+    assert quantizer(0.5)(values).tolist() == expected
 
 
 @pytest.mark.parametrize("shape", [(3, 2, 5, 5), (3, 4)], ids=["convolution", "linear"])
@@ -72,7 +72,7 @@ def test_scales_per_channel_belong_to_the_first_dimension(shape):
     steps = scales.reshape(3, *[1] * (len(shape) - 1))
     expected = np.clip(np.rint(values / steps), -128, 127) * steps
     np.testing.assert_allclose(
-        quantiser(scales.tolist())(torch.from_numpy(values)).numpy(), expected, rtol=1e-6
+        quantizer(scales.tolist())(torch.from_numpy(values)).numpy(), expected, rtol=1e-6
     )
 
 
@@ -95,7 +95,7 @@ def test_gradients_are_those_of_the_paper(scales):
     scale = np.asarray(scales, np.float64).reshape(-1, 1, 1, 1)
     through, by_scale = lsq(values.astype(np.float64), scale, gradient.astype(np.float64))
     by_scale = by_scale.sum((1, 2, 3)) if isinstance(scales, list) else by_scale.sum()
-    module = quantiser(scales)
+    module = quantizer(scales)
     given = torch.from_numpy(values).requires_grad_()
     with learning_scales(module):
         module(given).backward(torch.from_numpy(gradient))
@@ -109,7 +109,7 @@ def test_gradients_are_those_of_the_paper(scales):
 
 @pytest.mark.parametrize("arch", ["mobilenetv3_small_100", "resnet18"])
 def test_every_weight_and_every_scale_of_a_net_gets_a_gradient(arch):
-    net, _ = quantise_net(real_net(arch), pictures(4))
+    net, _ = quantize_net(real_net(arch), pictures(4))
     with learning_scales(net):
         nn.functional.cross_entropy(net.train()(pictures(4)), torch.arange(4)).backward()
         flat = [name for name, each in net.named_parameters() if each.grad is None or not each.grad.any()]
@@ -119,7 +119,7 @@ def test_every_weight_and_every_scale_of_a_net_gets_a_gradient(arch):
 
 
 def test_scales_are_parameters_only_while_they_are_learnt():
-    module = quantiser([0.5, 0.25])
+    module = quantizer([0.5, 0.25])
     assert list(module.parameters()) == []
     with learning_scales(module):
         assert len(list(module.parameters())) == 1
@@ -155,7 +155,7 @@ def test_scale_of_least_error_is_that_of_trying_all(values, fraction):
 
 
 def test_every_scale_is_calibrated_to_what_passes_there():
-    net, _ = quantise_net(real_net("mobilenetv3_small_100"), pictures(16))
+    net, _ = quantize_net(real_net("mobilenetv3_small_100"), pictures(16))
     seen = {}
     handles = [
         module.register_forward_hook(
@@ -182,131 +182,131 @@ def test_dead_tensor_and_dead_channel_keep_a_scale_that_divides():
     with torch.no_grad():
         net[0].weight[1] = 0
         net[0].bias.fill_(-1000)
-    quantised, _ = quantise_net(net, pictures(2), keep=[])
-    assert float(quantised[2].input_quantiser.scale) == 1
-    assert float(quantised[0].weight_quantiser.scale[1]) == 1
+    quantized, _ = quantize_net(net, pictures(2), keep=[])
+    assert float(quantized[2].input_quantizer.scale) == 1
+    assert float(quantized[0].weight_quantizer.scale[1]) == 1
     with torch.no_grad():
-        assert torch.isfinite(quantised(pictures(2))).all()
+        assert torch.isfinite(quantized(pictures(2))).all()
 
 
 def test_value_that_is_no_number_is_named():
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)).eval()
     images = pictures(2)
     images[1, 0, 3, 3] = float("inf")
-    with pytest.raises(NonFiniteError, match=r"'0.input_quantiser' was given inf while calibrating"):
-        quantise_net(net, images, keep=[])
+    with pytest.raises(NonFiniteError, match=r"'0.input_quantizer' was given inf while calibrating"):
+        quantize_net(net, images, keep=[])
 
 
-# --- where quantisers sit ---
+# --- where quantizers sit ---
 
 
 @pytest.fixture(scope="module")
 def small():
-    """MobileNetV3-Small, its quantised form, and what was kept."""
+    """MobileNetV3-Small, its quantized form, and what was kept."""
     net = real_net("mobilenetv3_small_100")
-    return net, *quantise_net(net, pictures(16))
+    return net, *quantize_net(net, pictures(16))
 
 
 def test_first_convolution_gates_and_classifier_stay_float(small):
-    net, quantised, kept = small
+    net, quantized, kept = small
     gates = [name for name, module in net.named_modules() if isinstance(module, SqueezeExcite)]
     assert len(gates) == 9
     assert kept == sorted(["conv_stem", "classifier", *gates])
-    for name, module in quantised.named_modules():
+    for name, module in quantized.named_modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             held = any(name == each or name.startswith(f"{each}.") for each in kept)
             assert isinstance(module, (QuantConv2d, QuantLinear)) != held, name
 
 
-def test_residual_block_shares_one_quantiser_between_skip_and_convolution(small):
-    _, quantised, _ = small
-    block = quantised.blocks[1][1]
+def test_residual_block_shares_one_quantizer_between_skip_and_convolution(small):
+    _, quantized, _ = small
+    block = quantized.blocks[1][1]
     assert block.has_skip
-    assert isinstance(block.input_quantiser, FakeQuant)
-    assert isinstance(block.conv_pw.input_quantiser, nn.Identity)
-    assert isinstance(block.conv_dw.input_quantiser, FakeQuant)
-    plain = quantised.blocks[1][0]
+    assert isinstance(block.input_quantizer, FakeQuant)
+    assert isinstance(block.conv_pw.input_quantizer, nn.Identity)
+    assert isinstance(block.conv_dw.input_quantizer, FakeQuant)
+    plain = quantized.blocks[1][0]
     assert not plain.has_skip
-    assert not hasattr(plain, "input_quantiser")
-    assert isinstance(plain.conv_pw.input_quantiser, FakeQuant)
+    assert not hasattr(plain, "input_quantizer")
+    assert isinstance(plain.conv_pw.input_quantizer, FakeQuant)
 
 
-def test_block_whose_convolutions_all_stay_float_has_no_quantiser():
+def test_block_whose_convolutions_all_stay_float_has_no_quantizer():
     net = real_net("mobilenetv3_small_100")
-    quantised, kept = quantise_net(net, pictures(4), keep=["blocks.1", "conv_stem"])
+    quantized, kept = quantize_net(net, pictures(4), keep=["blocks.1", "conv_stem"])
     assert kept == ["blocks.1", "conv_stem"]
-    assert not any(isinstance(module, FakeQuant) for module in quantised.blocks[1].modules())
-    assert isinstance(quantised.classifier, QuantLinear)
+    assert not any(isinstance(module, FakeQuant) for module in quantized.blocks[1].modules())
+    assert isinstance(quantized.classifier, QuantLinear)
 
 
-def test_block_that_halves_the_picture_quantises_its_skip_convolution_too():
+def test_block_that_halves_the_picture_quantizes_its_skip_convolution_too():
     """ResNet adds the output of a convolution on the skip path, and two convolutions read the block's input."""
-    quantised, _ = quantise_net(real_net("resnet18"), pictures(4))
-    block = quantised.layer2[0]
-    assert isinstance(block.input_quantiser, FakeQuant)
-    assert isinstance(block.conv1.input_quantiser, nn.Identity)
-    assert isinstance(block.downsample[0].input_quantiser, nn.Identity)
-    assert isinstance(block.downsample.skip_quantiser, FakeQuant)
+    quantized, _ = quantize_net(real_net("resnet18"), pictures(4))
+    block = quantized.layer2[0]
+    assert isinstance(block.input_quantizer, FakeQuant)
+    assert isinstance(block.conv1.input_quantizer, nn.Identity)
+    assert isinstance(block.downsample[0].input_quantizer, nn.Identity)
+    assert isinstance(block.downsample.skip_quantizer, FakeQuant)
 
 
 @pytest.mark.parametrize(
     ("keep", "problem"),
     [
         (["blocks.9"], "the net has no module 'blocks.9' to keep in float"),
-        (["conv_stem", "blocks", "conv_head", "classifier"], "nothing is left to quantise"),
+        (["conv_stem", "blocks", "conv_head", "classifier"], "nothing is left to quantize"),
     ],
 )
 def test_wrong_choice_of_what_to_keep_is_named(keep, problem):
     with pytest.raises(RecipeError) as caught:
-        quantise_net(real_net("mobilenetv3_small_100"), pictures(2), keep=keep)
+        quantize_net(real_net("mobilenetv3_small_100"), pictures(2), keep=keep)
     assert caught.value.problem == problem
 
 
 def test_kind_of_convolution_that_is_unknown_is_named():
     with pytest.raises(
-        RecipeError, match=r"cannot quantise 'conv_stem': it is a Conv2dSame, not a plain conv"
+        RecipeError, match=r"cannot quantize 'conv_stem': it is a Conv2dSame, not a plain conv"
     ):
-        quantise_net(create_backbone("tf_mobilenetv3_small_minimal_100"), pictures(2), keep=[])
+        quantize_net(create_backbone("tf_mobilenetv3_small_minimal_100"), pictures(2), keep=[])
 
 
 def test_float_copy_is_the_folded_net_to_the_bit(small):
-    net, quantised, _ = small
-    folded, plain = fold_batch_norm(net), without_fake_quant(quantised)
+    net, quantized, _ = small
+    folded, plain = fold_batch_norm(net), without_fake_quant(quantized)
     with torch.no_grad():
         assert torch.equal(plain(pictures(2)), folded(pictures(2)))
-        assert not torch.equal(quantised(pictures(2)), folded(pictures(2)))
+        assert not torch.equal(quantized(pictures(2)), folded(pictures(2)))
     assert list(plain.state_dict()) == list(folded.state_dict())
 
 
-def test_float_copy_is_quantised_again_as_the_net_was(small):
-    _, quantised, _ = small
-    again, _ = quantise_net(without_fake_quant(quantised), pictures(16))
+def test_float_copy_is_quantized_again_as_the_net_was(small):
+    _, quantized, _ = small
+    again, _ = quantize_net(without_fake_quant(quantized), pictures(16))
     with torch.no_grad():
-        assert torch.equal(again(pictures(2)), quantised(pictures(2)))
+        assert torch.equal(again(pictures(2)), quantized(pictures(2)))
     check_pairs(exported(again), again)
 
 
 def test_state_dict_and_kept_names_are_all_that_rebuilds_it(small):
-    _, quantised, kept = small
+    _, quantized, kept = small
     torch.manual_seed(7)
     blank = insert_fake_quant(
         fold_batch_norm(create_backbone("mobilenetv3_small_100", num_classes=5)), keep=kept
     )
-    blank.load_state_dict(quantised.state_dict())
+    blank.load_state_dict(quantized.state_dict())
     with torch.no_grad():
-        assert torch.equal(blank(pictures(2)), quantised(pictures(2)))
+        assert torch.equal(blank(pictures(2)), quantized(pictures(2)))
 
 
-def test_copy_of_a_quantised_net_uses_its_own_quantisers(small):
-    _, quantised, _ = small
-    copied = copy.deepcopy(quantised)
+def test_copy_of_a_quantized_net_uses_its_own_quantizers(small):
+    _, quantized, _ = small
+    copied = copy.deepcopy(quantized)
     for module in copied.modules():
         if isinstance(module, FakeQuant):
             module.scale.mul_(4)
     with torch.no_grad():
-        before = quantised(pictures(2))
+        before = quantized(pictures(2))
         assert not torch.equal(copied(pictures(2)), before)
-        assert torch.equal(quantised(pictures(2)), before)
+        assert torch.equal(quantized(pictures(2)), before)
 
 
 # --- what is exported ---
@@ -333,8 +333,8 @@ def exported(net, *, opset=17, dynamic=True):
     return onnx_from_net(net, graph=graph, shape=(3, 64, 64), metadata={})
 
 
-def run_unoptimised(model, images):
-    """ONNX Runtime as the graph says it: optimised, it rounds biases too."""
+def run_unoptimized(model, images):
+    """ONNX Runtime as the graph says it: optimized, it rounds biases too."""
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 3
@@ -352,10 +352,10 @@ def check_pairs(model, net):
     for node in model.graph.node:
         for name in node.input:
             readers.setdefault(name, []).append(node)
-    quantised = [node for node in model.graph.node if node.op_type == "QuantizeLinear"]
+    quantized = [node for node in model.graph.node if node.op_type == "QuantizeLinear"]
     restored = [node for node in model.graph.node if node.op_type == "DequantizeLinear"]
     scales = []
-    for node in quantised:
+    for node in quantized:
         (back,) = readers[node.output[0]]
         assert back.op_type == "DequantizeLinear"
         assert list(back.input[1:]) == list(node.input[1:])
@@ -372,8 +372,8 @@ def check_pairs(model, net):
         else:
             assert scale.shape == zero.shape == ()
             assert {each.op_type for each in readers[back.output[0]]} <= {"Conv", "Gemm", "MatMul", "Add"}
-    # One pair for each tensor, and one for each quantiser of the net.
-    assert len({node.input[0] for node in quantised}) == len(quantised) == len(restored)
+    # One pair for each tensor, and one for each quantizer of the net.
+    assert len({node.input[0] for node in quantized}) == len(quantized) == len(restored)
     modules = [module for module in net.modules() if isinstance(module, FakeQuant)]
     assert sorted(scale.tobytes() for scale in scales) == sorted(
         module.scale.numpy().tobytes() for module in modules
@@ -397,15 +397,15 @@ def blocks():
     torch.manual_seed(0)
     net = Blocks().eval()
     recalibrate(net, [pictures(16)], device=torch.device("cpu"))
-    return net, quantise_net(net, pictures(16), keep=["stem", "inverted.se"])[0]
+    return net, quantize_net(net, pictures(16), keep=["stem", "inverted.se"])[0]
 
 
 def test_exported_graph_computes_what_torch_computes(blocks):
-    net, quantised = blocks
+    net, quantized = blocks
     images = pictures(16)
-    found = run_unoptimised(exported(quantised), images)
+    found = run_unoptimized(exported(quantized), images)
     with torch.no_grad():
-        expected, unrounded = quantised(images), net(images)
+        expected, unrounded = quantized(images), net(images)
     size = float(expected.abs().max())
     assert float((expected - unrounded).abs().max()) > 0.003 * size
     # A value near the middle of two steps may go to the other one.
@@ -430,9 +430,9 @@ def test_exported_graph_is_what_tensorrt_reads(blocks):
 )
 def test_whole_nets_export_to_what_tensorrt_builds(arch, adds, pairs):
     trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
-    quantised, _ = quantise_net(real_net(arch), pictures(8))
-    model = exported(quantised, dynamic=False)
-    check_pairs(model, quantised)
+    quantized, _ = quantize_net(real_net(arch), pictures(8))
+    model = exported(quantized, dynamic=False)
+    check_pairs(model, quantized)
     assert sum(node.op_type == "Add" for node in model.graph.node) == adds
     assert sum(node.op_type == "QuantizeLinear" for node in model.graph.node) == pairs
     logger = trt.Logger(trt.Logger.ERROR)

@@ -206,12 +206,12 @@ def write_run(path, *, tables=TABLES, other_weights=False):
     torch.manual_seed(0)
     net = create_slimmable(recipe)
     if other_weights:
-        optimiser = torch.optim.SGD(net.parameters(), lr=0.05)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
         for _ in range(3):
             images = torch.randn(4, 3, 32, 32)
             (net.forward_host(images).square().mean() + net.forward_slim(images).square().mean()).backward()
-            optimiser.step()
-            optimiser.zero_grad()
+            optimizer.step()
+            optimizer.zero_grad()
     from edgecl.storage.artifacts import record_header, write_json
 
     write_json(

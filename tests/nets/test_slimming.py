@@ -154,7 +154,7 @@ def test_training_the_host_leaves_the_slim_statistics_alone(net, images):
     assert all(not torch.equal(tensor, host[name]) for name, tensor in net.host.named_buffers())
 
 
-def test_an_optimiser_step_on_the_slim_net_moves_the_hosts_weights(net, images):
+def test_an_optimizer_step_on_the_slim_net_moves_the_hosts_weights(net, images):
     before = net.host.backbone.conv_stem.weight.detach().clone()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     net.forward_slim(images).square().sum().backward()
@@ -185,7 +185,7 @@ def test_evaluation_mode_reaches_the_slim_net(net, images):
 
 def test_slim_norms_start_at_the_hosts_values():
     net = slim_bare("resnet50", slim_width=0.5)
-    # Zero-initialised last norms of a residual block, and ones elsewhere.
+    # Zero-initialized last norms of a residual block, and ones elsewhere.
     for name, module in net._views[net.slim_width].skeleton.named_modules():
         if is_norm(module):
             host = net.host.get_submodule(name)

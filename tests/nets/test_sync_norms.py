@@ -1,7 +1,7 @@
 """Norms over all processes are the same norm over the whole batch, in outputs, gradients and running statistics.
 
 Every process holds the whole batch, runs torch's or timm's own norm on it, and compares its share of the result with what
-the synchronised norm makes of its share of the batch. Differences are relative to the largest number of a tensor.
+the synchronized norm makes of its share of the batch. Differences are relative to the largest number of a tensor.
 """
 
 import json
@@ -13,7 +13,7 @@ from worlds import run_script
 
 from edgecl.nets.heads import Encoder
 from edgecl.nets.slimming import SlimmableNet
-from edgecl.nets.sync_norms import GlobalBatchNorm, sum_over_processes, synchronise_norms
+from edgecl.nets.sync_norms import GlobalBatchNorm, sum_over_processes, synchronize_norms
 
 SCRIPT = """
 import copy, json, sys, warnings
@@ -29,7 +29,7 @@ from edgecl.distributed import processes
 from edgecl.errors import RecipeError
 from edgecl.nets.heads import Encoder
 from edgecl.nets.slimming import SlimmableNet
-from edgecl.nets.sync_norms import GlobalBatchNorm, sum_over_processes, synchronise_norms
+from edgecl.nets.sync_norms import GlobalBatchNorm, sum_over_processes, synchronize_norms
 
 CHANNELS = 5
 
@@ -135,7 +135,7 @@ def on_a_net():
     for which in ("none", "projector", "all"):
         other = copy.deepcopy(net)
         pointers = {name: tensor.data_ptr() for name, tensor in other.state_dict().items()}
-        synchronise_norms(other, which=which, device=torch.device("cpu"))
+        synchronize_norms(other, which=which, device=torch.device("cpu"))
         after = other.state_dict()
         found[which] = {
             "same tensors in the same places": {n: t.data_ptr() for n, t in after.items()} == pointers,
@@ -171,7 +171,7 @@ def on_a_net():
         lambda width: nn.Sequential(nn.Conv2d(3, 8, 3), OddNorm(8), nn.Flatten(1)), host_width=1.0, slim_width=1.0
     )
     try:
-        synchronise_norms(odd, which="all", device=torch.device("cpu"))
+        synchronize_norms(odd, which="all", device=torch.device("cpu"))
     except RecipeError as error:
         found["odd"] = str(error)
     return found
@@ -245,7 +245,7 @@ def test_frozen_and_evaluating_norms_leave_the_statistics_alone(results, rank):
 
 @pytest.mark.parametrize("rank", RANKS)
 def test_norm_of_a_share_alone_is_another(results, rank):
-    """The comparison would see a norm that is not synchronised."""
+    """The comparison would see a norm that is not synchronized."""
     local = results[rank]["local"]
     for what in ("outputs", "inputs", "statistics"):
         assert local[what] > 0.05, what
@@ -264,7 +264,7 @@ def test_tensors_of_a_net_keep_their_names_order_and_memory(results, which):
     assert net["parameters"]
 
 
-def test_norms_that_were_asked_for_are_synchronised_in_host_and_in_every_width(results):
+def test_norms_that_were_asked_for_are_synchronized_in_host_and_in_every_width(results):
     net = results["2-0"]["net"]
     assert (net["none"]["host"], net["none"]["slim"]) == ([], [])
     assert net["projector"]["host"] == ["projector.1", "projector.4"]
@@ -273,11 +273,11 @@ def test_norms_that_were_asked_for_are_synchronised_in_host_and_in_every_width(r
     assert len(net["all"]["slim"]) == 2 * net["all"]["norms"]
 
 
-def test_frozen_passes_of_a_synchronised_net_change_nothing(results):
+def test_frozen_passes_of_a_synchronized_net_change_nothing(results):
     assert results["2-0"]["net"]["frozen"]
 
 
-def test_weights_of_a_synchronised_net_are_those_of_a_plain_one(results):
+def test_weights_of_a_synchronized_net_are_those_of_a_plain_one(results):
     assert results["2-0"]["net"]["moved"]
     assert results["2-0"]["net"]["evaluation"] == 0
 
@@ -298,7 +298,7 @@ def test_alone_nothing_is_replaced():
         host_width=1.0,
         slim_width=1.0,
     )
-    synchronise_norms(net, which="all", device=torch.device("cpu"))
+    synchronize_norms(net, which="all", device=torch.device("cpu"))
     assert not any(isinstance(module, GlobalBatchNorm) for module in net.modules())
 
 

@@ -1,7 +1,7 @@
 # ruff: noqa: N802, N815
 """A CUDA runtime without a GPU: its memory is the host's, its streams do nothing before someone waits for them.
 
-Work that is queued stays undone until a synchronisation, so that a missing one shows as stale results. Time is
+Work that is queued stays undone until a synchronization, so that a missing one shows as stale results. Time is
 scripted: every piece of work takes the milliseconds of COST. Python 3.6 grammar, since one test runs it there.
 """
 

@@ -69,7 +69,7 @@ class Strict:
         self.__dict__[name] = value
 
 
-class Behaviour:
+class Behavior:
     """What a test wants to go wrong, or to be there."""
 
     def __init__(self):
@@ -123,7 +123,7 @@ class FakeTensorrt(types.ModuleType):
         self.number = number = tuple(int(part) for part in version.split(".")[:2])
         self.cuda = cuda
         self.calls = calls = []
-        self.behaviour = Behaviour()
+        self.behavior = Behavior()
         self.loggers = []
         flags = ["TF32", "GPU_FALLBACK"] + (["FP16", "INT8"] if number < (11, 0) else [])
         self.BuilderFlag = enum("BuilderFlag", flags)
@@ -181,17 +181,17 @@ class Builder(Strict):
         return Profile(calls=self.module.calls)
 
     def build_serialized_network(self, network, config):
-        module, behaviour = self.module, self.module.behaviour
+        module, behavior = self.module, self.module.behavior
         module.calls.append("build_serialized_network")
-        if behaviour.failure is not None:
-            module.say("ERROR", behaviour.failure)
+        if behavior.failure is not None:
+            module.say("ERROR", behavior.failure)
             return None
         plan = {
             "version": module.__version__,
             "typed": network.typed,
             "flags": sorted(config.flags_set),
             "detailed": str(config.profiling_verbosity).endswith("DETAILED"),
-            "delivered": behaviour.delivered,
+            "delivered": behavior.delivered,
             "shapes": config.shapes,
         }
         header = json.dumps(plan, sort_keys=True).encode("ascii")
@@ -200,9 +200,9 @@ class Builder(Strict):
 
 def _builder(module, logger):
     assert logger is module.loggers[0], "a second logger, which TensorRT ignores"
-    attributes = {"module": module, "calls": module.calls, "num_DLA_cores": module.behaviour.dla_cores}
+    attributes = {"module": module, "calls": module.calls, "num_DLA_cores": module.behavior.dla_cores}
     if module.number < (11, 0):
-        for name, fast in module.behaviour.fast.items():
+        for name, fast in module.behavior.fast.items():
             attributes["platform_has_fast_" + name] = fast
     return Builder(**attributes)
 
@@ -216,7 +216,7 @@ class Profile(Strict):
 class Config(Strict):
     def set_flag(self, flag):
         self.calls.append("set_flag(%s)" % flag.name)
-        if self.module.behaviour.kept_flags or flag.name == "TF32":
+        if self.module.behavior.kept_flags or flag.name == "TF32":
             self.flags_set.add(flag.name)
 
     def clear_flag(self, flag):
@@ -234,7 +234,7 @@ class Config(Strict):
         return Cache(content=bytes(content))
 
     def set_timing_cache(self, cache, ignore_mismatch):
-        fits = self.module.behaviour.timing_cache_fits or not cache.content
+        fits = self.module.behavior.timing_cache_fits or not cache.content
         self.calls.append(
             "set_timing_cache(%d bytes, %s) -> %s" % (len(cache.content), ignore_mismatch, fits)
         )
@@ -325,9 +325,9 @@ class Parser:
         self.module.calls.append("parse_from_file")
         with open(path, "rb") as file:
             content = file.read()
-        if self.module.behaviour.unparsed:
+        if self.module.behavior.unparsed:
             kind = LaterError if self.module.number >= (10, 0) else Error
-            self.errors.append(kind(*self.module.behaviour.unparsed))
+            self.errors.append(kind(*self.module.behavior.unparsed))
             return False
         self.network.read(content)
         return True
@@ -394,7 +394,7 @@ class PlainEngine:
         self.num_layers = len(self.nodes)
 
     def create_execution_context(self):
-        if not self.module.behaviour.context:
+        if not self.module.behavior.context:
             self.module.say("ERROR", "Requested amount of GPU memory (1024 bytes) could not be allocated.")
             return None
         number = self.module.number
@@ -459,18 +459,18 @@ class Inspector:
     def get_engine_information(self, form):
         assert form.name == "JSON"
         module = self.engine.module
-        if module.behaviour.garbled:
+        if module.behavior.garbled:
             return '{"Layers": [{"Name": "a "quoted" name"}]}'
         return json.dumps({"Layers": self._layers(), "Bindings": self.engine.names})
 
     def _layers(self):
         engine, module = self.engine, self.engine.module
-        if module.behaviour.names_only or not engine.about["detailed"]:
+        if module.behavior.names_only or not engine.about["detailed"]:
             return [node[4] for node in engine.nodes]
-        dequantised = {output for node in engine.nodes if node[0] == "DequantizeLinear" for output in node[2]}
+        dequantized = {output for node in engine.nodes if node[0] == "DequantizeLinear" for output in node[2]}
         layers = []
         for operator, inputs, _, kind, name in engine.nodes:
-            if inputs[0] in dequantised:
+            if inputs[0] in dequantized:
                 precision = "int8"
             elif kind == "HALF" or (not engine.about["typed"] and "FP16" in engine.about["flags"]):
                 precision = "fp16"
@@ -517,7 +517,7 @@ class PlainContext:
         if any(isinstance(size, str) for size in shape):
             module.say("ERROR", "a dynamic shape was not set")
             return False
-        if stream.captured is not None and (self.set_up_for != shape or not module.behaviour.capturable):
+        if stream.captured is not None and (self.set_up_for != shape or not module.behavior.capturable):
             stream.capture_broken = True  # setting up within a capture breaks it
             return True
         self.set_up_for = shape

@@ -13,7 +13,7 @@ from edgecl.onboard import clock, trtexec
 from edgecl.onboard.bench import _marks_of_conditions, bench
 from edgecl.onboard.errors import BundleError, DeviceError
 from edgecl.onboard.power import PowerMeter
-from edgecl.onboard.runtimes.ort import OrtRunner
+from edgecl.onboard.runtimes.ort import OrtSession
 from edgecl.onboard.throttle import ThrottleWatch
 
 from .engine_bundle import install, make_engine_bundle
@@ -150,7 +150,7 @@ def test_throttling_marks_the_session(tmp_path, monkeypatch):
     monkeypatch.setattr(edgecl.onboard.bench, "ThrottleWatch", functools.partial(ThrottleWatch, root=root))
     runs = []
 
-    class Counting(OrtRunner):
+    class Counting(OrtSession):
         """Draws over-current while it runs."""
 
         def run_once(self, mode="inference"):
@@ -159,7 +159,7 @@ def test_throttling_marks_the_session(tmp_path, monkeypatch):
             runs.append(1)
             return super().run_once(mode)
 
-    monkeypatch.setattr("edgecl.onboard.runtimes.ort.OrtRunner", Counting)
+    monkeypatch.setattr("edgecl.onboard.runtimes.ort.OrtSession", Counting)
     record = bench(make_bundle(tmp_path / "b"), duration_s=0.05, threads=1, power=False)
     assert runs
     assert record["marks"][:2] == [
@@ -184,7 +184,7 @@ def test_conditions_that_cast_doubt_are_marked():
 
 
 class Scripted:
-    """A runner whose seconds come from a list, as a GPU's events would tell them."""
+    """A session whose seconds come from a list, as a GPU's events would tell them."""
 
     closed = 0
 
@@ -211,7 +211,7 @@ class Scripted:
 
 def test_a_net_that_never_settles_and_slows_down_is_marked(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        edgecl.onboard.bench, "open_runner", lambda *_, **__: Scripted(lambda n: 0.001 * 1.0001**n)
+        edgecl.onboard.bench, "open_session", lambda *_, **__: Scripted(lambda n: 0.001 * 1.0001**n)
     )
     monkeypatch.setattr(clock, "STEADY", 0.0)
     monkeypatch.setattr(clock, "LONGEST_S", 0.5)
@@ -236,7 +236,7 @@ def test_ratio_is_how_many_times_as_fast_the_lower_precision_is(tmp_path, monkey
     seconds = {"fp32": 0.004, "int8": 0.001}
     monkeypatch.setattr(
         edgecl.onboard.bench,
-        "open_runner",
+        "open_session",
         lambda *_, precision, **__: Scripted(lambda n: seconds[precision]),
     )
     bundle = make_bundle(tmp_path / "b", precisions=("int8", "fp32"))
@@ -254,9 +254,9 @@ def test_ratio_is_how_many_times_as_fast_the_lower_precision_is(tmp_path, monkey
     assert [one["latency_ms"]["p50"] for one in record["measurements"]] == [1.0, 4.0]
 
 
-def test_a_runner_is_closed_when_the_next_cannot_be_opened(tmp_path, monkeypatch):
+def test_a_session_is_closed_when_the_next_cannot_be_opened(tmp_path, monkeypatch):
     closed = []
-    monkeypatch.setattr(OrtRunner, "close", lambda self: closed.append(self._precision))
+    monkeypatch.setattr(OrtSession, "close", lambda self: closed.append(self._precision))
     bundle = make_bundle(tmp_path / "b", precisions=("fp32", "fp16"))
     manifest = read_manifest(bundle)
     manifest["precisions"]["fp16"]["model"] = "reference.npz"
@@ -359,8 +359,8 @@ def test_a_precision_the_bundle_lacks_is_refused_before_anything_is_loaded(tmp_p
 
 def test_a_batch_is_filled_with_the_reference_images(tmp_path, monkeypatch):
     bound = []
-    bind = OrtRunner.bind
-    monkeypatch.setattr(OrtRunner, "bind", lambda self, images: (bound.append(images), bind(self, images)))
+    bind = OrtSession.bind
+    monkeypatch.setattr(OrtSession, "bind", lambda self, images: (bound.append(images), bind(self, images)))
     bundle = make_bundle(tmp_path / "b", batch=8, images=3)
     record = bench(bundle, duration_s=0.05, threads=1, power=False)
     assert record["batch"] == 8

@@ -94,7 +94,7 @@ def test_a_precision_without_a_key_is_named(bundle, key):
 
 def test_a_newer_schema_is_refused_with_both(bundle):
     write_manifest(bundle, {**read_manifest(bundle), "schema": 99})
-    with pytest.raises(BundleError, match="has schema 99, this runner reads up to 1"):
+    with pytest.raises(BundleError, match="has schema 99, this edgecl reads up to 1"):
         check(bundle)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from edgecl.onboard.device_info import add_state_after, read_clocks, read_passport, read_temperatures
+from edgecl.onboard.device_info import add_state_after, read_clocks, read_device_info, read_temperatures
 
 X86_CPU = """processor\t: {0}
 vendor_id\t: GenuineIntel
@@ -34,7 +34,7 @@ def tree(root, files):
 
 def read(root, machine="aarch64", cores=4):
     versions = {"onnxruntime": "1.20.0", "numpy": "1.26.0"}
-    return read_passport(threads=2, versions=versions, root=root, machine=machine, cores=cores)
+    return read_device_info(threads=2, versions=versions, root=root, machine=machine, cores=cores)
 
 
 @pytest.fixture
@@ -54,9 +54,9 @@ def server(tmp_path):
 
 
 def test_server_is_named_after_its_processor(server):
-    passport = read(server, machine="x86_64", cores=6)
-    assert passport.pop("python")
-    assert passport == {
+    device_info = read(server, machine="x86_64", cores=6)
+    assert device_info.pop("python")
+    assert device_info == {
         "name": "Intel Xeon Gold 6248",
         "board": None,
         "module": None,
@@ -98,12 +98,12 @@ def test_raspberry_pi_is_named_after_its_board(tmp_path):
             "sys/fs/cgroup/cpu.max": "max 100000\n",
         },
     )
-    passport = read(tmp_path)
-    assert passport["name"] == passport["board"] == "Raspberry Pi 4 Model B Rev 1.4"
-    assert passport["cpu_model"] == "Cortex-A72"
-    assert passport["cores_present"] == 4
-    assert passport["governor"] == "ondemand"
-    assert passport["core_quota"] is None
+    device_info = read(tmp_path)
+    assert device_info["name"] == device_info["board"] == "Raspberry Pi 4 Model B Rev 1.4"
+    assert device_info["cpu_model"] == "Cortex-A72"
+    assert device_info["cores_present"] == 4
+    assert device_info["governor"] == "ondemand"
+    assert device_info["core_quota"] is None
 
 
 def test_jetson_orin_tells_its_release(tmp_path):
@@ -121,16 +121,16 @@ def test_jetson_orin_tells_its_release(tmp_path):
             "etc/nv_tegra_release": "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic\n",
         },
     )
-    passport = read(tmp_path)
-    assert passport["name"] == "NVIDIA Jetson Orin Nano Developer Kit"
-    assert passport["cpu_model"] == "Cortex-A78AE"
-    assert passport["l4t"] == "36.4.3"
+    device_info = read(tmp_path)
+    assert device_info["name"] == "NVIDIA Jetson Orin Nano Developer Kit"
+    assert device_info["cpu_model"] == "Cortex-A78AE"
+    assert device_info["l4t"] == "36.4.3"
 
 
 def test_cores_of_several_kinds_are_all_named(tmp_path):
     cpus = "".join(ARM_CPU.format(i, "0x41", part) for i, part in enumerate(["0xd0b", "0xd05", "0xd05"]))
-    passport = read(tree(tmp_path, {"proc/cpuinfo": cpus + ARM_CPU.format(3, "0x61", "0x022")}))
-    assert passport["cpu_model"] == "Cortex-A76 + Cortex-A55 + Arm core 0x61/0x022"
+    device_info = read(tree(tmp_path, {"proc/cpuinfo": cpus + ARM_CPU.format(3, "0x61", "0x022")}))
+    assert device_info["cpu_model"] == "Cortex-A76 + Cortex-A55 + Arm core 0x61/0x022"
 
 
 def test_old_control_groups_limit_cores_too(tmp_path):
@@ -140,17 +140,21 @@ def test_old_control_groups_limit_cores_too(tmp_path):
 
 
 def test_a_device_that_tells_nothing_still_has_a_name(tmp_path):
-    passport = read(tmp_path, machine="riscv64")
-    assert passport["name"] == "riscv64"
+    device_info = read(tmp_path, machine="riscv64")
+    assert device_info["name"] == "riscv64"
     assert (
-        passport["cpu_model"] is passport["governor"] is passport["load_1m"] is passport["memory_mib"] is None
+        device_info["cpu_model"]
+        is device_info["governor"]
+        is device_info["load_1m"]
+        is device_info["memory_mib"]
+        is None
     )
 
 
-def test_this_machine_has_a_passport():
-    passport = read_passport(threads=1, versions={})
-    assert passport["name"]
-    assert passport["cores"] >= 1
+def test_this_machine_has_a_device_info():
+    device_info = read_device_info(threads=1, versions={})
+    assert device_info["name"]
+    assert device_info["cores"] >= 1
 
 
 # --- boards, as their systems show them ---
@@ -341,8 +345,8 @@ THOR = {
     ids=["nano", "xavier-nx", "orin-nano", "agx-orin", "thor"],
 )
 def test_board_tells_what_it_is_and_how_it_is_set(tmp_path, files, expected):
-    passport = read(tree(tmp_path, files))
-    assert {key: passport[key] for key in expected} == expected
+    device_info = read(tree(tmp_path, files))
+    assert {key: device_info[key] for key in expected} == expected
 
 
 @pytest.mark.parametrize(
@@ -399,13 +403,13 @@ def test_zones_of_the_same_name_are_both_told(tmp_path):
 
 
 def test_state_after_is_added_beside_the_state_before(tmp_path):
-    passport = read(tree(tmp_path, NANO))
+    device_info = read(tree(tmp_path, NANO))
     tree(tmp_path, {**zones(AO_therm=52000), **gpu_clocks("57000000.gpu", 614400000, 921600000, 921600000)})
-    add_state_after(passport, tmp_path)
-    assert passport["temperatures_c"]["before"]["AO-therm"] == 45.5
-    assert passport["temperatures_c"]["after"]["AO-therm"] == 52.0
-    assert passport["clocks"]["before"]["gpu"]["mhz"] == 921.6
-    assert passport["clocks"]["after"]["gpu"]["mhz"] == 614.4
+    add_state_after(device_info, tmp_path)
+    assert device_info["temperatures_c"]["before"]["AO-therm"] == 45.5
+    assert device_info["temperatures_c"]["after"]["AO-therm"] == 52.0
+    assert device_info["clocks"]["before"]["gpu"]["mhz"] == 921.6
+    assert device_info["clocks"]["after"]["gpu"]["mhz"] == 614.4
 
 
 def test_the_table_of_this_board_may_be_a_link(tmp_path):
@@ -439,14 +443,14 @@ def test_pc_with_a_graphics_card_names_it_and_its_driver(tmp_path):
             "usr/local/cuda/version.json": "not json",
         },
     )
-    passport = read(tmp_path, machine="x86_64")
-    assert passport["gpu"] == ["NVIDIA RTX A4000"]
-    assert passport["driver"] == "535.183.01"
-    assert passport["tensorrt"] == "10.13.0"
-    assert passport["cuda"] is None
-    assert passport["kind"] is passport["jetpack"] is passport["power_mode"] is None
+    device_info = read(tmp_path, machine="x86_64")
+    assert device_info["gpu"] == ["NVIDIA RTX A4000"]
+    assert device_info["driver"] == "535.183.01"
+    assert device_info["tensorrt"] == "10.13.0"
+    assert device_info["cuda"] is None
+    assert device_info["kind"] is device_info["jetpack"] is device_info["power_mode"] is None
 
 
 def test_the_runtimes_own_version_of_tensorrt_counts(tmp_path):
-    passport = read_passport(threads=1, versions={"tensorrt": "10.4.0"}, root=tree(tmp_path, ORIN_NANO))
-    assert passport["tensorrt"] == "10.4.0"
+    device_info = read_device_info(threads=1, versions={"tensorrt": "10.4.0"}, root=tree(tmp_path, ORIN_NANO))
+    assert device_info["tensorrt"] == "10.4.0"

@@ -9,7 +9,7 @@ import pytest
 
 from edgecl.onboard import doctor as doctor_module
 from edgecl.onboard.bundle import sha256_of_file
-from edgecl.onboard.device_info import read_passport
+from edgecl.onboard.device_info import read_device_info
 from edgecl.onboard.device_state import check_conditions, highest_power_mode
 from edgecl.onboard.doctor import check_capability, check_runtime, doctor, probe, version_fits
 
@@ -122,8 +122,8 @@ def by_name(found):
 
 def conditions(root):
     """The checks of a board's state alone, which start no process."""
-    passport = read_passport(threads=None, versions={}, root=root)
-    return {check["name"]: check for check in check_conditions(root, passport)}
+    device_info = read_device_info(threads=None, versions={}, root=root)
+    return {check["name"]: check for check in check_conditions(root, device_info)}
 
 
 def make_module(folder, name, text):
@@ -401,7 +401,7 @@ def test_onnxruntime_without_cuda_fails_for_a_target_with_a_gpu(modules, orin):
     target = {"runtime": "onnxruntime", "device": "gpu"}
     check = runtime_fix(orin, target, jetson=False)["onnxruntime providers"]
     assert check["status"] == "fail"
-    assert check["found"] == "CPU; the target is for a desktop or data-centre GPU"
+    assert check["found"] == "CPU; the target is for a desktop or data-center GPU"
     assert check["fix"] == "pip install onnxruntime-gpu in place of onnxruntime"
     on_board = runtime_fix(orin, {**target, "device": "jetson-orin"}, jetson=True)["onnxruntime providers"]
     assert "none for Jetson" in on_board["fix"]

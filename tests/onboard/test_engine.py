@@ -112,7 +112,7 @@ def test_weakly_typed_versions_get_builder_flags(monkeypatch, make, version):
 
 def test_int8_without_fast_fp16_gets_the_int8_flag_alone(monkeypatch, make):
     fake, _ = install(monkeypatch, "8.6.2.3")
-    fake.behaviour.fast["fp16"] = False
+    fake.behavior.fast["fp16"] = False
     assert make("int8").settings["flags"] == ["INT8"]
 
 
@@ -149,7 +149,7 @@ def test_one_logger_serves_all_builds(monkeypatch, make, version):
 
 def test_timing_cache_of_another_device_is_replaced(monkeypatch, make):
     fake, _ = install(monkeypatch, "10.3.0.30")
-    fake.behaviour.timing_cache_fits = False
+    fake.behavior.timing_cache_fits = False
     assert make("fp32", timing_cache=b"old").timing_cache == b"timings"
     calls = [call for call in fake.calls if call.startswith("set_timing_cache")]
     assert calls == ["set_timing_cache(3 bytes, False) -> False", "set_timing_cache(0 bytes, False) -> True"]
@@ -160,7 +160,7 @@ def test_timing_cache_of_another_device_is_replaced(monkeypatch, make):
 
 def test_dla_core_is_chosen_with_the_gpu_as_fallback(monkeypatch, make):
     fake, _ = install(monkeypatch, "8.5.2.2")
-    fake.behaviour.dla_cores = 2
+    fake.behavior.dla_cores = 2
     assert make("fp16", build={**BUILD, "dla_core": 1}).settings["dla_core"] == 1
     for call in ("default_device_type = DeviceType.DLA", "DLA_core = 1", "set_flag(GPU_FALLBACK)"):
         assert call in fake.calls
@@ -178,7 +178,7 @@ def test_dla_core_that_is_not_there(monkeypatch, make):
 
 def test_fp32_of_a_bundle_for_dla_runs_on_the_gpu(monkeypatch, make):
     fake, _ = install(monkeypatch, "8.5.2.2")
-    fake.behaviour.dla_cores = 1
+    fake.behavior.dla_cores = 1
     assert make("fp32", build={**BUILD, "dla_core": 0}).settings["dla_core"] is None
     assert not [call for call in fake.calls if "DLA" in call]
 
@@ -189,7 +189,7 @@ def test_fp32_of_a_bundle_for_dla_runs_on_the_gpu(monkeypatch, make):
 @pytest.mark.parametrize(("precision", "other"), [("fp16", "fp32"), ("int8", "fp16")])
 def test_a_gpu_without_a_fast_precision(monkeypatch, make, precision, other):
     fake, _ = install(monkeypatch, "8.2.1.8")
-    fake.behaviour.fast[precision] = False
+    fake.behavior.fast[precision] = False
     with pytest.raises(DeviceError) as caught:
         make(precision)
     assert caught.value.problem == (
@@ -211,7 +211,7 @@ def test_a_graph_in_another_precision(monkeypatch, make, version, precision):
     )
 
 
-def test_int8_of_a_graph_without_quantisation_is_refused_on_old_versions_too(monkeypatch, make):
+def test_int8_of_a_graph_without_quantization_is_refused_on_old_versions_too(monkeypatch, make):
     install(monkeypatch, "8.2.1.8")
     with pytest.raises(DeviceError, match="asked for int8 and not delivered: no convolution"):
         make("int8", form="fp32")
@@ -219,7 +219,7 @@ def test_int8_of_a_graph_without_quantisation_is_refused_on_old_versions_too(mon
 
 def test_a_builder_flag_that_is_not_kept(monkeypatch, make):
     fake, _ = install(monkeypatch, "8.5.2.2")
-    fake.behaviour.kept_flags = False
+    fake.behavior.kept_flags = False
     with pytest.raises(
         DeviceError, match=r"TensorRT 8\.5\.2\.2 has no builder flag FP16, or does not keep it"
     ):
@@ -248,7 +248,7 @@ def test_fp16_scales_build_in_10_3_strongly_typed(monkeypatch, make):
 def test_node_that_an_old_version_does_not_know_is_named(monkeypatch, make):
     fake, _ = install(monkeypatch, "8.2.1.8")
     text = "In node 4 (importModel): UNSUPPORTED_NODE: No importer registered for op: HardSwish"
-    fake.behaviour.unparsed = (4, "", "", text)
+    fake.behavior.unparsed = (4, "", "", text)
     with pytest.raises(DeviceError) as caught:
         make("fp16")
     assert caught.value.problem == f"TensorRT 8.2.1.8 cannot read 'fp16.onnx': node 4 (HardSwish): {text}"
@@ -259,7 +259,7 @@ def test_node_that_an_old_version_does_not_know_is_named(monkeypatch, make):
 
 def test_node_that_a_later_version_refuses_is_named(monkeypatch, make):
     fake, _ = install(monkeypatch, "10.3.0.30")
-    fake.behaviour.unparsed = (7, "conv_q", "QuantizeLinear", "Non-zero zero point is not supported.")
+    fake.behavior.unparsed = (7, "conv_q", "QuantizeLinear", "Non-zero zero point is not supported.")
     with pytest.raises(
         DeviceError, match=r"node 7 'conv_q' \(QuantizeLinear\): Non-zero zero point"
     ) as caught:
@@ -279,7 +279,7 @@ def test_node_that_a_later_version_refuses_is_named(monkeypatch, make):
 )  # fmt: skip
 def test_build_that_fails_says_what_tensorrt_said_and_what_to_do(monkeypatch, make, said, hint):
     fake, _ = install(monkeypatch, "10.3.0.30")
-    fake.behaviour.failure = said
+    fake.behavior.failure = said
     with pytest.raises(DeviceError) as caught:
         make("fp16")
     assert caught.value.problem == f"TensorRT 10.3.0.30 cannot build an fp16 engine from 'fp16.onnx': {said}"
@@ -288,10 +288,10 @@ def test_build_that_fails_says_what_tensorrt_said_and_what_to_do(monkeypatch, ma
 
 def test_messages_of_an_earlier_failure_are_not_told_again(monkeypatch, make):
     fake, _ = install(monkeypatch, "10.3.0.30")
-    fake.behaviour.failure = "the first"
+    fake.behavior.failure = "the first"
     with pytest.raises(DeviceError, match="the first"):
         make("fp16")
-    fake.behaviour.failure = "the second"
+    fake.behavior.failure = "the second"
     with pytest.raises(DeviceError, match=r"'fp16\.onnx': the second$"):
         make("fp16")
 
@@ -381,17 +381,17 @@ sys.modules["tensorrt"] = fake = FakeTensorrt("8.2.1.8", cuda)
 import numpy as np
 from edgecl.onboard.bundle import read_manifest
 from edgecl.onboard.engine import build
-from edgecl.onboard.runtimes import open_runner
+from edgecl.onboard.runtimes import open_session
 bundle = sys.argv[1]
 record = build(bundle, precisions=["fp16"])
-runner = open_runner(bundle, read_manifest(bundle), precision="fp16", threads=1)
+session = open_session(bundle, read_manifest(bundle), precision="fp16", threads=1)
 reference = np.load(bundle + "/reference.npz")
 images = reference["inputs"][:1]
-difference = float(np.abs(runner.run(images) - reference["outputs"][:1]).max())
-runner.bind(images)
-seconds = {mode: runner.run_once(mode) for mode in runner.modes()}
-about = runner.describe()
-runner.close()
+difference = float(np.abs(session.run(images) - reference["outputs"][:1]).max())
+session.bind(images)
+seconds = {mode: session.run_once(mode) for mode in session.modes()}
+about = session.describe()
+session.close()
 print(json.dumps({"calls": fake.calls, "difference": difference, "seconds": seconds, "engine": record["precisions"],
                   "settings": about["settings"], "versions": about["versions"], "live": cuda.live()}))
 """

@@ -92,7 +92,7 @@ def test_weights_tell_where_dynamic_shapes_hide_the_formats():
     assert precision_of_layer(layer) == "fp16"
 
 
-def test_a_layer_that_quantises_its_output_does_not_compute_in_int8():
+def test_a_layer_that_quantizes_its_output_does_not_compute_in_int8():
     layer = {"LayerType": "kgen", "Inputs": [{"Datatype": "Half"}], "Outputs": [{"Datatype": "Int8"}]}
     assert precision_of_layer(layer) == "fp16"
 
@@ -121,7 +121,7 @@ def test_moving_layers_do_not_count():
         ("PointWise", "PWN(conv_gate)", False),
     ],
 )
-def test_convolutions_and_matrix_products_are_recognised(kind, name, matrix):
+def test_convolutions_and_matrix_products_are_recognized(kind, name, matrix):
     assert is_matrix_layer({"Name": name, "LayerType": kind}) == matrix
 
 

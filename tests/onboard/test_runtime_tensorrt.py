@@ -1,4 +1,4 @@
-"""The TensorRT runner on a fake GPU whose streams do nothing before someone waits for them."""
+"""The TensorRT session on a fake GPU whose streams do nothing before someone waits for them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 
 from edgecl.onboard import cudart
 from edgecl.onboard.errors import BundleError, DeviceError
-from edgecl.onboard.runtimes import open_runner
-from edgecl.onboard.runtimes.tensorrt import ENGINES, TensorrtRunner
+from edgecl.onboard.runtimes import open_session
+from edgecl.onboard.runtimes.tensorrt import ENGINES, TensorrtSession
 from edgecl.onboard.verify import verify
 from onboard.engine_bundle import install, make_engine_bundle
 from onboard.fake_cudart import FakeCudart
@@ -40,7 +40,7 @@ def bundle(tmp_path):
 
 
 def open_(bundle, precision="fp16", **options):
-    return TensorrtRunner(
+    return TensorrtSession(
         bundle, read_manifest(bundle), precision=precision, threads=1, **{"runtime": "tensorrt", **options}
     )
 
@@ -50,10 +50,10 @@ def open_(bundle, precision="fp16", **options):
 def test_runs_what_the_file_computes(monkeypatch, bundle, version, precision):
     _, cuda = install(monkeypatch, version)
     images = draw(3)
-    runner = open_(bundle, precision)
+    session = open_(bundle, precision)
     for image in images[:, None]:  # another input must give another output
-        assert np.array_equal(runner.run(image), of_onnxruntime(bundle, precision, image))
-    runner.close()
+        assert np.array_equal(session.run(image), of_onnxruntime(bundle, precision, image))
+    session.close()
     assert cuda.live() == 0
 
 
@@ -61,10 +61,10 @@ def test_runs_what_the_file_computes(monkeypatch, bundle, version, precision):
 def test_dynamic_batch_runs_any_number_of_images(monkeypatch, tmp_path, version):
     fake, _ = install(monkeypatch, version)
     bundle = make_engine_bundle(tmp_path / "bundle", batch=2, dynamic=True)
-    runner = open_(bundle)
+    session = open_(bundle)
     for batch in (2, 1, 2):
         images = draw(batch)
-        assert np.array_equal(runner.run(images), of_onnxruntime(bundle, "fp16", images))
+        assert np.array_equal(session.run(images), of_onnxruntime(bundle, "fp16", images))
     shapes = [call for call in fake.calls if call.startswith(("set_input_shape", "set_binding_shape"))]
     prefix = "set_binding_shape(0" if version.startswith("8.2") else "set_input_shape(input"
     assert shapes == [f"{prefix}, ({batch}, 3, 8, 8))" for batch in (2, 1, 2)]
@@ -73,11 +73,11 @@ def test_dynamic_batch_runs_any_number_of_images(monkeypatch, tmp_path, version)
 @pytest.mark.parametrize("version", VERSIONS)
 def test_which_calls_enqueue(monkeypatch, bundle, version):
     fake, _ = install(monkeypatch, version)
-    runner = open_(bundle)
-    runner.run(draw(1))
+    session = open_(bundle)
+    session.run(draw(1))
     name = "execute_async_v2" if version.startswith("8.2") else "execute_async_v3"
     assert [call for call in fake.calls if call.startswith("execute")] == [name]
-    assert runner.describe()["settings"]["enqueue"] == name
+    assert session.describe()["settings"]["enqueue"] == name
 
 
 # --- timing ---
@@ -86,103 +86,103 @@ def test_which_calls_enqueue(monkeypatch, bundle, version):
 @pytest.mark.parametrize("version", ["8.2.1.8", "10.3.0.30", "11.4.1.9"])
 def test_each_mode_takes_what_it_names(monkeypatch, bundle, version):
     install(monkeypatch, version)
-    runner = open_(bundle)
-    runner.bind(draw(1))
-    assert runner.modes() == MODES
+    session = open_(bundle)
+    session.bind(draw(1))
+    assert session.modes() == MODES
     # One copy takes 1 ms, the net 4 ms, and 3 ms in a graph.
-    assert [runner.run_once(mode) for mode in MODES] == pytest.approx([0.003, 0.004, 0.005, 0.006])
+    assert [session.run_once(mode) for mode in MODES] == pytest.approx([0.003, 0.004, 0.005, 0.006])
 
 
 def test_timed_runs_compute_the_bound_images(monkeypatch, bundle):
     install(monkeypatch, "10.3.0.30")
-    runner = open_(bundle)
+    session = open_(bundle)
     images = draw(1)
-    runner.bind(images)
+    session.bind(images)
     expected = of_onnxruntime(bundle, "fp16", images)
     for mode in MODES:
-        cudart.array_at(runner._host_out, expected.shape)[...] = 0
-        runner.run_once(mode)
-        runner._download()
-        runner.cuda.synchronize(runner._stream)
-        assert np.array_equal(runner._outputs(), expected), mode
+        cudart.array_at(session._host_out, expected.shape)[...] = 0
+        session.run_once(mode)
+        session._download()
+        session.cuda.synchronize(session._stream)
+        assert np.array_equal(session._outputs(), expected), mode
 
 
 def test_transfers_really_move_the_images(monkeypatch, bundle):
     install(monkeypatch, "10.3.0.30")
-    runner = open_(bundle)
-    runner.bind(draw(1))
+    session = open_(bundle)
+    session.bind(draw(1))
     other = draw(2)[1:]
-    cudart.array_at(runner._host_in, other.shape)[...] = other
+    cudart.array_at(session._host_in, other.shape)[...] = other
     for mode, moved in (("compute", False), ("with transfers", True), ("with transfers, CUDA graph", True)):
-        runner.bind(draw(1))
-        cudart.array_at(runner._host_in, other.shape)[...] = other
-        runner.run_once(mode)
-        runner._download()
-        runner.cuda.synchronize(runner._stream)
-        same = np.array_equal(runner._outputs(), of_onnxruntime(bundle, "fp16", other))
+        session.bind(draw(1))
+        cudart.array_at(session._host_in, other.shape)[...] = other
+        session.run_once(mode)
+        session._download()
+        session.cuda.synchronize(session._stream)
+        same = np.array_equal(session._outputs(), of_onnxruntime(bundle, "fp16", other))
         assert same == moved, mode
 
 
 def test_without_capture_the_graph_modes_are_left_out_and_said_so(monkeypatch, bundle):
     fake, cuda = install(monkeypatch, "10.3.0.30")
-    fake.behaviour.capturable = False
-    runner = open_(bundle)
-    runner.bind(draw(1))
-    assert runner.modes() == ["compute", "with transfers"]
-    assert runner.run_once("compute") == pytest.approx(0.004)
-    assert runner.describe()["settings"]["notes"] == [
+    fake.behavior.capturable = False
+    session = open_(bundle)
+    session.bind(draw(1))
+    assert session.modes() == ["compute", "with transfers"]
+    assert session.run_once("compute") == pytest.approx(0.004)
+    assert session.describe()["settings"]["notes"] == [
         f"no CUDA graph of '{mode}': cudaStreamEndCapture failed with error 901, operation failed due to a previous "
         "error during capture"
         for mode in ("compute", "with transfers")
     ]
-    runner.close()
+    session.close()
     assert cuda.live() == 0
 
 
 def test_a_graph_that_computes_nothing_is_not_timed(monkeypatch, bundle):
     _, cuda = install(monkeypatch, "10.3.0.30")
     cuda.empty_graphs = True
-    runner = open_(bundle)
-    runner.bind(draw(1))
-    assert runner.modes() == ["compute", "with transfers"]
+    session = open_(bundle)
+    session.bind(draw(1))
+    assert session.modes() == ["compute", "with transfers"]
     assert (
         "no CUDA graph of 'compute': launched, it computes something else"
-        in (runner.describe()["settings"]["notes"])
+        in (session.describe()["settings"]["notes"])
     )
-    runner.close()
+    session.close()
     assert cuda.live() == 0
 
 
 def test_graphs_of_another_batch_are_dropped(monkeypatch, tmp_path):
     install(monkeypatch, "10.3.0.30")
-    runner = open_(make_engine_bundle(tmp_path / "bundle", batch=2, dynamic=True))
-    runner.bind(draw(2))
-    assert runner.modes() == MODES
-    runner.run(draw(1))
-    assert runner.modes() == ["compute", "with transfers"]
+    session = open_(make_engine_bundle(tmp_path / "bundle", batch=2, dynamic=True))
+    session.bind(draw(2))
+    assert session.modes() == MODES
+    session.run(draw(1))
+    assert session.modes() == ["compute", "with transfers"]
 
 
 def test_a_mode_that_is_not_there(monkeypatch, bundle):
     install(monkeypatch, "10.3.0.30")
-    runner = open_(bundle)
+    session = open_(bundle)
     with pytest.raises(DeviceError, match="cannot time 'compute'") as caught:
-        runner.run_once("compute")
+        session.run_once("compute")
     assert caught.value.hint == "bind a batch first"
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 8, 8), (1, 3, 9, 8), (1, 1, 8, 8)])
 def test_a_batch_of_another_shape(monkeypatch, bundle, shape):
     install(monkeypatch, "10.3.0.30")
-    runner = open_(bundle)
+    session = open_(bundle)
     with pytest.raises(DeviceError) as caught:
-        runner.run(np.zeros(shape, np.float32))
+        session.run(np.zeros(shape, np.float32))
     assert caught.value.problem == f"the net takes inputs of shape (1, 3, 8, 8), not {shape}"
 
 
 # --- the engine that is kept ---
 
 
-def test_second_runner_loads_the_kept_engine(monkeypatch, bundle):
+def test_second_session_loads_the_kept_engine(monkeypatch, bundle):
     fake, _ = install(monkeypatch, "10.3.0.30")
     first = open_(bundle).describe()["engine"]
     second = open_(bundle).describe()["engine"]
@@ -236,11 +236,11 @@ def test_kept_engine_that_is_no_good_is_built_again_and_said_so(monkeypatch, bun
     plan = bundle / open_(bundle).describe()["engine"]["file"]
     harm(plan)
     lines = []
-    runner = open_(bundle, report=lines.append)
+    session = open_(bundle, report=lines.append)
     assert f"building '{plan.name}' again: " in lines[0]
     assert said in lines[0]
-    assert runner.describe()["settings"]["notes"] == lines[:1]
-    assert np.array_equal(runner.run(images), of_onnxruntime(bundle, "fp16", images))
+    assert session.describe()["settings"]["notes"] == lines[:1]
+    assert np.array_equal(session.run(images), of_onnxruntime(bundle, "fp16", images))
     assert open_(bundle).describe()["engine"]["cached"] is True
 
 
@@ -256,11 +256,11 @@ def swap(plan, old, new):
 def test_a_bundle_that_cannot_be_written_to_still_runs(monkeypatch, bundle):
     install(monkeypatch, "10.3.0.30")
     (bundle / ENGINES).write_text("in the way")
-    runner = open_(bundle)
+    session = open_(bundle)
     images = draw(1)
-    assert np.array_equal(runner.run(images), of_onnxruntime(bundle, "fp16", images))
-    assert runner.describe()["engine"]["file"] is None
-    assert runner.describe()["settings"]["notes"][0].startswith("the engine is not kept: ")
+    assert np.array_equal(session.run(images), of_onnxruntime(bundle, "fp16", images))
+    assert session.describe()["engine"]["file"] is None
+    assert session.describe()["settings"]["notes"][0].startswith("the engine is not kept: ")
 
 
 def test_nothing_but_whole_files_is_left(monkeypatch, bundle):
@@ -284,7 +284,7 @@ def test_timing_cache_of_one_precision_serves_the_next(monkeypatch, bundle):
 @pytest.mark.parametrize(("asked", "got"), [("fp16", "fp32"), ("int8", "fp16")])
 def test_a_precision_that_is_not_delivered_is_an_error(monkeypatch, bundle, version, asked, got):
     fake, cuda = install(monkeypatch, version)
-    fake.behaviour.delivered = got
+    fake.behavior.delivered = got
     with pytest.raises(DeviceError) as caught:
         open_(bundle, asked)
     assert caught.value.problem == (
@@ -297,7 +297,7 @@ def test_a_precision_that_is_not_delivered_is_an_error(monkeypatch, bundle, vers
 
 def test_an_engine_that_tells_nothing_is_noted(monkeypatch, bundle):
     fake, _ = install(monkeypatch, "8.5.2.2")
-    fake.behaviour.names_only = True
+    fake.behavior.names_only = True
     about = open_(bundle).describe()
     assert about["engine"]["precision_checked"] is False
     assert about["engine"]["layers"] == {"unknown": 6}
@@ -306,7 +306,7 @@ def test_an_engine_that_tells_nothing_is_noted(monkeypatch, bundle):
 
 def test_garbled_layer_list_is_read_layer_by_layer(monkeypatch, bundle):
     fake, _ = install(monkeypatch, "10.3.0.30")
-    fake.behaviour.garbled = True
+    fake.behavior.garbled = True
     assert open_(bundle).describe()["engine"]["shares"] == {"fp16": 1.0}
 
 
@@ -316,7 +316,7 @@ def test_garbled_layer_list_is_read_layer_by_layer(monkeypatch, bundle):
 @pytest.mark.parametrize("version", ["8.2.1.8", "10.3.0.30"])
 def test_no_memory_for_a_context(monkeypatch, bundle, version):
     fake, cuda = install(monkeypatch, version)
-    fake.behaviour.context = False
+    fake.behavior.context = False
     with pytest.raises(DeviceError, match="cannot make an execution context: Requested amount of GPU memory"):
         open_(bundle)
     assert cuda.live() == 0
@@ -332,17 +332,17 @@ def test_failure_halfway_through_the_buffers(monkeypatch, bundle):
 
 def test_closing_twice_and_running_afterwards(monkeypatch, bundle):
     install(monkeypatch, "10.3.0.30")
-    runner = open_(bundle)
-    runner.close()
-    runner.close()
-    with pytest.raises(DeviceError, match="the runner is closed"):
-        runner.run(draw(1))
+    session = open_(bundle)
+    session.close()
+    session.close()
+    with pytest.raises(DeviceError, match="the session is closed"):
+        session.run(draw(1))
 
 
 def test_after_a_failure_on_the_gpu_closing_does_not_hide_it(monkeypatch, bundle):
     _, cuda = install(monkeypatch, "10.3.0.30")
-    runner = open_(bundle)
-    runner.bind(draw(1))
+    session = open_(bundle)
+    session.bind(draw(1))
     for function in (
         "cudaStreamSynchronize",
         "cudaFree",
@@ -352,13 +352,13 @@ def test_after_a_failure_on_the_gpu_closing_does_not_hide_it(monkeypatch, bundle
     ):
         cuda.fail[function] = 700
     with pytest.raises(DeviceError, match="cudaStreamSynchronize failed with error 700"):
-        runner.run(draw(1))
-    runner.close()
+        session.run(draw(1))
+    session.close()
 
 
 def test_the_net_does_not_run(monkeypatch, bundle):
     fake, _ = install(monkeypatch, "10.3.0.30")
-    runner = open_(bundle)
+    session = open_(bundle)
 
     def refuse(stream_handle):
         fake.say(
@@ -366,9 +366,9 @@ def test_the_net_does_not_run(monkeypatch, bundle):
         )
         return False
 
-    monkeypatch.setattr(runner._context, "execute_async_v3", refuse)
+    monkeypatch.setattr(session._context, "execute_async_v3", refuse)
     with pytest.raises(DeviceError, match=r"cannot run the net: IExecutionContext::enqueueV3: Error Code 1"):
-        runner.run(draw(1))
+        session.run(draw(1))
 
 
 # --- through the front door ---
@@ -382,9 +382,9 @@ def test_verify_runs_a_bundle_with_tensorrt(monkeypatch, bundle):
     assert cuda.live() == 0
 
 
-def test_open_runner_finds_it(monkeypatch, bundle):
+def test_open_session_finds_it(monkeypatch, bundle):
     install(monkeypatch, "11.4.1.9")
-    about = open_runner(bundle, read_manifest(bundle), precision="int8", threads=2).describe()
+    about = open_session(bundle, read_manifest(bundle), precision="int8", threads=2).describe()
     assert (about["runtime"], about["precision"], about["threads"]) == ("tensorrt 11.4.1.9", "int8", 2)
     assert about["versions"]["cuda_runtime"] == "12.6"
     assert json.loads(json.dumps(about)) == about
@@ -422,10 +422,10 @@ def rtx(monkeypatch, bundle):
 def test_carried_engine_runs(rtx):
     bundle, fake, _ = rtx
     built = fake.calls.count("build_serialized_network")
-    runner = open_(bundle, runtime="tensorrt_rtx")
+    session = open_(bundle, runtime="tensorrt_rtx")
     images = draw(1)
-    assert np.array_equal(runner.run(images), of_onnxruntime(bundle, "fp16", images))
-    about = runner.describe()
+    assert np.array_equal(session.run(images), of_onnxruntime(bundle, "fp16", images))
+    about = session.describe()
     assert about["runtime"] == "tensorrt_rtx 11.0.0.0"
     assert about["engine"]["file"] == "engine-fp16.plan"
     assert about["engine"]["layers"] == {"fp16": 6}

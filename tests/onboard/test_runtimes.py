@@ -1,4 +1,4 @@
-"""The runners for processors on real nets."""
+"""The sessions for processors on real nets."""
 
 import subprocess
 import sys
@@ -10,7 +10,7 @@ import pytest
 
 import edgecl
 from edgecl.onboard.errors import BundleError, DeviceError
-from edgecl.onboard.runtimes import open_runner
+from edgecl.onboard.runtimes import open_session
 
 from .tiny_bundle import make_bundle, read_manifest
 
@@ -38,10 +38,10 @@ def test_every_precision_runs_its_own_file(several, runtime):
     manifest = read_manifest(several)
     outputs = {}
     for precision in ("fp32", "fp16", "int8"):
-        runner = open_runner(several, manifest, precision=precision, runtime=runtime, threads=1)
-        outputs[precision] = runner.run(images[:1])
-        assert runner.describe()["precision"] == precision
-        runner.close()
+        session = open_session(several, manifest, precision=precision, runtime=runtime, threads=1)
+        outputs[precision] = session.run(images[:1])
+        assert session.describe()["precision"] == precision
+        session.close()
     np.testing.assert_allclose(outputs["fp32"], expected[:1], rtol=1e-4, atol=1e-5)
     assert (
         0 < np.abs(outputs["fp16"] - outputs["fp32"]).max() < np.abs(outputs["int8"] - outputs["fp32"]).max()
@@ -49,26 +49,26 @@ def test_every_precision_runs_its_own_file(several, runtime):
 
 
 def test_default_precision_and_runtime_are_the_manifests(several):
-    about = open_runner(several, read_manifest(several), threads=1).describe()
+    about = open_session(several, read_manifest(several), threads=1).describe()
     assert (about["precision"], about["runtime"].split()[0]) == ("fp16", "onnxruntime")
 
 
 def test_ort_is_short_for_onnxruntime(bundle):
-    runner = open_runner(bundle, read_manifest(bundle), runtime="ort", threads=1)
-    assert runner.describe()["runtime"].startswith("onnxruntime ")
+    session = open_session(bundle, read_manifest(bundle), runtime="ort", threads=1)
+    assert session.describe()["runtime"].startswith("onnxruntime ")
 
 
 def test_a_precision_the_bundle_lacks_is_named_with_those_it_has(several):
     with pytest.raises(BundleError, match="the bundle holds no fp8 net; it has fp16, fp32, int8"):
-        open_runner(several, read_manifest(several), precision="fp8", threads=1)
+        open_session(several, read_manifest(several), precision="fp8", threads=1)
 
 
 @BOTH
-def test_runner_for_a_processor_times_inference_by_the_clock(bundle, runtime):
-    runner = open_runner(bundle, read_manifest(bundle), runtime=runtime, threads=1)
-    assert runner.modes() == ["inference"]
-    runner.bind(reference(bundle)[0][:1])
-    assert runner.run_once("inference") is None
+def test_session_for_a_processor_times_inference_by_the_clock(bundle, runtime):
+    session = open_session(bundle, read_manifest(bundle), runtime=runtime, threads=1)
+    assert session.modes() == ["inference"]
+    session.bind(reference(bundle)[0][:1])
+    assert session.run_once("inference") is None
 
 
 @BOTH
@@ -76,11 +76,11 @@ def test_a_static_batch_and_a_dynamic_one_run(tmp_path, runtime):
     for name, form in (("three", {"batch": 3}), ("dynamic", {"batch": 2, "dynamic": True})):
         bundle = make_bundle(tmp_path / name, **form)
         images, expected = reference(bundle)
-        runner = open_runner(bundle, read_manifest(bundle), runtime=runtime, threads=1)
+        session = open_session(bundle, read_manifest(bundle), runtime=runtime, threads=1)
         size = form["batch"]
-        np.testing.assert_allclose(runner.run(images[:size]), expected[:size], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(session.run(images[:size]), expected[:size], rtol=1e-4, atol=1e-5)
         if name == "dynamic":
-            np.testing.assert_allclose(runner.run(images[:1]), expected[:1], rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(session.run(images[:1]), expected[:1], rtol=1e-4, atol=1e-5)
 
 
 def test_a_session_on_another_provider_than_asked_is_refused(bundle, monkeypatch):
@@ -96,7 +96,7 @@ def test_a_session_on_another_provider_than_asked_is_refused(bundle, monkeypatch
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", Fallback)
     with pytest.raises(DeviceError) as caught:
-        open_runner(bundle, read_manifest(bundle), threads=1)
+        open_session(bundle, read_manifest(bundle), threads=1)
     assert caught.value.problem.endswith(
         "would run 'model.onnx' on AzureExecutionProvider, CPUExecutionProvider, asked for was CPUExecutionProvider"
     )
@@ -111,14 +111,14 @@ def test_compiled_for_another_device_than_asked_is_refused(bundle, monkeypatch):
         openvino.CompiledModel, "get_property", lambda self, name: found.get(name) or get_property(self, name)
     )
     with pytest.raises(DeviceError) as caught:
-        open_runner(bundle, read_manifest(bundle), runtime="openvino", threads=1)
+        open_session(bundle, read_manifest(bundle), runtime="openvino", threads=1)
     assert caught.value.problem.endswith("would run 'model.onnx' on GPU.0, CPU, asked for was CPU")
 
 
 def test_openvino_computes_float32_nets_in_float32(several):
     """Left to itself it takes bf16 where the processor has it."""
     manifest = read_manifest(several)
-    about = open_runner(several, manifest, precision="fp32", runtime="openvino", threads=1).describe()
+    about = open_session(several, manifest, precision="fp32", runtime="openvino", threads=1).describe()
     assert about["runtime"].startswith("openvino 2")
     assert about["runtime"].endswith(" CPU")
     settings = about["settings"]
@@ -133,7 +133,7 @@ def test_openvino_says_which_precision_a_half_net_really_gets(several):
     import openvino
 
     has_half = "FP16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    about = open_runner(several, read_manifest(several), runtime="openvino", threads=1).describe()
+    about = open_session(several, read_manifest(several), runtime="openvino", threads=1).describe()
     assert about["precision"] == "fp16"
     assert about["settings"]["inference_precision"] == ("f16" if has_half else "f32")
     assert ("f16" in about["settings"]["layers"]) is has_half
@@ -146,14 +146,14 @@ def test_weights_outside_the_file_are_refused_before_it_is_loaded(bundle, runtim
         model, bundle / "model.onnx", save_as_external_data=True, location="model.data", size_threshold=0
     )
     with pytest.raises(BundleError, match=r"'model\.onnx' keeps weights outside itself, in 'model\.data'"):
-        open_runner(bundle, read_manifest(bundle), runtime=runtime, threads=1)
+        open_session(bundle, read_manifest(bundle), runtime=runtime, threads=1)
 
 
 def test_opening_one_runtime_imports_no_other(bundle):
     code = (
-        "import json, sys; from edgecl.onboard.runtimes import open_runner; "
+        "import json, sys; from edgecl.onboard.runtimes import open_session; "
         "manifest = json.load(open(sys.argv[1] + '/manifest.json')); "
-        "open_runner(sys.argv[1], manifest, threads=1); "
+        "open_session(sys.argv[1], manifest, threads=1); "
         "print([name for name in ('openvino', 'tensorrt', 'torch', 'onnx') if name in sys.modules])"
     )
     done = subprocess.run(
@@ -166,8 +166,8 @@ def test_opening_one_runtime_imports_no_other(bundle):
     assert done.stdout == "[]\n"
 
 
-def test_runner_describes_its_conditions(bundle):
-    about = open_runner(bundle, read_manifest(bundle), threads=1).describe()
+def test_session_describes_its_conditions(bundle):
+    about = open_session(bundle, read_manifest(bundle), threads=1).describe()
     assert about["runtime"].startswith("onnxruntime ")
     assert about["runtime"].endswith(" CPUExecutionProvider")
     assert (about["precision"], about["threads"]) == ("fp32", 1)
@@ -178,39 +178,39 @@ def test_runner_describes_its_conditions(bundle):
 
 
 def test_bound_run_of_onnxruntime_computes_the_bound_images(bundle):
-    runner = open_runner(bundle, read_manifest(bundle), threads=1)
+    session = open_session(bundle, read_manifest(bundle), threads=1)
     images = np.random.default_rng(5).normal(size=(1, 3, 8, 8)).astype(np.float32)
-    expected = runner.run(images)
-    runner.bind(images)
-    runner.run(np.zeros_like(images))
-    runner.run_once("inference")
-    np.testing.assert_array_equal(runner._binding.copy_outputs_to_cpu()[0], expected)
+    expected = session.run(images)
+    session.bind(images)
+    session.run(np.zeros_like(images))
+    session.run_once("inference")
+    np.testing.assert_array_equal(session._binding.copy_outputs_to_cpu()[0], expected)
 
 
 def test_bound_run_of_openvino_computes_the_bound_images(bundle):
-    runner = open_runner(bundle, read_manifest(bundle), runtime="openvino", threads=1)
+    session = open_session(bundle, read_manifest(bundle), runtime="openvino", threads=1)
     images = np.random.default_rng(5).normal(size=(1, 3, 8, 8)).astype(np.float32)
-    expected = runner.run(images)
-    assert np.abs(runner.run(np.zeros_like(images)) - expected).max() > 0.01
-    runner.bind(images)
-    runner.run_once("inference")
-    np.testing.assert_array_equal(runner._request.get_output_tensor().data, expected)
+    expected = session.run(images)
+    assert np.abs(session.run(np.zeros_like(images)) - expected).max() > 0.01
+    session.bind(images)
+    session.run_once("inference")
+    np.testing.assert_array_equal(session._request.get_output_tensor().data, expected)
 
 
 @BOTH
 def test_missing_runtime_names_its_installation(bundle, monkeypatch, runtime):
     monkeypatch.setitem(sys.modules, runtime, None)
     with pytest.raises(DeviceError, match=f"the runtime '{runtime}' cannot be imported") as caught:
-        open_runner(bundle, read_manifest(bundle), runtime=runtime, threads=1)
+        open_session(bundle, read_manifest(bundle), runtime=runtime, threads=1)
     assert caught.value.hint == f"pip install {runtime}"
 
 
 def test_unknown_runtime_is_named_with_the_known(bundle):
     manifest = {**read_manifest(bundle), "runtime": "tflite"}
     with pytest.raises(DeviceError) as caught:
-        open_runner(bundle, manifest, threads=1)
+        open_session(bundle, manifest, threads=1)
     assert caught.value.problem == (
-        "no runner for the runtime 'tflite'; this edgecl has: onnxruntime, openvino, tensorrt, tensorrt_rtx"
+        "no session for the runtime 'tflite'; this edgecl has: onnxruntime, openvino, tensorrt, tensorrt_rtx"
     )
 
 
@@ -218,7 +218,7 @@ def test_unknown_runtime_is_named_with_the_known(bundle):
 def test_a_file_that_is_no_net_is_named(bundle, runtime):
     (bundle / "model.onnx").write_bytes(b"not a net")
     with pytest.raises(BundleError, match=r"'model\.onnx' is not a whole ONNX file"):
-        open_runner(bundle, read_manifest(bundle), runtime=runtime, threads=1)
+        open_session(bundle, read_manifest(bundle), runtime=runtime, threads=1)
 
 
 @BOTH
@@ -227,7 +227,7 @@ def test_a_net_that_the_runtime_does_not_know_is_named(bundle, runtime):
     model.graph.node[1].op_type = "Relive"
     onnx.save(model, bundle / "model.onnx")
     with pytest.raises(DeviceError, match=rf"{runtime} [\d.]+ cannot load 'model\.onnx': ") as caught:
-        open_runner(bundle, read_manifest(bundle), runtime=runtime, threads=1)
+        open_session(bundle, read_manifest(bundle), runtime=runtime, threads=1)
     assert "Relive" in caught.value.problem
 
 
@@ -237,11 +237,11 @@ def test_another_input_or_output_than_the_manifests_is_named(bundle, runtime, en
     manifest = read_manifest(bundle)
     manifest[end]["name"] = "pixels"
     with pytest.raises(BundleError, match=rf"has the {end}s \[.*'{end}'.*\], the manifest says 'pixels'"):
-        open_runner(bundle, manifest, runtime=runtime, threads=1)
+        open_session(bundle, manifest, runtime=runtime, threads=1)
 
 
 @BOTH
 def test_a_batch_the_net_does_not_take_is_named(bundle, runtime):
-    runner = open_runner(bundle, read_manifest(bundle), runtime=runtime, threads=1)
+    session = open_session(bundle, read_manifest(bundle), runtime=runtime, threads=1)
     with pytest.raises(DeviceError, match=r"cannot run the net on inputs \(2, 3, 8, 8\)"):
-        runner.bind(np.zeros((2, 3, 8, 8), np.float32))
+        session.bind(np.zeros((2, 3, 8, 8), np.float32))

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from edgecl.onboard.statistics import block_length, drift, percentile_interval, ratio_interval, summarise
+from edgecl.onboard.statistics import block_length, drift, percentile_interval, ratio_interval, summarize
 
 NORMAL_P90 = 1.2815515655446004
 
@@ -41,7 +41,7 @@ def coverage(series, fraction, truth, interval):
 
 def test_percentiles_are_numpys_in_milliseconds():
     samples = np.random.default_rng(1).gamma(3.0, 0.002, size=2500)
-    latency = summarise(samples, 1)["latency_ms"]
+    latency = summarize(samples, 1)["latency_ms"]
     for name, percent in (("p50", 50), ("p90", 90), ("p99", 99)):
         assert latency[name] == pytest.approx(1e3 * np.percentile(samples, percent), abs=1e-6)
     assert latency["mean"] == pytest.approx(1e3 * samples.mean(), abs=1e-6)
@@ -49,20 +49,20 @@ def test_percentiles_are_numpys_in_milliseconds():
 
 @pytest.mark.parametrize(("count", "known"), [(999, False), (1000, True)])
 def test_p99_needs_a_thousand_samples(count, known):
-    latency = summarise([0.001] * count, 1)["latency_ms"]
+    latency = summarize([0.001] * count, 1)["latency_ms"]
     assert (latency["p99"] is not None) is known
     assert (latency["ci95_p99"] is not None) is known
     assert latency["p90"] == 1.0
 
 
 def test_throughput_counts_images():
-    assert summarise([0.004] * 10, 16)["throughput_per_s"] == 4000.0
+    assert summarize([0.004] * 10, 16)["throughput_per_s"] == 4000.0
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8])
 def test_few_samples_have_an_ordered_interval_within_them(count):
     samples = np.linspace(0.001, 0.002, count)
-    latency = summarise(samples, 1)["latency_ms"]
+    latency = summarize(samples, 1)["latency_ms"]
     low, high = latency["ci95_p50"]
     assert 1.0 <= low <= latency["p50"] <= high <= 2.0
 
@@ -182,7 +182,7 @@ def test_ratio_of_few_rounds_has_no_interval():
 
 def test_spread_is_reported_and_not_clipped():
     samples = [0.001] * 99 + [0.101]
-    found = summarise(samples, 1)
+    found = summarize(samples, 1)
     assert found["cov"] == pytest.approx(np.std(samples) / np.mean(samples), rel=1e-4)
     assert found["latency_ms"]["mean"] == 2.0
 

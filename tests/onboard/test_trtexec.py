@@ -349,7 +349,7 @@ def test_int8_is_held_to_the_nodes_that_are_not_left_wider(tmp_path, bundle):
     program.write_text(text.replace("layers = [layer(kind),", 'layers = 7 * [layer("Half")] + [layer(kind),'))
     with pytest.raises(DeviceError, match=r"computes 20 % of .* asks for 100 % \("):
         measure(bundle, program, manifest, precision="int8", modes=MODES[:1])
-    manifest["precisions"]["int8"]["verdict"] = {"kept_nodes": ["a", "b"], "candidates": 4}
+    manifest["precisions"]["int8"]["decision"] = {"kept_nodes": ["a", "b"], "candidates": 4}
     measure(bundle, program, manifest, precision="int8", modes=MODES[:1])
 
 

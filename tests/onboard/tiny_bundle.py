@@ -105,7 +105,7 @@ def make_bundle(
                 "form": FORMS[precision],
                 "opset": 13,
                 "tolerance": TOLERANCES[precision],
-                "verdict": None,
+                "decision": None,
                 "accuracy": None,
             }
             for precision in precisions

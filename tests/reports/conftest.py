@@ -142,7 +142,7 @@ class Maker:
         return path
 
     def views(self, run: Path) -> None:
-        """Write a grid of pictures and views beside a run, three rows of coloured squares."""
+        """Write a grid of pictures and views beside a run, three rows of colored squares."""
         from PIL import Image, ImageDraw
 
         grid = Image.new("RGB", (8 * 68 - 4, 3 * 68 - 4), "white")
@@ -237,7 +237,7 @@ class Maker:
         name: str,
         *,
         accuracy: dict[str, Any] | None = None,
-        verdict: dict[str, Any] | None = None,
+        decision: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         """One entry of a manifest's precisions."""
         scale = {"fp32": 1.0, "fp16": 700.0, "int8": 40_000.0}[name]
@@ -255,7 +255,7 @@ class Maker:
                 "mean_cosine": 1.0 - 1e-8 * scale,
                 "images_from": "demo",
             },
-            "verdict": verdict,
+            "decision": decision,
             "accuracy": accuracy,
         }
 
@@ -282,7 +282,7 @@ class Maker:
         threads: int = 1,
         ok: bool = True,
         precisions: dict[str, dict[str, Any]] | None = None,
-        ladder: list[dict[str, Any]] | None = None,
+        parity: list[dict[str, Any]] | None = None,
         target: str = "ort-cpu",
         runtime: str = "onnxruntime",
         **more: Any,
@@ -320,7 +320,7 @@ class Maker:
                 "output": {"name": "output", "shape": [1, 256]},
                 "preprocessing": PREPROCESSING,
                 "classes": None,
-                "ladder": ladder or [],
+                "parity": parity or [],
                 "files": {about["model"]: "a" * 64 for about in precisions.values()}
                 | {"reference.npz": "b" * 64},
                 "size_bytes": {about["model"]: sizes[name] for name, about in precisions.items()},
@@ -451,7 +451,7 @@ class Maker:
     def compiled(
         self, path: Path, *, model: Path | None, reject: bool = False, device: str = "Orin Nano"
     ) -> Path:
-        """A bundle of three precisions for a Jetson, judged, timed in turns in four modes, with a ladder."""
+        """A bundle of three precisions for a Jetson, evaluated, timed in turns in four modes, with a parity report."""
         words = (
             "rejected because it costs 5.1 points of top-1 for 4 % of speed"
             if reject
@@ -469,14 +469,14 @@ class Maker:
                 "int8": self.precision(
                     "int8",
                     accuracy=self.top1(71.9 if reject else 76.6),
-                    verdict={
+                    decision={
                         "kept": not reject,
                         "words": words,
                         "kept_nodes": [] if reject else ["conv_stem"],
                     },
                 ),
             },
-            ladder=self.ladder(),
+            parity=self.parity(),
         )
         modes = ("compute, CUDA graph", "compute", "with transfers, CUDA graph", "with transfers")
         measurements = [
@@ -505,7 +505,7 @@ class Maker:
         )
         return bundle
 
-    def ladder(self) -> list[dict[str, Any]]:
+    def parity(self) -> list[dict[str, Any]]:
         steps = ("slim view", "carved torch", "ONNX fp32", "fp16", "int8")
         return [
             {

@@ -33,7 +33,7 @@ def invoke():
 def test_command_prints_the_table_and_where_the_page_is(make, tmp_path, invoke):
     done = invoke(make.pipeline(tmp_path / "demo"), "--out", tmp_path / "report")
     assert done.exit_code == 0
-    assert "The pretrained net beats its random initialisation by 21.2 points" in done.stdout
+    assert "The pretrained net beats its random initialization by 21.2 points" in done.stdout
     assert "0.412 [0.406, 0.418]" in done.stdout
     assert done.stdout.rstrip().endswith(f"report: {tmp_path / 'report' / 'report.html'}")
 
@@ -100,10 +100,10 @@ def test_diff_without_regression_exits_0(invoke, bundles):
     assert (done.exit_code, done.stdout.splitlines()[-1]) == (0, "no regression: 1 check holds")
 
 
-def test_diff_without_rules_judges_nothing_and_says_so(invoke, bundles):
+def test_diff_without_rules_evaluates_nothing_and_says_so(invoke, bundles):
     done = invoke("diff", *bundles)
     assert done.exit_code == 0
-    assert done.stdout.splitlines()[-1] == "no rule was given: 1 row compared, nothing judged"
+    assert done.stdout.splitlines()[-1] == "no rule was given: 1 row compared, nothing evaluated"
 
 
 def test_diff_prints_one_json_value_also_when_it_fails(invoke, bundles):

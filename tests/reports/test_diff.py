@@ -22,7 +22,7 @@ def bundle_of(make, path, times, **how):
     return bundle
 
 
-def judged(record):
+def evaluated(record):
     return {
         (row["label"].split(" · ")[-1], check["rule"]): (check["broken"], check["words"])
         for row in record["rows"]
@@ -34,7 +34,7 @@ def test_each_precision_is_held_to_each_rule(make, tmp_path):
     old = bundle_of(make, tmp_path / "old", {"fp32": (2.0, 77.0), "int8": (1.0, 76.5)})
     new = bundle_of(make, tmp_path / "new", {"fp32": (2.02, 77.2), "int8": (1.2, 75.9)})
     record = diff(old, new, rules=parse_rules("p50>+5%,top1<-0.5"))
-    assert judged(record) == {
+    assert evaluated(record) == {
         ("fp32", "p50>+5%"): (False, "holds, within the intervals"),
         ("fp32", "top1<-0.5"): (False, "holds, within the intervals"),
         ("int8", "p50>+5%"): (True, "fails"),
@@ -75,8 +75,8 @@ def test_precision_that_vanished_breaks_every_rule_about_it(make, tmp_path):
     old = bundle_of(make, tmp_path / "old", {"fp32": (2.0, 77.0), "int8": (1.0, 76.5)})
     new = bundle_of(make, tmp_path / "new", {"fp32": (2.0, 77.0)})
     record = diff(old, new, rules=parse_rules("p50>+5%,top1<1"))
-    assert judged(record)["int8", "p50>+5%"] == (True, "fails: no row of NEW matches it")
-    assert judged(record)["int8", "top1<1"] == (True, "fails: no row of NEW matches it")
+    assert evaluated(record)["int8", "p50>+5%"] == (True, "fails: no row of NEW matches it")
+    assert evaluated(record)["int8", "top1<1"] == (True, "fails: no row of NEW matches it")
     assert [row["state"] for row in record["rows"]] == ["in both", "only in OLD"]
 
 
@@ -84,7 +84,7 @@ def test_number_that_vanished_breaks_the_rules_about_it_only(make, tmp_path):
     old = bundle_of(make, tmp_path / "old", {"fp32": (2.0, 77.0)})
     new = bundle_of(make, tmp_path / "new", {"fp32": (None, 77.0)})
     record = diff(old, new, rules=parse_rules("p50>+5%,top1<-0.5"))
-    assert judged(record) == {
+    assert evaluated(record) == {
         ("fp32", "p50>+5%"): (True, "fails: NEW has no p50"),
         ("fp32", "top1<-0.5"): (False, "holds, within the intervals"),
     }
@@ -94,8 +94,8 @@ def test_row_that_is_new_is_held_to_absolute_rules_only(make, tmp_path):
     old = bundle_of(make, tmp_path / "old", {"fp32": (2.0, 77.0)})
     new = bundle_of(make, tmp_path / "new", {"fp32": (2.0, 77.0), "int8": (3.0, 60.0)})
     record = diff(old, new, rules=parse_rules("p50>2.5,top1<-0.5"))
-    assert judged(record)["int8", "p50>2.5"] == (True, "fails")
-    assert ("int8", "top1<-0.5") not in judged(record)
+    assert evaluated(record)["int8", "p50>2.5"] == (True, "fails")
+    assert ("int8", "top1<-0.5") not in evaluated(record)
 
 
 @pytest.mark.parametrize(
@@ -112,8 +112,8 @@ def test_latency_measured_under_other_conditions_fails_by_name_and_accuracy_stil
     old = bundle_of(make, tmp_path / "old", {"fp32": (2.0, 77.0)})
     new = bundle_of(make, tmp_path / "new", {"fp32": (1.0, 77.0)}, **how)
     record = diff(old, new, rules=parse_rules("p50>+5%,top1<-0.5"))
-    assert judged(record)["fp32", "p50>+5%"] == (True, f"fails: not comparable, {words}")
-    assert judged(record)["fp32", "top1<-0.5"][0] is False
+    assert evaluated(record)["fp32", "p50>+5%"] == (True, f"fails: not comparable, {words}")
+    assert evaluated(record)["fp32", "top1<-0.5"][0] is False
     check = record["rows"][0]["checks"][0]
     assert (check["change"], check["resolved"]) == (None, None)
 
@@ -146,12 +146,12 @@ def test_accuracies_of_different_pictures_are_named(make, tmp_path):
     ]
 
 
-def test_verdict_that_changed_is_named(make, tmp_path):
+def test_decision_that_changed_is_named(make, tmp_path):
     old = make.compiled(tmp_path / "old", model=None)
     new = make.compiled(tmp_path / "new", model=None, reject=True)
     record = diff(old, new)
     assert [one for row in record["rows"] for one in row["differ"]] == [
-        {"condition": "verdict", "old": "kept in part", "new": "rejected", "breaks_timing": False}
+        {"condition": "decision", "old": "kept in part", "new": "rejected", "breaks_timing": False}
     ]
 
 
@@ -202,7 +202,7 @@ def test_report_of_an_earlier_edgecl_compares_as_far_as_it_goes(make, tmp_path):
     bundle = make.bundle(tmp_path / "bundle", model=net)
     record = report([net, bundle], out=tmp_path / "old")
     (row,) = record["rows"]
-    for key in ("accuracy", "verdict", "mode", "power_mode", "j_per_inference", "form"):
+    for key in ("accuracy", "decision", "mode", "power_mode", "j_per_inference", "form"):
         del row[key]
     del record["bundles"]
     (tmp_path / "old" / "report.json").write_text(json.dumps(record))

@@ -6,13 +6,13 @@ import json
 import re
 
 import pytest
-from report.test_browser import CHROMIUM, probed
 
 from edgecl.onboard.bundle import sha256_of_file
 from edgecl.reports.collect import collect
 from edgecl.reports.families import families_of, family_tables
 from edgecl.reports.report import report
 from edgecl.reports.rows import rows_of
+from reports.test_browser import CHROMIUM, probed
 
 CHECKPOINT = "abc1234567" + "0" * 54
 # Width -> p50 ms, params, MACs, and the few-label draws' shift.
@@ -185,7 +185,7 @@ def test_precisions_have_lines_of_their_own_and_a_rejected_one_none(make, tmp_pa
             p50=None,
             precisions={
                 "fp32": make.precision("fp32"),
-                "fp16": make.precision("fp16", verdict=rejected),
+                "fp16": make.precision("fp16", decision=rejected),
             },
         )
         make.bench(

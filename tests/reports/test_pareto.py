@@ -72,7 +72,7 @@ def test_precisions_of_one_device_compete_and_a_rejected_one_is_on_no_front(make
         "fp32": make.precision("fp32", accuracy=make.top1(77.0)),
         "fp16": make.precision("fp16", accuracy=make.top1(76.0)),
         "int8": make.precision(
-            "int8", accuracy=make.top1(72.0), verdict={"kept": False, "words": "rejected", "kept_nodes": []}
+            "int8", accuracy=make.top1(72.0), decision={"kept": False, "words": "rejected", "kept_nodes": []}
         ),
     }
     bundle = make.bundle(tmp_path / "bundle", model=None, p50=None, precisions=precisions)
@@ -88,13 +88,13 @@ def test_precisions_of_one_device_compete_and_a_rejected_one_is_on_no_front(make
 
 
 def test_front_of_nothing_but_rejected_precisions_is_empty_and_still_drawn(make, tmp_path):
-    bad = make.precision("int8", accuracy=make.top1(60.0), verdict={"kept": False, "words": "rejected"})
+    bad = make.precision("int8", accuracy=make.top1(60.0), decision={"kept": False, "words": "rejected"})
     bundle = make.bundle(tmp_path / "bundle", model=None, p50=None, precisions={"int8": bad})
     make.bench(bundle, device="board", measurements=[make.measurement("int8", 0.5)])
     record = report([bundle], out=tmp_path / "report")
     assert [group["front"] for group in record["trade_off"]["groups"]] == [[]]
     assert (
-        "A cross is a precision whose verdict is rejected"
+        "A cross is a precision whose decision is rejected"
         in (tmp_path / "report" / "report.html").read_text()
     )
 

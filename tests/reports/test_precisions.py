@@ -1,11 +1,11 @@
-"""What a report says of a bundle's precisions: verdicts, modes, ratios, the parity ladder."""
+"""What a report says of a bundle's precisions: decisions, modes, ratios, the parity report."""
 
 from __future__ import annotations
 
 import pytest
-from report.test_report import page_of
 
 from edgecl.reports.report import report
+from reports.test_report import page_of
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def rejected(make, tmp_path_factory):
     return record, page_of(base / "report"), (base / "report" / "report.html").read_text()
 
 
-def test_verdict_stands_in_the_summary_in_words(kept, rejected):
+def test_decision_stands_in_the_summary_in_words(kept, rejected):
     assert (
         "int8 kept: loses 0.4 points of top-1 within the budget of 1.0, and is 1.37x as fast as fp32."
         in kept[0]["support"]
@@ -30,38 +30,38 @@ def test_verdict_stands_in_the_summary_in_words(kept, rejected):
     assert "int8 rejected because it costs 5.1 points of top-1 for 4 % of speed." in rejected[0]["support"]
 
 
-def test_verdict_of_a_row_tells_kept_from_kept_in_part_from_rejected(make, tmp_path, kept, rejected):
-    assert [row["verdict"] for row in kept[0]["rows"][:2]] == [None, None]
-    assert (kept[0]["rows"][2]["verdict"]["state"], kept[0]["rows"][2]["verdict"]["nodes"]) == (
+def test_decision_of_a_row_tells_kept_from_kept_in_part_from_rejected(make, tmp_path, kept, rejected):
+    assert [row["decision"] for row in kept[0]["rows"][:2]] == [None, None]
+    assert (kept[0]["rows"][2]["decision"]["state"], kept[0]["rows"][2]["decision"]["nodes"]) == (
         "kept in part",
         1,
     )
-    assert rejected[0]["rows"][2]["verdict"]["state"] == "rejected"
-    whole = make.precision("int8", verdict={"kept": True, "words": "", "kept_nodes": []})
+    assert rejected[0]["rows"][2]["decision"]["state"] == "rejected"
+    whole = make.precision("int8", decision={"kept": True, "words": "", "kept_nodes": []})
     bundle = make.bundle(tmp_path / "b", model=None, precisions={"int8": whole}, p50=None)
     record = report([bundle], out=tmp_path / "report")
-    assert record["rows"][0]["verdict"]["state"] == "kept"
+    assert record["rows"][0]["decision"]["state"] == "kept"
     assert record["support"][0] == "int8 kept."
 
 
 def test_rejected_precision_is_the_fastest_but_never_named_as_best(rejected):
     record, _, _ = rejected
     assert min(record["rows"], key=lambda row: row["latency_ms"]["p50"])["precision"] == "int8"
-    assert record["verdict"] == (
+    assert record["decision"] == (
         "2 median latencies were measured, from 0.710 ms (bundle · fp16 on Orin Nano) to 1.37 ms "
         "(bundle · fp32 on Orin Nano); 1 of rejected precisions does not count."
     )
 
 
 def test_of_two_timed_precisions_the_rejected_one_is_told_last_and_as_such(make, tmp_path):
-    bad = make.precision("int8", verdict={"kept": False, "words": "rejected because it is slower"})
+    bad = make.precision("int8", decision={"kept": False, "words": "rejected because it is slower"})
     bundle = make.bundle(
         tmp_path / "b", model=None, p50=None, precisions={"int8": bad, "fp32": make.precision("fp32")}
     )
     times = [make.measurement("int8", 0.5), make.measurement("fp32", 1.0)]
     make.bench(bundle, device="box", measurements=times)
     record = report([bundle], out=tmp_path / "report")
-    assert record["verdict"].startswith("b · fp32 takes 1.00 ms")
+    assert record["decision"].startswith("b · fp32 takes 1.00 ms")
     assert record["support"][0].startswith("b · int8 (rejected) takes 0.500 ms")
 
 
@@ -107,21 +107,21 @@ def test_energy_is_told_with_its_rails_and_its_idle(kept):
     assert needle in kept[1].text
 
 
-def test_parity_ladder_names_the_first_layer_out_of_tolerance(kept):
+def test_parity_report_names_the_first_layer_out_of_tolerance(kept):
     _, page, markdown = kept
-    assert "Parity ladder" in page.text
+    assert "Parity report" in page.text
     assert "| carved torch → ONNX fp32 | 2.1e−6 | 3.5e−7 | 8.7e−7 | 100.0 | 1.00000 | 64 | none |" in markdown
     assert (
         "| fp16 → int8 | 3.1e−1 | 5.2e−2 | 1.3e−1 | 95.3 | 0.99380 | 64 | blocks.2.0.conv\\_dw |" in markdown
     )
 
 
-def test_hostile_words_in_a_verdict_and_a_layer_do_nothing(make, tmp_path):
+def test_hostile_words_in_a_decision_and_a_layer_do_nothing(make, tmp_path):
     hostile = "<script>alert(1)</script>"
-    ladder = make.ladder()
-    ladder[0]["first_diverging_layer"] = ladder[0]["from"] = hostile
-    int8 = make.precision("int8", verdict={"kept": True, "words": hostile})
-    bundle = make.bundle(tmp_path / "b", model=None, precisions={"int8": int8}, ladder=ladder, p50=None)
+    parity = make.parity()
+    parity[0]["first_diverging_layer"] = parity[0]["from"] = hostile
+    int8 = make.precision("int8", decision={"kept": True, "words": hostile})
+    bundle = make.bundle(tmp_path / "b", model=None, precisions={"int8": int8}, parity=parity, p50=None)
     make.bench(
         bundle, device="box", measurements=[make.measurement("int8", 1.0, mode=hostile, marks=[hostile])]
     )

@@ -59,28 +59,28 @@ def test_a_pipeline_stands_for_everything_inside_it(whole):
     assert record["comparison"]["labels_per_class"] == 5
 
 
-def test_verdict_says_by_how_much_the_pretrained_net_wins(whole):
+def test_decision_says_by_how_much_the_pretrained_net_wins(whole):
     _, record = whole
-    assert record["verdict"] == (
-        "The pretrained net beats its random initialisation by 21.2 points [19.7, 22.7] "
+    assert record["decision"] == (
+        "The pretrained net beats its random initialization by 21.2 points [19.7, 22.7] "
         "with 5 labels per class."
     )
 
 
-def test_verdict_says_not_resolved_when_the_interval_includes_zero(make, tmp_path):
+def test_decision_says_not_resolved_when_the_interval_includes_zero(make, tmp_path):
     make.pipeline(tmp_path / "demo", pretrained=[35.0, 34.9, 36.6, 34.3, 36.2])
     record = report([tmp_path / "demo"], out=tmp_path / "report")
-    assert record["verdict"].startswith(
-        "Not resolved: the pretrained net differs from its random initialisation by +0.1 points [−0.7, 1.0]"
+    assert record["decision"].startswith(
+        "Not resolved: the pretrained net differs from its random initialization by +0.1 points [−0.7, 1.0]"
     )
-    assert record["verdict"].endswith("with 5 labels per class, and the interval includes zero.")
+    assert record["decision"].endswith("with 5 labels per class, and the interval includes zero.")
 
 
-def test_verdict_says_so_when_pretraining_hurts(make, tmp_path):
+def test_decision_says_so_when_pretraining_hurts(make, tmp_path):
     make.pipeline(tmp_path / "demo", pretrained=[24.2, 25.8, 26.1, 23.9, 26.3])
     record = report([tmp_path / "demo"], out=tmp_path / "report")
-    assert record["verdict"].startswith(
-        "The pretrained net falls short of its random initialisation by 10.0 points ["
+    assert record["decision"].startswith(
+        "The pretrained net falls short of its random initialization by 10.0 points ["
     )
 
 
@@ -91,7 +91,7 @@ def test_a_difference_the_record_calls_resolved_is_not_when_its_interval_include
     content["differences"][0]["resolved"] = True
     file.write_text(json.dumps(content))
     record = report([tmp_path / "demo"], out=tmp_path / "report")
-    assert record["verdict"].startswith("Not resolved")
+    assert record["decision"].startswith("Not resolved")
 
 
 def test_bundle_joins_its_net_by_hash(whole):
@@ -192,7 +192,7 @@ def test_ids_of_inlined_charts_are_unique_and_every_reference_has_one(whole):
     assert set(re.findall(r"url\(#([^)]+)\)", text)) | set(re.findall(r'href="#([^"]+)"', text)) <= set(ids)
 
 
-def test_charts_take_every_colour_from_the_page(whole):
+def test_charts_take_every_color_from_the_page(whole):
     base, _ = whole
     text = (base / "report" / "report.html").read_text()
     charts = re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL)
@@ -232,10 +232,10 @@ def test_name_that_is_no_utf8_and_has_control_characters_is_shown(make, tmp_path
     assert "n\\x07et 日本語 \\udcff" in page_of(tmp_path / "report").text
 
 
-def test_markdown_has_the_verdict_and_the_table(whole):
+def test_markdown_has_the_decision_and_the_table(whole):
     base, record = whole
     text = (base / "report" / "report.md").read_text()
-    assert f"**{record['verdict']}**" in text
+    assert f"**{record['decision']}**" in text
     net, bundle = (line for line in text.splitlines() if line.startswith("| slim"))
     assert net == ("| slim | 56.5 [54.6, 58.4] | 61.5 [59.6, 63.4] | 74.2 [72.5, 75.9] | – | 4.7 M | 231 k |")
     assert bundle == (
@@ -243,7 +243,7 @@ def test_markdown_has_the_verdict_and_the_table(whole):
     )
 
 
-def test_conditions_hold_command_passport_and_versions(whole):
+def test_conditions_hold_command_device_info_and_versions(whole):
     base, record = whole
     text = page_of(base / "report").text
     for needle in (
@@ -268,13 +268,13 @@ def test_conditions_hold_command_passport_and_versions(whole):
 def test_only_a_run(make, tmp_path):
     record = report([make.run(tmp_path / "run", steps=200)], out=tmp_path / "report")
     assert record["rows"] == []
-    assert record["verdict"] == "The run run finished: 200 of 1,200 steps; no net was measured."
+    assert record["decision"] == "The run run finished: 200 of 1,200 steps; no net was measured."
     assert page_of(tmp_path / "report").tags.count("table") == 0
 
 
 def test_only_a_bundle(make, tmp_path):
     record = report([make.bundle(tmp_path / "bundle", model=None, p99=None)], out=tmp_path / "report")
-    assert record["verdict"] == (
+    assert record["decision"] == (
         "bundle takes 0.412 ms [0.406, 0.418] at the median on build-box (batch 1, 1 thread), "
         "at 231 k parameters, 0.93 MB of ONNX."
     )
@@ -286,7 +286,7 @@ def test_bundle_without_bench(make, tmp_path):
     net = make.model(tmp_path / "net")
     record = report([net, make.bundle(tmp_path / "bundle", model=net, p50=None)], out=tmp_path / "report")
     assert len(record["rows"]) == 1
-    assert record["verdict"] == (
+    assert record["decision"] == (
         "net reaches 56.5 % [54.6, 58.4] few-label top-1; nothing was compared and nothing was timed."
     )
     assert record["support"][-1] == f"Next: `edgecl bench {tmp_path / 'bundle'}` for latency."
@@ -296,7 +296,7 @@ def test_net_without_any_measurement(make, tmp_path):
     net = make.model(tmp_path / "a net", draws=None)
     (net / "cost.json").unlink()
     record = report([net], out=tmp_path / "report")
-    assert "no accuracy and no latency" in record["verdict"]
+    assert "no accuracy and no latency" in record["decision"]
     assert record["support"] == [
         f"Next: `edgecl probe '{net}' --data URI` for accuracy; "
         f"`edgecl export '{net}' --target ort-cpu --out BUNDLE` and `edgecl bench BUNDLE` for latency."
@@ -313,7 +313,7 @@ def test_bundles_alone_without_any_measurement(make, tmp_path):
 def test_run_that_failed_says_of_what(make, tmp_path):
     run = make.run(tmp_path / "run", steps=200, state="failed", error="the embedding collapsed")
     record = report([run], out=tmp_path / "report")
-    assert record["verdict"] == "The run run failed: 200 of 1,200 steps; no net was measured."
+    assert record["decision"] == "The run run failed: 200 of 1,200 steps; no net was measured."
     assert f"{run}: the run failed: the embedding collapsed." in record["notes"]
     assert ", failed." in (tmp_path / "report" / "report.html").read_text()
 
@@ -322,7 +322,7 @@ def test_run_that_failed_says_of_what(make, tmp_path):
 def test_run_still_running_after_few_steps(make, tmp_path, steps):
     run = make.run(tmp_path / "run", steps=steps, state="running", wall_s=None)
     record = report([run], out=tmp_path / "report")
-    assert "is not finished" in record["verdict"]
+    assert "is not finished" in record["decision"]
     assert any("not finished" in note for note in record["notes"])
 
 

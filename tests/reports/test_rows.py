@@ -160,7 +160,7 @@ def test_power_modes_of_one_board_are_told_apart(make, tmp_path):
 def test_records_of_an_earlier_edgecl_are_left_out_and_said(make, tmp_path):
     bundle = make.bundle(tmp_path / "bundle", model=None)
     manifest = json.loads((bundle / "manifest.json").read_text())
-    del manifest["precisions"], manifest["ladder"]
+    del manifest["precisions"], manifest["parity"]
     (bundle / "manifest.json").write_text(json.dumps(manifest | {"model": "model.onnx", "parity": {}}))
     bench = json.loads((bundle / "bench-build-box.json").read_text())
     (timing,) = bench.pop("measurements")
@@ -175,12 +175,12 @@ def test_records_of_an_earlier_edgecl_are_left_out_and_said(make, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "nonsense", [None, 3, "x", [], [3], {"int8": 3}, {"int8": {"verdict": 3, "accuracy": "y"}}]
+    "nonsense", [None, 3, "x", [], [3], {"int8": 3}, {"int8": {"decision": 3, "accuracy": "y"}}]
 )
 def test_nonsense_in_the_new_keys_is_no_crash(make, tmp_path, nonsense):
     bundle = make.compiled(tmp_path / "bundle", model=None)
     manifest = json.loads((bundle / "manifest.json").read_text())
-    manifest.update(precisions=nonsense, ladder=nonsense, size_bytes=nonsense)
+    manifest.update(precisions=nonsense, parity=nonsense, size_bytes=nonsense)
     (bundle / "manifest.json").write_text(json.dumps(manifest))
     bench = json.loads((bundle / "bench-Orin Nano.json").read_text()) | {"made_from": None}
     bench.update(ratios=nonsense, marks=nonsense, throttle=nonsense)

@@ -26,7 +26,7 @@ from edgecl.storage.checkpoint import (
 )
 from edgecl.train.optim import create_optimizer
 
-NO_OPTIMISER = {"state": {}, "param_groups": []}
+NO_OPTIMIZER = {"state": {}, "param_groups": []}
 FILES = ["model.safetensors", "optimizer.safetensors", "state.json"]
 
 
@@ -76,7 +76,7 @@ def steps(run_dir):
 
 # --- exact ---
 
-OPTIMISERS = [
+OPTIMIZERS = [
     Optim(name="adamw", lr=1e-2),
     Optim(name="sgd", lr=1e-2),
     Optim(name="sgd", lr=1e-2, momentum=0.0),
@@ -85,7 +85,7 @@ OPTIMISERS = [
 
 
 @pytest.mark.parametrize(
-    "settings", OPTIMISERS, ids=lambda settings: f"{settings.name}-{settings.momentum:g}"
+    "settings", OPTIMIZERS, ids=lambda settings: f"{settings.name}-{settings.momentum:g}"
 )
 def test_training_goes_on_bit_for_bit(run_dir, settings):
     net = make_net()
@@ -105,9 +105,9 @@ def test_training_goes_on_bit_for_bit(run_dir, settings):
 
 
 @pytest.mark.parametrize(
-    "settings", OPTIMISERS, ids=lambda settings: f"{settings.name}-{settings.momentum:g}"
+    "settings", OPTIMIZERS, ids=lambda settings: f"{settings.name}-{settings.momentum:g}"
 )
-def test_an_optimisers_state_survives(run_dir, settings):
+def test_an_optimizers_state_survives(run_dir, settings):
     net = make_net()
     optimizer = create_optimizer(net, settings, batch_size=6)
     train(net, optimizer, 2)
@@ -124,7 +124,7 @@ def test_an_optimisers_state_survives(run_dir, settings):
     assert json.dumps(after["param_groups"]) == json.dumps(before["param_groups"])
 
 
-def test_options_of_an_optimiser_come_back_as_they_were(run_dir):
+def test_options_of_an_optimizer_come_back_as_they_were(run_dir):
     parameters = [torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(3))]
 
     def make(lr):
@@ -201,9 +201,9 @@ def test_what_json_cannot_hold_is_refused_by_its_name(run_dir, state, text):
     assert names(run_dir) == []
 
 
-def test_an_optimiser_with_more_than_state_and_groups_is_refused(run_dir):
-    with pytest.raises(TypeError, match=r"^an optimiser's state with 'lookahead' in it cannot be kept$"):
-        write_checkpoint(run_dir, step=1, epoch=0, model={}, optimizer={**NO_OPTIMISER, "lookahead": {}})
+def test_an_optimizer_with_more_than_state_and_groups_is_refused(run_dir):
+    with pytest.raises(TypeError, match=r"^an optimizer's state with 'lookahead' in it cannot be kept$"):
+        write_checkpoint(run_dir, step=1, epoch=0, model={}, optimizer={**NO_OPTIMIZER, "lookahead": {}})
 
 
 def test_every_sort_of_tensor_survives(run_dir):
@@ -222,7 +222,7 @@ def test_every_sort_of_tensor_survives(run_dir):
         "half": torch.randn(5).bfloat16(),
         "not finite": torch.tensor([math.nan, math.inf, -0.0]),
     }
-    write_checkpoint(run_dir, step=1, epoch=0, model=model, optimizer=NO_OPTIMISER)
+    write_checkpoint(run_dir, step=1, epoch=0, model=model, optimizer=NO_OPTIMIZER)
     found = read_newest(run_dir).model
     assert found.keys() == model.keys()
     for name, tensor in model.items():

@@ -110,14 +110,14 @@ def test_quality_is_looked_at_each_time_it_is_due(runs, arm):
             assert record["rankme_slim"] is None
 
 
-def test_neighbours_are_asked_where_there_are_labels(runs):
+def test_neighbors_are_asked_where_there_are_labels(runs):
     for record in looks_of(runs / "SACL-XD"):
         assert 0 <= record["knn_top1_host"] <= 100
         assert 0 <= record["knn_top1_slim"] <= 100
 
 
 @pytest.mark.parametrize("arm", ["XD only", "SACL only"])
-def test_neighbours_are_not_asked_without_labels(runs, arm):
+def test_neighbors_are_not_asked_without_labels(runs, arm):
     for record in looks_of(runs / arm):
         assert record["knn_top1_host"] is None
         assert record["knn_top1_slim"] is None
@@ -444,7 +444,7 @@ def test_gradients_are_clipped(tmp_path, make_recipe, pictures, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["lars", "sgd"])
-def test_other_optimisers_train(tmp_path, make_recipe, pictures, name):
+def test_other_optimizers_train(tmp_path, make_recipe, pictures, name):
     train(make_recipe(f"optim.name='{name}'", "run.epochs=1", "optim.lr=0.01"), tmp_path / "run", pictures)
     assert all(math.isfinite(record["loss"]) for record in steps_of(tmp_path / "run"))
 

@@ -199,7 +199,7 @@ def test_two_processes_are_one_with_rate_symmetric_passes_and_local_views(scenar
 
 
 def test_looks_at_quality_are_of_the_net_that_is_saved(scenarios, labelled_pictures):
-    """Norms that are not synchronised differ between processes; what is saved are the first one's."""
+    """Norms that are not synchronized differ between processes; what is saved are the first one's."""
     run = RunDir(scenarios[0] / "two-apart")
     recipe = recipe_from_tables(run.read()["recipe"], source="run.json")
     net = create_slimmable(recipe)

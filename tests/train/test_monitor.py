@@ -74,7 +74,7 @@ def look(step, rank_me):
     return {"step": step, "rankme_host": 50.0, "rankme_slim": rank_me}
 
 
-def test_a_method_that_does_not_correlate_its_views_is_judged_by_the_spread(alarm, said):
+def test_a_method_that_does_not_correlate_its_views_is_evaluated_by_the_spread(alarm, said):
     known = {key: value for key, value in record(std=0.05).items() if key != "diagonal"}
     assert alarm.check(known) == "collapse"
     assert "diagonal" not in said[0]

@@ -1,4 +1,4 @@
-"""The optimiser's groups and the learning rate of every step."""
+"""The optimizer's groups and the learning rate of every step."""
 
 import math
 
@@ -45,7 +45,7 @@ def test_norms_and_biases_get_no_weight_decay(make_recipe, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_parameter_is_optimised_once(make_recipe, name):
+def test_every_parameter_is_optimized_once(make_recipe, name):
     net = create_slimmable(make_recipe())
     optimizer = create_optimizer(net, Optim(name=name), batch_size=8)
     held = [id(p) for group in optimizer.param_groups for p in group["params"]]
@@ -101,7 +101,7 @@ def test_the_rate_of_a_step_does_not_hang_on_the_steps_before():
 @pytest.mark.parametrize(
     ("name", "kind"), [("adamw", torch.optim.AdamW), ("sgd", torch.optim.SGD), ("lars", Lars)]
 )
-def test_a_name_gives_its_optimiser(name, kind):
+def test_a_name_gives_its_optimizer(name, kind):
     assert type(create_optimizer(nn.Linear(3, 2), Optim(name=name), batch_size=8)) is kind
 
 

@@ -75,12 +75,12 @@ def test_a_recorded_run_that_is_stuck_says_so_at_its_end(alarm):
     records = recorded("stuck-sacl-xd")
     for record in records:
         heed(alarm, record)
-    verdict = alarm.verdict()
+    decision = alarm.decision()
     last = [record for record in records if "rankme_slim" in record][-1]
-    assert verdict["since"] < records[-1]["step"]
-    assert f"RankMe is {last['rankme_slim']:.1f} of at most 1,024" in verdict["words"]
-    assert f"kNN {last['knn_top1_slim']:.1f} %" in verdict["words"]
-    assert "[method.coding_rate] weight" in verdict["hint"]
+    assert decision["since"] < records[-1]["step"]
+    assert f"RankMe is {last['rankme_slim']:.1f} of at most 1,024" in decision["words"]
+    assert f"kNN {last['knn_top1_slim']:.1f} %" in decision["words"]
+    assert "[method.coding_rate] weight" in decision["hint"]
 
 
 def test_a_recorded_run_that_leaves_the_plateau_is_warned_of_once_and_not_called_stuck(alarm):
@@ -88,7 +88,7 @@ def test_a_recorded_run_that_leaves_the_plateau_is_warned_of_once_and_not_called
     records = recorded("leaves-sacl-xd")
     (warned,) = [record["step"] for record in records if heed(alarm, record)]
     assert 110 < warned < 110 + STEPS_OF_DEMO / 10
-    assert alarm.verdict() is None
+    assert alarm.decision() is None
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in RECORDED.glob("starts-*.jsonl")))
@@ -96,7 +96,7 @@ def test_a_recorded_run_that_starts_well_is_not_warned_of(alarm, said, name):
     for record in recorded(name):
         assert heed(alarm, record) is None
     assert said == []
-    assert alarm.verdict() is None
+    assert alarm.decision() is None
 
 
 @pytest.mark.parametrize("width", [16, 128])
@@ -110,9 +110,9 @@ def test_projections_that_all_say_the_same_are_what_the_alarm_looks_for(alarm, w
         said_of_picture = torch.randn(64, 1, generator=generator)
         z_a, z_b = ((said_of_picture + torch.randn(64, 1, generator=generator)) * signs for _ in range(2))
         seen = cross_correlation_loss(z_a, z_b, off_diagonal=0.01)
-        assert alarm.verdict() is None
+        assert alarm.decision() is None
         alarm.check(step(number, float(seen.diagonal), float(seen.off_diagonal_rms)))
-    assert alarm.verdict()
+    assert alarm.decision()
 
 
 def test_two_dimensions_are_no_plateau_of_one(alarm):
@@ -123,7 +123,7 @@ def test_two_dimensions_are_no_plateau_of_one(alarm):
         noise = torch.randn(2, 64, 2, generator=generator).repeat(1, 1, 8)
         seen = cross_correlation_loss(two + noise[0], two + noise[1], off_diagonal=0.01)
         alarm.check(step(number, float(seen.diagonal), float(seen.off_diagonal_rms)))
-    assert alarm.verdict() is None
+    assert alarm.decision() is None
 
 
 def feed(alarm, count, start=1, **numbers):
@@ -131,16 +131,16 @@ def feed(alarm, count, start=1, **numbers):
         alarm.check(step(number, **numbers))
 
 
-def test_few_records_are_too_few_to_judge(alarm):
+def test_few_records_are_too_few_to_evaluator(alarm):
     feed(alarm, RECORDS - 1)
     alarm.check_quality(look(RECORDS), **DEMO)
-    assert alarm.verdict() is None
+    assert alarm.decision() is None
 
 
-def test_without_a_look_after_the_first_step_nothing_is_judged(alarm):
+def test_without_a_look_after_the_first_step_nothing_is_evaluated(alarm):
     alarm.check_quality(look(0, rankme=1.0, knn=10.0), **DEMO)
     feed(alarm, 10)
-    assert alarm.verdict() is None
+    assert alarm.decision() is None
 
 
 def test_a_record_apart_starts_the_count_again(alarm):
@@ -148,37 +148,37 @@ def test_a_record_apart_starts_the_count_again(alarm):
     for start in (2, 10, 20):
         feed(alarm, RECORDS - 1, start)
         feed(alarm, 1, start + 5, diagonal=0.9, rms=0.1)
-    assert alarm.verdict() is None
+    assert alarm.decision() is None
 
 
 def test_the_sign_of_the_diagonal_does_not_matter(alarm):
     alarm.check_quality(look(1), **DEMO)
     feed(alarm, RECORDS, diagonal=-0.3, rms=0.3)
-    assert alarm.verdict()
+    assert alarm.decision()
 
 
 @pytest.mark.parametrize(("rankme", "stuck"), [(101.0, True), (104.0, False)])
 def test_rankme_is_held_to_what_features_and_images_allow(alarm, rankme, stuck):
     alarm.check_quality(look(1, rankme=rankme), **DEMO)
     feed(alarm, RECORDS)
-    assert bool(alarm.verdict()) is stuck
+    assert bool(alarm.decision()) is stuck
 
 
 @pytest.mark.parametrize(("knn", "stuck"), [(20.0, True), (28.0, True), (31.0, False)])
-def test_neighbours_are_held_to_those_before_the_first_step_and_their_noise(alarm, knn, stuck):
+def test_neighbors_are_held_to_those_before_the_first_step_and_their_noise(alarm, knn, stuck):
     """1,024 queries at 26 %: a difference of two has a standard error of 1.9 points."""
     alarm.check_quality(look(0, rankme=200.0, knn=26.0), **DEMO)
     alarm.check_quality(look(1, rankme=200.0, knn=knn), **DEMO)
     feed(alarm, RECORDS)
-    assert bool(alarm.verdict()) is stuck
+    assert bool(alarm.decision()) is stuck
 
 
-def test_without_a_slim_net_the_host_is_judged(alarm):
+def test_without_a_slim_net_the_host_is_evaluated(alarm):
     alarm.check_quality(look(0, knn=26.0, net="host"), **DEMO)
     alarm.check_quality(look(1, rankme=7.0, knn=30.0, net="host"), **DEMO)
     feed(alarm, RECORDS)
-    assert "RankMe is 7.0" in alarm.verdict()["words"]
-    assert "kNN 30.0 % (before the first step 26.0 %)" in alarm.verdict()["words"]
+    assert "RankMe is 7.0" in alarm.decision()["words"]
+    assert "kNN 30.0 % (before the first step 26.0 %)" in alarm.decision()["words"]
 
 
 def test_a_run_that_leaves_the_plateau_is_not_called_stuck(alarm, said):
@@ -186,16 +186,16 @@ def test_a_run_that_leaves_the_plateau_is_not_called_stuck(alarm, said):
     feed(alarm, 2 * RECORDS)
     assert len(said) == 1
     feed(alarm, RECORDS - 1, 50, diagonal=0.8, rms=0.2)
-    assert alarm.verdict()
+    assert alarm.decision()
     feed(alarm, 1, 60, diagonal=0.8, rms=0.2)
-    assert alarm.verdict() is None
+    assert alarm.decision() is None
 
 
 def test_features_that_become_good_end_it_too(alarm):
     alarm.check_quality(look(1), **DEMO)
     feed(alarm, RECORDS)
     alarm.check_quality(look(9, rankme=300.0, knn=80.0), **DEMO)
-    assert alarm.verdict() is None
+    assert alarm.decision() is None
 
 
 def test_numbers_that_are_not_finite_are_left_out(alarm):
@@ -203,7 +203,7 @@ def test_numbers_that_are_not_finite_are_left_out(alarm):
     feed(alarm, RECORDS - 1)
     feed(alarm, 5, 10, diagonal=math.nan)
     feed(alarm, 1, 20)
-    assert alarm.verdict()
+    assert alarm.decision()
 
 
 def test_an_alarm_that_is_resumed_anywhere_says_what_one_that_ran_on_says(said):
@@ -215,7 +215,7 @@ def test_an_alarm_that_is_resumed_anywhere_says_what_one_that_ran_on_says(said):
         found = [heed(first, record) for record in records[:cut]]
         second.restore(json.loads(json.dumps(first.state())))
         assert found + [heed(second, record) for record in records[cut:]] == expected
-        assert second.verdict() == whole.verdict()
+        assert second.decision() == whole.decision()
 
 
 @pytest.fixture
@@ -258,7 +258,7 @@ def test_a_stuck_run_that_is_resumed_at_its_end_is_still_called_stuck(stuck, mak
 def test_the_report_of_a_stuck_run_begins_with_it(stuck, tmp_path):
     plateau = RunDir(stuck).read()["plateau"]
     record = report([stuck], out=tmp_path / "report")
-    assert record["verdict"].startswith(plateau["words"])
+    assert record["decision"].startswith(plateau["words"])
     assert plateau["hint"] in record["support"][0]
     header = ReportDir(tmp_path / "report").page_file.read_text(encoding="utf-8").partition("</header>")[0]
     assert plateau["words"] in header
@@ -277,4 +277,4 @@ def test_pretrain_says_last_that_it_is_stuck(tmp_path, one_dimension, recipe_fil
 
 def test_a_run_that_is_not_stuck_has_no_plateau_in_its_record(trained_run, tmp_path):
     assert RunDir(trained_run).read()["plateau"] is None
-    assert "plateau" not in report([trained_run], out=tmp_path / "report")["verdict"]
+    assert "plateau" not in report([trained_run], out=tmp_path / "report")["decision"]

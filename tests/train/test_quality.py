@@ -3,7 +3,7 @@
 import torch
 from accelerate import Accelerator
 
-from edgecl.data.loading import normalise
+from edgecl.data.loading import normalize
 from edgecl.data.sources import open_source
 from edgecl.metrics.collapse import extract_features
 from edgecl.nets.backbone import create_backbone
@@ -26,7 +26,7 @@ def test_a_look_at_a_nested_host_skips_as_it_does(make_recipe, pictures):
 
     def features(backbone):
         return extract_features(
-            backbone, watch._share, normalise=lambda part: normalise(part, recipe.data.mean, recipe.data.std)
+            backbone, watch._share, normalize=lambda part: normalize(part, recipe.data.mean, recipe.data.std)
         )
 
     found = watch._features(net, net.host_width, untrained=False)

@@ -1,6 +1,6 @@
-"""One file per runtime; each holds a runner, which is all that verifying and measuring know of a runtime.
+"""One file per runtime; each holds a session, which is all that verifying and measuring know of a runtime.
 
-A runner is made from a bundle, its manifest, a precision and a number of threads, and has
+A session is made from a bundle, its manifest, a precision and a number of threads, and has
     run(images)      (N, C, H, W) float32 -> outputs (N, F) float32; N is the manifest's batch unless that is dynamic
     bind(images)     keep a batch ready to be timed
     modes()          what can be timed, the headline first: 'inference' on a processor
@@ -22,7 +22,7 @@ from ..onnx_file import check_self_contained
 if TYPE_CHECKING:  # no Protocol before Python 3.8
     from typing import Protocol
 
-    class Runner(Protocol):
+    class Session(Protocol):
         """What the module says."""
 
         def run(self, images: np.ndarray) -> np.ndarray: ...  # noqa: D102
@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # no Protocol before Python 3.8
         def close(self) -> None: ...  # noqa: D102
 
 else:
-    Runner = Any
+    Session = Any
 
 RUNTIMES = ("onnxruntime", "openvino", "tensorrt", "tensorrt_rtx")
 SHORT_NAMES = {"ort": "onnxruntime"}
@@ -44,7 +44,7 @@ def full_name(runtime: str) -> str:
     return SHORT_NAMES.get(runtime, runtime)
 
 
-def open_runner(
+def open_session(
     bundle: Union[str, Path],
     manifest: Dict[str, Any],
     *,
@@ -52,7 +52,7 @@ def open_runner(
     runtime: Optional[str] = None,
     threads: int,
     report: Optional[Callable[[str], None]] = None,
-) -> Runner:
+) -> Session:
     """Load the net of a bundle in a precision.
 
     Args:
@@ -64,27 +64,29 @@ def open_runner(
         report: called with a line when an engine is built for this device, which takes minutes.
 
     Raises:
-        DeviceError: no runner for that runtime, it is not installed, or it cannot load the net.
+        DeviceError: no session for that runtime, it is not installed, or it cannot load the net.
         BundleError: no such precision, the net is not the one of the manifest, or keeps weights outside its file.
     """
     name = full_name(runtime or manifest["runtime"])
     if name not in RUNTIMES:
         raise DeviceError(
-            "no runner for the runtime '%s'; this edgecl has: %s" % (name, ", ".join(RUNTIMES)),
-            "use the runner that came with the bundle, or a newer edgecl",
+            "no session for the runtime '%s'; this edgecl has: %s" % (name, ", ".join(RUNTIMES)),
+            "use the onboard.pyz that came with the bundle, or a newer edgecl",
         )
     precision, about = choose_precision(manifest, precision)
     bundle = Path(bundle)
     check_self_contained(bundle / about["model"])
-    # A runner's file is read only for its runtime: a board has one of them.
+    # A session's file is read only for its runtime: a board has one of them.
     if name == "onnxruntime":
-        from .ort import OrtRunner
+        from .ort import OrtSession
 
-        return OrtRunner(bundle, manifest, precision=precision, threads=threads)
+        return OrtSession(bundle, manifest, precision=precision, threads=threads)
     if name == "openvino":
-        from .openvino import OpenvinoRunner
+        from .openvino import OpenvinoSession
 
-        return OpenvinoRunner(bundle, manifest, precision=precision, threads=threads)
-    from .tensorrt import TensorrtRunner
+        return OpenvinoSession(bundle, manifest, precision=precision, threads=threads)
+    from .tensorrt import TensorrtSession
 
-    return TensorrtRunner(bundle, manifest, precision=precision, threads=threads, runtime=name, report=report)
+    return TensorrtSession(
+        bundle, manifest, precision=precision, threads=threads, runtime=name, report=report
+    )

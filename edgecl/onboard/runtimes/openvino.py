@@ -27,19 +27,19 @@ def import_openvino() -> Any:
         sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
     try:
         import openvino
-    except ImportError as complaint:
-        raise cannot_import("the runtime 'openvino'", complaint, "pip install openvino") from complaint
+    except ImportError as exc:
+        raise cannot_import("the runtime 'openvino'", exc, "pip install openvino") from exc
     finally:
         if hidden:
             del sys.modules["openvino_telemetry"]
     return openvino
 
 
-class OpenvinoRunner:
+class OpenvinoSession:
     """One compiled net on a given number of threads, one request at a time.
 
     Left to itself OpenVINO computes a float32 net in bf16 where the processor has it. Here fp32 and int8 nets state
-    f32 for what is not quantised, and fp16 nets f16 where the processor has it: `describe` says what was taken, and
+    f32 for what is not quantized, and fp16 nets f16 where the processor has it: `describe` says what was taken, and
     how many layers run in which precision.
 
     Args:
@@ -72,11 +72,11 @@ class OpenvinoRunner:
         try:
             model = core.read_model(str(model_file))
             self._compiled: Any = core.compile_model(model, DEVICE, asked)
-        except RuntimeError as complaint:
+        except RuntimeError as exc:
             raise DeviceError(
-                "openvino %s cannot load '%s': %s" % (self._version, model_file.name, complaint),
+                "openvino %s cannot load '%s': %s" % (self._version, model_file.name, exc),
                 "the file is whole: install a newer openvino, or export the bundle for this one",
-            ) from complaint
+            ) from exc
         devices = list(self._compiled.get_property("EXECUTION_DEVICES"))
         if devices != [DEVICE]:
             raise DeviceError(
@@ -109,11 +109,11 @@ class OpenvinoRunner:
             self._place(images)
             self._request.infer()
             return np.array(self._request.get_output_tensor().data)
-        except RuntimeError as complaint:
+        except RuntimeError as exc:
             raise DeviceError(
-                "openvino %s cannot run the net on inputs %s: %s" % (self._version, images.shape, complaint),
+                "openvino %s cannot run the net on inputs %s: %s" % (self._version, images.shape, exc),
                 "the file is whole: install a newer openvino, or export the bundle for this one",
-            ) from complaint
+            ) from exc
 
     def bind(self, images: np.ndarray) -> None:
         """Keep a batch in place, so that a timed run neither converts nor copies it."""

@@ -14,23 +14,23 @@ _FATAL = 4
 
 
 def import_onnxruntime() -> Any:
-    """Return the module, silent: what goes wrong is in its exceptions, its log would be coloured even in a file.
+    """Return the module, silent: what goes wrong is in its exceptions, its log would be colored even in a file.
 
     Raises:
         DeviceError: it is not installed.
     """
     try:
         import onnxruntime
-    except ImportError as complaint:
-        raise cannot_import("the runtime 'onnxruntime'", complaint, "pip install onnxruntime") from complaint
+    except ImportError as exc:
+        raise cannot_import("the runtime 'onnxruntime'", exc, "pip install onnxruntime") from exc
     onnxruntime.set_default_logger_severity(_FATAL)
     return onnxruntime
 
 
-class OrtRunner:
-    """One session on a given number of threads, optimised for this processor as it is loaded.
+class OrtSession:
+    """One session on a given number of threads, optimized for this processor as it is loaded.
 
-    A form for TensorRT is computed as it is written instead: optimised, its products of 8-bit numbers would
+    A form for TensorRT is computed as it is written instead: optimized, its products of 8-bit numbers would
     saturate on x86-64 without VNNI.
 
     Args:
@@ -66,11 +66,11 @@ class OrtRunner:
             self._session: Any = onnxruntime.InferenceSession(
                 str(model_file), sess_options=options, providers=[PROVIDER]
             )
-        except Exception as complaint:  # onnxruntime's own classes share no other base
+        except Exception as exc:  # onnxruntime's own classes share no other base
             raise DeviceError(
-                "onnxruntime %s cannot load '%s': %s" % (onnxruntime.__version__, model_file.name, complaint),
+                "onnxruntime %s cannot load '%s': %s" % (onnxruntime.__version__, model_file.name, exc),
                 "the file is whole: install a newer onnxruntime, or export the bundle for this one",
-            ) from complaint
+            ) from exc
         self._version = str(onnxruntime.__version__)
         found = self._session.get_providers()
         if found != [PROVIDER]:
@@ -103,12 +103,11 @@ class OrtRunner:
         """
         try:
             return np.asarray(self._session.run([self._output], {self._input: images})[0])
-        except Exception as complaint:  # onnxruntime's own classes share no other base
+        except Exception as exc:  # onnxruntime's own classes share no other base
             raise DeviceError(
-                "onnxruntime %s cannot run the net on inputs %s: %s"
-                % (self._version, images.shape, complaint),
+                "onnxruntime %s cannot run the net on inputs %s: %s" % (self._version, images.shape, exc),
                 "the file is whole: install a newer onnxruntime, or export the bundle for this one",
-            ) from complaint
+            ) from exc
 
     def bind(self, images: np.ndarray) -> None:
         """Keep a batch in place, so that a timed run neither converts nor copies it."""

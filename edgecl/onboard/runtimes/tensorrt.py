@@ -19,7 +19,7 @@ from ..bundle import (
 )
 from ..engine import TITLES, Report, build_plan, import_runtime, log_of
 from ..errors import BundleError, DeviceError
-from ..layers import check_delivered, layers_of_engine, precision_shares, summarise
+from ..layers import check_delivered, layers_of_engine, precision_shares, summarize
 
 if TYPE_CHECKING:
     import tensorrt
@@ -37,7 +37,7 @@ class Engine(NamedTuple):
     about: Dict[str, Any]
 
 
-class TensorrtRunner:
+class TensorrtSession:
     """An engine, its buffers and a stream.
 
     Args:
@@ -120,14 +120,14 @@ class TensorrtRunner:
         self._log.forget()
         try:
             made = make()
-        except (TypeError, RuntimeError) as complaint:  # how the bindings say that nothing was returned
-            raise self._cannot("make %s" % what, str(complaint)) from complaint
+        except (TypeError, RuntimeError) as exc:  # how the bindings say that nothing was returned
+            raise self._cannot("make %s" % what, str(exc)) from exc
         if made is None:
             raise self._cannot("make %s" % what)
         return made
 
-    def _cannot(self, what: str, complaint: str = "") -> DeviceError:
-        said = self._log.last() if self._log.complaints or not complaint else complaint
+    def _cannot(self, what: str, exc: str = "") -> DeviceError:
+        said = self._log.last() if self._log.complaints or not exc else exc
         return DeviceError(
             "%s cannot %s: %s" % (self._title, what, said),
             "free memory on the GPU, or look at `onboard.pyz doctor`",
@@ -170,7 +170,7 @@ class TensorrtRunner:
             timing_cache=cache_file.read_bytes() if is_plain_file(cache_file) else None,
             report=report,
         )
-        engine = self._deserialise(built.plan)
+        engine = self._deserialize(built.plan)
         if engine is None:
             raise self._cannot("load the engine it just built")
         layers = layers_of_engine(self._trt, engine) or built.layers
@@ -193,7 +193,7 @@ class TensorrtRunner:
             "network": built.network,
             "warnings": built.warnings,
         }
-        record.update(summarise(layers))
+        record.update(summarize(layers))
         if report:
             report("built in %.0f s: %s" % (built.seconds, _words(record["layers"])))
         try:
@@ -202,9 +202,9 @@ class TensorrtRunner:
             write_whole(plan_file.with_suffix(".json"), json.dumps(record, sort_keys=True).encode("ascii"))
             if built.timing_cache:
                 write_whole(cache_file, built.timing_cache)
-        except OSError as complaint:
+        except OSError as exc:
             record["file"] = None
-            self._say("the engine is not kept: %s" % complaint, report)
+            self._say("the engine is not kept: %s" % exc, report)
         return Engine(engine, dict(record, cached=False))
 
     def _kept_engine(self, plan_file: Path) -> Tuple[Optional[Engine], str]:
@@ -219,7 +219,7 @@ class TensorrtRunner:
             return None, "its record is missing or damaged"
         if hashlib.sha256(plan).hexdigest() != expected:
             return None, "the file changed since it was built"
-        engine = self._deserialise(plan)
+        engine = self._deserialize(plan)
         if engine is None:
             return None, "%s does not load it: %s" % (self._title, self._log.last())
         return Engine(engine, dict(record, cached=True)), ""
@@ -239,7 +239,7 @@ class TensorrtRunner:
             if path.parent != bundle or not is_plain_file(path):
                 raise BundleError("'%s' is missing from the bundle" % name, "export the bundle again")
             plan = path.read_bytes()
-            engine = self._deserialise(plan)
+            engine = self._deserialize(plan)
             if engine is None:
                 raise self._cannot("load '%s'" % name)
             record = {"file": name, "sha256": hashlib.sha256(plan).hexdigest(), "size_bytes": len(plan)}
@@ -253,7 +253,7 @@ class TensorrtRunner:
             "version it was made with",
         )
 
-    def _deserialise(self, plan: bytes) -> Any:
+    def _deserialize(self, plan: bytes) -> Any:
         self._log.forget()
         return self._loader.deserialize_cuda_engine(plan)
 
@@ -353,7 +353,7 @@ class TensorrtRunner:
 
     def _set_batch(self, images: np.ndarray) -> None:
         if self._context is None:
-            raise DeviceError("the runner is closed", "open another one")
+            raise DeviceError("the session is closed", "open another one")
         rest, batch = tuple(self._form["shape"][1:]), len(images)
         most = int(self._form["max_batch"] if self._form["dynamic_batch"] else self._form["shape"][0])
         fits = 1 <= batch <= most if self._form["dynamic_batch"] else batch == most

@@ -1,1 +1,1 @@
-"""The charts, as SVG that lives inside a page and takes its colours from the page's style sheet."""
+"""The charts, as SVG that lives inside a page and takes its colors from the page's style sheet."""

@@ -32,7 +32,7 @@ def curve_figure(
     """Draw one small multiple: a quantity over epochs, each line named at its end, extremes as a pale band.
 
     Args:
-        series: name, colour and curve of each line.
+        series: name, color and curve of each line.
         title: what is drawn; the page writes it over the picture.
         x_range: where the shared epoch axis begins and ends.
         limits: fixed ends of the value axis, None for an end that follows the data.
@@ -70,16 +70,16 @@ def curve_figure(
         axes.axhline(reference, color=MUTED, linewidth=1, dashes=(3, 3), zorder=1)
     end_epoch = max(one["epoch"][-1] for _, _, one in series)
     ends = spread(axes, [one["mean"][-1] for _, _, one in series], SMALL + 2)
-    for (name, colour, one), end in zip(series, ends, strict=True):
+    for (name, color, one), end in zip(series, ends, strict=True):
         few = len(one["epoch"]) < 25
         if any(a < b for a, b in zip(one["low"], one["high"], strict=True)):
             axes.fill_between(
-                one["epoch"], one["low"], one["high"], color=colour, alpha=0.18, linewidth=0, zorder=2
+                one["epoch"], one["low"], one["high"], color=color, alpha=0.18, linewidth=0, zorder=2
             )
         axes.plot(
             one["epoch"],
             one["mean"],
-            color=colour,
+            color=color,
             linewidth=1.7,
             marker="o" if few else None,
             markersize=4.5,
@@ -95,7 +95,7 @@ def curve_figure(
                 xytext=(6, 0),
                 textcoords="offset points",
                 va="center",
-                color=colour,
+                color=color,
                 fontsize=SMALL,
                 fontweight="bold",
             )

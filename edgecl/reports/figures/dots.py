@@ -99,7 +99,7 @@ class _Dots:
         mean: float,
         interval: list[float] | None,
         draws: list[float],
-        colour: str,
+        color: str,
         value: str,
         *,
         hollow: bool = False,
@@ -108,7 +108,7 @@ class _Dots:
         self.mean = mean
         self.interval = interval
         self.draws = draws
-        self.colour = colour
+        self.color = color
         self.value = value
         self.hollow = hollow
 
@@ -167,27 +167,27 @@ def _dot_plot(
         axes.plot(
             row.draws,
             [place + step for step in steps],
-            color=row.colour,
+            color=row.color,
             linestyle="none",
             marker="o",
             markersize=5,
-            markerfacecolor=row.colour,
+            markerfacecolor=row.color,
             markeredgecolor="none",
             alpha=0.35,
             zorder=2,
         )
         if row.interval:
             axes.plot(
-                row.interval, [place, place], color=row.colour, linewidth=2.6, solid_capstyle="butt", zorder=3
+                row.interval, [place, place], color=row.color, linewidth=2.6, solid_capstyle="butt", zorder=3
             )
         axes.plot(
             [row.mean],
             [place],
-            color=row.colour,
+            color=row.color,
             marker="o",
             markersize=9,
-            markerfacecolor=PAPER if row.hollow else row.colour,
-            markeredgecolor=row.colour,
+            markerfacecolor=PAPER if row.hollow else row.color,
+            markeredgecolor=row.color,
             markeredgewidth=2.2,
             zorder=4,
         )

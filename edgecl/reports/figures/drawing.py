@@ -1,6 +1,6 @@
-"""What every drawing shares: sizes, colours, axes, and turning matplotlib's SVG into a part of a page.
+"""What every drawing shares: sizes, colors, axes, and turning matplotlib's SVG into a part of a page.
 
-Drawn by matplotlib in placeholder colours. `inlined` turns those into CSS variables, so that one picture
+Drawn by matplotlib in placeholder colors. `inlined` turns those into CSS variables, so that one picture
 serves light and dark, and gives every id a prefix, so that the pictures of a page stay apart.
 """
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator
 
-# Placeholder colour -> CSS variable. page.css gives each a value for light and for dark.
+# Placeholder color -> CSS variable. page.css gives each a value for light and for dark.
 INK, MUTED, RULE, PAPER = "#0e0001", "#0e0002", "#0e0003", "#0e0004"
 BLUE, ORANGE, PURPLE, GREEN = "#0e0005", "#0e0006", "#0e0007", "#0e0008"
 _VARIABLES = {
-    "#000000": "ink",  # whatever matplotlib was not told the colour of
+    "#000000": "ink",  # whatever matplotlib was not told the color of
     INK: "ink",
     MUTED: "muted",
     RULE: "rule",
@@ -115,7 +115,7 @@ def inlined(figure: Figure, *, prefix: str, title: str) -> str:
     from matplotlib.text import Text
 
     settings: Any = {
-        "svg.fonttype": "none",  # text stays text: it takes the page's font and colours, and can be searched
+        "svg.fonttype": "none",  # text stays text: it takes the page's font and colors, and can be searched
         "svg.hashsalt": "edgecl",
     }
     for text in figure.findobj(Text):
@@ -178,7 +178,7 @@ def _unwrapped(element: ElementTree.Element) -> list[ElementTree.Element]:
 
 
 def _page_style(style: str) -> str:
-    """Turn placeholder colours into CSS variables and leave the font's family to the page."""
+    """Turn placeholder colors into CSS variables and leave the font's family to the page."""
     declarations = []
     for declaration in style.split(";"):
         name, _, value = declaration.strip().partition(":")

@@ -33,7 +33,7 @@ MARKERS = {"fp32": "o", "fp16": "s", "int8": "D"}
 REJECTED_MARKER = "X"
 
 
-# One for each family, since colour says how a point was timed. The front's is dashed.
+# One for each family, since color says how a point was timed. The front's is dashed.
 _FAMILY_LINES: tuple[Literal["-", ":", "-."], ...] = ("-", ":", "-.")
 _LEGEND_LINE = 16.0
 
@@ -93,14 +93,14 @@ def scatter_figure(
         name = (
             f"{shortened(families[family]['name'], 30)}, one run: widths {min(widths):g} to {max(widths):g}"
         )
-        _name_family(figure, name, family, colour=alone, left=left, down=12 + _LEGEND_LINE * place)
+        _name_family(figure, name, family, color=alone, left=left, down=12 + _LEGEND_LINE * place)
     for place, group in enumerate(trade["groups"]):
-        colour = SERIES[place % len(SERIES)]
+        color = SERIES[place % len(SERIES)]
         for line in group.get("families", ()):
             axes.plot(
                 [costs[index][0] for index in line["rows"]],
                 [_gains(rows[index], key)[0] for index in line["rows"]],
-                color=colour,
+                color=color,
                 linestyle=_FAMILY_LINES[line["family"] % len(_FAMILY_LINES)],
                 linewidth=1.8,
                 zorder=2,
@@ -112,7 +112,7 @@ def scatter_figure(
                 [*(x for x, _ in front), axes.get_xlim()[1]],
                 [*(y for _, y in front), front[-1][1]],
                 where="post",
-                color=colour,
+                color=color,
                 linewidth=1.4,
                 dashes=(4, 3),
                 alpha=0.7,
@@ -123,16 +123,16 @@ def scatter_figure(
             y, y_low, y_high = _gains(rows[index], key)
             rejected, precision = is_rejected(rows[index]), rows[index]["precision"]
             width_of_bar = 1 if rejected else 2
-            axes.plot([x_low, x_high], [y, y], color=colour, linewidth=width_of_bar, zorder=3)
-            axes.plot([x, x], [y_low, y_high], color=colour, linewidth=width_of_bar, zorder=3)
+            axes.plot([x_low, x_high], [y, y], color=color, linewidth=width_of_bar, zorder=3)
+            axes.plot([x, x], [y_low, y_high], color=color, linewidth=width_of_bar, zorder=3)
             axes.plot(
                 [x],
                 [y],
-                color=colour,
+                color=color,
                 marker=REJECTED_MARKER if rejected else MARKERS.get(precision, "o"),
                 markersize=12 if rejected else 8 if precision == "int8" else 9,
-                markerfacecolor=colour if rejected or index in group["front"] else PAPER,
-                markeredgecolor=PAPER if rejected else colour,
+                markerfacecolor=color if rejected or index in group["front"] else PAPER,
+                markeredgecolor=PAPER if rejected else color,
                 markeredgewidth=1 if rejected else 2,
                 zorder=4,
             )
@@ -165,7 +165,7 @@ def scatter_figure(
     )
 
 
-def _name_family(figure: Figure, name: str, place: int, *, colour: str, left: float, down: float) -> None:
+def _name_family(figure: Figure, name: str, place: int, *, color: str, left: float, down: float) -> None:
     """Write a line of the legend over the chart: a piece of the family's line, and its name."""
     from matplotlib.lines import Line2D
 
@@ -175,7 +175,7 @@ def _name_family(figure: Figure, name: str, place: int, *, colour: str, left: fl
         Line2D(
             [left / width, (left + 26) / width],
             [level, level],
-            color=colour,
+            color=color,
             linestyle=_FAMILY_LINES[place % len(_FAMILY_LINES)],
             linewidth=1.8,
         )
@@ -237,9 +237,9 @@ def _label_points(
         x, x_low, x_high = costs[index]
         y, y_low, y_high = _gains(rows[index], key)
         (left, bottom), (right, top) = to_pixels((x_low, y_low)) * scale, to_pixels((x_high, y_high)) * scale
-        centre = to_pixels((x, y)) * scale
-        taken.append((left - 2, centre[1] - 4, right + 2, centre[1] + 4))
-        taken.append((centre[0] - 5, bottom - 2, centre[0] + 5, top + 2))
+        center = to_pixels((x, y)) * scale
+        taken.append((left - 2, center[1] - 4, right + 2, center[1] + 4))
+        taken.append((center[0] - 5, bottom - 2, center[0] + 5, top + 2))
     for front_of in trade["groups"]:
         stairs: list[Any] = [
             to_pixels((costs[index][0], _gains(rows[index], key)[0])) * scale for index in front_of["front"]
@@ -264,10 +264,10 @@ def _label_points(
     for group, index in members:
         text = shortened(row_label(rows[index], rows, without=without), 26)
         point = (costs[index][0], _gains(rows[index], key)[0])
-        centre = to_pixels(point) * scale
+        center = to_pixels(point) * scale
         wide, high = LETTER * SMALL * len(text), SMALL * 1.25
         for spot in spots:
-            area = _area(centre, spot, wide, high)
+            area = _area(center, spot, wide, high)
             inside = (
                 area[0] >= frame[0] and area[2] <= frame[2] and area[1] >= frame[1] and area[3] <= frame[3]
             )
@@ -276,7 +276,7 @@ def _label_points(
         else:
             continue  # no room: the table names it
         taken.append(area)
-        colour = SERIES[group % len(SERIES)] if len(trade["groups"]) > 1 else INK
+        color = SERIES[group % len(SERIES)] if len(trade["groups"]) > 1 else INK
         far = abs(spot[1]) > 14
         axes.annotate(
             text,
@@ -285,9 +285,9 @@ def _label_points(
             textcoords="offset points",
             ha=spot[2],
             va="center",
-            color=colour,
+            color=color,
             fontsize=SMALL,
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.8, "alpha": 0.6, "shrinkB": 5}
+            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.8, "alpha": 0.6, "shrinkB": 5}
             if far
             else None,
             zorder=5,
@@ -295,10 +295,10 @@ def _label_points(
 
 
 def _area(
-    centre: Any, place: tuple[float, float, str], wide: float, high: float
+    center: Any, place: tuple[float, float, str], wide: float, high: float
 ) -> tuple[float, float, float, float]:
-    left = centre[0] + place[0] - {"left": 0.0, "right": wide, "center": wide / 2}[place[2]]
-    bottom = centre[1] + place[1] - high / 2
+    left = center[0] + place[0] - {"left": 0.0, "right": wide, "center": wide / 2}[place[2]]
+    bottom = center[1] + place[1] - high / 2
     return (left, bottom, left + wide, bottom + high)
 
 
