@@ -26,7 +26,7 @@ test:
 # Tests of minutes: every precision of every net compiled by TensorRT-RTX, the device code against the official stubs
 # (skipped without `pip install --no-deps "tensorrt-stubs>=10.13"`), and the notebook.
 long:
-	$(BIN)pytest -q -m slow tests/deploy/test_engine.py tests/onboard/test_engine.py tests/test_notebook.py
+	$(BIN)pytest -q -m slow tests/deploy/test_rtx.py tests/onboard/test_engine.py tests/test_notebook.py
 
 # The README's promises about the demo. Elsewhere, where the working tree is not in the way of an installed edgecl.
 demo:
