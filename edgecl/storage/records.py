@@ -7,6 +7,7 @@ model names is kept as it is. `docs/schemas/NAME.json` is made from these models
 
 from __future__ import annotations
 
+import json
 import sys
 from copy import copy
 from functools import cache
@@ -23,6 +24,7 @@ from pydantic import (
     WithJsonSchema,
     create_model,
 )
+from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import PydanticCustomError
 
 from edgecl import __version__
@@ -89,7 +91,7 @@ class Record(Table):
     """The version of the form of all records."""
     kind: Text
     """What the record is of."""
-    made_by: Text = MADE_BY
+    made_by: Text = Field(default_factory=lambda: MADE_BY)
     """edgecl's version."""
     made_from: Text | None
     """The sha256 of what it was made from: a record, a checkpoint, or the list of a run's images."""
@@ -1012,6 +1014,7 @@ KINDS: tuple[type[Record], ...] = (
 )
 
 
+_HEADER = ("schema", "kind", "made_by", "made_from", "command")
 # Entries whose defaults are this process's, not a reader's.
 _OF_ITS_MAKER = frozenset({"made_by", "command"})
 
@@ -1107,3 +1110,40 @@ def _with_optional(annotation: Any) -> Any:
         return origin[tuple(map(_with_optional, arguments))]
     is_table = isinstance(annotation, type) and issubclass(annotation, Table)
     return _all_optional(annotation) if is_table else annotation
+
+
+SCHEMAS: dict[str, type[Table]] = {
+    **{kind.KIND: kind for kind in KINDS},
+    "metrics": MetricsLine,
+    "doctor": DoctorReport,
+    "recipe-cost": RecipeCost,
+    "published-cost": PublishedCost,
+    "probed-net": ProbedNet,
+}
+"""Name of a file in docs/schemas -> what it describes."""
+
+
+class _WithoutTitles(GenerateJsonSchema):
+    """The names of fields, spelt another way, say nothing."""
+
+    def field_title_should_be_set(self, schema: Any) -> bool:
+        return False
+
+
+def json_schema(table: type[Table]) -> dict[str, Any]:
+    """Return the JSON Schema of a record or of what a verb prints."""
+    schema = table.model_json_schema(schema_generator=_WithoutTitles)
+    if issubclass(table, Record):
+        schema["required"] = list(dict.fromkeys([*_HEADER, *schema["required"]]))
+    return schema
+
+
+def write_schemas(folder: Path) -> None:
+    """Write every schema as NAME.json."""
+    for name, table in SCHEMAS.items():
+        text = json.dumps(json_schema(table), indent=2, ensure_ascii=False)
+        (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write_schemas(Path("docs/schemas"))
