@@ -179,6 +179,38 @@ class RunRecord(Record):
     """What was different when it was resumed."""
 
 
+class Quality(Table):
+    """How good a run's features were, by one number."""
+
+    name: Text
+    """Of the number: "knn_top1_slim", or another line of metrics.jsonl."""
+    value: float
+    """Higher is better."""
+
+
+class CheckpointRecord(SealedRecord):
+    """checkpoints/step-…/state.json: what a run goes on from, the tensors apart."""
+
+    KIND = "checkpoint"
+    FILE = "state.json"
+
+    kind: Literal["checkpoint"] = "checkpoint"
+    step: Count
+    """Steps taken."""
+    epoch: Count
+    """Whole epochs passed."""
+    quality: Quality | None
+    """Of the last look at the features."""
+    state: Json
+    """Of what watches over the run."""
+    optimizer: Json
+    """What of the optimizer's state is no tensor."""
+    files: dict[str, Text]
+    """File of tensors -> its sha256."""
+    size_bytes: dict[str, Count]
+    """File of tensors -> its size."""
+
+
 class MetricsLine(Table):
     """A line of metrics.jsonl: a step with its loss, a look at the features, or an event."""
 
@@ -1000,6 +1032,7 @@ TableT = TypeVar("TableT", bound=Table)
 
 KINDS: tuple[type[Record], ...] = (
     RunRecord,
+    CheckpointRecord,
     ModelRecord,
     Manifest,
     ReportRecord,

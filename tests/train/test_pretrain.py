@@ -208,14 +208,14 @@ def test_full_disk_fails_the_run_at_its_last_whole_checkpoint(tmp_path, make_rec
 def test_error_of_a_run_is_shown_though_its_record_finds_no_room(
     tmp_path, make_recipe, pictures, monkeypatch
 ):
-    write = pretrain.write_json
+    write = pretrain.write_record
 
     def no_room(path, record):
         if record.state == "failed":
             raise ArtifactError("no room on the disk to write 'run.json'")
         write(path, record)
 
-    monkeypatch.setattr(pretrain, "write_json", no_room)
+    monkeypatch.setattr(pretrain, "write_record", no_room)
     monkeypatch.setattr(loop, "make_views", lambda *words, **options: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train(make_recipe(), tmp_path / "run", pictures)
