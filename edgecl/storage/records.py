@@ -2,12 +2,11 @@
 
 Every record begins with `schema`, `kind`, `made_by`, `made_from` and `command`. Whoever writes a record can also seal it, so
 types and ranges are checked when it is read: no value is converted, and no number is infinite or NaN. An entry that no
-model names is kept as it is. `docs/schemas/NAME.json` is made from these models by `python -m edgecl.storage.records`.
+model names is kept as it is. `docs/schemas/NAME.json` is made from these models and their docstrings by `schemas.py`.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 from copy import copy
 from functools import cache
@@ -24,7 +23,6 @@ from pydantic import (
     WithJsonSchema,
     create_model,
 )
-from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import PydanticCustomError
 
 from edgecl import __version__
@@ -72,7 +70,7 @@ class Table(BaseModel):
         allow_inf_nan=False,
         protected_namespaces=(),
         populate_by_name=True,
-        use_attribute_docstrings=True,
+        defer_build=True,
     )
 
     def to_json(self) -> dict[str, Any]:
@@ -1047,7 +1045,6 @@ KINDS: tuple[type[Record], ...] = (
 )
 
 
-_HEADER = ("schema", "kind", "made_by", "made_from", "command")
 # Entries whose defaults are this process's, not a reader's.
 _OF_ITS_MAKER = frozenset({"made_by", "command"})
 
@@ -1143,40 +1140,3 @@ def _with_optional(annotation: Any) -> Any:
         return origin[tuple(map(_with_optional, arguments))]
     is_table = isinstance(annotation, type) and issubclass(annotation, Table)
     return _all_optional(annotation) if is_table else annotation
-
-
-SCHEMAS: dict[str, type[Table]] = {
-    **{kind.KIND: kind for kind in KINDS},
-    "metrics": MetricsLine,
-    "doctor": DoctorReport,
-    "recipe-cost": RecipeCost,
-    "published-cost": PublishedCost,
-    "probed-net": ProbedNet,
-}
-"""Name of a file in docs/schemas -> what it describes."""
-
-
-class _WithoutTitles(GenerateJsonSchema):
-    """The names of fields, spelt another way, say nothing."""
-
-    def field_title_should_be_set(self, schema: Any) -> bool:
-        return False
-
-
-def json_schema(table: type[Table]) -> dict[str, Any]:
-    """Return the JSON Schema of a record or of what a verb prints."""
-    schema = table.model_json_schema(schema_generator=_WithoutTitles)
-    if issubclass(table, Record):
-        schema["required"] = list(dict.fromkeys([*_HEADER, *schema["required"]]))
-    return schema
-
-
-def write_schemas(folder: Path) -> None:
-    """Write every schema as NAME.json."""
-    for name, table in SCHEMAS.items():
-        text = json.dumps(json_schema(table), indent=2, ensure_ascii=False)
-        (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    write_schemas(Path("docs/schemas"))

@@ -21,7 +21,6 @@ from edgecl.storage.reading import read_record
 from edgecl.storage.records import (
     KINDS,
     SCHEMA,
-    SCHEMAS,
     BenchRecord,
     DoctorReport,
     Manifest,
@@ -30,8 +29,8 @@ from edgecl.storage.records import (
     VerifyRecord,
     parse_any_record,
     parse_record,
-    write_schemas,
 )
+from edgecl.storage.schemas import HEADER, SCHEMAS, write_schemas
 from edgecl.storage.writing import write_record
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -80,7 +79,7 @@ def test_entries_nobody_names_are_kept():
 
 
 def test_a_record_begins_with_schema_kind_maker_origin_and_command():
-    assert list(model_record().to_json())[:5] == ["schema", "kind", "made_by", "made_from", "command"]
+    assert list(model_record().to_json())[:5] == list(HEADER)
 
 
 @pytest.mark.parametrize("key", ["made_by", "command", "made_from", "arch", "preprocessing"])
@@ -183,7 +182,7 @@ def test_schemas_in_the_docs_are_those_of_the_models(tmp_path):
     write_schemas(tmp_path)
     files = {file.name: file.read_text(encoding="utf-8") for file in (DOCS / "schemas").iterdir()}
     made = {file.name: file.read_text(encoding="utf-8") for file in tmp_path.iterdir()}
-    assert files == made, "run `python -m edgecl.storage.records`"
+    assert files == made, "run `python -m edgecl.storage.schemas`"
 
 
 def test_the_docs_name_every_schema_and_the_number():
@@ -195,7 +194,7 @@ def test_the_docs_name_every_schema_and_the_number():
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_schema_requires_what_every_record_begins_with(kind):
     schema = json.loads((DOCS / "schemas" / f"{kind.KIND}.json").read_text(encoding="utf-8"))
-    assert schema["required"][:5] == ["schema", "kind", "made_by", "made_from", "command"]
+    assert schema["required"][:5] == list(HEADER)
 
 
 # --- devices ---
