@@ -15,7 +15,7 @@ from pathlib import Path
 from edgecl.deploy.bench import bench
 from edgecl.deploy.export import export
 from edgecl.evaluate.finetune import finetune
-from edgecl.storage.artifacts import Bundle, ModelDir
+from edgecl.storage.directories import Bundle, ModelDir
 
 PRECISIONS = ["fp32", "fp16", "int8"]
 
@@ -72,7 +72,7 @@ def measure(model: Path, training: str, given: argparse.Namespace) -> list[dict]
             out=bundle.path,
             say=print,
         )
-    manifest = bundle.read()
+    manifest = bundle.read().to_json()
     held = [name for name in PRECISIONS if name in manifest["precisions"]]
     record = bench(bundle.path, precisions=held, duration_s=given.duration_s, threads=1)
     p50 = {one["precision"]: one["latency_ms"]["p50"] for one in record["measurements"] if one["headline"]}

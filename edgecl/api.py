@@ -1,6 +1,7 @@
 """The verbs of the command line as Python functions: `import edgecl; edgecl.pretrain("photos", data="photos/")`.
 
-Each does what the command of its name does, and returns the record that it also writes to the disk. stdout stays empty;
+Each does what the command of its name does, and returns the record that it also writes to the disk, a model of
+`edgecl.storage.records`: `record.top1`, or `record.to_json()` for a dictionary. stdout stays empty;
 `pretrain` and `finetune` show their progress on stderr. Paths may be strings. What goes wrong is an
 `edgecl.errors.EdgeclError`. torch is imported by the first call that needs it.
 """
@@ -10,7 +11,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from edgecl.storage.records import (
+        CostRecord,
+        FinetunedModel,
+        ModelRecord,
+        ProbeRecord,
+        RecipeCost,
+        RunRecord,
+    )
 
 __all__ = ["bench", "carve", "cost", "export", "finetune", "pretrain", "probe", "report", "verify"]
 
@@ -32,7 +43,7 @@ def pretrain(
     allow: Sequence[str] = (),
     force: bool = False,
     download: bool = False,
-) -> Record:
+) -> RunRecord:
     """Pretrain from unlabelled images and write a run directory.
 
     Args:
@@ -47,7 +58,7 @@ def pretrain(
         download: let torchvision fetch a data set that is not on the disk.
 
     Returns:
-        The content of run.json, with `total_steps`, `wall_s` and `plateau` (None, or why the run is stuck).
+        What run.json holds, with `total_steps`, `wall_s` and `plateau` (None, or why the run is stuck).
 
     Raises:
         RecipeError: unknown recipe, setting or value, or no images named.
@@ -78,7 +89,7 @@ def carve(
     checkpoint: Literal["newest", "best"] = "newest",
     recalibrate_norms: bool = True,
     force: bool = False,
-) -> Record:
+) -> ModelRecord:
     """Carve a slim net out of a run's host and write it as a model directory.
 
     Args:
@@ -90,14 +101,14 @@ def carve(
         force: replace an earlier model directory.
 
     Returns:
-        The content of model.json, with `arch`, `width`, `step`, `params` and `features`.
+        What model.json holds, with `arch`, `width`, `step`, `params` and `features`.
 
     Raises:
         ArtifactError: not a run directory, no whole checkpoint in it, or the output exists.
         SliceError: the run was not trained at this width.
         DataError: the run's images are gone, and recalibration needs them.
     """
-    from edgecl.nets.carving import carve as carve_run
+    from edgecl.train.carve import carve as carve_run
 
     return carve_run(
         Path(run),
@@ -117,7 +128,7 @@ def probe(
     labels_per_class: int | None = None,
     seeds: int = 3,
     download: bool = False,
-) -> Record:
+) -> ProbeRecord:
     """Evaluate a net's frozen features and write probe.json into its model directory.
 
     Args:
@@ -129,7 +140,7 @@ def probe(
         download: let torchvision fetch a data set that is not on the disk.
 
     Returns:
-        The content of probe.json, with `knn_top1`, `linear_top1` and `few_label_top1`, in percent, and their 95 % intervals.
+        What probe.json holds, with `knn_top1`, `linear_top1` and `few_label_top1`, in percent, and their 95 % intervals.
 
     Raises:
         ArtifactError: not a model directory.
@@ -158,7 +169,7 @@ def finetune(
     set: Changes = (),
     force: bool = False,
     download: bool = False,
-) -> Record:
+) -> FinetunedModel:
     """Add a classifier to a net, train both with labels, and write a new model directory.
 
     Args:
@@ -173,8 +184,7 @@ def finetune(
         download: let torchvision fetch a data set that is not on the disk.
 
     Returns:
-        The content of model.json, and under "evaluation" that of evaluation.json, with `top1` in percent and its 95 %
-        interval.
+        What model.json holds, and as `evaluation` what evaluation.json does, with `top1` in percent and its 95 % interval.
 
     Raises:
         ArtifactError: not a model directory, a net that is quantized already, or the output exists.
@@ -196,7 +206,7 @@ def finetune(
     )
 
 
-def cost(subject: AnyPath, *, set: Changes = (), images: int | None = None) -> Record:
+def cost(subject: AnyPath, *, set: Changes = (), images: int | None = None) -> CostRecord | RecipeCost:
     """Count a net's MACs and parameters, and a recipe's training FLOPs too.
 
     Args:

@@ -52,6 +52,8 @@ def imports_of(path, *, at_import=False):
     def visit(node):
         if at_import and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
             return
+        if at_import and isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            return
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -70,7 +72,7 @@ def imports_of(path, *, at_import=False):
 
 
 def part_of(module):
-    """The part of the package a module belongs to: 'edgecl.nets.carving' -> 'nets'.
+    """The part of the package a module belongs to: 'edgecl.nets.slimming' -> 'nets'.
 
     A checkpoint is what training leaves on the disk. Carving reads it, so it stands low, apart from its folder.
     """
@@ -177,9 +179,20 @@ def test_command_files_import_only_what_is_light_at_the_top(path):
     assert {name for name in tops if not name.startswith("edgecl.cli.")} <= light
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_no_file_is_longer_than_600_lines(path):
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 600
+# To be taken apart; a name that is short enough leaves this list.
+STILL_LONG = {"_check_manifest", "_dot_plot", "scatter_figure", "_run"}
+
+
+def test_no_function_is_longer_than_80_lines_its_docstring_apart():
+    long = set()
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                first = node.body[0]
+                said = first.end_lineno - first.lineno + 1 if ast.get_docstring(node) else 0
+                if node.end_lineno - node.lineno + 1 - said > 80:
+                    long.add(node.name)
+    assert long == STILL_LONG
 
 
 @pytest.mark.parametrize("word", ["utils", "util", "helpers", "helper", "common", "misc", "base"])

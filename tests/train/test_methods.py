@@ -7,8 +7,8 @@ import torch
 from accelerate import Accelerator
 
 from edgecl.config.recipe import list_methods, recipe_from_tables
-from edgecl.nets.carving import create_slimmable
-from edgecl.storage.artifacts import RunDir
+from edgecl.nets.build import create_slimmable
+from edgecl.storage.directories import RunDir
 from edgecl.train.monitor import read_metrics
 from edgecl.train.step import Step
 
@@ -32,7 +32,7 @@ def test_a_run_logs_what_its_panels_draw(tmp_path, recipe_of, pictures, name):
     run = RunDir(tmp_path / "run")
     records = [record for record in read_metrics(run.metrics_file) if "loss" in record]
     assert len(records) == 10
-    drawn = {key for panel in run.read()["panels"] for key in panel["lines"]}
+    drawn = {key for panel in run.read().panels for key in panel["lines"]}
     for record in records:
         assert drawn <= record.keys()
         assert {"diagonal", "off_diagonal_rms", "coding_rate"} <= record.keys()
