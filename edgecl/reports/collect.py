@@ -1,16 +1,17 @@
-"""Read what a report is made of: the records of runs, nets and bundles, and how they hang together.
+"""Read what a report is made of: the records of runs, nets and bundles, and which was made from which.
 
-Nothing here loads a net. A missing piece is left out; a piece of something else is left out and noted.
+Nothing here loads a net. A missing piece is left out; a piece that belongs to something else is left out with a note.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from edgecl.errors import ArtifactError, counted, printable
 from edgecl.onboard import bundle as bundle_names
@@ -30,6 +31,8 @@ from edgecl.storage.artifacts import (
 from edgecl.storage.reading import METRICS_BYTES, RECORD_BYTES, parse_json, read_bytes
 
 Record = dict[str, Any]
+Line = dict[str, float]
+"""One line of a run's metrics: the numbers in it."""
 
 # The order of a pipeline's folders in the report; others follow by name.
 _ORDER = ("pretrain", "slim", "finetuned", "random", "bundles")
@@ -38,25 +41,60 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 
 @dataclass
 class Source:
-    """One directory with its record, and the records that lie beside it."""
+    """One directory with its record, and the records beside it; all text in them is `printable`."""
 
-    kind: str
     path: Path
     record: Record
     sha256: str
-    name: str = ""
-    """How the report calls it: the directory's name, with parents where two are alike."""
+    file: str
+    """The name of the record's file."""
     beside: dict[str, Record] = field(default_factory=dict)
     """File name -> record, without those that belong to an earlier state of the directory."""
-    steps: list[Record] = field(default_factory=list)
-    """Of a run: one line per training step."""
-    quality: list[Record] = field(default_factory=list)
-    """Of a run: one line per look at the features."""
+    name: str = ""
+    """The directory's name, with as many parents as tell it from the others."""
+
+    @property
+    def shown(self) -> str:
+        """The directory's path as it is printed."""
+        return printable(self.path)
+
+    def named(self, name: str) -> Record:
+        """Return a record beside this one, empty where there is none."""
+        return self.beside.get(name, {})
+
+
+@dataclass
+class RunSource(Source):
+    """A pretraining run."""
+
+    steps: list[Line] = field(default_factory=list)
+    """One line per training step."""
+    quality: list[Line] = field(default_factory=list)
+    """One line per measurement of the features."""
     views_png: bytes | None = None
 
+
+class NetSource(Source):
+    """A net: a model directory."""
+
+
+class BundleSource(Source):
+    """A bundle."""
+
     def benches(self) -> list[Record]:
-        """Return a bundle's measurements, by file name."""
+        """Return the bundle's measurements, by file name."""
         return [record for name, record in sorted(self.beside.items()) if name.startswith("bench-")]
+
+
+class ComparisonSource(Source):
+    """A pipeline's comparison of its nets."""
+
+
+class PipelineSource(Source):
+    """A pipeline's own record."""
+
+
+AnySource = TypeVar("AnySource", bound=Source)
 
 
 @dataclass
@@ -66,9 +104,9 @@ class Collection:
     sources: list[Source]
     notes: list[str]
 
-    def of(self, kind: str) -> list[Source]:
+    def of(self, kind: type[AnySource]) -> list[AnySource]:
         """Return the sources of one kind."""
-        return [source for source in self.sources if source.kind == kind]
+        return [source for source in self.sources if isinstance(source, kind)]
 
     def maker_of(self, source: Source) -> Source | None:
         """Return the source whose hash this one says it was made from."""
@@ -81,13 +119,24 @@ class Collection:
         return None
 
     def sha256(self) -> str:
-        """Hash of the hashes of every record, so that a report names exactly what it was made from."""
+        """Return the hash of every record's hash, so that a report names exactly what it was made from."""
         digest = hashlib.sha256()
         for source in self.sources:
             digest.update(source.sha256.encode())
             for name, record in sorted(source.beside.items()):
                 digest.update(f"{name} {json.dumps(record, sort_keys=True)}".encode())
         return digest.hexdigest()
+
+
+def cleaned(value: Any) -> Any:
+    """Return a JSON value that any output may show: its text `printable`, and null for what is no finite number."""
+    if isinstance(value, dict):
+        return {printable(key): cleaned(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [cleaned(one) for one in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return printable(value) if isinstance(value, str) else value
 
 
 def collect(dirs: Sequence[Path]) -> Collection:
@@ -100,9 +149,8 @@ def collect(dirs: Sequence[Path]) -> Collection:
         raise ArtifactError(
             "no directory to report on", hint="give run, model, bundle or pipeline directories"
         )
-    sources: list[Source] = []
+    sources: dict[Path, Source] = {}  # a pipeline's comparison and record have paths of their own
     notes: list[str] = []
-    seen: set[tuple[str, Path]] = set()
     for path in dirs:
         found = list(_sources(path, notes))
         if not found:
@@ -111,30 +159,27 @@ def collect(dirs: Sequence[Path]) -> Collection:
                 hint="`edgecl run` fills such a directory",
             )
         for source in found:
-            key = (source.kind, source.path.resolve())
-            if key not in seen:
-                seen.add(key)
-                sources.append(source)
-    _name(sources)
-    return Collection(sources, list(dict.fromkeys(notes)))
+            sources.setdefault((source.path / source.file).resolve(), source)
+    collection = Collection(list(sources.values()), list(dict.fromkeys(notes)))
+    _name(collection.sources)
+    return collection
 
 
 def _sources(path: Path, notes: list[str]) -> Iterator[Source]:
     kind = kind_of(path) if path.is_dir() else None
-    if kind is None and not PipelineDir(path).comparison_file.is_file():
+    pipeline = PipelineDir(path)
+    if kind is None and not pipeline.comparison_file.is_file():
         raise ArtifactError(_not_ours(path), hint="give run, model, bundle or pipeline directories")
     if kind == "report":
         raise ArtifactError(f"'{path}' is a report itself", hint="give the directories it was made from")
-    if kind in ("run", "model", "bundle"):
-        yield _read(kind, path, notes)
+    if kind in _READERS:
+        yield _READERS[kind](path, notes)
         return
-    comparison = PipelineDir(path).comparison_file
-    if comparison.is_file():
-        yield Source("comparison", path, read_side_record(comparison), sha256_of_file(comparison))
+    if pipeline.comparison_file.is_file():
+        yield _with_record(ComparisonSource, pipeline.comparison_file)
     yield from _inside(path, notes)
     if kind == "pipeline":
-        record_file = PipelineDir(path).record_file
-        yield Source("pipeline", path, read_record(record_file, kind="pipeline"), sha256_of_file(record_file))
+        yield _with_record(PipelineSource, pipeline.record_file, kind)
 
 
 def _not_ours(path: Path) -> str:
@@ -156,66 +201,84 @@ def _inside(path: Path, notes: list[str]) -> Iterator[Source]:
         if child.name.startswith("."):  # a directory that is still being written
             continue
         kind = kind_of(child)
-        if kind in ("run", "model", "bundle"):
-            yield _read(kind, child, notes)
-        elif kind == "pipeline":
+        if kind in _READERS or kind == "pipeline":
             yield from _sources(child, notes)
         elif kind is None:
             yield from _inside(child, notes)
 
 
-def _read(kind: str, path: Path, notes: list[str]) -> Source:
-    record_file = {"run": RunDir.RECORD, "model": ModelDir.RECORD, "bundle": Bundle.RECORD}[kind]
-    record = read_record(path / record_file, kind=kind)
+def _with_record(source: type[AnySource], file: Path, kind: str | None = None) -> AnySource:
+    """Return a source with its record, which must match its own hash where it has one."""
+    record = read_record(file, kind=kind) if kind else read_side_record(file)
     if kind in ("model", "bundle") and record.get("sha256") is not None:
         check_seal(
             record,
-            {"directory": path},
+            {"directory": file.parent},
             hint="the file changed after it was written; make the directory again",
         )
-    source = Source(kind, path, record, sha256_of_file(path / record_file))
-    shown = printable(path)
-    if kind == "run":
-        run = RunDir(path)
-        source.steps, source.quality, unreadable = read_metrics(run.metrics_file)
-        if unreadable:
-            notes.append(
-                f"{shown}: {counted(unreadable, 'line')} of metrics.jsonl cannot be read and "
-                f"{'is' if unreadable == 1 else 'are'} left out (the run was killed while writing)."
-            )
-        if record.get("state") == "failed":
-            notes.append(f"{shown}: the run failed: {printable(record.get('error'))}.")
-        elif record.get("state") != "done":
-            notes.append(f"{shown}: the run is not finished (state '{printable(record.get('state'))}').")
-        if run.views_file.is_file():
-            content = read_bytes(run.views_file, most=RECORD_BYTES)
-            if content.startswith(_PNG):
-                source.views_png = content
-            else:
-                notes.append(f"{shown}: views.png is not a PNG image and is left out.")
-        return source
-    if kind == "model":
-        model = ModelDir(path)
-        files = [model.probe_file, model.cost_file, model.evaluation_file]
-    else:
-        files = [path / bundle_names.VERIFY, *sorted(path.glob("bench-*.json"))]
-    # A fine-tuned net's evaluation may be written with the net, and then names what the net was made from.
-    fitting = {None, source.sha256, record.get("weights_sha256"), record.get("made_from")}
-    for file in files:
-        if not file.is_file():
-            continue
-        beside = read_side_record(file)
-        if beside.get("made_from") in fitting:
-            source.beside[file.name] = beside
+    return source(file.parent, cleaned(record), sha256_of_file(file), file.name)
+
+
+def _read_run(path: Path, notes: list[str]) -> RunSource:
+    run = RunDir(path)
+    source = _with_record(RunSource, run.record_file, "run")
+    source.steps, source.quality, unreadable = read_metrics(run.metrics_file)
+    if unreadable:
+        notes.append(
+            f"{source.shown}: {counted(unreadable, 'line')} of metrics.jsonl cannot be read and "
+            f"{'is' if unreadable == 1 else 'are'} left out (the run was killed while writing)."
+        )
+    state = source.record.get("state")
+    if state == "failed":
+        notes.append(f"{source.shown}: the run failed: {source.record.get('error')}.")
+    elif state != "done":
+        notes.append(f"{source.shown}: the run is not finished (state '{state}').")
+    if run.views_file.is_file():
+        content = read_bytes(run.views_file, most=RECORD_BYTES)
+        if content.startswith(_PNG):
+            source.views_png = content
         else:
-            notes.append(
-                f"{shown}: {file.name} was made from {str(beside.get('made_from'))[:12]}…, "
-                f"{record_file} is now {source.sha256[:12]}…; its numbers are left out."
-            )
+            notes.append(f"{source.shown}: views.png is not a PNG image and is left out.")
     return source
 
 
-def read_metrics(path: Path) -> tuple[list[Record], list[Record], int]:
+def _read_net(path: Path, notes: list[str]) -> NetSource:
+    model = ModelDir(path)
+    source = _with_record(NetSource, model.record_file, "model")
+    _read_beside(source, [model.probe_file, model.cost_file, model.evaluation_file], notes)
+    return source
+
+
+def _read_bundle(path: Path, notes: list[str]) -> BundleSource:
+    source = _with_record(BundleSource, Bundle(path).record_file, "bundle")
+    _read_beside(source, [path / bundle_names.VERIFY, *sorted(path.glob("bench-*.json"))], notes)
+    return source
+
+
+_READERS: dict[str | None, Callable[[Path, list[str]], Source]] = {
+    "run": _read_run,
+    "model": _read_net,
+    "bundle": _read_bundle,
+}
+
+
+def _read_beside(source: Source, files: Sequence[Path], notes: list[str]) -> None:
+    # A fine-tuned net's evaluation may be written with the net, and then names what the net was made from.
+    fitting = {None, source.sha256, source.record.get("weights_sha256"), source.record.get("made_from")}
+    for file in files:
+        if not file.is_file():
+            continue
+        beside: Record = cleaned(read_side_record(file))
+        if beside.get("made_from") in fitting:
+            source.beside[printable(file.name)] = beside
+        else:
+            notes.append(
+                f"{source.shown}: {printable(file.name)} was made from {str(beside.get('made_from'))[:12]}…, "
+                f"{source.file} is now {source.sha256[:12]}…; its numbers are left out."
+            )
+
+
+def read_metrics(path: Path) -> tuple[list[Line], list[Line], int]:
     """Read a run's metrics.
 
     Returns:
@@ -224,35 +287,37 @@ def read_metrics(path: Path) -> tuple[list[Record], list[Record], int]:
     """
     if not path.exists():
         return [], [], 0
-    steps: dict[float, Record] = {}
-    quality: dict[float, Record] = {}
+    steps: dict[float, Line] = {}
+    quality: dict[float, Line] = {}
     unreadable = 0
-    for line in read_bytes(path, most=METRICS_BYTES).splitlines():
-        if not line.strip():
+    for text in read_bytes(path, most=METRICS_BYTES).splitlines():
+        if not text.strip():
             continue
         try:
-            entry = parse_json(line)
+            entry = parse_json(text)
         except ValueError:
             unreadable += 1
             continue
-        step = finite(entry.get("step")) if isinstance(entry, dict) else None
-        if step is None or finite(entry.get("epoch")) is None:
+        line = _numbers(entry) if isinstance(entry, dict) else {}
+        if "step" not in line or "epoch" not in line:
             unreadable += 1
         elif "event" in entry:
-            continue  # what happened on the way, at a step that may have a line of its own
-        elif "loss" in entry:
-            steps[step] = entry
+            continue  # it may share its step with a line of numbers
         else:
-            quality[step] = entry
+            (steps if "loss" in entry else quality)[line["step"]] = line
     return [steps[step] for step in sorted(steps)], [quality[step] for step in sorted(quality)], unreadable
 
 
+def _numbers(entry: Record) -> Line:
+    return {key: number for key, value in entry.items() if (number := finite(value)) is not None}
+
+
 def _name(sources: list[Source]) -> None:
-    """Call each source by the last parts of its path, as few as tell it from the others."""
+    """Name each source by the last parts of its path, as few as tell it from the others."""
     paths = {source.path.resolve() for source in sources}
     for source in sources:
         parts = source.path.resolve().parts
-        rivals = [path.parts for path in paths if path != source.path.resolve()]
+        rivals = [path.parts for path in paths if path.parts != parts]
         length = 1
         while length < len(parts) and any(rival[-length:] == parts[-length:] for rival in rivals):
             length += 1

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Annotated, Any
+
+from pydantic import Field
 
 MISSING = "–"
 MINUS = "−"
+
+Interval = Annotated[list[float], Field(min_length=2, max_length=2)]
+"""The low and the high end of a 95 % interval."""
 
 
 def finite(value: Any) -> float | None:
@@ -14,14 +20,6 @@ def finite(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     return float(value) if math.isfinite(value) else None
-
-
-def interval_from(value: Any) -> list[float] | None:
-    """Return a record's [low, high] as two floats, or None when either is missing."""
-    if not isinstance(value, (list, tuple)) or len(value) != 2:
-        return None
-    low, high = finite(value[0]), finite(value[1])
-    return None if low is None or high is None else [low, high]
 
 
 def fixed(value: float, decimals: int = 1) -> str:
@@ -101,7 +99,7 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min"
 
 
-def between(interval: list[float] | None, write: Any = percent) -> str:
+def between(interval: Interval | None, write: Callable[[float], str] = percent) -> str:
     """Write an interval as [low, high], or nothing."""
     return "" if interval is None else f"[{write(interval[0])}, {write(interval[1])}]"
 

@@ -46,7 +46,7 @@ _LINK = "{http://www.w3.org/1999/xlink}href"
 
 
 def spread(axes: Axes, values: list[float], gap: float) -> list[float]:
-    """Return heights for labels at these values, at least `gap` points apart and inside the axes."""
+    """Return where to write labels of these values: at least `gap` points apart and inside the axes."""
     if not values:
         return []
     scale = 72.0 / axes.figure.dpi
@@ -109,6 +109,11 @@ def grid(axes: Axes, which: Literal["x", "y", "both"]) -> None:
     axes.grid(visible=True, axis=which, which="major", color=RULE, linewidth=0.8)
 
 
+def beside(axes: Axes, text: str, point: tuple[float, float], shift: tuple[float, float], **how: Any) -> None:
+    """Write text, vertically centered unless told otherwise, so many points away from a place in the axes."""
+    axes.annotate(text, point, xytext=shift, textcoords="offset points", **{"va": "center", **how})
+
+
 def inlined(figure: Figure, *, prefix: str, title: str) -> str:
     """Return the figure as an <svg> element for the inside of a page: same bytes for the same figure."""
     import matplotlib
@@ -126,41 +131,45 @@ def inlined(figure: Figure, *, prefix: str, title: str) -> str:
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         figure.savefig(buffer, format="svg", transparent=True)
     root = ElementTree.fromstring(buffer.getvalue())
+    _drop(root, f"{_SVG}metadata", f"{_SVG}style")  # the time of drawing; a rule for the whole page
+    _rename(root, prefix)
+    _drop_bare_groups(root)
+    for name in ("width", "height", "version"):
+        root.attrib.pop(name, None)
+    root.attrib.update({"class": "chart", "role": "img", "aria-label": title})
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def _drop(root: ElementTree.Element, *tags: str) -> None:
     for parent in root.iter():
         for child in list(parent):
-            # The style rule in <defs> would apply to the whole page; the metadata holds the time of drawing.
-            if child.tag in (f"{_SVG}metadata", f"{_SVG}style"):
+            if child.tag in tags:
                 parent.remove(child)
+
+
+def _rename(root: ElementTree.Element, prefix: str) -> None:
+    """Give ids a prefix, colors the page's names, and drop what a page does not need."""
     source = ElementTree.tostring(root, encoding="unicode")
     used = set(re.findall(r"url\(#([^)]+)\)", source)) | {
         link[1:] for element in root.iter() if (link := element.get(_LINK))
     }
     for element in root.iter():
         element.tag = element.tag.removeprefix(_SVG)
-        identifier = element.attrib.pop("id", None)
+        identifier, link = element.attrib.pop("id", None), element.attrib.pop(_LINK, None)
         if identifier in used:
             element.set("id", f"{prefix}-{identifier}")
-        link = element.attrib.pop(_LINK, None)
         if link:
             element.set("href", f"#{prefix}-{link[1:]}")
-        clip = element.get("clip-path")
-        if clip:
-            element.set("clip-path", clip.replace("url(#", f"url(#{prefix}-"))
-        style = element.get("style")
-        if style:
-            element.set("style", _page_style(style))
+        for name, change in (
+            ("clip-path", lambda clip: clip.replace("url(#", f"url(#{prefix}-")),
+            ("style", _page_style),
+            ("d", lambda path: " ".join(path.split())),
+        ):
+            if value := element.get(name):
+                element.set(name, change(value))
         if element.text and not element.text.strip():
             element.text = None
         element.tail = None
-        if element.get("d"):
-            element.set("d", re.sub(r"\s+", " ", element.attrib["d"]).strip())
-    for name in ("width", "height", "version"):
-        root.attrib.pop(name, None)
-    _drop_bare_groups(root)
-    root.set("class", "chart")
-    root.set("role", "img")
-    root.set("aria-label", title)
-    return ElementTree.tostring(root, encoding="unicode")
 
 
 def _drop_bare_groups(root: ElementTree.Element) -> None:
@@ -186,10 +195,9 @@ def _page_style(style: str) -> str:
         if name == "font-family" or not name:
             continue
         if name == "font":  # older matplotlib writes the shorthand: [weight] size family
-            weight = re.search(r"\b(bold|[1-9]00)\b", value)
-            size = re.search(r"[\d.]+px", value)
-            declarations.extend([f"font-weight: {weight[1]}"] if weight else [])
-            declarations.extend([f"font-size: {size[0]}"] if size else [])
+            weight, size = re.search(r"\b(bold|[1-9]00)\b", value), re.search(r"[\d.]+px", value)
+            declarations += [f"font-weight: {weight[1]}"] if weight else []
+            declarations += [f"font-size: {size[0]}"] if size else []
             continue
         variable = _VARIABLES.get(value.lower())
         declarations.append(f"{name}: {f'var(--{variable})' if variable else value}")

@@ -1,0 +1,313 @@
+"""Lay a report out as one HTML file that needs no network and no script, and as GitHub Markdown.
+
+The templates escape whatever is put into them: markupsafe for HTML, `_markdown` for Markdown.
+"""
+
+from __future__ import annotations
+
+import base64
+import itertools
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from edgecl.reports.content import FURTHER_WIDTHS, Report, RunSummary
+from edgecl.reports.families import family_tables
+from edgecl.reports.figures.curves import Multiple, multiple_figure
+from edgecl.reports.figures.dots import comparison_figure, difference_figure
+from edgecl.reports.figures.drawing import BLUE, INK, MUTED, ORANGE, PURPLE
+from edgecl.reports.figures.scatter import scatter_figure
+from edgecl.reports.notation import MISSING, between, duration, fixed, points
+from edgecl.reports.pareto import SIZES, TradeOff
+from edgecl.reports.precisions import BundleSummary, joined
+from edgecl.reports.rows import Comparison, Row
+from edgecl.reports.tables import (
+    comparison_table,
+    mode_tables,
+    parity_table,
+    precision_table,
+    report_tables,
+)
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A drawing with its title and its caption."""
+
+    svg: Markup
+    caption: str
+    title: str = ""
+
+
+def page(report: Report, *, views: Mapping[str, bytes]) -> str:
+    """Return the report as HTML.
+
+    Args:
+        report: what it says.
+        views: name of a run -> its views.png.
+    """
+    loader = PackageLoader("edgecl.reports")
+    env = _environment(loader, label=_label, value=_value, with_whole_interval=_with_whole_interval)
+    env.tests["list_of_tables"] = _is_list_of_tables
+    return env.get_template("report.html.j2").render(
+        _content(report),
+        style=Markup(loader.get_source(env, "page.css")[0]),
+        scatters=list(_scatters(report)),
+        views={name: base64.b64encode(png).decode("ascii") for name, png in views.items()},
+        runs=[
+            {"name": run.name, "lead": _run_in_words(run), "charts": charts}
+            for place, run in enumerate(report.runs)
+            if (charts := list(_multiples(run, f"run{place}")))
+        ],
+    )
+
+
+def markdown(report: Report) -> str:
+    """Return the report in GitHub Markdown: decision, tables, comparisons, warnings and commands."""
+    env = _environment(PackageLoader("edgecl.reports"), code=_code)
+    env.finalize = _markdown
+    return env.get_template("report.md.j2").render(_content(report))
+
+
+def _environment(loader: PackageLoader, **filters: Callable[..., Any]) -> Environment:
+    env = Environment(
+        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
+    )
+    env.filters.update(filters)
+    return env
+
+
+def _content(report: Report) -> dict[str, Any]:
+    """Return what both templates show."""
+    bundles = [_bundle(bundle) for bundle in report.bundles]
+    return {
+        "report": report,
+        "tables": report_tables(report.rows),
+        "families": family_tables(report.families, report.rows),
+        "bundles": [
+            bundle
+            for bundle in bundles
+            if any(bundle[key] for key in ("precisions", "ratios", "modes", "parity"))
+        ],
+        "comparisons": [
+            _comparison(comparison, f"compare{place}") for place, comparison in enumerate(report.comparisons)
+        ],
+        "conditions": [
+            (one, {key: value for key, value in one.record.items() if key not in _HEADER})
+            for one in report.conditions
+        ],
+    }
+
+
+def _bundle(bundle: BundleSummary) -> dict[str, Any]:
+    return {
+        "name": bundle.name,
+        "title": bundle.name + (f", for {bundle.target}" if bundle.target else ""),
+        "precisions": precision_table(bundle),
+        "evaluated": [one for one in bundle.precisions if one.decision],
+        "ratios": [
+            joined(one.words + (f" on {one.device}" if one.device else ""), one.runtime)
+            for one in bundle.ratios
+        ],
+        "modes": mode_tables(bundle),
+        "parity": parity_table(bundle.parity) if bundle.parity else None,
+    }
+
+
+def _comparison(comparison: Comparison, prefix: str) -> dict[str, Any]:
+    lead = joined(
+        f"each net was given the same {comparison.draws} choices of labels" if comparison.draws else "",
+        f"{fixed(comparison.n_test, 0)} test images" if comparison.n_test is not None else "",
+        f"test data {comparison.test}" if comparison.test else "",
+        by="; ",
+    )
+    charts = [
+        (
+            comparison_figure(comparison, prefix=prefix + "a"),
+            "Mean and 95 % interval; each faint dot is one choice of labels.",
+        ),
+        (
+            difference_figure(comparison, prefix=prefix + "d"),
+            "Differences on the same labels, so that what all nets share cancels out; a hollow dot is not resolved: "
+            "its interval reaches zero.",
+        ),
+    ]
+    return {
+        "name": comparison.name,
+        "lead": lead[:1].upper() + lead[1:],
+        "charts": [Chart(Markup(svg), caption) for svg, caption in charts if svg],
+        "table": comparison_table(comparison),
+        "differences": [
+            f"{one.a} − {one.b}: {joined(f'{points(one.mean)} points', between(one.ci95), by=' ')}, "
+            f"{'resolved' if one.resolved else 'not resolved'}"
+            for one in comparison.differences
+        ],
+    }
+
+
+def _scatters(report: Report) -> Iterator[Chart]:
+    if trade := report.trade_off:
+        svg = scatter_figure(report.rows, trade, families=report.families, prefix="scatter")
+        yield Chart(Markup(svg), _caption(trade, report.rows), "Accuracy against latency")
+    if trade := report.size_trade_off:
+        rows = [row.without_bundle() for row in report.rows]
+        svg = scatter_figure(rows, trade, families=report.families, prefix="size")
+        caption = joined(
+            _caption(trade, rows),
+            "Fewer than two of them have a latency that counts"
+            if any(row.is_timed for row in report.rows)
+            else "Nothing was timed",
+            by=" ",
+        )
+        caption += ": `edgecl export` and `edgecl bench` put latency in the place of this."
+        if trade.cost == "params":
+            caption += " `edgecl cost MODEL_DIR` counts MACs, which say more about speed than parameters do."
+        yield Chart(Markup(svg), caption, f"Accuracy against {SIZES[trade.cost]}")
+
+
+def _caption(trade: TradeOff, rows: list[Row]) -> str:
+    """Return how to read a scatter: its bars, shapes, colors and lines."""
+    parts = [
+        "Up and to the left is better. Bars are 95 % intervals; filled dots and the dashed line are the Pareto front."
+    ]
+    shown = [rows[index] for index in trade.members]
+    precisions = {row.precision for row in shown if not row.is_rejected}
+    if len(precisions) > 1:
+        shapes = {"fp32": "circles are fp32", "fp16": "squares fp16", "int8": "diamonds int8"}
+        parts.append(
+            f"{joined(*(words for key, words in shapes.items() if key in precisions)).capitalize()}."
+        )
+    if any(row.is_rejected for row in shown):
+        parts.append("A cross is a precision whose decision is rejected: it is on no front.")
+    front = {index for group in trade.groups for index in group.front}
+    if any(index not in front and not rows[index].is_rejected for index in trade.members):
+        parts.append("A hollow dot is beaten in both by another net.")
+    if len(trade.groups) > 1:
+        colors = itertools.cycle(("blue", "orange", "purple", "green"))
+        named = "; ".join(
+            f"{color}: {group.in_words}" for color, group in zip(colors, trade.groups, strict=False)
+        )
+        parts.append(f"One front for each way of timing ({named}).")
+    elif trade.cost == "latency":
+        parts.append(f"Timed on {trade.groups[0].in_words}.")
+    if trade.lines:
+        # The first family's line alone is solid.
+        solid = {line.family for line in trade.lines} == {0}
+        which = "A solid line joins" if solid else "The lines named above join"
+        parts.append(f"{which} the nets of one run, from the narrowest to the widest.")
+    return " ".join(parts)
+
+
+def _run_in_words(run: RunSummary) -> str:
+    total = f" of {fixed(run.total_steps, 0)}" if run.total_steps is not None else ""
+    text = joined(
+        run.name + (f" ({run.method})" if run.method else ""),
+        f"{fixed(run.steps, 0)}{total} steps" if run.steps is not None else "",
+        duration(run.wall_s) if run.wall_s is not None else "",
+        {"done": "", "failed": "failed"}.get(run.state or "", "not finished"),
+    )
+    if run.steps_per_point > 1:
+        return f"{text}. Lines are means of {run.steps_per_point} logged steps, bands their extremes."
+    return f"{text}."
+
+
+def _multiples(run: RunSummary, prefix: str) -> Iterator[Chart]:
+    """Draw the charts of a run: the panels of its method, and what every run logs."""
+    x_range = (run.from_epoch, run.epochs)
+    for place, (multiple, lines) in enumerate(_panels(run)):
+        series = [(name, color, run.curves[key]) for key, name, color in lines if key in run.curves]
+        if series:
+            svg = multiple_figure(series, multiple, x_range=x_range, prefix=f"{prefix}p{place}")
+            yield Chart(Markup(svg), multiple.unit, multiple.title)
+
+
+def _panels(run: RunSummary) -> Iterator[tuple[Multiple, list[tuple[str, str, str]]]]:
+    """Yield each chart with its lines: what is logged, name and color."""
+    for panel in run.panels:
+        others = itertools.cycle((PURPLE, ORANGE, BLUE, MUTED))
+        lines = [(key, name, INK if key == "loss" else next(others)) for key, name in panel.lines.items()]
+        yield Multiple(panel.title, panel.unit, log=panel.log), lines
+
+    def host_and_slim(kind: str) -> list[tuple[str, str, str]]:
+        return [(f"{kind}_host", "host", ORANGE), (f"{kind}_slim", "slim", BLUE)]
+
+    def narrower(prefix: str) -> list[tuple[str, str, str]]:
+        keys = sorted((key for key in run.curves if key.startswith(prefix)), reverse=True)
+        return [(key, f"{key.removeprefix(prefix)}×", MUTED) for key in keys]
+
+    rankme, knn = FURTHER_WIDTHS
+    to_one: dict[str, Any] = {"limits": (0.0, 1.0), "reference": 1.0}
+    from_zero: dict[str, Any] = {"limits": (0.0, None)}
+    yield Multiple("Diagonal of C", "mean, goal 1", **to_one), [("diagonal", "diagonal", PURPLE)]
+    yield (
+        Multiple("Off-diagonal of C", "RMS, goal 0", **from_zero),
+        [("off_diagonal_rms", "off-diagonal", PURPLE)],
+    )
+    yield Multiple("RankMe", "dimensions in use", **from_zero), [*host_and_slim("rankme"), *narrower(rankme)]
+    yield Multiple("kNN top-1", "%"), [*host_and_slim("knn_top1"), *narrower(knn)]
+    yield Multiple("Embedding std", "0 is collapsed", **to_one), [("std", "std", PURPLE)]
+    yield Multiple("Gradient norm", log=True), host_and_slim("grad_norm")
+    yield Multiple("Learning rate", **from_zero), [("lr", "lr", MUTED)]
+    yield Multiple("Throughput", "images/s", **from_zero), [("images_per_s", "images/s", MUTED)]
+
+
+# How each record came to be; the page shows these first.
+_HEADER = ("command", "made_by", "made_from", "schema", "kind")
+_UNITS = {"_per_s": "per s", "_mib": "MiB", "_ms": "ms", "_mj": "mJ", "_s": "s", "_w": "W"}
+
+
+def _label(key: str) -> str:
+    """Write a record's key for a reader: `duration_s` is "duration, s"."""
+    for ending, unit in _UNITS.items():
+        if key.endswith(ending):
+            return f"{key.removesuffix(ending).replace('_', ' ')}, {unit}"
+    return key.replace("_", " ").replace("top1", "top-1").replace("ci95", "95 % interval")
+
+
+def _value(value: Any) -> str:
+    if value is None:
+        return MISSING
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, list):
+        shown = ", ".join(_value(one) for one in value[:24])
+        return f"{shown}, … ({len(value):,} in all)" if len(value) > 24 else shown or "none"
+    if isinstance(value, dict):
+        return "; ".join(f"{key}: {_value(one)}" for key, one in value.items())
+    return str(value)
+
+
+def _is_list_of_tables(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(one, dict) for one in value)
+
+
+def _with_whole_interval(sentence: str) -> Markup:
+    """Keep a sentence's first interval on one line."""
+    return Markup(re.sub(r"\[[^\]]*\]", r'<span class="nowrap">\g<0></span>', str(escape(sentence)), count=1))
+
+
+_SIGNS = str.maketrans(
+    {sign: "\\" + sign for sign in "\\`*_#|~$"}
+    | {"<": "&lt;", ">": "&gt;", "&": "&amp;", "\n": " ", "\r": " "}
+)
+
+
+def _markdown(value: object) -> Markup:
+    """Escape text so that Markdown shows it as it is; brackets stay bare unless they would make a link."""
+    return value if isinstance(value, Markup) else Markup(str(value).translate(_SIGNS).replace("](", "]\\("))
+
+
+def _code(text: str) -> Markup:
+    """Write text as Markdown's code, in more backticks than it holds in a row."""
+    plain = " ".join(text.splitlines())
+    fence = "`"
+    while fence in plain:
+        fence += "`"
+    pad = " " if plain.startswith("`") or plain.endswith("`") else ""
+    return Markup(f"{fence}{pad}{plain}{pad}{fence}")
