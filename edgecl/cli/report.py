@@ -33,7 +33,7 @@ def report_command(
 
     found = write_report(dirs, out=out, force=force)
     if json_:
-        print_json(found.content)
+        print_json(found.to_json())
         return
     print_report(found)
     print_line(f"report: {ReportDir(out).page_file}")
@@ -85,7 +85,7 @@ def diff_command(
         raise typer.BadParameter(str(problem), param_hint="--fail-on") from problem
     found = diff(old, new, rules=rules)
     if json_:
-        print_json(found.content)
+        print_json(found.to_json())
     else:
         print_diff(found)
     if found.regression:

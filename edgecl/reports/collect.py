@@ -14,29 +14,36 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from edgecl.errors import ArtifactError, counted, printable
-from edgecl.onboard import bundle as bundle_names
 from edgecl.onboard.bundle import sha256_of_file
 from edgecl.reports.notation import finite
-from edgecl.storage.artifacts import (
-    KINDS,
-    Bundle,
-    ModelDir,
-    PipelineDir,
-    RunDir,
-    check_seal,
-    kind_of,
-    read_record,
-    read_side_record,
+from edgecl.storage.artifacts import KINDS, PipelineDir, RunDir, check_seal, kind_of
+from edgecl.storage.reading import METRICS_BYTES, RECORD_BYTES, parse_json, read_bytes, read_json
+from edgecl.storage.records import (
+    BenchRecord,
+    ComparisonRecord,
+    CostRecord,
+    EvaluationRecord,
+    Json,
+    Manifest,
+    ModelRecord,
+    PipelineRecord,
+    ProbeRecord,
+    Record,
+    RunRecord,
+    VerifyRecord,
+    parse_record,
 )
-from edgecl.storage.reading import METRICS_BYTES, RECORD_BYTES, parse_json, read_bytes
 
-Record = dict[str, Any]
 Line = dict[str, float]
 """One line of a run's metrics: the numbers in it."""
 
 # The order of a pipeline's folders in the report; others follow by name.
 _ORDER = ("pretrain", "slim", "finetuned", "random", "bundles")
 _PNG = b"\x89PNG\r\n\x1a\n"
+
+
+AnySource = TypeVar("AnySource", bound="Source")
+AnyRecord = TypeVar("AnyRecord", bound=Record)
 
 
 @dataclass
@@ -46,8 +53,6 @@ class Source:
     path: Path
     record: Record
     sha256: str
-    file: str
-    """The name of the record's file."""
     beside: dict[str, Record] = field(default_factory=dict)
     """File name -> record, without those that belong to an earlier state of the directory."""
     name: str = ""
@@ -58,15 +63,20 @@ class Source:
         """The directory's path as it is printed."""
         return printable(self.path)
 
-    def named(self, name: str) -> Record:
-        """Return a record beside this one, empty where there is none."""
-        return self.beside.get(name, {})
+    def all_beside(self, kind: type[AnyRecord]) -> list[AnyRecord]:
+        """Return the records of a kind beside this one, by file name."""
+        return [record for _, record in sorted(self.beside.items()) if isinstance(record, kind)]
+
+    def one_beside(self, kind: type[AnyRecord]) -> AnyRecord | None:
+        """Return the record of a kind beside this one."""
+        return next(iter(self.all_beside(kind)), None)
 
 
 @dataclass
 class RunSource(Source):
     """A pretraining run."""
 
+    record: RunRecord
     steps: list[Line] = field(default_factory=list)
     """One line per training step."""
     quality: list[Line] = field(default_factory=list)
@@ -74,27 +84,32 @@ class RunSource(Source):
     views_png: bytes | None = None
 
 
+@dataclass
 class NetSource(Source):
     """A net: a model directory."""
 
+    record: ModelRecord
 
+
+@dataclass
 class BundleSource(Source):
     """A bundle."""
 
-    def benches(self) -> list[Record]:
-        """Return the bundle's measurements, by file name."""
-        return [record for name, record in sorted(self.beside.items()) if name.startswith("bench-")]
+    record: Manifest
 
 
+@dataclass
 class ComparisonSource(Source):
     """A pipeline's comparison of its nets."""
 
+    record: ComparisonRecord
 
+
+@dataclass
 class PipelineSource(Source):
     """A pipeline's own record."""
 
-
-AnySource = TypeVar("AnySource", bound=Source)
+    record: PipelineRecord
 
 
 @dataclass
@@ -110,13 +125,9 @@ class Collection:
 
     def maker_of(self, source: Source) -> Source | None:
         """Return the source whose hash this one says it was made from."""
-        made_from = source.record.get("made_from")
-        if not made_from:
-            return None
-        for other in self.sources:
-            if other is not source and made_from in (other.sha256, other.record.get("weights_sha256")):
-                return other
-        return None
+        made_from = source.record.made_from
+        others = [other for other in self.sources if other is not source]
+        return next((other for other in others if made_from and made_from in _hashes_of(other)), None)
 
     def sha256(self) -> str:
         """Return the hash of every record's hash, so that a report names exactly what it was made from."""
@@ -124,8 +135,18 @@ class Collection:
         for source in self.sources:
             digest.update(source.sha256.encode())
             for name, record in sorted(source.beside.items()):
-                digest.update(f"{name} {json.dumps(record, sort_keys=True)}".encode())
+                digest.update(f"{name} {json.dumps(content_of(record), sort_keys=True)}".encode())
         return digest.hexdigest()
+
+
+def _hashes_of(source: Source) -> set[str]:
+    weights = {source.record.weights_sha256} if isinstance(source, NetSource) else set()
+    return {source.sha256, *weights}
+
+
+def content_of(record: Record) -> Json:
+    """Return a record as its file has it."""
+    return record.model_dump(by_alias=True, exclude_unset=True)
 
 
 def cleaned(value: Any) -> Any:
@@ -159,7 +180,7 @@ def collect(dirs: Sequence[Path]) -> Collection:
                 hint="`edgecl run` fills such a directory",
             )
         for source in found:
-            sources.setdefault((source.path / source.file).resolve(), source)
+            sources.setdefault((source.path / source.record.FILE).resolve(), source)
     collection = Collection(list(sources.values()), list(dict.fromkeys(notes)))
     _name(collection.sources)
     return collection
@@ -176,10 +197,10 @@ def _sources(path: Path, notes: list[str]) -> Iterator[Source]:
         yield _READERS[kind](path, notes)
         return
     if pipeline.comparison_file.is_file():
-        yield _with_record(ComparisonSource, pipeline.comparison_file)
+        yield _source(ComparisonSource, path, ComparisonRecord)
     yield from _inside(path, notes)
     if kind == "pipeline":
-        yield _with_record(PipelineSource, pipeline.record_file, kind)
+        yield _source(PipelineSource, path, PipelineRecord)
 
 
 def _not_ours(path: Path) -> str:
@@ -207,32 +228,36 @@ def _inside(path: Path, notes: list[str]) -> Iterator[Source]:
             yield from _inside(child, notes)
 
 
-def _with_record(source: type[AnySource], file: Path, kind: str | None = None) -> AnySource:
-    """Return a source with its record, which must match its own hash where it has one."""
-    record = read_record(file, kind=kind) if kind else read_side_record(file)
-    if kind in ("model", "bundle") and record.get("sha256") is not None:
+def _read(file: Path, kind: type[AnyRecord]) -> AnyRecord:
+    """Return a record, cleaned; entries may be missing."""
+    content = read_json(file)
+    if kind in (ModelRecord, Manifest) and isinstance(content, dict) and content.get("sha256") is not None:
         check_seal(
-            record,
+            content,
             {"directory": file.parent},
             hint="the file changed after it was written; make the directory again",
         )
-    return source(file.parent, cleaned(record), sha256_of_file(file), file.name)
+    return parse_record(cleaned(content), kind, path=file, missing_ok=True)
+
+
+def _source(source: type[AnySource], path: Path, kind: type[AnyRecord]) -> AnySource:
+    file = path / kind.FILE
+    return source(path, _read(file, kind), sha256_of_file(file))
 
 
 def _read_run(path: Path, notes: list[str]) -> RunSource:
     run = RunDir(path)
-    source = _with_record(RunSource, run.record_file, "run")
+    source = _source(RunSource, path, RunRecord)
     source.steps, source.quality, unreadable = read_metrics(run.metrics_file)
     if unreadable:
         notes.append(
             f"{source.shown}: {counted(unreadable, 'line')} of metrics.jsonl cannot be read and "
             f"{'is' if unreadable == 1 else 'are'} left out (the run was killed while writing)."
         )
-    state = source.record.get("state")
-    if state == "failed":
-        notes.append(f"{source.shown}: the run failed: {source.record.get('error')}.")
-    elif state != "done":
-        notes.append(f"{source.shown}: the run is not finished (state '{state}').")
+    if source.record.state == "failed":
+        notes.append(f"{source.shown}: the run failed: {source.record.error}.")
+    elif source.record.state != "done":
+        notes.append(f"{source.shown}: the run is not finished (state '{source.record.state}').")
     if run.views_file.is_file():
         content = read_bytes(run.views_file, most=RECORD_BYTES)
         if content.startswith(_PNG):
@@ -243,15 +268,16 @@ def _read_run(path: Path, notes: list[str]) -> RunSource:
 
 
 def _read_net(path: Path, notes: list[str]) -> NetSource:
-    model = ModelDir(path)
-    source = _with_record(NetSource, model.record_file, "model")
-    _read_beside(source, [model.probe_file, model.cost_file, model.evaluation_file], notes)
+    source = _source(NetSource, path, ModelRecord)
+    kinds: list[type[Record]] = [ProbeRecord, CostRecord, EvaluationRecord]
+    _read_beside(source, [(path / kind.FILE, kind) for kind in kinds], notes)
     return source
 
 
 def _read_bundle(path: Path, notes: list[str]) -> BundleSource:
-    source = _with_record(BundleSource, Bundle(path).record_file, "bundle")
-    _read_beside(source, [path / bundle_names.VERIFY, *sorted(path.glob("bench-*.json"))], notes)
+    source = _source(BundleSource, path, Manifest)
+    benches = [(file, BenchRecord) for file in sorted(path.glob("bench-*.json"))]
+    _read_beside(source, [(path / VerifyRecord.FILE, VerifyRecord), *benches], notes)
     return source
 
 
@@ -262,19 +288,19 @@ _READERS: dict[str | None, Callable[[Path, list[str]], Source]] = {
 }
 
 
-def _read_beside(source: Source, files: Sequence[Path], notes: list[str]) -> None:
+def _read_beside(source: Source, files: Sequence[tuple[Path, type[Record]]], notes: list[str]) -> None:
     # A fine-tuned net's evaluation may be written with the net, and then names what the net was made from.
-    fitting = {None, source.sha256, source.record.get("weights_sha256"), source.record.get("made_from")}
-    for file in files:
+    fitting = {None, source.record.made_from, *_hashes_of(source)}
+    for file, kind in files:
         if not file.is_file():
             continue
-        beside: Record = cleaned(read_side_record(file))
-        if beside.get("made_from") in fitting:
-            source.beside[printable(file.name)] = beside
+        record = _read(file, kind)
+        if record.made_from in fitting:
+            source.beside[printable(file.name)] = record
         else:
             notes.append(
-                f"{source.shown}: {printable(file.name)} was made from {str(beside.get('made_from'))[:12]}…, "
-                f"{source.file} is now {source.sha256[:12]}…; its numbers are left out."
+                f"{source.shown}: {printable(file.name)} was made from {str(record.made_from)[:12]}…, "
+                f"{source.record.FILE} is now {source.sha256[:12]}…; its numbers are left out."
             )
 
 
@@ -308,7 +334,7 @@ def read_metrics(path: Path) -> tuple[list[Line], list[Line], int]:
     return [steps[step] for step in sorted(steps)], [quality[step] for step in sorted(quality)], unreadable
 
 
-def _numbers(entry: Record) -> Line:
+def _numbers(entry: Json) -> Line:
     return {key: number for key, value in entry.items() if (number := finite(value)) is not None}
 
 

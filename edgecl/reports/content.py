@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Literal
 
 from pydantic import Field
 
+from edgecl.errors import printable
 from edgecl.reports.collect import (
     BundleSource,
     Collection,
     ComparisonSource,
     Line,
+    NetSource,
     PipelineSource,
-    Record,
     RunSource,
     Source,
-    cleaned,
+    content_of,
 )
 from edgecl.reports.families import Family, families_of, family_in_words, lines_in
 from edgecl.reports.pareto import TradeOff, size_trade_off, trade_off
-from edgecl.reports.precisions import BundleSummary, Part, bundle_summary, tables
+from edgecl.reports.precisions import BundleSummary, Part, bundle_summary
 from edgecl.reports.rows import ORIGINS, Comparison, Row, comparison_of, rows_of
 from edgecl.reports.sentences import decision_of, plateaus_in_words, warnings_of
-from edgecl.storage.artifacts import record_header
-from edgecl.storage.reading import reading
+from edgecl.storage.records import Json, Record, RunRecord, command_line
 
 MOST_POINTS = 240
 """How many points a curve has at most."""
@@ -43,21 +43,6 @@ _STEP_KEYS = (
 _QUALITY_KEYS = ("rankme_host", "rankme_slim", "knn_top1_host", "knn_top1_slim")
 # Of the slim nets narrower than the widest, which is "slim".
 FURTHER_WIDTHS = ("rankme_slim_at_", "knn_top1_slim_at_")
-
-
-class Header(Part):
-    """The first keys of every record."""
-
-    schema_: int = Field(alias="schema")
-    kind: str
-    made_by: str
-    made_from: str | None
-    command: str
-
-    @property
-    def content(self) -> dict[str, Any]:
-        """The record as JSON holds it."""
-        return self.model_dump(mode="json", by_alias=True)
 
 
 class Curve(Part):
@@ -103,12 +88,16 @@ class Origin(Part):
     about: str
     file: str
     made_from_name: str | None
-    record: Record
+    record: Json
 
 
-class Report(Header):
+class Report(Record):
     """The content of report.json: every number the page shows, and the records behind them."""
 
+    KIND = "report"
+    FILE = "report.json"
+
+    kind: Literal["report"] = "report"
     title: str
     decision: str
     support: list[str]
@@ -136,20 +125,14 @@ def report_of(collection: Collection) -> Report:
     trade = trade_off(rows)
     for group in trade.groups if trade else []:
         group.families = lines_in(group, families, rows)
-    comparisons, bundles, runs = [], [], []
-    for source in collection.sources:
-        with reading(source.path / source.file):
-            if isinstance(source, ComparisonSource):
-                comparisons.append(comparison_of(source, collection))
-            elif isinstance(source, BundleSource):
-                bundles.append(bundle_summary(source))
-            elif isinstance(source, RunSource):
-                runs.append(_run_summary(source))
+    comparisons = [comparison_of(one, collection) for one in collection.of(ComparisonSource)]
+    bundles = [bundle_summary(one) for one in collection.of(BundleSource)]
     decision, support = decision_of(comparisons, rows, bundles, collection)
     stuck, what_to_change = plateaus_in_words(collection.of(RunSource))
     has_line = trade is not None and bool(trade.lines)
     return Report(
-        **cleaned(record_header("report", made_from=collection.sha256())),
+        made_from=collection.sha256(),
+        command=printable(command_line()),
         title=_title(collection),
         decision=" ".join([*stuck, decision]),
         support=[*what_to_change, *support, *(family_in_words(family, rows) for family in families)],
@@ -160,24 +143,22 @@ def report_of(collection: Collection) -> Report:
         trade_off=trade,
         size_trade_off=None if has_line else size_trade_off(rows, [family.rows for family in families]),
         families=families,
-        runs=runs,
+        runs=[_run_summary(run) for run in collection.of(RunSource)],
         notes=[*collection.notes, *warnings_of(rows, collection)],
         conditions=list(_origins(collection)),
     )
 
 
 def _title(collection: Collection) -> str:
-    for kind in (PipelineSource, RunSource):
-        names = [source.record.get("recipe_name") for source in collection.of(kind)]
-        if names and names[0]:
-            return f"edgecl report: {names[0]}" + (" and others" if len(set(names)) > 1 else "")
-    names = [source.name for source in collection.sources]
+    pipelines, runs = collection.of(PipelineSource), collection.of(RunSource)
+    recipes = [one.record.recipe_name for one in pipelines] or [one.record.recipe_name for one in runs]
+    names = list(dict.fromkeys(recipes)) if any(recipes[:1]) else [one.name for one in collection.sources]
     return f"edgecl report: {names[0]}" + (" and others" if len(names) > 1 else "")
 
 
 def _run_summary(run: RunSource) -> RunSummary:
     record = run.record
-    total, per_epoch = record.get("total_steps"), record.get("steps_per_epoch")
+    total, per_epoch = record.total_steps, record.steps_per_epoch
     at = [line["epoch"] for line in (*run.steps, *run.quality)]
     first, last = min(at, default=0.0), max(at, default=1.0)
     # The axis ends where the plan ends, so that an unfinished run looks unfinished; it begins at zero unless
@@ -188,10 +169,10 @@ def _run_summary(run: RunSource) -> RunSummary:
     further = {key for line in run.quality for key in line if key.startswith(FURTHER_WIDTHS)}
     return RunSummary(
         name=run.name,
-        method=record.get("arm"),
-        recipe_name=record.get("recipe_name"),
-        state=record.get("state"),
-        wall_s=record.get("wall_s"),
+        method=record.arm,
+        recipe_name=record.recipe_name,
+        state=record.state,
+        wall_s=record.wall_s,
         steps=run.steps[-1]["step"] if run.steps else None,
         total_steps=total,
         from_epoch=float(math.floor(first)) if 0.25 * epochs < first < epochs else 0.0,
@@ -205,10 +186,9 @@ def _run_summary(run: RunSource) -> RunSummary:
     )
 
 
-def _panels(record: Record) -> Iterator[Panel]:
+def _panels(record: RunRecord) -> Iterator[Panel]:
     """Yield the panels that a run's method asks for, each name cut to the room that a chart has."""
-    found = tables(record, "panels")
-    for panel in found:
+    for panel in record.panels:
         if isinstance(panel.get("lines"), dict):
             yield Panel(
                 title=str(panel.get("title"))[:60],
@@ -216,7 +196,7 @@ def _panels(record: Record) -> Iterator[Panel]:
                 log=panel.get("log") is True,
                 lines={key: str(name)[:24] for key, name in panel["lines"].items()},
             )
-    if not found:
+    if not record.panels:
         yield Panel(title="Loss", log=True, lines={"loss": "total"})
 
 
@@ -253,15 +233,15 @@ def _curves(lines: Sequence[Line], keys: Sequence[str]) -> dict[str, Curve]:
 def _origins(collection: Collection) -> Iterator[Origin]:
     for source in collection.sources:
         maker = collection.maker_of(source)
-        files = [(source.file, source.record, maker.name if maker else None)]
+        files = [(source.record.FILE, source.record, maker.name if maker else None)]
         files += [(name, record, source.name) for name, record in sorted(source.beside.items())]
         for name, record, made_from_name in files:
             yield Origin(
                 title=f"{source.name}/{name}" if source.name else name,
-                about=_ABOUT.get(name.partition("-")[0].removesuffix(".json"), "") or _about(source),
+                about=_ABOUT[record.kind] if record.kind in _ABOUT else _about(source),
                 file=f"{source.shown}/{name}",
-                made_from_name=made_from_name if record.get("made_from") else None,
-                record=record,
+                made_from_name=made_from_name if record.made_from else None,
+                record=content_of(record),
             )
 
 
@@ -274,10 +254,10 @@ _ABOUT = {
     "comparison": "pretrained, random and from scratch, side by side",
     "pipeline": "the whole pipeline",
     "run": "pretraining",
-    "manifest": "exported bundle",
+    "bundle": "exported bundle",
 }
 
 
 def _about(source: Source) -> str:
-    origin = source.record.get("origin")
-    return f"{ORIGINS.get(origin, origin)} net" if isinstance(origin, str) else "net"
+    origin = source.record.origin if isinstance(source, NetSource) else None
+    return f"{ORIGINS.get(origin, origin)} net" if origin else "net"

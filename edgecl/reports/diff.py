@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
-
-from pydantic import TypeAdapter
+from typing import Literal
 
 from edgecl.errors import ArtifactError, printable
 from edgecl.reports.collect import cleaned, collect
-from edgecl.reports.content import Header, report_of
-from edgecl.reports.notation import MINUS, MISSING, Interval, between, fixed
+from edgecl.reports.content import Report, report_of
+from edgecl.reports.notation import MINUS, MISSING, between, fixed
 from edgecl.reports.precisions import Part
 from edgecl.reports.rows import Row, row_label
 from edgecl.reports.rules import METRICS, Metric, Rule, change_percent
 from edgecl.reports.tables import Column, Table
-from edgecl.storage.artifacts import ReportDir, kind_of, read_record, record_header
-from edgecl.storage.reading import read_json, reading
+from edgecl.storage.artifacts import ReportDir, kind_of
+from edgecl.storage.reading import read_json
+from edgecl.storage.records import Interval, Record, command_line, parse_record
 
 # A comparison goes on over a change of these, and names it.
 _NAMED = {
@@ -80,9 +80,13 @@ class ComparedRow(Part):
     checks: list[Check]
 
 
-class Diff(Header):
+class Diff(Record):
     """What `edgecl report diff --json` prints."""
 
+    KIND = "report-diff"
+    FILE = "report-diff.json"
+
+    kind: Literal["report-diff"] = "report-diff"
     old: str
     new: str
     rules: list[str]
@@ -185,7 +189,8 @@ def diff(old: Path, new: Path, *, rules: Sequence[Rule] = ()) -> Diff:
     checks = [check for row in compared for check in row.checks if check.rule]
     broken = sum(check.broken for check in checks)
     return Diff(
-        **cleaned(record_header("report-diff", made_from=None)),
+        made_from=None,
+        command=printable(command_line()),
         old=printable(old),
         new=printable(new),
         rules=[rule.text for rule in rules],
@@ -207,30 +212,12 @@ def _summary(rules: Sequence[Rule], checked: int, broken: int, pairs: int) -> st
 
 
 def _rows_of_side(path: Path) -> list[Row]:
-    if path.is_file():
-        if not _is_report(path):
-            raise ArtifactError(
-                f"'{path}' is a file, but not the report.json of a report",
-                hint="`edgecl report DIR ... --out DIR` writes one",
-            )
-        return _rows_in(path)
-    if path.is_dir() and kind_of(path) == ReportDir.KIND:
-        return _rows_in(ReportDir(path).record_file)
-    return report_of(collect([path])).rows
-
-
-def _is_report(path: Path) -> bool:
-    try:
-        record = read_json(path)
-    except ArtifactError:
-        return False
-    return isinstance(record, dict) and record.get("kind") == ReportDir.KIND
-
-
-def _rows_in(file: Path) -> list[Row]:
-    record = cleaned(read_record(file, kind=ReportDir.KIND))
-    with reading(file):
-        return TypeAdapter(list[Row]).validate_python(record["rows"])
+    if path.is_dir() and kind_of(path) != ReportDir.KIND:
+        return report_of(collect([path])).rows
+    file = ReportDir(path).record_file if path.is_dir() else path
+    if not file.exists():
+        raise ArtifactError(f"there is no directory '{path}'")
+    return parse_record(cleaned(read_json(file)), Report, path=file, missing_ok=True).rows or []
 
 
 def _library(row: Row) -> str:

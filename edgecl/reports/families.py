@@ -37,7 +37,7 @@ def families_of(collection: Collection, rows: Sequence[Row]) -> list[Family]:
         model = models.get(row.model_dir or "")
         checkpoint = _checkpoint_of(model, collection) if model else None
         if model and checkpoint and row.width is not None:
-            name = str(model.record.get("recipe_name") or row.arch)
+            name = model.record.recipe_name or str(row.arch)
             found.setdefault((checkpoint, row.arch, row.origin, name), []).append(index)
     families = []
     for (checkpoint, arch, origin, name), members in found.items():
@@ -64,7 +64,7 @@ def _checkpoint_of(model: NetSource, collection: Collection) -> str | None:
         if not isinstance(maker, NetSource):
             break
         model = maker
-    return model.record.get("made_from") or None
+    return model.record.made_from or None
 
 
 def lines_in(group: Group, families: Sequence[Family], rows: Sequence[Row]) -> list[Line]:

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import Field
+from edgecl.storage.records import Interval
 
 MISSING = "–"
 MINUS = "−"
-
-Interval = Annotated[list[float], Field(min_length=2, max_length=2)]
-"""The low and the high end of a 95 % interval."""
 
 
 def finite(value: Any) -> float | None:

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from edgecl.errors import counted
-from edgecl.reports.collect import BundleSource, Record
-from edgecl.reports.notation import Interval, between, fixed
+from edgecl.reports.collect import BundleSource
+from edgecl.reports.notation import between, fixed
+from edgecl.storage.records import (
+    Accuracy,
+    BenchMeasurement,
+    BenchRecord,
+    BundlePrecision,
+    Energy,
+    Latency,
+    Manifest,
+    ParityCheck,
+    Ratio,
+    Table,
+    VerifyRecord,
+)
 
 KEPT, KEPT_IN_PART, REJECTED = "kept", "kept in part", "rejected"
-_MEASURED = ("top1", "knn_top1", "mean_cosine")
 
 
-class Part(BaseModel):
-    """A part of a report and of report.json; what a record has beyond it is left out."""
-
-    model_config = ConfigDict(populate_by_name=True)
+class Part(Table):
+    """A part of a report and of report.json."""
 
 
 class Decision(Part):
@@ -44,38 +53,10 @@ class Decision(Part):
         return self.words if begins_alike else f"{self.in_short}: {self.words}"
 
 
-class ExportedAccuracy(Part):
+class ExportedAccuracy(Accuracy):
     """The accuracy of an exported file, or of its net in torch where it was not `measured`."""
 
-    metric: str
-    value: float
-    ci95: Interval | None = None
-    n: float | None = None
-    data: str | None = None
     measured: bool = True
-
-
-class Latency(Part):
-    """Percentiles of a latency in ms, with 95 % intervals."""
-
-    p50: float | None = None
-    p90: float | None = None
-    p99: float | None = None
-    mean: float | None = None
-    ci95_p50: Interval | None = None
-    ci95_p90: Interval | None = None
-    ci95_p99: Interval | None = None
-
-
-class Energy(Part):
-    """The energy of one inference, and how it was measured."""
-
-    j_per_inference: float
-    idle_w: float | None = None
-    load_w: float | None = None
-    rails: list[str] = Field(default_factory=list)
-    rate_hz: float | None = None
-    source: str | None = None
 
 
 class Conditions(Part):
@@ -131,30 +112,12 @@ class Timing(Conditions):
         return joined(self.precision, self.mode)
 
 
-class Ratio(Part):
+class TimedRatio(Ratio):
     """How much faster precision b is than a, timed in turns in one session."""
 
-    a: str
-    b: str
-    p50_ratio: float
-    ci95: Interval | None = None
     words: str
     device: str | None = None
     runtime: str | None = None
-
-
-class ParityStep(Part):
-    """One step of the parity report: two forms of a net on the same images."""
-
-    source: str = Field(alias="from")
-    to: str
-    max_abs_difference: float | None = None
-    mean_abs_difference: float | None = None
-    max_relative_difference: float | None = None
-    top1_agreement: float | None = None
-    mean_cosine: float | None = None
-    images: float | None = None
-    first_diverging_layer: str | None = None
 
 
 class Precision(Part):
@@ -184,8 +147,8 @@ class BundleSummary(Part):
     target: str | None
     precisions: list[Precision]
     timings: list[Timing]
-    ratios: list[Ratio]
-    parity: list[ParityStep]
+    ratios: list[TimedRatio]
+    parity: list[ParityCheck]
 
 
 def joined(*parts: str | None, by: str = ", ") -> str:
@@ -193,117 +156,79 @@ def joined(*parts: str | None, by: str = ", ") -> str:
     return by.join(part for part in parts if part)
 
 
-def table(record: Mapping[str, Any], key: str) -> Record:
-    """Return the table under a key, empty where there is none."""
-    value = record.get(key)
-    return value if isinstance(value, dict) else {}
-
-
-def tables(record: Mapping[str, Any], key: str) -> list[Record]:
-    """Return the tables in the list under a key."""
-    value = record.get(key)
-    return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
-
-
-def precisions_of(manifest: Record) -> dict[str, Record]:
-    """Return what a manifest says about each precision."""
-    return {name: about for name, about in table(manifest, "precisions").items() if isinstance(about, dict)}
-
-
-def file_bytes(manifest: Record, precision: str | None) -> float | None:
-    """Return the size of a precision's ONNX file."""
-    model = precisions_of(manifest).get(precision or "", {}).get("model")
-    size: float | None = table(manifest, "size_bytes").get(model) if isinstance(model, str) else None
-    return size
-
-
-def decision_on(about: Record) -> Decision | None:
+def decision_on(about: BundlePrecision | None) -> Decision | None:
     """Return a precision's decision, or None where the precision was not evaluated."""
-    decision = table(about, "decision")
-    if not isinstance(decision.get("kept"), bool):
+    found = about.decision if about else None
+    if not found or found.kept is None:
         return None
-    nodes = len(decision.get("kept_nodes") or [])
-    state = (KEPT_IN_PART if nodes else KEPT) if decision["kept"] else REJECTED
-    return Decision(state=state, nodes=nodes, words=decision.get("words") or "")
+    state = (KEPT_IN_PART if found.kept_nodes else KEPT) if found.kept else REJECTED
+    return Decision(state=state, nodes=len(found.kept_nodes), words=found.words or "")
 
 
-def exported_accuracy(about: Record) -> ExportedAccuracy | None:
+def exported_accuracy(about: BundlePrecision | None) -> ExportedAccuracy | None:
     """Return the accuracy measured on a precision's own file, or None."""
-    accuracy = table(about, "accuracy")
-    if accuracy.get("value") is None or accuracy.get("metric") not in _MEASURED:
-        return None
-    return ExportedAccuracy.model_validate({**accuracy, "measured": True})
+    return ExportedAccuracy.model_validate(about.accuracy.to_json()) if about and about.accuracy else None
 
 
-def timings_of(bench: Record) -> Iterator[Timing]:
+def file_bytes(manifest: Manifest, about: BundlePrecision | None) -> int | None:
+    """Return the size of a precision's ONNX file."""
+    return manifest.size_bytes.get(about.model) if about else None
+
+
+def timings_of(bench: BenchRecord) -> Iterator[Timing]:
     """Return a measurement's timings, one per precision and mode.
 
     The headline of a precision is the timing that the record says, or the first.
     """
-    measurements = tables(bench, "measurements")
-    headlines: dict[str, int] = {}
-    for place, one in enumerate(measurements):
-        first = headlines.setdefault(str(one.get("precision")), place)
-        if one.get("headline") is True and measurements[first].get("headline") is not True:
-            headlines[str(one.get("precision"))] = place
-    device = table(bench, "device")
-    for place, one in enumerate(measurements):
-        flags = ["unsteady"] if one.get("steady") is False else []
-        energy = table(one, "energy")
+    measurements = bench.measurements or []
+    headlines: dict[str, BenchMeasurement] = {}
+    for one in measurements:
+        first = headlines.setdefault(one.precision, one)
+        if one.headline and not first.headline:
+            headlines[one.precision] = one
+    for one in measurements:
+        flags = ["unsteady"] if one.steady is False else []
         yield Timing(
-            precision=str(one.get("precision")),
-            form=one.get("form"),
-            mode=one.get("mode"),
-            headline=headlines[str(one.get("precision"))] == place,
-            latency_ms=Latency.model_validate(table(one, "latency_ms")),
-            throughput_per_s=one.get("throughput_per_s"),
-            samples=one.get("samples"),
-            flags=list(dict.fromkeys([*flags, *_flags(one), *_flags(bench)])),
-            energy=None if energy.get("j_per_inference") is None else Energy.model_validate(energy),
-            batch=bench.get("batch"),
-            threads=bench.get("threads"),
-            runtime=bench.get("runtime"),
-            device=_device(bench),
-            power_mode=_power_mode(device),
+            precision=one.precision,
+            form=one.form,
+            mode=one.mode,
+            headline=headlines[one.precision] is one,
+            latency_ms=one.latency_ms or Latency(),
+            throughput_per_s=one.throughput_per_s,
+            samples=one.samples,
+            flags=list(dict.fromkeys([*flags, *one.marks, *bench.marks])),
+            energy=one.energy,
+            batch=bench.batch,
+            threads=bench.threads,
+            runtime=bench.runtime,
+            device=_name(bench),
+            power_mode=_power_mode(bench),
         )
 
 
-def _flags(record: Record) -> Iterable[str]:
-    return record.get("flags") or record.get("marks") or []
+def _name(bench: BenchRecord) -> str | None:
+    return (bench.device.name or bench.device.cpu_model) if bench.device else None
 
 
-def _device(bench: Record) -> str | None:
-    device = table(bench, "device")
-    return device.get("name") or device.get("cpu_model")
+def _power_mode(bench: BenchRecord) -> str | None:
+    mode = bench.device.power_mode if bench.device else None
+    return (mode.name or (None if mode.id is None else f"mode {mode.id}")) if mode else None
 
 
-def _power_mode(device: Record) -> str | None:
-    mode = device.get("power_mode")
-    if isinstance(mode, dict):
-        number = mode.get("id")
-        return mode.get("name") or (None if number is None else f"mode {number}")
-    return mode
-
-
-def ratios_of(bench: Record, rejected: set[str]) -> Iterator[Ratio]:
+def ratios_of(bench: BenchRecord, rejected: set[str]) -> Iterator[TimedRatio]:
     """Return how precisions compare that were timed in turns in one session.
 
     Args:
         bench: the measurement's record.
         rejected: precisions that the words call so.
     """
-    for one in tables(bench, "ratios"):
-        if one.get("p50_ratio") is None:
-            continue
-        ratio = Ratio.model_validate(
-            {**one, "words": "", "device": _device(bench), "runtime": bench.get("runtime")}
-        )
-        a, b = (f"{name} (rejected)" if name in rejected else name for name in (ratio.a, ratio.b))
-        interval = between(ratio.ci95, lambda end: fixed(end, 2))
-        ratio.words = f"{b} is {joined(f'{fixed(ratio.p50_ratio, 2)}x', interval, by=' ')} as fast as {a}"
-        if ratio.ci95 and ratio.ci95[0] <= 1 <= ratio.ci95[1]:
-            ratio.words += ", not resolved: the interval includes 1"
-        yield ratio
+    for one in bench.ratios:
+        a, b = (f"{name} (rejected)" if name in rejected else name for name in (one.a, one.b))
+        ratio = joined(f"{fixed(one.p50_ratio, 2)}x", between(one.ci95, lambda end: fixed(end, 2)), by=" ")
+        words = f"{b} is {ratio} as fast as {a}"
+        if one.ci95 and one.ci95[0] <= 1 <= one.ci95[1]:
+            words += ", not resolved: the interval includes 1"
+        yield TimedRatio(**one.to_json(), words=words, device=_name(bench), runtime=bench.runtime)
 
 
 def bundle_summary(bundle: BundleSource) -> BundleSummary:
@@ -312,33 +237,34 @@ def bundle_summary(bundle: BundleSource) -> BundleSummary:
     precisions = [
         Precision(
             precision=name,
-            form=about.get("form"),
-            opset=about.get("opset"),
-            file_bytes=file_bytes(manifest, name),
-            max_relative_difference=table(about, "parity").get("max_relative_difference"),
-            top1_agreement=table(about, "parity").get("top1_agreement"),
+            form=about.form,
+            opset=about.opset,
+            file_bytes=file_bytes(manifest, about),
+            max_relative_difference=about.parity.max_relative_difference if about.parity else None,
+            top1_agreement=about.parity.top1_agreement if about.parity else None,
             verified=verified(bundle, name),
             decision=decision_on(about),
-            default=name == manifest.get("precision"),
+            default=name == manifest.precision,
         )
-        for name, about in precisions_of(manifest).items()
+        for name, about in (manifest.precisions or {}).items()
     ]
     rejected = {one.precision for one in precisions if one.is_rejected}
+    benches = bundle.all_beside(BenchRecord)
     return BundleSummary(
         name=bundle.name,
         bundle_dir=bundle.shown,
-        target=manifest.get("target_name"),
+        target=manifest.target_name,
         precisions=precisions,
-        timings=[timing for bench in bundle.benches() for timing in timings_of(bench)],
-        ratios=[ratio for bench in bundle.benches() for ratio in ratios_of(bench, rejected)],
-        parity=[ParityStep.model_validate(step) for step in tables(manifest, "parity")],
+        timings=[timing for bench in benches for timing in timings_of(bench)],
+        ratios=[ratio for bench in benches for ratio in ratios_of(bench, rejected)],
+        parity=manifest.parity,
     )
 
 
 def verified(bundle: BundleSource, precision: str | None) -> bool | None:
     """Return whether a precision computed its reference outputs again; None where `verify` did not run."""
-    verify = bundle.named("verify.json")
-    if verify.get("files_ok") is False:
-        return False
-    ok = table(table(verify, "precisions"), precision or "").get("ok", verify.get("ok"))
-    return ok if isinstance(ok, bool) else None
+    verify = bundle.one_beside(VerifyRecord)
+    if not verify or verify.files_ok is False:
+        return False if verify else None
+    found = verify.precisions.get(precision or "")
+    return verify.ok if found is None or found.ok is None else found.ok

@@ -26,7 +26,7 @@ def report(dirs: Sequence[Path], *, out: Path, force: bool = False) -> dict[str,
     Raises:
         ArtifactError: a directory edgecl did not write, an unreadable record, or an output in the way.
     """
-    return write_report(dirs, out=out, force=force).content
+    return write_report(dirs, out=out, force=force).to_json()
 
 
 def write_report(dirs: Sequence[Path], *, out: Path, force: bool = False) -> Report:
@@ -40,5 +40,5 @@ def write_report(dirs: Sequence[Path], *, out: Path, force: bool = False) -> Rep
         files = ReportDir(aside)
         write_bytes(files.page_file, html.encode("utf-8"))
         write_bytes(files.text_file, markdown(found).encode("utf-8"))
-        write_json(files.record_file, found.content)
+        write_json(files.record_file, found.to_json())
     return found

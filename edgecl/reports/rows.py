@@ -6,26 +6,31 @@ from collections.abc import Iterator, Sequence
 
 from pydantic import Field
 
-from edgecl.reports.collect import BundleSource, Collection, ComparisonSource, NetSource, Record, Source
-from edgecl.reports.notation import Interval
+from edgecl.reports.collect import BundleSource, Collection, ComparisonSource, NetSource
 from edgecl.reports.precisions import (
+    REJECTED,
     Conditions,
     Decision,
     ExportedAccuracy,
-    Latency,
     Part,
     Timing,
     decision_on,
     exported_accuracy,
     file_bytes,
     joined,
-    precisions_of,
-    table,
-    tables,
     timings_of,
     verified,
 )
-from edgecl.storage.reading import reading
+from edgecl.storage import records
+from edgecl.storage.records import (
+    BenchRecord,
+    CostRecord,
+    EvaluationRecord,
+    FewLabelAccuracy,
+    Interval,
+    Latency,
+    ProbeRecord,
+)
 
 ORIGINS = {"pretrained": "pretrained", "random": "random init", "finetuned": "fine-tuned"}
 
@@ -116,7 +121,7 @@ class Row(Conditions):
     @property
     def is_rejected(self) -> bool:
         """Whether its precision was evaluated and found not worth its cost."""
-        return self.decision is not None and self.decision.state == "rejected"
+        return self.decision is not None and self.decision.state == REJECTED
 
     def of_net(self, key: str) -> Accuracy | None:
         """Return an accuracy of ACCURACIES, of the net in torch."""
@@ -200,8 +205,7 @@ def rows_of(collection: Collection) -> list[Row]:
         for bundle in own:
             rows.extend(_bundle_rows(model, bundle))
         if not own:
-            with reading(model.path / model.file):
-                rows.append(_row(model, None, None, None))
+            rows.append(_row(model, None, None, None))
     for bundle in bundles:
         if not _net_of(bundle, models):
             rows.extend(_bundle_rows(None, bundle))
@@ -209,61 +213,51 @@ def rows_of(collection: Collection) -> list[Row]:
 
 
 def _net_of(bundle: BundleSource, models: Sequence[NetSource]) -> NetSource | None:
-    made_from = {table(bundle.record, "net").get("model_sha256"), bundle.record.get("made_from")}
+    made_from = {bundle.record.made_from, bundle.record.net.model_sha256 if bundle.record.net else None}
     return next((model for model in models if model.sha256 in made_from), None)
 
 
 def _bundle_rows(model: NetSource | None, bundle: BundleSource) -> Iterator[Row]:
-    with reading(bundle.path / bundle.file):
-        timed = set()
-        for bench in bundle.benches():
-            for timing in timings_of(bench):
-                if timing.headline:
-                    timed.add(timing.precision)
-                    yield _row(model, bundle, timing.precision, timing)
-        known = list(precisions_of(bundle.record))
-        for precision in known:
-            if precision not in timed:
-                yield _row(model, bundle, precision, None)
-        if not known and not timed:
-            yield _row(model, bundle, bundle.record.get("precision"), None)
+    timed = set()
+    for bench in bundle.all_beside(BenchRecord):
+        for timing in timings_of(bench):
+            if timing.headline:
+                timed.add(timing.precision)
+                yield _row(model, bundle, timing.precision, timing)
+    known = list(bundle.record.precisions or {})
+    for precision in known:
+        if precision not in timed:
+            yield _row(model, bundle, precision, None)
+    if not known and not timed:
+        yield _row(model, bundle, bundle.record.precision, None)
 
 
 def _row(
     model: NetSource | None, bundle: BundleSource | None, precision: str | None, timing: Timing | None
 ) -> Row:
-    probe, evaluation, cost = (
-        model.named(name) if model else {} for name in ("probe.json", "evaluation.json", "cost.json")
-    )
-    manifest = bundle.record if bundle else {}
-    net = model.record if model else table(manifest, "net")
-    about = precisions_of(manifest).get(precision or "", {})
-    named: Source | None = model or bundle
-    assert named is not None
-    row = Row(
-        name=named.name,
-        model_dir=model.shown if model else None,
-        bundle=bundle.name if bundle else None,
-        bundle_dir=bundle.shown if bundle else None,
-        target=manifest.get("target_name"),
-        arch=net.get("arch"),
-        width=net.get("width"),
-        origin=net.get("origin"),
-        few_label=_few_label(probe),
-        knn=_accuracy(probe, "knn"),
-        linear=_accuracy(probe, "linear"),
-        finetuned=_accuracy(evaluation, ""),
-        accuracy=exported_accuracy(about),
-        runtime=manifest.get("runtime"),
-        precision=precision,
-        form=about.get("form"),
-        decision=decision_on(about),
-        macs=cost.get("macs"),
-        params=net.get("params"),
-        onnx_bytes=file_bytes(manifest, precision),
-        verified=verified(bundle, precision) if bundle else None,
-        top1_agreement=table(about, "parity").get("top1_agreement"),
-    )
+    row = Row(name="", precision=precision)
+    if bundle:
+        manifest = bundle.record
+        about = (manifest.precisions or {}).get(precision or "")
+        row.name, row.bundle, row.bundle_dir = bundle.name, bundle.name, bundle.shown
+        row.target, row.runtime = manifest.target_name, manifest.runtime
+        row.form = about.form if about else None
+        row.accuracy, row.decision = exported_accuracy(about), decision_on(about)
+        row.onnx_bytes, row.verified = file_bytes(manifest, about), verified(bundle, precision)
+        row.top1_agreement = about.parity.top1_agreement if about and about.parity else None
+    if model:
+        row.name, row.model_dir = model.name, model.shown
+        if cost := model.one_beside(CostRecord):
+            row.macs = cost.macs
+        if probe := model.one_beside(ProbeRecord):
+            row.few_label = _few_label(probe.few_label_top1)
+            row.knn = _accuracy(probe.knn_top1, probe.knn_ci95)
+            row.linear = _accuracy(probe.linear_top1, probe.linear_ci95)
+        if evaluation := model.one_beside(EvaluationRecord):
+            row.finetuned = _accuracy(evaluation.top1, evaluation.top1_ci95)
+    net = model.record if model else bundle.record.net if bundle else None
+    if net:
+        row.arch, row.width, row.origin, row.params = net.arch, net.width, net.origin, net.params
     if timing:
         for key in ("latency_ms", "throughput_per_s", "samples", "flags", *Conditions.model_fields):
             setattr(row, key, getattr(timing, key))
@@ -274,14 +268,16 @@ def _row(
     return row
 
 
-def _accuracy(record: Record, name: str) -> Accuracy | None:
-    top1, ci95 = (f"{name}_top1", f"{name}_ci95") if name else ("top1", "top1_ci95")
-    return None if record.get(top1) is None else Accuracy(top1=record[top1], ci95=record.get(ci95))
+def _accuracy(top1: float | None, ci95: Interval | None) -> Accuracy | None:
+    return None if top1 is None else Accuracy(top1=top1, ci95=ci95)
 
 
-def _few_label(record: Record) -> FewLabel | None:
-    few = table(record, "few_label_top1")
-    return None if few.get("mean") is None else FewLabel.model_validate({**few, "top1": few["mean"]})
+def _few_label(few: FewLabelAccuracy | None) -> FewLabel | None:
+    if not few or few.mean is None:
+        return None
+    return FewLabel(
+        top1=few.mean, ci95=few.ci95, std=few.std, labels_per_class=few.labels_per_class, draws=few.draws
+    )
 
 
 def _standing_in(row: Row) -> ExportedAccuracy | None:
@@ -338,47 +334,44 @@ def comparison_of(source: ComparisonSource, collection: Collection) -> Compariso
     record = source.record
     nets = [
         ComparedNet(
-            name=str(one.get("name")),
-            few_label=_few_label(one),
-            knn_top1=one.get("knn_top1"),
-            linear_top1=one.get("linear_top1"),
+            name=one.name,
+            few_label=_few_label(one.few_label_top1),
+            knn_top1=one.knn_top1,
+            linear_top1=one.linear_top1,
         )
-        for one in tables(record, "rows")
+        for one in record.rows or []
     ]
     draws = {net.name: net.few_label.draws for net in nets if net.few_label}
-    inside = [
-        model for model in collection.of(NetSource) if source.path.resolve() in model.path.resolve().parents
-    ]
+    root = source.path.resolve()
+    inside = [model for model in collection.of(NetSource) if root in model.path.resolve().parents]
     return Comparison(
         name=source.name,
-        labels_per_class=record.get("labels_per_class"),
-        draws=record.get("draws"),
-        n_test=record.get("n_test"),
-        test=record.get("test"),
+        labels_per_class=record.labels_per_class,
+        draws=record.draws,
+        n_test=record.n_test,
+        test=record.test,
         chance=_chance(inside),
         nets=nets,
-        differences=[
-            _difference(one, draws) for one in tables(record, "differences") if one.get("mean") is not None
-        ],
+        differences=[_difference(one, draws) for one in record.differences or [] if one.mean is not None],
     )
 
 
-def _difference(record: Record, draws: dict[str, list[float]]) -> Difference:
-    found = Difference.model_validate({**record, "resolved": False, "draws": []})
-    clear = found.ci95 is not None and (found.ci95[0] > 0 or found.ci95[1] < 0)
-    # The record's word alone is not enough: its interval must agree.
-    found.resolved = clear and record.get("resolved") is not False
-    a, b = draws.get(found.a, []), draws.get(found.b, [])
-    if len(a) == len(b):
-        found.draws = [x - y for x, y in zip(a, b, strict=True)]
-    return found
+def _difference(record: records.Difference, draws: dict[str, list[float]]) -> Difference:
+    clear = record.ci95 is not None and (record.ci95[0] > 0 or record.ci95[1] < 0)
+    a, b = draws.get(record.a, []), draws.get(record.b, [])
+    paired = [x - y for x, y in zip(a, b, strict=True)] if len(a) == len(b) else []
+    return Difference(
+        a=record.a,
+        b=record.b,
+        mean=record.mean,
+        ci95=record.ci95,
+        # The record's word alone is not enough: its interval must agree.
+        resolved=clear and record.resolved is not False,
+        draws=paired,
+    )
 
 
 def _chance(models: Sequence[NetSource]) -> float | None:
-    counts = set()
-    for model in models:
-        classes = model.named("probe.json").get("classes")
-        count = len(classes) if isinstance(classes, list) else classes
-        if isinstance(count, int) and count > 1:
-            counts.add(count)
+    probes = [probe for model in models if (probe := model.one_beside(ProbeRecord))]
+    counts = {probe.classes for probe in probes if probe.classes and probe.classes > 1}
     return 100.0 / counts.pop() if len(counts) == 1 else None

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgecl.errors import near_matches
-from edgecl.reports.notation import Interval, megabytes, milliseconds, per_second, percent, scaled
+from edgecl.reports.notation import megabytes, milliseconds, per_second, percent, scaled
 from edgecl.reports.rows import Row
+from edgecl.storage.records import Interval
 
 # A float's last digits must not decide whether 1.05 ms is more than 5 % above 1 ms.
 _SLACK = 1e-9

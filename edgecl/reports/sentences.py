@@ -6,10 +6,11 @@ import shlex
 from collections.abc import Iterator, Sequence
 
 from edgecl.errors import counted
-from edgecl.reports.collect import BundleSource, Collection, NetSource, RunSource
-from edgecl.reports.notation import between, finite, fixed, megabytes, milliseconds, percent, points, scaled
-from edgecl.reports.precisions import BundleSummary, joined, precisions_of, tables
+from edgecl.reports.collect import Collection, NetSource, RunSource
+from edgecl.reports.notation import between, fixed, megabytes, milliseconds, percent, points, scaled
+from edgecl.reports.precisions import BundleSummary, joined
 from edgecl.reports.rows import ACCURACIES, Comparison, Difference, Row, row_label
+from edgecl.storage.records import ProbeRecord
 
 # What a measurement's flags mean.
 _FLAGS = {
@@ -54,9 +55,9 @@ def plateaus_in_words(runs: Sequence[RunSource]) -> tuple[list[str], list[str]]:
     Returns:
         what the decision must begin with, and what must stand right below it; both empty where no run is stuck.
     """
-    stuck = [(run, plateau) for run in runs if isinstance(plateau := run.record.get("plateau"), dict)]
-    words = [(f"{run.name}: " if len(runs) > 1 else "") + str(plateau.get("words")) for run, plateau in stuck]
-    hints = dict.fromkeys(plateau.get("hint") for _, plateau in stuck)
+    stuck = [(run, plateau) for run in runs if (plateau := run.record.plateau)]
+    words = [(f"{run.name}: " if len(runs) > 1 else "") + plateau.words for run, plateau in stuck]
+    hints = dict.fromkeys(plateau.hint for _, plateau in stuck)
     return words, [f"To get off the plateau, start anew: {hint}." for hint in hints]
 
 
@@ -173,10 +174,10 @@ def _runs_in_words(runs: Sequence[RunSource]) -> str:
     if not runs:
         return "Nothing was measured."
     run = runs[0]
-    total = finite(run.record.get("total_steps"))
+    total = run.record.total_steps
     of = f" of {fixed(total, 0)}" if total is not None else ""
     steps = f"{fixed(run.steps[-1]['step'], 0)}{of} steps" if run.steps else "no step logged yet"
-    state = {"done": "finished", "failed": "failed"}.get(str(run.record.get("state")), "is not finished")
+    state = {"done": "finished", "failed": "failed"}.get(run.record.state, "is not finished")
     more = f" ({counted(len(runs), 'run')} in all)" if len(runs) > 1 else ""
     return f"The run {run.name} {state}: {steps}; no net was measured{more}."
 
@@ -197,27 +198,14 @@ def warnings_of(rows: Sequence[Row], collection: Collection) -> list[str]:
                 "`edgecl export --eval` measures it."
             )
     notes.extend(_ended(f"{', '.join(labels)}: {_FLAGS.get(flag, flag)}") for flag, labels in flagged.items())
-    for bundle in collection.of(BundleSource):
-        notes.extend(_missing_in(bundle))
     measured = {
         row.accuracy.data for row in rows if row.accuracy and row.accuracy.measured and row.accuracy.data
     }
-    probes = [probe for model in collection.of(NetSource) if (probe := model.named("probe.json"))]
-    probed = {str(probe.get("test") or probe.get("data")) for probe in probes}
+    probes = [probe for model in collection.of(NetSource) if (probe := model.one_beside(ProbeRecord))]
+    probed = {str(probe.test or probe.data) for probe in probes}
     for data, what in ((measured, "exported files were evaluated"), (probed, "nets were probed")):
         if len(data) > 1:
             notes.append(
                 f"The {what} on different data ({', '.join(sorted(data))}): their accuracies do not compare."
             )
     return notes
-
-
-def _missing_in(bundle: BundleSource) -> Iterator[str]:
-    if not precisions_of(bundle.record):
-        yield (
-            f"{bundle.shown}: manifest.json names no precisions, so sizes and parity are left out; "
-            "export the bundle again."
-        )
-    for name, bench in sorted(bundle.beside.items()):
-        if name.startswith("bench-") and not tables(bench, "measurements"):
-            yield f"{bundle.shown}: {name} holds no measurements; run `edgecl bench` again."

@@ -17,8 +17,9 @@ from edgecl.reports.notation import (
     scaled,
     scientific,
 )
-from edgecl.reports.precisions import BundleSummary, ExportedAccuracy, ParityStep, Timing, joined
+from edgecl.reports.precisions import BundleSummary, ExportedAccuracy, Timing, joined
 from edgecl.reports.rows import Accuracy, Comparison, Row, nets_of, row_label
+from edgecl.storage.records import ParityCheck
 
 _METRICS = {
     "top1": "top-1",
@@ -227,7 +228,7 @@ def _share(share: float | None) -> str:
     return percent(None if share is None else 100 * share)
 
 
-def parity_table(steps: Sequence[ParityStep]) -> Table:
+def parity_table(steps: Sequence[ParityCheck]) -> Table:
     """Return a parity report, one row per step."""
     table = _table(
         "Parity report",
@@ -236,7 +237,7 @@ def parity_table(steps: Sequence[ParityStep]) -> Table:
     )
     for step in steps:
         table.add(
-            f"{step.source} → {step.to}",
+            f"{step.source} → {step.variant}",
             scientific(step.max_abs_difference),
             scientific(step.mean_abs_difference),
             scientific(step.max_relative_difference),

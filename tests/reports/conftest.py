@@ -436,7 +436,7 @@ class Maker:
                     "os": "Linux 6.1",
                     "python": "3.11.7",
                     "versions": {"onnxruntime": "1.24.0", "numpy": "2.4.6"},
-                    "power_mode": power_mode,
+                    "power_mode": power_mode if power_mode is None else {"id": 0, "name": power_mode},
                 },
                 "started_at": "2026-11-22T05:00:00+00:00",
                 "environment": {},

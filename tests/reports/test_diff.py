@@ -14,7 +14,7 @@ from edgecl.reports.rules import parse_rules
 
 def diff(*sides, rules=()):
     """What `edgecl report diff --json` prints."""
-    return compare(*sides, rules=rules).content
+    return compare(*sides, rules=rules).to_json()
 
 
 def bundle_of(make, path, times, **how):

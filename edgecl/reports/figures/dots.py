@@ -21,8 +21,9 @@ from edgecl.reports.figures.drawing import (
     new_axes,
     new_figure,
 )
-from edgecl.reports.notation import Interval, between, percent, points, shortened
+from edgecl.reports.notation import between, percent, points, shortened
 from edgecl.reports.rows import Comparison
+from edgecl.storage.records import Interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
