@@ -8,10 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from edgecl.errors import ArtifactError, counted, printable
 from edgecl.onboard.bundle import sha256_of_file
@@ -42,88 +42,54 @@ _ORDER = ("pretrain", "slim", "finetuned", "random", "bundles")
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 
-AnySource = TypeVar("AnySource", bound="Source")
-AnyRecord = TypeVar("AnyRecord", bound=Record)
+R = TypeVar("R", bound=Record)
+R_co = TypeVar("R_co", bound=Record, covariant=True)
 
 
 @dataclass
-class Source:
+class Source(Generic[R_co]):
     """One directory with its record, and the records beside it; all text in them is `printable`."""
 
     path: Path
-    record: Record
+    record: R_co
     sha256: str
     beside: dict[str, Record] = field(default_factory=dict)
     """File name -> record, without those that belong to an earlier state of the directory."""
     name: str = ""
     """The directory's name, with as many parents as tell it from the others."""
+    steps: list[Line] = field(default_factory=list)
+    """Of a run: one line per training step."""
+    quality: list[Line] = field(default_factory=list)
+    """Of a run: one line per measurement of the features."""
+    views_png: bytes | None = None
+    """Of a run: images and their views."""
 
     @property
     def shown(self) -> str:
         """The directory's path as it is printed."""
         return printable(self.path)
 
-    def all_beside(self, kind: type[AnyRecord]) -> list[AnyRecord]:
+    def all_beside(self, kind: type[R]) -> list[R]:
         """Return the records of a kind beside this one, by file name."""
         return [record for _, record in sorted(self.beside.items()) if isinstance(record, kind)]
 
-    def one_beside(self, kind: type[AnyRecord]) -> AnyRecord | None:
+    def one_beside(self, kind: type[R]) -> R | None:
         """Return the record of a kind beside this one."""
         return next(iter(self.all_beside(kind)), None)
-
-
-@dataclass
-class RunSource(Source):
-    """A pretraining run."""
-
-    record: RunRecord
-    steps: list[Line] = field(default_factory=list)
-    """One line per training step."""
-    quality: list[Line] = field(default_factory=list)
-    """One line per measurement of the features."""
-    views_png: bytes | None = None
-
-
-@dataclass
-class NetSource(Source):
-    """A net: a model directory."""
-
-    record: ModelRecord
-
-
-@dataclass
-class BundleSource(Source):
-    """A bundle."""
-
-    record: Manifest
-
-
-@dataclass
-class ComparisonSource(Source):
-    """A pipeline's comparison of its nets."""
-
-    record: ComparisonRecord
-
-
-@dataclass
-class PipelineSource(Source):
-    """A pipeline's own record."""
-
-    record: PipelineRecord
 
 
 @dataclass
 class Collection:
     """Everything the given directories hold, in the order given."""
 
-    sources: list[Source]
+    sources: list[Source[Record]]
     notes: list[str]
 
-    def of(self, kind: type[AnySource]) -> list[AnySource]:
-        """Return the sources of one kind."""
-        return [source for source in self.sources if isinstance(source, kind)]
+    def of(self, kind: type[R]) -> list[Source[R]]:
+        """Return the sources that have a record of this kind."""
+        return [cast("Source[R]", source) for source in self.sources if isinstance(source.record, kind)]
 
-    def maker_of(self, source: Source) -> Source | None:
+    def maker_of(self, source: Source[Record]) -> Source[Record] | None:
         """Return the source whose hash this one says it was made from."""
         made_from = source.record.made_from
         others = [other for other in self.sources if other is not source]
@@ -139,9 +105,9 @@ class Collection:
         return digest.hexdigest()
 
 
-def _hashes_of(source: Source) -> set[str]:
-    weights = {source.record.weights_sha256} if isinstance(source, NetSource) else set()
-    return {source.sha256, *weights}
+def _hashes_of(source: Source[Record]) -> set[str]:
+    record = source.record
+    return {source.sha256, record.weights_sha256} if isinstance(record, ModelRecord) else {source.sha256}
 
 
 def content_of(record: Record) -> Json:
@@ -170,7 +136,7 @@ def collect(dirs: Sequence[Path]) -> Collection:
         raise ArtifactError(
             "no directory to report on", hint="give run, model, bundle or pipeline directories"
         )
-    sources: dict[Path, Source] = {}  # a pipeline's comparison and record have paths of their own
+    sources: dict[Path, Source[Record]] = {}  # a pipeline's comparison and record have paths of their own
     notes: list[str] = []
     for path in dirs:
         found = list(_sources(path, notes))
@@ -186,21 +152,21 @@ def collect(dirs: Sequence[Path]) -> Collection:
     return collection
 
 
-def _sources(path: Path, notes: list[str]) -> Iterator[Source]:
+def _sources(path: Path, notes: list[str]) -> Iterator[Source[Record]]:
     kind = kind_of(path) if path.is_dir() else None
     pipeline = PipelineDir(path)
     if kind is None and not pipeline.comparison_file.is_file():
         raise ArtifactError(_not_ours(path), hint="give run, model, bundle or pipeline directories")
     if kind == "report":
         raise ArtifactError(f"'{path}' is a report itself", hint="give the directories it was made from")
-    if kind in _READERS:
-        yield _READERS[kind](path, notes)
+    if kind in _KINDS:
+        yield _read_source(path, _KINDS[kind], notes)
         return
     if pipeline.comparison_file.is_file():
-        yield _source(ComparisonSource, path, ComparisonRecord)
+        yield _read_source(path, ComparisonRecord, notes)
     yield from _inside(path, notes)
     if kind == "pipeline":
-        yield _source(PipelineSource, path, PipelineRecord)
+        yield _read_source(path, PipelineRecord, notes)
 
 
 def _not_ours(path: Path) -> str:
@@ -212,7 +178,7 @@ def _not_ours(path: Path) -> str:
     return f"'{path}' is not a directory edgecl wrote: it has none of {names}"
 
 
-def _inside(path: Path, notes: list[str]) -> Iterator[Source]:
+def _inside(path: Path, notes: list[str]) -> Iterator[Source[Record]]:
     def order(child: Path) -> tuple[int, str]:
         # Of several widths, slim-0.5 and slim-0.75 lie beside slim.
         name = child.name if child.name in _ORDER else child.name.partition("-")[0]
@@ -222,13 +188,13 @@ def _inside(path: Path, notes: list[str]) -> Iterator[Source]:
         if child.name.startswith("."):  # a directory that is still being written
             continue
         kind = kind_of(child)
-        if kind in _READERS or kind == "pipeline":
+        if kind in _KINDS or kind == "pipeline":
             yield from _sources(child, notes)
         elif kind is None:
             yield from _inside(child, notes)
 
 
-def _read(file: Path, kind: type[AnyRecord]) -> AnyRecord:
+def _read(file: Path, kind: type[R]) -> R:
     """Return a record, cleaned; entries may be missing."""
     content = read_json(file)
     if kind in (ModelRecord, Manifest) and isinstance(content, dict) and content.get("sha256") is not None:
@@ -240,55 +206,46 @@ def _read(file: Path, kind: type[AnyRecord]) -> AnyRecord:
     return parse_record(cleaned(content), kind, path=file, missing_ok=True)
 
 
-def _source(source: type[AnySource], path: Path, kind: type[AnyRecord]) -> AnySource:
-    file = path / kind.FILE
-    return source(path, _read(file, kind), sha256_of_file(file))
+_KINDS: dict[str | None, type[Record]] = {kind.KIND: kind for kind in (RunRecord, ModelRecord, Manifest)}
 
 
-def _read_run(path: Path, notes: list[str]) -> RunSource:
-    run = RunDir(path)
-    source = _source(RunSource, path, RunRecord)
+def _read_source(path: Path, kind: type[Record], notes: list[str]) -> Source[Record]:
+    source = Source(path, _read(path / kind.FILE, kind), sha256_of_file(path / kind.FILE))
+    if isinstance(source.record, RunRecord):
+        _read_run(source, source.record, notes)
+    files: list[tuple[Path, type[Record]]] = []
+    if kind is ModelRecord:
+        files = [(path / beside.FILE, beside) for beside in (ProbeRecord, CostRecord, EvaluationRecord)]
+    elif kind is Manifest:
+        files = [(file, BenchRecord) for file in sorted(path.glob("bench-*.json"))]
+        files.insert(0, (path / VerifyRecord.FILE, VerifyRecord))
+    _read_beside(source, files, notes)
+    return source
+
+
+def _read_run(source: Source[Record], record: RunRecord, notes: list[str]) -> None:
+    run = RunDir(source.path)
     source.steps, source.quality, unreadable = read_metrics(run.metrics_file)
     if unreadable:
         notes.append(
             f"{source.shown}: {counted(unreadable, 'line')} of metrics.jsonl cannot be read and "
             f"{'is' if unreadable == 1 else 'are'} left out (the run was killed while writing)."
         )
-    if source.record.state == "failed":
-        notes.append(f"{source.shown}: the run failed: {source.record.error}.")
-    elif source.record.state != "done":
-        notes.append(f"{source.shown}: the run is not finished (state '{source.record.state}').")
+    if record.state == "failed":
+        notes.append(f"{source.shown}: the run failed: {record.error}.")
+    elif record.state != "done":
+        notes.append(f"{source.shown}: the run is not finished (state '{record.state}').")
     if run.views_file.is_file():
         content = read_bytes(run.views_file, most=RECORD_BYTES)
         if content.startswith(_PNG):
             source.views_png = content
         else:
             notes.append(f"{source.shown}: views.png is not a PNG image and is left out.")
-    return source
 
 
-def _read_net(path: Path, notes: list[str]) -> NetSource:
-    source = _source(NetSource, path, ModelRecord)
-    kinds: list[type[Record]] = [ProbeRecord, CostRecord, EvaluationRecord]
-    _read_beside(source, [(path / kind.FILE, kind) for kind in kinds], notes)
-    return source
-
-
-def _read_bundle(path: Path, notes: list[str]) -> BundleSource:
-    source = _source(BundleSource, path, Manifest)
-    benches = [(file, BenchRecord) for file in sorted(path.glob("bench-*.json"))]
-    _read_beside(source, [(path / VerifyRecord.FILE, VerifyRecord), *benches], notes)
-    return source
-
-
-_READERS: dict[str | None, Callable[[Path, list[str]], Source]] = {
-    "run": _read_run,
-    "model": _read_net,
-    "bundle": _read_bundle,
-}
-
-
-def _read_beside(source: Source, files: Sequence[tuple[Path, type[Record]]], notes: list[str]) -> None:
+def _read_beside(
+    source: Source[Record], files: Sequence[tuple[Path, type[Record]]], notes: list[str]
+) -> None:
     # A fine-tuned net's evaluation may be written with the net, and then names what the net was made from.
     fitting = {None, source.record.made_from, *_hashes_of(source)}
     for file, kind in files:
@@ -338,7 +295,7 @@ def _numbers(entry: Json) -> Line:
     return {key: number for key, value in entry.items() if (number := finite(value)) is not None}
 
 
-def _name(sources: list[Source]) -> None:
+def _name(sources: Sequence[Source[Record]]) -> None:
     """Name each source by the last parts of its path, as few as tell it from the others."""
     paths = {source.path.resolve() for source in sources}
     for source in sources:

@@ -9,40 +9,25 @@ from typing import Literal
 from pydantic import Field
 
 from edgecl.errors import printable
-from edgecl.reports.collect import (
-    BundleSource,
-    Collection,
-    ComparisonSource,
-    Line,
-    NetSource,
-    PipelineSource,
-    RunSource,
-    Source,
-    content_of,
-)
+from edgecl.reports.collect import Collection, Line, Source, content_of
 from edgecl.reports.families import Family, families_of, family_in_words, lines_in
 from edgecl.reports.pareto import TradeOff, size_trade_off, trade_off
 from edgecl.reports.precisions import BundleSummary, Part, bundle_summary
 from edgecl.reports.rows import ORIGINS, Comparison, Row, comparison_of, rows_of
 from edgecl.reports.sentences import decision_of, plateaus_in_words, warnings_of
-from edgecl.storage.records import Json, Record, RunRecord, command_line
+from edgecl.storage.records import (
+    ComparisonRecord,
+    Json,
+    Manifest,
+    ModelRecord,
+    PipelineRecord,
+    Record,
+    RunRecord,
+    command_line,
+)
 
 MOST_POINTS = 240
 """How many points a curve has at most."""
-# Logged by every method; what else a method logs is named by the panels of its run.
-_STEP_KEYS = (
-    "loss",
-    "diagonal",
-    "off_diagonal_rms",
-    "std",
-    "grad_norm_host",
-    "grad_norm_slim",
-    "lr",
-    "images_per_s",
-)
-_QUALITY_KEYS = ("rankme_host", "rankme_slim", "knn_top1_host", "knn_top1_slim")
-# Of the slim nets narrower than the widest, which is "slim".
-FURTHER_WIDTHS = ("rankme_slim_at_", "knn_top1_slim_at_")
 
 
 class Curve(Part):
@@ -55,13 +40,50 @@ class Curve(Part):
 
 
 class Panel(Part):
-    """A chart that a run's method asks for."""
+    """A chart of a run: what its method asks for, or what every run logs."""
 
     title: str
-    unit: str = ""
-    log: bool = False
     lines: dict[str, str]
     """What is logged -> the name of its line."""
+    unit: str = ""
+    log: bool = False
+    """Whether its axis is logarithmic where every value is positive and they span a decade."""
+    low: float | None = None
+    """The lower end of the value axis; None follows the data."""
+    high: float | None = None
+    reference: float | None = None
+    """A value to mark with a dashed line."""
+
+
+_OF_EVERY_RUN = (
+    Panel(
+        title="Diagonal of C",
+        lines={"diagonal": "diagonal"},
+        unit="mean, goal 1",
+        low=0.0,
+        high=1.0,
+        reference=1.0,
+    ),
+    Panel(
+        title="Off-diagonal of C",
+        lines={"off_diagonal_rms": "off-diagonal"},
+        unit="RMS, goal 0",
+        low=0.0,
+    ),
+    Panel(
+        title="RankMe",
+        lines={"rankme_host": "host", "rankme_slim": "slim"},
+        unit="dimensions in use",
+        low=0.0,
+    ),
+    Panel(title="kNN top-1", lines={"knn_top1_host": "host", "knn_top1_slim": "slim"}, unit="%"),
+    Panel(
+        title="Embedding std", lines={"std": "std"}, unit="0 is collapsed", low=0.0, high=1.0, reference=1.0
+    ),
+    Panel(title="Gradient norm", lines={"grad_norm_host": "host", "grad_norm_slim": "slim"}, log=True),
+    Panel(title="Learning rate", lines={"lr": "lr"}, low=0.0),
+    Panel(title="Throughput", lines={"images_per_s": "images/s"}, unit="images/s", low=0.0),
+)
 
 
 class RunSummary(Part):
@@ -125,10 +147,10 @@ def report_of(collection: Collection) -> Report:
     trade = trade_off(rows)
     for group in trade.groups if trade else []:
         group.families = lines_in(group, families, rows)
-    comparisons = [comparison_of(one, collection) for one in collection.of(ComparisonSource)]
-    bundles = [bundle_summary(one) for one in collection.of(BundleSource)]
+    comparisons = [comparison_of(one, collection) for one in collection.of(ComparisonRecord)]
+    bundles = [bundle_summary(one) for one in collection.of(Manifest)]
     decision, support = decision_of(comparisons, rows, bundles, collection)
-    stuck, what_to_change = plateaus_in_words(collection.of(RunSource))
+    stuck, what_to_change = plateaus_in_words(collection.of(RunRecord))
     has_line = trade is not None and bool(trade.lines)
     return Report(
         made_from=collection.sha256(),
@@ -143,20 +165,20 @@ def report_of(collection: Collection) -> Report:
         trade_off=trade,
         size_trade_off=None if has_line else size_trade_off(rows, [family.rows for family in families]),
         families=families,
-        runs=[_run_summary(run) for run in collection.of(RunSource)],
+        runs=[_run_summary(run) for run in collection.of(RunRecord)],
         notes=[*collection.notes, *warnings_of(rows, collection)],
         conditions=list(_origins(collection)),
     )
 
 
 def _title(collection: Collection) -> str:
-    pipelines, runs = collection.of(PipelineSource), collection.of(RunSource)
+    pipelines, runs = collection.of(PipelineRecord), collection.of(RunRecord)
     recipes = [one.record.recipe_name for one in pipelines] or [one.record.recipe_name for one in runs]
     names = list(dict.fromkeys(recipes)) if any(recipes[:1]) else [one.name for one in collection.sources]
     return f"edgecl report: {names[0]}" + (" and others" if len(names) > 1 else "")
 
 
-def _run_summary(run: RunSource) -> RunSummary:
+def _run_summary(run: Source[RunRecord]) -> RunSummary:
     record = run.record
     total, per_epoch = record.total_steps, record.steps_per_epoch
     at = [line["epoch"] for line in (*run.steps, *run.quality)]
@@ -164,9 +186,9 @@ def _run_summary(run: RunSource) -> RunSummary:
     # The axis ends where the plan ends, so that an unfinished run looks unfinished; it begins at zero unless
     # the run went on from a checkpoint so late that its own part would be a sliver.
     epochs = max(total / per_epoch if total and per_epoch else 0.0, last) or 1.0
-    panels = list(_panels(record))
-    own = [key for panel in panels for key in panel.lines]
-    further = {key for line in run.quality for key in line if key.startswith(FURTHER_WIDTHS)}
+    lines = [*run.steps, *run.quality]
+    panels = [*_own_panels(record), *(_with_narrower(panel, run.quality) for panel in _OF_EVERY_RUN)]
+    keys = dict.fromkeys(key for panel in panels for key in panel.lines)
     return RunSummary(
         name=run.name,
         method=record.arm,
@@ -179,14 +201,11 @@ def _run_summary(run: RunSource) -> RunSummary:
         epochs=epochs,
         steps_per_point=max(1, -(-len(run.steps) // MOST_POINTS)),
         panels=panels,
-        curves={
-            **_curves(run.steps, [*_STEP_KEYS, *own]),
-            **_curves(run.quality, [*_QUALITY_KEYS, *sorted(further, reverse=True)]),
-        },
+        curves={key: found for key in keys if (found := curve(lines, key))},
     )
 
 
-def _panels(record: RunRecord) -> Iterator[Panel]:
+def _own_panels(record: RunRecord) -> Iterator[Panel]:
     """Yield the panels that a run's method asks for, each name cut to the room that a chart has."""
     for panel in record.panels:
         if isinstance(panel.get("lines"), dict):
@@ -198,6 +217,19 @@ def _panels(record: RunRecord) -> Iterator[Panel]:
             )
     if not record.panels:
         yield Panel(title="Loss", log=True, lines={"loss": "total"})
+
+
+def _with_narrower(panel: Panel, quality: Sequence[Line]) -> Panel:
+    """Add lines of the slim nets narrower than the widest, which is "slim"."""
+    kind = next(iter(panel.lines)).removesuffix("host")
+    prefix = f"{kind}slim_at_"
+    found = {printable(key) for line in quality for key in line if key.startswith(prefix)}
+    return panel.model_copy(
+        update={
+            "lines": panel.lines
+            | {key: f"{key.removeprefix(prefix)}×" for key in sorted(found, reverse=True)}
+        }
+    )
 
 
 def curve(lines: Sequence[Line], key: str) -> Curve | None:
@@ -224,10 +256,6 @@ def curve(lines: Sequence[Line], key: str) -> Curve | None:
 
 def _six_digits(value: float) -> float:
     return float(f"{value:.6g}")
-
-
-def _curves(lines: Sequence[Line], keys: Sequence[str]) -> dict[str, Curve]:
-    return {key: found for key in keys if (found := curve(lines, key))}
 
 
 def _origins(collection: Collection) -> Iterator[Origin]:
@@ -258,6 +286,6 @@ _ABOUT = {
 }
 
 
-def _about(source: Source) -> str:
-    origin = source.record.origin if isinstance(source, NetSource) else None
+def _about(source: Source[Record]) -> str:
+    origin = source.record.origin if isinstance(source.record, ModelRecord) else None
     return f"{ORIGINS.get(origin, origin)} net" if origin else "net"

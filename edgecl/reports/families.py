@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from edgecl.errors import counted
-from edgecl.reports.collect import Collection, NetSource
+from edgecl.reports.collect import Collection, Source
 from edgecl.reports.notation import MISSING, between, milliseconds, percent, scaled
 from edgecl.reports.pareto import SIZES, Group, Line, lines_of
 from edgecl.reports.precisions import Part, joined
 from edgecl.reports.rows import ACCURACIES, ORIGINS, Row, comparable_accuracies, nets_of
 from edgecl.reports.tables import Column, Table
+from edgecl.storage.records import ModelRecord, Record
 
 
 class Family(Part):
@@ -31,7 +32,7 @@ def families_of(collection: Collection, rows: Sequence[Row]) -> list[Family]:
 
     Fine-tuned nets are a family of their own; where they came from shows only with the carved nets beside them.
     """
-    models = {model.shown: model for model in collection.of(NetSource)}
+    models = {model.shown: model for model in collection.of(ModelRecord)}
     found: dict[tuple[str, str | None, str | None, str], list[int]] = {}
     for index, row in enumerate(rows):
         model = models.get(row.model_dir or "")
@@ -57,11 +58,11 @@ def families_of(collection: Collection, rows: Sequence[Row]) -> list[Family]:
     return families
 
 
-def _checkpoint_of(model: NetSource, collection: Collection) -> str | None:
+def _checkpoint_of(model: Source[Record], collection: Collection) -> str | None:
     """Return the hash of the checkpoint a net came from, through the nets it was fine-tuned from."""
     for _ in collection.sources:
         maker = collection.maker_of(model)
-        if not isinstance(maker, NetSource):
+        if maker is None or not isinstance(maker.record, ModelRecord):
             break
         model = maker
     return model.record.made_from or None

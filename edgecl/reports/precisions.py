@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pydantic import Field
 
 from edgecl.errors import counted
-from edgecl.reports.collect import BundleSource
+from edgecl.reports.collect import Source
 from edgecl.reports.notation import between, fixed
 from edgecl.storage.records import (
     Accuracy,
@@ -231,7 +231,7 @@ def ratios_of(bench: BenchRecord, rejected: set[str]) -> Iterator[TimedRatio]:
         yield TimedRatio(**one.to_json(), words=words, device=_name(bench), runtime=bench.runtime)
 
 
-def bundle_summary(bundle: BundleSource) -> BundleSummary:
+def bundle_summary(bundle: Source[Manifest]) -> BundleSummary:
     """Return what the page shows of one bundle apart from its rows."""
     manifest = bundle.record
     precisions = [
@@ -261,7 +261,7 @@ def bundle_summary(bundle: BundleSource) -> BundleSummary:
     )
 
 
-def verified(bundle: BundleSource, precision: str | None) -> bool | None:
+def verified(bundle: Source[Manifest], precision: str | None) -> bool | None:
     """Return whether a precision computed its reference outputs again; None where `verify` did not run."""
     verify = bundle.one_beside(VerifyRecord)
     if not verify or verify.files_ok is False:

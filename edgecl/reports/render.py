@@ -15,9 +15,9 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from edgecl.reports.content import FURTHER_WIDTHS, Report, RunSummary
+from edgecl.reports.content import Report, RunSummary
 from edgecl.reports.families import family_tables
-from edgecl.reports.figures.curves import Multiple, multiple_figure
+from edgecl.reports.figures.curves import panel_figure
 from edgecl.reports.figures.dots import comparison_figure, difference_figure
 from edgecl.reports.figures.drawing import BLUE, INK, MUTED, ORANGE, PURPLE
 from edgecl.reports.figures.scatter import scatter_figure
@@ -216,44 +216,26 @@ def _run_in_words(run: RunSummary) -> str:
 
 
 def _multiples(run: RunSummary, prefix: str) -> Iterator[Chart]:
-    """Draw the charts of a run: the panels of its method, and what every run logs."""
-    x_range = (run.from_epoch, run.epochs)
-    for place, (multiple, lines) in enumerate(_panels(run)):
-        series = [(name, color, run.curves[key]) for key, name, color in lines if key in run.curves]
-        if series:
-            svg = multiple_figure(series, multiple, x_range=x_range, prefix=f"{prefix}p{place}")
-            yield Chart(Markup(svg), multiple.unit, multiple.title)
-
-
-def _panels(run: RunSummary) -> Iterator[tuple[Multiple, list[tuple[str, str, str]]]]:
-    """Yield each chart with its lines: what is logged, name and color."""
-    for panel in run.panels:
+    """Draw the panels of a run that have a curve."""
+    for place, panel in enumerate(run.panels):
         others = itertools.cycle((PURPLE, ORANGE, BLUE, MUTED))
-        lines = [(key, name, INK if key == "loss" else next(others)) for key, name in panel.lines.items()]
-        yield Multiple(panel.title, panel.unit, log=panel.log), lines
+        series = [
+            (
+                name,
+                _COLORS.get(key) or _COLORS.get(name) or (MUTED if "_at_" in key else next(others)),
+                run.curves[key],
+            )
+            for key, name in panel.lines.items()
+            if key in run.curves
+        ]
+        if series:
+            svg = panel_figure(
+                series, panel, x_range=(run.from_epoch, run.epochs), prefix=f"{prefix}p{place}"
+            )
+            yield Chart(Markup(svg), panel.unit, panel.title)
 
-    def host_and_slim(kind: str) -> list[tuple[str, str, str]]:
-        return [(f"{kind}_host", "host", ORANGE), (f"{kind}_slim", "slim", BLUE)]
 
-    def narrower(prefix: str) -> list[tuple[str, str, str]]:
-        keys = sorted((key for key in run.curves if key.startswith(prefix)), reverse=True)
-        return [(key, f"{key.removeprefix(prefix)}×", MUTED) for key in keys]
-
-    rankme, knn = FURTHER_WIDTHS
-    to_one: dict[str, Any] = {"limits": (0.0, 1.0), "reference": 1.0}
-    from_zero: dict[str, Any] = {"limits": (0.0, None)}
-    yield Multiple("Diagonal of C", "mean, goal 1", **to_one), [("diagonal", "diagonal", PURPLE)]
-    yield (
-        Multiple("Off-diagonal of C", "RMS, goal 0", **from_zero),
-        [("off_diagonal_rms", "off-diagonal", PURPLE)],
-    )
-    yield Multiple("RankMe", "dimensions in use", **from_zero), [*host_and_slim("rankme"), *narrower(rankme)]
-    yield Multiple("kNN top-1", "%"), [*host_and_slim("knn_top1"), *narrower(knn)]
-    yield Multiple("Embedding std", "0 is collapsed", **to_one), [("std", "std", PURPLE)]
-    yield Multiple("Gradient norm", log=True), host_and_slim("grad_norm")
-    yield Multiple("Learning rate", **from_zero), [("lr", "lr", MUTED)]
-    yield Multiple("Throughput", "images/s", **from_zero), [("images_per_s", "images/s", MUTED)]
-
+_COLORS = {"loss": INK, "host": ORANGE, "slim": BLUE, "lr": MUTED, "images_per_s": MUTED}
 
 # How each record came to be; the page shows these first.
 _HEADER = ("command", "made_by", "made_from", "schema", "kind")

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from edgecl.reports.collect import RunSource, collect
+from edgecl.reports.collect import collect
 from edgecl.reports.content import Report, report_of
 from edgecl.reports.render import markdown, page
 from edgecl.storage.artifacts import ReportDir, new_directory, refuse_existing, write_bytes, write_json
+from edgecl.storage.records import RunRecord
 
 
 def report(dirs: Sequence[Path], *, out: Path, force: bool = False) -> dict[str, Any]:
@@ -34,7 +35,7 @@ def write_report(dirs: Sequence[Path], *, out: Path, force: bool = False) -> Rep
     refuse_existing(out, force=force, kind=ReportDir.KIND)
     collection = collect([Path(path) for path in dirs])
     found = report_of(collection)
-    views = {run.name: run.views_png for run in collection.of(RunSource) if run.views_png}
+    views = {run.name: run.views_png for run in collection.of(RunRecord) if run.views_png}
     html = page(found, views=views)
     with new_directory(out, kind=ReportDir.KIND, force=force) as aside:
         files = ReportDir(aside)

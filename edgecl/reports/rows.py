@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from pydantic import Field
 
-from edgecl.reports.collect import BundleSource, Collection, ComparisonSource, NetSource
+from edgecl.reports.collect import Collection, Source
 from edgecl.reports.precisions import (
     REJECTED,
     Conditions,
@@ -24,11 +24,14 @@ from edgecl.reports.precisions import (
 from edgecl.storage import records
 from edgecl.storage.records import (
     BenchRecord,
+    ComparisonRecord,
     CostRecord,
     EvaluationRecord,
     FewLabelAccuracy,
     Interval,
     Latency,
+    Manifest,
+    ModelRecord,
     ProbeRecord,
 )
 
@@ -198,7 +201,7 @@ def rows_of(collection: Collection) -> list[Row]:
 
     Of a precision timed in several modes the row has the headline's. A precision that nobody timed has a row, too.
     """
-    models, bundles = collection.of(NetSource), collection.of(BundleSource)
+    models, bundles = collection.of(ModelRecord), collection.of(Manifest)
     rows: list[Row] = []
     for model in models:
         own = [bundle for bundle in bundles if _net_of(bundle, [model])]
@@ -212,12 +215,12 @@ def rows_of(collection: Collection) -> list[Row]:
     return rows
 
 
-def _net_of(bundle: BundleSource, models: Sequence[NetSource]) -> NetSource | None:
+def _net_of(bundle: Source[Manifest], models: Sequence[Source[ModelRecord]]) -> Source[ModelRecord] | None:
     made_from = {bundle.record.made_from, bundle.record.net.model_sha256 if bundle.record.net else None}
     return next((model for model in models if model.sha256 in made_from), None)
 
 
-def _bundle_rows(model: NetSource | None, bundle: BundleSource) -> Iterator[Row]:
+def _bundle_rows(model: Source[ModelRecord] | None, bundle: Source[Manifest]) -> Iterator[Row]:
     timed = set()
     for bench in bundle.all_beside(BenchRecord):
         for timing in timings_of(bench):
@@ -233,7 +236,10 @@ def _bundle_rows(model: NetSource | None, bundle: BundleSource) -> Iterator[Row]
 
 
 def _row(
-    model: NetSource | None, bundle: BundleSource | None, precision: str | None, timing: Timing | None
+    model: Source[ModelRecord] | None,
+    bundle: Source[Manifest] | None,
+    precision: str | None,
+    timing: Timing | None,
 ) -> Row:
     row = Row(name="", precision=precision)
     if bundle:
@@ -329,7 +335,7 @@ def row_label(row: Row, rows: Sequence[Row], *, without: Sequence[str] = ()) -> 
     return label
 
 
-def comparison_of(source: ComparisonSource, collection: Collection) -> Comparison:
+def comparison_of(source: Source[ComparisonRecord], collection: Collection) -> Comparison:
     """Return a pipeline's comparison with everything the page shows of it."""
     record = source.record
     nets = [
@@ -343,7 +349,7 @@ def comparison_of(source: ComparisonSource, collection: Collection) -> Compariso
     ]
     draws = {net.name: net.few_label.draws for net in nets if net.few_label}
     root = source.path.resolve()
-    inside = [model for model in collection.of(NetSource) if root in model.path.resolve().parents]
+    inside = [model for model in collection.of(ModelRecord) if root in model.path.resolve().parents]
     return Comparison(
         name=source.name,
         labels_per_class=record.labels_per_class,
@@ -371,7 +377,7 @@ def _difference(record: records.Difference, draws: dict[str, list[float]]) -> Di
     )
 
 
-def _chance(models: Sequence[NetSource]) -> float | None:
+def _chance(models: Sequence[Source[ModelRecord]]) -> float | None:
     probes = [probe for model in models if (probe := model.one_beside(ProbeRecord))]
     counts = {probe.classes for probe in probes if probe.classes and probe.classes > 1}
     return 100.0 / counts.pop() if len(counts) == 1 else None

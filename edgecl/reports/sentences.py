@@ -6,11 +6,11 @@ import shlex
 from collections.abc import Iterator, Sequence
 
 from edgecl.errors import counted
-from edgecl.reports.collect import Collection, NetSource, RunSource
+from edgecl.reports.collect import Collection, Source
 from edgecl.reports.notation import between, fixed, megabytes, milliseconds, percent, points, scaled
 from edgecl.reports.precisions import BundleSummary, joined
 from edgecl.reports.rows import ACCURACIES, Comparison, Difference, Row, row_label
-from edgecl.storage.records import ProbeRecord
+from edgecl.storage.records import ModelRecord, ProbeRecord, RunRecord
 
 # What a measurement's flags mean.
 _FLAGS = {
@@ -46,10 +46,10 @@ def decision_of(
         names = {row.name for row in rows}
         decision = f"{counted(len(names), 'net')} found, with no accuracy and no latency measured yet."
         return decision, [*precisions, _what_measures(rows, accuracy=True)]
-    return _runs_in_words(collection.of(RunSource)), []
+    return _runs_in_words(collection.of(RunRecord)), []
 
 
-def plateaus_in_words(runs: Sequence[RunSource]) -> tuple[list[str], list[str]]:
+def plateaus_in_words(runs: Sequence[Source[RunRecord]]) -> tuple[list[str], list[str]]:
     """Return of each run that is stuck on the plateau of one dimension that it is, and what to change.
 
     Returns:
@@ -170,7 +170,7 @@ def _row_in_words(row: Row, rows: Sequence[Row]) -> str:
     return sentence + (f", at {size}." if size else ".")
 
 
-def _runs_in_words(runs: Sequence[RunSource]) -> str:
+def _runs_in_words(runs: Sequence[Source[RunRecord]]) -> str:
     if not runs:
         return "Nothing was measured."
     run = runs[0]
@@ -201,7 +201,7 @@ def warnings_of(rows: Sequence[Row], collection: Collection) -> list[str]:
     measured = {
         row.accuracy.data for row in rows if row.accuracy and row.accuracy.measured and row.accuracy.data
     }
-    probes = [probe for model in collection.of(NetSource) if (probe := model.one_beside(ProbeRecord))]
+    probes = [probe for model in collection.of(ModelRecord) if (probe := model.one_beside(ProbeRecord))]
     probed = {str(probe.test or probe.data) for probe in probes}
     for data, what in ((measured, "exported files were evaluated"), (probed, "nets were probed")):
         if len(data) > 1:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from edgecl.reports.content import Curve
+from edgecl.reports.content import Curve, Panel
 from edgecl.reports.figures.drawing import (
     LETTER,
     MUTED,
@@ -28,26 +27,12 @@ Series = Sequence[tuple[str, str, Curve]]
 """Name, color and curve of each line."""
 
 
-@dataclass(frozen=True)
-class Multiple:
-    """One chart of several that share their epoch axis; the page writes its title and unit over it."""
-
-    title: str
-    unit: str = ""
-    limits: tuple[float | None, float | None] = (None, None)
-    """Fixed ends of the value axis, None for an end that follows the data."""
-    log: bool = False
-    """Draw a logarithmic axis where every value is positive and they span a decade."""
-    reference: float | None = None
-    """A value to mark with a dashed line."""
-
-
-def multiple_figure(series: Series, how: Multiple, *, x_range: tuple[float, float], prefix: str) -> str:
+def panel_figure(series: Series, panel: Panel, *, x_range: tuple[float, float], prefix: str) -> str:
     """Draw a quantity over epochs, each line named at its end, its extremes as a pale band.
 
     Args:
         series: the lines.
-        how: title and axes.
+        panel: title and axes.
         x_range: where the shared epoch axis begins and ends.
         prefix: of every id in the picture.
     """
@@ -56,12 +41,12 @@ def multiple_figure(series: Series, how: Multiple, *, x_range: tuple[float, floa
     figure = new_figure(340.0, 182.0)
     axes = new_axes(figure, left=46.0, right=right, top=8.0, bottom=42.0)
     axes.set_xlim(*x_range)
-    _set_value_axis(axes, series, how)
+    _set_value_axis(axes, series, panel)
     grid(axes, "y")
     axes.set_xlabel("epoch", color=MUTED, fontsize=SMALL)
     axes.tick_params(labelsize=SMALL)
-    if how.reference is not None:
-        axes.axhline(how.reference, color=MUTED, linewidth=1, dashes=(3, 3), zorder=1)
+    if panel.reference is not None:
+        axes.axhline(panel.reference, color=MUTED, linewidth=1, dashes=(3, 3), zorder=1)
     end_epoch = max(one.epoch[-1] for _, _, one in series)
     ends = spread(axes, [one.mean[-1] for _, _, one in series], SMALL + 2)
     for (name, color, one), end in zip(series, ends, strict=True):
@@ -83,19 +68,19 @@ def multiple_figure(series: Series, how: Multiple, *, x_range: tuple[float, floa
         if several:
             beside(axes, name, (end_epoch, end), (6, 0), color=color, fontsize=SMALL, fontweight="bold")
     last = "; ".join(f"{name} ends at {one.mean[-1]:.4g}" for name, _, one in series)
-    return inlined(figure, prefix=prefix, title=f"{how.title} over epochs: {last}")
+    return inlined(figure, prefix=prefix, title=f"{panel.title} over epochs: {last}")
 
 
-def _set_value_axis(axes: Axes, series: Series, how: Multiple) -> None:
+def _set_value_axis(axes: Axes, series: Series, panel: Panel) -> None:
     low = min(min(one.low) for _, _, one in series)
     high = max(max(one.high) for _, _, one in series)
-    if how.log and low > 0 and high > 10 * low:
+    if panel.log and low > 0 and high > 10 * low:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(log_ticks())
         axes.set_ylim(low / 1.15, high * 1.15)
     else:
         pad = 0.06 * (high - low) or max(abs(high) * 0.1, 0.1)
-        bottom, top = how.limits
+        bottom, top = panel.low, panel.high
         axes.set_ylim(
             low - pad if bottom is None else min(bottom, low), high + pad if top is None else max(top, high)
         )

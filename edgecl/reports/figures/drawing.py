@@ -7,12 +7,11 @@ serves light and dark, and gives every id a prefix, so that the pictures of a pa
 from __future__ import annotations
 
 import io
+import math
 import re
 import warnings
 from typing import TYPE_CHECKING, Any, Literal
 from xml.etree import ElementTree
-
-from edgecl.reports.notation import finite
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -49,31 +48,24 @@ def spread(axes: Axes, values: list[float], gap: float) -> list[float]:
     """Return where to write labels of these values: at least `gap` points apart and inside the axes."""
     if not values:
         return []
-    scale = 72.0 / axes.figure.dpi
-    box = axes.get_window_extent()
-    low, high = box.y0 * scale, box.y1 * scale
+    box, to_pixels = axes.get_window_extent(), axes.transData
     order = sorted(range(len(values)), key=lambda index: values[index])
-    heights = [
-        float(axes.transData.transform((axes.get_xlim()[1], values[index]))[1]) * scale for index in order
-    ]
+    heights = [float(to_pixels.transform((axes.get_xlim()[1], values[index]))[1]) for index in order]
     for place in range(1, len(heights)):
         heights[place] = max(heights[place], heights[place - 1] + gap)
-    excess = heights[-1] - high
-    if excess > 0:
-        heights[-1] -= excess
-        for place in range(len(heights) - 2, -1, -1):
-            heights[place] = min(heights[place], heights[place + 1] - gap)
-    if heights[0] < low:
-        heights = [height + low - heights[0] for height in heights]
-    result = [0.0] * len(values)
+    heights[-1] = min(heights[-1], box.y1)
+    for place in range(len(heights) - 2, -1, -1):
+        heights[place] = min(heights[place], heights[place + 1] - gap)
+    shift = max(0.0, box.y0 - heights[0])
+    result = list(values)
     for index, height in zip(order, heights, strict=True):
-        found = finite(float(axes.transData.inverted().transform((box.x1, height / scale))[1]))
-        result[index] = values[index] if found is None else found
+        found = float(to_pixels.inverted().transform((box.x1, height + shift))[1])
+        result[index] = found if math.isfinite(found) else values[index]
     return result
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Return an empty figure, its size in the picture's own units."""
+    """Return an empty figure, its size in the picture's own units, which are points and pixels."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width / 72, height / 72), dpi=72)
@@ -121,7 +113,7 @@ def inlined(figure: Figure, *, prefix: str, title: str) -> str:
 
     settings: Any = {
         "svg.fonttype": "none",  # text stays text: it takes the page's font and colors, and can be searched
-        "svg.hashsalt": "edgecl",
+        "svg.hashsalt": prefix,  # ids are the same in every drawing of this figure, and others in every other figure
     }
     for text in figure.findobj(Text):
         text.set_parse_math(False)  # a dollar sign in a name is a dollar sign
@@ -131,59 +123,27 @@ def inlined(figure: Figure, *, prefix: str, title: str) -> str:
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         figure.savefig(buffer, format="svg", transparent=True)
     root = ElementTree.fromstring(buffer.getvalue())
-    _drop(root, f"{_SVG}metadata", f"{_SVG}style")  # the time of drawing; a rule for the whole page
-    _rename(root, prefix)
-    _drop_bare_groups(root)
-    for name in ("width", "height", "version"):
-        root.attrib.pop(name, None)
-    root.attrib.update({"class": "chart", "role": "img", "aria-label": title})
-    return ElementTree.tostring(root, encoding="unicode")
-
-
-def _drop(root: ElementTree.Element, *tags: str) -> None:
     for parent in root.iter():
         for child in list(parent):
-            if child.tag in tags:
+            # The time of drawing, and a rule that would apply to the whole page.
+            if child.tag in (f"{_SVG}metadata", f"{_SVG}style"):
                 parent.remove(child)
-
-
-def _rename(root: ElementTree.Element, prefix: str) -> None:
-    """Give ids a prefix, colors the page's names, and drop what a page does not need."""
-    source = ElementTree.tostring(root, encoding="unicode")
-    used = set(re.findall(r"url\(#([^)]+)\)", source)) | {
-        link[1:] for element in root.iter() if (link := element.get(_LINK))
-    }
     for element in root.iter():
         element.tag = element.tag.removeprefix(_SVG)
-        identifier, link = element.attrib.pop("id", None), element.attrib.pop(_LINK, None)
-        if identifier in used:
-            element.set("id", f"{prefix}-{identifier}")
-        if link:
-            element.set("href", f"#{prefix}-{link[1:]}")
-        for name, change in (
-            ("clip-path", lambda clip: clip.replace("url(#", f"url(#{prefix}-")),
-            ("style", _page_style),
-            ("d", lambda path: " ".join(path.split())),
-        ):
+        if element.tag == "g":
+            element.attrib.pop("id", None)  # the same in every figure
+        if link := element.attrib.pop(_LINK, None):
+            element.set("href", link)
+        for name, change in (("style", _page_style), ("d", lambda path: " ".join(path.split()))):
             if value := element.get(name):
                 element.set(name, change(value))
         if element.text and not element.text.strip():
             element.text = None
         element.tail = None
-
-
-def _drop_bare_groups(root: ElementTree.Element) -> None:
-    for parent in list(root.iter()):
-        children: list[ElementTree.Element] = []
-        for child in parent:
-            children.extend(_unwrapped(child))
-        parent[:] = children
-
-
-def _unwrapped(element: ElementTree.Element) -> list[ElementTree.Element]:
-    if element.tag != "g" or element.attrib:
-        return [element]
-    return [inner for child in element for inner in _unwrapped(child)]
+    for name in ("width", "height", "version"):
+        root.attrib.pop(name, None)
+    root.attrib.update({"class": "chart", "role": "img", "aria-label": title})
+    return ElementTree.tostring(root, encoding="unicode")
 
 
 def _page_style(style: str) -> str:

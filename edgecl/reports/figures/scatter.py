@@ -31,6 +31,7 @@ from edgecl.reports.rows import Row, row_label
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.path import Path
 
 _MARKERS = {"fp32": "o", "fp16": "s", "int8": "D"}
 # One for each family, since color says how a point was timed. The front's line is dashed.
@@ -47,29 +48,6 @@ class _Range(NamedTuple):
     value: float
     low: float
     high: float
-
-
-class _Box(NamedTuple):
-    left: float
-    bottom: float
-    right: float
-    top: float
-
-    def overlaps(self, other: _Box) -> bool:
-        return (
-            self.left < other.right
-            and other.left < self.right
-            and self.bottom < other.top
-            and other.bottom < self.top
-        )
-
-    def is_inside(self, other: _Box) -> bool:
-        return (
-            self.left >= other.left
-            and self.right <= other.right
-            and self.bottom >= other.bottom
-            and self.top <= other.top
-        )
 
 
 @dataclass(frozen=True)
@@ -268,67 +246,69 @@ def _spots() -> Iterator[tuple[float, float, str]]:
 
 
 def _label_points(axes: Axes, plot: _Plot) -> None:
-    """Write each point's name beside it, at the first place where it touches no name, point, bar or front."""
-    scale = 72.0 / axes.figure.dpi
-    box = axes.get_window_extent()
-    frame = _Box(*(float(side) * scale for side in (box.x0, box.y0, box.x1, box.y1)))
+    """Write each point's name beside it, at the first place where it touches no name, point, bar or line."""
+    from matplotlib.transforms import Bbox
 
-    def in_points(x: float, y: float) -> tuple[float, float]:
-        x, y = axes.transData.transform((x, y)) * scale
-        return float(x), float(y)
-
-    taken = list(_taken(plot, frame, in_points))
+    frame = axes.get_window_extent()
+    lines, names = _obstacles(axes, plot), list[Bbox]()
     several = len(plot.trade.groups) > 1
-    for group, members in enumerate(one.rows for one in plot.trade.groups):
-        for index in members:
-            without = ("device", "threads", "batch") if several else ()
-            text = shortened(row_label(plot.rows[index], plot.rows, without=without), 26)
-            x, y = in_points(*plot.place(index))
-            wide, high = LETTER * SMALL * len(text), SMALL * 1.25
-            for right, up, align in _spots():
-                left = x + right - {"left": 0.0, "right": wide, "center": wide / 2}[align]
-                area = _Box(left, y + up - high / 2, left + wide, y + up + high / 2)
-                if area.is_inside(frame) and not any(area.overlaps(other) for other in taken):
-                    break
-            else:
-                continue  # no room: the table names it
-            taken.append(area)
-            color = plot.color(group) if several else INK
-            arrow: dict[str, Any] = {
-                "arrowstyle": "-",
-                "color": color,
-                "linewidth": 0.8,
-                "alpha": 0.6,
-                "shrinkB": 5,
-            }
-            beside(
-                axes,
-                text,
-                plot.place(index),
-                (right, up),
-                ha=align,
-                color=color,
-                fontsize=SMALL,
-                arrowprops=arrow if abs(up) > 14 else None,
-                zorder=5,
-            )
+    for group, index in [(group, index) for group, one in enumerate(plot.trade.groups) for index in one.rows]:
+        without = ("device", "threads", "batch") if several else ()
+        text = shortened(row_label(plot.rows[index], plot.rows, without=without), 26)
+        x, y = axes.transData.transform(plot.place(index))
+        wide, high = LETTER * SMALL * len(text), SMALL * 1.25
+        for right, up, align in _spots():
+            left = x + right - {"left": 0.0, "right": wide, "center": wide / 2}[align]
+            area = Bbox.from_bounds(left, y + up - high / 2, wide, high)
+            inside = frame.contains(*area.min) and frame.contains(*area.max)
+            on_line = any(line.intersects_bbox(area.padded(2), filled=False) for line in lines)
+            if inside and not on_line and not area.count_overlaps(names):
+                break
+        else:
+            continue  # no room: the table names it
+        names.append(area)
+        color = plot.color(group) if several else INK
+        arrow: dict[str, Any] = {
+            "arrowstyle": "-",
+            "color": color,
+            "linewidth": 0.8,
+            "alpha": 0.6,
+            "shrinkB": 5,
+        }
+        beside(
+            axes,
+            text,
+            plot.place(index),
+            (right, up),
+            ha=align,
+            color=color,
+            fontsize=SMALL,
+            arrowprops=arrow if abs(up) > 14 else None,
+            zorder=5,
+        )
 
 
-def _taken(plot: _Plot, frame: _Box, in_points: Any) -> Iterator[_Box]:
-    """Yield what a name may not cover: bars, points, fronts and families' lines."""
+def _obstacles(axes: Axes, plot: _Plot) -> list[Path]:
+    """Return what a name may not cover: points, bars, fronts and families' lines, in pixels."""
+    from matplotlib.path import Path
+
+    def path(*points: tuple[float, float], reach: tuple[float, float] = (0, 0)) -> Path:
+        """Return a line through the data, longer at its ends by so much."""
+        pixels = axes.transData.transform(points)
+        pixels[0] -= reach
+        pixels[-1] += reach
+        return Path(pixels)
+
+    paths = []
     for index in plot.trade.members:
-        cost, gain = plot.costs[index], plot.gains[index]
-        (left, bottom), (right, top) = in_points(cost.low, gain.low), in_points(cost.high, gain.high)
-        x, y = in_points(cost.value, gain.value)
-        yield _Box(left - 2, y - 4, right + 2, y + 4)
-        yield _Box(x - 5, bottom - 2, x + 5, top + 2)
+        (x, left, right), (y, bottom, top) = plot.costs[index], plot.gains[index]
+        # A point has a width, also where its interval has none.
+        paths += [path((left, y), (right, y), reach=(4, 0)), path((x, bottom), (x, top), reach=(0, 4))]
     for group in plot.trade.groups:
-        stairs = [in_points(*plot.place(index)) for index in group.front]
-        for (x, y), (x_next, y_next) in pairwise([*stairs, *((frame.right, y) for _, y in stairs[-1:])]):
-            yield _Box(x, y - 1, x_next, y + 1)
-            yield _Box(x_next - 1, y, x_next + 1, y_next)
-        for line in group.families:
-            for (x, y), (x_next, y_next) in pairwise(in_points(*plot.place(index)) for index in line.rows):
-                for share in range(21):
-                    at_x, at_y = x + (x_next - x) * share / 20, y + (y_next - y) * share / 20
-                    yield _Box(at_x - 2, at_y - 2, at_x + 2, at_y + 2)
+        stairs = [plot.place(index) for index in group.front]
+        stairs += [(axes.get_xlim()[1], y) for _, y in stairs[-1:]]
+        paths += [
+            path((x, y), (x_next, y), (x_next, y_next)) for (x, y), (x_next, y_next) in pairwise(stairs)
+        ]
+        paths += [path(*(plot.place(index) for index in line.rows)) for line in group.families]
+    return paths
