@@ -28,10 +28,10 @@ def report_command(
     `edgecl report diff OLD NEW` compares two reports; see `edgecl report diff --help`.
     """
     from edgecl.cli.output import print_json, print_line
-    from edgecl.reports.report import write_report
-    from edgecl.storage.artifacts import ReportDir
+    from edgecl.reports.report import report
+    from edgecl.storage.directories import ReportDir
 
-    found = write_report(dirs, out=out, force=force)
+    found = report(dirs, out=out, force=force)
     if json_:
         print_json(found.to_json())
         return

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +15,16 @@ from typing import Any, Generic, TypeVar, cast
 from edgecl.errors import ArtifactError, counted, printable
 from edgecl.onboard.bundle import sha256_of_file
 from edgecl.reports.notation import finite
-from edgecl.storage.artifacts import KINDS, PipelineDir, RunDir, check_seal, kind_of
-from edgecl.storage.reading import METRICS_BYTES, RECORD_BYTES, parse_json, read_bytes, read_json
+from edgecl.storage.directories import PipelineDir, RunDir
+from edgecl.storage.reading import (
+    METRICS_BYTES,
+    RECORD_BYTES,
+    RECORD_FILES,
+    kind_of,
+    parse_json,
+    read_bytes,
+    read_record,
+)
 from edgecl.storage.records import (
     BenchRecord,
     ComparisonRecord,
@@ -115,14 +122,11 @@ def content_of(record: Record) -> Json:
     return record.model_dump(by_alias=True, exclude_unset=True)
 
 
-def cleaned(value: Any) -> Any:
-    """Return a JSON value that any output may show: its text `printable`, and null for what is no finite number."""
+def _cleaned(value: Any) -> Any:
     if isinstance(value, dict):
-        return {printable(key): cleaned(one) for key, one in value.items()}
+        return {printable(key): _cleaned(one) for key, one in value.items()}
     if isinstance(value, list):
-        return [cleaned(one) for one in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
+        return [_cleaned(one) for one in value]
     return printable(value) if isinstance(value, str) else value
 
 
@@ -174,7 +178,7 @@ def _not_ours(path: Path) -> str:
         return f"there is no directory '{path}'"
     if not path.is_dir():
         return f"'{path}' is a file, not a directory"
-    names = ", ".join(kind.RECORD for kind in KINDS if kind.KIND != "report")
+    names = ", ".join(name for kind, name in RECORD_FILES.items() if kind != "report")
     return f"'{path}' is not a directory edgecl wrote: it has none of {names}"
 
 
@@ -194,23 +198,21 @@ def _inside(path: Path, notes: list[str]) -> Iterator[Source[Record]]:
             yield from _inside(child, notes)
 
 
-def _read(file: Path, kind: type[R]) -> R:
-    """Return a record, cleaned; entries may be missing."""
-    content = read_json(file)
-    if kind in (ModelRecord, Manifest) and isinstance(content, dict) and content.get("sha256") is not None:
-        check_seal(
-            content,
-            {"directory": file.parent},
-            hint="the file changed after it was written; make the directory again",
-        )
-    return parse_record(cleaned(content), kind, path=file, missing_ok=True)
+def read_cleaned(file: Path, kind: type[R]) -> R:
+    """Return a record whose text any output may show; entries may be missing.
+
+    Raises:
+        ArtifactError: as of `read_record`.
+    """
+    record = read_record(file, kind, missing_ok=True)
+    return parse_record(_cleaned(content_of(record)), kind, path=file, missing_ok=True)
 
 
 _KINDS: dict[str | None, type[Record]] = {kind.KIND: kind for kind in (RunRecord, ModelRecord, Manifest)}
 
 
 def _read_source(path: Path, kind: type[Record], notes: list[str]) -> Source[Record]:
-    source = Source(path, _read(path / kind.FILE, kind), sha256_of_file(path / kind.FILE))
+    source = Source(path, read_cleaned(path / kind.FILE, kind), sha256_of_file(path / kind.FILE))
     if isinstance(source.record, RunRecord):
         _read_run(source, source.record, notes)
     files: list[tuple[Path, type[Record]]] = []
@@ -251,7 +253,7 @@ def _read_beside(
     for file, kind in files:
         if not file.is_file():
             continue
-        record = _read(file, kind)
+        record = read_cleaned(file, kind)
         if record.made_from in fitting:
             source.beside[printable(file.name)] = record
         else:

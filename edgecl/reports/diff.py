@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Literal
 
 from edgecl.errors import ArtifactError, printable
-from edgecl.reports.collect import cleaned, collect
+from edgecl.reports.collect import collect, read_cleaned
 from edgecl.reports.content import Report, report_of
 from edgecl.reports.notation import MINUS, MISSING, between, fixed
 from edgecl.reports.precisions import Part
 from edgecl.reports.rows import Row, row_label
 from edgecl.reports.rules import METRICS, Metric, Rule, change_percent
 from edgecl.reports.tables import Column, Table
-from edgecl.storage.artifacts import ReportDir, kind_of
-from edgecl.storage.reading import read_json
-from edgecl.storage.records import Interval, Record, command_line, parse_record
+from edgecl.storage.directories import ReportDir
+from edgecl.storage.reading import kind_of
+from edgecl.storage.records import Interval, Record, command_line
 
 # A comparison goes on over a change of these, and names it.
 _NAMED = {
@@ -214,10 +214,10 @@ def _summary(rules: Sequence[Rule], checked: int, broken: int, pairs: int) -> st
 def _rows_of_side(path: Path) -> list[Row]:
     if path.is_dir() and kind_of(path) != ReportDir.KIND:
         return report_of(collect([path])).rows
-    file = ReportDir(path).record_file if path.is_dir() else path
-    if not file.exists():
+    if not path.exists():
         raise ArtifactError(f"there is no directory '{path}'")
-    return parse_record(cleaned(read_json(file)), Report, path=file, missing_ok=True).rows or []
+    file = ReportDir(path).record_file if path.is_dir() else path
+    return read_cleaned(file, Report).rows or []
 
 
 def _library(row: Row) -> str:

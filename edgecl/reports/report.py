@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from edgecl.reports.collect import collect
 from edgecl.reports.content import Report, report_of
 from edgecl.reports.render import markdown, page
-from edgecl.storage.artifacts import ReportDir, new_directory, refuse_existing, write_bytes, write_json
+from edgecl.storage.directories import ReportDir
 from edgecl.storage.records import RunRecord
+from edgecl.storage.writing import new_directory, refuse_existing, write_bytes, write_record
 
 
-def report(dirs: Sequence[Path], *, out: Path, force: bool = False) -> dict[str, Any]:
+def report(dirs: Sequence[Path], *, out: Path, force: bool = False) -> Report:
     """Write report.html, report.md and report.json about runs, nets, bundles and whole pipelines.
 
     Args:
@@ -22,16 +22,11 @@ def report(dirs: Sequence[Path], *, out: Path, force: bool = False) -> dict[str,
         force: replace an earlier report.
 
     Returns:
-        The content of report.json: `decision`, `rows`, `comparison`, `trade_off`, `runs`, `notes` and more.
+        What report.json holds.
 
     Raises:
         ArtifactError: a directory edgecl did not write, an unreadable record, or an output in the way.
     """
-    return write_report(dirs, out=out, force=force).to_json()
-
-
-def write_report(dirs: Sequence[Path], *, out: Path, force: bool = False) -> Report:
-    """Do as `report`, and return what report.json holds as an object."""
     refuse_existing(out, force=force, kind=ReportDir.KIND)
     collection = collect([Path(path) for path in dirs])
     found = report_of(collection)
@@ -41,5 +36,5 @@ def write_report(dirs: Sequence[Path], *, out: Path, force: bool = False) -> Rep
         files = ReportDir(aside)
         write_bytes(files.page_file, html.encode("utf-8"))
         write_bytes(files.text_file, markdown(found).encode("utf-8"))
-        write_json(files.record_file, found.to_json())
+        write_record(files.record_file, found)
     return found

@@ -11,6 +11,12 @@ from typing import Any
 import pytest
 
 from edgecl.onboard.bundle import sha256_of_file
+from edgecl.reports.report import report as report_on
+
+
+def report(dirs, *, out, force=False):
+    """The content of the report.json that is written."""
+    return report_on(dirs, out=out, force=force).to_json()
 
 
 def header(kind: str, made_from: str | None, command: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import typer
 from typer.testing import CliRunner
 
 import edgecl.cli.report
-from edgecl.reports.report import write_report
+from edgecl.reports.report import report as report_on
 from edgecl.reports.tables import comparison_table, report_tables
 
 
@@ -50,7 +50,7 @@ def test_markup_in_a_name_is_printed_as_it_is(make, tmp_path, invoke):
 
 
 def test_table_of_strings_has_a_heading_for_every_cell(make, tmp_path):
-    report = write_report([make.pipeline(tmp_path / "demo")], out=tmp_path / "report")
+    report = report_on([make.pipeline(tmp_path / "demo")], out=tmp_path / "report")
     nets, bundles = report_tables(report.rows)
     assert nets.headings[:3] == ["net", "few-label (5/class) %", "kNN %"]
     assert [len(line) for line in nets.lines] == [len(nets.columns)] * 2

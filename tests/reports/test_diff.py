@@ -8,8 +8,8 @@ import pytest
 
 from edgecl.errors import ArtifactError
 from edgecl.reports.diff import diff as compare
-from edgecl.reports.report import report
 from edgecl.reports.rules import parse_rules
+from reports.conftest import report
 
 
 def diff(*sides, rules=()):

@@ -10,8 +10,9 @@ import pytest
 from edgecl.onboard.bundle import sha256_of_file
 from edgecl.reports.collect import collect
 from edgecl.reports.families import families_of, family_tables
-from edgecl.reports.report import report, write_report
+from edgecl.reports.report import report as report_on
 from edgecl.reports.rows import rows_of
+from reports.conftest import report
 from reports.test_browser import CHROMIUM, probed
 
 CHECKPOINT = "abc1234567" + "0" * 54
@@ -124,7 +125,7 @@ def test_fine_tuned_nets_are_a_family_through_what_they_were_made_from(make, tmp
 
 
 def test_the_table_has_width_size_accuracy_and_median_of_each_net(family, tmp_path):
-    record = write_report(family, out=tmp_path / "report")
+    record = report_on(family, out=tmp_path / "report")
     (table,) = family_tables(record.families, record.rows)
     assert table.title == "demo: 3 widths of one run, on build-box, batch 1, 1 thread"
     assert table.headings == [
@@ -140,7 +141,7 @@ def test_the_table_has_width_size_accuracy_and_median_of_each_net(family, tmp_pa
 
 
 def test_a_family_that_was_not_timed_has_a_table_without_latency(make, tmp_path):
-    record = write_report(write_family(make, tmp_path / "nets", timed=False), out=tmp_path / "report")
+    record = report_on(write_family(make, tmp_path / "nets", timed=False), out=tmp_path / "report")
     (table,) = family_tables(record.families, record.rows)
     assert table.title == "demo: 3 widths of one run"
     assert table.headings[-1] == "kNN, %"
@@ -156,7 +157,7 @@ def test_each_device_has_a_table_and_each_precision_a_column(make, tmp_path):
             power_mode="15W",
             measurements=[make.measurement("fp32", 4 * p50), make.measurement("fp16", 2 * p50)],
         )
-    record = write_report(dirs, out=tmp_path / "report")
+    record = report_on(dirs, out=tmp_path / "report")
     tables = {
         table.title.partition(", on ")[2]: table for table in family_tables(record.families, record.rows)
     }
@@ -220,7 +221,7 @@ def test_page_text_and_record_name_the_family(family, tmp_path):
 
 
 def test_a_report_without_a_family_says_nothing_of_one(make, tmp_path):
-    record = write_report(write_family(make, tmp_path / "nets", widths=[1.0]), out=tmp_path / "report")
+    record = report_on(write_family(make, tmp_path / "nets", widths=[1.0]), out=tmp_path / "report")
     page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
     assert record.families == []
     assert "one run" not in page

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from edgecl.errors import ArtifactError
-from edgecl.reports.report import report
-from edgecl.storage.artifacts import kind_of
+from edgecl.storage.reading import kind_of
+from reports.conftest import report
 
 HOSTILE = "<script>alert(1)<img src=x onerror=alert(2)>&\"'$x$"
 

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from edgecl.errors import ArtifactError
-from edgecl.reports.report import report
+from reports.conftest import report
 
 
 def test_net_timed_on_two_devices_is_two_rows_named_apart(make, tmp_path):
