@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from edgecl.onboard.bundle import sha256_of_file
+from edgecl.onboard.bundle import SCHEMA, sha256_of_file
 from edgecl.reports.report import report as report_on
 
 
@@ -20,7 +20,13 @@ def report(dirs, *, out, force=False):
 
 
 def header(kind: str, made_from: str | None, command: str) -> dict[str, Any]:
-    return {"schema": 1, "kind": kind, "made_by": "edgecl 0.1.0", "made_from": made_from, "command": command}
+    return {
+        "schema": SCHEMA,
+        "kind": kind,
+        "made_by": "edgecl 0.1.0",
+        "made_from": made_from,
+        "command": command,
+    }
 
 
 def write(path: Path, record: dict[str, Any]) -> Path:
