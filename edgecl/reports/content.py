@@ -11,8 +11,9 @@ from pydantic import Field
 from edgecl.errors import printable
 from edgecl.reports.collect import Collection, Line, Source, content_of
 from edgecl.reports.families import Family, families_of, family_in_words, lines_in
+from edgecl.reports.notation import duration, fixed
 from edgecl.reports.pareto import TradeOff, size_trade_off, trade_off
-from edgecl.reports.precisions import BundleSummary, Part, bundle_summary
+from edgecl.reports.precisions import BundleSummary, Part, bundle_summary, joined
 from edgecl.reports.rows import ORIGINS, Comparison, Row, comparison_of, rows_of
 from edgecl.reports.sentences import decision_of, plateaus_in_words, warnings_of
 from edgecl.storage.records import (
@@ -102,6 +103,23 @@ class RunSummary(Part):
     panels: list[Panel]
     curves: dict[str, Curve]
 
+    @property
+    def in_words(self) -> str:
+        """How far it is, and how its curves are thinned."""
+        total = f" of {fixed(self.total_steps, 0)}" if self.total_steps is not None else ""
+        text = joined(
+            self.name + (f" ({self.method})" if self.method else ""),
+            f"{fixed(self.steps, 0)}{total} steps" if self.steps is not None else "",
+            duration(self.wall_s) if self.wall_s is not None else "",
+            {"done": "", "failed": "failed"}.get(self.state or "", "not finished"),
+        )
+        if self.steps_per_point > 1:
+            text += f". Lines are means of {self.steps_per_point} logged steps, bands their extremes"
+        return f"{text}."
+
+
+_HEADER = ("command", "made_by", "made_from", "schema", "kind")
+
 
 class Origin(Part):
     """One record the report was made from, and how it came to be."""
@@ -111,6 +129,11 @@ class Origin(Part):
     file: str
     made_from_name: str | None
     record: Json
+
+    @property
+    def rest(self) -> Json:
+        """The record without what says how it came to be."""
+        return {key: value for key, value in self.record.items() if key not in _HEADER}
 
 
 class Report(Record):

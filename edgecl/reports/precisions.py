@@ -119,6 +119,11 @@ class TimedRatio(Ratio):
     device: str | None = None
     runtime: str | None = None
 
+    @property
+    def in_full(self) -> str:
+        """The words with device and runtime."""
+        return joined(self.words + (f" on {self.device}" if self.device else ""), self.runtime)
+
 
 class Precision(Part):
     """One precision of a bundle: its file, its parity and the decision about it."""

@@ -21,9 +21,9 @@ from edgecl.reports.figures.curves import panel_figure
 from edgecl.reports.figures.dots import comparison_figure, difference_figure
 from edgecl.reports.figures.drawing import BLUE, INK, MUTED, ORANGE, PURPLE
 from edgecl.reports.figures.scatter import scatter_figure
-from edgecl.reports.notation import MISSING, between, duration, fixed, points
+from edgecl.reports.notation import MISSING
 from edgecl.reports.pareto import SIZES, TradeOff
-from edgecl.reports.precisions import BundleSummary, joined
+from edgecl.reports.precisions import joined
 from edgecl.reports.rows import Comparison, Row
 from edgecl.reports.tables import (
     comparison_table,
@@ -50,103 +50,51 @@ def page(report: Report, *, views: Mapping[str, bytes]) -> str:
         report: what it says.
         views: name of a run -> its views.png.
     """
-    loader = PackageLoader("edgecl.reports")
-    env = _environment(loader, label=_label, value=_value, with_whole_interval=_with_whole_interval)
+    env = _environment(label=_label, value=_value, with_whole_interval=_with_whole_interval)
     env.tests["list_of_tables"] = _is_list_of_tables
+    assert env.loader is not None
     return env.get_template("report.html.j2").render(
-        _content(report),
-        style=Markup(loader.get_source(env, "page.css")[0]),
-        scatters=list(_scatters(report)),
-        views={name: base64.b64encode(png).decode("ascii") for name, png in views.items()},
-        runs=[
-            {"name": run.name, "lead": _run_in_words(run), "charts": charts}
-            for place, run in enumerate(report.runs)
-            if (charts := list(_multiples(run, f"run{place}")))
+        report=report,
+        style=Markup(env.loader.get_source(env, "page.css")[0]),
+        comparison_charts=[
+            list(_comparison_charts(one, f"compare{i}")) for i, one in enumerate(report.comparisons)
         ],
+        scatters=list(_scatters(report)),
+        run_charts=[list(_run_charts(run, f"run{i}")) for i, run in enumerate(report.runs)],
+        views={name: base64.b64encode(png).decode("ascii") for name, png in views.items()},
     )
 
 
 def markdown(report: Report) -> str:
     """Return the report in GitHub Markdown: decision, tables, comparisons, warnings and commands."""
-    env = _environment(PackageLoader("edgecl.reports"), code=_code)
+    env = _environment(code=_code)
     env.finalize = _markdown
-    return env.get_template("report.md.j2").render(_content(report))
+    return env.get_template("report.md.j2").render(report=report)
 
 
-def _environment(loader: PackageLoader, **filters: Callable[..., Any]) -> Environment:
+def _environment(**filters: Callable[..., Any]) -> Environment:
     env = Environment(
-        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
+        loader=PackageLoader("edgecl.reports"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
     )
     env.filters.update(filters)
+    tables = (report_tables, family_tables, precision_table, mode_tables, parity_table, comparison_table)
+    env.globals.update({table.__name__: table for table in tables})
     return env
 
 
-def _content(report: Report) -> dict[str, Any]:
-    """Return what both templates show."""
-    bundles = [_bundle(bundle) for bundle in report.bundles]
-    return {
-        "report": report,
-        "tables": report_tables(report.rows),
-        "families": family_tables(report.families, report.rows),
-        "bundles": [
-            bundle
-            for bundle in bundles
-            if any(bundle[key] for key in ("precisions", "ratios", "modes", "parity"))
-        ],
-        "comparisons": [
-            _comparison(comparison, f"compare{place}") for place, comparison in enumerate(report.comparisons)
-        ],
-        "conditions": [
-            (one, {key: value for key, value in one.record.items() if key not in _HEADER})
-            for one in report.conditions
-        ],
-    }
-
-
-def _bundle(bundle: BundleSummary) -> dict[str, Any]:
-    return {
-        "name": bundle.name,
-        "title": bundle.name + (f", for {bundle.target}" if bundle.target else ""),
-        "precisions": precision_table(bundle),
-        "evaluated": [one for one in bundle.precisions if one.decision],
-        "ratios": [
-            joined(one.words + (f" on {one.device}" if one.device else ""), one.runtime)
-            for one in bundle.ratios
-        ],
-        "modes": mode_tables(bundle),
-        "parity": parity_table(bundle.parity) if bundle.parity else None,
-    }
-
-
-def _comparison(comparison: Comparison, prefix: str) -> dict[str, Any]:
-    lead = joined(
-        f"each net was given the same {comparison.draws} choices of labels" if comparison.draws else "",
-        f"{fixed(comparison.n_test, 0)} test images" if comparison.n_test is not None else "",
-        f"test data {comparison.test}" if comparison.test else "",
-        by="; ",
-    )
-    charts = [
-        (
-            comparison_figure(comparison, prefix=prefix + "a"),
-            "Mean and 95 % interval; each faint dot is one choice of labels.",
-        ),
-        (
-            difference_figure(comparison, prefix=prefix + "d"),
+def _comparison_charts(comparison: Comparison, prefix: str) -> Iterator[Chart]:
+    if svg := comparison_figure(comparison, prefix=prefix + "a"):
+        yield Chart(Markup(svg), "Mean and 95 % interval; each faint dot is one choice of labels.")
+    if svg := difference_figure(comparison, prefix=prefix + "d"):
+        yield Chart(
+            Markup(svg),
             "Differences on the same labels, so that what all nets share cancels out; a hollow dot is not resolved: "
             "its interval reaches zero.",
-        ),
-    ]
-    return {
-        "name": comparison.name,
-        "lead": lead[:1].upper() + lead[1:],
-        "charts": [Chart(Markup(svg), caption) for svg, caption in charts if svg],
-        "table": comparison_table(comparison),
-        "differences": [
-            f"{one.a} − {one.b}: {joined(f'{points(one.mean)} points', between(one.ci95), by=' ')}, "
-            f"{'resolved' if one.resolved else 'not resolved'}"
-            for one in comparison.differences
-        ],
-    }
+        )
 
 
 def _scatters(report: Report) -> Iterator[Chart]:
@@ -202,20 +150,7 @@ def _caption(trade: TradeOff, rows: list[Row]) -> str:
     return " ".join(parts)
 
 
-def _run_in_words(run: RunSummary) -> str:
-    total = f" of {fixed(run.total_steps, 0)}" if run.total_steps is not None else ""
-    text = joined(
-        run.name + (f" ({run.method})" if run.method else ""),
-        f"{fixed(run.steps, 0)}{total} steps" if run.steps is not None else "",
-        duration(run.wall_s) if run.wall_s is not None else "",
-        {"done": "", "failed": "failed"}.get(run.state or "", "not finished"),
-    )
-    if run.steps_per_point > 1:
-        return f"{text}. Lines are means of {run.steps_per_point} logged steps, bands their extremes."
-    return f"{text}."
-
-
-def _multiples(run: RunSummary, prefix: str) -> Iterator[Chart]:
+def _run_charts(run: RunSummary, prefix: str) -> Iterator[Chart]:
     """Draw the panels of a run that have a curve."""
     for place, panel in enumerate(run.panels):
         others = itertools.cycle((PURPLE, ORANGE, BLUE, MUTED))
@@ -237,8 +172,6 @@ def _multiples(run: RunSummary, prefix: str) -> Iterator[Chart]:
 
 _COLORS = {"loss": INK, "host": ORANGE, "slim": BLUE, "lr": MUTED, "images_per_s": MUTED}
 
-# How each record came to be; the page shows these first.
-_HEADER = ("command", "made_by", "made_from", "schema", "kind")
 _UNITS = {"_per_s": "per s", "_mib": "MiB", "_ms": "ms", "_mj": "mJ", "_s": "s", "_w": "W"}
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pydantic import Field
 
 from edgecl.reports.collect import Collection, Source
+from edgecl.reports.notation import between, fixed, points
 from edgecl.reports.precisions import (
     REJECTED,
     Conditions,
@@ -181,6 +182,12 @@ class Difference(Part):
     resolved: bool
     draws: list[float]
 
+    @property
+    def in_words(self) -> str:
+        """Both nets, the difference and its interval."""
+        difference = joined(f"{points(self.mean)} points", between(self.ci95), by=" ")
+        return f"{self.a} − {self.b}: {difference}, {'resolved' if self.resolved else 'not resolved'}"
+
 
 class Comparison(Part):
     """A pipeline's nets side by side, and whether their differences are resolved."""
@@ -194,6 +201,17 @@ class Comparison(Part):
     """The accuracy of guessing, in percent."""
     nets: list[ComparedNet]
     differences: list[Difference]
+
+    @property
+    def in_words(self) -> str:
+        """On what the nets were compared."""
+        text = joined(
+            f"each net was given the same {self.draws} choices of labels" if self.draws else "",
+            f"{fixed(self.n_test, 0)} test images" if self.n_test is not None else "",
+            f"test data {self.test}" if self.test else "",
+            by="; ",
+        )
+        return text and f"{text[0].upper()}{text[1:]}."
 
 
 def rows_of(collection: Collection) -> list[Row]:
