@@ -42,7 +42,7 @@ _NOT_FINITE = "not finite"
 StateDict = dict[str, Any]
 
 METHODS_OWN = "method."
-"""What the names of tensors begin with that are a method's own, and not the net's."""
+"""Prefix of the names of tensors that belong to the method, not to the net."""
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: StateDict) -> Non
 
 
 def has_checkpoint(run_dir: RunDir) -> bool:
-    """Tell whether a run has a checkpoint, whole or not."""
+    """Return whether a run has a checkpoint, whole or not."""
     return bool(_existing(run_dir))
 
 
@@ -237,7 +237,7 @@ def to_json(value: Any, name: str) -> Any:
     if value is None or type(value) in (bool, int, str):
         return value
     if type(value) is float:
-        # JSON has no word for these, and what watches over a run may well hold one.
+        # JSON has no infinity and no NaN, which the state of a run may hold.
         return value if math.isfinite(value) else {_NOT_FINITE: str(value)}
     if isinstance(value, (list, tuple)):
         return [to_json(item, f"{name}[{index}]") for index, item in enumerate(value)]
@@ -263,7 +263,7 @@ def _passing_over(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _hint_to_resume(path: Path) -> Iterator[None]:
-    """Let a full disk name the checkpoint and hint at --resume: the command run again as it was would start anew."""
+    """Name the checkpoint in a full disk's error, and --resume: the same command would start a new run."""
     try:
         yield
     except ArtifactError as problem:
@@ -278,7 +278,7 @@ def _hint_to_resume(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _same_step_aside(path: Path) -> Iterator[None]:
-    """Set a checkpoint of the same step aside, under a name that is still found, until the new one stands."""
+    """Rename a checkpoint of the same step, so that it is still found, until the new one is in place."""
     earlier = path.with_name(path.name + _OLD)
     with disk_errors(path):
         if path.exists():
@@ -299,7 +299,7 @@ def _sweep(run_dir: RunDir) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Remove a checkpoint under another name: a process killed on the way must not leave one that looks torn."""
+    """Rename a checkpoint, then remove it: a process killed in between leaves none that looks torn."""
     gone = path.with_name(f".{path.name}.gone")
     shutil.rmtree(gone, ignore_errors=True)
     with contextlib.suppress(OSError):
@@ -319,14 +319,14 @@ def _existing(run_dir: RunDir) -> list[Path]:
 
 
 def _wanted(run_dir: RunDir, *, step: int, keep: int, keep_best: bool) -> set[Path]:
-    """Choose the checkpoints to keep, this step's the newest. Torn ones must not push out whole ones."""
+    """Return the checkpoints to keep, this step's as the newest; torn ones are not counted."""
     records: dict[Path, CheckpointRecord] = {}
     unread = []
     for path in _existing(run_dir):
         try:
             record = _record_of(path)
         except _NotWholeError as problem:
-            # A disk that could not be read just now is no reason to remove what is on it.
+            # Kept: the disk may only be unreadable just now.
             if isinstance(problem.__cause__, OSError) and not isinstance(
                 problem.__cause__, FileNotFoundError
             ):
@@ -339,7 +339,7 @@ def _wanted(run_dir: RunDir, *, step: int, keep: int, keep_best: bool) -> set[Pa
 
 
 def _by_quality(records: dict[Path, CheckpointRecord]) -> list[Path]:
-    """Return the checkpoints with a quality of the newest's name, best first; of equal ones the newer first."""
+    """Return the checkpoints whose quality has the newest's name, best first; of equal ones the newer first."""
     qualities = {path: record.quality for path, record in records.items() if record.quality}
     if not qualities:
         return []
@@ -355,7 +355,7 @@ def _record_of(path: Path) -> CheckpointRecord:
         _NotWholeError: torn or changed.
     """
     with _unreadable():
-        (path / _STATE).stat()  # a disk that does not answer is an error of the system's, not a missing file
+        (path / _STATE).stat()  # an unreadable disk raises OSError here, and is not taken for a missing file
         record = read_record(path / _STATE, CheckpointRecord)
         for name, size in record.size_bytes.items():
             found = (path / name).stat().st_size
@@ -438,7 +438,7 @@ def _for_file(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _flatten(optimizer: StateDict) -> tuple[dict[str, Tensor], Json]:
-    """Part an optimizer's state dict into tensors for safetensors and scalars for JSON."""
+    """Split an optimizer's state dict into tensors for safetensors and scalars for JSON."""
     unknown = sorted(optimizer.keys() - {"state", "param_groups"})
     if unknown:
         raise TypeError(f"an optimizer's state with '{unknown[0]}' in it cannot be kept")
@@ -474,7 +474,7 @@ def _unflatten(tensors: dict[str, Tensor], scalars: Json) -> StateDict:
 
 
 def _like(now: Any, saved: Any) -> Any:
-    """Give an option of an optimizer what a file cannot hold: that it was a tuple, or on which device it was."""
+    """Restore what a file cannot hold of an optimizer's option: that it was a tuple, or its device."""
     if isinstance(now, tuple) and isinstance(saved, list):
         return tuple(saved)
     if isinstance(now, Tensor) and isinstance(saved, Tensor):

@@ -715,7 +715,7 @@ class Manifest(SealedRecord):
 
     kind: Literal["bundle"] = "bundle"
     target_name: Text
-    target: Json | None
+    target: Json | None = None
     """As its TOML file has it."""
     runtime: Text
     precision: Text
@@ -725,8 +725,8 @@ class Manifest(SealedRecord):
     left_out: dict[str, LeftOut] = {}
     input: InputForm
     output: OutputForm
-    net: ExportedNet
-    preprocessing: Preprocessing
+    net: ExportedNet | None = None
+    preprocessing: Preprocessing | None = None
     classes: list[Text] | None = None
     parity: list[ParityCheck] = []
     """The parity report, from torch to the smallest precision."""
