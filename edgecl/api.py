@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    from edgecl.reports.content import Report
     from edgecl.storage.records import (
         CostRecord,
         FinetunedModel,
@@ -361,7 +362,7 @@ def bench(
     )
 
 
-def report(dirs: AnyPath | Sequence[AnyPath], *, out: AnyPath, force: bool = False) -> Record:
+def report(dirs: AnyPath | Sequence[AnyPath], *, out: AnyPath, force: bool = False) -> Report:
     """Write one page (report.html, report.md, report.json) about runs, nets and bundles.
 
     Args:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from edgecl.config.recipe import Recipe, recipe_from_tables, width_as_given
 from edgecl.config.target import read_target
@@ -18,6 +18,9 @@ from edgecl.storage.reading import read_record
 from edgecl.storage.records import Json, PipelineRecord, Stage
 from edgecl.storage.redaction import record_without_secrets
 from edgecl.storage.writing import clear_directory, disk_errors, refuse_existing, write_record
+
+if TYPE_CHECKING:
+    from edgecl.reports.content import Report
 
 BENCH_S = 5.0
 Device = Literal["auto", "cpu", "cuda"]
@@ -32,7 +35,7 @@ class PipelineRun(NamedTuple):
     """
 
     record: PipelineRecord
-    report: dict[str, Any]
+    report: Report
 
 
 def run(

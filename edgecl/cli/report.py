@@ -1,11 +1,15 @@
 """edgecl report: accuracy, latency and size side by side, on one page; and what changed since another one."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import typer.core
 import typer.main
+
+if TYPE_CHECKING:
+    from edgecl.reports.content import Report
+    from edgecl.reports.diff import Diff
 
 
 def report_command(
@@ -27,11 +31,11 @@ def report_command(
     from edgecl.reports.report import report
     from edgecl.storage.directories import ReportDir
 
-    record = report(dirs, out=out, force=force)
+    found = report(dirs, out=out, force=force)
     if json_:
-        print_json(record)
+        print_json(found.to_json())
         return
-    print_report(record)
+    print_report(found)
     print_line(f"report: {ReportDir(out).page_file}")
 
 
@@ -79,12 +83,12 @@ def diff_command(
         rules = [] if fail_on is None else parse_rules(fail_on)
     except RuleError as problem:
         raise typer.BadParameter(str(problem), param_hint="--fail-on") from problem
-    record = diff(old, new, rules=rules)
+    found = diff(old, new, rules=rules)
     if json_:
-        print_json(record)
+        print_json(found.to_json())
     else:
-        print_diff(record)
-    if record["regression"]:
+        print_diff(found)
+    if found.regression:
         raise typer.Exit(1)
 
 
@@ -103,55 +107,39 @@ class ReportCommand(typer.core.TyperCommand):
         return super().make_context(info_name, args, parent=parent, **extra)
 
 
-def print_report(record: dict[str, Any]) -> None:
-    """Print a report's decision and tables to stdout.
-
-    Args:
-        record: what `report` returns.
-    """
+def print_report(report: "Report") -> None:
+    """Print a report's decision and tables to stdout."""
     from edgecl.reports.families import family_tables
-    from edgecl.reports.text import comparison_rows, table_rows, tables_of
+    from edgecl.reports.tables import comparison_table, report_tables
 
     console = _console()
-    console.print(_text(record["decision"], style="bold"), soft_wrap=not console.is_terminal)
-    console.print()
-    for sentence in record["support"]:
-        console.print(_text(sentence), soft_wrap=not console.is_terminal)
-    if record["support"]:
-        console.print()
-    for table in tables_of(record):
-        columns, rows = table_rows(record, table)
-        if len(rows) > 5:
-            _show(console, columns, rows)
-        else:
-            # Few rows have more columns than a terminal has room for: rows across, quantities down.
-            heads = ["", *(row[0] for row in rows)]
-            _show(console, heads, [list(line) for line in zip(columns, *rows, strict=True)][1:])
-    for family in family_tables(record):
-        console.print(_text(family.title, style="bold"), soft_wrap=not console.is_terminal)
-        _show(console, family.columns, family.rows)
-    for comparison in (record["comparison"], *record["further_comparisons"]):
-        if comparison:
-            _show(console, *comparison_rows(comparison))
-    for note in record["notes"]:
+    for sentences, style in (([report.decision], "bold"), (report.support, "")):
+        for sentence in sentences:
+            console.print(_text(sentence, style), soft_wrap=not console.is_terminal)
+        if sentences:
+            console.print()
+    for table in report_tables(report.rows):
+        # Few rows have more columns than a terminal has room for: rows across, quantities down.
+        _show(console, table.headings, table.lines, turned=len(table.rows) <= 5)
+    for table in family_tables(report.families, report.rows):
+        console.print(_text(table.title, "bold"), soft_wrap=not console.is_terminal)
+        _show(console, table.headings, table.lines)
+    for comparison in report.comparisons:
+        table = comparison_table(comparison)
+        _show(console, table.headings, table.lines)
+    for note in report.notes:
         console.print(_text(f"note: {note}"), soft_wrap=True)
 
 
-def print_diff(record: dict[str, Any]) -> None:
-    """Print what changed, one line per row and number, the conditions that differ, and the summary last.
-
-    Args:
-        record: what `diff` returns.
-    """
-    from edgecl.reports.text import diff_conditions, diff_rows
-
+def print_diff(diff: "Diff") -> None:
+    """Print what changed, one line per row and number, the conditions that differ, and the summary last."""
     console = _console()
-    columns, rows = diff_rows(record)
-    if rows:
-        _show(console, columns, rows, left=(0, 1, len(columns) - 1))
-    for line in diff_conditions(record):
+    table = diff.table
+    if table.rows:
+        _show(console, table.headings, table.lines, left=(0, 1, len(table.columns) - 1))
+    for line in diff.lines:
         console.print(_text(line), soft_wrap=True)
-    console.print(_text(record["summary"], style="bold"), soft_wrap=True)
+    console.print(_text(diff.summary, "bold"), soft_wrap=True)
 
 
 def _console() -> Any:
@@ -170,9 +158,19 @@ def _text(words: object, style: str = "") -> Any:
     return Text(printable(words), style=style)
 
 
-def _show(console: Any, columns: list[str], rows: list[list[str]], left: tuple[int, ...] = (0,)) -> None:
+def _show(
+    console: Any,
+    columns: list[str],
+    rows: list[list[str]],
+    left: tuple[int, ...] = (0,),
+    *,
+    turned: bool = False,
+) -> None:
     from rich.table import Table
 
+    if turned:
+        columns, *rows = [["", *columns[1:]], *rows]
+        columns, *rows = [list(line) for line in zip(columns, *rows, strict=True)]
     table = Table(box=None, pad_edge=False, header_style="dim")
     for place, column in enumerate(columns):
         table.add_column(_text(column), justify="left" if place in left else "right", overflow="fold")

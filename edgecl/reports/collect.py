@@ -1,6 +1,6 @@
-"""Read what a report is made of: the records of runs, nets and bundles, and how they hang together.
+"""Read what a report is made of: the records of runs, nets and bundles, and which was made from which.
 
-Nothing here loads a net. A missing piece is left out; a piece of something else is left out and noted.
+Nothing here loads a net. A missing piece is left out; a piece that belongs to something else is left out with a note.
 """
 
 from __future__ import annotations
@@ -10,75 +10,124 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar, cast
 
 from edgecl.errors import ArtifactError, counted, printable
-from edgecl.onboard import bundle as bundle_names
 from edgecl.onboard.bundle import sha256_of_file
 from edgecl.reports.notation import finite
-from edgecl.storage.directories import Bundle, ModelDir, PipelineDir, RunDir
-from edgecl.storage.raw_records import check_seal, read_record, read_side_record
-from edgecl.storage.reading import METRICS_BYTES, RECORD_BYTES, RECORD_FILES, kind_of, parse_json, read_bytes
+from edgecl.storage.directories import PipelineDir, RunDir
+from edgecl.storage.reading import (
+    METRICS_BYTES,
+    RECORD_BYTES,
+    RECORD_FILES,
+    kind_of,
+    parse_json,
+    read_bytes,
+    read_record,
+)
+from edgecl.storage.records import (
+    BenchRecord,
+    ComparisonRecord,
+    CostRecord,
+    EvaluationRecord,
+    Json,
+    Manifest,
+    ModelRecord,
+    PipelineRecord,
+    ProbeRecord,
+    Record,
+    RunRecord,
+    VerifyRecord,
+    parse_record,
+)
 
-Record = dict[str, Any]
+Line = dict[str, float]
+"""One line of a run's metrics: the numbers in it."""
 
 # The order of a pipeline's folders in the report; others follow by name.
 _ORDER = ("pretrain", "slim", "finetuned", "random", "bundles")
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 
-@dataclass
-class Source:
-    """One directory with its record, and the records that lie beside it."""
+R = TypeVar("R", bound=Record)
+R_co = TypeVar("R_co", bound=Record, covariant=True)
 
-    kind: str
+
+@dataclass
+class Source(Generic[R_co]):
+    """One directory with its record, and the records beside it; all text in them is `printable`."""
+
     path: Path
-    record: Record
+    record: R_co
     sha256: str
-    name: str = ""
-    """How the report calls it: the directory's name, with parents where two are alike."""
     beside: dict[str, Record] = field(default_factory=dict)
     """File name -> record, without those that belong to an earlier state of the directory."""
-    steps: list[Record] = field(default_factory=list)
+    name: str = ""
+    """The directory's name, with as many parents as tell it from the others."""
+    steps: list[Line] = field(default_factory=list)
     """Of a run: one line per training step."""
-    quality: list[Record] = field(default_factory=list)
-    """Of a run: one line per look at the features."""
+    quality: list[Line] = field(default_factory=list)
+    """Of a run: one line per measurement of the features."""
     views_png: bytes | None = None
+    """Of a run: images and their views."""
 
-    def benches(self) -> list[Record]:
-        """Return a bundle's measurements, by file name."""
-        return [record for name, record in sorted(self.beside.items()) if name.startswith("bench-")]
+    @property
+    def shown(self) -> str:
+        """The directory's path as it is printed."""
+        return printable(self.path)
+
+    def all_beside(self, kind: type[R]) -> list[R]:
+        """Return the records of a kind beside this one, by file name."""
+        return [record for _, record in sorted(self.beside.items()) if isinstance(record, kind)]
+
+    def one_beside(self, kind: type[R]) -> R | None:
+        """Return the record of a kind beside this one."""
+        return next(iter(self.all_beside(kind)), None)
 
 
 @dataclass
 class Collection:
     """Everything the given directories hold, in the order given."""
 
-    sources: list[Source]
+    sources: list[Source[Record]]
     notes: list[str]
 
-    def of(self, kind: str) -> list[Source]:
-        """Return the sources of one kind."""
-        return [source for source in self.sources if source.kind == kind]
+    def of(self, kind: type[R]) -> list[Source[R]]:
+        """Return the sources that have a record of this kind."""
+        return [cast("Source[R]", source) for source in self.sources if isinstance(source.record, kind)]
 
-    def maker_of(self, source: Source) -> Source | None:
+    def maker_of(self, source: Source[Record]) -> Source[Record] | None:
         """Return the source whose hash this one says it was made from."""
-        made_from = source.record.get("made_from")
-        if not made_from:
-            return None
-        for other in self.sources:
-            if other is not source and made_from in (other.sha256, other.record.get("weights_sha256")):
-                return other
-        return None
+        made_from = source.record.made_from
+        others = [other for other in self.sources if other is not source]
+        return next((other for other in others if made_from and made_from in _hashes_of(other)), None)
 
     def sha256(self) -> str:
-        """Hash of the hashes of every record, so that a report names exactly what it was made from."""
+        """Return the hash of every record's hash, so that a report names exactly what it was made from."""
         digest = hashlib.sha256()
         for source in self.sources:
             digest.update(source.sha256.encode())
             for name, record in sorted(source.beside.items()):
-                digest.update(f"{name} {json.dumps(record, sort_keys=True)}".encode())
+                digest.update(f"{name} {json.dumps(content_of(record), sort_keys=True)}".encode())
         return digest.hexdigest()
+
+
+def _hashes_of(source: Source[Record]) -> set[str]:
+    record = source.record
+    return {source.sha256, record.weights_sha256} if isinstance(record, ModelRecord) else {source.sha256}
+
+
+def content_of(record: Record) -> Json:
+    """Return a record as its file has it."""
+    return record.model_dump(by_alias=True, exclude_unset=True)
+
+
+def _cleaned(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {printable(key): _cleaned(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_cleaned(one) for one in value]
+    return printable(value) if isinstance(value, str) else value
 
 
 def collect(dirs: Sequence[Path]) -> Collection:
@@ -91,9 +140,8 @@ def collect(dirs: Sequence[Path]) -> Collection:
         raise ArtifactError(
             "no directory to report on", hint="give run, model, bundle or pipeline directories"
         )
-    sources: list[Source] = []
+    sources: dict[Path, Source[Record]] = {}  # a pipeline's comparison and record have paths of their own
     notes: list[str] = []
-    seen: set[tuple[str, Path]] = set()
     for path in dirs:
         found = list(_sources(path, notes))
         if not found:
@@ -102,30 +150,27 @@ def collect(dirs: Sequence[Path]) -> Collection:
                 hint="`edgecl run` fills such a directory",
             )
         for source in found:
-            key = (source.kind, source.path.resolve())
-            if key not in seen:
-                seen.add(key)
-                sources.append(source)
-    _name(sources)
-    return Collection(sources, list(dict.fromkeys(notes)))
+            sources.setdefault((source.path / source.record.FILE).resolve(), source)
+    collection = Collection(list(sources.values()), list(dict.fromkeys(notes)))
+    _name(collection.sources)
+    return collection
 
 
-def _sources(path: Path, notes: list[str]) -> Iterator[Source]:
+def _sources(path: Path, notes: list[str]) -> Iterator[Source[Record]]:
     kind = kind_of(path) if path.is_dir() else None
-    if kind is None and not PipelineDir(path).comparison_file.is_file():
+    pipeline = PipelineDir(path)
+    if kind is None and not pipeline.comparison_file.is_file():
         raise ArtifactError(_not_ours(path), hint="give run, model, bundle or pipeline directories")
     if kind == "report":
         raise ArtifactError(f"'{path}' is a report itself", hint="give the directories it was made from")
-    if kind in ("run", "model", "bundle"):
-        yield _read(kind, path, notes)
+    if kind in _KINDS:
+        yield _read_source(path, _KINDS[kind], notes)
         return
-    comparison = PipelineDir(path).comparison_file
-    if comparison.is_file():
-        yield Source("comparison", path, read_side_record(comparison), sha256_of_file(comparison))
+    if pipeline.comparison_file.is_file():
+        yield _read_source(path, ComparisonRecord, notes)
     yield from _inside(path, notes)
     if kind == "pipeline":
-        record_file = PipelineDir(path).record_file
-        yield Source("pipeline", path, read_record(record_file, kind="pipeline"), sha256_of_file(record_file))
+        yield _read_source(path, PipelineRecord, notes)
 
 
 def _not_ours(path: Path) -> str:
@@ -137,7 +182,7 @@ def _not_ours(path: Path) -> str:
     return f"'{path}' is not a directory edgecl wrote: it has none of {names}"
 
 
-def _inside(path: Path, notes: list[str]) -> Iterator[Source]:
+def _inside(path: Path, notes: list[str]) -> Iterator[Source[Record]]:
     def order(child: Path) -> tuple[int, str]:
         # Of several widths, slim-0.5 and slim-0.75 lie beside slim.
         name = child.name if child.name in _ORDER else child.name.partition("-")[0]
@@ -147,66 +192,78 @@ def _inside(path: Path, notes: list[str]) -> Iterator[Source]:
         if child.name.startswith("."):  # a directory that is still being written
             continue
         kind = kind_of(child)
-        if kind in ("run", "model", "bundle"):
-            yield _read(kind, child, notes)
-        elif kind == "pipeline":
+        if kind in _KINDS or kind == "pipeline":
             yield from _sources(child, notes)
         elif kind is None:
             yield from _inside(child, notes)
 
 
-def _read(kind: str, path: Path, notes: list[str]) -> Source:
-    record_file = {"run": RunDir.RECORD, "model": ModelDir.RECORD, "bundle": Bundle.RECORD}[kind]
-    record = read_record(path / record_file, kind=kind)
-    if kind in ("model", "bundle") and record.get("sha256") is not None:
-        check_seal(
-            record,
-            {"directory": path},
-            hint="the file changed after it was written; make the directory again",
-        )
-    source = Source(kind, path, record, sha256_of_file(path / record_file))
-    shown = printable(path)
-    if kind == "run":
-        run = RunDir(path)
-        source.steps, source.quality, unreadable = read_metrics(run.metrics_file)
-        if unreadable:
-            notes.append(
-                f"{shown}: {counted(unreadable, 'line')} of metrics.jsonl cannot be read and "
-                f"{'is' if unreadable == 1 else 'are'} left out (the run was killed while writing)."
-            )
-        if record.get("state") == "failed":
-            notes.append(f"{shown}: the run failed: {printable(record.get('error'))}.")
-        elif record.get("state") != "done":
-            notes.append(f"{shown}: the run is not finished (state '{printable(record.get('state'))}').")
-        if run.views_file.is_file():
-            content = read_bytes(run.views_file, most=RECORD_BYTES)
-            if content.startswith(_PNG):
-                source.views_png = content
-            else:
-                notes.append(f"{shown}: views.png is not a PNG image and is left out.")
-        return source
-    if kind == "model":
-        model = ModelDir(path)
-        files = [model.probe_file, model.cost_file, model.evaluation_file]
-    else:
-        files = [path / bundle_names.VERIFY, *sorted(path.glob("bench-*.json"))]
-    # A fine-tuned net's evaluation may be written with the net, and then names what the net was made from.
-    fitting = {None, source.sha256, record.get("weights_sha256"), record.get("made_from")}
-    for file in files:
-        if not file.is_file():
-            continue
-        beside = read_side_record(file)
-        if beside.get("made_from") in fitting:
-            source.beside[file.name] = beside
-        else:
-            notes.append(
-                f"{shown}: {file.name} was made from {str(beside.get('made_from'))[:12]}…, "
-                f"{record_file} is now {source.sha256[:12]}…; its numbers are left out."
-            )
+def read_cleaned(file: Path, kind: type[R]) -> R:
+    """Return a record whose text any output may show; entries may be missing.
+
+    Raises:
+        ArtifactError: as of `read_record`.
+    """
+    record = read_record(file, kind, missing_ok=True)
+    return parse_record(_cleaned(content_of(record)), kind, path=file, missing_ok=True)
+
+
+_KINDS: dict[str | None, type[Record]] = {kind.KIND: kind for kind in (RunRecord, ModelRecord, Manifest)}
+
+
+def _read_source(path: Path, kind: type[Record], notes: list[str]) -> Source[Record]:
+    source = Source(path, read_cleaned(path / kind.FILE, kind), sha256_of_file(path / kind.FILE))
+    if isinstance(source.record, RunRecord):
+        _read_run(source, source.record, notes)
+    files: list[tuple[Path, type[Record]]] = []
+    if kind is ModelRecord:
+        files = [(path / beside.FILE, beside) for beside in (ProbeRecord, CostRecord, EvaluationRecord)]
+    elif kind is Manifest:
+        files = [(file, BenchRecord) for file in sorted(path.glob("bench-*.json"))]
+        files.insert(0, (path / VerifyRecord.FILE, VerifyRecord))
+    _read_beside(source, files, notes)
     return source
 
 
-def read_metrics(path: Path) -> tuple[list[Record], list[Record], int]:
+def _read_run(source: Source[Record], record: RunRecord, notes: list[str]) -> None:
+    run = RunDir(source.path)
+    source.steps, source.quality, unreadable = read_metrics(run.metrics_file)
+    if unreadable:
+        notes.append(
+            f"{source.shown}: {counted(unreadable, 'line')} of metrics.jsonl cannot be read and "
+            f"{'is' if unreadable == 1 else 'are'} left out (the run was killed while writing)."
+        )
+    if record.state == "failed":
+        notes.append(f"{source.shown}: the run failed: {record.error}.")
+    elif record.state != "done":
+        notes.append(f"{source.shown}: the run is not finished (state '{record.state}').")
+    if run.views_file.is_file():
+        content = read_bytes(run.views_file, most=RECORD_BYTES)
+        if content.startswith(_PNG):
+            source.views_png = content
+        else:
+            notes.append(f"{source.shown}: views.png is not a PNG image and is left out.")
+
+
+def _read_beside(
+    source: Source[Record], files: Sequence[tuple[Path, type[Record]]], notes: list[str]
+) -> None:
+    # A fine-tuned net's evaluation may be written with the net, and then names what the net was made from.
+    fitting = {None, source.record.made_from, *_hashes_of(source)}
+    for file, kind in files:
+        if not file.is_file():
+            continue
+        record = read_cleaned(file, kind)
+        if record.made_from in fitting:
+            source.beside[printable(file.name)] = record
+        else:
+            notes.append(
+                f"{source.shown}: {printable(file.name)} was made from {str(record.made_from)[:12]}…, "
+                f"{source.record.FILE} is now {source.sha256[:12]}…; its numbers are left out."
+            )
+
+
+def read_metrics(path: Path) -> tuple[list[Line], list[Line], int]:
     """Read a run's metrics.
 
     Returns:
@@ -215,35 +272,37 @@ def read_metrics(path: Path) -> tuple[list[Record], list[Record], int]:
     """
     if not path.exists():
         return [], [], 0
-    steps: dict[float, Record] = {}
-    quality: dict[float, Record] = {}
+    steps: dict[float, Line] = {}
+    quality: dict[float, Line] = {}
     unreadable = 0
-    for line in read_bytes(path, most=METRICS_BYTES).splitlines():
-        if not line.strip():
+    for text in read_bytes(path, most=METRICS_BYTES).splitlines():
+        if not text.strip():
             continue
         try:
-            entry = parse_json(line)
+            entry = parse_json(text)
         except ValueError:
             unreadable += 1
             continue
-        step = finite(entry.get("step")) if isinstance(entry, dict) else None
-        if step is None or finite(entry.get("epoch")) is None:
+        line = _numbers(entry) if isinstance(entry, dict) else {}
+        if "step" not in line or "epoch" not in line:
             unreadable += 1
         elif "event" in entry:
-            continue  # what happened on the way, at a step that may have a line of its own
-        elif "loss" in entry:
-            steps[step] = entry
+            continue  # it may share its step with a line of numbers
         else:
-            quality[step] = entry
+            (steps if "loss" in entry else quality)[line["step"]] = line
     return [steps[step] for step in sorted(steps)], [quality[step] for step in sorted(quality)], unreadable
 
 
-def _name(sources: list[Source]) -> None:
-    """Call each source by the last parts of its path, as few as tell it from the others."""
+def _numbers(entry: Json) -> Line:
+    return {key: number for key, value in entry.items() if (number := finite(value)) is not None}
+
+
+def _name(sources: Sequence[Source[Record]]) -> None:
+    """Name each source by the last parts of its path, as few as tell it from the others."""
     paths = {source.path.resolve() for source in sources}
     for source in sources:
         parts = source.path.resolve().parts
-        rivals = [path.parts for path in paths if path != source.path.resolve()]
+        rivals = [path.parts for path in paths if path.parts != parts]
         length = 1
         while length < len(parts) and any(rival[-length:] == parts[-length:] for rival in rivals):
             length += 1

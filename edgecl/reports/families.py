@@ -1,186 +1,158 @@
-"""Nets of several widths out of one checkpoint: which rows are one family, and its table and its lines in the chart."""
+"""Nets of several widths from one checkpoint: which rows are one family, its table and its lines in the chart."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
-from edgecl.errors import counted, printable
+from edgecl.errors import counted
 from edgecl.reports.collect import Collection, Source
 from edgecl.reports.notation import MISSING, between, milliseconds, percent, scaled
-from edgecl.reports.pareto import SIZES
-from edgecl.reports.rows import (
-    ACCURACIES,
-    ORIGINS,
-    Row,
-    comparable_accuracies,
-    conditions_in_words,
-    conditions_key,
-    is_rejected,
-    is_timed,
-    nets_of,
-)
-
-Family = dict[str, Any]
+from edgecl.reports.pareto import SIZES, Group, Line, lines_of
+from edgecl.reports.precisions import Part, joined
+from edgecl.reports.rows import ACCURACIES, ORIGINS, Row, comparable_accuracies, nets_of
+from edgecl.reports.tables import Column, Table
+from edgecl.storage.records import ModelRecord, Record
 
 
-@dataclass(frozen=True)
-class FamilyTable:
-    """A family's nets, narrowest first, timed in one way: the columns' headings and rows of strings."""
+class Family(Part):
+    """Nets from one checkpoint, at two widths or more."""
 
-    title: str
-    columns: list[str]
-    rows: list[list[str]]
+    name: str
+    arch: str | None
+    origin: str | None
+    checkpoint: str
+    """Its hash."""
+    widths: list[float]
+    """Narrowest first."""
+    rows: list[int]
 
 
 def families_of(collection: Collection, rows: Sequence[Row]) -> list[Family]:
-    """Find the nets that came out of one checkpoint at two widths or more.
+    """Find the nets that came from one checkpoint at two widths or more.
 
     Fine-tuned nets are a family of their own; where they came from shows only with the carved nets beside them.
-
-    Returns:
-        `name`, `arch`, `origin`, `checkpoint` (its hash), `widths`, narrowest first, and the indices of their `rows`.
     """
-    models = {printable(model.path): model for model in collection.of("model")}
-    found: dict[tuple[Any, ...], list[int]] = {}
+    models = {model.shown: model for model in collection.of(ModelRecord)}
+    found: dict[tuple[str, str | None, str | None, str], list[int]] = {}
     for index, row in enumerate(rows):
-        model = models.get(row["model_dir"] or "")
+        model = models.get(row.model_dir or "")
         checkpoint = _checkpoint_of(model, collection) if model else None
-        if model and checkpoint and row["width"] is not None:
-            name = printable(model.record.get("recipe_name") or row["arch"])
-            found.setdefault((checkpoint, row["arch"], row["origin"], name), []).append(index)
+        if model and checkpoint and row.width is not None:
+            name = model.record.recipe_name or str(row.arch)
+            found.setdefault((checkpoint, row.arch, row.origin, name), []).append(index)
     families = []
     for (checkpoint, arch, origin, name), members in found.items():
-        widths = sorted({rows[index]["width"] for index in members})
+        widths = sorted({width for index in members if (width := rows[index].width) is not None})
         if len(widths) > 1:
+            if origin != "pretrained":
+                name = f"{name}, {ORIGINS.get(origin or '', origin)}"
             families.append(
-                {
-                    "name": name if origin == "pretrained" else f"{name}, {ORIGINS.get(origin, origin)}",
-                    "arch": arch,
-                    "origin": origin,
-                    "checkpoint": checkpoint,
-                    "widths": widths,
-                    "rows": members,
-                }
+                Family(
+                    name=name, arch=arch, origin=origin, checkpoint=checkpoint, widths=widths, rows=members
+                )
             )
-    names = [family["name"] for family in families]
+    names = [family.name for family in families]
     for family in families:
-        if names.count(family["name"]) > 1:
-            family["name"] += f" ({family['checkpoint'][:8]})"
+        if names.count(family.name) > 1:
+            family.name += f" ({family.checkpoint[:8]})"
     return families
 
 
-def _checkpoint_of(model: Source, collection: Collection) -> str | None:
+def _checkpoint_of(model: Source[Record], collection: Collection) -> str | None:
     """Return the hash of the checkpoint a net came from, through the nets it was fine-tuned from."""
     for _ in collection.sources:
         maker = collection.maker_of(model)
-        if maker is None or maker.kind != "model":
+        if maker is None or not isinstance(maker.record, ModelRecord):
             break
         model = maker
-    made_from = model.record.get("made_from")
-    return printable(made_from) if made_from else None
+    return model.record.made_from or None
 
 
-def lines_of(families: Sequence[Family], rows: Sequence[Row], shown: Sequence[int]) -> list[dict[str, Any]]:
-    """Choose which of a chart's points to join: one family's nets by width, in one precision and runtime.
+def lines_in(group: Group, families: Sequence[Family], rows: Sequence[Row]) -> list[Line]:
+    """Return the lines of a chart's points: one family's nets by width, in one precision and runtime.
 
-    Args:
-        families: what `families_of` returns.
-        rows: of the report.
-        shown: indices of the rows that were timed in one way.
-
-    Returns:
-        `family` (its index) and `rows`, narrowest first. A rejected precision has no line.
+    A rejected precision has no line.
     """
-    lines: dict[tuple[Any, ...], list[int]] = {}
+    alike: dict[tuple[int, str | None, str | None, str | None], list[tuple[int, int]]] = {}
     for place, family in enumerate(families):
-        for index in family["rows"]:
+        for index in family.rows:
             row = rows[index]
-            if index in shown and not is_rejected(row):
-                lines.setdefault((place, row["precision"], row["runtime"], row["target"]), []).append(index)
-    return [
-        {"family": place, "rows": sorted(members, key=lambda index: rows[index]["width"])}
-        for (place, *_), members in lines.items()
-        if len({rows[index]["width"] for index in members}) > 1
-    ]
+            if index in group.rows and not row.is_rejected:
+                alike.setdefault((place, row.precision, row.runtime, row.target), []).append((place, index))
+    return [line for members in alike.values() for line in lines_of(rows, members)]
 
 
-def family_tables(record: dict[str, Any]) -> list[FamilyTable]:
-    """Return the tables of a report's families: one for each way of timing, or one without latency.
-
-    Args:
-        record: what `report` returns, or report.json read back.
-    """
+def family_tables(families: Sequence[Family], rows: Sequence[Row]) -> list[Table]:
+    """Return the tables of a report's families: one for each way of timing, or one without latency."""
     tables = []
-    for family in record.get("families", []):
-        rows = [record["rows"][index] for index in family["rows"]]
-        nets = sorted(nets_of(rows), key=lambda row: row["width"])
-        title = f"{family['name']}: {counted(len(family['widths']), 'width')} of one run"
-        ways: list[Any] = list(dict.fromkeys(conditions_key(row) for row in rows if is_timed(row)))
-        for way in ways or [None]:
-            timed = [row for row in rows if is_timed(row) and conditions_key(row) == way]
-            words = f", on {conditions_in_words(way)}" if way else ""
-            tables.append(_table(title + words, nets, timed))
+    for family in families:
+        members = [rows[index] for index in family.rows]
+        title = f"{family.name}: {counted(len(family.widths), 'width')} of one run"
+        ways = {row.key: row.in_words for row in members if row.is_timed}
+        for way, words in ways.items():
+            timed = [row for row in members if row.is_timed and row.key == way]
+            tables.append(_table(f"{title}, on {words}", by_width(members), timed))
+        if not ways:
+            tables.append(_table(title, by_width(members), []))
     return tables
 
 
-def _table(title: str, nets: Sequence[Row], timed: Sequence[Row]) -> FamilyTable:
+def by_width(rows: Sequence[Row]) -> list[Row]:
+    """Return a row for each net, narrowest first."""
+    return sorted(nets_of(rows), key=lambda row: row.width or 0.0)
+
+
+def _table(title: str, nets: Sequence[Row], timed: Sequence[Row]) -> Table:
     known = {
-        key: name.removesuffix(" top-1") for key, name in ACCURACIES.items() if any(net[key] for net in nets)
+        key: name.removesuffix(" top-1")
+        for key, name in ACCURACIES.items()
+        if any(net.of_net(key) for net in nets)
     }
-    several = len({row["runtime"] for row in timed}) > 1
-    forms = list(dict.fromkeys((row["precision"], row["runtime"]) for row in timed))
+    several = len({row.runtime for row in timed}) > 1
+    files = list(dict.fromkeys((row.precision, row.runtime) for row in timed))
     columns = ["width", "params", "MACs", *(f"{name}, %" for name in known.values())]
-    columns += [f"{precision} p50, ms" + (f", {runtime}" if several else "") for precision, runtime in forms]
-    return FamilyTable(title, columns, [_cells(net, list(known), forms, timed) for net in nets])
-
-
-def _cells(
-    net: Row, known: Sequence[str], forms: Sequence[tuple[Any, Any]], timed: Sequence[Row]
-) -> list[str]:
-    cells = [f"{net['width']:g}×", scaled(net["params"]), scaled(net["macs"])]
-    for key in known:
-        one = net[key]
-        cells.append(f"{percent(one['top1'])} {between(one['ci95'])}".strip() if one else MISSING)
-    for form in forms:
-        found = [
-            row
-            for row in timed
-            if (row["precision"], row["runtime"]) == form and row["model_dir"] == net["model_dir"]
-        ]
-        cells.append(
-            ", ".join(
-                milliseconds(row["latency_ms"]["p50"]) + (" (rejected)" if is_rejected(row) else "")
-                for row in found
-            )
-            or MISSING
-        )
-    return cells
+    columns += [f"{precision} p50, ms" + (f", {runtime}" if several else "") for precision, runtime in files]
+    table = Table(title, [Column(heading) for heading in columns])
+    for net in nets:
+        cells = [f"{net.width:g}×", scaled(net.params), scaled(net.macs)]
+        for key in known:
+            one = net.of_net(key)
+            cells.append(joined(percent(one.top1), between(one.ci95), by=" ") if one else MISSING)
+        for file in files:
+            times = [
+                milliseconds(row.p50) + (" (rejected)" if row.is_rejected else "")
+                for row in timed
+                if (row.precision, row.runtime) == file and row.model_dir == net.model_dir
+            ]
+            cells.append(", ".join(times) or MISSING)
+        table.add(*cells)
+    return table
 
 
 def family_in_words(family: Family, rows: Sequence[Row]) -> str:
-    """Say in a sentence what one run gave: how many nets, and widths, accuracies and sizes from end to end."""
-    nets = sorted(nets_of([rows[index] for index in family["rows"]]), key=lambda row: row["width"])
+    """Return what one run gave: how many nets, and widths, accuracies and sizes from end to end."""
+    nets = by_width([rows[index] for index in family.rows])
     parts = []
     for key in comparable_accuracies(nets):
-        if all(net[key] for net in nets):
-            parts.append(_gains_in_words([(net["width"], net[key]["top1"]) for net in nets], ACCURACIES[key]))
+        gains = [(net.width or 0.0, found.top1) for net in nets if (found := net.of_net(key))]
+        if len(gains) == len(nets):
+            parts.append(_gains_in_words(gains, ACCURACIES[key]))
             break
     for key, name in SIZES.items():
-        if all(net[key] is not None for net in nets):
-            parts.append(f"{scaled(nets[0][key])} to {scaled(nets[-1][key])} {name}")
+        sizes = [getattr(net, key) for net in nets]
+        if None not in sizes:
+            parts.append(f"{scaled(sizes[0])} to {scaled(sizes[-1])} {name}")
             break
-    low, high = family["widths"][0], family["widths"][-1]
+    low, high = family.widths[0], family.widths[-1]
     return (
-        f"One run gave {counted(len(nets), 'net')} ({family['name']}), from width {low:g} to {high:g}"
+        f"One run gave {counted(len(nets), 'net')} ({family.name}), from width {low:g} to {high:g}"
         + (f": {', '.join(parts)}" if parts else "")
         + "."
     )
 
 
 def _gains_in_words(gains: Sequence[tuple[float, float]], name: str) -> str:
-    """Say the accuracy at the narrowest and at the widest width, and what lies between them and is beyond both."""
+    """Return the accuracy at the narrowest and the widest width, and what lies beyond both between them."""
     (_, first), *inner, (_, last) = gains
     text = f"{percent(first)} to {percent(last)} % {name}"
     beyond = []

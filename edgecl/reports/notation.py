@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
+
+from edgecl.storage.records import Interval
 
 MISSING = "–"
 MINUS = "−"
@@ -14,14 +17,6 @@ def finite(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     return float(value) if math.isfinite(value) else None
-
-
-def interval_from(value: Any) -> list[float] | None:
-    """Return a record's [low, high] as two floats, or None when either is missing."""
-    if not isinstance(value, (list, tuple)) or len(value) != 2:
-        return None
-    low, high = finite(value[0]), finite(value[1])
-    return None if low is None or high is None else [low, high]
 
 
 def fixed(value: float, decimals: int = 1) -> str:
@@ -101,7 +96,7 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min"
 
 
-def between(interval: list[float] | None, write: Any = percent) -> str:
+def between(interval: Interval | None, write: Callable[[float], str] = percent) -> str:
     """Write an interval as [low, high], or nothing."""
     return "" if interval is None else f"[{write(interval[0])}, {write(interval[1])}]"
 

@@ -3,22 +3,62 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from itertools import groupby
 
-from edgecl.reports.rows import (
-    Row,
-    comparable_accuracies,
-    conditions_key,
-    gain_of,
-    is_rejected,
-    is_timed,
-)
+from pydantic import Field
 
-# What a net costs wherever it runs, the closer to its latency first.
+from edgecl.reports.precisions import Conditions, Part
+from edgecl.reports.rows import Row, comparable_accuracies
+
+# What a net costs on every device; the first says more about its latency.
 SIZES = {"macs": "MACs", "params": "parameters"}
 
 
-def pareto_front(points_: Sequence[tuple[float, float]]) -> list[int]:
+class Line(Part):
+    """The nets of one family in one precision and runtime, narrowest first, as a chart joins them."""
+
+    family: int
+    """Index of the family."""
+    rows: list[int]
+
+
+class Group(Conditions):
+    """Rows that compete with each other, because they were timed in the same way."""
+
+    rows: list[int]
+    front: list[int]
+    """Those that no other beats, cheapest first."""
+    families: list[Line] = Field(default_factory=list)
+
+
+class TradeOff(Part):
+    """What the chart of accuracy over cost shows."""
+
+    cost: str
+    """`latency`, or a key of SIZES."""
+    accuracy: str
+    """A key of ACCURACIES."""
+    label: str
+    groups: list[Group]
+
+    def cost_of(self, row: Row) -> float:
+        """Return what a row costs."""
+        cost = row.p50 if self.cost == "latency" else getattr(row, self.cost)
+        assert cost is not None
+        return float(cost)
+
+    @property
+    def members(self) -> list[int]:
+        """The rows of all groups."""
+        return [index for group in self.groups for index in group.rows]
+
+    @property
+    def lines(self) -> list[Line]:
+        """The lines of all groups."""
+        return [line for group in self.groups for line in group.families]
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
     """Return which (cost, gain) points no other beats by costing no more and gaining no less.
 
     Returns:
@@ -26,111 +66,111 @@ def pareto_front(points_: Sequence[tuple[float, float]]) -> list[int]:
     """
     front = [
         index
-        for index, (cost, gain) in enumerate(points_)
+        for index, (cost, gain) in enumerate(points)
         if not any(
             other_cost <= cost and other_gain >= gain and (other_cost, other_gain) != (cost, gain)
-            for other_cost, other_gain in points_
+            for other_cost, other_gain in points
         )
     ]
-    return sorted(front, key=lambda index: points_[index])
+    return sorted(front, key=lambda index: points[index])
 
 
-def trade_off(rows: list[Row]) -> dict[str, Any] | None:
-    """Choose the accuracy to set against latency and mark the rows on each Pareto front.
+def trade_off(rows: Sequence[Row]) -> TradeOff | None:
+    """Choose the accuracy to set against latency, and mark the rows on each Pareto front.
 
     Rows compete only with rows timed on the same device in the same mode, at the same batch and thread count.
     A rejected precision is shown, but is on no front. Sets the rows' `on_pareto_front`.
 
     Returns:
-        `cost` ("latency"), `accuracy` (a key of ACCURACIES), `label`, and `groups`: conditions, indices of rows, and
-        those on the front. None when no row has both an accuracy and a latency.
+        None when no row has both an accuracy and a latency.
     """
-    timed = [index for index, row in enumerate(rows) if is_timed(row)]
+    timed = [index for index, row in enumerate(rows) if row.is_timed]
     names = comparable_accuracies(rows)
-    counts = {
-        key: (
-            sum(1 for index in timed if gain_of(rows[index], key)),
-            # Of two that equally many rows have, the one that was measured on the exported files.
-            sum(1 for index in timed if gain_of(rows[index], key) not in (None, rows[index][key])),
-        )
-        for key in names
-    }
-    best = max(counts, key=lambda key: counts[key], default=None)
-    if best is None or counts[best][0] == 0:
+
+    def count(key: str) -> tuple[int, int]:
+        gains = [(row.gain(key), row.of_net(key)) for index in timed if (row := rows[index]).gain(key)]
+        # Of two that equally many rows have, the one that was measured on the exported files.
+        return len(gains), sum(gain is not of_net for gain, of_net in gains)
+
+    best = max(names, key=count)
+    number, of_files = count(best)
+    if not number:
         return None
-    label = names[best]
-    if best == "finetuned" and counts[best][1]:
-        label = "top-1"  # of files, with or without a fine-tuned net's own figure beside them
-    groups: dict[tuple[Any, ...], list[int]] = {}
+    # Of files, with or without a fine-tuned net's own figure beside them.
+    label = "top-1" if best == "finetuned" and of_files else names[best]
+    ways: dict[tuple[str | int | None, ...], list[int]] = {}
     for index in timed:
-        row = rows[index]
-        if gain_of(row, best):
-            groups.setdefault(conditions_key(row), []).append(index)
-    result = []
-    for (device, power_mode, batch, threads, mode), members in groups.items():
-        running = [index for index in members if not is_rejected(rows[index])]
-        front = pareto_front([_point(rows[index], best) for index in running])
+        if rows[index].gain(best):
+            ways.setdefault(rows[index].key, []).append(index)
+    groups = []
+    for members in ways.values():
+        running = [index for index in members if not rows[index].is_rejected]
+        front = [running[place] for place in pareto_front([_point(rows[index], best) for index in running])]
         for index in members:
-            rows[index]["on_pareto_front"] = False
-        for place in front:
-            rows[running[place]]["on_pareto_front"] = True
-        result.append(
-            {
-                "device": device,
-                "power_mode": power_mode,
-                "batch": batch,
-                "threads": threads,
-                "mode": mode,
-                "rows": members,
-                "front": [running[place] for place in front],
-            }
-        )
-    return {"cost": "latency", "accuracy": best, "label": label, "groups": result}
+            rows[index].on_pareto_front = index in front
+        how = {name: getattr(rows[members[0]], name) for name in Conditions.model_fields}
+        groups.append(Group(**how, rows=members, front=front))
+    return TradeOff(cost="latency", accuracy=best, label=label, groups=groups)
 
 
 def _point(row: Row, key: str) -> tuple[float, float]:
-    gain = gain_of(row, key)
+    gain, cost = row.gain(key), row.p50
     assert gain is not None
-    return row["latency_ms"]["p50"], gain["top1"]
+    assert cost is not None
+    return cost, gain.top1
 
 
-def size_trade_off(rows: Sequence[Row], families: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+def lines_of(rows: Sequence[Row], members: Sequence[tuple[int, int]]) -> list[Line]:
+    """Join the rows of each family by width; two widths or more make a line.
+
+    Args:
+        rows: of the report.
+        members: (family, row), those of a family together.
+    """
+    lines = []
+    for family, found in groupby(members, key=lambda one: one[0]):
+        by_width = sorted((rows[index].width or 0.0, index) for _, index in found)
+        if len({width for width, _ in by_width}) > 1:
+            lines.append(Line(family=family, rows=[index for _, index in by_width]))
+    return lines
+
+
+def size_trade_off(rows: Sequence[Row], families: Sequence[Sequence[int]]) -> TradeOff | None:
     """Choose the accuracy and the size to set side by side for the nets of one run, for want of a latency.
 
     MACs where every net of the families has them, else parameters. Other nets with the same numbers are shown, too.
 
     Args:
         rows: of the report.
-        families: what `families_of` returns.
+        families: the rows of each.
 
     Returns:
-        As `trade_off`, with "macs" or "params" as `cost` and one group, which has `families`: lines as of `lines_of`.
-        None when no family has two widths with an accuracy and a size.
+        One group; None when no family has two widths with an accuracy and a size.
     """
     nets: dict[str, int] = {}
     for index, row in enumerate(rows):
-        if row["model_dir"] is not None:
-            nets.setdefault(row["model_dir"], index)
-    members = [[index for index in family["rows"] if index in nets.values()] for family in families]
-    of_families = [index for indices in members for index in indices]
+        if row.model_dir is not None:
+            nets.setdefault(row.model_dir, index)
+    members = [
+        (family, index) for family, found in enumerate(families) for index in found if index in nets.values()
+    ]
     names = comparable_accuracies([rows[index] for index in nets.values()])
-    counts = {key: sum(1 for index in of_families if rows[index][key]) for key in names}
-    best = max(counts, key=lambda key: counts[key])
-    accurate = [index for index in of_families if rows[index][best]]
-    cost = next((key for key in SIZES if all(rows[index][key] is not None for index in accurate)), None)
+    best = max(names, key=lambda key: sum(rows[index].of_net(key) is not None for _, index in members))
+    accurate = [rows[index] for _, index in members if rows[index].of_net(best)]
+    cost = next((key for key in SIZES if all(getattr(row, key) is not None for row in accurate)), None)
     if cost is None:
         return None
-    shown = [index for index in nets.values() if rows[index][best] and rows[index][cost] is not None]
-    lines: list[dict[str, Any]] = [
-        {
-            "family": place,
-            "rows": sorted(set(indices) & set(shown), key=lambda index: rows[index]["width"]),
-        }
-        for place, indices in enumerate(members)
+    shown = [
+        index
+        for index in nets.values()
+        if rows[index].of_net(best) and getattr(rows[index], cost) is not None
     ]
-    lines = [line for line in lines if len({rows[index]["width"] for index in line["rows"]}) > 1]
+    lines = lines_of(rows, [(family, index) for family, index in members if index in shown])
     if not lines:
         return None
-    front = pareto_front([(rows[index][cost], rows[index][best]["top1"]) for index in shown])
-    group = {"rows": shown, "front": [shown[place] for place in front], "families": lines}
-    return {"cost": cost, "accuracy": best, "label": names[best], "groups": [group]}
+    points = [
+        (getattr(rows[index], cost), gain.top1) for index in shown if (gain := rows[index].of_net(best))
+    ]
+    front = [shown[place] for place in pareto_front(points)]
+    group = Group(rows=shown, front=front, families=lines)
+    return TradeOff(cost=cost, accuracy=best, label=names[best], groups=[group])

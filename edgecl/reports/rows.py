@@ -1,30 +1,44 @@
-"""Join nets, bundles, precisions and measurements into rows, and say in a few words what a row is about."""
+"""Join nets, bundles, precisions and measurements into rows, and the nets of a pipeline into a comparison."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
-from edgecl.errors import counted, printable
-from edgecl.reports.collect import Collection, Record, Source
-from edgecl.reports.notation import finite, interval_from
+from pydantic import Field
+
+from edgecl.reports.collect import Collection, Source
+from edgecl.reports.notation import between, fixed, points
 from edgecl.reports.precisions import (
     REJECTED,
+    Conditions,
+    Decision,
+    ExportedAccuracy,
+    Part,
+    Timing,
     decision_on,
     exported_accuracy,
     file_bytes,
-    precisions_of,
-    table,
-    text,
+    joined,
     timings_of,
     verified,
 )
-
-Row = dict[str, Any]
+from edgecl.storage import records
+from edgecl.storage.records import (
+    BenchRecord,
+    ComparisonRecord,
+    CostRecord,
+    EvaluationRecord,
+    FewLabelAccuracy,
+    Interval,
+    Latency,
+    Manifest,
+    ModelRecord,
+    ProbeRecord,
+)
 
 ORIGINS = {"pretrained": "pretrained", "random": "random init", "finetuned": "fine-tuned"}
 
-# The accuracies a chart may show, the first that most timed nets have.
+# The accuracies a chart may show; it takes the first that most timed nets have.
 ACCURACIES = {
     "few_label": "few-label top-1",
     "linear": "linear-probe top-1",
@@ -32,258 +46,356 @@ ACCURACIES = {
     "knn": "kNN top-1",
 }
 
-# An accuracy of the net in torch, in the order of what stands in for one of the exported file.
+# An accuracy of the net in torch, in the order in which it stands in for one of the exported file.
 _OF_THE_NET = {
     "finetuned": "net_top1",
     "linear": "linear_top1",
     "knn": "net_knn_top1",
     "few_label": "few_label_top1",
 }
+# Which accuracy of an exported file compares with which of the net.
+MEASURED_AS = {"finetuned": "top1", "knn": "knn_top1"}
 # What a row has only where its net was exported.
 _OF_A_BUNDLE = (
     *("bundle", "precision", "accuracy", "decision", "latency_ms"),
     *("device", "power_mode", "runtime", "mode", "threads", "batch"),
 )
-# What an accuracy measured on the exported file is the like of.
-_MEASURED_AS = {"finetuned": "top1", "knn": "knn_top1"}
+# What tells rows of one net apart, the most telling first.
+_APART = ("bundle", "precision", "device", "power_mode", "runtime", "mode", "threads", "batch")
+
+
+class Accuracy(Part):
+    """An accuracy in percent with its 95 % interval."""
+
+    top1: float
+    ci95: Interval | None = None
+
+
+class FewLabel(Accuracy):
+    """An accuracy with few labels: the mean over several random choices of them."""
+
+    std: float | None = None
+    labels_per_class: int | None = None
+    draws: list[float] = Field(default_factory=list)
+    """The accuracy with each choice of labels."""
+
+
+class Row(Conditions):
+    """A net, with what was measured of one precision of one bundle of it."""
+
+    name: str
+    model_dir: str | None = None
+    bundle: str | None = None
+    bundle_dir: str | None = None
+    target: str | None = None
+    arch: str | None = None
+    width: float | None = None
+    origin: str | None = None
+    few_label: FewLabel | None = None
+    knn: Accuracy | None = None
+    linear: Accuracy | None = None
+    finetuned: Accuracy | None = None
+    accuracy: ExportedAccuracy | None = None
+    latency_ms: Latency | None = None
+    throughput_per_s: float | None = None
+    samples: float | None = None
+    flags: list[str] = Field(default_factory=list)
+    j_per_inference: float | None = None
+    runtime: str | None = None
+    precision: str | None = None
+    form: str | None = None
+    decision: Decision | None = None
+    macs: float | None = None
+    params: float | None = None
+    onnx_bytes: float | None = None
+    verified: bool | None = None
+    top1_agreement: float | None = None
+    on_pareto_front: bool | None = None
+
+    @property
+    def p50(self) -> float | None:
+        """The median latency in ms."""
+        return self.latency_ms.p50 if self.latency_ms else None
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether it has a median latency."""
+        return self.p50 is not None
+
+    @property
+    def is_rejected(self) -> bool:
+        """Whether its precision was evaluated and found not worth its cost."""
+        return self.decision is not None and self.decision.state == REJECTED
+
+    def of_net(self, key: str) -> Accuracy | None:
+        """Return an accuracy of ACCURACIES, of the net in torch."""
+        found: Accuracy | None = getattr(self, key)
+        return found
+
+    def gain(self, key: str) -> Accuracy | None:
+        """Return an accuracy of ACCURACIES as it holds for the row's precision.
+
+        What was measured on the exported file comes first. The net's own stands in, but not for int8, which is
+        another net: it would seem to cost nothing.
+        """
+        exported = self.accuracy
+        if exported and exported.measured and exported.metric == MEASURED_AS.get(key):
+            return Accuracy(top1=exported.value, ci95=exported.ci95)
+        return None if self.precision == "int8" else self.of_net(key)
+
+    @property
+    def about_net(self) -> str:
+        """Architecture, width and origin."""
+        arch = joined(self.arch, None if self.width is None else f"{self.width:g}×", by=" ")
+        return joined(arch, ORIGINS.get(self.origin or "", self.origin))
+
+    @property
+    def about_bundle(self) -> str:
+        """Target, runtime, precision, mode, batch, threads and device."""
+        runtime = joined(self.runtime, self.precision, by=" ") if self.bundle else None
+        if not self.latency_ms:
+            return joined(self.target, runtime)
+        how = [self.mode_if_other, *self.batch_and_threads, self.device, self.power_mode]
+        return joined(self.target, runtime, *how)
+
+    def without_bundle(self) -> Row:
+        """Return what the row says of its net alone."""
+        return self.model_copy(update=dict.fromkeys(_OF_A_BUNDLE))
+
+
+class ComparedNet(Part):
+    """One net of a comparison: pretrained, at its random initialization, trained from scratch."""
+
+    name: str
+    few_label: FewLabel | None
+    knn_top1: float | None
+    linear_top1: float | None
+
+
+class Difference(Part):
+    """How much more accurate net a is than b on the same labels, in points."""
+
+    a: str
+    b: str
+    mean: float
+    ci95: Interval | None
+    resolved: bool
+    draws: list[float]
+
+    @property
+    def in_words(self) -> str:
+        """Both nets, the difference and its interval."""
+        difference = joined(f"{points(self.mean)} points", between(self.ci95), by=" ")
+        return f"{self.a} − {self.b}: {difference}, {'resolved' if self.resolved else 'not resolved'}"
+
+
+class Comparison(Part):
+    """A pipeline's nets side by side, and whether their differences are resolved."""
+
+    name: str
+    labels_per_class: int | None
+    draws: int | None
+    n_test: float | None
+    test: str | None
+    chance: float | None
+    """The accuracy of guessing, in percent."""
+    nets: list[ComparedNet]
+    differences: list[Difference]
+
+    @property
+    def in_words(self) -> str:
+        """On what the nets were compared."""
+        text = joined(
+            f"each net was given the same {self.draws} choices of labels" if self.draws else "",
+            f"{fixed(self.n_test, 0)} test images" if self.n_test is not None else "",
+            f"test data {self.test}" if self.test else "",
+            by="; ",
+        )
+        return text and f"{text[0].upper()}{text[1:]}."
 
 
 def rows_of(collection: Collection) -> list[Row]:
-    """Make one row per net, bundle, measurement and precision, also for a net without a bundle and the reverse.
+    """Return one row per net, bundle, measurement and precision, also for a net without a bundle and the reverse.
 
-    Of a precision timed in several modes the row has the headline's. A precision that nobody timed has a row too.
+    Of a precision timed in several modes the row has the headline's. A precision that nobody timed has a row, too.
     """
-    models = collection.of("model")
-    bundles = collection.of("bundle")
+    models, bundles = collection.of(ModelRecord), collection.of(Manifest)
     rows: list[Row] = []
     for model in models:
-        own = [bundle for bundle in bundles if _net_of(bundle, [model]) is model]
+        own = [bundle for bundle in bundles if _net_of(bundle, [model])]
         for bundle in own:
             rows.extend(_bundle_rows(model, bundle))
         if not own:
             rows.append(_row(model, None, None, None))
     for bundle in bundles:
-        if _net_of(bundle, models) is None:
+        if not _net_of(bundle, models):
             rows.extend(_bundle_rows(None, bundle))
     return rows
 
 
-def _net_of(bundle: Source, models: Sequence[Source]) -> Source | None:
-    made_from = {table(bundle.record, "net").get("model_sha256"), bundle.record.get("made_from")}
-    for model in models:
-        if model.sha256 in made_from:
-            return model
-    return None
+def _net_of(bundle: Source[Manifest], models: Sequence[Source[ModelRecord]]) -> Source[ModelRecord] | None:
+    made_from = {bundle.record.made_from, bundle.record.net.model_sha256 if bundle.record.net else None}
+    return next((model for model in models if model.sha256 in made_from), None)
 
 
-def _bundle_rows(model: Source | None, bundle: Source) -> Iterator[Row]:
+def _bundle_rows(model: Source[ModelRecord] | None, bundle: Source[Manifest]) -> Iterator[Row]:
     timed = set()
-    for bench in bundle.benches():
+    for bench in bundle.all_beside(BenchRecord):
         for timing in timings_of(bench):
-            if timing["headline"]:
-                timed.add(timing["precision"])
-                yield _row(model, bundle, timing["precision"], timing)
-    held = list(precisions_of(bundle.record))
-    for precision in held:
+            if timing.headline:
+                timed.add(timing.precision)
+                yield _row(model, bundle, timing.precision, timing)
+    known = list(bundle.record.precisions or {})
+    for precision in known:
         if precision not in timed:
             yield _row(model, bundle, precision, None)
-    if not held and not timed:
-        yield _row(model, bundle, text(bundle.record.get("precision")), None)
-
-
-def _accuracy(value: Any, interval: Any, **more: Any) -> dict[str, Any] | None:
-    mean = finite(value)
-    return None if mean is None else {"top1": mean, "ci95": interval_from(interval), **more}
-
-
-def few_label_of(record: Record) -> dict[str, Any] | None:
-    """Return a record's few-label accuracy with its interval and draws, or None."""
-    few = table(record, "few_label_top1")
-    draws = few.get("draws") if isinstance(few.get("draws"), list) else []
-    return _accuracy(
-        few.get("mean"),
-        few.get("ci95"),
-        std=finite(few.get("std")),
-        labels_per_class=few.get("labels_per_class"),
-        draws=[draw for draw in map(finite, draws or []) if draw is not None],
-    )
+    if not known and not timed:
+        yield _row(model, bundle, bundle.record.precision, None)
 
 
 def _row(
-    model: Source | None, bundle: Source | None, precision: str | None, timing: dict[str, Any] | None
+    model: Source[ModelRecord] | None,
+    bundle: Source[Manifest] | None,
+    precision: str | None,
+    timing: Timing | None,
 ) -> Row:
-    probe = model.beside.get("probe.json", {}) if model else {}
-    evaluation = model.beside.get("evaluation.json", {}) if model else {}
-    cost = model.beside.get("cost.json", {}) if model else {}
-    manifest = bundle.record if bundle else {}
-    net = model.record if model else table(manifest, "net")
-    about = precisions_of(manifest).get(precision or "", {})
-    named = model or bundle
-    assert named is not None
-    timing = timing or {}
-    energy = timing.get("energy")
-    row = {
-        "name": named.name,
-        "model_dir": printable(model.path) if model else None,
-        "bundle": bundle.name if bundle else None,
-        "bundle_dir": printable(bundle.path) if bundle else None,
-        "target": text(manifest.get("target_name")),
-        "arch": text(net.get("arch")),
-        "width": finite(net.get("width")),
-        "origin": text(net.get("origin")),
-        "few_label": few_label_of(probe),
-        "knn": _accuracy(probe.get("knn_top1"), probe.get("knn_ci95")),
-        "linear": _accuracy(probe.get("linear_top1"), probe.get("linear_ci95")),
-        "finetuned": _accuracy(evaluation.get("top1"), evaluation.get("top1_ci95")),
-        "accuracy": exported_accuracy(about),
-        "latency_ms": timing.get("latency_ms"),
-        "throughput_per_s": timing.get("throughput_per_s"),
-        "samples": timing.get("samples"),
-        "marks": timing.get("marks", []),
-        "j_per_inference": energy["j_per_inference"] if energy else None,
-        "mode": timing.get("mode"),
-        "batch": timing.get("batch"),
-        "threads": timing.get("threads"),
-        "runtime": timing.get("runtime") or text(manifest.get("runtime")),
-        "precision": precision,
-        "form": text(about.get("form")),
-        "decision": decision_on(about),
-        "device": timing.get("device"),
-        "power_mode": timing.get("power_mode"),
-        "macs": finite(cost.get("macs")),
-        "params": finite(net.get("params")),
-        "onnx_bytes": file_bytes(manifest, precision),
-        "verified": verified(bundle.beside.get("verify.json", {}), precision) if bundle else None,
-        "top1_agreement": finite(table(about, "parity").get("top1_agreement")),
-        "on_pareto_front": None,
-    }
-    if bundle and not row["accuracy"]:
-        row["accuracy"] = _standing_in(row)
+    row = Row(name="", precision=precision)
+    if bundle:
+        manifest = bundle.record
+        about = (manifest.precisions or {}).get(precision or "")
+        row.name, row.bundle, row.bundle_dir = bundle.name, bundle.name, bundle.shown
+        row.target, row.runtime = manifest.target_name, manifest.runtime
+        row.form = about.form if about else None
+        row.accuracy, row.decision = exported_accuracy(about), decision_on(about)
+        row.onnx_bytes, row.verified = file_bytes(manifest, about), verified(bundle, precision)
+        row.top1_agreement = about.parity.top1_agreement if about and about.parity else None
+    if model:
+        row.name, row.model_dir = model.name, model.shown
+        if cost := model.one_beside(CostRecord):
+            row.macs = cost.macs
+        if probe := model.one_beside(ProbeRecord):
+            row.few_label = _few_label(probe.few_label_top1)
+            row.knn = _accuracy(probe.knn_top1, probe.knn_ci95)
+            row.linear = _accuracy(probe.linear_top1, probe.linear_ci95)
+        if evaluation := model.one_beside(EvaluationRecord):
+            row.finetuned = _accuracy(evaluation.top1, evaluation.top1_ci95)
+    net = model.record if model else bundle.record.net if bundle else None
+    if net:
+        row.arch, row.width, row.origin, row.params = net.arch, net.width, net.origin, net.params
+    if timing:
+        for key in ("latency_ms", "throughput_per_s", "samples", "flags", *Conditions.model_fields):
+            setattr(row, key, getattr(timing, key))
+        row.j_per_inference = timing.energy.j_per_inference if timing.energy else None
+        row.runtime = timing.runtime or row.runtime
+    if bundle and not row.accuracy:
+        row.accuracy = _standing_in(row)
     return row
 
 
-def _standing_in(row: Row) -> dict[str, Any] | None:
-    """Return the net's accuracy in torch for a file that was not measured itself.
+def _accuracy(top1: float | None, ci95: Interval | None) -> Accuracy | None:
+    return None if top1 is None else Accuracy(top1=top1, ci95=ci95)
 
-    Not for int8, which is not the same net: it would seem to cost nothing.
-    """
-    if row["precision"] == "int8":
+
+def _few_label(few: FewLabelAccuracy | None) -> FewLabel | None:
+    if not few or few.mean is None:
         return None
+    return FewLabel(
+        top1=few.mean, ci95=few.ci95, std=few.std, labels_per_class=few.labels_per_class, draws=few.draws
+    )
+
+
+def _standing_in(row: Row) -> ExportedAccuracy | None:
+    """Return the net's accuracy in torch for a file that was not measured itself."""
     for key, metric in _OF_THE_NET.items():
-        if row[key]:
-            one = row[key]
-            return {
-                "metric": metric,
-                "value": one["top1"],
-                "ci95": one["ci95"],
-                "n": None,
-                "data": None,
-                "measured": False,
-            }
+        if found := row.gain(key):
+            return ExportedAccuracy(metric=metric, value=found.top1, ci95=found.ci95, measured=False)
     return None
-
-
-def gain_of(row: Row, key: str) -> dict[str, Any] | None:
-    """Return an accuracy of ACCURACIES as it holds for a row's precision, or None.
-
-    What was measured on the exported file comes first. The net's accuracy in torch stands in for fp32 and fp16.
-    """
-    accuracy = row["accuracy"]
-    if accuracy and accuracy["measured"] and accuracy["metric"] == _MEASURED_AS.get(key):
-        return {"top1": accuracy["value"], "ci95": accuracy["ci95"]}
-    gain: dict[str, Any] | None = None if row["precision"] == "int8" else row[key]
-    return gain
-
-
-def is_timed(row: Row) -> bool:
-    """Say whether a row has a median latency."""
-    return bool(row["latency_ms"]) and row["latency_ms"]["p50"] is not None
-
-
-def is_rejected(row: Row) -> bool:
-    """Say whether a row's precision was evaluated and found not worth its cost."""
-    return bool(row["decision"]) and row["decision"]["state"] == REJECTED
 
 
 def nets_of(rows: Sequence[Row]) -> list[Row]:
     """Return one row for each net whose own directory was given."""
     found: dict[str, Row] = {}
     for row in rows:
-        if row["model_dir"] is not None:
-            found.setdefault(row["model_dir"], row)
+        if row.model_dir is not None:
+            found.setdefault(row.model_dir, row)
     return list(found.values())
 
 
-def as_net(row: Row) -> Row:
-    """Return what a row says of its net, without bundle, precision and measurement."""
-    return {**row, **dict.fromkeys(_OF_A_BUNDLE)}
-
-
 def comparable_accuracies(rows: Sequence[Row]) -> dict[str, str]:
-    """Return those of ACCURACIES that are like for like in these rows, each with its full name.
+    """Return those of ACCURACIES that compare in these rows, each with its full name.
 
-    Few-label accuracies at different label counts are not.
+    Few-label accuracies at different label counts do not.
     """
-    counts = {str(row["few_label"]["labels_per_class"]) for row in rows if row["few_label"]}
+    counts = {row.few_label.labels_per_class for row in rows if row.few_label}
     names = {key: name for key, name in ACCURACIES.items() if key != "few_label" or len(counts) < 2}
     if len(counts) == 1:
         names["few_label"] += f", {counts.pop()} labels per class"
     return names
 
 
-def conditions_of_row(row: Row) -> str:
-    """Say in a few words what was timed: target, runtime, precision, mode, batch, threads, device."""
-    runtime = " ".join(part for part in (row["runtime"], row["precision"]) if part)
-    parts = [row["target"], runtime if row["bundle"] else None]
-    if row["latency_ms"]:
-        parts.append(row["mode"] if row["mode"] != "inference" else None)
-        parts.append(f"batch {row['batch']}" if row["batch"] else None)
-        parts.append(counted(row["threads"], "thread") if isinstance(row["threads"], int) else None)
-        parts.append(row["device"])
-        parts.append(row["power_mode"])
-    return ", ".join(str(part) for part in parts if part)
-
-
-def conditions_key(row: Row) -> tuple[Any, ...]:
-    """Return the way a row was timed: only rows with the same compete."""
-    return (row["device"], row["power_mode"], row["batch"], row["threads"], row["mode"])
-
-
-def conditions_in_words(way: tuple[Any, ...]) -> str:
-    """Say a way of timing, as `conditions_key` returns it."""
-    device, power_mode, batch, threads, mode = way
-    parts = [
-        device or "an unnamed device",
-        power_mode or "",
-        mode if mode not in (None, "inference") else "",
-        f"batch {batch}" if batch else "",
-        counted(threads, "thread") if isinstance(threads, int) else "",
-    ]
-    return ", ".join(part for part in parts if part)
-
-
-def net_of_row(row: Row) -> str:
-    """Say in a few words which net a row is about: architecture, width, origin."""
-    width = f"{row['width']:g}×" if row["width"] is not None else None
-    arch = " ".join(part for part in (row["arch"], width) if part)
-    return ", ".join(part for part in (arch, ORIGINS.get(row["origin"], row["origin"])) if part)
-
-
 def row_label(row: Row, rows: Sequence[Row], *, without: Sequence[str] = ()) -> str:
-    """Call a row by its net, and by as much of its bundle, precision and device as tells it from the other rows.
+    """Return a row's net, and as much of its bundle, precision and device as tells it from the other rows.
 
     Args:
         row: the row to name.
-        rows: the rows it shall be told from.
+        rows: the rows it must differ from.
         without: parts that are shown in another way, such as by color.
     """
-    label = str(row["name"])
-    alike = [other for other in rows if other["name"] == row["name"]]
-    for key in ("bundle", "precision", "device", "power_mode", "runtime", "mode", "threads", "batch"):
+    label = row.name
+    alike = [other for other in rows if other.name == row.name]
+    for key in _APART:
+        own = getattr(row, key)
         if len(alike) < 2 or key in without:
             continue
-        if len({str(other[key]) for other in alike}) > 1 and row[key] is not None:
-            value = {"threads": f"{row[key]} threads", "batch": f"batch {row[key]}"}.get(key, str(row[key]))
-            label += f" · {value}"
-            alike = [other for other in alike if other[key] == row[key]]
+        if len({getattr(other, key) for other in alike}) > 1 and own is not None:
+            label += " · " + {"threads": f"{own} threads", "batch": f"batch {own}"}.get(key, str(own))
+            alike = [other for other in alike if getattr(other, key) == own]
     return label
+
+
+def comparison_of(source: Source[ComparisonRecord], collection: Collection) -> Comparison:
+    """Return a pipeline's comparison with everything the page shows of it."""
+    record = source.record
+    nets = [
+        ComparedNet(
+            name=one.name,
+            few_label=_few_label(one.few_label_top1),
+            knn_top1=one.knn_top1,
+            linear_top1=one.linear_top1,
+        )
+        for one in record.rows or []
+    ]
+    draws = {net.name: net.few_label.draws for net in nets if net.few_label}
+    root = source.path.resolve()
+    inside = [model for model in collection.of(ModelRecord) if root in model.path.resolve().parents]
+    return Comparison(
+        name=source.name,
+        labels_per_class=record.labels_per_class,
+        draws=record.draws,
+        n_test=record.n_test,
+        test=record.test,
+        chance=_chance(inside),
+        nets=nets,
+        differences=[_difference(one, draws) for one in record.differences or [] if one.mean is not None],
+    )
+
+
+def _difference(record: records.Difference, draws: dict[str, list[float]]) -> Difference:
+    clear = record.ci95 is not None and (record.ci95[0] > 0 or record.ci95[1] < 0)
+    a, b = draws.get(record.a, []), draws.get(record.b, [])
+    paired = [x - y for x, y in zip(a, b, strict=True)] if len(a) == len(b) else []
+    return Difference(
+        a=record.a,
+        b=record.b,
+        mean=record.mean,
+        ci95=record.ci95,
+        # The record's word alone is not enough: its interval must agree.
+        resolved=clear and record.resolved is not False,
+        draws=paired,
+    )
+
+
+def _chance(models: Sequence[Source[ModelRecord]]) -> float | None:
+    probes = [probe for model in models if (probe := model.one_beside(ProbeRecord))]
+    counts = {probe.classes for probe in probes if probe.classes and probe.classes > 1}
+    return 100.0 / counts.pop() if len(counts) == 1 else None

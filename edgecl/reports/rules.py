@@ -10,6 +10,7 @@ from typing import Any
 from edgecl.errors import near_matches
 from edgecl.reports.notation import megabytes, milliseconds, per_second, percent, scaled
 from edgecl.reports.rows import Row
+from edgecl.storage.records import Interval
 
 # A float's last digits must not decide whether 1.05 ms is more than 5 % above 1 ms.
 _SLACK = 1e-9
@@ -24,43 +25,35 @@ class Metric:
     timed: bool
     """Whether it holds for one device and way of timing only."""
     read: Callable[[Row], float | None]
-    interval: Callable[[Row], list[float] | None]
+    interval: Callable[[Row], Interval | None]
     write: Callable[[float | None], str]
 
 
 def _latency(key: str) -> Metric:
-    def read(row: Row) -> float | None:
-        value: float | None = (row.get("latency_ms") or {}).get(key)
-        return value
+    def read(name: str) -> Callable[[Row], Any]:
+        return lambda row: row.latency_ms and getattr(row.latency_ms, name)
 
-    def interval(row: Row) -> list[float] | None:
-        found: list[float] | None = (row.get("latency_ms") or {}).get(f"ci95_{key}")
-        return found
-
-    return Metric(key, "ms", True, read, interval, milliseconds)
+    return Metric(key, "ms", True, read(key), read(f"ci95_{key}") if key != "mean" else _none, milliseconds)
 
 
-def _accuracy(name: str, key: str, measured: str | None) -> Metric:
-    """Read what was measured on the exported file where it was, else, but not for int8, the net's in torch."""
+def _none(row: Row) -> None:
+    return None
 
-    def found(row: Row) -> dict[str, Any]:
-        accuracy = row.get("accuracy") or {}
-        if measured and accuracy.get("measured") and accuracy.get("metric") == measured:
-            return {"top1": accuracy["value"], "ci95": accuracy["ci95"]}
-        return {} if row.get("precision") == "int8" else row.get(key) or {}
 
-    return Metric(
-        name, "%", False, lambda row: found(row).get("top1"), lambda row: found(row).get("ci95"), percent
-    )
+def _accuracy(name: str, key: str) -> Metric:
+    def top1(row: Row) -> float | None:
+        found = row.gain(key)
+        return found.top1 if found else None
+
+    def interval(row: Row) -> Interval | None:
+        found = row.gain(key)
+        return found.ci95 if found else None
+
+    return Metric(name, "%", False, top1, interval, percent)
 
 
 def _plain(name: str, key: str, unit: str, write: Callable[[float | None], str], *, timed: bool) -> Metric:
-    return Metric(name, unit, timed, lambda row: row.get(key), lambda _: None, write)
-
-
-def _size_mb(row: Row) -> float | None:
-    size: float | None = row.get("onnx_bytes")
-    return None if size is None else size / 1e6
+    return Metric(name, unit, timed, lambda row: getattr(row, key), _none, write)
 
 
 METRICS = {
@@ -72,16 +65,16 @@ METRICS = {
         _latency("mean"),
         _plain("throughput", "throughput_per_s", "images/s", per_second, timed=True),
         _plain("j_per_inference", "j_per_inference", "J", milliseconds, timed=True),
-        _accuracy("top1", "finetuned", "top1"),
-        _accuracy("knn", "knn", "knn_top1"),
-        _accuracy("linear", "linear", None),
-        _accuracy("few_label", "few_label", None),
+        _accuracy("top1", "finetuned"),
+        _accuracy("knn", "knn"),
+        _accuracy("linear", "linear"),
+        _accuracy("few_label", "few_label"),
         Metric(
             "size",
             "MB",
             False,
-            _size_mb,
-            lambda _: None,
+            lambda row: None if row.onnx_bytes is None else row.onnx_bytes / 1e6,
+            _none,
             lambda value: megabytes(None if value is None else 1e6 * value),
         ),
         _plain("macs", "macs", "MACs", scaled, timed=False),
@@ -112,7 +105,7 @@ class Rule:
         return self.kind != "value"
 
     def broken(self, old: float | None, new: float) -> bool:
-        """Say whether a pair of values breaks the rule.
+        """Return whether a pair of values breaks the rule.
 
         Args:
             old: needed by a relative rule.
@@ -141,7 +134,7 @@ GRAMMAR = "METRIC>LIMIT or METRIC<LIMIT, such as p50>+5%, top1<-0.5 or p50>2.0"
 
 
 def parse_rules(text: str) -> list[Rule]:
-    """Read rules parted by commas.
+    """Read rules separated by commas.
 
     `p50>+5%` is broken where NEW is more than 5 % above OLD, `top1<-0.5` where it is more than 0.5 points
     below OLD, and `p50>2.0`, whose limit has no sign, where NEW itself is above 2 ms.

@@ -7,13 +7,12 @@ import sys
 import unicodedata
 
 import pytest
-from reports.conftest import Maker
+from reports.conftest import Maker, report
 
 from edgecl.cli import main
 from edgecl.cli.output import print_line, print_rows
 from edgecl.config.recipe import read_recipe
 from edgecl.errors import LONGEST, EdgeclError, printable, tell
-from edgecl.reports.report import report
 
 # Erases the screen, sets the window's title, rings, overwrites the line, turns the letters, ends the isolate.
 HOSTILE = "a\x1b[2J\x1b]0;x\x07\r\x00\x9b31m\u202eb\u2066c\u200f\u061c\udcff"
@@ -92,7 +91,7 @@ def test_no_name_in_a_record_reaches_the_report_raw(tmp_path, monkeypatch, capsy
             if key in record
         }
         record = {key: value for key, value in record.items() if key != "sha256"}
-        file.write_text(json.dumps({**record, **texts, HOSTILE: HOSTILE}), encoding="utf-8")
+        file.write_text(json.dumps({**record, **texts, HOSTILE[:-1]: HOSTILE}), encoding="utf-8")
     monkeypatch.setattr(sys, "argv", ["edgecl", "report", str(model), "--out", str(tmp_path / "r")])
     with pytest.raises(SystemExit) as end:
         main()

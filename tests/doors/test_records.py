@@ -11,14 +11,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-from reports.conftest import Maker
+from reports.conftest import Maker, report
 from sealed import write_sealed
 
 from edgecl.errors import ArtifactError, EdgeclError
 from edgecl.evaluate.cost import cost
 from edgecl.nets.model_dir import load_model
 from edgecl.onboard.bundle import digest_of_record
-from edgecl.reports.report import report
 from edgecl.storage.directories import ModelDir, RunDir
 from edgecl.storage.reading import DEEPEST, kind_of, parse_json, read_bytes, read_record, reading
 from edgecl.storage.records import KINDS

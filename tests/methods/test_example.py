@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from reports.conftest import report
 
 import edgecl.methods
 from edgecl.config.recipe import list_methods, read_recipe
 from edgecl.errors import Preempted
 from edgecl.evaluate.cost import cost_of_recipe
 from edgecl.nets.model_dir import load_model
-from edgecl.reports.report import report
 from edgecl.storage.checkpoint import read_newest
 from edgecl.storage.directories import RunDir
 from edgecl.train import loop

@@ -11,6 +11,12 @@ from typing import Any
 import pytest
 
 from edgecl.onboard.bundle import SCHEMA, sha256_of_file
+from edgecl.reports.report import report as report_on
+
+
+def report(dirs, *, out, force=False):
+    """The content of the report.json that is written."""
+    return report_on(dirs, out=out, force=force).to_json()
 
 
 def header(kind: str, made_from: str | None, command: str) -> dict[str, Any]:
@@ -442,7 +448,7 @@ class Maker:
                     "os": "Linux 6.1",
                     "python": "3.11.7",
                     "versions": {"onnxruntime": "1.24.0", "numpy": "2.4.6"},
-                    "power_mode": power_mode,
+                    "power_mode": power_mode if power_mode is None else {"id": 0, "name": power_mode},
                 },
                 "started_at": "2026-11-22T05:00:00+00:00",
                 "environment": {},

@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 
-from edgecl.reports.report import report
+from reports.conftest import report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 

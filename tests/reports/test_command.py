@@ -12,7 +12,8 @@ import typer
 from typer.testing import CliRunner
 
 import edgecl.cli.report
-from edgecl.reports.text import comparison_rows, table_rows, tables_of
+from edgecl.reports.report import report as report_on
+from edgecl.reports.tables import comparison_table, report_tables
 
 
 @pytest.fixture
@@ -49,17 +50,13 @@ def test_markup_in_a_name_is_printed_as_it_is(make, tmp_path, invoke):
 
 
 def test_table_of_strings_has_a_heading_for_every_cell(make, tmp_path):
-    from edgecl.reports.report import report
-
-    record = report([make.pipeline(tmp_path / "demo")], out=tmp_path / "report")
-    nets, bundles = tables_of(record)
-    columns, rows = table_rows(record, nets)
-    assert columns[:3] == ["net", "few-label (5/class) %", "kNN %"]
-    assert [len(row) for row in rows] == [len(columns)] * 2
-    columns, rows = table_rows(record, bundles)
-    assert columns[:3] == ["net", "accuracy", "p50 ms"]
-    assert [len(row) for row in rows] == [len(columns)]
-    assert comparison_rows(record["comparison"])[1][2] == ["from scratch", "48.5 [44.8, 52.2]", "–", "–"]
+    report = report_on([make.pipeline(tmp_path / "demo")], out=tmp_path / "report")
+    nets, bundles = report_tables(report.rows)
+    assert nets.headings[:3] == ["net", "few-label (5/class) %", "kNN %"]
+    assert [len(line) for line in nets.lines] == [len(nets.columns)] * 2
+    assert bundles.headings[:3] == ["net", "accuracy", "p50 ms"]
+    assert [len(line) for line in bundles.lines] == [len(bundles.columns)]
+    assert comparison_table(report.comparison).lines[2] == ["from scratch", "48.5 [44.8, 52.2]", "–", "–"]
 
 
 def test_command_file_imports_nothing_heavy_at_the_top():

@@ -10,8 +10,9 @@ import pytest
 from edgecl.onboard.bundle import sha256_of_file
 from edgecl.reports.collect import collect
 from edgecl.reports.families import families_of, family_tables
-from edgecl.reports.report import report
+from edgecl.reports.report import report as report_on
 from edgecl.reports.rows import rows_of
+from reports.conftest import report
 from reports.test_browser import CHROMIUM, probed
 
 CHECKPOINT = "abc1234567" + "0" * 54
@@ -72,10 +73,10 @@ def found_in(dirs):
 
 def test_nets_of_one_checkpoint_are_a_family(family):
     (found,) = found_in(family)
-    assert found["widths"] == [0.5, 0.75, 1.0]
-    assert found["checkpoint"] == CHECKPOINT
-    assert found["name"] == "demo"
-    assert len(found["rows"]) == 3
+    assert found.widths == [0.5, 0.75, 1.0]
+    assert found.checkpoint == CHECKPOINT
+    assert found.name == "demo"
+    assert len(found.rows) == 3
 
 
 def test_one_width_is_no_family(make, tmp_path):
@@ -98,7 +99,7 @@ def test_nets_that_came_from_nowhere_are_no_family(make, tmp_path):
 
 def test_two_families_of_one_name_are_told_apart(make, tmp_path, family):
     other = write_family(make, tmp_path / "other", made_from="f" * 64, widths=[0.5, 1.0])
-    assert [found["name"] for found in found_in([*family, *other])] == ["demo (abc12345)", "demo (ffffffff)"]
+    assert [found.name for found in found_in([*family, *other])] == ["demo (abc12345)", "demo (ffffffff)"]
 
 
 def test_fine_tuned_nets_are_a_family_through_what_they_were_made_from(make, tmp_path, family):
@@ -116,34 +117,34 @@ def test_fine_tuned_nets_are_a_family_through_what_they_were_made_from(make, tmp
             )
         )
     carved, found = found_in([*family, *tuned])
-    assert (carved["origin"], found["origin"]) == ("pretrained", "finetuned")
-    assert found["widths"] == [0.5, 1.0]
-    assert found["name"] == "demo, fine-tuned"
+    assert (carved.origin, found.origin) == ("pretrained", "finetuned")
+    assert found.widths == [0.5, 1.0]
+    assert found.name == "demo, fine-tuned"
     # Without the carved nets nothing says that they belong together.
     assert found_in(tuned) == []
 
 
 def test_the_table_has_width_size_accuracy_and_median_of_each_net(family, tmp_path):
-    record = report(family, out=tmp_path / "report")
-    (table,) = family_tables(record)
+    record = report_on(family, out=tmp_path / "report")
+    (table,) = family_tables(record.families, record.rows)
     assert table.title == "demo: 3 widths of one run, on build-box, batch 1, 1 thread"
-    assert table.columns == [
+    assert table.headings == [
         "width", "params", "MACs", "few-label, %", "linear-probe, %", "kNN, %", "fp32 p50, ms",
     ]  # fmt: skip
-    assert [row[:3] for row in table.rows] == [
+    assert [row[:3] for row in table.lines] == [
         ["0.5×", "60.1 k", "1.3 M"],
         ["0.75×", "130 k", "2.7 M"],
         ["1×", "231 k", "4.7 M"],
     ]
-    assert [row[3].partition(" ")[0] for row in table.rows] == ["47.5", "52.5", "56.5"]
-    assert [row[-1] for row in table.rows] == ["0.210", "0.330", "0.470"]
+    assert [row[3].partition(" ")[0] for row in table.lines] == ["47.5", "52.5", "56.5"]
+    assert [row[-1] for row in table.lines] == ["0.210", "0.330", "0.470"]
 
 
 def test_a_family_that_was_not_timed_has_a_table_without_latency(make, tmp_path):
-    record = report(write_family(make, tmp_path / "nets", timed=False), out=tmp_path / "report")
-    (table,) = family_tables(record)
+    record = report_on(write_family(make, tmp_path / "nets", timed=False), out=tmp_path / "report")
+    (table,) = family_tables(record.families, record.rows)
     assert table.title == "demo: 3 widths of one run"
-    assert table.columns[-1] == "kNN, %"
+    assert table.headings[-1] == "kNN, %"
     assert "<h2>Widths of one run</h2>" in (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
 
 
@@ -156,13 +157,15 @@ def test_each_device_has_a_table_and_each_precision_a_column(make, tmp_path):
             power_mode="15W",
             measurements=[make.measurement("fp32", 4 * p50), make.measurement("fp16", 2 * p50)],
         )
-    record = report(dirs, out=tmp_path / "report")
-    tables = {table.title.partition(", on ")[2]: table for table in family_tables(record)}
-    assert len(record["families"][0]["rows"]) == 9
+    record = report_on(dirs, out=tmp_path / "report")
+    tables = {
+        table.title.partition(", on ")[2]: table for table in family_tables(record.families, record.rows)
+    }
+    assert len(record.families[0].rows) == 9
     assert tables.keys() == {"build-box, batch 1, 1 thread", "board, 15W, batch 1, 1 thread"}
     board = tables["board, 15W, batch 1, 1 thread"]
-    assert board.columns[-2:] == ["fp32 p50, ms", "fp16 p50, ms"]
-    assert [row[-2:] for row in board.rows] == [["0.840", "0.420"], ["1.32", "0.660"], ["1.88", "0.940"]]
+    assert board.headings[-2:] == ["fp32 p50, ms", "fp16 p50, ms"]
+    assert [row[-2:] for row in board.lines] == [["0.840", "0.420"], ["1.32", "0.660"], ["1.88", "0.940"]]
 
 
 def test_a_line_joins_the_nets_from_narrow_to_wide(family, tmp_path):
@@ -218,11 +221,11 @@ def test_page_text_and_record_name_the_family(family, tmp_path):
 
 
 def test_a_report_without_a_family_says_nothing_of_one(make, tmp_path):
-    record = report(write_family(make, tmp_path / "nets", widths=[1.0]), out=tmp_path / "report")
+    record = report_on(write_family(make, tmp_path / "nets", widths=[1.0]), out=tmp_path / "report")
     page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
-    assert record["families"] == []
+    assert record.families == []
     assert "one run" not in page
-    assert family_tables(record) == []
+    assert family_tables(record.families, record.rows) == []
 
 
 def test_the_line_is_drawn_through_the_points(family, tmp_path):

@@ -8,7 +8,6 @@ from edgecl.errors import printable
 from edgecl.reports.notation import (
     duration,
     finite,
-    interval_from,
     megabytes,
     milliseconds,
     percent,
@@ -80,12 +79,6 @@ def test_only_finite_numbers_are_numbers():
         2.5,
         *[None] * 5,
     ]
-    assert (interval_from([1, 2]), interval_from([1, None]), interval_from([1]), interval_from(None)) == (
-        [1.0, 2.0],
-        None,
-        None,
-        None,
-    )
 
 
 def test_long_names_lose_their_middle():

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from edgecl.reports.pareto import pareto_front
-from edgecl.reports.report import report
+from reports.conftest import report
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from edgecl.reports.report import report
+from reports.conftest import report
 from reports.test_report import page_of
 
 

@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from edgecl.reports.report import report
+from edgecl.errors import ArtifactError
+from reports.conftest import report
 
 
 def test_net_timed_on_two_devices_is_two_rows_named_apart(make, tmp_path):
@@ -116,7 +117,7 @@ def test_accuracy_of_the_file_comes_before_the_nets(make, tmp_path):
     )
 
 
-def test_marks_of_the_session_stand_on_every_row_of_it(make, tmp_path):
+def test_flags_of_the_session_stand_on_every_row_of_it(make, tmp_path):
     bundle = make.bundle(tmp_path / "bundle", model=None, p50=None)
     make.bench(
         bundle,
@@ -125,7 +126,7 @@ def test_marks_of_the_session_stand_on_every_row_of_it(make, tmp_path):
         marks=["throttled"],
     )
     (row,) = report([bundle], out=tmp_path / "report")["rows"]
-    assert row["marks"] == ["drift", "throttled"]
+    assert row["flags"] == ["drift", "throttled"]
     text = (tmp_path / "report" / "report.md").read_text()
     assert "| 1.00 [0.985, 1.01], drift, throttled |" in text
     assert "bundle: the device throttled while it was measured" in text
@@ -145,48 +146,31 @@ def test_power_modes_of_one_board_are_told_apart(make, tmp_path):
     for place, mode in enumerate(
         ({"id": 0, "name": "15W"}, {"id": 2, "name": "MAXN_SUPER"}, {"id": 7, "name": None})
     ):
-        file = make.bench(bundle, device=f"d{place}", p50=1.0 + place, power_mode=mode)
+        file = make.bench(bundle, device=f"d{place}", p50=1.0 + place)
         content = json.loads(file.read_text())
-        content["device"]["name"] = "Orin Nano"
+        content["device"].update(name="Orin Nano", power_mode=mode)
         file.write_text(json.dumps(content))
     report([bundle], out=tmp_path / "report")
     text = (tmp_path / "report" / "report.md").read_text()
     assert all(f"| bundle · {mode} |" in text for mode in ("15W", "MAXN\\_SUPER", "mode 7"))
 
 
-# Records of an edgecl that knew one precision per bundle, and records that hold nonsense.
-
-
-def test_records_of_an_earlier_edgecl_are_left_out_and_said(make, tmp_path):
-    bundle = make.bundle(tmp_path / "bundle", model=None)
-    manifest = json.loads((bundle / "manifest.json").read_text())
-    del manifest["precisions"], manifest["parity"]
-    (bundle / "manifest.json").write_text(json.dumps(manifest | {"model": "model.onnx", "parity": {}}))
-    bench = json.loads((bundle / "bench-build-box.json").read_text())
-    (timing,) = bench.pop("measurements")
-    del bench["made_from"]
-    (bundle / "bench-build-box.json").write_text(json.dumps(bench | timing))
-    record = report([bundle], out=tmp_path / "report")
-    (row,) = record["rows"]
-    assert (row["precision"], row["latency_ms"], row["onnx_bytes"]) == ("fp32", None, None)
-    notes = " ".join(record["notes"])
-    assert "manifest.json names no precisions (an earlier edgecl wrote it)" in notes
-    assert "bench-build-box.json holds no measurements (an earlier edgecl wrote it)" in notes
-
-
-@pytest.mark.parametrize(
-    "nonsense", [None, 3, "x", [], [3], {"int8": 3}, {"int8": {"decision": 3, "accuracy": "y"}}]
-)
-def test_nonsense_in_the_new_keys_is_no_crash(make, tmp_path, nonsense):
+@pytest.mark.parametrize("nonsense", [3, "x", [3], {"int8": {"decision": 3, "accuracy": "y"}}])
+@pytest.mark.parametrize("key", ["precisions", "parity", "size_bytes"])
+def test_nonsense_in_a_manifest_is_named(make, tmp_path, key, nonsense):
     bundle = make.compiled(tmp_path / "bundle", model=None)
     manifest = json.loads((bundle / "manifest.json").read_text())
-    manifest.update(precisions=nonsense, parity=nonsense, size_bytes=nonsense)
-    (bundle / "manifest.json").write_text(json.dumps(manifest))
-    bench = json.loads((bundle / "bench-Orin Nano.json").read_text()) | {"made_from": None}
-    bench.update(ratios=nonsense, marks=nonsense, throttle=nonsense)
-    bench["measurements"][0].update(latency_ms=nonsense, marks=nonsense, energy=nonsense, mode=nonsense)
-    (bundle / "bench-Orin Nano.json").write_text(json.dumps(bench))
-    assert report([bundle], out=tmp_path / "report")["rows"]
-    bench["measurements"] = nonsense
-    (bundle / "bench-Orin Nano.json").write_text(json.dumps(bench))
-    assert report([bundle], out=tmp_path / "report", force=True)["rows"]
+    (bundle / "manifest.json").write_text(json.dumps(manifest | {key: nonsense}))
+    with pytest.raises(ArtifactError, match=rf"manifest\.json.*{key}"):
+        report([bundle], out=tmp_path / "report")
+
+
+@pytest.mark.parametrize("nonsense", [3, [3], {"p50": "x", "j_per_inference": "x"}])
+@pytest.mark.parametrize("key", ["latency_ms", "energy", "mode", "marks"])
+def test_nonsense_in_a_measurement_is_named(make, tmp_path, key, nonsense):
+    bundle = make.bundle(tmp_path / "bundle", model=None)
+    bench = json.loads((bundle / "bench-build-box.json").read_text())
+    bench["measurements"][0][key] = nonsense
+    (bundle / "bench-build-box.json").write_text(json.dumps(bench))
+    with pytest.raises(ArtifactError, match=rf"bench-build-box\.json.*{key}"):
+        report([bundle], out=tmp_path / "report")

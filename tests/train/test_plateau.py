@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from reports.conftest import report
 from typer.testing import CliRunner
 
 from edgecl.cli.commands import app
 from edgecl.methods.losses import cross_correlation_loss
 from edgecl.nets.heads import Encoder
-from edgecl.reports.report import report
 from edgecl.storage.directories import ReportDir, RunDir
 from edgecl.train.monitor import read_metrics
 from edgecl.train.plateau import RECORDS, PlateauAlarm

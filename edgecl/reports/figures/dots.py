@@ -1,8 +1,10 @@
-"""Means with their intervals and draws: the arms of a comparison, and the paired differences."""
+"""Means with their intervals and single values: the nets of a comparison, and the paired differences."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from edgecl.reports.figures.drawing import (
     BLUE,
@@ -13,201 +15,157 @@ from edgecl.reports.figures.drawing import (
     PURPLE,
     SMALL,
     TEXT,
+    beside,
     grid,
     inlined,
     new_axes,
     new_figure,
 )
 from edgecl.reports.notation import between, percent, points, shortened
+from edgecl.reports.rows import Comparison
+from edgecl.storage.records import Interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-ARMS = {"pretrained": BLUE, "random init": MUTED, "from scratch": ORANGE}
+_COLORS = {"pretrained": BLUE, "random init": MUTED, "from scratch": ORANGE}
 
 
-def comparison_figure(comparison: dict[str, Any], *, prefix: str) -> str | None:
-    """Draw the few-label accuracy of each arm: mean, 95 % interval and the individual draws."""
-    arms = [arm for arm in comparison["arms"] if arm["few_label"]]
-    if not arms:
-        return None
-    values = [
-        value
-        for arm in arms
-        for value in (arm["few_label"]["top1"], *(arm["few_label"]["ci95"] or ()), *arm["few_label"]["draws"])
-    ]
-    chance = comparison["chance"]
-    rows = [
-        _Dots(
-            arm["name"],
-            arm["few_label"]["top1"],
-            arm["few_label"]["ci95"],
-            arm["few_label"]["draws"],
-            ARMS.get(arm["name"], PURPLE),
-            percent(arm["few_label"]["top1"]),
-        )
-        for arm in arms
-    ]
-    return _dot_plot(
-        rows,
-        values=[*values, chance] if chance is not None else values,
-        line=(chance, f"chance {percent(chance)} %") if chance is not None else None,
-        x_label="few-label top-1, %",
-        bounds=(0.0, 100.0),
-        prefix=prefix,
-        title="Few-label top-1 accuracy of each arm: "
-        + "; ".join(f"{row.label} {row.value}" for row in rows),
-    )
-
-
-def difference_figure(comparison: dict[str, Any], *, prefix: str) -> str | None:
-    """Draw the paired differences with their intervals against zero; a hollow dot is not resolved."""
-    if not comparison["differences"]:
-        return None
-    rows = [
-        _Dots(
-            f"{one['a']}\n{'−'} {one['b']}",
-            one["mean"],
-            one["ci95"],
-            one["draws"],
-            INK,
-            points(one["mean"]),
-            hollow=not one["resolved"],
-        )
-        for one in comparison["differences"]
-    ]
-    values = [value for row in rows for value in (row.mean, *(row.interval or ()), *row.draws)]
-    return _dot_plot(
-        rows,
-        values=[*values, 0.0],
-        line=(0.0, "no difference"),
-        x_label="difference, percentage points",
-        bounds=(-100.0, 100.0),
-        prefix=prefix,
-        title="Paired differences: "
-        + "; ".join(
-            f"{one['a']} minus {one['b']} {points(one['mean'])} {between(one['ci95'])}"
-            for one in comparison["differences"]
-        ),
-    )
-
-
+@dataclass(frozen=True)
 class _Dots:
-    def __init__(
-        self,
-        label: str,
-        mean: float,
-        interval: list[float] | None,
-        draws: list[float],
-        color: str,
-        value: str,
-        *,
-        hollow: bool = False,
-    ):
-        self.label = label
-        self.mean = mean
-        self.interval = interval
-        self.draws = draws
-        self.color = color
-        self.value = value
-        self.hollow = hollow
+    """One line of dots: a mean, its interval, and what it is the mean of."""
+
+    label: str
+    mean: float
+    interval: Interval | None
+    draws: list[float]
+    color: str
+    value: str
+    hollow: bool = False
+
+    @property
+    def values(self) -> list[float]:
+        return [self.mean, *(self.interval or ()), *self.draws]
 
 
-def _dot_plot(
-    rows: list[_Dots],
-    *,
-    values: list[float],
-    line: tuple[float, str] | None,
-    x_label: str,
-    bounds: tuple[float, float],
-    prefix: str,
-    title: str,
-) -> str:
-    width, left, right, top, bottom = 460.0, 122.0, 20.0, 26.0, 44.0
-    pitch = 52.0 if len(rows) > 2 else 78.0
-    figure = new_figure(width, top + pitch * len(rows) + bottom)
-    axes = new_axes(figure, left, right, top, bottom)
+@dataclass(frozen=True)
+class _Axis:
+    label: str
+    bounds: tuple[float, float]
+    line: tuple[float, str] | None
+    """A value to mark, and its name."""
+
+
+def comparison_figure(comparison: Comparison, *, prefix: str) -> str | None:
+    """Draw the few-label accuracy of each net: mean, 95 % interval and the accuracy with each choice of labels."""
+    rows = [
+        _Dots(net.name, few.top1, few.ci95, few.draws, _COLORS.get(net.name, PURPLE), percent(few.top1))
+        for net in comparison.nets
+        if (few := net.few_label)
+    ]
+    if not rows:
+        return None
+    chance = comparison.chance
+    line = None if chance is None else (chance, f"chance {percent(chance)} %")
+    title = "Few-label top-1 accuracy of each net: " + "; ".join(f"{row.label} {row.value}" for row in rows)
+    return _dot_plot(rows, _Axis("few-label top-1, %", (0.0, 100.0), line), prefix=prefix, title=title)
+
+
+def difference_figure(comparison: Comparison, *, prefix: str) -> str | None:
+    """Draw the paired differences with their intervals against zero; a hollow dot is not resolved."""
+    found = comparison.differences
+    if not found:
+        return None
+    rows = [
+        _Dots(f"{one.a}\n− {one.b}", one.mean, one.ci95, one.draws, INK, points(one.mean), not one.resolved)
+        for one in found
+    ]
+    axis = _Axis("difference, percentage points", (-100.0, 100.0), (0.0, "no difference"))
+    title = "Paired differences: " + "; ".join(
+        f"{one.a} minus {one.b} {points(one.mean)} {between(one.ci95)}" for one in found
+    )
+    return _dot_plot(rows, axis, prefix=prefix, title=title)
+
+
+def _dot_plot(rows: Sequence[_Dots], axis: _Axis, *, prefix: str, title: str) -> str:
+    top, bottom, pitch = 26.0, 44.0, 52.0 if len(rows) > 2 else 78.0
+    figure = new_figure(460.0, top + pitch * len(rows) + bottom)
+    axes = new_axes(figure, left=122.0, right=20.0, top=top, bottom=bottom)
+    values = [value for row in rows for value in row.values] + ([axis.line[0]] if axis.line else [])
     low, high = min(values), max(values)
     pad = max(0.06 * (high - low), 1.0)
-    axes.set_xlim(
-        max(bounds[0], low - pad) if low > bounds[0] else bounds[0] - pad, min(bounds[1], high + pad)
-    )
+    first, last = axis.bounds
+    axes.set_xlim(max(first, low - pad) if low > first else first - pad, min(last, high + pad))
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_yticks([])
-    axes.set_xlabel(x_label, color=MUTED, fontsize=TEXT)
+    axes.set_xlabel(axis.label, color=MUTED, fontsize=TEXT)
     grid(axes, "x")
-    if line is not None:
-        axes.axvline(line[0], color=MUTED, linewidth=1.2, dashes=(3, 3), zorder=1)
-        axes.annotate(
-            line[1],
-            (line[0], 1),
-            xycoords=("data", "axes fraction"),
-            xytext=(_lean(axes, line[0]) * 1.0, 7),
-            textcoords="offset points",
-            ha={0: "center", 1: "left", -1: "right"}[_lean(axes, line[0])],
-            color=MUTED,
-            fontsize=SMALL,
-        )
+    if axis.line is not None:
+        _mark(axes, *axis.line)
     for place, row in enumerate(rows):
-        label = "\n".join(shortened(part, 18) for part in row.label.split("\n"))
-        axes.annotate(
-            label,
-            (0, place),
-            xycoords=("axes fraction", "data"),
-            xytext=(-10, 0),
-            textcoords="offset points",
-            ha="right",
-            va="center",
-            color=INK,
-            fontsize=TEXT,
-            linespacing=1.25,
-        )
-        # Draws lie under their interval, stepped a little so that equal ones stay countable.
-        steps = [0.22 + 0.07 * (index % 3) for index in range(len(row.draws))]
-        axes.plot(
-            row.draws,
-            [place + step for step in steps],
-            color=row.color,
-            linestyle="none",
-            marker="o",
-            markersize=5,
-            markerfacecolor=row.color,
-            markeredgecolor="none",
-            alpha=0.35,
-            zorder=2,
-        )
-        if row.interval:
-            axes.plot(
-                row.interval, [place, place], color=row.color, linewidth=2.6, solid_capstyle="butt", zorder=3
-            )
-        axes.plot(
-            [row.mean],
-            [place],
-            color=row.color,
-            marker="o",
-            markersize=9,
-            markerfacecolor=PAPER if row.hollow else row.color,
-            markeredgecolor=row.color,
-            markeredgewidth=2.2,
-            zorder=4,
-        )
-        axes.annotate(
-            row.value,
-            (row.mean, place),
-            xytext=(0, 8),
-            textcoords="offset points",
-            ha="center",
-            va="bottom",
-            color=INK,
-            fontsize=TEXT + 1,
-            fontweight="bold",
-            zorder=5,
-        )
+        _draw(axes, row, place)
     return inlined(figure, prefix=prefix, title=title)
 
 
-def _lean(axes: Axes, value: float) -> int:
-    """Return the side a line's text goes to: 1, right, near the left edge; -1 near the right edge; else 0."""
+def _mark(axes: Axes, value: float, name: str) -> None:
+    """Draw a dashed line at a value, with its name over it, inside the picture."""
+    axes.axvline(value, color=MUTED, linewidth=1.2, dashes=(3, 3), zorder=1)
     low, high = axes.get_xlim()
     share = (value - low) / (high - low)
-    return 1 if share < 0.2 else -1 if share > 0.8 else 0
+    shift, align = (1, "left") if share < 0.2 else (-1, "right") if share > 0.8 else (0, "center")
+    coordinates = ("data", "axes fraction")
+    beside(
+        axes,
+        name,
+        (value, 1),
+        (shift, 7),
+        xycoords=coordinates,
+        ha=align,
+        va="baseline",
+        color=MUTED,
+        fontsize=SMALL,
+    )
+
+
+def _draw(axes: Axes, row: _Dots, place: int) -> None:
+    label = "\n".join(shortened(part, 18) for part in row.label.split("\n"))
+    coordinates = ("axes fraction", "data")
+    beside(
+        axes,
+        label,
+        (0, place),
+        (-10, 0),
+        xycoords=coordinates,
+        ha="right",
+        color=INK,
+        fontsize=TEXT,
+        linespacing=1.25,
+    )
+    # Single values lie under their interval, stepped a little so that equal ones stay countable.
+    axes.plot(
+        row.draws,
+        [place + 0.22 + 0.07 * (index % 3) for index in range(len(row.draws))],
+        color=row.color,
+        linestyle="none",
+        marker="o",
+        markersize=5,
+        markeredgecolor="none",
+        alpha=0.35,
+        zorder=2,
+    )
+    if row.interval:
+        axes.plot(
+            row.interval, [place, place], color=row.color, linewidth=2.6, solid_capstyle="butt", zorder=3
+        )
+    axes.plot(
+        [row.mean],
+        [place],
+        color=row.color,
+        marker="o",
+        markersize=9,
+        markerfacecolor=PAPER if row.hollow else row.color,
+        markeredgewidth=2.2,
+        zorder=4,
+    )
+    about = {"color": INK, "fontsize": TEXT + 1, "fontweight": "bold", "zorder": 5}
+    beside(axes, row.value, (row.mean, place), (0, 8), ha="center", va="bottom", **about)

@@ -7,12 +7,11 @@ serves light and dark, and gives every id a prefix, so that the pictures of a pa
 from __future__ import annotations
 
 import io
+import math
 import re
 import warnings
 from typing import TYPE_CHECKING, Any, Literal
 from xml.etree import ElementTree
-
-from edgecl.reports.notation import finite
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,34 +45,27 @@ _LINK = "{http://www.w3.org/1999/xlink}href"
 
 
 def spread(axes: Axes, values: list[float], gap: float) -> list[float]:
-    """Return heights for labels at these values, at least `gap` points apart and inside the axes."""
+    """Return where to write labels of these values: at least `gap` points apart and inside the axes."""
     if not values:
         return []
-    scale = 72.0 / axes.figure.dpi
-    box = axes.get_window_extent()
-    low, high = box.y0 * scale, box.y1 * scale
+    box, to_pixels = axes.get_window_extent(), axes.transData
     order = sorted(range(len(values)), key=lambda index: values[index])
-    heights = [
-        float(axes.transData.transform((axes.get_xlim()[1], values[index]))[1]) * scale for index in order
-    ]
+    heights = [float(to_pixels.transform((axes.get_xlim()[1], values[index]))[1]) for index in order]
     for place in range(1, len(heights)):
         heights[place] = max(heights[place], heights[place - 1] + gap)
-    excess = heights[-1] - high
-    if excess > 0:
-        heights[-1] -= excess
-        for place in range(len(heights) - 2, -1, -1):
-            heights[place] = min(heights[place], heights[place + 1] - gap)
-    if heights[0] < low:
-        heights = [height + low - heights[0] for height in heights]
-    result = [0.0] * len(values)
+    heights[-1] = min(heights[-1], box.y1)
+    for place in range(len(heights) - 2, -1, -1):
+        heights[place] = min(heights[place], heights[place + 1] - gap)
+    shift = max(0.0, box.y0 - heights[0])
+    result = list(values)
     for index, height in zip(order, heights, strict=True):
-        found = finite(float(axes.transData.inverted().transform((box.x1, height / scale))[1]))
-        result[index] = values[index] if found is None else found
+        found = float(to_pixels.inverted().transform((box.x1, height + shift))[1])
+        result[index] = found if math.isfinite(found) else values[index]
     return result
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Return an empty figure, its size in the picture's own units."""
+    """Return an empty figure, its size in the picture's own units, which are points and pixels."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width / 72, height / 72), dpi=72)
@@ -109,6 +101,11 @@ def grid(axes: Axes, which: Literal["x", "y", "both"]) -> None:
     axes.grid(visible=True, axis=which, which="major", color=RULE, linewidth=0.8)
 
 
+def beside(axes: Axes, text: str, point: tuple[float, float], shift: tuple[float, float], **how: Any) -> None:
+    """Write text, vertically centered unless told otherwise, so many points away from a place in the axes."""
+    axes.annotate(text, point, xytext=shift, textcoords="offset points", **{"va": "center", **how})
+
+
 def inlined(figure: Figure, *, prefix: str, title: str) -> str:
     """Return the figure as an <svg> element for the inside of a page: same bytes for the same figure."""
     import matplotlib
@@ -116,7 +113,7 @@ def inlined(figure: Figure, *, prefix: str, title: str) -> str:
 
     settings: Any = {
         "svg.fonttype": "none",  # text stays text: it takes the page's font and colors, and can be searched
-        "svg.hashsalt": "edgecl",
+        "svg.hashsalt": prefix,  # ids are the same in every drawing of this figure, and others in every other figure
     }
     for text in figure.findobj(Text):
         text.set_parse_math(False)  # a dollar sign in a name is a dollar sign
@@ -128,53 +125,25 @@ def inlined(figure: Figure, *, prefix: str, title: str) -> str:
     root = ElementTree.fromstring(buffer.getvalue())
     for parent in root.iter():
         for child in list(parent):
-            # The style rule in <defs> would apply to the whole page; the metadata holds the time of drawing.
+            # The time of drawing, and a rule that would apply to the whole page.
             if child.tag in (f"{_SVG}metadata", f"{_SVG}style"):
                 parent.remove(child)
-    source = ElementTree.tostring(root, encoding="unicode")
-    used = set(re.findall(r"url\(#([^)]+)\)", source)) | {
-        link[1:] for element in root.iter() if (link := element.get(_LINK))
-    }
     for element in root.iter():
         element.tag = element.tag.removeprefix(_SVG)
-        identifier = element.attrib.pop("id", None)
-        if identifier in used:
-            element.set("id", f"{prefix}-{identifier}")
-        link = element.attrib.pop(_LINK, None)
-        if link:
-            element.set("href", f"#{prefix}-{link[1:]}")
-        clip = element.get("clip-path")
-        if clip:
-            element.set("clip-path", clip.replace("url(#", f"url(#{prefix}-"))
-        style = element.get("style")
-        if style:
-            element.set("style", _page_style(style))
+        if element.tag == "g":
+            element.attrib.pop("id", None)  # the same in every figure
+        if link := element.attrib.pop(_LINK, None):
+            element.set("href", link)
+        for name, change in (("style", _page_style), ("d", lambda path: " ".join(path.split()))):
+            if value := element.get(name):
+                element.set(name, change(value))
         if element.text and not element.text.strip():
             element.text = None
         element.tail = None
-        if element.get("d"):
-            element.set("d", re.sub(r"\s+", " ", element.attrib["d"]).strip())
     for name in ("width", "height", "version"):
         root.attrib.pop(name, None)
-    _drop_bare_groups(root)
-    root.set("class", "chart")
-    root.set("role", "img")
-    root.set("aria-label", title)
+    root.attrib.update({"class": "chart", "role": "img", "aria-label": title})
     return ElementTree.tostring(root, encoding="unicode")
-
-
-def _drop_bare_groups(root: ElementTree.Element) -> None:
-    for parent in list(root.iter()):
-        children: list[ElementTree.Element] = []
-        for child in parent:
-            children.extend(_unwrapped(child))
-        parent[:] = children
-
-
-def _unwrapped(element: ElementTree.Element) -> list[ElementTree.Element]:
-    if element.tag != "g" or element.attrib:
-        return [element]
-    return [inner for child in element for inner in _unwrapped(child)]
 
 
 def _page_style(style: str) -> str:
@@ -186,10 +155,9 @@ def _page_style(style: str) -> str:
         if name == "font-family" or not name:
             continue
         if name == "font":  # older matplotlib writes the shorthand: [weight] size family
-            weight = re.search(r"\b(bold|[1-9]00)\b", value)
-            size = re.search(r"[\d.]+px", value)
-            declarations.extend([f"font-weight: {weight[1]}"] if weight else [])
-            declarations.extend([f"font-size: {size[0]}"] if size else [])
+            weight, size = re.search(r"\b(bold|[1-9]00)\b", value), re.search(r"[\d.]+px", value)
+            declarations += [f"font-weight: {weight[1]}"] if weight else []
+            declarations += [f"font-size: {size[0]}"] if size else []
             continue
         variable = _VARIABLES.get(value.lower())
         declarations.append(f"{name}: {f'var(--{variable})' if variable else value}")

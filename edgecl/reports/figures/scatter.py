@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from edgecl.reports.families import Family
 from edgecl.reports.figures.drawing import (
     INK,
     LETTER,
@@ -14,6 +16,7 @@ from edgecl.reports.figures.drawing import (
     SERIES,
     SMALL,
     TEXT,
+    beside,
     grid,
     inlined,
     log_ticks,
@@ -22,49 +25,118 @@ from edgecl.reports.figures.drawing import (
     spread,
 )
 from edgecl.reports.notation import milliseconds, percent, shortened
-from edgecl.reports.pareto import SIZES
-from edgecl.reports.rows import Row, gain_of, is_rejected, is_timed, row_label
+from edgecl.reports.pareto import SIZES, Group, TradeOff
+from edgecl.reports.rows import Row, row_label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.path import Path
 
-MARKERS = {"fp32": "o", "fp16": "s", "int8": "D"}
-REJECTED_MARKER = "X"
-
-
-# One for each family, since color says how a point was timed. The front's is dashed.
+_MARKERS = {"fp32": "o", "fp16": "s", "int8": "D"}
+# One for each family, since color says how a point was timed. The front's line is dashed.
 _FAMILY_LINES: tuple[Literal["-", ":", "-."], ...] = ("-", ":", "-.")
 _LEGEND_LINE = 16.0
+_LEFT = 56.0
+# The unit of an axis, and how a value in it is written.
+_UNITS = ((1e9, "billions", "G"), (1e6, "millions", "M"), (1e3, "thousands", "k"), (1.0, "each", ""))
+
+
+class _Range(NamedTuple):
+    """A value with the ends of its interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class _Plot:
+    """What is drawn: the rows' places on both axes."""
+
+    rows: Sequence[Row]
+    trade: TradeOff
+    costs: dict[int, _Range]
+    gains: dict[int, _Range]
+    axis: str
+    unit: str
+    untimed: list[int]
+    """Rows with the same kind of accuracy that were never timed: ticks at the right edge."""
+
+    def place(self, index: int) -> tuple[float, float]:
+        return self.costs[index].value, self.gains[index].value
+
+    def color(self, group: int) -> str:
+        return SERIES[group % len(SERIES)]
+
+    def untimed_label(self, index: int) -> str:
+        return shortened(row_label(self.rows[index], self.rows), 16) + ", not timed"
 
 
 def scatter_figure(
-    rows: Sequence[Row], trade: dict[str, Any], *, families: Sequence[dict[str, Any]] = (), prefix: str
+    rows: Sequence[Row], trade: TradeOff, *, families: Sequence[Family] = (), prefix: str
 ) -> str:
     """Draw accuracy over median latency, MACs or parameters with 95 % intervals and the Pareto front of each group.
 
-    The shape of a point says its precision; a cross was rejected. What has the same kind of accuracy but was
+    The shape of a point shows its precision; a cross was rejected. What has the same kind of accuracy but was
     never timed is a tick at the right edge. A line joins the nets of one run, and a legend names it.
     """
-    key = trade["accuracy"]
-    width, height, left, right, top, bottom = 480.0, 330.0, 56.0, 20.0, 14.0, 48.0
-    by_latency = trade["cost"] == "latency"
-    untimed = [row for row in rows if gain_of(row, key) and not is_timed(row)] if by_latency else []
-    if untimed:
-        right = 12.0 + LETTER * SMALL * max(len(_untimed_label(row, rows)) for row in untimed)
-    drawn = sorted({line["family"] for group in trade["groups"] for line in group.get("families", ())})
+    plot = _plot(rows, trade)
+    drawn = sorted({line.family for line in trade.lines})
+    height, right, top = 330.0, 20.0, 14.0
+    if plot.untimed:
+        right = 12.0 + LETTER * SMALL * max(len(plot.untimed_label(index)) for index in plot.untimed)
     if drawn:
         legend = _LEGEND_LINE * len(drawn) + 6
         height, top = height + legend, top + legend
-    figure = new_figure(width, height)
-    axes = new_axes(figure, left, right, top, bottom)
+    figure = new_figure(480.0, height)
+    axes = new_axes(figure, left=_LEFT, right=right, top=top, bottom=48.0)
+    _set_axes(axes, plot)
+    for place, family in enumerate(drawn):
+        _name_family(figure, plot, families[family], family, down=12 + _LEGEND_LINE * place)
+    for place, group in enumerate(trade.groups):
+        _draw_lines(axes, plot, group, plot.color(place))
+        for index in group.rows:
+            _draw_point(axes, plot, index, plot.color(place), on_front=index in group.front)
+    _label_points(axes, plot)
+    _draw_untimed(axes, plot)
+    points = "; ".join(
+        f"{row_label(rows[index], rows)} {milliseconds(plot.costs[index].value)} {plot.unit}, "
+        f"{percent(plot.gains[index].value)} %{', rejected' if rows[index].is_rejected else ''}"
+        for index in trade.members
+    )
+    return inlined(
+        figure, prefix=prefix, title=f"{trade.label} over {plot.axis.rpartition(',')[0]}: {points}"
+    )
 
-    members = [
-        (group, index) for group in range(len(trade["groups"])) for index in trade["groups"][group]["rows"]
-    ]
-    costs, axis, unit = _costs(rows, trade)
-    gains = [_gains(rows[index], key) for _, index in members] + [_gains(row, key) for row in untimed]
-    low, high = min(cost[1] for cost in costs.values()), max(cost[2] for cost in costs.values())
+
+def _plot(rows: Sequence[Row], trade: TradeOff) -> _Plot:
+    members, by_latency = trade.members, trade.cost == "latency"
+    untimed = [i for i, row in enumerate(rows) if row.gain(trade.accuracy) and not row.is_timed]
+    gains = {}
+    for index in [*members, *untimed]:
+        if found := rows[index].gain(trade.accuracy):
+            gains[index] = _range(found.top1, found.ci95)
+    if by_latency:
+        costs = {
+            index: _range(trade.cost_of(rows[index]), latency.ci95_p50 if latency else None)
+            for index in members
+            for latency in [rows[index].latency_ms]
+        }
+        return _Plot(rows, trade, costs, gains, "median latency, ms", "ms", untimed)
+    most = max(trade.cost_of(rows[index]) for index in members)
+    limit, words, unit = next(one for one in _UNITS if most >= one[0] or one[0] == 1)
+    costs = {index: _range(trade.cost_of(rows[index]) / limit, None) for index in members}
+    return _Plot(rows, trade, costs, gains, f"{SIZES[trade.cost]}, {words}", unit, [])
+
+
+def _range(value: float, interval: Sequence[float] | None) -> _Range:
+    low, high = interval or (value, value)
+    return _Range(value, min(low, value), max(high, value))
+
+
+def _set_axes(axes: Axes, plot: _Plot) -> None:
+    low, high = min(cost.low for cost in plot.costs.values()), max(cost.high for cost in plot.costs.values())
     if high > 8 * low > 0:
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(log_ticks())
@@ -72,235 +144,171 @@ def scatter_figure(
     else:
         pad = max(0.25 * (high - low), 0.12 * high)
         axes.set_xlim(max(0.0, low - pad), high + 1.4 * pad)
-    bottom_gain, top_gain = min(gain[1] for gain in gains), max(gain[2] for gain in gains)
-    pad = max(0.12 * (top_gain - bottom_gain), 1.5)
-    axes.set_ylim(max(0.0, bottom_gain - pad), min(100.0, top_gain + pad))
+    shown = [plot.gains[index] for index in [*plot.costs, *plot.untimed]]
+    low, high = min(gain.low for gain in shown), max(gain.high for gain in shown)
+    pad = max(0.12 * (high - low), 1.5)
+    axes.set_ylim(max(0.0, low - pad), min(100.0, high + pad))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.xaxis.set_minor_formatter("")
-    axes.set_xlabel(axis, color=MUTED, fontsize=TEXT)
-    axes.set_ylabel(trade["label"] + ", %", color=MUTED, fontsize=TEXT)
+    axes.set_xlabel(plot.axis, color=MUTED, fontsize=TEXT)
+    axes.set_ylabel(plot.trade.label + ", %", color=MUTED, fontsize=TEXT)
     grid(axes, "both")
 
-    alone = SERIES[0] if len(trade["groups"]) == 1 else INK
-    for place, family in enumerate(drawn):
-        widths = [
-            rows[index]["width"]
-            for group in trade["groups"]
-            for line in group.get("families", ())
-            if line["family"] == family
-            for index in line["rows"]
-        ]
-        name = (
-            f"{shortened(families[family]['name'], 30)}, one run: widths {min(widths):g} to {max(widths):g}"
-        )
-        _name_family(figure, name, family, color=alone, left=left, down=12 + _LEGEND_LINE * place)
-    for place, group in enumerate(trade["groups"]):
-        color = SERIES[place % len(SERIES)]
-        for line in group.get("families", ()):
-            axes.plot(
-                [costs[index][0] for index in line["rows"]],
-                [_gains(rows[index], key)[0] for index in line["rows"]],
-                color=color,
-                linestyle=_FAMILY_LINES[line["family"] % len(_FAMILY_LINES)],
-                linewidth=1.8,
-                zorder=2,
-            )
-        front = [(costs[index][0], _gains(rows[index], key)[0]) for index in group["front"]]
-        # The front is a staircase: between two nets, the slower one's accuracy is not yet to be had.
-        if front:
-            axes.step(
-                [*(x for x, _ in front), axes.get_xlim()[1]],
-                [*(y for _, y in front), front[-1][1]],
-                where="post",
-                color=color,
-                linewidth=1.4,
-                dashes=(4, 3),
-                alpha=0.7,
-                zorder=1,
-            )
-        for index in group["rows"]:
-            x, x_low, x_high = costs[index]
-            y, y_low, y_high = _gains(rows[index], key)
-            rejected, precision = is_rejected(rows[index]), rows[index]["precision"]
-            width_of_bar = 1 if rejected else 2
-            axes.plot([x_low, x_high], [y, y], color=color, linewidth=width_of_bar, zorder=3)
-            axes.plot([x, x], [y_low, y_high], color=color, linewidth=width_of_bar, zorder=3)
-            axes.plot(
-                [x],
-                [y],
-                color=color,
-                marker=REJECTED_MARKER if rejected else MARKERS.get(precision, "o"),
-                markersize=12 if rejected else 8 if precision == "int8" else 9,
-                markerfacecolor=color if rejected or index in group["front"] else PAPER,
-                markeredgecolor=PAPER if rejected else color,
-                markeredgewidth=1 if rejected else 2,
-                zorder=4,
-            )
-    _label_points(axes, rows, trade, members, costs)
-    heights = [_gains(row, key)[0] for row in untimed]
-    for row, gain, shown in zip(untimed, heights, spread(axes, heights, SMALL + 3), strict=True):
-        axes.plot(
-            [0.985, 1], [gain, gain], transform=axes.get_yaxis_transform(), color=MUTED, linewidth=2, zorder=3
-        )
-        axes.annotate(
-            _untimed_label(row, rows),
-            (1, shown),
-            xycoords=("axes fraction", "data"),
-            xytext=(5, 0),
-            textcoords="offset points",
-            va="center",
-            color=MUTED,
-            fontsize=SMALL,
-        )
-    return inlined(
-        figure,
-        prefix=prefix,
-        title=f"{trade['label']} over {axis.rpartition(',')[0]}: "
-        + "; ".join(
-            f"{row_label(rows[index], rows)} {milliseconds(costs[index][0])} {unit}, "
-            f"{percent(_gains(rows[index], key)[0])} %"
-            f"{', rejected' if is_rejected(rows[index]) else ''}"
-            for _, index in members
-        ),
-    )
 
-
-def _name_family(figure: Figure, name: str, place: int, *, color: str, left: float, down: float) -> None:
+def _name_family(figure: Figure, plot: _Plot, family: Family, place: int, *, down: float) -> None:
     """Write a line of the legend over the chart: a piece of the family's line, and its name."""
     from matplotlib.lines import Line2D
 
+    drawn = [index for line in plot.trade.lines if line.family == place for index in line.rows]
+    widths = [width for index in drawn if (width := plot.rows[index].width) is not None]
+    name = f"{shortened(family.name, 30)}, one run: widths {min(widths):g} to {max(widths):g}"
     width, height = figure.get_size_inches() * 72
     level = 1 - down / height
     figure.add_artist(
         Line2D(
-            [left / width, (left + 26) / width],
+            [_LEFT / width, (_LEFT + 26) / width],
             [level, level],
-            color=color,
+            color=SERIES[0] if len(plot.trade.groups) == 1 else INK,
             linestyle=_FAMILY_LINES[place % len(_FAMILY_LINES)],
             linewidth=1.8,
         )
     )
-    figure.text((left + 32) / width, level, name, va="center", color=INK, fontsize=SMALL)
+    figure.text((_LEFT + 32) / width, level, name, va="center", color=INK, fontsize=SMALL)
 
 
-def _untimed_label(row: Row, rows: Sequence[Row]) -> str:
-    return shortened(row_label(row, rows), 16) + ", not timed"
+def _draw_lines(axes: Axes, plot: _Plot, group: Group, color: str) -> None:
+    """Draw the families' lines and the Pareto front."""
+    for line in group.families:
+        style = _FAMILY_LINES[line.family % len(_FAMILY_LINES)]
+        xs, ys = zip(*map(plot.place, line.rows), strict=True)
+        axes.plot(xs, ys, color=color, linestyle=style, linewidth=1.8, zorder=2)
+    if group.front:
+        # A staircase: between two nets, the slower one's accuracy is not yet to be had.
+        xs, ys = zip(*map(plot.place, group.front), strict=True)
+        axes.step(
+            [*xs, axes.get_xlim()[1]],
+            [*ys, ys[-1]],
+            where="post",
+            color=color,
+            linewidth=1.4,
+            dashes=(4, 3),
+            alpha=0.7,
+            zorder=1,
+        )
 
 
-# The unit of an axis, and how a value in it is written.
-_UNITS = ((1e9, "billions", "G"), (1e6, "millions", "M"), (1e3, "thousands", "k"), (1.0, "each", ""))
+def _draw_point(axes: Axes, plot: _Plot, index: int, color: str, *, on_front: bool) -> None:
+    row, cost, gain = plot.rows[index], plot.costs[index], plot.gains[index]
+    bar = 1 if row.is_rejected else 2
+    axes.plot([cost.low, cost.high], [gain.value, gain.value], color=color, linewidth=bar, zorder=3)
+    axes.plot([cost.value, cost.value], [gain.low, gain.high], color=color, linewidth=bar, zorder=3)
+    axes.plot(
+        [cost.value],
+        [gain.value],
+        color=color,
+        marker="X" if row.is_rejected else _MARKERS.get(row.precision or "", "o"),
+        markersize=12 if row.is_rejected else 8 if row.precision == "int8" else 9,
+        markerfacecolor=color if row.is_rejected or on_front else PAPER,
+        markeredgecolor=PAPER if row.is_rejected else color,
+        markeredgewidth=bar,
+        zorder=4,
+    )
 
 
-def _costs(
-    rows: Sequence[Row], trade: dict[str, Any]
-) -> tuple[dict[int, tuple[float, float, float]], str, str]:
-    """Return what each point costs (value, low, high), the axis's name, and the unit."""
-    members = [index for group in trade["groups"] for index in group["rows"]]
-    key = trade["cost"]
-    if key == "latency":
-        return {index: _times(rows[index]) for index in members}, "median latency, ms", "ms"
-    most = max(rows[index][key] for index in members)
-    limit, words, unit = next(one for one in _UNITS if most >= one[0] or one[0] == 1)
-    sizes = {index: rows[index][key] / limit for index in members}
-    return {index: (size, size, size) for index, size in sizes.items()}, f"{SIZES[key]}, {words}", unit
+def _draw_untimed(axes: Axes, plot: _Plot) -> None:
+    gains = [plot.gains[index].value for index in plot.untimed]
+    for index, gain, shown in zip(plot.untimed, gains, spread(axes, gains, SMALL + 3), strict=True):
+        across = axes.get_yaxis_transform()
+        axes.plot([0.985, 1], [gain, gain], transform=across, color=MUTED, linewidth=2, zorder=3)
+        coordinates = ("axes fraction", "data")
+        beside(
+            axes,
+            plot.untimed_label(index),
+            (1, shown),
+            (5, 0),
+            xycoords=coordinates,
+            color=MUTED,
+            fontsize=SMALL,
+        )
 
 
-def _times(row: Row) -> tuple[float, float, float]:
-    middle = row["latency_ms"]["p50"]
-    low, high = row["latency_ms"]["ci95_p50"] or (middle, middle)
-    return middle, min(low, middle), max(high, middle)
-
-
-def _gains(row: Row, key: str) -> tuple[float, float, float]:
-    accuracy = gain_of(row, key)
-    assert accuracy is not None  # the trade-off's rows and the untimed ones have it
-    middle = accuracy["top1"]
-    low, high = accuracy["ci95"] or (middle, middle)
-    return middle, min(low, middle), max(high, middle)
-
-
-def _label_points(
-    axes: Axes,
-    rows: Sequence[Row],
-    trade: dict[str, Any],
-    members: list[tuple[int, int]],
-    costs: dict[int, tuple[float, float, float]],
-) -> None:
-    """Write each point's name beside it, at the first place where it touches no name, point, bar or front."""
-    key = trade["accuracy"]
-    to_pixels = axes.transData.transform
-    scale = 72.0 / axes.figure.dpi
-    box = axes.get_window_extent()
-    frame = (box.x0 * scale, box.y0 * scale, box.x1 * scale, box.y1 * scale)
-    taken: list[tuple[float, float, float, float]] = []
-    for _, index in members:
-        x, x_low, x_high = costs[index]
-        y, y_low, y_high = _gains(rows[index], key)
-        (left, bottom), (right, top) = to_pixels((x_low, y_low)) * scale, to_pixels((x_high, y_high)) * scale
-        center = to_pixels((x, y)) * scale
-        taken.append((left - 2, center[1] - 4, right + 2, center[1] + 4))
-        taken.append((center[0] - 5, bottom - 2, center[0] + 5, top + 2))
-    for front_of in trade["groups"]:
-        stairs: list[Any] = [
-            to_pixels((costs[index][0], _gains(rows[index], key)[0])) * scale for index in front_of["front"]
-        ]
-        ends = [*stairs[1:], *((frame[2], y) for _, y in stairs[-1:])]
-        for (x, y), (x_next, y_next) in zip(stairs, ends, strict=True):
-            taken.append((x, y - 1, x_next, y + 1))
-            taken.append((x_next - 1, y, x_next + 1, y_next))
-        for line in front_of.get("families", ()):
-            joints = [
-                to_pixels((costs[index][0], _gains(rows[index], key)[0])) * scale for index in line["rows"]
-            ]
-            for start, end in pairwise(joints):
-                for share in range(21):
-                    x, y = start + (end - start) * share / 20
-                    taken.append((x - 2, y - 2, x + 2, y + 2))
-    without = ("device", "threads", "batch") if len(trade["groups"]) > 1 else ()
-    spots = [(8.0, 10.0, "left"), (-8.0, 10.0, "right"), (8.0, -10.0, "left"), (-8.0, -10.0, "right")]
-    spots += [(10.0, 0.0, "left"), (-10.0, 0.0, "right"), (0.0, 14.0, "center"), (0.0, -14.0, "center")]
+def _spots() -> Iterator[tuple[float, float, str]]:
+    """Yield where a point's name may be, in points from it, the best first."""
+    for x, y in ((8.0, 10.0), (8.0, -10.0), (10.0, 0.0)):
+        yield x, y, "left"
+        yield -x, y, "right"
+    yield 0.0, 14.0, "center"
+    yield 0.0, -14.0, "center"
     for reach in (18.0, 30.0, 50.0, 75.0):
-        spots += [(x, y, ha) for y in (reach, -reach) for x, ha in ((10.0, "left"), (-10.0, "right"))]
-    for group, index in members:
-        text = shortened(row_label(rows[index], rows, without=without), 26)
-        point = (costs[index][0], _gains(rows[index], key)[0])
-        center = to_pixels(point) * scale
+        for y in (reach, -reach):
+            yield 10.0, y, "left"
+            yield -10.0, y, "right"
+
+
+def _label_points(axes: Axes, plot: _Plot) -> None:
+    """Write each point's name beside it, at the first place where it touches no name, point, bar or line."""
+    from matplotlib.transforms import Bbox
+
+    frame = axes.get_window_extent()
+    lines, names = _obstacles(axes, plot), list[Bbox]()
+    several = len(plot.trade.groups) > 1
+    for group, index in [(group, index) for group, one in enumerate(plot.trade.groups) for index in one.rows]:
+        without = ("device", "threads", "batch") if several else ()
+        text = shortened(row_label(plot.rows[index], plot.rows, without=without), 26)
+        x, y = axes.transData.transform(plot.place(index))
         wide, high = LETTER * SMALL * len(text), SMALL * 1.25
-        for spot in spots:
-            area = _area(center, spot, wide, high)
-            inside = (
-                area[0] >= frame[0] and area[2] <= frame[2] and area[1] >= frame[1] and area[3] <= frame[3]
-            )
-            if inside and not any(_overlap(area, other) for other in taken):
+        for right, up, align in _spots():
+            left = x + right - {"left": 0.0, "right": wide, "center": wide / 2}[align]
+            area = Bbox.from_bounds(left, y + up - high / 2, wide, high)
+            inside = frame.contains(*area.min) and frame.contains(*area.max)
+            on_line = any(line.intersects_bbox(area.padded(2), filled=False) for line in lines)
+            if inside and not on_line and not area.count_overlaps(names):
                 break
         else:
             continue  # no room: the table names it
-        taken.append(area)
-        color = SERIES[group % len(SERIES)] if len(trade["groups"]) > 1 else INK
-        far = abs(spot[1]) > 14
-        axes.annotate(
+        names.append(area)
+        color = plot.color(group) if several else INK
+        arrow: dict[str, Any] = {
+            "arrowstyle": "-",
+            "color": color,
+            "linewidth": 0.8,
+            "alpha": 0.6,
+            "shrinkB": 5,
+        }
+        beside(
+            axes,
             text,
-            point,
-            xytext=(spot[0], spot[1]),
-            textcoords="offset points",
-            ha=spot[2],
-            va="center",
+            plot.place(index),
+            (right, up),
+            ha=align,
             color=color,
             fontsize=SMALL,
-            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.8, "alpha": 0.6, "shrinkB": 5}
-            if far
-            else None,
+            arrowprops=arrow if abs(up) > 14 else None,
             zorder=5,
         )
 
 
-def _area(
-    center: Any, place: tuple[float, float, str], wide: float, high: float
-) -> tuple[float, float, float, float]:
-    left = center[0] + place[0] - {"left": 0.0, "right": wide, "center": wide / 2}[place[2]]
-    bottom = center[1] + place[1] - high / 2
-    return (left, bottom, left + wide, bottom + high)
+def _obstacles(axes: Axes, plot: _Plot) -> list[Path]:
+    """Return what a name may not cover: points, bars, fronts and families' lines, in pixels."""
+    from matplotlib.path import Path
 
+    def path(*points: tuple[float, float], reach: tuple[float, float] = (0, 0)) -> Path:
+        """Return a line through the data, longer at its ends by so much."""
+        pixels = axes.transData.transform(points)
+        pixels[0] -= reach
+        pixels[-1] += reach
+        return Path(pixels)
 
-def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+    paths = []
+    for index in plot.trade.members:
+        (x, left, right), (y, bottom, top) = plot.costs[index], plot.gains[index]
+        # A point has a width, also where its interval has none.
+        paths += [path((left, y), (right, y), reach=(4, 0)), path((x, bottom), (x, top), reach=(0, 4))]
+    for group in plot.trade.groups:
+        stairs = [plot.place(index) for index in group.front]
+        stairs += [(axes.get_xlim()[1], y) for _, y in stairs[-1:]]
+        paths += [
+            path((x, y), (x_next, y), (x_next, y_next)) for (x, y), (x_next, y_next) in pairwise(stairs)
+        ]
+        paths += [path(*(plot.place(index) for index in line.rows)) for line in group.families]
+    return paths

@@ -1,0 +1,228 @@
+"""Lay a report out as one HTML file that needs no network and no script, and as GitHub Markdown.
+
+The templates escape whatever is put into them: markupsafe for HTML, `_markdown` for Markdown.
+"""
+
+from __future__ import annotations
+
+import base64
+import itertools
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from edgecl.reports.content import Report, RunSummary
+from edgecl.reports.families import family_tables
+from edgecl.reports.figures.curves import panel_figure
+from edgecl.reports.figures.dots import comparison_figure, difference_figure
+from edgecl.reports.figures.drawing import BLUE, INK, MUTED, ORANGE, PURPLE
+from edgecl.reports.figures.scatter import scatter_figure
+from edgecl.reports.notation import MISSING
+from edgecl.reports.pareto import SIZES, TradeOff
+from edgecl.reports.precisions import joined
+from edgecl.reports.rows import Comparison, Row
+from edgecl.reports.tables import (
+    comparison_table,
+    mode_tables,
+    parity_table,
+    precision_table,
+    report_tables,
+)
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A drawing with its title and its caption."""
+
+    svg: Markup
+    caption: str
+    title: str = ""
+
+
+def page(report: Report, *, views: Mapping[str, bytes]) -> str:
+    """Return the report as HTML.
+
+    Args:
+        report: what it says.
+        views: name of a run -> its views.png.
+    """
+    env = _environment(label=_label, value=_value, with_whole_interval=_with_whole_interval)
+    env.tests["list_of_tables"] = _is_list_of_tables
+    assert env.loader is not None
+    return env.get_template("report.html.j2").render(
+        report=report,
+        style=Markup(env.loader.get_source(env, "page.css")[0]),
+        comparison_charts=[
+            list(_comparison_charts(one, f"compare{i}")) for i, one in enumerate(report.comparisons)
+        ],
+        scatters=list(_scatters(report)),
+        run_charts=[list(_run_charts(run, f"run{i}")) for i, run in enumerate(report.runs)],
+        views={name: base64.b64encode(png).decode("ascii") for name, png in views.items()},
+    )
+
+
+def markdown(report: Report) -> str:
+    """Return the report in GitHub Markdown: decision, tables, comparisons, warnings and commands."""
+    env = _environment(code=_code)
+    env.finalize = _markdown
+    return env.get_template("report.md.j2").render(report=report)
+
+
+def _environment(**filters: Callable[..., Any]) -> Environment:
+    env = Environment(
+        loader=PackageLoader("edgecl.reports"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    env.filters.update(filters)
+    tables = (report_tables, family_tables, precision_table, mode_tables, parity_table, comparison_table)
+    env.globals.update({table.__name__: table for table in tables})
+    return env
+
+
+def _comparison_charts(comparison: Comparison, prefix: str) -> Iterator[Chart]:
+    if svg := comparison_figure(comparison, prefix=prefix + "a"):
+        yield Chart(Markup(svg), "Mean and 95 % interval; each faint dot is one choice of labels.")
+    if svg := difference_figure(comparison, prefix=prefix + "d"):
+        yield Chart(
+            Markup(svg),
+            "Differences on the same labels, so that what all nets share cancels out; a hollow dot is not resolved: "
+            "its interval reaches zero.",
+        )
+
+
+def _scatters(report: Report) -> Iterator[Chart]:
+    if trade := report.trade_off:
+        svg = scatter_figure(report.rows, trade, families=report.families, prefix="scatter")
+        yield Chart(Markup(svg), _caption(trade, report.rows), "Accuracy against latency")
+    if trade := report.size_trade_off:
+        rows = [row.without_bundle() for row in report.rows]
+        svg = scatter_figure(rows, trade, families=report.families, prefix="size")
+        caption = joined(
+            _caption(trade, rows),
+            "Fewer than two of them have a latency that counts"
+            if any(row.is_timed for row in report.rows)
+            else "Nothing was timed",
+            by=" ",
+        )
+        caption += ": `edgecl export` and `edgecl bench` put latency in the place of this."
+        if trade.cost == "params":
+            caption += " `edgecl cost MODEL_DIR` counts MACs, which say more about speed than parameters do."
+        yield Chart(Markup(svg), caption, f"Accuracy against {SIZES[trade.cost]}")
+
+
+def _caption(trade: TradeOff, rows: list[Row]) -> str:
+    """Return how to read a scatter: its bars, shapes, colors and lines."""
+    parts = [
+        "Up and to the left is better. Bars are 95 % intervals; filled dots and the dashed line are the Pareto front."
+    ]
+    shown = [rows[index] for index in trade.members]
+    precisions = {row.precision for row in shown if not row.is_rejected}
+    if len(precisions) > 1:
+        shapes = {"fp32": "circles are fp32", "fp16": "squares fp16", "int8": "diamonds int8"}
+        parts.append(
+            f"{joined(*(words for key, words in shapes.items() if key in precisions)).capitalize()}."
+        )
+    if any(row.is_rejected for row in shown):
+        parts.append("A cross is a precision whose decision is rejected: it is on no front.")
+    front = {index for group in trade.groups for index in group.front}
+    if any(index not in front and not rows[index].is_rejected for index in trade.members):
+        parts.append("A hollow dot is beaten in both by another net.")
+    if len(trade.groups) > 1:
+        colors = itertools.cycle(("blue", "orange", "purple", "green"))
+        named = "; ".join(
+            f"{color}: {group.in_words}" for color, group in zip(colors, trade.groups, strict=False)
+        )
+        parts.append(f"One front for each way of timing ({named}).")
+    elif trade.cost == "latency":
+        parts.append(f"Timed on {trade.groups[0].in_words}.")
+    if trade.lines:
+        # The first family's line alone is solid.
+        solid = {line.family for line in trade.lines} == {0}
+        which = "A solid line joins" if solid else "The lines named above join"
+        parts.append(f"{which} the nets of one run, from the narrowest to the widest.")
+    return " ".join(parts)
+
+
+def _run_charts(run: RunSummary, prefix: str) -> Iterator[Chart]:
+    """Draw the panels of a run that have a curve."""
+    for place, panel in enumerate(run.panels):
+        others = itertools.cycle((PURPLE, ORANGE, BLUE, MUTED))
+        series = [
+            (
+                name,
+                _COLORS.get(key) or _COLORS.get(name) or (MUTED if "_at_" in key else next(others)),
+                run.curves[key],
+            )
+            for key, name in panel.lines.items()
+            if key in run.curves
+        ]
+        if series:
+            svg = panel_figure(
+                series, panel, x_range=(run.from_epoch, run.epochs), prefix=f"{prefix}p{place}"
+            )
+            yield Chart(Markup(svg), panel.unit, panel.title)
+
+
+_COLORS = {"loss": INK, "host": ORANGE, "slim": BLUE, "lr": MUTED, "images_per_s": MUTED}
+
+_UNITS = {"_per_s": "per s", "_mib": "MiB", "_ms": "ms", "_mj": "mJ", "_s": "s", "_w": "W"}
+
+
+def _label(key: str) -> str:
+    """Write a record's key for a reader: `duration_s` is "duration, s"."""
+    for ending, unit in _UNITS.items():
+        if key.endswith(ending):
+            return f"{key.removesuffix(ending).replace('_', ' ')}, {unit}"
+    return key.replace("_", " ").replace("top1", "top-1").replace("ci95", "95 % interval")
+
+
+def _value(value: Any) -> str:
+    if value is None:
+        return MISSING
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, list):
+        shown = ", ".join(_value(one) for one in value[:24])
+        return f"{shown}, … ({len(value):,} in all)" if len(value) > 24 else shown or "none"
+    if isinstance(value, dict):
+        return "; ".join(f"{key}: {_value(one)}" for key, one in value.items())
+    return str(value)
+
+
+def _is_list_of_tables(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(one, dict) for one in value)
+
+
+def _with_whole_interval(sentence: str) -> Markup:
+    """Keep a sentence's first interval on one line."""
+    return Markup(re.sub(r"\[[^\]]*\]", r'<span class="nowrap">\g<0></span>', str(escape(sentence)), count=1))
+
+
+_SIGNS = str.maketrans(
+    {sign: "\\" + sign for sign in "\\`*_#|~$"}
+    | {"<": "&lt;", ">": "&gt;", "&": "&amp;", "\n": " ", "\r": " "}
+)
+
+
+def _markdown(value: object) -> Markup:
+    """Escape text so that Markdown shows it as it is; brackets stay bare unless they would make a link."""
+    return value if isinstance(value, Markup) else Markup(str(value).translate(_SIGNS).replace("](", "]\\("))
+
+
+def _code(text: str) -> Markup:
+    """Write text as Markdown's code, in more backticks than it holds in a row."""
+    plain = " ".join(text.splitlines())
+    fence = "`"
+    while fence in plain:
+        fence += "`"
+    pad = " " if plain.startswith("`") or plain.endswith("`") else ""
+    return Markup(f"{fence}{pad}{plain}{pad}{fence}")
