@@ -289,7 +289,7 @@ def verify(
     Args:
         bundle: a bundle.
         precisions: which to run; None takes all in the bundle.
-        runtime: "ort", "openvino", "tensorrt" or "tensorrt_rtx"; None takes the one the bundle is made for.
+        runtime: a name of `edgecl ls runtimes`; None takes the one the bundle is made for.
         host: USER@BOARD[:PORT] to verify on, over ssh; None takes this machine.
         say: called with one line at a time on how far a board is.
 
@@ -323,7 +323,7 @@ def bench(
     Args:
         bundle: a bundle.
         precisions: which to measure, in turn in one session; None takes the bundle's default alone.
-        runtime: "ort", "openvino", "tensorrt", "tensorrt_rtx" or "trtexec"; None takes the one the bundle is made for.
+        runtime: a name of `edgecl ls runtimes`, or "trtexec"; None takes the one the bundle is made for.
         duration_s: seconds to sample each precision for, > 0.
         threads: how many to compute with, >= 1; None takes every core.
         power: read the board's power rails, where it has any.

@@ -50,7 +50,7 @@ def quick(monkeypatch, exported_bundle):
     )
     monkeypatch.setattr("edgecl.deploy.bench.bench", bench)
     # The net of another run is another net: this file is not about parity.
-    monkeypatch.setattr(edgecl.deploy.variants, "hold", lambda step, tolerance: None)
+    monkeypatch.setattr(edgecl.deploy.variants, "check_tolerance", lambda step, tolerance: None)
     monkeypatch.setattr(edgecl.deploy.export, "verify", verify)
     monkeypatch.setattr("edgecl.deploy.verify.verify", verify)
     # Nor about probing,

@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy
-import onnx
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from edgecl.data.loading import load_eval_images, normalize, split_holdout
 from edgecl.data.randomness import permutation
 from edgecl.data.sources import Split, has_test_split, open_source
 from edgecl.data.unreadable import say_skipped
-from edgecl.deploy.onnx import with_any_batch
-from edgecl.errors import DataError, DeviceError
+from edgecl.deploy.session import Run
+from edgecl.errors import DataError
 from edgecl.metrics.collapse import knn_correct
 from edgecl.metrics.intervals import proportion_interval
-from edgecl.onboard.errors import OnboardError
-from edgecl.onboard.runtimes.openvino import import_openvino
 
-Array = NDArray[numpy.float32]
-Run = Callable[[Array], Array]
 Metric = Literal["top1", "knn_top1", "mean_cosine"]
 
 METRICS: dict[Metric, str] = {
@@ -204,46 +198,3 @@ def _only_in(found: Sequence[str], own: Sequence[str]) -> str:
     parts = [f"'{more[0]}' and {len(more) - 1} more are not the net's"] if more else []
     parts += [f"'{fewer[0]}' and {len(fewer) - 1} more are missing"] if fewer else []
     return "; ".join(parts) or "in another order"
-
-
-def session_of(model: onnx.ModelProto, *, runtime: str, form: str = "fp32") -> Run:
-    """Return a function that runs a model on any batch, on one thread.
-
-    Args:
-        model: in any form.
-        runtime: 'openvino' runs it there; everything else on ONNX Runtime.
-        form: of the model. ONNX Runtime computes the forms for TensorRT as they are written, unoptimized: it would
-            quantize biases as well, which flips roundings, and saturate on x86-64 without VNNI.
-    """
-    data = with_any_batch(model).SerializeToString()
-    if runtime == "openvino":
-        return _openvino(data)
-    import onnxruntime
-
-    onnxruntime.set_default_logger_severity(3)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    if form.startswith("int8-trt"):
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-
-    def run(images: Array) -> Array:
-        return numpy.asarray(session.run(None, {name: images})[0])
-
-    return run
-
-
-def _openvino(data: bytes) -> Run:
-    try:
-        openvino = import_openvino()
-    except OnboardError as error:
-        raise DeviceError(error.problem, hint=error.hint) from error
-    core = openvino.Core()
-    settings = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32"}
-    compiled = core.compile_model(core.read_model(data), "CPU", settings)
-
-    def run(images: Array) -> Array:
-        return numpy.asarray(compiled(images)[0])
-
-    return run

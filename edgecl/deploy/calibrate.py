@@ -13,11 +13,11 @@ from typing import Literal, get_args
 
 import numpy
 import onnx
-import onnxruntime
 from numpy.typing import NDArray
 from onnx import shape_inference
 
 from edgecl.deploy.graph_index import clips_at_zero
+from edgecl.deploy.session import open_ort
 from edgecl.errors import DataError
 
 Method = Literal["minmax", "entropy", "percentile"]
@@ -108,14 +108,7 @@ class _Activations:
         opened.graph.output.extend(inner[name] for name in outputs)
         self._static = batch > 0
         self._batch = batch or _batch_that_fits([inner[name] for name in outputs], images=len(images))
-        options = onnxruntime.SessionOptions()
-        # One thread: the order of sums, and with it the last bits of a range, depends on nothing else then.
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-        options.log_severity_level = 3
-        self._session = onnxruntime.InferenceSession(
-            opened.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
+        self._session = open_ort(opened, optimization="BASIC")
 
     def _check_shape(self, value: onnx.ValueInfoProto) -> int:
         """Return the graph's batch, 0 where any is taken."""

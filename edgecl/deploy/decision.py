@@ -11,7 +11,8 @@ import onnx
 from numpy.typing import NDArray
 
 from edgecl.config.target import Quantization
-from edgecl.deploy.accuracy import METRICS, Evaluator, Outputs, Run, cosines
+from edgecl.deploy.accuracy import METRICS, Evaluator, Outputs, cosines
+from edgecl.deploy.session import Run
 
 Array = NDArray[numpy.float32]
 Quantize = Callable[[Collection[str]], onnx.ModelProto]

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from edgecl.deploy.graph import Names, name_nodes, opset_of, with_shapes
+from edgecl.deploy.session import open_ort
 from edgecl.errors import ShapeError
 
 # Images at a time where any batch is taken; all intermediate tensors of a batch are in memory at once.
@@ -76,8 +77,6 @@ def largest_magnitudes(model: onnx.ModelProto, images: NDArray[np.float32]) -> d
         name of each float32 tensor, input and outputs included -> largest magnitude over the images, inf where a
         value is not finite.
     """
-    import onnxruntime
-
     graph = model.graph
     watched = onnx.ModelProto()
     watched.CopyFrom(model)
@@ -87,13 +86,8 @@ def largest_magnitudes(model: onnx.ModelProto, images: NDArray[np.float32]) -> d
         for value in graph.value_info
         if value.type.tensor_type.elem_type == TensorProto.FLOAT and value.name not in outputs
     )
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
     # Optimized graphs lack the tensors that were fused away, and TensorRT may compute them all.
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(
-        watched.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    session = open_ort(watched, optimization="NONE")
     names = [value.name for value in watched.graph.output]
     peaks = dict.fromkeys(names, 0.0)
     for batch in _batches(images, graph.input[0].type.tensor_type.shape.dim[0].dim_value):

@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edgecl.config.target import Target
-from edgecl.deploy.accuracy import Evaluator, Run, cosines, session_of
+from edgecl.deploy.accuracy import Evaluator, cosines
 from edgecl.deploy.calibrate import calibrate_all
 from edgecl.deploy.decision import Say, search_int8, unevaluated
 from edgecl.deploy.graph_index import quantizable
 from edgecl.deploy.quantize import quantize
+from edgecl.deploy.session import Run, session_of
 
 Array = NDArray[numpy.float32]
 

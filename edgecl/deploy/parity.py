@@ -1,4 +1,4 @@
-"""The parity report: slim view, torch, ONNX in each precision, each check held to the one it was made from."""
+"""The parity report: slim view, torch, ONNX in each precision, each compared with the one it was made from."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.func import functional_call
 from edgecl.config.recipe import recipe_from_tables
 from edgecl.config.target import Tolerance
 from edgecl.deploy.accuracy import cosines
-from edgecl.deploy.onnx import with_any_batch
+from edgecl.deploy.session import open_ort, with_any_batch
 from edgecl.errors import ArtifactError, ParityError
 from edgecl.nets.carving import create_slimmable
 from edgecl.nets.folding import fold_batch_norm
@@ -60,7 +60,7 @@ def check_parity(source: str, form: str, found: Array, expected: Array) -> dict[
 
 
 def breaches(step: dict[str, Any], tolerance: Tolerance) -> list[str]:
-    """Say in which ways a check leaves a tolerance; NaN leaves every one."""
+    """Return in which ways a check leaves a tolerance; NaN leaves every one."""
     difference, agreement = step["max_relative_difference"], step["top1_agreement"]
     problems = []
     if not difference <= tolerance.max_relative_difference:
@@ -78,7 +78,7 @@ def breaches(step: dict[str, Any], tolerance: Tolerance) -> list[str]:
     return problems
 
 
-def hold(step: dict[str, Any], tolerance: Tolerance) -> None:
+def check_tolerance(step: dict[str, Any], tolerance: Tolerance) -> None:
     """Refuse a check outside its tolerance.
 
     Raises:
@@ -141,14 +141,11 @@ def onnx_layers(model: onnx.ModelProto, images: Array, *, names: list[str]) -> L
         images: (N, 3, H, W).
         names: of the layers in the order they run; where their number differs, ONNX's own names are used.
     """
-    import onnxruntime
-
     shown = with_any_batch(model)
     tensors = [node.output[0] for node in model.graph.node if node.op_type in ("Conv", "Gemm", "MatMul")]
     outputs = {value.name for value in shown.graph.output}
     shown.graph.output.extend(onnx.ValueInfoProto(name=name) for name in tensors if name not in outputs)
-    onnxruntime.set_default_logger_severity(3)
-    session = onnxruntime.InferenceSession(shown.SerializeToString(), providers=["CPUExecutionProvider"])
+    session = open_ort(shown, optimization="ALL")
     values = session.run(tensors, {session.get_inputs()[0].name: images})
     if len(names) != len(tensors):
         names = tensors

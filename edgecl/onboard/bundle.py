@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import mmap
 import os
 import re
 import stat
@@ -24,7 +25,8 @@ TRTEXEC = "trtexec.sh"
 # What the device code reads from a manifest, and from each of its precisions.
 _KEYS = ("runtime", "precision", "precisions", "input", "output", "files")
 _PRECISION_KEYS = ("model", "form", "tolerance")
-_PRECISIONS = ("fp32", "fp16", "int8")
+PRECISIONS = ("fp32", "fp16", "int8")
+"""From the widest to the narrowest."""
 # A manifest of edgecl nests a dozen deep; reading one may not depend on how much of Python's stack is left.
 _DEEPEST = 50
 # Far above what edgecl writes, far below what fills a machine: the manifest; an ONNX file, which protocol buffers
@@ -32,6 +34,11 @@ _DEEPEST = 50
 _MANIFEST_BYTES = 16 << 20
 _FILE_BYTES = 1 << 31
 ARRAY_BYTES = 1 << 30
+# How an ONNX file begins: the field `ir_version`.
+_ONNX_BEGINS = b"\x08"
+# A tensor with data in another file names it in an entry of the key "location". In the file the key follows its length, 8,
+# which protocol buffers also read with superfluous bytes.
+_LOCATION = re.compile(b"(\x08|\x88[\x80-\xff]*[\x00-\x7f])location")
 # What a file system takes.
 _NAME_BYTES = 255
 
@@ -241,8 +248,8 @@ def _check_manifest(path: Path, manifest: Dict[str, Any]) -> None:
             expect(
                 "precisions",
                 name,
-                lambda found: found in _PRECISIONS,
-                "names out of " + ", ".join(_PRECISIONS),
+                lambda found: found in PRECISIONS,
+                "names out of " + ", ".join(PRECISIONS),
             )
             expect("precisions.%s" % name, about, _is_object, "an object")
             missing += ["%s of %s" % (key, name) for key in _PRECISION_KEYS if key not in about]
@@ -377,17 +384,19 @@ def _shown(found: Any) -> str:
 
 
 def check_files(bundle: Union[str, Path], manifest: Dict[str, Any]) -> None:
-    """Hold the manifest to its own hash, and every other file of a bundle to the hash in the manifest.
+    """Check the manifest against its own hash, every other file against the hash in the manifest, and the ONNX files.
 
     Raises:
-        BundleError: a file is missing or changed, lies outside the bundle, is a link or no plain file, or has no hash.
+        BundleError: a file is missing or changed, lies outside the bundle, is a link or no plain file, or
+            has no hash; or an ONNX file that is none, or reads other files.
     """
     if manifest.get("sha256") != digest_of_record(manifest):
         raise BundleError(
             "'%s' does not match the hash of its own content" % MANIFEST,
             "the file changed after export; export the bundle again",
         )
-    for name in [about["model"] for about in manifest["precisions"].values()] + [REFERENCE]:
+    models = [about["model"] for about in manifest["precisions"].values()]
+    for name in [*models, REFERENCE]:
         if name not in manifest["files"]:
             raise BundleError("the manifest holds no hash for '%s'" % name, "export the bundle again")
     for name, expected in sorted(manifest["files"].items()):
@@ -407,3 +416,24 @@ def check_files(bundle: Union[str, Path], manifest: Dict[str, Any]) -> None:
                 % (name, expected[:12], found[:12]),
                 "the file changed after export; export the bundle again",
             )
+    for name in models:
+        if name.endswith(".onnx"):
+            check_self_contained(Path(bundle) / name)
+
+
+def check_self_contained(path: Path) -> None:
+    """Refuse an ONNX file that may read weights from another file, which no hash of the bundle covers.
+
+    Raises:
+        BundleError: it may, or is no ONNX file.
+    """
+    with path.open("rb") as file:
+        if file.read(1) != _ONNX_BEGINS:
+            raise BundleError("'%s' is no ONNX file" % path.name, "export the bundle again")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            outside = _LOCATION.search(content)
+    if outside:
+        raise BundleError(
+            "'%s' keeps weights in another file, or calls a tensor 'location'" % path.name,
+            "do not run this bundle; export it again: edgecl writes the weights into the file",
+        )

@@ -7,6 +7,8 @@ from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
+from .runtime import Report
+
 MIN_SAMPLES = 1024
 """At least so many samples, as in MLPerf's single-stream scenario."""
 
@@ -44,7 +46,6 @@ REPORT_EVERY_S = 1.0
 RunOnce = Callable[[], Optional[float]]
 """One inference, returning when it is done: seconds as the device measured them, or None to time the call."""
 Timer = Callable[[], float]
-Report = Callable[[str], None]
 
 
 class Block(NamedTuple):

@@ -1,7 +1,7 @@
 """Hold a bundle to its hashes and its reference outputs."""
 
 from pathlib import Path
-from typing import Any, Callable, Dict, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
@@ -9,7 +9,8 @@ from .bundle import check_files, choose_precision, read_manifest
 from .device_info import available_cores
 from .errors import DisagreementError
 from .reference import read_reference
-from .runtimes import Session, open_session
+from .runtime import Report, Session
+from .runtimes import open_session
 
 
 def verify(
@@ -17,7 +18,7 @@ def verify(
     *,
     precisions: Optional[Sequence[str]] = None,
     runtime: Optional[str] = None,
-    report: Optional[Callable[[str], None]] = None,
+    report: Optional[Report] = None,
 ) -> Dict[str, Any]:
     """Check every file's hash, then run the reference images in each precision and compare with torch's outputs.
 

@@ -227,7 +227,7 @@ def test_verify_bench_and_report_never_load_torch(tmp_path, exported_bundle):
 # --- what --json prints ---
 
 
-@pytest.mark.parametrize("shelf", ["recipes", "targets", "nets", "datasets"])
+@pytest.mark.parametrize("shelf", ["recipes", "targets", "runtimes", "nets", "datasets"])
 def test_ls_of_a_shelf_is_a_list_of_names_and_summaries(edgecl, shelf):
     code, out, err = edgecl("ls", shelf, "--json")
     entries = one_json(out)
@@ -239,7 +239,8 @@ def test_ls_of_a_shelf_is_a_list_of_names_and_summaries(edgecl, shelf):
 def test_ls_without_a_shelf_is_all_of_them(edgecl):
     everything = one_json(edgecl("ls", "--json")[1])
     shelves = [
-        one_json(edgecl("ls", shelf, "--json")[1]) for shelf in ("recipes", "targets", "nets", "datasets")
+        one_json(edgecl("ls", shelf, "--json")[1])
+        for shelf in ("recipes", "targets", "runtimes", "nets", "datasets")
     ]
     assert everything == [entry for shelf in shelves for entry in shelf]
 
@@ -406,7 +407,9 @@ def test_sealed_manifest_of_another_form_is_a_named_error(edgecl, tmp_path, verb
 def test_verify_does_not_offer_trtexec_which_gives_no_outputs(edgecl, tmp_path):
     code, _, err = edgecl("verify", tmp_path, "--runtime", "trtexec")
     assert code == 2
-    assert "'trtexec' is not one of 'ort', 'openvino', 'tensorrt', 'tensorrt_rtx'" in " ".join(err.split())
+    assert "'trtexec' is not one of ort, onnxruntime, openvino, tensorrt, tensorrt_rtx" in " ".join(
+        err.split()
+    )
 
 
 def test_doctor_says_each_check_once(edgecl_process):

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from edgecl.config.target import Graph
-from edgecl.deploy.accuracy import Evaluator, Outputs, cosines, open_evaluator, session_of
+from edgecl.deploy.accuracy import Evaluator, Outputs, cosines, open_evaluator
 from edgecl.deploy.onnx import onnx_from_net
+from edgecl.deploy.session import session_of
 from edgecl.errors import DataError
 from edgecl.nets.carving import load_model
 

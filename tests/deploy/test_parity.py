@@ -16,8 +16,8 @@ from edgecl.deploy.onnx import onnx_from_net
 from edgecl.deploy.parity import (
     breaches,
     check_parity,
+    check_tolerance,
     first_outside,
-    hold,
     onnx_layers,
     slim_view_check,
     torch_layers,
@@ -38,7 +38,7 @@ def test_equal_outputs_have_no_difference():
     assert step["max_abs_difference"] == step["mean_abs_difference"] == step["max_relative_difference"] == 0
     assert step["top1_agreement"] == 1
     assert step["mean_cosine"] == pytest.approx(1)
-    hold(step, STRICT)
+    check_tolerance(step, STRICT)
 
 
 def test_numbers_of_a_check_are_those_of_their_definitions():
@@ -58,7 +58,7 @@ def test_check_outside_its_tolerance_is_refused_with_numbers_and_layer():
     step = check_parity("carved torch net", "ONNX fp32", EXPECTED + 0.01, EXPECTED)
     step["first_diverging_layer"] = "blocks.1.conv_pw"
     with pytest.raises(ParityError) as caught:
-        hold(step, STRICT)
+        check_tolerance(step, STRICT)
     assert caught.value.problem.startswith(
         "ONNX fp32 disagrees with carved torch net on 10 images: the largest relative difference is 0.0"
     )

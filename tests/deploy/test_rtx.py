@@ -24,7 +24,7 @@ from edgecl.errors import DeviceError
 from edgecl.nets.catalogue import NETS
 from edgecl.onboard.cudart import Gpu
 from edgecl.onboard.errors import DeviceError as OnboardDeviceError
-from edgecl.onboard.runtimes.tensorrt import TensorrtSession
+from edgecl.onboard.tensorrt_session import TensorrtSession
 
 SIDE = 64
 BUILD = Build(compute_capabilities=("SM86", "SM89", "SM120"))

@@ -322,7 +322,7 @@ def test_no_value_of_another_kind_anywhere_in_a_manifest_leads_to_anything_but_a
     """Runtimes apart: these see what passed the checks, which is tried with a session that computes nothing."""
     bundle = make_bundle(tmp_path / "bundle", precisions=precisions)
     monkeypatch.setattr("edgecl.onboard.verify.open_session", lambda *_, **__: Nothing())
-    monkeypatch.setattr("edgecl.onboard.doctor.probe", lambda module: {"version": "1.0", "file": module})
+    monkeypatch.setattr("edgecl.onboard.doctor.probe", lambda module, hidden: {"version": "1.0", "file": module})
     whole = read_manifest(bundle)
     names = {
         "target": {
