@@ -163,7 +163,7 @@ def _marks_of_conditions(
         marks.append("busy: a load of %.1f on %d cores before the run" % (load, cores))
     if threads > cores and runtime != TRTEXEC:
         marks.append("%d threads on %d cores" % (threads, cores))
-    versions = (manifest.get("target") or {}).get("versions", "")
+    versions = (manifest.get("target") or {}).get("versions") or ""
     version = device["versions"].get(runtime)
     if version and runtime == manifest["runtime"] and not version_fits(version, versions):
         marks.append("%s %s, and the target is for %s" % (runtime, version, versions))

@@ -91,7 +91,7 @@ def _evaluator(
         agreement, required = numbers["top1_agreement"], tolerance["top1_agreement"]
         if not agreement >= required:
             problems.append("has a top-1 agreement of %.4g, required is %.4g" % (agreement, required))
-        cosine, least = numbers["mean_cosine"], tolerance.get("mean_cosine", 0.0)
+        cosine, least = numbers["mean_cosine"], tolerance.get("mean_cosine") or 0.0
         if not cosine >= least:
             problems.append("has a mean cosine similarity of %.4g, required is %.4g" % (cosine, least))
     numbers.update(ok=not problems, tolerance=tolerance)
