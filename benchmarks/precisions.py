@@ -12,7 +12,7 @@ import argparse
 import json
 from pathlib import Path
 
-from edgecl.deploy.bench import bench
+from edgecl.deploy.device import bench
 from edgecl.deploy.export import export
 from edgecl.evaluate.finetune import finetune
 from edgecl.storage.artifacts import Bundle, ModelDir

@@ -302,7 +302,7 @@ def verify(
         ParityError: outputs further from torch's than the bundle allows.
         DeviceError: the runtime is not installed or cannot load the net, or the board cannot be reached.
     """
-    from edgecl.deploy.verify import verify as verify_bundle
+    from edgecl.deploy.device import verify as verify_bundle
 
     return verify_bundle(Path(bundle), precisions=precisions, runtime=runtime, host=host, report=say)
 
@@ -337,7 +337,7 @@ def bench(
         ArtifactError: not a bundle, it lacks a precision, or a file is missing or changed.
         DeviceError: the runtime is not installed or cannot load the net, or the board cannot be reached.
     """
-    from edgecl.deploy.bench import bench as bench_bundle
+    from edgecl.deploy.device import bench as bench_bundle
 
     return bench_bundle(
         Path(bundle),

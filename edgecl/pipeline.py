@@ -378,9 +378,8 @@ def _export(
     say: Callable[[str], None],
 ) -> list[Path]:
     """Export, verify, and measure where this machine has the target's runtime; a board's it measures later."""
-    from edgecl.deploy.bench import bench
+    from edgecl.deploy.device import bench, verify
     from edgecl.deploy.export import export, runs_here
-    from edgecl.deploy.verify import verify
 
     here = runs_here(read_target(target))
     manifest = export(

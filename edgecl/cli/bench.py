@@ -44,7 +44,7 @@ def bench_command(
 ) -> None:
     """Measure a bundle's latency, and its energy where a board tells, on this machine or on a board."""
     from edgecl.cli.output import print_json, status_line
-    from edgecl.deploy.bench import bench
+    from edgecl.deploy.device import bench
 
     precisions = split_precisions(precision)
     with status_line() as report:

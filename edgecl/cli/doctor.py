@@ -24,7 +24,7 @@ def doctor_command(
 ) -> None:
     """Say what would fail on this machine or on a board before it does, and how to mend it."""
     from edgecl.cli.output import print_json, print_line, status_line
-    from edgecl.deploy.doctor import doctor
+    from edgecl.deploy.device import doctor
 
     if bundle is not None and target is not None:
         raise typer.BadParameter("give BUNDLE, which has its own target, or --target", param_hint="--target")

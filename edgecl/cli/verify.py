@@ -18,7 +18,7 @@ def verify_command(
 ) -> None:
     """Check a bundle, here or on a board: every file's hash, and the reference outputs in every precision."""
     from edgecl.cli.output import print_json, print_rows, status_line
-    from edgecl.deploy.verify import verify
+    from edgecl.deploy.device import verify
 
     precisions = split_precisions(precision)
     with status_line() as report:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy
 import torch
@@ -18,10 +18,11 @@ from edgecl.deploy.session import Run
 from edgecl.errors import DataError
 from edgecl.metrics.collapse import knn_correct
 from edgecl.metrics.intervals import proportion_interval
+from edgecl.storage.records import Accuracy, ModelRecord, Preprocessing
 
 Metric = Literal["top1", "knn_top1", "mean_cosine"]
 
-METRICS: dict[Metric, str] = {
+METRICS: dict[str | None, str] = {
     "top1": "top-1",
     "knn_top1": "kNN top-1",
     "mean_cosine": "mean cosine similarity with fp32",
@@ -68,7 +69,7 @@ class Evaluator:
     labels: Tensor | None
     bank: Tensor | None
     bank_labels: Tensor | None
-    preprocessing: dict[str, Any]
+    preprocessing: Preprocessing
     data: str
 
     def __len__(self) -> int:
@@ -97,7 +98,7 @@ class Evaluator:
         return self._run(run, self.images)
 
     def _run(self, run: Run, images: Tensor) -> Tensor:
-        mean, std = self.preprocessing["mean"], self.preprocessing["std"]
+        mean, std = self.preprocessing.mean, self.preprocessing.std
         parts = [run(normalize(part, mean, std).numpy()) for part in images.split(BATCH)]
         return torch.from_numpy(numpy.concatenate(parts))
 
@@ -114,19 +115,19 @@ class Evaluator:
             correct = knn_correct(outputs.bank, self.bank_labels, outputs.queries, self.labels)
         return 100 * correct.double()
 
-    def accuracy(self, outputs: Outputs, fp32: Outputs) -> dict[str, Any]:
-        """Return what a manifest says about the accuracy of one precision."""
+    def accuracy(self, outputs: Outputs, fp32: Outputs) -> Accuracy:
+        """Return the accuracy of one precision."""
         scores = self.scores(outputs, fp32)
         value = float(scores.mean())
         interval = None if self.metric == "mean_cosine" else list(proportion_interval(value, len(scores)))
-        return {
-            "metric": self.metric,
-            "value": value,
-            "ci95": interval,
-            "n": len(scores),
-            "data": self.data,
-            "mean_cosine": float(cosines(outputs.queries, fp32.queries).mean()),
-        }
+        return Accuracy(
+            metric=self.metric,
+            value=value,
+            ci95=interval,
+            n=len(scores),
+            data=self.data,
+            mean_cosine=float(cosines(outputs.queries, fp32.queries).mean()),
+        )
 
 
 def cosines(found: Tensor, expected: Tensor) -> Tensor:
@@ -137,11 +138,11 @@ def cosines(found: Tensor, expected: Tensor) -> Tensor:
 
 
 def open_evaluator(
-    record: dict[str, Any],
+    record: ModelRecord,
     *,
     uri: str | None,
     fallback: str,
-    preprocessing: dict[str, Any],
+    preprocessing: Preprocessing,
     download: bool = False,
 ) -> Evaluator:
     """Gather the images on which precisions are evaluated.
@@ -160,7 +161,7 @@ def open_evaluator(
     named = uri or fallback
     split: Split = "test" if has_test_split(named) else "train"
     source = open_source(named, split=split, download=download)
-    classes = record["classes"]
+    classes = record.classes
     usable = source.labels is not None and (classes is None or list(source.classes or ()) == list(classes))
     if uri and not usable:
         raise DataError(
@@ -174,8 +175,8 @@ def open_evaluator(
         source = source.take(split_holdout(source.labels, HOLDOUT, seed=0)[1])
     loaded = load_eval_images(
         source,
-        resize_size=preprocessing["resize_size"],
-        image_size=preprocessing["image_size"],
+        resize_size=preprocessing.resize_size,
+        image_size=preprocessing.image_size,
         max_bad_fraction=MAX_BAD_FRACTION,
         limit=MOST_IMAGES if usable else MOST_UNLABELLED,
     )

@@ -21,6 +21,7 @@ from edgecl.data.unreadable import say_skipped
 from edgecl.deploy import extras
 from edgecl.deploy.accuracy import HOLDOUT, MAX_BAD_FRACTION, Evaluator, open_evaluator
 from edgecl.deploy.decision import conclude
+from edgecl.deploy.device import verify
 from edgecl.deploy.graph import opset_of
 from edgecl.deploy.onboard_zip import write_onboard
 from edgecl.deploy.onnx import INPUT, OUTPUT, save_onnx
@@ -37,7 +38,6 @@ from edgecl.deploy.variants import (
     make_variants,
     torch_outputs,
 )
-from edgecl.deploy.verify import verify
 from edgecl.errors import DataError, ParityError
 from edgecl.nets.carving import load_model
 from edgecl.onboard.bundle import onnx_name, sha256_of_file

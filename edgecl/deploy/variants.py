@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import numpy
 import onnx
@@ -30,6 +29,7 @@ from edgecl.deploy.parity import (
 )
 from edgecl.deploy.session import session_of
 from edgecl.nets.fake_quant import without_fake_quant
+from edgecl.storage.records import Accuracy, Decision, Json, ModelRecord, ParityCheck, Preprocessing
 
 Array = NDArray[numpy.float32]
 
@@ -54,23 +54,23 @@ class Source:
     """
 
     net: nn.Module
-    record: Mapping[str, Any]
+    record: ModelRecord
     images: Tensor
     labels: Tensor | None
     target: Target
-    preprocessing: Mapping[str, Any]
+    preprocessing: Preprocessing
     evaluator: Evaluator | None
     say: Callable[[str], None]
 
     @cached_property
     def plain(self) -> nn.Module:
         """The net without fake quantization."""
-        return without_fake_quant(self.net) if self.record.get("quantization") else self.net
+        return without_fake_quant(self.net) if self.record.quantization else self.net
 
     @property
     def features(self) -> bool:
         """Whether the net has no classifier."""
-        return self.record["classes"] is None
+        return self.record.classes is None
 
     def tolerance(self, precision: Precision) -> Tolerance:
         """Return the tolerance of a precision."""
@@ -78,7 +78,7 @@ class Source:
 
     def graph_of(self, net: nn.Module) -> onnx.ModelProto:
         """Export the net, or the net without fake quantization."""
-        metadata = {**self.preprocessing, "classes": self.record["classes"], "arch": self.record["arch"]}
+        metadata = {**self.preprocessing.to_json(), "classes": self.record.classes, "arch": self.record.arch}
         shape = (3, self.images.shape[2], self.images.shape[3])
         return onnx_from_net(net, graph=self.target.graph, shape=shape, metadata=metadata)
 
@@ -96,6 +96,7 @@ class Variant:
         model: as ONNX.
         form: the manifest's name for it, such as 'int8-trt'.
         about: more for the manifest.
+        earlier: checks of the parity report before this variant's own.
         parity: its check of the parity report.
         accuracy: on the evaluator's images, or None without an evaluator.
         decision: of INT8.
@@ -103,10 +104,11 @@ class Variant:
 
     model: onnx.ModelProto
     form: str
-    about: dict[str, Any] = field(default_factory=dict)
-    parity: dict[str, Any] = field(default_factory=dict)
-    accuracy: dict[str, Any] | None = None
-    decision: dict[str, Any] | None = None
+    about: Json = field(default_factory=dict)
+    earlier: list[ParityCheck] = field(default_factory=list)
+    parity: ParityCheck | None = None
+    accuracy: Accuracy | None = None
+    decision: Decision | None = None
 
 
 Variants = dict[Precision, Variant]
@@ -130,17 +132,12 @@ def make_variants(source: Source) -> Variants:
         model, about = half(fp32, images=source.images[:PARITY_IMAGES].numpy())
         variants["fp16"] = Variant(model, "fp16", about)
     if "int8" in target.precisions:
-        trained = bool(source.record.get("quantization"))
-        if trained and target.graph.int8 != "int8-cpu":
-            model, decision = _trained_int8(source, fp32)
-        else:
-            model, decision = _calibrated_int8(source, fp32)
-        decision["trained_for_int8"] = trained
-        variants["int8"] = Variant(model, target.graph.int8, decision=decision)
+        trained = source.record.quantization is not None and target.graph.int8 != "int8-cpu"
+        variants["int8"] = (_trained_int8 if trained else _calibrated_int8)(source, fp32)
     return variants
 
 
-def _trained_int8(source: Source, fp32: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, Any]]:
+def _trained_int8(source: Source, fp32: onnx.ModelProto) -> Variant:
     source.say("INT8: exporting the scales it was trained with")
     model = source.graph_of(source.net)
     trained = check_parity(
@@ -159,14 +156,14 @@ def _trained_int8(source: Source, fp32: onnx.ModelProto) -> tuple[onnx.ModelProt
         features=source.features,
         say=source.say,
     )
-    return model, {**decision, "trained_parity": trained}
+    return Variant(model, source.target.graph.int8, earlier=[trained], decision=decision)
 
 
-def _calibrated_int8(source: Source, fp32: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, Any]]:
+def _calibrated_int8(source: Source, fp32: onnx.ModelProto) -> Variant:
     settings = source.target.quantization
     count = min(settings.calibration_images, len(source.images) // 2)
     holdout = slice(count, count + settings.holdout_images)
-    return make_int8(
+    model, decision = make_int8(
         fp32,
         target=source.target,
         calibration=source.images[:count].numpy(),
@@ -176,9 +173,11 @@ def _calibrated_int8(source: Source, fp32: onnx.ModelProto) -> tuple[onnx.ModelP
         features=source.features,
         say=source.say,
     )
+    decision.trained_for_int8 = source.record.quantization is not None
+    return Variant(model, source.target.graph.int8, decision=decision)
 
 
-def check_variants(variants: Variants, source: Source) -> list[dict[str, Any]]:
+def check_variants(variants: Variants, source: Source) -> list[ParityCheck]:
     """Compare fp32 with torch, and every other variant with fp32.
 
     Returns:
@@ -197,13 +196,12 @@ def check_variants(variants: Variants, source: Source) -> list[dict[str, Any]]:
         outputs,
         torch_outputs(source.plain, source.images[:PARITY_IMAGES]),
     )
-    step["first_diverging_layer"] = first_outside(layers, in_torch, source.tolerance("fp32"))
+    step.first_diverging_layer = first_outside(layers, in_torch, source.tolerance("fp32"))
     check_tolerance(step, source.tolerance("fp32"))
     variants["fp32"].parity = step
     steps = [step]
     for precision, variant in variants.items():
-        if variant.decision and "trained_parity" in variant.decision:
-            steps.append(variant.decision.pop("trained_parity"))
+        steps += variant.earlier
         if precision != "fp32":
             steps.append(_check_variant(variant, precision, source, outputs, layers))
     return steps
@@ -211,12 +209,12 @@ def check_variants(variants: Variants, source: Source) -> list[dict[str, Any]]:
 
 def _check_variant(
     variant: Variant, precision: Precision, source: Source, fp32_outputs: Array, fp32_layers: Layers
-) -> dict[str, Any]:
+) -> ParityCheck:
     tolerance, few = source.tolerance(precision), source.images[:LAYER_IMAGES].numpy()
     outputs = source.outputs(variant.model, variant.form)
     step = check_parity("ONNX fp32", f"ONNX {precision}", outputs, fp32_outputs)
     found = onnx_layers(variant.model, few, names=list(fp32_layers))
-    step["first_diverging_layer"] = first_outside(found, fp32_layers, tolerance)
+    step.first_diverging_layer = first_outside(found, fp32_layers, tolerance)
     variant.parity = step
     if variant.decision is None:
         check_tolerance(step, tolerance)
@@ -224,11 +222,11 @@ def _check_variant(
     # A net that does not survive INT8 is no wrong graph: the decision says so, and the file stays here. It counts as
     # outside on all images, or on those by which a device is verified.
     reference = check_parity(
-        step["from"], step["to"], outputs[:REFERENCE_IMAGES], fp32_outputs[:REFERENCE_IMAGES]
+        step.source, step.variant, outputs[:REFERENCE_IMAGES], fp32_outputs[:REFERENCE_IMAGES]
     )
     problems = breaches(step, tolerance) or breaches(reference, tolerance)
     if problems:
-        variant.decision.update(kept=False, outside_tolerance=problems)
+        variant.decision = variant.decision.model_copy(update={"kept": False, "outside_tolerance": problems})
     return step
 
 

@@ -487,7 +487,7 @@ def test_interrupted_training_says_how_to_go_on_and_nothing_else_does(
         signal.raise_signal(number)
 
     monkeypatch.setattr("edgecl.config.recipe.read_recipe", interrupted)
-    monkeypatch.setattr("edgecl.deploy.bench.bench", interrupted)
+    monkeypatch.setattr("edgecl.deploy.device.bench", interrupted)
     code, _, err = edgecl(verb, "x")
     assert code == status
     hint = "; --resume goes on from what was saved, if anything was" if verb != "bench" else ""

@@ -10,10 +10,10 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-import edgecl.deploy.bench
+import edgecl.deploy.device
 import edgecl.deploy.process
 from edgecl.cli.bench import bench_command
-from edgecl.deploy.bench import bench
+from edgecl.deploy.device import bench
 from edgecl.errors import ArtifactError, DeviceError
 from edgecl.onboard.bundle import sha256_of_file, slug
 
@@ -201,7 +201,7 @@ def run_command(monkeypatch, record, *arguments):
         settings["report"]("measuring: 1 s")
         return record
 
-    monkeypatch.setattr(edgecl.deploy.bench, "bench", fake)
+    monkeypatch.setattr(edgecl.deploy.device, "bench", fake)
     app = typer.Typer()
     app.command()(bench_command)
     return CliRunner().invoke(app, [str(argument) for argument in arguments]), asked
@@ -227,7 +227,7 @@ def test_another_power_mode_is_another_file(measured, tmp_path, monkeypatch):
     for mode in ("15W", "MAXN"):
         device = {**measured[1]["device"], "name": "Jetson Orin Nano", "power_mode": {"id": 0, "name": mode}}
         record = {**measured[1], "device": device}
-        monkeypatch.setattr("edgecl.deploy.bench.run_here", lambda verb, record=record, **options: record)
+        monkeypatch.setattr("edgecl.deploy.device.run_here", lambda verb, record=record, **options: record)
         before = set(bundle.glob("bench-*.json"))
         bench(bundle)
         names |= {path.name.split("-onnxruntime")[0] for path in set(bundle.glob("bench-*.json")) - before}

@@ -7,9 +7,9 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-import edgecl.deploy.doctor
+import edgecl.deploy.device
 from edgecl.cli.doctor import doctor_command
-from edgecl.deploy.doctor import doctor
+from edgecl.deploy.device import doctor
 from edgecl.errors import ArtifactError, DeviceError, TargetError
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -74,7 +74,7 @@ def test_command_prints_a_line_per_check_and_what_to_do_below(monkeypatch):
             {"name": "NumPy", "status": "fail", "found": "missing", "fix": "sudo apt install python3-numpy"},
         ],
     }
-    monkeypatch.setattr(edgecl.deploy.doctor, "doctor", lambda bundle, **settings: record)
+    monkeypatch.setattr(edgecl.deploy.device, "doctor", lambda bundle, **settings: record)
     done = run_command()
     assert done.exit_code == 1
     assert done.stdout.splitlines() == [

@@ -18,8 +18,8 @@ from PIL import Image
 
 import edgecl.deploy.session
 import edgecl.deploy.variants
+from edgecl.deploy.device import verify
 from edgecl.deploy.export import export
-from edgecl.deploy.verify import verify
 from edgecl.errors import ArtifactError, DataError, DeviceError, ParityError, TargetError
 from edgecl.nets.carving import load_model
 from edgecl.onboard.bundle import sha256_of_file
@@ -140,7 +140,7 @@ def test_outputs_of_the_reference_are_not_all_alike(exported_bundle):
 def test_fresh_bundle_verifies_in_a_process_without_torch(tmp_path, exported_bundle):
     bundle = shutil.copytree(exported_bundle, tmp_path / "b")
     code = "import sys; sys.modules['torch'] = None; from pathlib import Path; "
-    code += "from edgecl.deploy.verify import verify; print(verify(Path(sys.argv[1]))['ok'])"
+    code += "from edgecl.deploy.device import verify; print(verify(Path(sys.argv[1]))['ok'])"
     done = subprocess.run(
         [sys.executable, "-c", code, str(bundle)],
         capture_output=True,

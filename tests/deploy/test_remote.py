@@ -14,10 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from edgecl.deploy.bench import bench
-from edgecl.deploy.doctor import doctor
+from edgecl.deploy.device import bench, doctor, verify
 from edgecl.deploy.remote import run_on_board
-from edgecl.deploy.verify import verify
 from edgecl.errors import ArtifactError, DeviceError, ParityError
 from edgecl.onboard.bundle import sha256_of_file
 

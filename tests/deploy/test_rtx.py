@@ -17,8 +17,8 @@ from torch import nn
 from edgecl.config.target import Build, Graph, read_target
 from edgecl.deploy.calibrate import calibrate
 from edgecl.deploy.fp16 import half
+from edgecl.deploy.int8 import quantize
 from edgecl.deploy.onnx import onnx_from_net, save_onnx
-from edgecl.deploy.quantize import quantize
 from edgecl.deploy.rtx import compile_rtx
 from edgecl.errors import DeviceError
 from edgecl.nets.catalogue import NETS

@@ -17,8 +17,7 @@ from onboard.tiny_bundle import make_bundle, read_manifest, write_manifest
 from onnx import TensorProto, helper, numpy_helper
 
 import edgecl
-from edgecl.deploy.bench import bench
-from edgecl.deploy.verify import verify
+from edgecl.deploy.device import bench, verify
 from edgecl.errors import DeviceError
 from edgecl.onboard.bundle import sha256_of_file
 
