@@ -10,7 +10,20 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from edgecl.storage.records import (
+        BenchRecord,
+        CostRecord,
+        FinetunedModel,
+        Manifest,
+        ModelRecord,
+        ProbeRecord,
+        RecipeCost,
+        RunRecord,
+        VerifyRecord,
+    )
 
 __all__ = ["bench", "carve", "cost", "export", "finetune", "pretrain", "probe", "report", "verify"]
 
@@ -32,7 +45,7 @@ def pretrain(
     allow: Sequence[str] = (),
     force: bool = False,
     download: bool = False,
-) -> Record:
+) -> RunRecord:
     """Pretrain from unlabelled images and write a run directory.
 
     Args:
@@ -78,7 +91,7 @@ def carve(
     checkpoint: Literal["newest", "best"] = "newest",
     recalibrate_norms: bool = True,
     force: bool = False,
-) -> Record:
+) -> ModelRecord:
     """Carve a slim net out of a run's host and write it as a model directory.
 
     Args:
@@ -97,7 +110,7 @@ def carve(
         SliceError: the run was not trained at this width.
         DataError: the run's images are gone, and recalibration needs them.
     """
-    from edgecl.nets.carving import carve as carve_run
+    from edgecl.train.carve import carve as carve_run
 
     return carve_run(
         Path(run),
@@ -117,7 +130,7 @@ def probe(
     labels_per_class: int | None = None,
     seeds: int = 3,
     download: bool = False,
-) -> Record:
+) -> ProbeRecord:
     """Evaluate a net's frozen features and write probe.json into its model directory.
 
     Args:
@@ -158,7 +171,7 @@ def finetune(
     set: Changes = (),
     force: bool = False,
     download: bool = False,
-) -> Record:
+) -> FinetunedModel:
     """Add a classifier to a net, train both with labels, and write a new model directory.
 
     Args:
@@ -196,7 +209,7 @@ def finetune(
     )
 
 
-def cost(subject: AnyPath, *, set: Changes = (), images: int | None = None) -> Record:
+def cost(subject: AnyPath, *, set: Changes = (), images: int | None = None) -> CostRecord | RecipeCost:
     """Count a net's MACs and parameters, and a recipe's training FLOPs too.
 
     Args:
@@ -234,7 +247,7 @@ def export(
     force: bool = False,
     download: bool = False,
     say: Callable[[str], None] | None = None,
-) -> Record:
+) -> Manifest:
     """Export a net to ONNX in every precision, prove each against torch, and write a bundle.
 
     Args:
@@ -283,7 +296,7 @@ def verify(
     runtime: str | None = None,
     host: str | None = None,
     say: Callable[[str], None] | None = None,
-) -> Record:
+) -> VerifyRecord:
     """Check a bundle's hashes and its outputs against torch's, here or on a board, and write verify.json into it.
 
     Args:
@@ -317,7 +330,7 @@ def bench(
     power: bool = True,
     host: str | None = None,
     say: Callable[[str], None] | None = None,
-) -> Record:
+) -> BenchRecord:
     """Measure a bundle's latency, and its energy where a board tells it, and write a record into the bundle.
 
     Args:

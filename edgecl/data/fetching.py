@@ -19,8 +19,8 @@ from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 from edgecl.data.tar_index import TarIndex, indexed, read_index, save_index
 from edgecl.errors import DataError
-from edgecl.storage.artifacts import DISK_FULL, flush
 from edgecl.storage.redaction import without_secrets
+from edgecl.storage.writing import DISK_FULL, flush
 
 # Longest silence of a server or a program. curl's own tries with a server that is busy (503) take this long.
 STALL_S = 90.0

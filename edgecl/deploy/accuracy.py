@@ -167,7 +167,7 @@ def open_evaluator(
         raise DataError(
             "these images have no labels"
             if source.labels is None
-            else f"these images have other classes than the net: {_only_in(source.classes or (), classes)}",
+            else f"these images have other classes than the net: {_only_in(source.classes or (), classes or ())}",
             where={"eval": uri},
             hint="put each class in a folder of its own, named as the net's classes: ROOT/CLASS/image.jpg",
         )

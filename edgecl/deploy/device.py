@@ -7,17 +7,31 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from edgecl.config.target import read_target
 from edgecl.deploy.process import error_from_onboard, run_here, silence_s
 from edgecl.deploy.remote import run_on_board
-from edgecl.errors import ArtifactError, DeviceError
+from edgecl.errors import ArtifactError, DeviceError, first_line
 from edgecl.onboard import errors as onboard_errors
 from edgecl.onboard.bundle import choose_precision, read_manifest, sha256_of_file
 from edgecl.onboard.device_info import available_cores
 from edgecl.onboard.errors import OnboardError
 from edgecl.onboard.runtimes import TRTEXEC
-from edgecl.storage.artifacts import Bundle, record_header, write_json
-from edgecl.storage.records import BenchRecord, Json, parse_record
+from edgecl.storage.directories import Bundle
+from edgecl.storage.records import (
+    MADE_BY,
+    SCHEMA,
+    BenchRecord,
+    DoctorCheck,
+    DoctorReport,
+    Json,
+    RecordT,
+    VerifyRecord,
+    command_line,
+    parse_record,
+)
+from edgecl.storage.writing import write_record
 
 Report = Callable[[str], None]
 
@@ -30,7 +44,7 @@ def verify(
     host: str | None = None,
     ssh_options: Sequence[str] = (),
     report: Report | None = None,
-) -> Json:
+) -> VerifyRecord:
     """Check a bundle's files and outputs with the code that runs on devices, and keep the result beside it.
 
     The net runs in a process of its own: one that loops for ever, crashes or fills the memory takes only that along.
@@ -54,7 +68,7 @@ def verify(
     """
     directory = Bundle(bundle)
     directory.read()
-    header = record_header("verify", made_from=sha256_of_file(directory.record_file))
+    made_from = sha256_of_file(directory.record_file)
     where = _where(bundle, host)
     try:
         found = _run(
@@ -75,11 +89,11 @@ def verify(
                 "problem": error.problem,
             }
             with contextlib.suppress(ArtifactError):  # the error matters more than its record
-                write_json(directory.verify_file, {**header, **failed})
+                write_record(directory.verify_file, _record(VerifyRecord, made_from, failed))
         raise error_from_onboard(error, where=where) from error
-    record = {**header, **found}
+    record = _record(VerifyRecord, made_from, found)
     try:
-        write_json(directory.verify_file, record)
+        write_record(directory.verify_file, record)
     except ArtifactError as error:  # the bundle may lie on a read-only place, and the check has passed
         if report:
             report(f"the result is not kept: {error.problem}")
@@ -97,7 +111,7 @@ def bench(
     host: str | None = None,
     ssh_options: Sequence[str] = (),
     report: Report | None = None,
-) -> Json:
+) -> BenchRecord:
     """Time the nets of a bundle and keep the record in it; see `edgecl.onboard.bundle.bench_name` for its name.
 
     The process that measures imports NumPy and the runtime, nothing else that is heavy, and runs one session, in
@@ -124,7 +138,6 @@ def bench(
     """
     directory = Bundle(bundle)
     manifest = directory.read()
-    header = record_header("bench", made_from=sha256_of_file(directory.record_file))
     where = _where(bundle, host)
     if host is None and threads is None:
         threads = available_cores()
@@ -145,10 +158,10 @@ def bench(
     except OnboardError as error:
         raise error_from_onboard(error, where=where) from error
     # `command` is what one types again, `onboard_command` what it started where the net ran.
-    content = {**header, **found, "command": header["command"], "onboard_command": found.get("command")}
-    record = parse_record(content, BenchRecord, path=Path("the record"))  # a board's words are not trusted
+    found["onboard_command"] = found.pop("command", None)
+    record = _record(BenchRecord, sha256_of_file(directory.record_file), found)
     measured = list(dict.fromkeys(one.precision for one in record.measurements))
-    if not set(measured) <= set(manifest["precisions"]):
+    if not set(measured) <= set(manifest.precisions):
         raise DeviceError(
             f"the record is of {', '.join(measured)}, which the bundle does not hold", where=where
         )
@@ -161,8 +174,7 @@ def bench(
         threads=record.threads,
         batch=record.batch,
     )
-    write_json(file, content)
-    return content
+    return write_record(file, record)
 
 
 def doctor(
@@ -172,7 +184,7 @@ def doctor(
     host: str | None = None,
     ssh_options: Sequence[str] = (),
     report: Report | None = None,
-) -> Json:
+) -> DoctorReport:
     """Check a device for a bundle, for a target, or as such.
 
     Args:
@@ -195,20 +207,49 @@ def doctor(
     asked = None if target is None else read_target(target).model_dump(mode="json")
     if bundle is not None:
         Bundle(bundle).read()
-    if host is not None:
+    if host is None:
+        found = doctor_onboard(bundle, target=asked)
+    else:
         try:
-            return run_on_board(
+            found = run_on_board(
                 host, "doctor", [], bundle=bundle, target=asked, ssh_options=ssh_options, report=report
             )
         except OnboardError as error:
             raise error_from_onboard(error, where=_where(bundle, host)) from error
-    found = doctor_onboard(bundle, target=asked)
-    if bundle is None and target is None:
-        program = shutil.which("ssh")
-        status, fix = ("ok", None) if program else ("warn", "sudo apt install openssh-client  # for --host")
-        ssh = {"name": "ssh", "status": status, "found": program or "not on the PATH", "fix": fix}
-        found["checks"].append(ssh)
-    return found
+    try:
+        record = DoctorReport.model_validate(found)
+    except ValidationError as exc:
+        raise DeviceError(
+            "the device's answer is not what edgecl writes",
+            where={**_where(bundle, host), "in": first_line(exc)},
+        ) from None
+    if host is None and bundle is None and target is None:
+        record.checks.append(_check_ssh())
+    return record
+
+
+def _check_ssh() -> DoctorCheck:
+    program = shutil.which("ssh")
+    if program:
+        return DoctorCheck(name="ssh", status="ok", found=program)
+    fix = "sudo apt install openssh-client  # for --host"
+    return DoctorCheck(name="ssh", status="warn", found="not on the PATH", fix=fix)
+
+
+def _record(kind: type[RecordT], made_from: str, found: Json) -> RecordT:
+    """Return what a device found as a record; a board's words are checked as a file's are.
+
+    Raises:
+        ArtifactError: they are not those of such a record.
+    """
+    own = {
+        "schema": SCHEMA,
+        "kind": kind.KIND,
+        "made_by": MADE_BY,
+        "made_from": made_from,
+        "command": command_line(),
+    }
+    return parse_record({**found, **own}, kind, path=Path(kind.FILE))
 
 
 def _run(

@@ -7,7 +7,6 @@ import importlib.util
 import platform
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy
 import torch
@@ -39,19 +38,27 @@ from edgecl.deploy.variants import (
     torch_outputs,
 )
 from edgecl.errors import DataError, ParityError
-from edgecl.nets.carving import load_model
+from edgecl.nets.model_dir import load_model
 from edgecl.onboard.bundle import onnx_name, sha256_of_file
 from edgecl.onboard.runtimes import RUNTIMES
-from edgecl.storage.artifacts import (
-    Bundle,
-    ModelDir,
-    new_directory,
-    read_record,
-    record_header,
-    refuse_existing,
-    write_bytes,
-    write_sealed,
+from edgecl.storage.directories import Bundle, ModelDir
+from edgecl.storage.reading import read_record
+from edgecl.storage.records import (
+    BenchRecord,
+    BundlePrecision,
+    EvaluationRecord,
+    ExportedNet,
+    InputForm,
+    LeftOut,
+    Manifest,
+    ModelRecord,
+    OutputForm,
+    ParityCheck,
+    Preprocessing,
+    Speed,
+    Tolerance,
 )
+from edgecl.storage.writing import new_directory, refuse_existing, write_bytes, write_record
 
 LEAST_CALIBRATION_IMAGES = 64
 SPEED_S = 2.0
@@ -69,7 +76,7 @@ def export(
     force: bool = False,
     download: bool = False,
     say: Callable[[str], None] = lambda line: None,
-) -> dict[str, Any]:
+) -> Manifest:
     """Export a model directory for a target and prove that every variant computes what torch computes.
 
     Args:
@@ -99,7 +106,7 @@ def export(
     chosen = read_target(target, precisions=precisions)
     refuse_existing(out, force=force, kind=Bundle.KIND)
     net, record = load_model(model)
-    uri = calibration or record["data"]
+    uri = calibration or record.data
     if uri is None:
         raise DataError(
             "this model does not say which images it was made from",
@@ -116,15 +123,21 @@ def export(
         few = source.images[:REFERENCE_IMAGES]
         expected = torch_outputs(source.plain, few)
         numpy.savez(bundle.reference_file, inputs=few.numpy(), outputs=expected)
-        manifest = _manifest(source, model=ModelDir(model), outputs=expected.shape[1])
-        manifest.update(target_name=target_name(target), parity=parity, images_from=uri)
-        _write_variants(bundle, manifest, variants, target=chosen, say=say)
+        manifest = _manifest(
+            source,
+            parity,
+            target=target_name(target),
+            model=ModelDir(model),
+            outputs=expected.shape[1],
+            uri=uri,
+        )
+        _write_variants(bundle, manifest, variants, source)
         return _finish(bundle, manifest, target=chosen, say=say)
 
 
 def _gather(
     net: torch.nn.Module,
-    record: dict[str, Any],
+    record: ModelRecord,
     target: Target,
     *,
     model: Path,
@@ -134,7 +147,7 @@ def _gather(
     say: Callable[[str], None],
 ) -> Source:
     """Read the images to compare, to calibrate and to evaluate on."""
-    preprocessing = _preprocessing(record["preprocessing"], target.graph.image_size)
+    preprocessing = _preprocessing(record.preprocessing, target.graph.image_size)
     tested_on = _tested_on(ModelDir(model))
     # Images named to evaluate on leave all of the others to calibrate on.
     images, labels = _read_images(
@@ -145,7 +158,7 @@ def _gather(
         evaluator = open_evaluator(
             record,
             uri=eval_uri or tested_on,
-            fallback=uri if record["data"] is None else record["data"],
+            fallback=record.data or uri,
             preprocessing=preprocessing,
             download=download,
         )
@@ -156,23 +169,22 @@ def _tested_on(model: ModelDir) -> str | None:
     """Return the held-out images that fine-tuning was given, which the net has not seen."""
     if not model.evaluation_file.exists():
         return None
-    uri: str | None = read_record(model.evaluation_file, kind="evaluation").get("test_uri")
-    return uri
+    return read_record(model.evaluation_file, EvaluationRecord).test_uri
 
 
-def _preprocessing(own: dict[str, Any], image_size: int | None) -> dict[str, Any]:
+def _preprocessing(own: Preprocessing, image_size: int | None) -> Preprocessing:
     """Return a net's preprocessing at the size the target asks for, the picture cut out in the same proportion."""
     if image_size is None:
         return own
-    resize = max(image_size, round(own["resize_size"] * image_size / own["image_size"]))
-    return {**own, "image_size": image_size, "resize_size": resize}
+    resize = max(image_size, round(own.resize_size * image_size / own.image_size))
+    return own.model_copy(update={"image_size": image_size, "resize_size": resize})
 
 
 def _read_images(
     uri: str,
     target: Target,
-    record: dict[str, Any],
-    preprocessing: dict[str, Any],
+    record: ModelRecord,
+    preprocessing: Preprocessing,
     *,
     hold_out: bool,
     download: bool,
@@ -193,8 +205,8 @@ def _read_images(
         source = source.take(stay)
     loaded = load_eval_images(
         source,
-        resize_size=preprocessing["resize_size"],
-        image_size=preprocessing["image_size"],
+        resize_size=preprocessing.resize_size,
+        image_size=preprocessing.image_size,
         max_bad_fraction=MAX_BAD_FRACTION,
         limit=wanted,
     )
@@ -215,89 +227,89 @@ def _read_images(
             + (",".join(name for name in target.precisions if name != "int8") or "fp32"),
         )
     order = torch.from_numpy(permutation(0, 0, len(loaded.images), stream="calibration"))
-    images = normalize(loaded.images[order], preprocessing["mean"], preprocessing["std"])
-    fits = record["classes"] is not None and list(source.classes or ()) == list(record["classes"])
+    images = normalize(loaded.images[order], preprocessing.mean, preprocessing.std)
+    fits = record.classes is not None and list(source.classes or ()) == record.classes
     return images, loaded.labels[order] if loaded.labels is not None and fits else None
 
 
-def _manifest(source: Source, *, model: ModelDir, outputs: int) -> dict[str, Any]:
-    """Return the manifest as far as it is known before the files are written."""
-    target, record, graph = source.target, source.record, source.target.graph
-    net = ("arch", "width", "stem_stride", "features", "classes", "origin", "params")
-    return {
-        **record_header(Bundle.KIND, made_from=model.sha256),
-        "target": target.model_dump(mode="json"),
-        "runtime": target.runtime,
-        "precision": "fp32",
-        "precisions": {},
-        "input": {
-            "name": INPUT,
-            "shape": [graph.batch, *source.images.shape[1:]],
-            "dtype": "float32",
-            "dynamic_batch": graph.dynamic_batch,
-            "max_batch": graph.max_batch if graph.dynamic_batch else graph.batch,
-        },
-        "output": {"name": OUTPUT, "shape": [graph.batch, outputs]},
-        "net": {**{key: record[key] for key in net}, "model_sha256": model.sha256},
-        "preprocessing": source.preprocessing,
-        "classes": record["classes"],
-        "versions": _versions(target),
-    }
-
-
-def _write_variants(
-    bundle: Bundle,
-    manifest: dict[str, Any],
-    variants: Variants,
+def _manifest(
+    source: Source,
+    parity: list[ParityCheck],
     *,
-    target: Target,
-    say: Callable[[str], None],
-) -> None:
+    target: str,
+    model: ModelDir,
+    outputs: int,
+    uri: str,
+) -> Manifest:
+    """Return the manifest as far as it is known before the files are written."""
+    record, graph = source.record, source.target.graph
+    net = record.model_dump(include=set(ExportedNet.model_fields) - {"model_sha256"})
+    return Manifest(
+        made_from=model.sha256,
+        target_name=target,
+        target=source.target.model_dump(mode="json"),
+        runtime=source.target.runtime,
+        precision="fp32",
+        precisions={},
+        input=InputForm(
+            name=INPUT,
+            shape=[graph.batch, *source.images.shape[1:]],
+            dynamic_batch=graph.dynamic_batch,
+            max_batch=graph.max_batch if graph.dynamic_batch else graph.batch,
+        ),
+        output=OutputForm(name=OUTPUT, shape=[graph.batch, outputs]),
+        net=ExportedNet(**net, model_sha256=model.sha256),
+        preprocessing=source.preprocessing,
+        classes=record.classes,
+        parity=parity,
+        images_from=uri,
+        versions=_versions(source.target),
+        files={},
+    )
+
+
+def _write_variants(bundle: Bundle, manifest: Manifest, variants: Variants, source: Source) -> None:
     """Write every variant into the bundle and describe it in the manifest, the preferred precision first."""
+    target = source.target
     order = [*target.precisions, *(name for name in variants if name not in target.precisions)]
     for precision in order:
         variant = variants[precision]
-        if variant.decision and variant.decision.get("outside_tolerance"):
-            manifest["left_out"] = {precision: {"decision": variant.decision, "parity": variant.parity}}
+        if variant.decision and variant.decision.outside_tolerance:
+            manifest.left_out[precision] = LeftOut(decision=variant.decision, parity=variant.parity)
             continue
         file = bundle.path / onnx_name(precision)
         save_onnx(variant.model, file)
-        tolerance = target.tolerance_of(precision, features=manifest["classes"] is None)
-        manifest["precisions"][precision] = {
-            "model": file.name,
-            "form": variant.form,
-            "opset": opset_of(variant.model),
-            "tolerance": tolerance.model_dump(mode="json"),
-            "parity": variant.parity,
-            "accuracy": variant.accuracy,
-            "decision": variant.decision,
+        manifest.precisions[precision] = BundlePrecision(
+            model=file.name,
+            form=variant.form,
+            opset=opset_of(variant.model),
+            tolerance=Tolerance(**source.tolerance(precision).model_dump()),
+            parity=variant.parity,
+            accuracy=variant.accuracy,
+            decision=variant.decision,
             **variant.about,
-        }
+        )
         if target.runtime in extras.OF_PRECISION:
-            say(f"{precision}: adding what {RUNTIMES[target.runtime].title} needs")
-            more = extras.OF_PRECISION[target.runtime]
-            manifest["precisions"][precision].update(
-                more(file, precision, variant.form, target, manifest["input"])
-            )
+            source.say(f"{precision}: adding what {RUNTIMES[target.runtime].title} needs")
+            extras.OF_PRECISION[target.runtime](file, precision, manifest, target)
 
 
-def _finish(
-    bundle: Bundle, manifest: dict[str, Any], *, target: Target, say: Callable[[str], None]
-) -> dict[str, Any]:
+def _finish(bundle: Bundle, manifest: Manifest, *, target: Target, say: Callable[[str], None]) -> Manifest:
     """Measure the speed of INT8 where this machine can, choose the default, and seal the bundle once it verifies."""
     write_onboard(bundle.onboard_file)
-    int8 = manifest["precisions"].get("int8")
-    if int8:
+    int8 = manifest.precisions.get("int8")
+    if int8 and int8.decision:
         speed = None
         if runs_here(target):
             say("INT8: measuring its speed")
             _seal(bundle, manifest)
             speed = _speed(bundle, against=_preferred(manifest, target, besides="int8"))
         higher = "fp32" if RUNTIMES[target.runtime].on_host else "fp16"
-        int8["decision"] = conclude(int8["decision"], speed=speed, higher=higher)
-    for about in manifest.get("left_out", {}).values():
-        about["decision"] = conclude(about["decision"], speed=None, higher="fp16")
-    manifest["precision"] = _preferred(manifest, target)
+        int8.decision = conclude(int8.decision, speed=speed, higher=higher)
+    for about in manifest.left_out.values():
+        if about.decision:
+            about.decision = conclude(about.decision, speed=None, higher="fp16")
+    manifest.precision = _preferred(manifest, target)
     if target.runtime in extras.OF_BUNDLE:
         extras.OF_BUNDLE[target.runtime](bundle, manifest)
     write_bytes(bundle.readme_file, bundle_readme(manifest).encode())
@@ -317,39 +329,39 @@ def runs_here(target: Target) -> bool:
     return runtime.on_host and importlib.util.find_spec(runtime.module) is not None
 
 
-def _preferred(manifest: dict[str, Any], target: Target, *, besides: str | None = None) -> str:
+def _preferred(manifest: Manifest, target: Target, *, besides: str | None = None) -> str:
     """Return the first precision of the target that may be a default: INT8 only with a passing decision."""
     for precision in (*target.precisions, "fp32"):
-        about = manifest["precisions"].get(precision)
-        if about and precision != besides and (about["decision"] is None or about["decision"]["kept"]):
+        about = manifest.precisions.get(precision)
+        if about and precision != besides and (about.decision is None or about.decision.kept):
             return precision
     raise AssertionError("a bundle always holds fp32")
 
 
-def _speed(bundle: Bundle, *, against: str) -> dict[str, Any]:
+def _speed(bundle: Bundle, *, against: str) -> Speed:
     verb = ["bench", str(bundle.path), "--precision", against, "--precision", "int8", "--no-power"]
-    record = run_here([*verb, "--duration-s", str(SPEED_S), "--threads", "1"], threads=1, report=None)
-    ratio = record["ratios"][0]
-    return {
-        "against": against,
-        "ratio": ratio["p50_ratio"],
-        "ci95": ratio["ci95"],
-        "device": record["device"]["name"],
-        "runtime": record["runtime"],
-        "threads": record["threads"],
-    }
+    found = run_here([*verb, "--duration-s", str(SPEED_S), "--threads", "1"], threads=1, report=None)
+    record = BenchRecord.model_validate({"made_from": None, **found})
+    return Speed(
+        against=against,
+        ratio=record.ratios[0].p50_ratio,
+        ci95=record.ratios[0].ci95,
+        device=record.device.name,
+        runtime=record.runtime,
+        threads=record.threads,
+    )
 
 
-def _seal(bundle: Bundle, manifest: dict[str, Any]) -> dict[str, Any]:
+def _seal(bundle: Bundle, manifest: Manifest) -> Manifest:
     """Hash every file of the bundle and write the manifest."""
     files = sorted(
         path
         for path in bundle.path.iterdir()
         if path.is_file() and path not in (bundle.record_file, bundle.verify_file)
     )
-    manifest["files"] = {path.name: sha256_of_file(path) for path in files}
-    manifest["size_bytes"] = {path.name: path.stat().st_size for path in files}
-    return write_sealed(bundle.record_file, manifest)
+    manifest.files = {path.name: sha256_of_file(path) for path in files}
+    manifest.size_bytes = {path.name: path.stat().st_size for path in files}
+    return write_record(bundle.record_file, manifest)
 
 
 def _versions(target: Target) -> dict[str, str]:

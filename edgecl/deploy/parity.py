@@ -16,13 +16,13 @@ from edgecl.config.recipe import recipe_from_tables
 from edgecl.config.target import Tolerance
 from edgecl.deploy.session import open_ort, with_any_batch
 from edgecl.errors import ArtifactError, ParityError
-from edgecl.nets.carving import create_slimmable
+from edgecl.nets.build import create_slimmable
 from edgecl.nets.folding import fold_batch_norm
 from edgecl.onboard.verify import breaches as breaches_of
 from edgecl.onboard.verify import compare
-from edgecl.storage.artifacts import RunDir
 from edgecl.storage.checkpoint import read_sealed
-from edgecl.storage.records import ModelRecord, ParityCheck
+from edgecl.storage.directories import RunDir
+from edgecl.storage.records import Comparison, ModelRecord, ParityCheck
 
 Array = NDArray[numpy.float32]
 Layers = dict[str, Array]
@@ -50,7 +50,8 @@ def check_parity(source: str, variant: str, found: Array, expected: Array) -> Pa
             f"{variant} gives values that are not finite, {source} gives finite ones",
             hint="an activation left the range of the format; keep it in fp32",
         )
-    return ParityCheck(source=source, variant=variant, images=len(found), **compare(found, expected))
+    numbers = Comparison.model_validate(compare(found, expected))
+    return ParityCheck(source=source, variant=variant, images=len(found), **dict(numbers))
 
 
 def breaches(check: ParityCheck, tolerance: Tolerance) -> list[str]:
@@ -154,7 +155,7 @@ def slim_view_check(net: nn.Module, record: ModelRecord, run: Path, images: Tens
             hint="name the run that `edgecl carve` read, and carve again if it went on since; "
             "a fine-tuned net has no slim view",
         )
-    recipe = recipe_from_tables(run_record["recipe"], source=str(run_dir.record_file))
+    recipe = recipe_from_tables(run_record.recipe, source=str(run_dir.record_file))
     slimmable = create_slimmable(recipe)
     slimmable.load_state_dict(checkpoint.net)
     slimmable.eval()

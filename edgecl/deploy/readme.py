@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from edgecl.onboard.runtimes import RUNTIMES
+from edgecl.storage.records import Manifest
 
 
-def bundle_readme(manifest: dict[str, Any]) -> str:
+def bundle_readme(manifest: Manifest) -> str:
     """Return what a bundle is and what to type, from its manifest."""
-    net, form = manifest["net"], manifest["input"]
-    batch = f"1 to {form['max_batch']}" if form["dynamic_batch"] else str(form["shape"][0])
-    outputs = f"{len(manifest['classes'])} classes" if manifest["classes"] else "features"
+    net, form = manifest.net, manifest.input
+    batch = f"1 to {form.max_batch}" if form.dynamic_batch else str(form.shape[0])
+    outputs = f"{len(manifest.classes)} classes" if manifest.classes else "features"
     holds = ", ".join(
-        f"{name} ({about['model']})"
-        + ("" if about["decision"] is None else f": {about['decision']['words']}")
-        for name, about in manifest["precisions"].items()
+        f"{name} ({about.model})" + ("" if about.decision is None else f": {about.decision.words}")
+        for name, about in manifest.precisions.items()
     )
-    runtime = RUNTIMES[manifest["runtime"]]
+    runtime = RUNTIMES[manifest.runtime]
     lines = [
-        f"{net['arch']} at width {net['width']:g}, {outputs}, for {manifest['target_name']} ({manifest['made_by']})",
-        f"input  '{form['name']}': float32, {batch} x {' x '.join(str(side) for side in form['shape'][1:])}, RGB / 255, "
-        f"minus mean {manifest['preprocessing']['mean']}, divided by std {manifest['preprocessing']['std']}",
-        f"output '{manifest['output']['name']}': float32, {batch} x {manifest['output']['shape'][1]}",
-        f"holds  {holds}; the default is {manifest['precision']}",
+        f"{net.arch} at width {net.width:g}, {outputs}, for {manifest.target_name} ({manifest.made_by})",
+        f"input  '{form.name}': float32, {batch} x {' x '.join(str(side) for side in form.shape[1:])}, RGB / 255, "
+        f"minus mean {manifest.preprocessing.mean}, divided by std {manifest.preprocessing.std}",
+        f"output '{manifest.output.name}': float32, {batch} x {manifest.output.shape[1]}",
+        f"holds  {holds}; the default is {manifest.precision}",
         f"needs  Python 3.6 or newer, NumPy and {runtime.needs or runtime.title}; nothing is installed",
         "python3 onboard.pyz doctor     what will fail here, and how to mend it",
         *(
