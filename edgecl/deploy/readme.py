@@ -8,7 +8,9 @@ from edgecl.storage.records import Manifest
 
 def bundle_readme(manifest: Manifest) -> str:
     """Return what a bundle is and what to type, from its manifest."""
-    net, form = manifest.net, manifest.input
+    net, form, preprocessing = manifest.net, manifest.input, manifest.preprocessing
+    assert net is not None
+    assert preprocessing is not None
     batch = f"1 to {form.max_batch}" if form.dynamic_batch else str(form.shape[0])
     outputs = f"{len(manifest.classes)} classes" if manifest.classes else "features"
     holds = ", ".join(
@@ -19,7 +21,7 @@ def bundle_readme(manifest: Manifest) -> str:
     lines = [
         f"{net.arch} at width {net.width:g}, {outputs}, for {manifest.target_name} ({manifest.made_by})",
         f"input  '{form.name}': float32, {batch} x {' x '.join(str(side) for side in form.shape[1:])}, RGB / 255, "
-        f"minus mean {manifest.preprocessing.mean}, divided by std {manifest.preprocessing.std}",
+        f"minus mean {preprocessing.mean}, divided by std {preprocessing.std}",
         f"output '{manifest.output.name}': float32, {batch} x {manifest.output.shape[1]}",
         f"holds  {holds}; the default is {manifest.precision}",
         f"needs  Python 3.6 or newer, NumPy and {runtime.needs or runtime.title}; nothing is installed",

@@ -13,7 +13,7 @@ from typing import Any, Callable, Dict, Iterator, Optional, Sequence, Tuple, Uni
 from .errors import BundleError
 from .versions import bounds_of
 
-SCHEMA = 1
+SCHEMA = 2
 KIND = "bundle"
 MANIFEST = "manifest.json"
 REFERENCE = "reference.npz"
@@ -222,7 +222,7 @@ def _check_manifest(path: Path, manifest: Dict[str, Any]) -> None:
     """Check what the device code reads from a manifest: a hash does not tell who wrote it.
 
     Raises:
-        BundleError: a newer schema, or a value of another type than the rules below ask for.
+        BundleError: another schema, or a value of another type than the rules below ask for.
     """
     for where, fits, expected in _RULES:
         for name, found in _values_at(manifest, where.split(".")):
@@ -231,9 +231,9 @@ def _check_manifest(path: Path, manifest: Dict[str, Any]) -> None:
                     "'%s': '%s' is %s, expected %s" % (path, name, _shown(found), expected),
                     "export the bundle again",
                 )
-        if where == "schema" and manifest["schema"] > SCHEMA:
+        if where == "schema" and manifest["schema"] != SCHEMA:
             raise BundleError(
-                "'%s' has schema %s, this edgecl reads up to %s" % (path, manifest["schema"], SCHEMA),
+                "'%s' has schema %s, this edgecl reads %s" % (path, manifest["schema"], SCHEMA),
                 "use the onboard.pyz that came with the bundle",
             )
     if manifest["precision"] not in manifest["precisions"]:

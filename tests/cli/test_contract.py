@@ -326,7 +326,7 @@ def test_carve_without_recalibration_is_the_slim_view_to_the_bit(edgecl, tmp_pat
     code, out, _ = edgecl("carve", trained_run, "--out", tmp_path / "m", "--no-recalibrate")
     assert code == 0
     assert out.rstrip().endswith(f"-> {tmp_path / 'm'}")
-    recipe = recipe_from_tables(RunDir(trained_run).read()["recipe"], source="run.json")
+    recipe = recipe_from_tables(RunDir(trained_run).read().recipe, source="run.json")
     net = create_slimmable(recipe)
     net.load_state_dict(read_newest(RunDir(trained_run)).model)
     slim = {
@@ -373,24 +373,15 @@ def test_run_without_a_checkpoint_cannot_be_carved(edgecl, tmp_path, trained_run
 # --- manifests that lie ---
 
 
+@pytest.mark.parametrize("verb", ["verify", "bench"])
 @pytest.mark.parametrize(
-    ("verb", "changed", "problem"),
+    ("changed", "problem"),
     [
+        ({"precisions": ["fp32"]}, "'precisions': input should be"),
+        ({"input": {"name": "input"}}, "'input.shape': field required"),
         (
-            "verify",
-            {"precisions": ["fp32"]},
-            """'precisions' is ["fp32"], expected an object of precisions""",
-        ),
-        ("bench", {"precisions": ["fp32"]}, """'precisions' is ["fp32"], expected an object of precisions"""),
-        (
-            "verify",
-            {"input": {"name": "input"}},
-            "'input.shape' is missing, expected [batch, channels, height, ",
-        ),
-        (
-            "bench",
-            {"input": {"name": "input"}},
-            "'input.shape' is missing, expected [batch, channels, height, ",
+            {"runtime": "onnxruntime", "precision": "int8"},
+            "'precision' is 'int8', expected one of its precisions",
         ),
     ],
 )
@@ -399,8 +390,9 @@ def test_sealed_manifest_of_another_form_is_a_named_error(edgecl, tmp_path, verb
     write_manifest(bundle, {**read_manifest(bundle), **changed})
     code, out, err = edgecl(verb, bundle)
     assert (code, out) == (1, "")
-    assert f"manifest.json': {problem}" in err.splitlines()[0]
-    assert err.splitlines()[-1].split(maxsplit=1) == ["hint:", "export the bundle again"]
+    assert "manifest.json'" in err.splitlines()[0]
+    assert problem in err.splitlines()[0]
+    assert err.splitlines()[-1].split(maxsplit=1)[0] == "hint:"
     assert "Traceback" not in err
 
 

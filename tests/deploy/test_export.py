@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import write_folder
 from PIL import Image
+from sealed import write_sealed
 
 import edgecl.deploy.session
 import edgecl.deploy.variants
@@ -24,7 +25,6 @@ from edgecl.errors import ArtifactError, DataError, DeviceError, ParityError, Ta
 from edgecl.nets.model_dir import load_model
 from edgecl.onboard.bundle import sha256_of_file
 from edgecl.storage.directories import Bundle, ModelDir
-from edgecl.storage.raw_records import write_sealed
 
 
 def export(*arguments, **settings):
@@ -440,6 +440,7 @@ def test_weights_of_another_net_in_the_onnx_file_are_found(tmp_path, carved_mode
     from edgecl.nets.model_dir import write_model
 
     net, record = load_model(carved_model)
+
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.mul_(1.1)

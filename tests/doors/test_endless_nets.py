@@ -150,7 +150,7 @@ def test_a_slow_net_that_says_how_far_it_is_may_take_its_time(tmp_path, monkeypa
     code = (
         "import sys, time\n"
         "for _ in range(6): time.sleep(0.5); sys.stderr.write('bench: still here\\n'); sys.stderr.flush()\n"
-        "print('{\"ok\": true, \"files_ok\": true}')"
+        'print(\'{"ok": true, "files_ok": true}\')'
     )
     monkeypatch.setattr("edgecl.deploy.process._ONBOARD", [sys.executable, "-c", code])
     monkeypatch.setattr("edgecl.deploy.process.SILENCE_S", 2.0)

@@ -158,7 +158,9 @@ def test_outputs_of_another_shape_disagree(tmp_path):
     manifest["output"]["shape"] = [1, 4]
     write_manifest(bundle, manifest)
     rehash(bundle)
-    with pytest.raises(DisagreementError, match=r"fp32: the outputs have the shape \(5, 6\), torch's have \(5, 4\)"):
+    with pytest.raises(
+        DisagreementError, match=r"fp32: the outputs have the shape \(5, 6\), torch's have \(5, 4\)"
+    ):
         verify(bundle)
 
 
