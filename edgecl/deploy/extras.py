@@ -8,7 +8,7 @@ from pathlib import Path
 from edgecl.config.target import Target
 from edgecl.deploy.rtx import compile_rtx
 from edgecl.errors import TargetError
-from edgecl.onboard import trtexec
+from edgecl.onboard import trtexec_flags
 from edgecl.onboard.bundle import engine_name
 from edgecl.onboard.errors import OnboardError
 from edgecl.storage.directories import Bundle
@@ -19,7 +19,7 @@ from edgecl.storage.writing import write_bytes
 def _trtexec_commands(file: Path, precision: str, manifest: Manifest, target: Target) -> None:
     about = manifest.precisions[precision]
     try:
-        about.trtexec = trtexec.command_lines(
+        about.trtexec = trtexec_flags.command_lines(
             target.versions,
             manifest_input=manifest.input.to_json(),
             build=target.build.model_dump(mode="json"),
@@ -47,7 +47,7 @@ def _rtx_engine(file: Path, precision: str, manifest: Manifest, target: Target) 
 
 
 def _trtexec_script(bundle: Bundle, manifest: Manifest) -> None:
-    write_bytes(bundle.trtexec_file, trtexec.script(manifest.to_json()).encode())
+    write_bytes(bundle.trtexec_file, trtexec_flags.script(manifest.to_json()).encode())
     bundle.trtexec_file.chmod(0o755)
 
 

@@ -68,27 +68,6 @@ class Measurement(NamedTuple):
     blocks: Tuple[Block, ...]
 
 
-def measure(
-    run_once: RunOnce,
-    *,
-    duration_s: float,
-    max_warmup_s: float,
-    min_samples: int = MIN_SAMPLES,
-    timer: Timer = time.perf_counter,
-    report: Optional[Report] = None,
-) -> Measurement:
-    """Time one call over and over, once it is steady; see `measure_interleaved`."""
-    seen = measure_interleaved(
-        [("", run_once)],
-        duration_s=duration_s,
-        max_warmup_s=max_warmup_s,
-        min_samples=min_samples,
-        timer=timer,
-        report=report,
-    )
-    return seen[""]
-
-
 def measure_interleaved(
     tasks: Sequence[Tuple[str, RunOnce]],
     *,

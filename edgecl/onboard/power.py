@@ -117,7 +117,7 @@ class PowerMeter:
         with PowerMeter() as meter:
             meter.measure_idle()
             start = time.monotonic(); ...; end = time.monotonic()
-            record["energy"] = meter.energy(start, end, inferences)
+            record["energy"] = meter.energy_of([(start, end)], inferences)
     """
 
     def __init__(
@@ -173,10 +173,6 @@ class PowerMeter:
         start = time.monotonic()
         time.sleep(seconds)
         self._idle = (start, time.monotonic())
-
-    def energy(self, window_start: float, window_end: float, inferences: int) -> Optional[Dict[str, Any]]:
-        """Return the energy of one measured window; see `energy_of`."""
-        return self.energy_of([(window_start, window_end)], inferences)
 
     def energy_of(self, windows: Sequence[Window], inferences: int) -> Optional[Dict[str, Any]]:
         """Return the energy of measured windows, such as the blocks of one precision among others.

@@ -37,8 +37,6 @@ from .trtexec_flags import (
     bench_command,
     build_command,
 )
-from .trtexec_flags import command_lines as command_lines  # callers find both halves here
-from .trtexec_flags import script as script
 from .versions import version_fits
 
 _PLACES = ("usr/src/tensorrt/bin/trtexec", "opt/tensorrt/bin/trtexec", "usr/local/tensorrt/bin/trtexec")

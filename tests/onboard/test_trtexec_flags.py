@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from edgecl.onboard import trtexec
+from edgecl.onboard import trtexec, trtexec_flags
 from edgecl.onboard.errors import DeviceError
 from edgecl.onboard.trtexec_flags import MODES, Net, bench_command, build_command
 from edgecl.onboard.versions import version_fits
@@ -176,7 +176,7 @@ def bundle(tmp_path):
 
 def run_script(bundle, manifest, program, *arguments):
     path = bundle / "trtexec.sh"
-    path.write_text(trtexec.script(manifest))
+    path.write_text(trtexec_flags.script(manifest))
     return subprocess.run(
         ["sh", str(path), *arguments],
         env={"TRTEXEC": str(program), "PATH": "/usr/bin:/bin"},
@@ -221,8 +221,8 @@ def test_script_runs_the_commands_of_the_version_that_is_there(
 
 
 def test_script_of_one_version_has_one_branch():
-    assert trtexec.script(manifest_of(">=10.3,<10.8")).count("--saveEngine") == 3
-    assert trtexec.script(manifest_of(">=10.0,<12")).count("--saveEngine") == 9
+    assert trtexec_flags.script(manifest_of(">=10.3,<10.8")).count("--saveEngine") == 3
+    assert trtexec_flags.script(manifest_of(">=10.0,<12")).count("--saveEngine") == 9
 
 
 @pytest.mark.parametrize(
