@@ -98,8 +98,8 @@ def write_variants(arch: str, folder: Path) -> None:
     from edgecl.deploy.calibrate import calibrate
     from edgecl.deploy.fp16 import half
     from edgecl.deploy.graph import portable
+    from edgecl.deploy.int8 import quantize
     from edgecl.deploy.onnx import onnx_from_net, save_onnx
-    from edgecl.deploy.quantize import quantize
     from edgecl.nets.backbone import create_backbone, is_norm
 
     torch.manual_seed(0)

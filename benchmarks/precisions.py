@@ -12,7 +12,7 @@ import argparse
 import json
 from pathlib import Path
 
-from edgecl.deploy.bench import bench
+from edgecl.deploy.device import bench
 from edgecl.deploy.export import export
 from edgecl.evaluate.finetune import finetune
 from edgecl.storage.directories import Bundle, ModelDir
@@ -72,31 +72,31 @@ def measure(model: Path, training: str, given: argparse.Namespace) -> list[dict]
             out=bundle.path,
             say=print,
         )
-    manifest = bundle.read().to_json()
-    held = [name for name in PRECISIONS if name in manifest["precisions"]]
+    manifest = bundle.read()
+    held = [name for name in PRECISIONS if name in manifest.precisions]
     record = bench(bundle.path, precisions=held, duration_s=given.duration_s, threads=1)
-    p50 = {one["precision"]: one["latency_ms"]["p50"] for one in record["measurements"] if one["headline"]}
-    ratios = {ratio["b"]: ratio["p50_ratio"] for ratio in record["ratios"] if ratio["a"] == "fp32"}
+    p50 = {one.precision: one.latency_ms.p50 for one in record.measurements if one.headline}
+    ratios = {ratio.b: ratio.p50_ratio for ratio in record.ratios if ratio.a == "fp32"}
     rows = []
     for name in held:
-        about = manifest["precisions"][name]
+        about = manifest.precisions[name]
         rows.append(
             {
-                "arch": manifest["net"]["arch"],
+                "arch": manifest.net.arch,
                 "trained": training,
                 "precision": name,
-                "top1": about["accuracy"]["value"],
-                "ci95": about["accuracy"]["ci95"],
+                "top1": about.accuracy.value,
+                "ci95": about.accuracy.ci95,
                 "p50_ms": p50[name],
                 "times_fp32": ratios.get(name, 1.0),
-                "mb": manifest["size_bytes"][about["model"]] / 1e6,
-                "decision": about["decision"]["words"] if about["decision"] else None,
-                "runtime": record["runtime"],
-                "device": record["device"]["name"],
+                "mb": manifest.size_bytes[about.model] / 1e6,
+                "decision": about.decision.words if about.decision else None,
+                "runtime": record.runtime,
+                "device": record.device.name,
             }
         )
-    for name, about in manifest.get("left_out", {}).items():
-        print(f"{manifest['net']['arch']} {training} {name} left out: {about['decision']['words']}")
+    for name, about in manifest.left_out.items():
+        print(f"{manifest.net.arch} {training} {name} left out: {about.decision.words}")
     return rows
 
 

@@ -16,12 +16,15 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from edgecl.reports.content import Report
     from edgecl.storage.records import (
+        BenchRecord,
         CostRecord,
         FinetunedModel,
+        Manifest,
         ModelRecord,
         ProbeRecord,
         RecipeCost,
         RunRecord,
+        VerifyRecord,
     )
 
 __all__ = ["bench", "carve", "cost", "export", "finetune", "pretrain", "probe", "report", "verify"]
@@ -245,7 +248,7 @@ def export(
     force: bool = False,
     download: bool = False,
     say: Callable[[str], None] | None = None,
-) -> Record:
+) -> Manifest:
     """Export a net to ONNX in every precision, prove each against torch, and write a bundle.
 
     Args:
@@ -294,13 +297,13 @@ def verify(
     runtime: str | None = None,
     host: str | None = None,
     say: Callable[[str], None] | None = None,
-) -> Record:
+) -> VerifyRecord:
     """Check a bundle's hashes and its outputs against torch's, here or on a board, and write verify.json into it.
 
     Args:
         bundle: a bundle.
         precisions: which to run; None takes all in the bundle.
-        runtime: "ort", "openvino", "tensorrt" or "tensorrt_rtx"; None takes the one the bundle is made for.
+        runtime: a name of `edgecl ls runtimes`; None takes the one the bundle is made for.
         host: USER@BOARD[:PORT] to verify on, over ssh; None takes this machine.
         say: called with one line at a time on how far a board is.
 
@@ -313,7 +316,7 @@ def verify(
         ParityError: outputs further from torch's than the bundle allows.
         DeviceError: the runtime is not installed or cannot load the net, or the board cannot be reached.
     """
-    from edgecl.deploy.verify import verify as verify_bundle
+    from edgecl.deploy.device import verify as verify_bundle
 
     return verify_bundle(Path(bundle), precisions=precisions, runtime=runtime, host=host, report=say)
 
@@ -328,13 +331,13 @@ def bench(
     power: bool = True,
     host: str | None = None,
     say: Callable[[str], None] | None = None,
-) -> Record:
+) -> BenchRecord:
     """Measure a bundle's latency, and its energy where a board tells it, and write a record into the bundle.
 
     Args:
         bundle: a bundle.
         precisions: which to measure, in turn in one session; None takes the bundle's default alone.
-        runtime: "ort", "openvino", "tensorrt", "tensorrt_rtx" or "trtexec"; None takes the one the bundle is made for.
+        runtime: a name of `edgecl ls runtimes`, or "trtexec"; None takes the one the bundle is made for.
         duration_s: seconds to sample each precision for, > 0.
         threads: how many to compute with, >= 1; None takes every core.
         power: read the board's power rails, where it has any.
@@ -348,7 +351,7 @@ def bench(
         ArtifactError: not a bundle, it lacks a precision, or a file is missing or changed.
         DeviceError: the runtime is not installed or cannot load the net, or the board cannot be reached.
     """
-    from edgecl.deploy.bench import bench as bench_bundle
+    from edgecl.deploy.device import bench as bench_bundle
 
     return bench_bundle(
         Path(bundle),

@@ -387,9 +387,8 @@ def _export(
     say: Callable[[str], None],
 ) -> list[Path]:
     """Export, verify, and measure where this machine has the target's runtime; a board's it measures later."""
-    from edgecl.deploy.bench import bench
+    from edgecl.deploy.device import bench, verify
     from edgecl.deploy.export import export, runs_here
-    from edgecl.deploy.verify import verify
 
     here = runs_here(read_target(target))
     manifest = export(
@@ -402,9 +401,9 @@ def _export(
         say=lambda line: say(f"{name}: {line}"),
     )
     verify(bundle.path, runtime=None if here else "onnxruntime")
-    made = [bundle.record_file, bundle.verify_file, *(bundle.path / name for name in manifest["files"])]
+    made = [bundle.record_file, bundle.verify_file, *(bundle.path / name for name in manifest.files)]
     if not here:
         say(f"{name}: measured on the device, e.g. `edgecl bench {bundle.path} --host USER@BOARD`")
         return made
-    bench(bundle.path, precisions=list(manifest["precisions"]), duration_s=BENCH_S)
+    bench(bundle.path, precisions=list(manifest.precisions), duration_s=BENCH_S)
     return [*made, *sorted(bundle.path.glob("bench-*.json"))]

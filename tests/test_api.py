@@ -23,8 +23,8 @@ BENEATH = {
     "probe": ("edgecl.evaluate.probe", set()),
     "finetune": ("edgecl.evaluate.finetune", {"assignments"}),
     "export": ("edgecl.deploy.export", set()),
-    "verify": ("edgecl.deploy.verify", {"report", "ssh_options"}),
-    "bench": ("edgecl.deploy.bench", {"report", "ssh_options"}),
+    "verify": ("edgecl.deploy.device", {"report", "ssh_options"}),
+    "bench": ("edgecl.deploy.device", {"report", "ssh_options"}),
     "report": ("edgecl.reports.report", set()),
 }
 
@@ -185,21 +185,21 @@ def test_export_writes_a_bundle_and_says_how_far_it_is(tmp_path, carved_model):
     record = edgecl.export(
         str(carved_model), target="ort-cpu", out=tmp_path / "bundle", precisions=["fp32"], say=lines.append
     )
-    assert record == written(tmp_path / "bundle" / "manifest.json")
-    assert list(record["precisions"]) == ["fp32"]
+    assert record.to_json() == written(tmp_path / "bundle" / "manifest.json")
+    assert list(record.precisions) == ["fp32"]
 
 
 def test_verify_checks_a_bundle(bundle):
     record = edgecl.verify(str(bundle))
-    assert record == written(bundle / "verify.json")
-    assert record["ok"]
+    assert record.to_json() == written(bundle / "verify.json")
+    assert record.ok
 
 
 def test_bench_measures_a_bundle(bundle):
     record = edgecl.bench(str(bundle), duration_s=0.01, threads=1)
-    (one,) = record["measurements"]
-    assert one["latency_ms"]["p50"] > 0
-    assert record in [written(path) for path in bundle.glob("bench-*.json")]
+    (one,) = record.measurements
+    assert one.latency_ms.p50 > 0
+    assert record.to_json() in [written(path) for path in bundle.glob("bench-*.json")]
 
 
 def test_report_takes_one_directory_or_several(tmp_path, trained_run, carved_model):

@@ -50,11 +50,11 @@ def quick(monkeypatch, exported_bundle):
         "onnx_from_net",
         lambda net, *, graph, shape, metadata: onnx.load(Bundle(exported_bundle).onnx_file()),
     )
-    monkeypatch.setattr("edgecl.deploy.bench.bench", bench)
+    monkeypatch.setattr("edgecl.deploy.device.bench", bench)
     # The net of another run is another net: this file is not about parity.
-    monkeypatch.setattr(edgecl.deploy.variants, "hold", lambda step, tolerance: None)
+    monkeypatch.setattr(edgecl.deploy.variants, "check_tolerance", lambda step, tolerance: None)
     monkeypatch.setattr(edgecl.deploy.export, "verify", verify)
-    monkeypatch.setattr("edgecl.deploy.verify.verify", verify)
+    monkeypatch.setattr("edgecl.deploy.device.verify", verify)
     # Nor about probing,
     chance = SimpleNamespace(top1=lambda features, labels: 33.0)
     monkeypatch.setattr("edgecl.evaluate.probe.fit_linear", lambda features, labels, *, classes: chance)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import edgecl
+from edgecl.onboard.runtimes import RUNTIMES
 
 yaml = pytest.importorskip("yaml", reason='needs pip install ".[dev]"')
 
@@ -119,11 +120,7 @@ def test_contributing_names_files_that_are_there():
     ("file", "name"),
     [
         ("nets/catalogue.py", "NETS"),
-        ("onboard/runtimes/__init__.py", "RUNTIMES"),
-        ("onboard/doctor.py", "RUNTIMES"),
-        ("onboard/__main__.py", "RUNTIMES"),
-        ("target.py", "Runtime"),
-        ("deploy/export.py", "_HOST_RUNTIMES"),
+        ("deploy/extras.py", "OF_PRECISION"),
     ],
 )
 def test_contributing_names_what_is_in_a_file(file, name):
@@ -178,3 +175,14 @@ def test_every_public_function_has_its_place_in_the_docs(site):
     assert not [
         name for name in edgecl.__all__ if name != "__version__" and f'id="edgecl.api.{name}"' not in page
     ]
+
+
+def test_the_table_of_runtimes_is_made_from_their_records():
+    rows = ["| runtime | `--runtime` | runs on | precisions | forms of INT8, the best first | install |"]
+    rows.append("| --- | --- | --- | --- | --- | --- |")
+    for name, runtime in RUNTIMES.items():
+        names = ", ".join(f"`{one}`" for one in (name, runtime.alias) if one)
+        cells = [runtime.title, names, ", ".join(runtime.devices), ", ".join(runtime.precisions)]
+        cells += [", ".join(f"`{form}`" for form in runtime.int8_forms), runtime.install]
+        rows.append(f"| {' | '.join(cells)} |")
+    assert "\n".join(rows) in text("docs/devices.md")

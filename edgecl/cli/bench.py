@@ -1,13 +1,17 @@
 """`edgecl bench`."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 import typer
 
 from edgecl.cli.device_options import HostOption, PrecisionOption, RuntimeOption, split_precisions
 from edgecl.cli.options import JsonOption
 
+if TYPE_CHECKING:
+    from edgecl.storage.records import BenchRecord, Latency
+
+_Quantile = Literal["p50", "p90", "p99"]
 # What a mark of a measurement means.
 _MARKS = {
     "unsteady": "it never became steady while warming up",
@@ -42,9 +46,9 @@ def bench_command(
     ] = None,
     json_: JsonOption = False,
 ) -> None:
-    """Measure a bundle's latency, and its energy where a board tells, on this machine or on a board."""
+    """Measure a bundle's latency, and its energy where a board has a power monitor, here or on a board."""
     from edgecl.cli.output import print_json, status_line
-    from edgecl.deploy.bench import bench
+    from edgecl.deploy.device import bench
 
     precisions = split_precisions(precision)
     with status_line() as report:
@@ -63,50 +67,51 @@ def bench_command(
         _print_record(bundle, record)
 
 
-def _print_record(bundle: Path, record: dict[str, Any]) -> None:
+def _print_record(bundle: Path, record: "BenchRecord") -> None:
     from edgecl.cli.output import print_line, print_rows
 
-    device = record["device"]
+    device = record.device
     print_rows(
-        f"{bundle} on {device['name']}: latency in ms",
+        f"{bundle} on {device.name}: latency in ms",
         ["precision", "mode", "p50 [95 % interval]", "p90", "p99", "images/s", "J/inference", "runs"],
         [
             (
-                one["precision"],
-                one["mode"],
-                *(_quantile(one["latency_ms"], name) for name in ("p50", "p90", "p99")),
-                _rate(one["throughput_per_s"]),
-                f"{one['energy']['j_per_inference']:.3g}" if one.get("energy") else "–",
-                "–" if one["samples"] is None else f"{one['samples']:,}",
+                one.precision,
+                one.mode,
+                *(_quantile(one.latency_ms, name) for name in get_args(_Quantile)),
+                _rate(one.throughput_per_s),
+                f"{one.energy.j_per_inference:.3g}" if one.energy else "–",
+                "–" if one.samples is None else f"{one.samples:,}",
             )
-            for one in record["measurements"]
+            for one in record.measurements
         ],
     )
-    for ratio in record.get("ratios") or []:
-        low, high = ratio["ci95"] or (None, None)
+    for ratio in record.ratios:
+        low, high = ratio.ci95 or (None, None)
         interval = f" [{low:.3g}, {high:.3g}]" if low is not None else ""
-        print_line(f"{ratio['b']} is {ratio['p50_ratio']:.3g}{interval} times as fast as {ratio['a']}")
-    print_line(f"{record['runtime']}, threads: {record['threads']}, batch: {record['batch']}")
-    rails = next((one["energy"]["rails"] for one in record["measurements"] if one.get("energy")), None)
+        print_line(f"{ratio.b} is {ratio.p50_ratio:.3g}{interval} times as fast as {ratio.a}")
+    print_line(f"{record.runtime}, threads: {record.threads}, batch: {record.batch}")
+    rails = next((one.energy.rails for one in record.measurements if one.energy), None)
     if rails:
         print_line(f"energy of the whole module: {' + '.join(rails)}")
-    for mark in record["marks"]:
+    for mark in record.marks:
         print_line(f"doubtful: {_words(mark)}")
-    for one in record["measurements"]:
-        for mark in one["marks"]:
-            if mark not in record["marks"]:
-                print_line(f"doubtful: {one['precision']}, {one['mode']}: {_words(mark)}")
+    for one in record.measurements:
+        for mark in one.marks:
+            if mark not in record.marks:
+                print_line(f"doubtful: {one.precision}, {one.mode}: {_words(mark)}")
 
 
 def _words(mark: str) -> str:
     return _MARKS.get(mark, mark)
 
 
-def _quantile(latency: dict[str, Any], name: str) -> str:
-    if latency.get(name) is None:
+def _quantile(latency: "Latency", name: "_Quantile") -> str:
+    value: float | None = getattr(latency, name)
+    if value is None:
         return "too few runs"
-    interval = latency.get(f"ci95_{name}") if name == "p50" else None
-    return f"{latency[name]:.4g}" + (f" [{interval[0]:.4g}, {interval[1]:.4g}]" if interval else "")
+    interval = latency.ci95_p50 if name == "p50" else None
+    return f"{value:.4g}" + (f" [{interval[0]:.4g}, {interval[1]:.4g}]" if interval else "")
 
 
 def _rate(per_second: float | None) -> str:

@@ -1,7 +1,7 @@
 """`edgecl export`."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,6 +13,9 @@ from edgecl.cli.options import (
     JsonOption,
     ModelArgument,
 )
+
+if TYPE_CHECKING:
+    from edgecl.storage.records import Manifest
 
 
 def export_command(
@@ -76,28 +79,32 @@ def export_command(
         _print_bundle(record, out)
 
 
-def _print_bundle(record: dict[str, Any], out: Path) -> None:
+def _print_bundle(manifest: "Manifest", out: Path) -> None:
     from edgecl.cli.output import print_line, print_rows
 
     rows = []
-    for name, about in record["precisions"].items():
-        parity, accuracy = about["parity"], about["accuracy"]
+    for name, about in manifest.precisions.items():
+        parity, accuracy = about.parity, about.accuracy
+        assert parity is not None
         rows.append(
             [
-                f"{name} (default)" if name == record["precision"] else name,
-                about["form"],
-                f"{record['size_bytes'][about['model']] / 1e6:.2f}",
-                f"{parity['max_relative_difference']:.2g}",
-                f"{parity['top1_agreement']:.1%}",
-                "–" if accuracy is None else f"{accuracy['value']:.4g} {accuracy['metric']}",
+                f"{name} (default)" if name == manifest.precision else name,
+                about.form,
+                f"{manifest.size_bytes[about.model] / 1e6:.2f}",
+                f"{parity.max_relative_difference:.2g}",
+                f"{parity.top1_agreement:.1%}",
+                "–" if accuracy is None else f"{accuracy.value:.4g} {accuracy.metric}",
             ]
         )
+    opsets = {about.opset for about in manifest.precisions.values()}
     print_rows(
-        f"{record['target_name']}: {record['runtime']}, opset {record['target']['graph']['opset']}",
+        f"{manifest.target_name}: {manifest.runtime}, opset {', '.join(map(str, opsets))}",
         ["precision", "form", "MB", "largest difference", "agreement", "accuracy"],
         rows,
     )
-    for name, about in {**record["precisions"], **record.get("left_out", {})}.items():
-        if about["decision"]:
-            print_line(f"{name}: {about['decision']['words']}")
+    decisions = {name: about.decision for name, about in manifest.precisions.items()}
+    decisions.update((name, about.decision) for name, about in manifest.left_out.items())
+    for name, decision in decisions.items():
+        if decision:
+            print_line(f"{name}: {decision.words}")
     print_line(f"-> {out}")

@@ -1,40 +1,44 @@
 """`edgecl ls`."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import typer
 
 from edgecl.cli.options import JsonOption
 
-ListName = Literal["recipes", "targets", "nets", "datasets"]
+ListName = Literal["recipes", "targets", "runtimes", "nets", "datasets"]
 
 
 def ls_command(
-    shelf: Annotated[ListName | None, typer.Argument(help="What to list [default: everything]")] = None,
+    list_: Annotated[ListName | None, typer.Argument(help="What to list [default: everything]")] = None,
     json_: JsonOption = False,
 ) -> None:
-    """List what there is: recipes, targets, nets, datasets."""
+    """List what there is: recipes, targets, runtimes, nets, datasets."""
     from edgecl.cli.output import print_json, print_rows
 
-    shelves: list[ListName] = [shelf] if shelf else ["recipes", "targets", "nets", "datasets"]
-    found = {name: _entries(name) for name in shelves}
+    names: list[ListName] = [list_] if list_ else list(get_args(ListName))
+    found = {name: _entries(name) for name in names}
     if json_:
-        print_json([entry for name in shelves for entry in found[name]])
+        print_json([entry for name in names for entry in found[name]])
         return
-    for name in shelves:
+    for name in names:
         print_rows(name, ["name", ""], [(entry["name"], entry["summary"]) for entry in found[name]])
 
 
-def _entries(shelf: ListName) -> list[dict[str, str]]:
-    if shelf == "recipes":
+def _entries(name: ListName) -> list[dict[str, str]]:
+    if name == "recipes":
         from edgecl.config.recipe import list_recipes
 
         return list_recipes()
-    if shelf == "targets":
+    if name == "targets":
         from edgecl.config.target import list_targets
 
         return list_targets()
-    if shelf == "nets":
+    if name == "runtimes":
+        from edgecl.onboard.runtimes import list_runtimes
+
+        return list_runtimes()
+    if name == "nets":
         from edgecl.nets.catalogue import list_nets
 
         return list_nets()

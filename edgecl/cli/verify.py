@@ -18,7 +18,7 @@ def verify_command(
 ) -> None:
     """Check a bundle, here or on a board: every file's hash, and the reference outputs in every precision."""
     from edgecl.cli.output import print_json, print_rows, status_line
-    from edgecl.deploy.verify import verify
+    from edgecl.deploy.device import verify
 
     precisions = split_precisions(precision)
     with status_line() as report:
@@ -27,24 +27,19 @@ def verify_command(
         print_json(record)
         return
     rows = []
-    for name, found in record["precisions"].items():
-        allowed = found["tolerance"]
-        rows += [
-            (
-                name,
-                "largest relative difference",
-                f"{found['max_relative_difference']:.2g}",
-                f"<= {allowed['max_relative_difference']:.2g}",
-            ),
-            (
-                name,
-                "top-1 agreement",
-                f"{found['top1_agreement']:.4g}",
-                f">= {allowed['top1_agreement']:.4g}",
-            ),
-        ]
+    for name, found in record.precisions.items():
+        difference, agreement, allowed = (
+            found.max_relative_difference,
+            found.top1_agreement,
+            found.tolerance,
+        )
+        if difference is None or agreement is None or allowed is None:
+            continue
+        most, least = allowed.max_relative_difference, allowed.top1_agreement
+        rows.append((name, "largest relative difference", f"{difference:.2g}", f"<= {most:.2g}"))
+        rows.append((name, "top-1 agreement", f"{agreement:.4g}", f">= {least:.4g}"))
     print_rows(
-        f"{bundle}: hashes match; {record['runtime']} against torch on {record['images']} real images",
+        f"{bundle}: hashes match; {record.runtime} against torch on {record.images} real images",
         ["precision", "check", "found", "allowed"],
         rows,
     )

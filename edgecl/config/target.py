@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
+from fnmatch import fnmatch
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -19,22 +19,18 @@ from edgecl.config.settings import (
     read_text,
     validate,
 )
-from edgecl.errors import TargetError
+from edgecl.errors import TargetError, near_matches
 from edgecl.onboard.devices import DEVICES
+from edgecl.onboard.runtimes import RUNTIMES
+from edgecl.onboard.versions import bounds_of
 
 Precision = Literal["fp32", "fp16", "int8"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
-Runtime = Literal["onnxruntime", "openvino", "tensorrt", "tensorrt_rtx"]
 Int8Form = Literal["int8-trt", "int8-trt-fp16", "int8-cpu"]
 ComputeCapability = Literal["SM75", "SM80", "SM86", "SM89", "SM120", "SM121"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
-# TensorRT -> the newest opset its parser documents. Source: onnx-tensorrt's branches, docs/operators.md.
-_OPSETS = {(8, 0): 13, (8, 4): 17, (9, 0): 19, (10, 0): 20, (11, 0): 22}
-
 _LARGER_PICTURES = "larger pictures do not fit into memory by the batch"
-
-_SPECIFIER = re.compile(r"(>=|<=|==|<|>)(\d{1,9}(?:\.\d{1,9})*)")
 
 
 class Graph(Config):
@@ -112,7 +108,8 @@ class Tolerances(Config):
 class Target(Config):
     """One kind of device and runtime."""
 
-    runtime: Runtime
+    runtime: str
+    """One of `edgecl ls runtimes`."""
     versions: str = ""
     """Versions of the runtime it is for, such as '>=10.3,<10.8'; any where it is empty."""
     device: str = "cpu"
@@ -150,17 +147,12 @@ class Target(Config):
             raise ValueError(f"'device' is '{self.device}'; there are {', '.join(DEVICES)}")
         if not self.precisions or len(set(self.precisions)) < len(self.precisions):
             raise ValueError("'precisions' must name one or more precisions, each once")
-        for part in filter(None, (part.strip() for part in self.versions.split(","))):
-            if not _SPECIFIER.fullmatch(part):
-                raise ValueError(f"'versions' has '{part}'; write it as in '>=10.3,<10.8'")
         if graph.dynamic_batch and graph.batch > graph.max_batch:
             raise ValueError(f"'graph.batch' {graph.batch} is above 'graph.max_batch' {graph.max_batch}")
         if graph.hard_swish == "keep" and graph.opset < 14:
             raise ValueError(f"'graph.hard_swish' = 'keep' needs opset 14, 'graph.opset' is {graph.opset}")
         if graph.int8 == "int8-trt-fp16" and graph.opset < 19:
             raise ValueError(f"'graph.int8' = 'int8-trt-fp16' needs opset 19, 'graph.opset' is {graph.opset}")
-        if self.runtime.startswith("tensorrt") and "int8" in self.precisions and graph.int8 == "int8-cpu":
-            raise ValueError(f"'{self.runtime}' refuses 'graph.int8' = 'int8-cpu'; take 'int8-trt'")
         self._check_dla()
         self._check_runtime()
         if self.runtime == "tensorrt_rtx" and not self.build.compute_capabilities:
@@ -168,29 +160,32 @@ class Target(Config):
         return self
 
     def _check_runtime(self) -> None:
-        """Hold device, INT8 form and opset to what the runtime takes."""
-        on_gpu = self.device != "cpu"
-        if self.runtime == "tensorrt" and not on_gpu:
-            raise ValueError("'tensorrt' needs a GPU; set 'device', such as 'gpu' or 'jetson-orin'")
-        if self.runtime == "tensorrt_rtx" and self.device != "gpu":
+        """Check versions, device, precisions, INT8 form and opset against what the runtime takes."""
+        runtime = RUNTIMES.get(self.runtime)
+        if runtime is None:
+            raise ValueError(f"'runtime' is '{self.runtime}': {near_matches(self.runtime, RUNTIMES)}")
+        if not any(fnmatch(self.device, pattern) for pattern in runtime.devices):
             raise ValueError(
-                f"'tensorrt_rtx' runs on desktop GPUs ('device' = 'gpu'), not on '{self.device}'"
+                f"'{self.runtime}' does not run on 'device' = '{self.device}'; it runs on "
+                + " and ".join(runtime.devices)
             )
-        if self.runtime == "onnxruntime" and "int8" in self.precisions and self.graph.int8 != "int8-cpu":
-            raise ValueError(f"'onnxruntime' is slow on '{self.graph.int8}'; take 'graph.int8' = 'int8-cpu'")
-        bounds = {
-            sign: tuple(map(int, number.split(".")))
-            for sign, number in _SPECIFIER.findall(self.versions.replace(" ", ""))
-        }
-        least = bounds.get(">=") or bounds.get("==") or bounds.get(">")
-        most = bounds.get("<") or bounds.get("<=")
+        for precision in self.precisions:
+            if precision not in runtime.precisions:
+                raise ValueError(f"'{self.runtime}' has {', '.join(runtime.precisions)}, not {precision}")
+        if "int8" in self.precisions and self.graph.int8 not in runtime.int8_forms:
+            raise ValueError(
+                f"'{self.runtime}' does not take 'graph.int8' = '{self.graph.int8}'; take '{runtime.int8_forms[0]}'"
+            )
+        bounds = bounds_of(self.versions)
+        least = max((number for sign, number in bounds if sign in (">=", "==", ">")), default=None)
+        most = min((number for sign, number in bounds if sign in ("<", "<=")), default=None)
         if least and most and least > most:
             raise ValueError(f"'versions' = '{self.versions}' holds no version")
-        if self.runtime == "tensorrt" and least:
-            opset = max((opset for version, opset in _OPSETS.items() if version <= least), default=13)
+        if least and runtime.opsets:
+            opset = max((opset for version, opset in runtime.opsets if version <= least), default=13)
             if self.graph.opset > opset:
                 raise ValueError(
-                    f"'graph.opset' is {self.graph.opset}, TensorRT {'.'.join(map(str, least))} reads up to {opset}"
+                    f"'graph.opset' is {self.graph.opset}, {runtime.title} {'.'.join(map(str, least))} reads up to {opset}"
                 )
 
     def _check_dla(self) -> None:

@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy
-import onnx
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from edgecl.data.loading import load_eval_images, normalize, split_holdout
 from edgecl.data.randomness import permutation
 from edgecl.data.sources import Split, has_test_split, open_source
 from edgecl.data.unreadable import say_skipped
-from edgecl.deploy.onnx import with_any_batch
-from edgecl.errors import DataError, DeviceError
+from edgecl.deploy.session import Run
+from edgecl.errors import DataError
 from edgecl.metrics.collapse import knn_correct
 from edgecl.metrics.intervals import proportion_interval
-from edgecl.onboard.errors import OnboardError
-from edgecl.onboard.runtimes.openvino import import_openvino
+from edgecl.storage.records import Accuracy, ModelRecord, Preprocessing
 
-Array = NDArray[numpy.float32]
-Run = Callable[[Array], Array]
 Metric = Literal["top1", "knn_top1", "mean_cosine"]
 
-METRICS: dict[Metric, str] = {
+METRICS: dict[str | None, str] = {
     "top1": "top-1",
     "knn_top1": "kNN top-1",
     "mean_cosine": "mean cosine similarity with fp32",
@@ -74,7 +69,7 @@ class Evaluator:
     labels: Tensor | None
     bank: Tensor | None
     bank_labels: Tensor | None
-    preprocessing: dict[str, Any]
+    preprocessing: Preprocessing
     data: str
 
     def __len__(self) -> int:
@@ -103,7 +98,7 @@ class Evaluator:
         return self._run(run, self.images)
 
     def _run(self, run: Run, images: Tensor) -> Tensor:
-        mean, std = self.preprocessing["mean"], self.preprocessing["std"]
+        mean, std = self.preprocessing.mean, self.preprocessing.std
         parts = [run(normalize(part, mean, std).numpy()) for part in images.split(BATCH)]
         return torch.from_numpy(numpy.concatenate(parts))
 
@@ -120,19 +115,19 @@ class Evaluator:
             correct = knn_correct(outputs.bank, self.bank_labels, outputs.queries, self.labels)
         return 100 * correct.double()
 
-    def accuracy(self, outputs: Outputs, fp32: Outputs) -> dict[str, Any]:
-        """Return what a manifest says about the accuracy of one precision."""
+    def accuracy(self, outputs: Outputs, fp32: Outputs) -> Accuracy:
+        """Return the accuracy of one precision."""
         scores = self.scores(outputs, fp32)
         value = float(scores.mean())
         interval = None if self.metric == "mean_cosine" else list(proportion_interval(value, len(scores)))
-        return {
-            "metric": self.metric,
-            "value": value,
-            "ci95": interval,
-            "n": len(scores),
-            "data": self.data,
-            "mean_cosine": float(cosines(outputs.queries, fp32.queries).mean()),
-        }
+        return Accuracy(
+            metric=self.metric,
+            value=value,
+            ci95=interval,
+            n=len(scores),
+            data=self.data,
+            mean_cosine=float(cosines(outputs.queries, fp32.queries).mean()),
+        )
 
 
 def cosines(found: Tensor, expected: Tensor) -> Tensor:
@@ -143,11 +138,11 @@ def cosines(found: Tensor, expected: Tensor) -> Tensor:
 
 
 def open_evaluator(
-    record: dict[str, Any],
+    record: ModelRecord,
     *,
     uri: str | None,
     fallback: str,
-    preprocessing: dict[str, Any],
+    preprocessing: Preprocessing,
     download: bool = False,
 ) -> Evaluator:
     """Gather the images on which precisions are evaluated.
@@ -166,13 +161,13 @@ def open_evaluator(
     named = uri or fallback
     split: Split = "test" if has_test_split(named) else "train"
     source = open_source(named, split=split, download=download)
-    classes = record["classes"]
+    classes = record.classes
     usable = source.labels is not None and (classes is None or list(source.classes or ()) == list(classes))
     if uri and not usable:
         raise DataError(
             "these images have no labels"
             if source.labels is None
-            else f"these images have other classes than the net: {_only_in(source.classes or (), classes)}",
+            else f"these images have other classes than the net: {_only_in(source.classes or (), classes or ())}",
             where={"eval": uri},
             hint="put each class in a folder of its own, named as the net's classes: ROOT/CLASS/image.jpg",
         )
@@ -180,8 +175,8 @@ def open_evaluator(
         source = source.take(split_holdout(source.labels, HOLDOUT, seed=0)[1])
     loaded = load_eval_images(
         source,
-        resize_size=preprocessing["resize_size"],
-        image_size=preprocessing["image_size"],
+        resize_size=preprocessing.resize_size,
+        image_size=preprocessing.image_size,
         max_bad_fraction=MAX_BAD_FRACTION,
         limit=MOST_IMAGES if usable else MOST_UNLABELLED,
     )
@@ -204,46 +199,3 @@ def _only_in(found: Sequence[str], own: Sequence[str]) -> str:
     parts = [f"'{more[0]}' and {len(more) - 1} more are not the net's"] if more else []
     parts += [f"'{fewer[0]}' and {len(fewer) - 1} more are missing"] if fewer else []
     return "; ".join(parts) or "in another order"
-
-
-def session_of(model: onnx.ModelProto, *, runtime: str, form: str = "fp32") -> Run:
-    """Return a function that runs a model on any batch, on one thread.
-
-    Args:
-        model: in any form.
-        runtime: 'openvino' runs it there; everything else on ONNX Runtime.
-        form: of the model. ONNX Runtime computes the forms for TensorRT as they are written, unoptimized: it would
-            quantize biases as well, which flips roundings, and saturate on x86-64 without VNNI.
-    """
-    data = with_any_batch(model).SerializeToString()
-    if runtime == "openvino":
-        return _openvino(data)
-    import onnxruntime
-
-    onnxruntime.set_default_logger_severity(3)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    if form.startswith("int8-trt"):
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-
-    def run(images: Array) -> Array:
-        return numpy.asarray(session.run(None, {name: images})[0])
-
-    return run
-
-
-def _openvino(data: bytes) -> Run:
-    try:
-        openvino = import_openvino()
-    except OnboardError as error:
-        raise DeviceError(error.problem, hint=error.hint) from error
-    core = openvino.Core()
-    settings = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32"}
-    compiled = core.compile_model(core.read_model(data), "CPU", settings)
-
-    def run(images: Array) -> Array:
-        return numpy.asarray(compiled(images)[0])
-
-    return run

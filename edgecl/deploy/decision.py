@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy
 import onnx
 from numpy.typing import NDArray
 
 from edgecl.config.target import Quantization
-from edgecl.deploy.accuracy import METRICS, Evaluator, Outputs, Run, cosines
+from edgecl.deploy.accuracy import METRICS, Evaluator, Outputs, cosines
+from edgecl.deploy.session import Run
+from edgecl.storage.records import Attempt, Budget, Decision, Speed
 
 Array = NDArray[numpy.float32]
 Quantize = Callable[[Collection[str]], onnx.ModelProto]
@@ -66,7 +67,7 @@ def search_int8(
     settings: Quantization,
     features: bool,
     say: Say,
-) -> tuple[onnx.ModelProto, dict[str, Any]]:
+) -> tuple[onnx.ModelProto, Decision]:
     """Find the smallest set of nodes to keep in higher precision so that the loss stays within the budget.
 
     Nodes are ranked by how much the net's outputs change when each alone is quantized. The set is searched on
@@ -84,17 +85,16 @@ def search_int8(
         say: told how far it is.
 
     Returns:
-        the model, and {"kept", "kept_nodes", "candidates", "loss_points", "loss_ci95", "mean_cosine", "budget",
-        "tried", ...}; "kept" says whether the loss is within the budget.
+        the model, and the decision; its "kept" is whether the loss is within the budget.
     """
     search, report = evaluator.halves()
     fp32_search, fp32_report = search.outputs(fp32), report.outputs(fp32)
-    tried: list[dict[str, Any]] = []
+    tried: list[Attempt] = []
 
     def attempt(kept: Sequence[str]) -> tuple[onnx.ModelProto, float]:
         model = quantize(kept)
         loss = measure_loss(search, search.outputs(open_run(model)), fp32_search)
-        tried.append({"kept_nodes": len(kept), "loss_points": loss.points, "mean_cosine": loss.cosine})
+        tried.append(Attempt(kept_nodes=len(kept), loss_points=loss.points, mean_cosine=loss.cosine))
         return model, loss.excess(settings, features=features)
 
     say("INT8: judging the net")
@@ -116,23 +116,22 @@ def search_int8(
                 else:
                     low = middle
     loss = measure_loss(report, report.outputs(open_run(model)), fp32_report)
-    return model, {
-        "kept": loss.excess(settings, features=features) <= 0,
-        "kept_nodes": kept,
-        "candidates": len(candidates),
-        "metric": evaluator.metric,
-        "loss_points": loss.points,
-        "loss_ci95": None if loss.ci95 is None else list(loss.ci95),
-        "mean_cosine": loss.cosine,
-        "budget": {
-            "max_loss_points": settings.max_loss_points,
-            "min_cosine": settings.min_cosine if features else None,
-        },
-        "images": len(report),
-        "searched_on": len(search),
-        "tried": tried,
-        "data": evaluator.data,
-    }
+    return model, Decision(
+        kept=loss.excess(settings, features=features) <= 0,
+        kept_nodes=kept,
+        candidates=len(candidates),
+        metric=evaluator.metric,
+        loss_points=loss.points,
+        loss_ci95=None if loss.ci95 is None else list(loss.ci95),
+        mean_cosine=loss.cosine,
+        budget=Budget(
+            max_loss_points=settings.max_loss_points, min_cosine=settings.min_cosine if features else None
+        ),
+        images=len(report),
+        searched_on=len(search),
+        tried=tried,
+        data=evaluator.data,
+    )
 
 
 def _rank(
@@ -157,64 +156,56 @@ def _rank(
     return sorted(candidates, key=lambda name: -errors[name])
 
 
-def conclude(decision: dict[str, Any], *, speed: dict[str, Any] | None, higher: str) -> dict[str, Any]:
-    """Decide whether INT8 is kept, and say so in words and numbers.
+def conclude(decision: Decision, *, speed: Speed | None, higher: str) -> Decision:
+    """Decide whether INT8 is kept, in words and numbers.
 
     Args:
         decision: of `search_int8`.
-        speed: {"against", "ratio", "ci95"}: how many times as fast as another precision INT8 is on this machine,
-            or None where it cannot be measured here.
+        speed: how many times as fast as another precision INT8 is on this machine, or None where it cannot be measured
+            here.
         higher: the precision that kept nodes have.
-
-    Returns:
-        the decision with "words" and "speed".
     """
-    if "budget" not in decision:  # of `unevaluated`
-        return {**decision, "speed": speed}
-    cost = _cost(decision)
-    faster = None if speed is None else speed["ratio"]
+    budget = decision.budget
+    if budget is None:  # of `unevaluated`
+        return decision.model_copy(update={"speed": speed})
+    cost = _cost(decision, budget)
     pace = (
         "speed not measured here"
-        if speed is None or faster is None
-        else f"{100 * (faster - 1):+.0f} % speed against {speed['against']}"
+        if speed is None
+        else f"{100 * (speed.ratio - 1):+.0f} % speed against {speed.against}"
     )
-    kept_nodes = decision["kept_nodes"]
-    within = decision["kept"]
-    slower = faster is not None and faster <= 1.0
-    if within and not slower:
-        how = (
-            f"kept with {len(kept_nodes)} of {decision['candidates']} nodes in {higher}"
-            if kept_nodes
-            else "kept"
-        )
+    slower = speed is not None and speed.ratio <= 1.0
+    kept = bool(decision.kept) and not slower
+    nodes = len(decision.kept_nodes)
+    if kept:
+        how = f"kept with {nodes} of {decision.candidates} nodes in {higher}" if nodes else "kept"
         words = f"{how}: {cost}, for {pace}"
-    elif within:
+    elif decision.kept:
         words = f"rejected because it is slower: {pace}; {cost}"
     else:
         words = f"rejected because it costs too much: {cost}, for {pace}; " + (
-            "it was trained for INT8 already" if decision.get("trained_for_int8") else WAY_OUT
+            "it was trained for INT8 already" if decision.trained_for_int8 else WAY_OUT
         )
-    return {**decision, "kept": within and not slower, "speed": speed, "words": words}
+    return decision.model_copy(update={"kept": kept, "speed": speed, "words": words})
 
 
-def _cost(decision: dict[str, Any]) -> str:
-    budget = decision["budget"]
+def _cost(decision: Decision, budget: Budget) -> str:
     parts = []
-    if decision["loss_points"] is not None:
-        low, high = decision["loss_ci95"]
+    if decision.loss_points is not None and decision.loss_ci95 is not None:
+        low, high = decision.loss_ci95
         parts.append(
-            f"{decision['loss_points']:.2f} points of {METRICS[decision['metric']]} lost [{low:.2f}, {high:.2f}], "
-            f"{budget['max_loss_points']:g} allowed"
+            f"{decision.loss_points:.2f} points of {METRICS[decision.metric]} lost [{low:.2f}, {high:.2f}], "
+            f"{budget.max_loss_points:g} allowed"
         )
-        if low <= budget["max_loss_points"] < high:
+        if low <= budget.max_loss_points < high:
             parts[-1] += " (more images would tell better)"
-    if budget["min_cosine"] is not None:
+    if budget.min_cosine is not None:
         parts.append(
-            f"cosine similarity with fp32 {decision['mean_cosine']:.4f}, at least {budget['min_cosine']:g}"
+            f"cosine similarity with fp32 {decision.mean_cosine:.4f}, at least {budget.min_cosine:g}"
         )
-    return ", ".join(parts) + f" (on {decision['images']:,} images)"
+    return ", ".join(parts) + f" (on {decision.images:,} images)"
 
 
-def unevaluated(reason: str) -> dict[str, Any]:
+def unevaluated(reason: str) -> Decision:
     """Return the decision of an INT8 net that nothing was measured on: it is never a default."""
-    return {"kept": False, "kept_nodes": [], "words": f"not evaluated: {reason}", "speed": None}
+    return Decision(kept=False, words=f"not evaluated: {reason}")

@@ -1,4 +1,4 @@
-"""A model directory -> a bundle: the net in each precision, every form proven before any of it is written."""
+"""A model directory -> a bundle: the net in each precision, every variant proven before any of it is written."""
 
 from __future__ import annotations
 
@@ -7,51 +7,61 @@ import importlib.util
 import platform
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from edgecl.config.target import Precision, Target, read_target, target_name
+from edgecl.config.target import Target, read_target, target_name
 from edgecl.data.loading import load_eval_images, normalize, split_holdout
 from edgecl.data.randomness import permutation
 from edgecl.data.sources import has_test_split, open_source
 from edgecl.data.unreadable import say_skipped
-from edgecl.deploy.accuracy import HOLDOUT, MAX_BAD_FRACTION, open_evaluator
+from edgecl.deploy import extras
+from edgecl.deploy.accuracy import HOLDOUT, MAX_BAD_FRACTION, Evaluator, open_evaluator
 from edgecl.deploy.decision import conclude
+from edgecl.deploy.device import verify
+from edgecl.deploy.graph import opset_of
 from edgecl.deploy.onboard_zip import write_onboard
 from edgecl.deploy.onnx import INPUT, OUTPUT, save_onnx
 from edgecl.deploy.parity import slim_view_check
 from edgecl.deploy.process import run_here
 from edgecl.deploy.readme import bundle_readme
-from edgecl.deploy.rtx import compile_rtx
 from edgecl.deploy.variants import (
     PARITY_IMAGES,
     REFERENCE_IMAGES,
-    Form,
-    float_net,
+    Source,
+    Variants,
+    check_variants,
+    evaluate_variants,
     make_variants,
     torch_outputs,
 )
-from edgecl.deploy.verify import verify
-from edgecl.errors import DataError, ParityError, TargetError
+from edgecl.errors import DataError, ParityError
 from edgecl.nets.model_dir import load_model
-from edgecl.onboard import trtexec
-from edgecl.onboard.bundle import engine_name, onnx_name, sha256_of_file
-from edgecl.onboard.errors import OnboardError
+from edgecl.onboard.bundle import onnx_name, sha256_of_file
+from edgecl.onboard.runtimes import RUNTIMES
 from edgecl.storage.directories import Bundle, ModelDir
-from edgecl.storage.raw_records import read_record, record_header, write_sealed
-from edgecl.storage.writing import new_directory, refuse_existing, write_bytes
-
-Array = NDArray[numpy.float32]
+from edgecl.storage.reading import read_record
+from edgecl.storage.records import (
+    BenchRecord,
+    BundlePrecision,
+    EvaluationRecord,
+    ExportedNet,
+    InputForm,
+    LeftOut,
+    Manifest,
+    ModelRecord,
+    OutputForm,
+    ParityCheck,
+    Preprocessing,
+    Speed,
+    Tolerance,
+)
+from edgecl.storage.writing import new_directory, refuse_existing, write_bytes, write_record
 
 LEAST_CALIBRATION_IMAGES = 64
 SPEED_S = 2.0
-
-# What this machine can run; the others need their device.
-_HOST_RUNTIMES = {"onnxruntime": "onnxruntime", "openvino": "openvino"}
 
 
 def export(
@@ -66,8 +76,8 @@ def export(
     force: bool = False,
     download: bool = False,
     say: Callable[[str], None] = lambda line: None,
-) -> dict[str, Any]:
-    """Export a model directory for a target and prove that every exported form computes what torch computes.
+) -> Manifest:
+    """Export a model directory for a target and prove that every variant computes what torch computes.
 
     Args:
         model: a model directory.
@@ -81,7 +91,7 @@ def export(
         run: the run directory the model was carved from; its slim view is then the first parity check.
         force: replace an earlier bundle.
         download: let torchvision fetch what is not on the disk.
-        say: told how far it is, one line each.
+        say: called with a line on how far it is.
 
     Returns:
         the manifest.
@@ -90,97 +100,91 @@ def export(
         ArtifactError: not a model directory, the output exists, or the disk is full.
         TargetError: unknown target, or a precision the target's device lacks.
         DataError: no images to compare on, too few to calibrate on, or images to evaluate on that do not fit.
-        ParityError: a form outside the target's tolerance; no bundle is left.
+        ParityError: a variant outside the target's tolerance; no bundle is left.
         DeviceError: the target needs a compiler that is not installed.
     """
     chosen = read_target(target, precisions=precisions)
     refuse_existing(out, force=force, kind=Bundle.KIND)
-    net, loaded = load_model(model)
-    record = loaded.to_json()
-    uri = calibration or record["data"]
+    net, record = load_model(model)
+    uri = calibration or record.data
     if uri is None:
         raise DataError(
             "this model does not say which images it was made from",
             where={"model": model},
             hint="name real images for the comparison with --calibration URI",
         )
-    preprocessing = _preprocessing(record["preprocessing"], chosen.graph.image_size)
+    source = _gather(net, record, chosen, model=model, uri=uri, eval_uri=eval_uri, download=download, say=say)
+    parity = [slim_view_check(net, record, run, source.images[:PARITY_IMAGES])] if run else []
+    with new_directory(out, kind=Bundle.KIND, force=force) as aside:
+        bundle = Bundle(aside)
+        variants = make_variants(source)
+        parity += check_variants(variants, source)
+        evaluate_variants(variants, source)
+        few = source.images[:REFERENCE_IMAGES]
+        expected = torch_outputs(source.plain, few)
+        numpy.savez(bundle.reference_file, inputs=few.numpy(), outputs=expected)
+        manifest = _manifest(
+            source,
+            parity,
+            target=target_name(target),
+            model=ModelDir(model),
+            outputs=expected.shape[1],
+            uri=uri,
+        )
+        _write_variants(bundle, manifest, variants, source)
+        return _finish(bundle, manifest, target=chosen, say=say)
+
+
+def _gather(
+    net: torch.nn.Module,
+    record: ModelRecord,
+    target: Target,
+    *,
+    model: Path,
+    uri: str,
+    eval_uri: str | None,
+    download: bool,
+    say: Callable[[str], None],
+) -> Source:
+    """Read the images to compare, to calibrate and to evaluate on."""
+    preprocessing = _preprocessing(record.preprocessing, target.graph.image_size)
     tested_on = _tested_on(ModelDir(model))
     # Images named to evaluate on leave all of the others to calibrate on.
     images, labels = _read_images(
-        uri, chosen, record, preprocessing, hold_out=not (eval_uri or tested_on), download=download
+        uri, target, record, preprocessing, hold_out=not (eval_uri or tested_on), download=download
     )
-    evaluator = None
-    if len(chosen.precisions) > 1 or "int8" in chosen.precisions or eval_uri:
+    evaluator: Evaluator | None = None
+    if len(target.precisions) > 1 or "int8" in target.precisions or eval_uri:
         evaluator = open_evaluator(
             record,
             uri=eval_uri or tested_on,
-            fallback=uri if record["data"] is None else record["data"],
+            fallback=record.data or uri,
             preprocessing=preprocessing,
             download=download,
         )
-    parity = [slim_view_check(net, record, run, images[:PARITY_IMAGES])] if run else []
-    with new_directory(out, kind=Bundle.KIND, force=force) as aside:
-        bundle = Bundle(aside)
-        forms, steps = make_variants(
-            net,
-            record,
-            images,
-            labels,
-            target=chosen,
-            preprocessing=preprocessing,
-            evaluator=evaluator,
-            say=say,
-        )
-        expected = torch_outputs(float_net(net, record), images[:REFERENCE_IMAGES])
-        numpy.savez(bundle.reference_file, inputs=images[:REFERENCE_IMAGES].numpy(), outputs=expected)
-        manifest = {
-            **record_header(Bundle.KIND, made_from=ModelDir(model).sha256),
-            "target_name": target_name(target),
-            "target": chosen.model_dump(mode="json"),
-            "runtime": chosen.runtime,
-            "precision": "fp32",
-            "precisions": {},
-            "input": _input_form(chosen, images),
-            "output": {"name": OUTPUT, "shape": [chosen.graph.batch, expected.shape[1]]},
-            "net": {
-                **{
-                    key: record[key]
-                    for key in ("arch", "width", "stem_stride", "features", "classes", "origin", "params")
-                },
-                "model_sha256": ModelDir(model).sha256,
-            },
-            "preprocessing": preprocessing,
-            "classes": record["classes"],
-            "parity": [*parity, *steps],
-            "images_from": uri,
-            "versions": _versions(chosen),
-        }
-        _write_variants(bundle, manifest, forms, target=chosen, say=say)
-        return _finish(bundle, manifest, target=chosen, say=say)
+    return Source(net, record, images, labels, target, preprocessing, evaluator, say)
 
 
 def _tested_on(model: ModelDir) -> str | None:
     """Return the held-out images that fine-tuning was given, which the net has not seen."""
     if not model.evaluation_file.exists():
         return None
-    uri: str | None = read_record(model.evaluation_file, kind="evaluation").get("test_uri")
-    return uri
+    return read_record(model.evaluation_file, EvaluationRecord).test_uri
 
 
-def _preprocessing(own: dict[str, Any], image_size: int | None) -> dict[str, Any]:
+def _preprocessing(own: Preprocessing, image_size: int | None) -> Preprocessing:
     """Return a net's preprocessing at the size the target asks for, the picture cut out in the same proportion."""
     if image_size is None:
         return own
-    resize = max(image_size, round(own["resize_size"] * image_size / own["image_size"]))
-    return {**own, "image_size": image_size, "resize_size": resize}
+    resize = max(image_size, round(own.resize_size * image_size / own.image_size))
+    return own.model_copy(update={"image_size": image_size, "resize_size": resize})
 
 
 def _read_images(
     uri: str,
     target: Target,
-    record: dict[str, Any],
-    preprocessing: dict[str, Any],
+    record: ModelRecord,
+    preprocessing: Preprocessing,
     *,
     hold_out: bool,
     download: bool,
@@ -201,8 +205,8 @@ def _read_images(
         source = source.take(stay)
     loaded = load_eval_images(
         source,
-        resize_size=preprocessing["resize_size"],
-        image_size=preprocessing["image_size"],
+        resize_size=preprocessing.resize_size,
+        image_size=preprocessing.image_size,
         max_bad_fraction=MAX_BAD_FRACTION,
         limit=wanted,
     )
@@ -223,102 +227,91 @@ def _read_images(
             + (",".join(name for name in target.precisions if name != "int8") or "fp32"),
         )
     order = torch.from_numpy(permutation(0, 0, len(loaded.images), stream="calibration"))
-    images = normalize(loaded.images[order], preprocessing["mean"], preprocessing["std"])
-    fits = record["classes"] is not None and list(source.classes or ()) == list(record["classes"])
+    images = normalize(loaded.images[order], preprocessing.mean, preprocessing.std)
+    fits = record.classes is not None and list(source.classes or ()) == record.classes
     return images, loaded.labels[order] if loaded.labels is not None and fits else None
 
 
-def _input_form(target: Target, images: Tensor) -> dict[str, Any]:
-    graph = target.graph
-    return {
-        "name": INPUT,
-        "shape": [graph.batch, *images.shape[1:]],
-        "dtype": "float32",
-        "dynamic_batch": graph.dynamic_batch,
-        "max_batch": graph.max_batch if graph.dynamic_batch else graph.batch,
-    }
-
-
-def _write_variants(
-    bundle: Bundle,
-    manifest: dict[str, Any],
-    forms: dict[Precision, Form],
+def _manifest(
+    source: Source,
+    parity: list[ParityCheck],
     *,
-    target: Target,
-    say: Callable[[str], None],
-) -> None:
-    """Write every form into the bundle and describe it in the manifest, the preferred precision first."""
-    order = [*target.precisions, *(name for name in forms if name not in target.precisions)]
+    target: str,
+    model: ModelDir,
+    outputs: int,
+    uri: str,
+) -> Manifest:
+    """Return the manifest as far as it is known before the files are written."""
+    record, graph = source.record, source.target.graph
+    net = record.model_dump(include=set(ExportedNet.model_fields) - {"model_sha256"})
+    return Manifest(
+        made_from=model.sha256,
+        target_name=target,
+        target=source.target.model_dump(mode="json"),
+        runtime=source.target.runtime,
+        precision="fp32",
+        precisions={},
+        input=InputForm(
+            name=INPUT,
+            shape=[graph.batch, *source.images.shape[1:]],
+            dynamic_batch=graph.dynamic_batch,
+            max_batch=graph.max_batch if graph.dynamic_batch else graph.batch,
+        ),
+        output=OutputForm(name=OUTPUT, shape=[graph.batch, outputs]),
+        net=ExportedNet(**net, model_sha256=model.sha256),
+        preprocessing=source.preprocessing,
+        classes=record.classes,
+        parity=parity,
+        images_from=uri,
+        versions=_versions(source.target),
+        files={},
+    )
+
+
+def _write_variants(bundle: Bundle, manifest: Manifest, variants: Variants, source: Source) -> None:
+    """Write every variant into the bundle and describe it in the manifest, the preferred precision first."""
+    target = source.target
+    order = [*target.precisions, *(name for name in variants if name not in target.precisions)]
     for precision in order:
-        form = forms[precision]
-        if form.decision and form.decision.get("outside_tolerance"):
-            manifest["left_out"] = {precision: {"decision": form.decision, "parity": form.parity}}
+        variant = variants[precision]
+        if variant.decision and variant.decision.outside_tolerance:
+            manifest.left_out[precision] = LeftOut(decision=variant.decision, parity=variant.parity)
             continue
         file = bundle.path / onnx_name(precision)
-        save_onnx(form.model, file)
-        about: dict[str, Any] = {
-            "model": file.name,
-            "form": form.form,
-            "opset": next(
-                entry.version for entry in form.model.opset_import if entry.domain in ("", "ai.onnx")
-            ),
-            "tolerance": target.tolerance_of(precision, features=manifest["classes"] is None).model_dump(
-                mode="json"
-            ),
-            "parity": form.parity,
-            "accuracy": form.accuracy,
-            "decision": form.decision,
-            **form.about,
-        }
-        if target.runtime == "tensorrt_rtx":
-            say(f"{precision}: compiling for TensorRT-RTX")
-            plan = bundle.path / engine_name(precision, "rtx")
-            about["engines"] = {
-                plan.name: compile_rtx(
-                    file,
-                    plan,
-                    precision=precision,
-                    form=form.form,
-                    build=target.build,
-                    input_form=manifest["input"],
-                )
-            }
-        if target.runtime == "tensorrt":
-            try:
-                about["trtexec"] = trtexec.command_lines(
-                    target.versions,
-                    manifest_input=manifest["input"],
-                    build=target.build.model_dump(mode="json"),
-                    precision=precision,
-                    form=form.form,
-                    model=file.name,
-                    plan=engine_name(precision, "trtexec"),
-                )
-            except OnboardError as error:
-                raise TargetError(error.problem, hint=error.hint) from error
-        manifest["precisions"][precision] = about
+        save_onnx(variant.model, file)
+        manifest.precisions[precision] = BundlePrecision(
+            model=file.name,
+            form=variant.form,
+            opset=opset_of(variant.model),
+            tolerance=Tolerance(**source.tolerance(precision).model_dump()),
+            parity=variant.parity,
+            accuracy=variant.accuracy,
+            decision=variant.decision,
+            **variant.about,
+        )
+        if target.runtime in extras.OF_PRECISION:
+            source.say(f"{precision}: adding what {RUNTIMES[target.runtime].title} needs")
+            extras.OF_PRECISION[target.runtime](file, precision, manifest, target)
 
 
-def _finish(
-    bundle: Bundle, manifest: dict[str, Any], *, target: Target, say: Callable[[str], None]
-) -> dict[str, Any]:
-    """Evaluate the speed of INT8 where this machine can, choose the default, and seal the bundle once it verifies."""
+def _finish(bundle: Bundle, manifest: Manifest, *, target: Target, say: Callable[[str], None]) -> Manifest:
+    """Measure the speed of INT8 where this machine can, choose the default, and seal the bundle once it verifies."""
     write_onboard(bundle.onboard_file)
-    int8 = manifest["precisions"].get("int8")
-    if int8:
+    int8 = manifest.precisions.get("int8")
+    if int8 and int8.decision:
         speed = None
         if runs_here(target):
             say("INT8: measuring its speed")
             _seal(bundle, manifest)
             speed = _speed(bundle, against=_preferred(manifest, target, besides="int8"))
-        higher = "fp32" if target.graph.int8 == "int8-cpu" or target.runtime == "openvino" else "fp16"
-        int8["decision"] = conclude(int8["decision"], speed=speed, higher=higher)
-    for about in manifest.get("left_out", {}).values():
-        about["decision"] = conclude(about["decision"], speed=None, higher="fp16")
-    manifest["precision"] = _preferred(manifest, target)
-    if target.runtime == "tensorrt":
-        write_bytes(bundle.trtexec_file, trtexec.script(manifest).encode())
-        bundle.trtexec_file.chmod(0o755)
+        higher = "fp32" if RUNTIMES[target.runtime].on_host else "fp16"
+        int8.decision = conclude(int8.decision, speed=speed, higher=higher)
+    for about in manifest.left_out.values():
+        if about.decision:
+            about.decision = conclude(about.decision, speed=None, higher="fp16")
+    manifest.precision = _preferred(manifest, target)
+    if target.runtime in extras.OF_BUNDLE:
+        extras.OF_BUNDLE[target.runtime](bundle, manifest)
     write_bytes(bundle.readme_file, bundle_readme(manifest).encode())
     sealed = _seal(bundle, manifest)
     say("verifying the bundle")
@@ -331,47 +324,50 @@ def _finish(
 
 
 def runs_here(target: Target) -> bool:
-    """Say whether this machine has the runtime of a target."""
-    module = _HOST_RUNTIMES.get(target.runtime)
-    return module is not None and importlib.util.find_spec(module) is not None
+    """Return whether this machine has the runtime of a target."""
+    runtime = RUNTIMES[target.runtime]
+    return runtime.on_host and importlib.util.find_spec(runtime.module) is not None
 
 
-def _preferred(manifest: dict[str, Any], target: Target, *, besides: str | None = None) -> str:
+def _preferred(manifest: Manifest, target: Target, *, besides: str | None = None) -> str:
     """Return the first precision of the target that may be a default: INT8 only with a passing decision."""
     for precision in (*target.precisions, "fp32"):
-        about = manifest["precisions"].get(precision)
-        if about and precision != besides and (about["decision"] is None or about["decision"]["kept"]):
+        about = manifest.precisions.get(precision)
+        if about and precision != besides and (about.decision is None or about.decision.kept):
             return precision
     raise AssertionError("a bundle always holds fp32")
 
 
-def _speed(bundle: Bundle, *, against: str) -> dict[str, Any]:
+def _speed(bundle: Bundle, *, against: str) -> Speed:
     verb = ["bench", str(bundle.path), "--precision", against, "--precision", "int8", "--no-power"]
-    record = run_here([*verb, "--duration-s", str(SPEED_S), "--threads", "1"], threads=1, report=None)
-    ratio = record["ratios"][0]
-    return {
-        "against": against,
-        "ratio": ratio["p50_ratio"],
-        "ci95": ratio["ci95"],
-        "device": record["device"]["name"],
-        "runtime": record["runtime"],
-        "threads": record["threads"],
-    }
+    found = run_here([*verb, "--duration-s", str(SPEED_S), "--threads", "1"], threads=1, report=None)
+    record = BenchRecord.model_validate({"made_from": None, **found})
+    return Speed(
+        against=against,
+        ratio=record.ratios[0].p50_ratio,
+        ci95=record.ratios[0].ci95,
+        device=record.device.name,
+        runtime=record.runtime,
+        threads=record.threads,
+    )
 
 
-def _seal(bundle: Bundle, manifest: dict[str, Any]) -> dict[str, Any]:
+def _seal(bundle: Bundle, manifest: Manifest) -> Manifest:
     """Hash every file of the bundle and write the manifest."""
     files = sorted(
         path
         for path in bundle.path.iterdir()
         if path.is_file() and path not in (bundle.record_file, bundle.verify_file)
     )
-    manifest["files"] = {path.name: sha256_of_file(path) for path in files}
-    manifest["size_bytes"] = {path.name: path.stat().st_size for path in files}
-    return write_sealed(bundle.record_file, manifest)
+    manifest.files = {path.name: sha256_of_file(path) for path in files}
+    manifest.size_bytes = {path.name: path.stat().st_size for path in files}
+    return write_record(bundle.record_file, manifest)
 
 
 def _versions(target: Target) -> dict[str, str]:
-    packages = ["torch", "onnx", "onnxruntime", *{"openvino": ["openvino"]}.get(target.runtime, [])]
-    versions = {name: importlib.metadata.version(name) for name in packages if importlib.util.find_spec(name)}
+    runtime = RUNTIMES[target.runtime]
+    packages = {"torch", "onnx", "onnxruntime", *([runtime.module] if runtime.on_host else [])}
+    versions = {
+        name: importlib.metadata.version(name) for name in sorted(packages) if importlib.util.find_spec(name)
+    }
     return {**versions, "python": platform.python_version()}

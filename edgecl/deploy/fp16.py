@@ -1,4 +1,8 @@
-"""A float32 ONNX graph -> the same net in float16, with float32 where float16 would overflow."""
+"""A float32 ONNX graph -> the same net in float16, with float32 where float16 would overflow.
+
+onnxruntime's own converter (1.32, `convert_float_to_float16` with float32 inputs and outputs) does not do it: its casts
+stand behind the nodes that read them, and ONNX's check refuses the graph.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from edgecl.deploy.graph import Names, name_nodes, opset_of, with_shapes
+from edgecl.deploy.session import open_ort
 from edgecl.errors import ShapeError
 
 # Images at a time where any batch is taken; all intermediate tensors of a batch are in memory at once.
@@ -28,7 +33,7 @@ def half(
     Args:
         model: a float32 graph as `edgecl.deploy.graph.portable` writes it; it is left as it is.
         images: (N, 3, H, W) preprocessed images, N >= 1.
-        limit: the largest magnitude that float16 shall hold, at most its own end, 65504.
+        limit: the largest magnitude to convert, at most the end of float16, 65504.
 
     Returns:
         a new model, checked, and {"largest": the largest finite magnitude of any tensor on the images, "kept_fp32":
@@ -66,7 +71,7 @@ def half(
 
 
 def largest_magnitudes(model: onnx.ModelProto, images: NDArray[np.float32]) -> dict[str, float]:
-    """Run a net with all its intermediate tensors in sight.
+    """Run a net and return the largest magnitude of every tensor.
 
     Args:
         model: a float32 graph with inferred types.
@@ -76,8 +81,6 @@ def largest_magnitudes(model: onnx.ModelProto, images: NDArray[np.float32]) -> d
         name of each float32 tensor, input and outputs included -> largest magnitude over the images, inf where a
         value is not finite.
     """
-    import onnxruntime
-
     graph = model.graph
     watched = onnx.ModelProto()
     watched.CopyFrom(model)
@@ -87,13 +90,8 @@ def largest_magnitudes(model: onnx.ModelProto, images: NDArray[np.float32]) -> d
         for value in graph.value_info
         if value.type.tensor_type.elem_type == TensorProto.FLOAT and value.name not in outputs
     )
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
     # Optimized graphs lack the tensors that were fused away, and TensorRT may compute them all.
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(
-        watched.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    session = open_ort(watched, optimization="NONE")
     names = [value.name for value in watched.graph.output]
     peaks = dict.fromkeys(names, 0.0)
     for batch in _batches(images, graph.input[0].type.tensor_type.shape.dim[0].dim_value):
@@ -118,7 +116,7 @@ def _floats(graph: onnx.GraphProto) -> list[TensorProto]:
 
 
 def _fp32_only(node: onnx.NodeProto, model: onnx.ModelProto) -> bool:
-    """Tell whether an operator has an input that must be float32, or says itself what type it writes."""
+    """Return whether an operator has an input that must be float32, or says itself what type it writes."""
     schema = onnx.defs.get_schema(node.op_type, opset_of(model), "")
     tied = {parameter.type_str for parameter in schema.inputs}
     takes_no_fp16 = any(

@@ -1,4 +1,8 @@
-"""One portable ONNX graph from what torch exports: the opset and the operators that a runtime knows."""
+"""One portable ONNX graph from what torch exports: the opset and the operators that a runtime knows.
+
+`onnx.version_converter` (onnx 1.23) does not do it: from opset 18 to 17 it leaves `noop_with_empty_axes` on ReduceMean,
+which opset 17 refuses, and to 13 it has no adapter for HardSwish and Mul. Upwards it gives the same outputs.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +38,7 @@ def portable(model: onnx.ModelProto, *, opset: int, hard_swish: HardSwish) -> on
     """Rewrite an exported graph to an opset and to operators that TensorRT and ONNX Runtime take everywhere.
 
     A mean over height and width becomes GlobalAveragePool, a reshape to (N, F) becomes Flatten, hard-swish takes the
-    form asked for. What remains is restated in the target's opset. Every tensor that both graphs have keeps its name.
+    form asked for. What remains is rewritten to the target's opset. Every tensor that both graphs have keeps its name.
 
     Args:
         model: a float32 graph of standard operators, with a static or a dynamic batch; it is left as it is.
@@ -46,7 +50,7 @@ def portable(model: onnx.ModelProto, *, opset: int, hard_swish: HardSwish) -> on
         a new model, checked, with shapes of all its tensors and the metadata of the old one.
 
     Raises:
-        TargetError: the graph cannot be said in that opset or form.
+        TargetError: the graph cannot be written in that opset or form.
         ParityError: the rewritten graph does not pass ONNX's own check.
     """
     if opset not in IR_VERSIONS:
@@ -150,7 +154,7 @@ def _check_domains(model: onnx.ModelProto) -> None:
 
 
 class _Rewriter:
-    """Says nodes again, one after the other, in the target's opset and forms.
+    """Rewrites each node to the target's opset and forms.
 
     Args:
         model: the graph the nodes come from.
@@ -207,7 +211,7 @@ class _Rewriter:
         yield self._node("Flatten", [pooled], node.output[0], axis=1)
 
     def _is_flatten(self, node: onnx.NodeProto) -> bool:
-        """Tell whether a reshape keeps the first dimension and joins all others."""
+        """Return whether a reshape keeps the first dimension and joins all others."""
         old, new = self._shape(node.input[0]), self._shape(node.output[0])
         if len(new) != 2 or len(old) < 2 or not all(isinstance(side, int) and side > 0 for side in old[1:]):
             return False
@@ -300,7 +304,7 @@ class _Rewriter:
         return tuple(_attribute(node, "axes", ())) or None
 
     def _allows_no_zero(self, node: onnx.NodeProto) -> bool:
-        """Tell whether 0 is absent from the shape, so that it does not matter what 0 means."""
+        """Return whether 0 is absent from the shape, so that it does not matter what 0 means."""
         shape = self.constants.get(node.input[1])
         return shape is not None and 0 not in numpy_helper.to_array(shape)
 

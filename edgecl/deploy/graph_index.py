@@ -1,4 +1,8 @@
-"""What the nodes of a net stand for: its first and last layers, gates, residual sums, and what can be quantized."""
+"""What the nodes of a net stand for: its first and last layers, gates, residual sums, and what can be quantized.
+
+onnx_ir has producers and uses of a value as well; going there from protocol buffers and back would take more lines than
+`GraphIndex` has.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ _POOLS = ("GlobalAveragePool", "ReduceMean")
 
 
 def quantizable(model: onnx.ModelProto, form: Int8Form) -> list[str]:
-    """Name the convolutions and matrix products that a form quantizes, in the graph's order.
+    """Return the names of the convolutions and matrix products that a form quantizes, in the graph's order.
 
     Sums, products, pools and activations follow from them: they are quantized where their inputs are.
     """
@@ -30,7 +34,7 @@ def quantizable(model: onnx.ModelProto, form: Int8Form) -> list[str]:
 
 
 def baseline_keep(model: onnx.ModelProto, form: Int8Form) -> list[str]:
-    """Name the nodes that stay in higher precision whatever the accuracy is.
+    """Return the names of the nodes that stay in higher precision whatever the accuracy is.
 
     For TensorRT the branches of squeeze-and-excitation and the classifier, products of a matrix and one vector that cost
     next to nothing, and convolutions too narrow for the integer kernels. For ONNX Runtime the first convolution, when
@@ -54,7 +58,7 @@ def baseline_keep(model: onnx.ModelProto, form: Int8Form) -> list[str]:
 
 
 def first_block(model: onnx.ModelProto) -> list[str]:
-    """Name the nodes before the second pointwise stage of a net that begins stem, depthwise, pointwise.
+    """Return the names of the nodes before the second pointwise stage of a net that begins stem, depthwise, pointwise.
 
     These read the largest maps and do little with each value, so that on a CPU they gain less from integers than
     going there costs. The block ends before its pointwise convolution, or, where a residual sum goes around
@@ -106,7 +110,7 @@ def default_keep(model: onnx.ModelProto) -> dict[str, list[str]]:
 
 
 def clips_at_zero(node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto]) -> bool:
-    """Tell whether a node cuts at 0 and perhaps at an upper bound, as saturation at a calibrated range does."""
+    """Return whether a node cuts at 0 and perhaps at an upper bound, as saturation at a calibrated range does."""
     if node.op_type == "Relu":
         return True
     least = constants.get(node.input[1]) if node.op_type == "Clip" and len(node.input) > 1 else None
@@ -186,7 +190,7 @@ class GraphIndex:
 
 
 def _is_plain(node: onnx.NodeProto, constants: Collection[str]) -> bool:
-    """Tell whether weights and bias are constants, and a matrix product scales nothing."""
+    """Return whether weights and bias are constants, and a matrix product scales nothing."""
     if not all(name in constants for name in node.input[1:] if name):
         return False
     if node.op_type == "Conv":
@@ -199,7 +203,7 @@ def _is_plain(node: onnx.NodeProto, constants: Collection[str]) -> bool:
 
 
 def _is_narrow(node: onnx.NodeProto, shapes: Mapping[str, Sequence[int]]) -> bool:
-    """Tell whether a convolution has too few channels for TensorRT's integer kernels."""
+    """Return whether a convolution has too few channels for TensorRT's integer kernels."""
     inputs = input_channels(node, shapes)
     if not inputs:
         return False
@@ -217,7 +221,7 @@ def input_channels(node: onnx.NodeProto, shapes: Mapping[str, Sequence[int]]) ->
 
 
 def attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
-    """Return a node's attribute, or what it is where it is not said."""
+    """Return a node's attribute, or its default."""
     return next(
         (helper.get_attribute_value(entry) for entry in node.attribute if entry.name == name), default
     )

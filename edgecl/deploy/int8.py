@@ -1,9 +1,17 @@
-"""A net in fp32 -> the same in INT8: calibrated on real images, its method chosen by accuracy, evaluated on others."""
+"""A net in fp32 -> the same in INT8, calibrated on real images, its method chosen by accuracy; and the three forms of it.
+
+`int8-trt` is what TensorRT takes: symmetric S8 Q/DQ pairs on the inputs of convolutions, on float32 weights, and on the
+skip input of a residual sum, whose other side is fused into the convolution that makes it. `int8-trt-fp16` is the same
+with fp16 scales and the rest in fp16, for strongly typed networks, which would run the rest in fp32 otherwise.
+`int8-cpu` is what ONNX Runtime fuses: asymmetric U8 activations, S8 weights, int32 biases, and Q/DQ behind every
+operator that has an integer kernel. Its weights leave room for the 16-bit sums of processors without VNNI, so that
+all processors compute the same. The first two exclude the last: TensorRT refuses U8 and int32, and ONNX Runtime
+fuses nothing in a graph without quantized outputs.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
 
 import numpy
 import onnx
@@ -11,15 +19,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from edgecl.config.target import Target
-from edgecl.deploy.accuracy import Evaluator, Run, cosines, session_of
+from edgecl.config.target import Int8Form, Target
+from edgecl.deploy.accuracy import Evaluator, cosines
 from edgecl.deploy.calibrate import calibrate_all
 from edgecl.deploy.decision import Say, search_int8, unevaluated
-from edgecl.deploy.graph_index import quantizable
-from edgecl.deploy.quantize import quantize
+from edgecl.deploy.fp16 import half
+from edgecl.deploy.graph import opset_of, portable
+from edgecl.deploy.graph_index import first_block, quantizable
+from edgecl.deploy.qdq import CpuDraft, Ranges, TensorrtDraft
+from edgecl.deploy.session import Run, session_of
+from edgecl.errors import DataError, TargetError, near_matches
+from edgecl.storage.records import Decision
 
 Array = NDArray[numpy.float32]
 
+_HALF_LIMIT = 6e4
 # On which what overflows fp16 is looked for, each time a graph is quantized.
 FP16_IMAGES = 16
 # Half of them to search on, half to report on; with fewer, a point of accuracy is less than one image.
@@ -36,7 +50,7 @@ def make_int8(
     evaluator: Evaluator | None,
     features: bool,
     say: Say,
-) -> tuple[onnx.ModelProto, dict[str, Any]]:
+) -> tuple[onnx.ModelProto, Decision]:
     """Quantize a net after training and find what must stay in higher precision.
 
     Args:
@@ -87,9 +101,9 @@ def make_int8(
     def keep(kept: Collection[str]) -> onnx.ModelProto:
         return quantize(fp32, form=form, ranges=ranges[method], keep=kept, images=few)
 
-    obstacle = obstacle_to_judging(evaluator, features=features)
+    obstacle = obstacle_to_evaluation(evaluator, features=features)
     if evaluator is None or obstacle:
-        return keep(()), {**unevaluated(obstacle or ""), **chosen}
+        return keep(()), unevaluated(obstacle or "").model_copy(update=chosen)
     model, decision = search_int8(
         keep,
         quantizable(fp32, form),
@@ -100,11 +114,11 @@ def make_int8(
         features=features,
         say=say,
     )
-    return model, {**decision, **chosen}
+    return model, decision.model_copy(update=chosen)
 
 
-def obstacle_to_judging(evaluator: Evaluator | None, *, features: bool) -> str | None:
-    """Say why no decision can be had from an evaluator, or None."""
+def obstacle_to_evaluation(evaluator: Evaluator | None, *, features: bool) -> str | None:
+    """Return why no decision can be had from an evaluator, or None."""
     if evaluator is None:
         return "no images to evaluate on"
     if evaluator.metric == "mean_cosine" and not features:
@@ -122,12 +136,12 @@ def evaluate_trained(
     evaluator: Evaluator | None,
     features: bool,
     say: Say,
-) -> dict[str, Any]:
+) -> Decision:
     """Return the decision of a net whose scales were trained: there is nothing to choose and nothing to search."""
-    chosen = {"form": target.graph.int8, "method": "trained"}
-    obstacle = obstacle_to_judging(evaluator, features=features)
+    chosen = {"form": target.graph.int8, "method": "trained", "trained_for_int8": True}
+    obstacle = obstacle_to_evaluation(evaluator, features=features)
     if evaluator is None or obstacle:
-        return {**unevaluated(obstacle or ""), **chosen}
+        return unevaluated(obstacle or "").model_copy(update=chosen)
     decision = search_int8(
         lambda kept: model,
         [],
@@ -138,7 +152,7 @@ def evaluate_trained(
         features=features,
         say=say,
     )[1]
-    return {**decision, **chosen}
+    return decision.model_copy(update=chosen)
 
 
 def _outputs(run: Run, images: Array) -> Tensor:
@@ -146,3 +160,70 @@ def _outputs(run: Run, images: Array) -> Tensor:
     return torch.from_numpy(
         numpy.concatenate([run(images[start : start + size]) for start in range(0, len(images), size)])
     )
+
+
+def quantize(
+    model: onnx.ModelProto,
+    *,
+    form: Int8Form,
+    ranges: Ranges,
+    keep: Collection[str] = (),
+    images: NDArray[numpy.float32] | None = None,
+) -> onnx.ModelProto:
+    """Quantize a portable float32 graph.
+
+    Args:
+        model: from `edgecl.deploy.graph.portable`; left as it is.
+        form: which runtime it is for.
+        ranges: tensor -> (least, largest), as `calibrate` measures them on this very graph.
+        keep: names of nodes to keep in higher precision, beyond those of `baseline_keep`, which always are.
+        images: (N, 3, H, W) after preprocessing; only "int8-trt-fp16" reads them, to find what overflows fp16, and
+            needs them only where the ranges come near its limit.
+
+    Returns:
+        a model that onnx's full check passes, with float32 input and output, and the same bytes each time.
+
+    Raises:
+        DataError: a tensor to quantize has no range, or one that is not finite.
+        TargetError: a name to keep is not in the graph, or the opset is too old for the form.
+    """
+    names = {node.name for node in model.graph.node}
+    for name in keep:
+        if name not in names:
+            raise TargetError(
+                f"there is no node '{name}' to keep in higher precision", hint=near_matches(name, names)
+            )
+    least = 19 if form == "int8-trt-fp16" else 13
+    if opset_of(model) < least:
+        raise TargetError(
+            f"'{form}' needs opset {least}, the graph has {opset_of(model)}",
+            hint=f"set [graph] opset = {least} or later in the target",
+        )
+    chosen = set(quantizable(model, form)) - set(keep)
+    if form == "int8-cpu":
+        # Only HardSigmoid is known below.
+        plain = portable(model, opset=opset_of(model), hard_swish="hard_sigmoid")
+        kept = {*keep, *first_block(model)}
+        quantized = CpuDraft(plain, ranges, chosen=chosen, keep=kept).write()
+    else:
+        source = _in_half(model, ranges, images) if form == "int8-trt-fp16" else model
+        quantized = TensorrtDraft(source, ranges, chosen=chosen, keep=set(keep)).write()
+    onnx.checker.check_model(quantized, full_check=True)
+    return quantized
+
+
+def _in_half(
+    model: onnx.ModelProto, ranges: Ranges, images: NDArray[numpy.float32] | None
+) -> onnx.ModelProto:
+    """Convert a graph to fp16, with what overflows there in fp32."""
+    if images is None:
+        for name, ends in ranges.items():
+            if max(map(abs, ends)) > _HALF_LIMIT:
+                raise DataError(
+                    f"tensor '{name}' reaches {max(map(abs, ends)):.3g}, which fp16 may not hold",
+                    hint="give images, so that the nodes around it can be kept in fp32",
+                )
+        # No activation comes near the limit; what is left to look at are the weights.
+        sides = [side.dim_value or 1 for side in model.graph.input[0].type.tensor_type.shape.dim]
+        images = numpy.zeros(sides, numpy.float32)
+    return half(model, images=images, limit=_HALF_LIMIT)[0]

@@ -78,21 +78,6 @@ def save_onnx(model: onnx.ModelProto, path: Path) -> None:
     path.write_bytes(model.SerializeToString())
 
 
-def output_length(model: onnx.ModelProto) -> int:
-    """Return the length of a model's output vector."""
-    return int(model.graph.output[0].type.tensor_type.shape.dim[1].dim_value)
-
-
-def with_any_batch(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return a copy that takes any batch; the portable forms hold no batch but in the input's and output's shape."""
-    free = onnx.ModelProto()
-    free.CopyFrom(model)
-    del free.graph.value_info[:]
-    for value in (*free.graph.input, *free.graph.output):
-        value.type.tensor_type.shape.dim[0].dim_param = "N"
-    return free
-
-
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep the exporter's running commentary off the terminal."""

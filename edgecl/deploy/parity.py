@@ -1,4 +1,4 @@
-"""The parity report: slim view, torch, ONNX in each precision, each check held to the one it was made from."""
+"""The parity report: slim view, torch, ONNX in each precision, each compared with the one it was made from."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from torch.func import functional_call
 
 from edgecl.config.recipe import recipe_from_tables
 from edgecl.config.target import Tolerance
-from edgecl.deploy.accuracy import cosines
-from edgecl.deploy.onnx import with_any_batch
+from edgecl.deploy.session import open_ort, with_any_batch
 from edgecl.errors import ArtifactError, ParityError
 from edgecl.nets.build import create_slimmable
 from edgecl.nets.folding import fold_batch_norm
+from edgecl.onboard.verify import breaches as breaches_of
 from edgecl.onboard.verify import compare
 from edgecl.storage.checkpoint import read_sealed
 from edgecl.storage.directories import RunDir
+from edgecl.storage.records import Comparison, ModelRecord, ParityCheck
 
 Array = NDArray[numpy.float32]
 Layers = dict[str, Array]
@@ -30,65 +31,45 @@ Layers = dict[str, Array]
 LAYER_IMAGES = 4
 
 
-def check_parity(source: str, form: str, found: Array, expected: Array) -> dict[str, Any]:
-    """Compare the outputs of one form of a net with those of the form it was made from.
+def check_parity(source: str, variant: str, found: Array, expected: Array) -> ParityCheck:
+    """Compare the outputs of one variant of a net with those of what it was made from.
 
     Args:
-        source: what the form was made from.
-        form: what is compared.
-        found: (N, F) outputs of the form.
+        source: what the variant was made from.
+        variant: what is compared.
+        found: (N, F) outputs of the variant.
         expected: (N, F) outputs of its source.
 
     Raises:
         ParityError: another shape, or values that are not finite.
     """
     if found.shape != expected.shape:
-        raise ParityError(f"{form} gives outputs {found.shape}, {source} gives {expected.shape}")
+        raise ParityError(f"{variant} gives outputs {found.shape}, {source} gives {expected.shape}")
     if not numpy.isfinite(found).all():
         raise ParityError(
-            f"{form} gives values that are not finite, {source} gives finite ones",
+            f"{variant} gives values that are not finite, {source} gives finite ones",
             hint="an activation left the range of the format; keep it in fp32",
         )
-    return {
-        "from": source,
-        "to": form,
-        "images": len(found),
-        **compare(found, expected),
-        "mean_cosine": float(cosines(torch.from_numpy(found), torch.from_numpy(expected)).mean()),
-        "first_diverging_layer": None,
-    }
+    numbers = Comparison.model_validate(compare(found, expected))
+    return ParityCheck(source=source, variant=variant, images=len(found), **dict(numbers))
 
 
-def breaches(step: dict[str, Any], tolerance: Tolerance) -> list[str]:
-    """Say in which ways a check leaves a tolerance; NaN leaves every one."""
-    difference, agreement = step["max_relative_difference"], step["top1_agreement"]
-    problems = []
-    if not difference <= tolerance.max_relative_difference:
-        problems.append(
-            f"the largest relative difference is {difference:.3g}, allowed {tolerance.max_relative_difference:g}"
-        )
-    if not agreement >= tolerance.top1_agreement:
-        problems.append(
-            f"the largest output agrees on {agreement:.1%}, required {tolerance.top1_agreement:.1%}"
-        )
-    if not step["mean_cosine"] >= tolerance.mean_cosine:
-        problems.append(
-            f"the mean cosine similarity is {step['mean_cosine']:.4g}, required {tolerance.mean_cosine:g}"
-        )
-    return problems
+def breaches(check: ParityCheck, tolerance: Tolerance) -> list[str]:
+    """Return in which ways a check leaves a tolerance; NaN leaves every one."""
+    return breaches_of(check.to_json(), tolerance.model_dump())
 
 
-def hold(step: dict[str, Any], tolerance: Tolerance) -> None:
+def check_tolerance(check: ParityCheck, tolerance: Tolerance) -> None:
     """Refuse a check outside its tolerance.
 
     Raises:
         ParityError: naming the first layer that leaves the tolerance, where it is known.
     """
-    problems = breaches(step, tolerance)
+    problems = breaches(check, tolerance)
     if problems:
-        layer = step["first_diverging_layer"]
+        layer = check.first_diverging_layer
         raise ParityError(
-            f"{step['to']} disagrees with {step['from']} on {step['images']} images: " + "; ".join(problems),
+            f"{check.variant} disagrees with {check.source} on {check.images} images: " + "; ".join(problems),
             where={"first layer outside": layer} if layer else {},
             hint="no bundle was written; a wider [tolerance] in the target is for differences you can explain",
         )
@@ -141,14 +122,11 @@ def onnx_layers(model: onnx.ModelProto, images: Array, *, names: list[str]) -> L
         images: (N, 3, H, W).
         names: of the layers in the order they run; where their number differs, ONNX's own names are used.
     """
-    import onnxruntime
-
     shown = with_any_batch(model)
     tensors = [node.output[0] for node in model.graph.node if node.op_type in ("Conv", "Gemm", "MatMul")]
     outputs = {value.name for value in shown.graph.output}
     shown.graph.output.extend(onnx.ValueInfoProto(name=name) for name in tensors if name not in outputs)
-    onnxruntime.set_default_logger_severity(3)
-    session = onnxruntime.InferenceSession(shown.SerializeToString(), providers=["CPUExecutionProvider"])
+    session = open_ort(shown, optimization="ALL")
     values = session.run(tensors, {session.get_inputs()[0].name: images})
     if len(names) != len(tensors):
         names = tensors
@@ -157,7 +135,7 @@ def onnx_layers(model: onnx.ModelProto, images: Array, *, names: list[str]) -> L
     }
 
 
-def slim_view_check(net: nn.Module, record: dict[str, Any], run: Path, images: Tensor) -> dict[str, Any]:
+def slim_view_check(net: nn.Module, record: ModelRecord, run: Path, images: Tensor) -> ParityCheck:
     """Compare a carved net with the slim view inside its host.
 
     Where carving re-estimated the statistics of the batch norms, the slim view is given these, so that what is
@@ -169,11 +147,11 @@ def slim_view_check(net: nn.Module, record: dict[str, Any], run: Path, images: T
     """
     run_dir = RunDir(run)
     run_record = run_dir.read()
-    checkpoint = read_sealed(run_dir, str(record["made_from"]))
+    checkpoint = read_sealed(run_dir, str(record.made_from))
     if checkpoint is None:
         raise ArtifactError(
             "this model was not carved from a checkpoint that this run has",
-            where={"run": run, "model made from": str(record["made_from"])[:12]},
+            where={"run": run, "model made from": str(record.made_from)[:12]},
             hint="name the run that `edgecl carve` read, and carve again if it went on since; "
             "a fine-tuned net has no slim view",
         )
@@ -184,14 +162,14 @@ def slim_view_check(net: nn.Module, record: dict[str, Any], run: Path, images: T
     own = net.state_dict()
     replaced = (
         {name: own[name] for name in own if name.endswith(("running_mean", "running_var"))}
-        if record["recalibrated"]
+        if record.recalibrated
         else {}
     )
     with torch.no_grad():
-        if record["width"] in slimmable.slim_widths:
-            seen = slimmable.forward_slim_part("backbone", images, replaced=replaced, width=record["width"])
+        if record.width in slimmable.slim_widths:
+            seen = slimmable.forward_slim_part("backbone", images, replaced=replaced, width=record.width)
         else:
             seen = functional_call(slimmable.host.get_submodule("backbone"), replaced, (images,))
         carved = net(images)
-    form = "carved torch net" + (" (batch norms re-estimated)" if record["recalibrated"] else "")
+    form = "carved torch net" + (" (batch norms re-estimated)" if record.recalibrated else "")
     return check_parity("slim view in its host", form, carved.numpy(), seen.numpy())

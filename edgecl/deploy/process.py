@@ -21,6 +21,7 @@ from edgecl.onboard import errors as onboard_errors
 from edgecl.onboard.bench import PROGRESS
 from edgecl.onboard.errors import OnboardError
 from edgecl.onboard.remote import pinned
+from edgecl.onboard.runtimes import RUNTIMES, full_name
 from edgecl.onboard.trtexec import BUILD_LIMIT_S
 
 Report = Callable[[str], None]
@@ -83,8 +84,9 @@ class Listener:
 
 
 def silence_s(runtime: str) -> float:
-    """Return for how many seconds the device code may be silent; a builder of engines is, for minutes."""
-    return SILENCE_S if runtime in ("ort", "onnxruntime", "openvino") else BUILDING_SILENCE_S
+    """Return for how many seconds the device code may be silent; building an engine takes minutes."""
+    record = RUNTIMES.get(full_name(runtime))
+    return SILENCE_S if record is not None and not record.builds_engines else BUILDING_SILENCE_S
 
 
 def run_here(

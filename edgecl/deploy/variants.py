@@ -1,10 +1,10 @@
-"""The net in each precision, each form made from the one above it and held to it."""
+"""The net in each precision, in three passes: make the variants, check each against its source, evaluate them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy
 import onnx
@@ -12,21 +12,24 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from edgecl.config.target import PRECISIONS, Precision, Target, Tolerance
-from edgecl.deploy.accuracy import Evaluator, session_of
+from edgecl.config.target import Precision, Target, Tolerance
+from edgecl.deploy.accuracy import Evaluator
 from edgecl.deploy.fp16 import half
 from edgecl.deploy.int8 import evaluate_trained, make_int8
 from edgecl.deploy.onnx import onnx_from_net
 from edgecl.deploy.parity import (
     LAYER_IMAGES,
+    Layers,
     breaches,
     check_parity,
+    check_tolerance,
     first_outside,
-    hold,
     onnx_layers,
     torch_layers,
 )
+from edgecl.deploy.session import session_of
 from edgecl.nets.fake_quant import without_fake_quant
+from edgecl.storage.records import Accuracy, Decision, Json, ModelRecord, ParityCheck, Preprocessing
 
 Array = NDArray[numpy.float32]
 
@@ -35,30 +38,80 @@ PARITY_IMAGES = 64
 REFERENCE_IMAGES = 16
 
 
+@dataclass(frozen=True)
+class Source:
+    """What the variants are made from.
+
+    Attributes:
+        net: in evaluation mode, with the fake quantization it may have been trained with.
+        record: of the model.
+        images: (N, 3, H, W) real images after preprocessing, in a random order.
+        labels: (N,) of the net's classes, or None.
+        target: decides precisions and forms.
+        preprocessing: written into the graphs.
+        evaluator: the images on which accuracy is measured, or None.
+        say: called with a line on how far it is.
+    """
+
+    net: nn.Module
+    record: ModelRecord
+    images: Tensor
+    labels: Tensor | None
+    target: Target
+    preprocessing: Preprocessing
+    evaluator: Evaluator | None
+    say: Callable[[str], None]
+
+    @cached_property
+    def plain(self) -> nn.Module:
+        """The net without fake quantization."""
+        return without_fake_quant(self.net) if self.record.quantization else self.net
+
+    @property
+    def features(self) -> bool:
+        """Whether the net has no classifier."""
+        return self.record.classes is None
+
+    def tolerance(self, precision: Precision) -> Tolerance:
+        """Return the tolerance of a precision."""
+        return self.target.tolerance_of(precision, features=self.features)
+
+    def graph_of(self, net: nn.Module) -> onnx.ModelProto:
+        """Export the net, or the net without fake quantization."""
+        metadata = {**self.preprocessing.to_json(), "classes": self.record.classes, "arch": self.record.arch}
+        shape = (3, self.images.shape[2], self.images.shape[3])
+        return onnx_from_net(net, graph=self.target.graph, shape=shape, metadata=metadata)
+
+    def outputs(self, model: onnx.ModelProto, form: str) -> Array:
+        """Return the outputs of a variant for the images of the parity check."""
+        run = session_of(model, runtime=self.target.runtime, form=form)
+        return numpy.concatenate([run(part.numpy()) for part in self.images[:PARITY_IMAGES].split(16)])
+
+
 @dataclass
-class Form:
+class Variant:
     """The net in one precision, on its way into a bundle.
 
     Attributes:
         model: as ONNX.
-        form: what the manifest calls it, such as 'int8-trt'.
-        parity: its check of the parity report.
+        form: the manifest's name for it, such as 'int8-trt'.
         about: more for the manifest.
+        earlier: checks of the parity report before this variant's own.
+        parity: its check of the parity report.
         accuracy: on the evaluator's images, or None without an evaluator.
         decision: of INT8.
     """
 
     model: onnx.ModelProto
     form: str
-    parity: dict[str, Any]
-    about: dict[str, Any]
-    accuracy: dict[str, Any] | None = None
-    decision: dict[str, Any] | None = None
+    about: Json = field(default_factory=dict)
+    earlier: list[ParityCheck] = field(default_factory=list)
+    parity: ParityCheck | None = None
+    accuracy: Accuracy | None = None
+    decision: Decision | None = None
 
 
-def float_net(net: nn.Module, record: dict[str, Any]) -> nn.Module:
-    """Return a model's net without the fake quantization it may have been trained with."""
-    return without_fake_quant(net) if record.get("quantization") else net
+Variants = dict[Precision, Variant]
 
 
 def torch_outputs(net: nn.Module, images: Tensor) -> Array:
@@ -68,139 +121,122 @@ def torch_outputs(net: nn.Module, images: Tensor) -> Array:
     return outputs
 
 
-def make_variants(
-    net: nn.Module,
-    record: dict[str, Any],
-    images: Tensor,
-    labels: Tensor | None,
-    *,
-    target: Target,
-    preprocessing: dict[str, Any],
-    evaluator: Evaluator | None,
-    say: Callable[[str], None],
-) -> tuple[dict[Precision, Form], list[dict[str, Any]]]:
-    """Make the net in fp32 and in every precision of the target.
+def make_variants(source: Source) -> Variants:
+    """Make the net in fp32 and in every precision of the target."""
+    target, say = source.target, source.say
+    say("fp32: exporting")
+    fp32 = source.graph_of(source.plain)
+    variants: Variants = {"fp32": Variant(fp32, "fp32")}
+    if "fp16" in target.precisions:
+        say("fp16: converting")
+        model, about = half(fp32, images=source.images[:PARITY_IMAGES].numpy())
+        variants["fp16"] = Variant(model, "fp16", about)
+    if "int8" in target.precisions:
+        trained = source.record.quantization is not None and target.graph.int8 != "int8-cpu"
+        variants["int8"] = (_trained_int8 if trained else _calibrated_int8)(source, fp32)
+    return variants
 
-    Args:
-        net: in evaluation mode; fake quantization it was trained with becomes its INT8 form.
-        record: of the model.
-        images: (N, 3, H, W) real images after preprocessing, in a random order.
-        labels: (N,) of the net's classes, or None.
-        target: decides the forms.
-        preprocessing: written into the graphs.
-        evaluator: the images on which accuracy is counted, or None.
-        say: told how far it is.
+
+def _trained_int8(source: Source, fp32: onnx.ModelProto) -> Variant:
+    source.say("INT8: exporting the scales it was trained with")
+    model = source.graph_of(source.net)
+    trained = check_parity(
+        "torch net with fake quantization",
+        "ONNX int8-trt",
+        source.outputs(model, "int8-trt"),
+        torch_outputs(source.net, source.images[:PARITY_IMAGES]),
+    )
+    if source.target.graph.int8 == "int8-trt-fp16":
+        model, _ = half(model, images=source.images[:PARITY_IMAGES].numpy())
+    decision = evaluate_trained(
+        model,
+        fp32,
+        target=source.target,
+        evaluator=source.evaluator,
+        features=source.features,
+        say=source.say,
+    )
+    return Variant(model, source.target.graph.int8, earlier=[trained], decision=decision)
+
+
+def _calibrated_int8(source: Source, fp32: onnx.ModelProto) -> Variant:
+    settings = source.target.quantization
+    count = min(settings.calibration_images, len(source.images) // 2)
+    holdout = slice(count, count + settings.holdout_images)
+    model, decision = make_int8(
+        fp32,
+        target=source.target,
+        calibration=source.images[:count].numpy(),
+        holdout=source.images[holdout].numpy(),
+        holdout_labels=None if source.labels is None else source.labels[holdout],
+        evaluator=source.evaluator,
+        features=source.features,
+        say=source.say,
+    )
+    decision.trained_for_int8 = source.record.quantization is not None
+    return Variant(model, source.target.graph.int8, decision=decision)
+
+
+def check_variants(variants: Variants, source: Source) -> list[ParityCheck]:
+    """Compare fp32 with torch, and every other variant with fp32.
 
     Returns:
-        the forms, and the checks of the parity report.
+        the checks of the parity report.
 
     Raises:
         ParityError: fp32 or fp16 outside its tolerance. INT8 outside it is left to the decision.
     """
-    say("fp32: exporting")
-    metadata = {**preprocessing, "classes": record["classes"], "arch": record["arch"]}
-    shape = (3, images.shape[2], images.shape[3])
-    plain = float_net(net, record)
-    features = record["classes"] is None
-    tolerances = {name: target.tolerance_of(name, features=features) for name in PRECISIONS}
-    fp32 = onnx_from_net(plain, graph=target.graph, shape=shape, metadata=metadata)
-    seen, few = images[:PARITY_IMAGES], images[:LAYER_IMAGES]
-    in_torch = torch_layers(plain, few)
-    names = list(in_torch)
-    fp32_layers = onnx_layers(fp32, few.numpy(), names=names)
-    fp32_outputs = _run_all(fp32, "fp32", seen, target)
-    step = check_parity("carved torch net", "ONNX fp32", fp32_outputs, torch_outputs(plain, seen))
-    step["first_diverging_layer"] = first_outside(fp32_layers, in_torch, tolerances["fp32"])
-    hold(step, tolerances["fp32"])
-    forms: dict[Precision, Form] = {"fp32": Form(fp32, "fp32", step, {})}
+    fp32, few = variants["fp32"].model, source.images[:LAYER_IMAGES]
+    in_torch = torch_layers(source.plain, few)
+    layers = onnx_layers(fp32, few.numpy(), names=list(in_torch))
+    outputs = source.outputs(fp32, "fp32")
+    step = check_parity(
+        "carved torch net",
+        "ONNX fp32",
+        outputs,
+        torch_outputs(source.plain, source.images[:PARITY_IMAGES]),
+    )
+    step.first_diverging_layer = first_outside(layers, in_torch, source.tolerance("fp32"))
+    check_tolerance(step, source.tolerance("fp32"))
+    variants["fp32"].parity = step
     steps = [step]
-    if "fp16" in target.precisions:
-        say("fp16: converting")
-        model, about = half(fp32, images=seen.numpy())
-        forms["fp16"] = Form(model, "fp16", {}, about)
-    if "int8" in target.precisions:
-        if record.get("quantization") and target.graph.int8 != "int8-cpu":
-            say("INT8: exporting the scales it was trained with")
-            model = onnx_from_net(net, graph=target.graph, shape=shape, metadata=metadata)
-            steps.append(
-                check_parity(
-                    "torch net with fake quantization",
-                    "ONNX int8-trt",
-                    _run_all(model, "int8-trt", seen, target),
-                    torch_outputs(net, seen),
-                )
-            )
-            if target.graph.int8 == "int8-trt-fp16":
-                model, _ = half(model, images=seen.numpy())
-            decision = evaluate_trained(
-                model, fp32, target=target, evaluator=evaluator, features=features, say=say
-            )
-        else:
-            model, decision = _quantize(
-                fp32, images, labels, target=target, evaluator=evaluator, features=features, say=say
-            )
-        decision["trained_for_int8"] = bool(record.get("quantization"))
-        forms["int8"] = Form(model, target.graph.int8, {}, {}, decision=decision)
-    smaller: tuple[Precision, ...] = ("fp16", "int8")
-    for precision in smaller:
-        if precision not in forms:
-            continue
-        form, tolerance = forms[precision], tolerances[precision]
-        outputs = _run_all(form.model, form.form, seen, target)
-        step = check_parity("ONNX fp32", f"ONNX {precision}", outputs, fp32_outputs)
-        layers = onnx_layers(form.model, few.numpy(), names=names)
-        step["first_diverging_layer"] = first_outside(layers, fp32_layers, tolerance)
-        form.parity = step
-        steps.append(step)
-        if precision != "int8":
-            hold(step, tolerance)
-        elif form.decision is not None and (
-            problems := _int8_breaches(step, outputs, fp32_outputs, tolerance)
-        ):
-            # A net that does not survive INT8 is no wrong graph: the decision says so, and the file stays here.
-            form.decision.update(kept=False, outside_tolerance=problems)
-    if evaluator is not None:
-        say("judging every precision")
-        reference = evaluator.outputs(session_of(fp32, runtime=target.runtime))
-        for form in forms.values():
-            run = session_of(form.model, runtime=target.runtime, form=form.form)
-            form.accuracy = evaluator.accuracy(evaluator.outputs(run), reference)
-    return forms, steps
+    for precision, variant in variants.items():
+        steps += variant.earlier
+        if precision != "fp32":
+            steps.append(_check_variant(variant, precision, source, outputs, layers))
+    return steps
 
 
-def _int8_breaches(step: dict[str, Any], outputs: Array, expected: Array, tolerance: Tolerance) -> list[str]:
-    """Say in which ways INT8 leaves its tolerance, on all images or on those that a device will be held to."""
+def _check_variant(
+    variant: Variant, precision: Precision, source: Source, fp32_outputs: Array, fp32_layers: Layers
+) -> ParityCheck:
+    tolerance, few = source.tolerance(precision), source.images[:LAYER_IMAGES].numpy()
+    outputs = source.outputs(variant.model, variant.form)
+    step = check_parity("ONNX fp32", f"ONNX {precision}", outputs, fp32_outputs)
+    found = onnx_layers(variant.model, few, names=list(fp32_layers))
+    step.first_diverging_layer = first_outside(found, fp32_layers, tolerance)
+    variant.parity = step
+    if variant.decision is None:
+        check_tolerance(step, tolerance)
+        return step
+    # A net that does not survive INT8 is no wrong graph: the decision says so, and the file stays here. It counts as
+    # outside on all images, or on those by which a device is verified.
     reference = check_parity(
-        step["from"], step["to"], outputs[:REFERENCE_IMAGES], expected[:REFERENCE_IMAGES]
+        step.source, step.variant, outputs[:REFERENCE_IMAGES], fp32_outputs[:REFERENCE_IMAGES]
     )
-    return breaches(step, tolerance) or breaches(reference, tolerance)
+    problems = breaches(step, tolerance) or breaches(reference, tolerance)
+    if problems:
+        variant.decision = variant.decision.model_copy(update={"kept": False, "outside_tolerance": problems})
+    return step
 
 
-def _run_all(model: onnx.ModelProto, form: str, images: Tensor, target: Target) -> Array:
-    run = session_of(model, runtime=target.runtime, form=form)
-    return numpy.concatenate([run(part.numpy()) for part in images.split(16)])
-
-
-def _quantize(
-    fp32: onnx.ModelProto,
-    images: Tensor,
-    labels: Tensor | None,
-    *,
-    target: Target,
-    evaluator: Evaluator | None,
-    features: bool,
-    say: Callable[[str], None],
-) -> tuple[onnx.ModelProto, dict[str, Any]]:
-    settings = target.quantization
-    count = min(settings.calibration_images, len(images) // 2)
-    holdout = slice(count, count + settings.holdout_images)
-    return make_int8(
-        fp32,
-        target=target,
-        calibration=images[:count].numpy(),
-        holdout=images[holdout].numpy(),
-        holdout_labels=None if labels is None else labels[holdout],
-        evaluator=evaluator,
-        features=features,
-        say=say,
-    )
+def evaluate_variants(variants: Variants, source: Source) -> None:
+    """Measure the accuracy of every variant, where there are images to evaluate on."""
+    evaluator, runtime = source.evaluator, source.target.runtime
+    if evaluator is None:
+        return
+    source.say("evaluating every precision")
+    reference = evaluator.outputs(session_of(variants["fp32"].model, runtime=runtime))
+    for variant in variants.values():
+        run = session_of(variant.model, runtime=runtime, form=variant.form)
+        variant.accuracy = evaluator.accuracy(evaluator.outputs(run), reference)

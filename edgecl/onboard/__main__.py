@@ -9,10 +9,9 @@ import traceback
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
-from .bundle import MANIFEST, write_whole
+from .bundle import MANIFEST, PRECISIONS, write_whole
 from .errors import BundleError, DeviceError, OnboardError, bounded, cannot_import, printable
-
-RUNTIMES = ("ort", "onnxruntime", "openvino", "tensorrt", "tensorrt_rtx")
+from .runtimes import TRTEXEC, option_names
 
 
 def main(arguments: Optional[List[str]] = None) -> int:
@@ -82,25 +81,24 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="onboard.pyz", description=__doc__)
     verbs = parser.add_subparsers(dest="verb", metavar="VERB")
     verbs.required = True  # no argument of add_subparsers before Python 3.7
-    doctor = verbs.add_parser("doctor", help="say what would fail, and how to fix it")
+    doctor = verbs.add_parser("doctor", help="check what would fail, and how to fix it")
     doctor.add_argument(
         "--target", metavar="FILE", help="a target as JSON, where no bundle says what it needs"
     )
-    build = verbs.add_parser("build", help="build TensorRT engines, to be found by verify and bench")
+    build = verbs.add_parser("build", help="build engines ahead of verify and bench")
     verify = verbs.add_parser("verify", help="check hashes and reference outputs")
-    bench = verbs.add_parser("bench", help="measure latency, and energy where the board tells")
+    bench = verbs.add_parser("bench", help="measure latency, and energy where the board has a power monitor")
     for verb in (build, verify, bench):
         verb.add_argument(
             "--precision",
             action="append",
-            choices=("fp32", "fp16", "int8"),
+            choices=PRECISIONS,
             help="repeatable (default: %s)" % ("the bundle's own" if verb is bench else "all of the bundle"),
         )
     for verb in (verify, bench):
         verb.add_argument(
             "--runtime",
-            # trtexec tells how long a net takes, not what it answers.
-            choices=RUNTIMES if verb is verify else (*RUNTIMES, "trtexec"),
+            choices=[*option_names(), *([TRTEXEC] if verb is bench else ())],
             help="instead of the one the bundle is made for",
         )
     bench.add_argument("--duration-s", type=float, default=10.0, help="seconds to sample for (default 10)")
@@ -202,7 +200,7 @@ def _run(options: argparse.Namespace) -> Dict[str, Any]:
 
         return verify(options.bundle, precisions=options.precision, runtime=options.runtime, report=report)
     if options.verb == "build":
-        from .engine import build
+        from .build import build
 
         return build(options.bundle, precisions=options.precision, report=report)
     return bench(

@@ -12,13 +12,14 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Se
 
 import numpy as np
 
-from .bundle import check_files, choose_precision, read_manifest
-from .clock import BLOCK_S, Measurement, Report, measure_interleaved
+from .bundle import PRECISIONS, check_files, choose_precision, read_manifest
+from .clock import BLOCK_S, Measurement, measure_interleaved
 from .device_info import add_state_after, available_cores, read_device_info
 from .errors import DeviceError
 from .power import PowerMeter
 from .reference import read_reference
-from .runtimes import Session, full_name, open_session
+from .runtime import Report, Session
+from .runtimes import TRTEXEC, full_name, open_session
 from .statistics import drift, ratio_interval, summarize
 from .throttle import ThrottleWatch
 from .versions import version_fits
@@ -31,8 +32,6 @@ NOISE = 1.25
 # what they tell.
 METERED_BLOCK_S = 2.0
 LOOK_EVERY_S = 1.0
-HIGHEST_FIRST = ("fp32", "fp16", "int8")
-TRTEXEC = "trtexec"
 
 PROGRESS = "bench: "
 """Begins a line of progress on stderr."""
@@ -164,7 +163,7 @@ def _marks_of_conditions(
         marks.append("busy: a load of %.1f on %d cores before the run" % (load, cores))
     if threads > cores and runtime != TRTEXEC:
         marks.append("%d threads on %d cores" % (threads, cores))
-    versions = (manifest.get("target") or {}).get("versions", "")
+    versions = (manifest.get("target") or {}).get("versions") or ""
     version = device["versions"].get(runtime)
     if version and runtime == manifest["runtime"] and not version_fits(version, versions):
         marks.append("%s %s, and the target is for %s" % (runtime, version, versions))
@@ -221,7 +220,7 @@ def _measure_here(
             sessions[precision] = session
         abouts = {precision: session.describe() for precision, session in sessions.items()}
         about = abouts[precisions[0]]
-        device = read_device_info(threads=threads, versions=about["versions"])  # the load before ours
+        device = read_device_info(threads=threads, versions=_versions(about))  # the load before ours
         headlines = {precision: session.modes()[0] for precision, session in sessions.items()}
         # The precisions of one mode side by side: these are compared.
         modes = list(dict.fromkeys(mode for session in sessions.values() for mode in session.modes()))
@@ -257,6 +256,10 @@ def _measure_here(
     return _Session(about["runtime"], device, measurements, _ratios(tasks, seen))
 
 
+def _versions(about: Dict[str, Any]) -> Dict[str, str]:
+    return dict(about["versions"], numpy=str(np.__version__))
+
+
 def _run_once(session: Session, mode: str) -> Callable[[], Optional[float]]:
     run_once = session.run_once
     return lambda: run_once(mode)
@@ -265,7 +268,7 @@ def _run_once(session: Session, mode: str) -> Callable[[], Optional[float]]:
 def _ratios(tasks: Sequence[_Task], seen: Dict[str, Measurement]) -> List[Dict[str, Any]]:
     """Return by how much each precision is faster than each higher one, mode by mode, from their paired blocks."""
     ratios = []
-    ordered = sorted(tasks, key=lambda task: HIGHEST_FIRST.index(task.precision))
+    ordered = sorted(tasks, key=lambda task: PRECISIONS.index(task.precision))
     for mode in dict.fromkeys(task.mode for task in tasks):
         same = [task for task in ordered if task.mode == mode]
         for i, a in enumerate(same):
@@ -337,7 +340,7 @@ def _measure_with_trtexec(
         about = found["describe"]
         runtime = about["runtime"]
         if device is None:
-            device = read_device_info(threads=None, versions=about["versions"])
+            device = read_device_info(threads=None, versions=_versions(about))
         for place, (mode, seen) in enumerate(found["modes"].items()):
             measurement = _measurement(manifest, _Task(precision, mode), about, batch)
             measurement.update(headline=place == 0, **_summary(seen, batch))

@@ -2,15 +2,16 @@
 
 import hashlib
 import json
+import mmap
 import os
 import re
 import stat
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Iterator, Optional, Sequence, Tuple, Union
 
 from .errors import BundleError
-from .errors import OnboardError as OnboardError  # callers find every name of a bundle here
+from .versions import bounds_of
 
 SCHEMA = 2
 KIND = "bundle"
@@ -21,10 +22,8 @@ ONBOARD = "onboard.pyz"
 README = "README.txt"
 TRTEXEC = "trtexec.sh"
 
-# What the device code reads from a manifest, and from each of its precisions.
-_KEYS = ("runtime", "precision", "precisions", "input", "output", "files")
-_PRECISION_KEYS = ("model", "form", "tolerance")
-_PRECISIONS = ("fp32", "fp16", "int8")
+PRECISIONS = ("fp32", "fp16", "int8")
+"""From the widest to the narrowest."""
 # A manifest of edgecl nests a dozen deep; reading one may not depend on how much of Python's stack is left.
 _DEEPEST = 50
 # Far above what edgecl writes, far below what fills a machine: the manifest; an ONNX file, which protocol buffers
@@ -32,6 +31,11 @@ _DEEPEST = 50
 _MANIFEST_BYTES = 16 << 20
 _FILE_BYTES = 1 << 31
 ARRAY_BYTES = 1 << 30
+# How an ONNX file begins: the field `ir_version`.
+_ONNX_BEGINS = b"\x08"
+# A tensor with data in another file names it in an entry of the key "location". In the file the key follows its length, 8,
+# which protocol buffers also read with superfluous bytes.
+_LOCATION = re.compile(b"(\x08|\x88[\x80-\xff]*[\x00-\x7f])location")
 # What a file system takes.
 _NAME_BYTES = 255
 
@@ -86,7 +90,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def is_plain_file(path: Path) -> bool:
-    """Say whether a path is a file as such: no link, no pipe, no device."""
+    """Return whether a path is a file as such: no link, no pipe, no device."""
     try:
         return stat.S_ISREG(os.lstat(str(path)).st_mode)
     except (OSError, ValueError):
@@ -215,114 +219,40 @@ def _is_deeper(value: Any, limit: int) -> bool:
 
 
 def _check_manifest(path: Path, manifest: Dict[str, Any]) -> None:
-    """Hold what the device code reads from a manifest to the form it relies on.
+    """Check what the device code reads from a manifest: a hash does not tell who wrote it.
 
-    A hash tells that a manifest was not changed by accident; whoever writes one can seal what they like.
+    Raises:
+        BundleError: another schema, or a value of another type than the rules below ask for.
     """
-
-    def expect(name: str, found: Any, fits: Callable[[Any], bool], expected: str) -> None:
-        if not fits(found):
+    for where, fits, expected in _RULES:
+        for name, found in _values_at(manifest, where.split(".")):
+            if not fits(found):
+                raise BundleError(
+                    "'%s': '%s' is %s, expected %s" % (path, name, _shown(found), expected),
+                    "export the bundle again",
+                )
+        if where == "schema" and manifest["schema"] != SCHEMA:
             raise BundleError(
-                "'%s': '%s' is %s, expected %s" % (path, name, _shown(found), expected),
-                "export the bundle again",
+                "'%s' has schema %s, this edgecl reads %s" % (path, manifest["schema"], SCHEMA),
+                "use the onboard.pyz that came with the bundle",
             )
-
-    expect("schema", manifest.get("schema"), _is_count, "a whole number")
-    if manifest["schema"] != SCHEMA:
+    if manifest["precision"] not in manifest["precisions"]:
         raise BundleError(
-            "'%s' has schema %s, this edgecl reads %s" % (path, manifest["schema"], SCHEMA),
-            "use the onboard.pyz that came with the bundle",
+            "'%s': 'precision' is '%s', expected one of its precisions, %s"
+            % (path, manifest["precision"], ", ".join(manifest["precisions"])),
+            "export the bundle again",
         )
-    missing = [key for key in _KEYS if key not in manifest]
-    if not missing:
-        precisions = manifest["precisions"]
-        expect("precisions", precisions, _is_filled_object, "an object of precisions")
-        for name, about in precisions.items():
-            expect(
-                "precisions",
-                name,
-                lambda found: found in _PRECISIONS,
-                "names out of " + ", ".join(_PRECISIONS),
-            )
-            expect("precisions.%s" % name, about, _is_object, "an object")
-            missing += ["%s of %s" % (key, name) for key in _PRECISION_KEYS if key not in about]
-    if missing:
-        raise BundleError("'%s' lacks %s" % (path, ", ".join(missing)), "export the bundle again")
-
-    expect("runtime", manifest["runtime"], _is_text, "the name of a runtime")
-    expect(
-        "precision",
-        manifest["precision"],
-        lambda found: _is_text(found) and found in precisions,
-        "one of its precisions, %s" % ", ".join(precisions),
-    )
-    for name, about in precisions.items():
-        expect("precisions.%s.model" % name, about["model"], _is_name, "the name of a file")
-        expect("precisions.%s.form" % name, about["form"], _is_text, "a text")
-        where, tolerance = "precisions.%s.tolerance" % name, about["tolerance"]
-        expect(where, tolerance, _is_object, "an object")
-        for key in ("max_relative_difference", "top1_agreement"):
-            expect("%s.%s" % (where, key), tolerance.get(key), _is_number, "a number")
-        if "mean_cosine" in tolerance:
-            expect(where + ".mean_cosine", tolerance["mean_cosine"], _is_number, "a number")
-        engines = about.get("engines")
-        expect(
-            "precisions.%s.engines" % name,
-            engines,
-            lambda found: not found or (_is_object(found) and all(map(_is_object, found.values()))),
-            "an object of objects",
-        )
-    for name, rank, sides in (
-        ("input", 4, "[batch, channels, height, width]"),
-        ("output", 2, "[batch, features]"),
-    ):
-        form = manifest[name]
-        expect(name, form, _is_object, "an object")
-        expect(name + ".name", form.get("name"), _is_text, "a text")
-        expect(
-            name + ".shape",
-            form.get("shape"),
-            partial(_is_shape, rank),
-            "%s, whole numbers from 1" % sides,
-        )
-        expect(
-            name + ".shape",
-            form["shape"],
-            lambda shape: 4 * prod(shape) <= ARRAY_BYTES,
-            "a batch of %d bytes at most" % ARRAY_BYTES,
-        )
-    form = manifest["input"]
-    expect(
-        "input.dynamic_batch",
-        form.get("dynamic_batch"),
-        lambda found: isinstance(found, bool),
-        "true or false",
-    )
-    expect("input.max_batch", form.get("max_batch"), _is_count, "a whole number from 1")
-    expect("files", manifest["files"], _is_object, "an object of names and hashes")
-    for name, digest in manifest["files"].items():
-        expect("files", name, _is_name, "names of files")
-        expect("files.%s" % name, digest, _is_text, "a hash")
-    target = manifest.get("target")
-    expect("target", target, lambda found: found is None or _is_object(found), "an object")
-    if target:
-        _check_target(target, expect)
 
 
-def _check_target(target: Dict[str, Any], expect: Callable[..., None]) -> None:
-    expect("target.runtime", target.get("runtime"), _is_text, "the name of a runtime")
-    for key in ("versions", "device"):
-        expect("target." + key, target.get(key, ""), _is_text, "a text")
-    build = target.get("build")
-    expect("target.build", build, lambda found: found is None or _is_object(found), "an object")
-    for key in ("workspace_mib", "dla_core", "optimization_level"):
-        expect("target.build." + key, (build or {}).get(key), _is_setting, "a whole number")
-    expect(
-        "target.build.compute_capabilities",
-        (build or {}).get("compute_capabilities"),
-        lambda found: not found or (isinstance(found, list) and all(map(_is_text, found))),
-        "a list of names",
-    )
+def _values_at(value: Any, keys: Sequence[str], name: str = "") -> Iterator[Tuple[str, Any]]:
+    """Yield name and value of each place that keys lead to; none below what is no object, which has its own rule."""
+    if not keys:
+        yield name.lstrip("."), value
+    elif isinstance(value, dict):
+        wanted, optional = keys[0].rstrip("?"), keys[0].endswith("?")
+        for key in list(value) if wanted == "*" else [wanted]:
+            if not (optional and value.get(key) is None):
+                yield from _values_at(value.get(key), keys[1:], "%s.%s" % (name, key))
 
 
 def prod(shape: Sequence[int]) -> int:
@@ -337,10 +267,6 @@ def _is_object(found: Any) -> bool:
     return isinstance(found, dict)
 
 
-def _is_filled_object(found: Any) -> bool:
-    return isinstance(found, dict) and bool(found)
-
-
 def _is_text(found: Any) -> bool:
     return isinstance(found, str)
 
@@ -349,8 +275,12 @@ def _is_name(found: Any) -> bool:
     return _is_text(found) and found.isprintable() and len(found.encode("utf-8")) <= _NAME_BYTES
 
 
-def _is_setting(found: Any) -> bool:
-    return found is None or (isinstance(found, int) and not isinstance(found, bool) and 0 <= found < 1 << 31)
+def _is_whole(found: Any, least: int = 0) -> bool:
+    return isinstance(found, int) and not isinstance(found, bool) and least <= found < 1 << 31
+
+
+def _is_count(found: Any) -> bool:
+    return _is_whole(found, 1)
 
 
 def _is_number(found: Any) -> bool:
@@ -358,12 +288,70 @@ def _is_number(found: Any) -> bool:
     return isinstance(found, (int, float)) and not isinstance(found, bool) and abs(found) < 1e300
 
 
-def _is_count(found: Any) -> bool:
-    return isinstance(found, int) and not isinstance(found, bool) and 1 <= found < 1 << 31
+def _are_precisions(found: Any) -> bool:
+    return _is_object(found) and bool(found) and all(name in PRECISIONS for name in found)
+
+
+def _are_files(found: Any) -> bool:
+    return _is_object(found) and all(map(_is_name, found)) and all(map(_is_text, found.values()))
+
+
+def _are_texts(found: Any) -> bool:
+    return isinstance(found, list) and all(map(_is_text, found))
 
 
 def _is_shape(rank: int, found: Any) -> bool:
-    return isinstance(found, list) and len(found) == rank and all(map(_is_count, found))
+    return (
+        isinstance(found, list)
+        and len(found) == rank
+        and all(map(_is_count, found))
+        and 4 * prod(found) <= ARRAY_BYTES
+    )
+
+
+def _is_range(found: Any) -> bool:
+    try:
+        bounds_of(found)
+    except (TypeError, ValueError, AttributeError):
+        return False
+    return True
+
+
+_BYTES = "whole numbers from 1, %d bytes at most" % ARRAY_BYTES
+# Place, test, what is expected there. `*` is every key of an object; what has a `?` may be missing or null.
+_RULES: Tuple[Tuple[str, Callable[[Any], bool], str], ...] = (
+    ("schema", _is_count, "a whole number"),
+    ("runtime", _is_text, "the name of a runtime"),
+    ("precision", _is_text, "the name of a precision"),
+    ("precisions", _are_precisions, "an object of precisions, which are " + ", ".join(PRECISIONS)),
+    ("precisions.*", _is_object, "an object"),
+    ("precisions.*.model", _is_name, "the name of a file"),
+    ("precisions.*.form", _is_text, "a text"),
+    ("precisions.*.tolerance", _is_object, "an object"),
+    ("precisions.*.tolerance.max_relative_difference", _is_number, "a number"),
+    ("precisions.*.tolerance.top1_agreement", _is_number, "a number"),
+    ("precisions.*.tolerance.mean_cosine?", _is_number, "a number"),
+    ("precisions.*.engines?", _is_object, "an object"),
+    ("precisions.*.engines?.*", _is_object, "an object"),
+    ("input", _is_object, "an object"),
+    ("input.name", _is_text, "a text"),
+    ("input.shape", partial(_is_shape, 4), "[batch, channels, height, width], " + _BYTES),
+    ("input.dynamic_batch", lambda found: isinstance(found, bool), "true or false"),
+    ("input.max_batch", _is_count, "a whole number from 1"),
+    ("output", _is_object, "an object"),
+    ("output.name", _is_text, "a text"),
+    ("output.shape", partial(_is_shape, 2), "[batch, features], " + _BYTES),
+    ("files", _are_files, "an object of file names and hashes"),
+    ("target?", _is_object, "an object"),
+    ("target?.runtime", _is_text, "the name of a runtime"),
+    ("target?.versions?", _is_range, "a range of versions"),
+    ("target?.device?", _is_text, "a text"),
+    ("target?.build?", _is_object, "an object"),
+    ("target?.build?.workspace_mib?", _is_whole, "a whole number"),
+    ("target?.build?.dla_core?", _is_whole, "a whole number"),
+    ("target?.build?.optimization_level?", _is_whole, "a whole number"),
+    ("target?.build?.compute_capabilities?", _are_texts, "a list of names"),
+)
 
 
 def _shown(found: Any) -> str:
@@ -377,17 +365,19 @@ def _shown(found: Any) -> str:
 
 
 def check_files(bundle: Union[str, Path], manifest: Dict[str, Any]) -> None:
-    """Hold the manifest to its own hash, and every other file of a bundle to the hash in the manifest.
+    """Check the manifest against its own hash, every other file against the hash in the manifest, and the ONNX files.
 
     Raises:
-        BundleError: a file is missing or changed, lies outside the bundle, is a link or no plain file, or has no hash.
+        BundleError: a file is missing or changed, lies outside the bundle, is a link or no plain file, or
+            has no hash; or an ONNX file that is none, or reads other files.
     """
     if manifest.get("sha256") != digest_of_record(manifest):
         raise BundleError(
             "'%s' does not match the hash of its own content" % MANIFEST,
             "the file changed after export; export the bundle again",
         )
-    for name in [about["model"] for about in manifest["precisions"].values()] + [REFERENCE]:
+    models = [about["model"] for about in manifest["precisions"].values()]
+    for name in [*models, REFERENCE]:
         if name not in manifest["files"]:
             raise BundleError("the manifest holds no hash for '%s'" % name, "export the bundle again")
     for name, expected in sorted(manifest["files"].items()):
@@ -407,3 +397,24 @@ def check_files(bundle: Union[str, Path], manifest: Dict[str, Any]) -> None:
                 % (name, expected[:12], found[:12]),
                 "the file changed after export; export the bundle again",
             )
+    for name in models:
+        if name.endswith(".onnx"):
+            check_self_contained(Path(bundle) / name)
+
+
+def check_self_contained(path: Path) -> None:
+    """Refuse an ONNX file that may read weights from another file, which no hash of the bundle covers.
+
+    Raises:
+        BundleError: it may, or is no ONNX file.
+    """
+    with path.open("rb") as file:
+        if file.read(1) != _ONNX_BEGINS:
+            raise BundleError("'%s' is no ONNX file" % path.name, "export the bundle again")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            outside = _LOCATION.search(content)
+    if outside:
+        raise BundleError(
+            "'%s' keeps weights in another file, or calls a tensor 'location'" % path.name,
+            "do not run this bundle; export it again: edgecl writes the weights into the file",
+        )

@@ -7,6 +7,8 @@ from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
+from .runtime import Report
+
 MIN_SAMPLES = 1024
 """At least so many samples, as in MLPerf's single-stream scenario."""
 
@@ -44,7 +46,6 @@ REPORT_EVERY_S = 1.0
 RunOnce = Callable[[], Optional[float]]
 """One inference, returning when it is done: seconds as the device measured them, or None to time the call."""
 Timer = Callable[[], float]
-Report = Callable[[str], None]
 
 
 class Block(NamedTuple):
@@ -65,27 +66,6 @@ class Measurement(NamedTuple):
     warmup_s: float
     steady: bool
     blocks: Tuple[Block, ...]
-
-
-def measure(
-    run_once: RunOnce,
-    *,
-    duration_s: float,
-    max_warmup_s: float,
-    min_samples: int = MIN_SAMPLES,
-    timer: Timer = time.perf_counter,
-    report: Optional[Report] = None,
-) -> Measurement:
-    """Time one call over and over, once it is steady; see `measure_interleaved`."""
-    seen = measure_interleaved(
-        [("", run_once)],
-        duration_s=duration_s,
-        max_warmup_s=max_warmup_s,
-        min_samples=min_samples,
-        timer=timer,
-        report=report,
-    )
-    return seen[""]
 
 
 def measure_interleaved(

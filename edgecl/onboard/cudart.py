@@ -4,11 +4,12 @@ import ctypes
 import glob
 import sys
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Tuple
 
 import numpy as np
 
 from .errors import DeviceError
+from .sysfs import memory_mib
 
 # Newest first: of several CUDA versions the first that works with the driver is taken.
 NAMES = ("libcudart.so.13", "libcudart.so.12", "libcudart.so.11.0", "libcudart.so.10.2", "libcudart.so")
@@ -282,19 +283,7 @@ def available_bytes(cuda: Cudart, gpu: Gpu, root: str = "/") -> int:
     free, _ = cuda.memory()
     if not gpu.integrated:
         return free
-    return max(free, _available_of_linux(Path(root) / "proc/meminfo") or 0)
-
-
-def _available_of_linux(path: Path) -> Optional[int]:
-    try:
-        lines = path.read_text().splitlines()
-    except (OSError, ValueError):
-        return None
-    for line in lines:
-        name, _, rest = line.partition(":")
-        if name == "MemAvailable" and rest.split():
-            return int(rest.split()[0]) * 1024
-    return None
+    return max(free, (memory_mib(root, "MemAvailable") or 0) << 20)
 
 
 def _version(number: int) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Tuple, Union
 
 from .devices import device_of_module, jetpack_of_l4t
+from .sysfs import gpu_folder, memory_mib, read_number, read_text, thermal_zones
 
 # Arm's numbers for its cores (the "CPU part" of /proc/cpuinfo), for implementer 0x41, and NVIDIA's own, 0x4e.
 _CORES = {
@@ -67,8 +68,10 @@ def read_device_info(
     root = Path(root)
     l4t = _l4t(root)
     jetpack = jetpack_of_l4t(l4t) if l4t else None
-    cpuinfo = _text(root / "proc/cpuinfo") or ""
-    board = _text(root / "proc/device-tree/model") or _text(root / "sys/firmware/devicetree/base/model")
+    cpuinfo = read_text(root / "proc/cpuinfo") or ""
+    board = read_text(root / "proc/device-tree/model") or read_text(
+        root / "sys/firmware/devicetree/base/model"
+    )
     cpu_model = _cpu_model(cpuinfo)
     machine = machine or platform.machine()
     return {
@@ -83,12 +86,12 @@ def read_device_info(
         "cores_present": len(re.findall(r"^processor\s*:", cpuinfo, re.MULTILINE)) or None,
         "core_quota": _core_quota(root),
         "threads": threads,
-        "governor": _text(root / "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
+        "governor": read_text(root / "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
         "load_1m": _load(root),
-        "memory_mib": _memory_mib(root, "MemTotal"),
-        "memory_available_mib": _memory_mib(root, "MemAvailable"),
+        "memory_mib": memory_mib(root, "MemTotal"),
+        "memory_available_mib": memory_mib(root, "MemAvailable"),
         "os": _os_name(root),
-        "kernel": _text(root / "proc/sys/kernel/osrelease"),
+        "kernel": read_text(root / "proc/sys/kernel/osrelease"),
         "l4t": l4t,
         "jetpack": jetpack.jetpack if jetpack else None,
         "tensorrt": versions.get("tensorrt") or _tensorrt(root),
@@ -128,35 +131,12 @@ def read_temperatures(root: Union[str, Path] = "/") -> Dict[str, float]:
     """Return the temperature of each thermal zone in degrees Celsius; a zone that is switched off has none."""
     found: Dict[str, float] = {}
     for zone in thermal_zones(root):
-        degrees = _number(zone / "temp")
-        name = _text(zone / "type") or zone.name
+        degrees = read_number(zone / "temp")
+        name = read_text(zone / "type") or zone.name
         if degrees is None or name.startswith("PMIC"):  # a constant 100 on Jetson Nano and TX2
             continue
         found[name if name not in found else "%s (%s)" % (name, zone.name)] = round(degrees / 1000, 1)
     return found
-
-
-def thermal_zones(root: Union[str, Path]) -> List[Path]:
-    """Return the folders of the thermal zones, in the order of their numbers."""
-    zones = Path(root).glob("sys/class/thermal/thermal_zone*")
-    return sorted(zones, key=lambda zone: (len(zone.name), zone.name))
-
-
-def gpu_folder(root: Union[str, Path]) -> Optional[Path]:
-    """Return the folder that tells the clock of a Jetson's GPU."""
-    for pattern in ("gpu-gpc-*", "*.gpu", "*gpu*", "*ga10b*", "*gv11b*", "*gp10b*", "*gm20b*"):
-        found = sorted(Path(root).glob("sys/class/devfreq/" + pattern))
-        if found:
-            return found[0]
-    return None
-
-
-def _text(path: Path, between: str = "") -> Optional[str]:
-    """Return a file's text, or None where there is none; `between` replaces the zero bytes of a device tree."""
-    try:
-        return path.read_bytes().decode("utf-8", "replace").replace("\x00", between).strip() or None
-    except OSError:
-        return None
 
 
 def _values(cpuinfo: str, key: str) -> List[str]:
@@ -186,14 +166,9 @@ def _short(cpu_model: Optional[str]) -> Optional[str]:
     return " ".join(name.split()) or None
 
 
-def _number(path: Path) -> Optional[int]:
-    text = _text(path)
-    return int(text) if text and re.match(r"-?\d+$", text) else None
-
-
 def _module(root: Path) -> Optional[str]:
     """Return the part number of a Jetson's module, such as 'p3767-0005', which its board's name may not tell."""
-    text = _text(root / "proc/device-tree/compatible", "\n")
+    text = read_text(root / "proc/device-tree/compatible", "\n")
     found = re.search(r"\+(p\d{4}-\d{4})", text or "")  # carrier board + module
     return found.group(1) if found else None
 
@@ -202,7 +177,7 @@ def _gpu_names(root: Path) -> Optional[List[str]]:
     """Return the names of the GPUs of NVIDIA's driver for PCs and servers."""
     names = []
     for path in sorted((root / "proc/driver/nvidia/gpus").glob("*/information")):
-        names += re.findall(r"^Model:\s*(.+?)\s*$", _text(path) or "", re.MULTILINE)
+        names += re.findall(r"^Model:\s*(.+?)\s*$", read_text(path) or "", re.MULTILINE)
     return names or None
 
 
@@ -224,25 +199,25 @@ def _tensorrt(root: Path) -> Optional[str]:
 
 def _cuda(root: Path) -> Optional[str]:
     try:
-        about = json.loads(_text(root / "usr/local/cuda/version.json") or "{}")
+        about = json.loads(read_text(root / "usr/local/cuda/version.json") or "{}")
         version = about.get("cuda", {}).get("version")
     except (ValueError, AttributeError):
         version = None
     if version:
         return str(version)
-    found = re.search(r"CUDA Version (\S+)", _text(root / "usr/local/cuda/version.txt") or "")  # CUDA 10
+    found = re.search(r"CUDA Version (\S+)", read_text(root / "usr/local/cuda/version.txt") or "")  # CUDA 10
     return found.group(1) if found else None
 
 
 def _driver(root: Path) -> Optional[str]:
-    text = _text(root / "proc/driver/nvidia/version") or ""
+    text = read_text(root / "proc/driver/nvidia/version") or ""
     found = re.search(r"^NVRM version:.*?\s(\d+\.\d+(?:\.\d+)?)\s", text, re.MULTILINE)
-    return found.group(1) if found else _text(root / "sys/module/nvidia/version")
+    return found.group(1) if found else read_text(root / "sys/module/nvidia/version")
 
 
 def _power_mode(root: Path) -> Optional[Dict[str, Any]]:
     """Return the power mode of a Jetson: its id, and its name as the board's own table has it."""
-    found = re.search(r"pmode:(\d+)", _text(root / "var/lib/nvpmodel/status") or "")
+    found = re.search(r"pmode:(\d+)", read_text(root / "var/lib/nvpmodel/status") or "")
     if not found:
         return None
     number = int(found.group(1))
@@ -253,7 +228,9 @@ def _power_mode(root: Path) -> Optional[Dict[str, Any]]:
         tables = sorted((root / "etc/nvpmodel").glob("*.conf"))
     names = set()
     for table in tables:
-        modes = re.findall(r"^\s*<\s*POWER_MODEL\s+ID=(\d+)\s+NAME=(\S+)", _text(table) or "", re.MULTILINE)
+        modes = re.findall(
+            r"^\s*<\s*POWER_MODEL\s+ID=(\d+)\s+NAME=(\S+)", read_text(table) or "", re.MULTILINE
+        )
         names |= {name.rstrip(">") for mode, name in modes if int(mode) == number}
     return {"id": number, "name": names.pop() if len(names) == 1 else None}
 
@@ -263,9 +240,9 @@ def _cpu_clocks(root: Path) -> Optional[Dict[str, Any]]:
     current: List[Optional[float]] = []
     limits: List[Tuple[int, int]] = []
     for folder in sorted(folders, key=lambda folder: int(folder.parent.name[3:])):
-        least, most = _number(folder / "scaling_min_freq"), _number(folder / "scaling_max_freq")
+        least, most = read_number(folder / "scaling_min_freq"), read_number(folder / "scaling_max_freq")
         if least is not None and most is not None:
-            current.append(_mhz(_number(folder / "scaling_cur_freq"), 1e3))
+            current.append(_mhz(read_number(folder / "scaling_cur_freq"), 1e3))
             limits.append((least, most))
     if not limits:
         return None
@@ -281,7 +258,7 @@ def _gpu_clocks(root: Path) -> Optional[Dict[str, Any]]:
     folder = gpu_folder(root)
     if folder is None:
         return None
-    current, least, most = (_number(folder / ("%s_freq" % which)) for which in ("cur", "min", "max"))
+    current, least, most = (read_number(folder / ("%s_freq" % which)) for which in ("cur", "min", "max"))
     return {
         "mhz": _mhz(current, 1e6),
         "min_mhz": _mhz(least, 1e6),
@@ -296,7 +273,7 @@ def _mhz(clock: Optional[int], unit: float) -> Optional[float]:
 
 def _emc_mhz(root: Path) -> Optional[float]:
     for place in ("bpmp/debug/clk/emc/rate", "clk/emc/clk_rate", "tegra_bwmgr/emc_rate"):
-        clock = _number(root / "sys/kernel/debug" / place)
+        clock = read_number(root / "sys/kernel/debug" / place)
         if clock is not None:
             return _mhz(clock, 1e6)
     return None
@@ -311,29 +288,24 @@ def _fan(root: Path) -> Optional[Dict[str, Optional[int]]]:
         ("rpm", (monitors + "rpm", monitors + "fan1_input", "sys/devices/pwm-fan/rpm_measured")),
     ):
         paths = [path for pattern in patterns for path in sorted(root.glob(pattern))]
-        numbers = [number for number in (_number(path) for path in paths) if number is not None]
+        numbers = [number for number in (read_number(path) for path in paths) if number is not None]
         found[key] = numbers[0] if numbers else None
     return found if any(number is not None for number in found.values()) else None
 
 
 def _load(root: Path) -> Optional[float]:
-    text = _text(root / "proc/loadavg")
+    text = read_text(root / "proc/loadavg")
     return float(text.split()[0]) if text else None
 
 
-def _memory_mib(root: Path, key: str) -> Optional[int]:
-    found = re.search(r"^%s:\s*(\d+) kB" % key, _text(root / "proc/meminfo") or "", re.MULTILINE)
-    return int(found.group(1)) // 1024 if found else None
-
-
 def _os_name(root: Path) -> Optional[str]:
-    found = re.search(r'^PRETTY_NAME="?([^"\n]*)"?', _text(root / "etc/os-release") or "", re.MULTILINE)
+    found = re.search(r'^PRETTY_NAME="?([^"\n]*)"?', read_text(root / "etc/os-release") or "", re.MULTILINE)
     return found.group(1) if found else None
 
 
 def _l4t(root: Path) -> Optional[str]:
     """Return the release of Linux for Tegra, such as '36.4.3', on a Jetson."""
-    text = _text(root / "etc/nv_tegra_release")
+    text = read_text(root / "etc/nv_tegra_release")
     found = re.search(r"# R(\d+) \(release\), REVISION: ([\d.]+)", text or "")
     return "%s.%s" % found.groups() if found else text
 
@@ -341,10 +313,10 @@ def _l4t(root: Path) -> Optional[str]:
 def _core_quota(root: Path) -> Optional[float]:
     """Return how many cores' time a container grants this process, or None where there is no limit."""
     group = root / "sys/fs/cgroup"
-    unified = _text(group / "cpu.max")
+    unified = read_text(group / "cpu.max")
     if unified:
         quota, period = unified.split()[:2]
     else:
-        quota = _text(group / "cpu/cpu.cfs_quota_us") or "max"
-        period = _text(group / "cpu/cpu.cfs_period_us") or "100000"
+        quota = read_text(group / "cpu/cpu.cfs_quota_us") or "max"
+        period = read_text(group / "cpu/cpu.cfs_period_us") or "100000"
     return None if quota in ("max", "-1") else round(int(quota) / int(period), 2)

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
-from .device_info import thermal_zones
+from .sysfs import memory_mib, read_number, read_text, thermal_zones
 from .throttle import LEAST_TRIP_C
 
 Check = Dict[str, Any]
@@ -72,7 +72,7 @@ def highest_power_mode(table: str) -> Optional[PowerMode]:
 
 def check_power_mode(root: Path, device_info: DeviceInfo) -> Optional[Check]:
     """Warn of a power mode below the highest."""
-    highest = highest_power_mode(_text(root / "etc/nvpmodel.conf") or "")
+    highest = highest_power_mode(read_text(root / "etc/nvpmodel.conf") or "")
     if highest is None:
         return None
     current = device_info["power_mode"]
@@ -113,12 +113,12 @@ def check_temperature(root: Path, device_info: DeviceInfo) -> Optional[Check]:
     """Warn of a zone close to where it makes the clocks fall, fail at it."""
     nearest: Optional[Tuple[float, str, float, float]] = None
     for zone in thermal_zones(root):
-        name, now = _text(zone / "type") or zone.name, _number(zone / "temp")
+        name, now = read_text(zone / "type") or zone.name, read_number(zone / "temp")
         for trip in zone.glob("trip_point_*_type"):
-            limit = _number(trip.with_name(trip.name.replace("_type", "_temp")))
+            limit = read_number(trip.with_name(trip.name.replace("_type", "_temp")))
             if now is None or limit is None or limit < LEAST_TRIP_C * 1000:
                 continue
-            if _text(trip) in ("passive", "hot", "critical") and not name.startswith("PMIC"):
+            if read_text(trip) in ("passive", "hot", "critical") and not name.startswith("PMIC"):
                 here = ((limit - now) / 1000, name, now / 1000, limit / 1000)
                 nearest = min(nearest, here) if nearest else here
     if nearest is not None and nearest[0] < NEAR_TRIP_C:
@@ -157,7 +157,7 @@ def check_desktop(root: Path) -> Optional[Check]:
     """Warn of a desktop, which takes memory and GPU time."""
     running = set()
     for process in (root / "proc").glob("[0-9]*/comm"):
-        name = _text(process)
+        name = read_text(process)
         if name in DESKTOPS:
             running.add(name)
     if not running:
@@ -206,23 +206,3 @@ def check_memory(root: Path, workspace_mib: int) -> Optional[Check]:
         wanted = "%s, so the engine builder gets %d of %d MiB" % (found, available // 2, workspace_mib)
         return check("memory", "warn", wanted, fix)
     return check("memory", "ok", found)
-
-
-def memory_mib(root: Path, key: str) -> Optional[int]:
-    """Return a row of /proc/meminfo, in MiB."""
-    found = re.search(r"^%s:\s*(\d+) kB" % key, _text(root / "proc/meminfo") or "", re.MULTILINE)
-    return int(found.group(1)) // 1024 if found else None
-
-
-def _text(path: Path) -> Optional[str]:
-    try:
-        return path.read_bytes().decode("utf-8", "replace").replace("\x00", "").strip() or None
-    except OSError:
-        return None
-
-
-def _number(path: Path) -> Optional[float]:
-    try:
-        return float(_text(path) or "")
-    except ValueError:
-        return None

@@ -1,4 +1,4 @@
-"""Say what would fail or spoil a measurement on this device before it does, and how to mend it."""
+"""Check what would fail or spoil a measurement on this device, with the fix for each."""
 
 import json
 import os
@@ -7,40 +7,33 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Union
+from typing import Any, Dict, List, Optional, Sequence, Union
 
 from .bundle import check_files, is_plain_file, read_manifest
 from .device_info import read_device_info
 from .device_state import Check, check, check_conditions, check_memory
 from .devices import DEVICES
 from .errors import OnboardError
+from .runtimes import RUNTIMES
 from .versions import version_fits
 
-RUNTIMES = ("onnxruntime", "openvino", "tensorrt", "tensorrt_rtx")
 OLDEST_PYTHON = (3, 6)
 SPARE_MIB = 64
 
-# Says of a module what it is, in a process of its own: a module built for another processor kills the one that imports it.
-# See `runtimes.openvino.import_openvino` for the telemetry.
+# Imports a module in a process of its own: one built for another processor kills the process that imports it. The
+# current folder is left out, since anything may lie beside a bundle.
 _PROBE = """
-import importlib, json, sys
-sys.modules["openvino_telemetry"] = None
+import sys
+sys.path = [path for path in sys.path if path]
+import importlib, json
+for hidden in sys.argv[2:]:
+    sys.modules[hidden] = None
 module = importlib.import_module(sys.argv[1])
 if getattr(module, "__file__", None) is None:
     raise ImportError("there is a folder of that name, but no module in it")
-about = {"version": getattr(module, "__version__", None), "file": module.__file__}
-if hasattr(module, "get_available_providers"):
-    about["providers"] = module.get_available_providers()
-print(json.dumps(about))
+print(json.dumps({"version": getattr(module, "__version__", None), "file": module.__file__}))
 """
 _PROBE_S = 120.0
-
-_INSTALL = {
-    "onnxruntime": "pip install onnxruntime",
-    "openvino": "pip install openvino",
-    "tensorrt": "pip install tensorrt",
-    "tensorrt_rtx": "pip install tensorrt-rtx",
-}
 
 
 def doctor(
@@ -53,7 +46,7 @@ def doctor(
     Nothing is changed, no root is needed, and NumPy may be missing.
 
     Args:
-        bundle: a directory; its own target counts, and its files are held to their hashes.
+        bundle: a directory; its own target counts, and its files are checked against their hashes.
         target: a target as JSON, where there is no bundle.
         root: where /proc, /sys, /etc, /usr and /var lie.
 
@@ -97,13 +90,12 @@ def _check_python() -> Check:
     return check("Python", "ok", found)
 
 
-def probe(module: str) -> Dict[str, Any]:
-    """Import a module in a process of its own; return its version, file and providers, or the error.
+def probe(module: str, hidden: Sequence[str] = ()) -> Dict[str, Any]:
+    """Import a module in a process of its own, without the hidden ones; return its version and file, or the error.
 
-    error is what was said, crashed whether the process was killed while importing, by an illegal instruction say.
+    error is what was printed, crashed whether the process was killed while importing, by an illegal instruction say.
     """
-    # Beside a bundle may lie anything: what is imported must not come from where we happen to stand.
-    command = [sys.executable, "-c", "import sys; sys.path = [p for p in sys.path if p];" + _PROBE, module]
+    command = [sys.executable, "-c", _PROBE, module, *hidden]
     try:
         done = subprocess.run(
             command,
@@ -136,7 +128,7 @@ def _check_numpy() -> Check:
 
 
 def _check_any_runtime() -> Check:
-    seen = {name: probe(name) for name in RUNTIMES}
+    seen = {name: probe(runtime.module, runtime.hidden) for name, runtime in RUNTIMES.items()}
     found = ["%s %s" % (name, about["version"]) for name, about in seen.items() if "error" not in about]
     if found:
         return check("runtimes", "ok", ", ".join(found))
@@ -144,12 +136,12 @@ def _check_any_runtime() -> Check:
         "runtimes",
         "warn",
         "none of %s" % ", ".join(RUNTIMES),
-        "pip install onnxruntime; on a Jetson sudo apt install python3-libnvinfer",
+        "install one, such as: " + RUNTIMES["onnxruntime"].install,
     )
 
 
 def _check_device(kind: Optional[str], target: Dict[str, Any]) -> Optional[Check]:
-    """Hold the kind of device to the one a target is for."""
+    """Check the kind of device against the one a target is for."""
     wanted = target.get("device")
     if wanted not in DEVICES or wanted == "cpu":
         return None
@@ -183,8 +175,9 @@ def _check_device(kind: Optional[str], target: Dict[str, Any]) -> Optional[Check
 def _check_precisions(
     kind: Optional[str], target: Dict[str, Any], manifest: Optional[Dict[str, Any]]
 ) -> List[Optional[Check]]:
-    """Hold what a bundle or target asks to what the device computes."""
-    if kind is None or target["runtime"] in ("onnxruntime", "openvino"):
+    """Check what a bundle or target asks against what the device's GPU computes."""
+    runtime = RUNTIMES.get(target["runtime"])
+    if kind is None or runtime is None or runtime.on_host:
         return []
     here = DEVICES[kind]
     asked = list(manifest["precisions"] if manifest else target.get("precisions", ()))
@@ -220,130 +213,31 @@ def _check_precisions(
 
 
 def check_runtime(root: Path, target: Dict[str, Any], *, jetson: bool) -> List[Optional[Check]]:
-    """Hold the runtime a target is for to what is installed: it imports, its version, its libraries."""
-    runtime, versions = target["runtime"], target.get("versions") or ""
-    if runtime not in RUNTIMES:
-        return [check("runtime", "fail", "nothing runs '%s'" % runtime, "use the onboard.pyz of the bundle")]
-    seen = probe(runtime)
+    """Check the runtime a target is for: that it imports, its version, and what its record adds."""
+    name, versions = target["runtime"], target.get("versions") or ""
+    if name not in RUNTIMES:
+        return [check("runtime", "fail", "nothing runs '%s'" % name, "use the onboard.pyz of the bundle")]
+    runtime = RUNTIMES[name]
+    seen = probe(runtime.module, runtime.hidden)
     if "error" in seen:
-        checks: List[Optional[Check]] = [
-            check(
-                runtime,
-                "fail",
-                "cannot be imported: %s" % seen["error"],
-                _fix_import(root, runtime, jetson=jetson),
-            )
-        ]
+        fix = runtime.fix_import(root, jetson) if runtime.fix_import else runtime.install
+        found = check(name, "fail", "cannot be imported: %s" % seen["error"], fix)
     elif seen["version"] and not version_fits(seen["version"], versions):
-        checks = [
-            check(
-                runtime,
-                "fail",
-                "%s; the target is for %s" % (seen["version"], versions),
-                "export with a target for %s (`edgecl ls targets`), or install a version it is for"
-                % seen["version"],
-            )
-        ]
-    else:
-        found = "%s%s" % (seen["version"], ", for %s" % versions if versions else "")
-        checks = [check(runtime, "ok", found)]
-    if runtime == "onnxruntime" and "error" not in seen:
-        checks.append(_check_providers(seen.get("providers") or [], target, jetson=jetson))
-    if runtime.startswith("tensorrt"):
-        checks += _check_cuda(target)
-    if runtime == "tensorrt":
-        checks.append(_check_trtexec(root))
-    return checks
-
-
-def _fix_import(root: Path, runtime: str, *, jetson: bool) -> str:
-    """Return how to get a runtime that does not import."""
-    if runtime != "tensorrt":
-        return _INSTALL[runtime]
-    folders = (
-        "usr/lib/python3*/dist-packages",
-        "usr/lib/python3/dist-packages",
-        "usr/local/lib/python3*/dist-packages",
-    )
-    bindings = [path for folder in folders for path in root.glob(folder + "/tensorrt/__init__.py")]
-    if bindings and sys.prefix != getattr(sys, "base_prefix", sys.prefix):
-        return (
-            "the system's python3 has it, this virtual environment does not see it: make it with "
-            "`python3 -m venv --system-site-packages DIR`, or use /usr/bin/python3"
+        found = check(
+            name,
+            "fail",
+            "%s; the target is for %s" % (seen["version"], versions),
+            "export with a target for %s (`edgecl ls targets`), or install a version it is for"
+            % seen["version"],
         )
-    if bindings:
-        return "the system's own python3 has it: use /usr/bin/python3"
-    libraries = [
-        path for folder in ("usr/lib/*", "usr/local/lib") for path in root.glob(folder + "/libnvinfer.so*")
-    ]
-    if libraries:
-        return "sudo apt install python3-libnvinfer  # the library is there, Python's part is not"
-    return "sudo apt install nvidia-jetpack" if jetson else _INSTALL[runtime]
-
-
-def _check_providers(providers: List[str], target: Dict[str, Any], *, jetson: bool) -> Check:
-    """Warn where a target for a GPU meets an ONNX Runtime without one."""
-    found = ", ".join(name.replace("ExecutionProvider", "") for name in providers)
-    if target.get("device", "cpu") == "cpu":
-        if "CPUExecutionProvider" not in providers:
-            return check("onnxruntime providers", "fail", found or "none", _INSTALL["onnxruntime"])
-        return check("onnxruntime providers", "ok", found)
-    if "CUDAExecutionProvider" in providers:
-        return check("onnxruntime providers", "ok", found)
-    fix = "pip install onnxruntime-gpu in place of onnxruntime"
-    if jetson:
-        fix = "install an onnxruntime-gpu wheel built for this JetPack; the package index has none for Jetson"
-    title = DEVICES[target["device"]].title if target["device"] in DEVICES else target["device"]
-    return check("onnxruntime providers", "fail", "%s; the target is for %s" % (found or "none", title), fix)
-
-
-def _check_cuda(target: Dict[str, Any]) -> List[Optional[Check]]:
-    """Fail without a GPU that CUDA can use, and for one that the bundle's engines are not compiled for."""
-    try:
-        from .cudart import Cudart
-    except ImportError:  # NumPy, which has its own check
-        return []
-    try:
-        cuda = Cudart()
-        gpu = cuda.gpu()
-    except OnboardError as error:
-        return [check("CUDA", "fail", error.problem.partition(";")[0], error.hint)]
-    checks: List[Optional[Check]] = [check("CUDA", "ok", "%s, %s" % (gpu.name, cuda.path))]
-    checks.append(check_capability(gpu.compute_capability, target))
-    return checks
-
-
-def check_capability(capability: str, target: Dict[str, Any]) -> Optional[Check]:
-    """Hold a GPU's compute capability, such as '8.6', to those that engines were compiled for ahead of time."""
-    compiled = list((target.get("build") or {}).get("compute_capabilities") or ())
-    if not compiled:
-        return None
-    here = "SM" + capability.replace(".", "")
-    if here in compiled:
-        return check("GPU", "ok", here)
-    return check(
-        "GPU",
-        "fail",
-        "%s; the engines are for %s" % (here, ", ".join(compiled)),
-        "add it to build.compute_capabilities of a target if TensorRT for RTX knows it, or use --target tensorrt",
-    )
-
-
-def _check_trtexec(root: Path) -> Check:
-    program = shutil.which("trtexec")
-    usual = root / "usr/src/tensorrt/bin/trtexec"
-    if program or usual.is_file():
-        return check("trtexec", "ok", program or str(usual))
-    return check(
-        "trtexec",
-        "warn",
-        "not found: --runtime trtexec will not work, all else will",
-        "sudo apt install libnvinfer-bin",
-    )
+    else:
+        found = check(name, "ok", "%s%s" % (seen["version"], ", for %s" % versions if versions else ""))
+    return [found, *(runtime.checks(root, target) if runtime.checks else ())]
 
 
 def _workspace_mib(target: Dict[str, Any]) -> int:
-    if not target["runtime"].startswith("tensorrt"):
+    runtime = RUNTIMES.get(target["runtime"])
+    if runtime is None or not runtime.builds_engines:
         return 0
     return int((target.get("build") or {}).get("workspace_mib", 0))
 

@@ -1,15 +1,14 @@
 """Build a TensorRT engine from ONNX: TensorRT 8.2 to 11 on the device, TensorRT for RTX ahead of time, by one path.
 
-What a version lacks is asked for by name, and what it has is held to the official API by type checking.
+What a version may lack is looked up by name; what every version has is type-checked against the official API.
 """
 
 import importlib
 import re
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, NamedTuple, Optional, Union
 
-from .bundle import check_files, choose_precision, read_manifest
 from .errors import BundleError, DeviceError, cannot_import
 from .layers import (
     Layer,
@@ -19,6 +18,9 @@ from .layers import (
     layers_of_network,
     precision_shares,
 )
+from .runtime import Report
+from .runtimes import RUNTIMES
+from .versions import Version, numbers_of
 
 if TYPE_CHECKING:
     import tensorrt
@@ -40,14 +42,6 @@ if TYPE_CHECKING:
         TensorIOMode = tensorrt.TensorIOMode  # from 8.5 on
 
 
-Report = Callable[[str], None]
-
-TITLES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT for RTX"}
-_INSTALL = {
-    "tensorrt": "on a Jetson: sudo apt install python3-libnvinfer, and use the system's python3; elsewhere: "
-    "pip install tensorrt",
-    "tensorrt_rtx": 'pip install "edgecl[rtx]"',
-}
 # Weak typing is deprecated from here on, and gone in 11: the precision lives in the graph alone.
 STRONGLY_TYPED_FROM = (10, 12)
 # fp16 scales of Q/DQ need a strongly typed network, and no version before this one takes them.
@@ -86,14 +80,9 @@ def import_runtime(runtime: str) -> "Trt":
         if not hasattr(module, "Builder"):  # type stubs, or a folder of that name, import as an empty module
             raise ImportError("there is a module of that name without TensorRT in it")
     except (ImportError, OSError) as exc:
-        raise cannot_import("the runtime '%s'" % runtime, exc, _INSTALL[runtime]) from exc
+        raise cannot_import("the runtime '%s'" % runtime, exc, RUNTIMES[runtime].install) from exc
     trt: "Trt" = module
     return trt
-
-
-def version_of(trt: "Trt") -> Tuple[int, ...]:
-    """Return the version as numbers, (10, 3, 0)."""
-    return tuple(int(part) for part in re.findall(r"\d+", trt.__version__)[:3])
 
 
 class Log:
@@ -148,7 +137,7 @@ def log_of(trt: "Trt") -> Log:
     return _LOGS[name]
 
 
-def is_strongly_typed(runtime: str, version: Tuple[int, ...], form: str) -> bool:
+def is_strongly_typed(runtime: str, version: Version, form: str) -> bool:
     """Return whether the graph alone decides the precisions, or builder flags as well."""
     if runtime == "tensorrt_rtx" or version >= STRONGLY_TYPED_FROM:
         return True
@@ -188,8 +177,8 @@ def build_plan(
         BundleError: the graph has other inputs or outputs than the manifest says.
     """
     trt = import_runtime(runtime)
-    version = version_of(trt)
-    title = "%s %s" % (TITLES[runtime], trt.__version__)
+    version = numbers_of(trt.__version__)[:3]
+    title = "%s %s" % (RUNTIMES[runtime].title, trt.__version__)
     file = Path(onnx_file)
     typed = is_strongly_typed(runtime, version, form)
     if form == "int8-cpu" or (
@@ -400,7 +389,7 @@ def _set_limits(
     config: "tensorrt.IBuilderConfig",
     build: Dict[str, Any],
     free_bytes: Optional[int],
-    version: Tuple[int, ...],
+    version: Version,
 ) -> Dict[str, Any]:
     workspace = int(build.get("workspace_mib", 1024)) << 20
     if free_bytes is not None:
@@ -517,47 +506,3 @@ def _hint_of_build(log: Log, build: Dict[str, Any]) -> str:
             "workspace_mib", 1024
         )
     return "take another precision of the bundle, or export it for this version of TensorRT"
-
-
-def build(
-    bundle: Union[str, Path],
-    *,
-    precisions: Optional[Sequence[str]] = None,
-    report: Optional[Report] = None,
-) -> Dict[str, Any]:
-    """Build the engines of a bundle on this device, to be found by whatever runs it afterwards.
-
-    Args:
-        bundle: the directory; its files are held to their hashes first.
-        precisions: which to build; all that the bundle holds where None.
-        report: called with a line on how far it is.
-
-    Returns:
-        runtime; precisions, for each what the session says of its engine: file, sha256, layers, build_s, cached.
-
-    Raises:
-        BundleError: a file is missing or changed, or the bundle is for another runtime.
-        DeviceError: no TensorRT, no GPU, or it cannot build the engine.
-    """
-    from .runtimes.tensorrt import TensorrtSession
-
-    manifest = read_manifest(bundle)
-    check_files(bundle, manifest)
-    if manifest["runtime"] not in TITLES:
-        raise BundleError(
-            "the bundle is for '%s': there is no engine to build" % manifest["runtime"],
-            "run it as it is, or export one with --target jetson",
-        )
-    chosen = [choose_precision(manifest, name)[0] for name in precisions or list(manifest["precisions"])]
-    record: Dict[str, Any] = {"ok": True, "precisions": {}}
-    for precision in chosen:
-        session = TensorrtSession(
-            Path(bundle), manifest, precision=precision, threads=1, runtime=manifest["runtime"], report=report
-        )
-        try:
-            about = session.describe()
-        finally:
-            session.close()
-        record["runtime"], record["versions"] = about["runtime"], about["versions"]
-        record["precisions"][precision] = about["engine"]
-    return record

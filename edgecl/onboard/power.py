@@ -29,6 +29,8 @@ import time
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
+from .sysfs import read_text
+
 # The rails whose sum is the whole module, by their names; the first set that a board has whole is taken.
 # Rails beside them, such as VDD_SOC or VDDQ_VDD2_1V8AO, are fed from these and would count twice; VIN of
 # Thor is the carrier board.
@@ -71,10 +73,10 @@ def find_rails(root: Union[str, Path] = "/") -> List[Rail]:
     for label in sorted(drivers.glob("ina3221/*/hwmon/hwmon*/in*_label")):
         number = label.name[len("in") : -len("_label")]
         files = [str(label.with_name(name % number)) for name in ("in%s_input", "curr%s_input")]
-        rails.append((_text(label), files))
+        rails.append((read_text(label), files))
     for label in sorted(drivers.glob("ina3221x/*/iio:device*/rail_name_*")):
         number = label.name[len("rail_name_") :]
-        rails.append((_text(label), [str(label.with_name("in_power%s_input" % number))]))
+        rails.append((read_text(label), [str(label.with_name("in_power%s_input" % number))]))
     return [Rail(name, tuple(files)) for name, files in rails if name and _watts(files) is not None]
 
 
@@ -115,7 +117,7 @@ class PowerMeter:
         with PowerMeter() as meter:
             meter.measure_idle()
             start = time.monotonic(); ...; end = time.monotonic()
-            record["energy"] = meter.energy(start, end, inferences)
+            record["energy"] = meter.energy_of([(start, end)], inferences)
     """
 
     def __init__(
@@ -171,10 +173,6 @@ class PowerMeter:
         start = time.monotonic()
         time.sleep(seconds)
         self._idle = (start, time.monotonic())
-
-    def energy(self, window_start: float, window_end: float, inferences: int) -> Optional[Dict[str, Any]]:
-        """Return the energy of one measured window; see `energy_of`."""
-        return self.energy_of([(window_start, window_end)], inferences)
 
     def energy_of(self, windows: Sequence[Window], inferences: int) -> Optional[Dict[str, Any]]:
         """Return the energy of measured windows, such as the blocks of one precision among others.
@@ -455,17 +453,10 @@ def _watts(files: Sequence[str]) -> Optional[float]:
     product = 1.0
     for path in files:
         try:
-            product *= int(_text(path) or "")
+            product *= int(read_text(path) or "")
         except ValueError:
             return None
     return product / (1e6 if len(files) == 2 else 1e3)
-
-
-def _text(path: Union[str, Path]) -> Optional[str]:
-    try:
-        return Path(path).read_bytes().decode("ascii", "replace").strip()
-    except OSError:
-        return None
 
 
 def _first_line(program: List[str]) -> Optional[str]:

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple, Union
 
-from .device_info import gpu_folder, thermal_zones
+from .sysfs import gpu_folder, read_number, read_text, thermal_zones
 
 OVER_CURRENT = {"oc1": "under-voltage", "oc2": "average over-current", "oc3": "instantaneous over-current"}
 # A clock below its lock by more than rounding, in more than so many of the looks.
@@ -54,52 +54,52 @@ class ThrottleWatch:
         """Find what this system shows, and read the counters."""
         monitors = sorted(self._root.glob("sys/class/hwmon/hwmon*"))
         for monitor in monitors:
-            if _text(monitor / "name") == "soctherm_oc":
+            if read_text(monitor / "name") == "soctherm_oc":
                 for path in sorted(monitor.glob("oc[0-9]_event_cnt")):
                     number = path.name[: len("oc1")]
                     self._counters["%s (%s)" % (number, OVER_CURRENT.get(number, "over-current"))] = [path]
             for pattern in ("curr*_crit_alarm", "curr*_max_alarm", "in*_lcrit_alarm"):
                 for path in sorted(monitor.glob(pattern)):
-                    self._alarms["%s of %s" % (path.name, _text(monitor / "name") or monitor.name)] = path
+                    self._alarms["%s of %s" % (path.name, read_text(monitor / "name") or monitor.name)] = path
         for name in ("core_throttle_count", "package_throttle_count"):  # x86, one of each per core
             paths = list(self._root.glob("sys/devices/system/cpu/cpu*/thermal_throttle/" + name))
             if paths:
                 self._counters[name] = paths
         for path in self._root.glob("sys/class/thermal/cooling_device*"):
-            kind = _text(path / "type") or path.name
+            kind = read_text(path / "type") or path.name
             if not HARMLESS.search(kind):
                 self._cooling["%s (%s)" % (kind, path.name)] = path / "cur_state"
         for zone in thermal_zones(self._root):
-            name = _text(zone / "type") or zone.name
+            name = read_text(zone / "type") or zone.name
             for path in zone.glob("trip_point_*_type"):
-                trip = _number(path.with_name(path.name.replace("_type", "_temp")))
-                if _text(path) == "passive" and trip is not None and trip / 1000 >= LEAST_TRIP_C:
+                trip = read_number(path.with_name(path.name.replace("_type", "_temp")))
+                if read_text(path) == "passive" and trip is not None and trip / 1000 >= LEAST_TRIP_C:
                     self._trips.append((name, zone / "temp", trip / 1000))
         self._gpu = gpu_folder(self._root)
         if self._gpu is not None:
-            least, most = _number(self._gpu / "min_freq"), _number(self._gpu / "max_freq")
+            least, most = read_number(self._gpu / "min_freq"), read_number(self._gpu / "max_freq")
             self._gpu_lock = most if most and least == most else None
-        self._counts = {path: _number(path) for paths in self._counters.values() for path in paths}
+        self._counts = {path: read_number(path) for paths in self._counters.values() for path in paths}
         for path in self._alarms.values():
-            _number(path)  # reading clears what was latched before the run
+            read_number(path)  # reading clears what was latched before the run
 
     def sample(self) -> None:
         """Look once."""
         begin = time.perf_counter()
         self._looks += 1
         for name, path in self._alarms.items():
-            if _number(path):
+            if read_number(path):
                 self._raised[name] = self._raised.get(name, 0) + 1
         for name, path in self._cooling.items():
-            state = _number(path)
+            state = read_number(path)
             if state is not None and state > 0:
                 self._cooled[name] = max(self._cooled.get(name, 0), state)
         for name, path, trip_c in self._trips:
-            temperature = _number(path)
+            temperature = read_number(path)
             if temperature is not None:
                 hottest = self._hottest.get((name, trip_c), -300.0)
                 self._hottest[name, trip_c] = max(hottest, round(temperature / 1000, 1))
-        clock = _number(self._gpu / "cur_freq") if self._gpu is not None else None
+        clock = read_number(self._gpu / "cur_freq") if self._gpu is not None else None
         if clock is not None:
             self._gpu_clocks.append(clock)
         self._looked_s += time.perf_counter() - begin
@@ -117,7 +117,7 @@ class ThrottleWatch:
         self.sample()
         counters = {}
         for name, paths in self._counters.items():
-            counts = [(self._counts[path], _number(path)) for path in paths]
+            counts = [(self._counts[path], read_number(path)) for path in paths]
             events = [after - before for before, after in counts if before is not None and after is not None]
             if events:
                 counters[name] = max(events)
@@ -165,15 +165,3 @@ class ThrottleWatch:
             "locked_mhz": round(lock / 1e6, 3) if lock else None,
             "below_lock": round(below, 4) if lock else None,
         }, below
-
-
-def _text(path: Path) -> Optional[str]:
-    try:
-        return path.read_bytes().decode("utf-8", "replace").strip() or None
-    except OSError:
-        return None
-
-
-def _number(path: Path) -> Optional[int]:
-    text = _text(path)
-    return int(text) if text and re.match(r"-?\d+$", text) else None

@@ -19,13 +19,14 @@ import tempfile
 import time
 from array import array
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
 from .bundle import choose_precision, engine_name, is_plain_file, read_plain, sha256_of_file, write_whole
 from .errors import DeviceError
 from .layers import Layer, check_delivered, count_precisions, precision_shares, read_layers
+from .runtime import Report
 from .trtexec_flags import (
     DURATION_S,
     ITERATIONS,
@@ -35,10 +36,8 @@ from .trtexec_flags import (
     Net,
     bench_command,
     build_command,
-    is_within,
 )
-from .trtexec_flags import command_lines as command_lines  # callers find both halves here
-from .trtexec_flags import script as script
+from .versions import version_fits
 
 _PLACES = ("usr/src/tensorrt/bin/trtexec", "opt/tensorrt/bin/trtexec", "usr/local/tensorrt/bin/trtexec")
 _INSTALL = (
@@ -56,8 +55,6 @@ NOT_CHECKED = "precision not checked"
 BUILD_LIMIT_S = 3600.0
 RUN_LIMIT_S = 600.0
 """Beyond the asked duration: loading, warming up, and nets too slow for the iterations."""
-
-Report = Callable[[str], None]
 
 
 # --- what it printed and wrote ---
@@ -231,7 +228,7 @@ def measure_with_trtexec(
     versions = str(manifest["target"].get("versions") or "")
     net = Net(manifest["input"], manifest["target"]["build"], precision, about["form"], about["model"])
     say = report or (lambda line: None)
-    marks = [] if is_within(version, versions) else ["outside the target's versions"]
+    marks = [] if version_fits(version, versions) else ["outside the target's versions"]
     measured: Dict[str, Any] = {}
     layers: List[Layer] = []
     checked = False
@@ -281,7 +278,7 @@ def measure_with_trtexec(
             "runtime": "trtexec %s" % version,
             "precision": precision,
             "threads": None,
-            "versions": {"tensorrt": version, "numpy": str(np.__version__)},
+            "versions": {"tensorrt": version},
             "settings": {
                 "build": command_text(build_words),
                 "warmup_s": WARMUP_S,

@@ -14,6 +14,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from .bundle import engine_name
 from .errors import DeviceError
+from .versions import Version, bounds_of, holds
 
 # What can be timed; the first is the headline.
 MODES = ("compute, CUDA graph", "compute", "with transfers, CUDA graph", "with transfers")
@@ -38,49 +39,6 @@ _NO_DLA = (10, 8)  # until 11.4
 _DLA_AGAIN = (11, 4)
 _CHANGES = (_MEMORY_POOLS, _SKIP_INFERENCE, _FP16_SCALES, _NO_DLA, _STRONGLY_TYPED, _OPPOSITE, _DLA_AGAIN)
 
-Version = Tuple[int, ...]
-
-
-# --- versions ---
-
-
-def version_numbers(text: str) -> Version:
-    """Return '10.3.0' as (10, 3, 0).
-
-    Raises:
-        DeviceError: not a version.
-    """
-    if not re.match(r"\d+(\.\d+)*$", text):
-        raise DeviceError("'%s' is no version of TensorRT" % text, "write it as in '10.3' or '>=10.3,<10.8'")
-    return tuple(int(part) for part in text.split("."))
-
-
-def is_within(version: str, versions: str) -> bool:
-    """Say whether a version lies in a range such as '>=10.3,<10.8'; an empty range holds all."""
-    number = version_numbers(version)
-    return all(_holds(number, sign, bound) for sign, bound in _bounds(versions))
-
-
-def _bounds(versions: str) -> List[Tuple[str, Version]]:
-    bounds = []
-    for part in filter(None, (part.strip() for part in versions.split(","))):
-        sign = (re.match(r"[<>=]*", part) or [""])[0]
-        bounds.append((sign or "==", version_numbers(part[len(sign) :])))
-    return bounds
-
-
-def _holds(number: Version, sign: str, bound: Version) -> bool:
-    number = number[: len(bound)] if sign in ("==", "<=") else number  # 10.3.0 is ==10.3, and <=10.3
-    longest = max(len(number), len(bound))
-    left, right = (value + (0,) * (longest - len(value)) for value in (number, bound))
-    return {
-        "==": left == right,
-        ">=": left >= right,
-        "<=": left <= right,
-        ">": left > right,
-        "<": left < right,
-    }[sign]
-
 
 def _starts(versions: str) -> List[Version]:
     """Return the lowest version of a range, and every version in it from which command lines may differ.
@@ -88,10 +46,10 @@ def _starts(versions: str) -> List[Version]:
     Raises:
         DeviceError: the whole range is older than 8.2.
     """
-    bounds = _bounds(versions)
+    bounds = bounds_of(versions if versions[:1] in "<>=" else "==" + versions)
 
     def held(version: Version) -> bool:
-        return all(_holds(version, sign, bound) for sign, bound in bounds)
+        return all(holds(version, sign, bound) for sign, bound in bounds)
 
     lowest = max([bound for sign, bound in bounds if sign in ("==", ">=", ">")] or [OLDEST])
     if lowest <= OLDEST:
@@ -323,7 +281,7 @@ def script(manifest: Dict[str, Any]) -> str:
         head, tail = (part.replace("@%s@" % word, text) for part in (head, tail))
     lines = [
         '[ "$version" %s %d ] || refuse %s' % (sign, digits, word)
-        for bound in _bounds(versions)
+        for bound in bounds_of(versions)
         for sign, digits, word in _limits(*bound)
     ]
     for place, (start, _) in enumerate(reversed(branches)):
@@ -360,13 +318,13 @@ def _shell(command: Sequence[str]) -> List[str]:
 
 def _limits(sign: str, bound: Version) -> List[Tuple[str, int, str]]:
     """Return what a bound asks of `_digits`: the shell's comparison, the number, and what a version is if not."""
-    beyond = _digits(bound[:2] + (bound[2] + 1,) if len(bound) > 2 else bound[:-1] + (bound[-1] + 1,))
+    digits = _digits(bound)
     return {
-        "==": [("-ge", _digits(bound), "older"), ("-lt", beyond, "newer")],
-        ">=": [("-ge", _digits(bound), "older")],
-        "<=": [("-lt", beyond, "newer")],  # 10.3.1 is <=10.3
-        ">": [("-gt", _digits(bound), "older")],
-        "<": [("-lt", _digits(bound), "newer")],
+        "==": [("-ge", digits, "older"), ("-le", digits, "newer")],
+        ">=": [("-ge", digits, "older")],
+        "<=": [("-le", digits, "newer")],
+        ">": [("-gt", digits, "older")],
+        "<": [("-lt", digits, "newer")],
     }[sign]
 
 

@@ -1,7 +1,7 @@
-"""Hold a bundle to its hashes and its reference outputs."""
+"""Check a bundle's hashes, and its outputs against the reference outputs."""
 
 from pathlib import Path
-from typing import Any, Callable, Dict, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
@@ -9,7 +9,8 @@ from .bundle import check_files, choose_precision, read_manifest
 from .device_info import available_cores
 from .errors import DisagreementError
 from .reference import read_reference
-from .runtimes import Session, open_session
+from .runtime import Report, Session
+from .runtimes import open_session
 
 
 def verify(
@@ -17,7 +18,7 @@ def verify(
     *,
     precisions: Optional[Sequence[str]] = None,
     runtime: Optional[str] = None,
-    report: Optional[Callable[[str], None]] = None,
+    report: Optional[Report] = None,
 ) -> Dict[str, Any]:
     """Check every file's hash, then run the reference images in each precision and compare with torch's outputs.
 
@@ -31,7 +32,7 @@ def verify(
         ok and files_ok, both True; runtime; images, how many; precisions: for each its ok, max_abs_difference and
         mean_abs_difference in units of the output, max_relative_difference, the largest absolute difference
         over torch's largest absolute output, top1_agreement, the fraction of images with the same largest
-        output, mean_cosine, the mean cosine similarity of the outputs, and the tolerance they are held to.
+        output, mean_cosine, the mean cosine similarity of the outputs, and the tolerance.
 
     Raises:
         BundleError: a file is missing or changed, or not what the manifest says.
@@ -54,10 +55,9 @@ def verify(
             record["runtime"] = session.describe()["runtime"]
         finally:
             session.close()
-        numbers, problem = _evaluator(found, expected, about["tolerance"])
-        record["precisions"][name] = numbers
-        if problem:
-            problems.append("%s %s" % (name, problem))
+        record["precisions"][name], wrong = _check(found, expected, about["tolerance"])
+        if wrong:
+            problems.append("%s: %s" % (name, ", ".join(wrong)))
     if problems:
         raise DisagreementError(
             "%s disagrees with torch on %d reference images: %s"
@@ -70,31 +70,34 @@ def verify(
     return record
 
 
-def _evaluator(
+def _check(
     found: np.ndarray, expected: np.ndarray, tolerance: Dict[str, float]
-) -> Tuple[Dict[str, Any], Optional[str]]:
-    """Return the numbers of a precision, and in words what is wrong with them, if anything."""
-    numbers: Dict[str, Any] = {"ok": False}
-    problems = []
+) -> Tuple[Dict[str, Any], List[str]]:
+    """Return the numbers of a precision, and in words what is wrong with them."""
+    numbers: Dict[str, Any] = {}
     if found.shape != expected.shape:
-        problems.append("has outputs of shape %s, torch's have %s" % (found.shape, expected.shape))
+        problems = ["the outputs have the shape %s, torch's have %s" % (found.shape, expected.shape)]
     elif not np.isfinite(found).all():
-        problems.append("has outputs that are not finite")
+        problems = ["some outputs are not finite"]
     else:
-        numbers.update(compare(found, expected))
-        relative, allowed = numbers["max_relative_difference"], tolerance["max_relative_difference"]
-        if not relative <= allowed:
-            problems.append(
-                "has a largest relative difference of %.3g, allowed is %.3g" % (relative, allowed)
-            )
-        agreement, required = numbers["top1_agreement"], tolerance["top1_agreement"]
-        if not agreement >= required:
-            problems.append("has a top-1 agreement of %.4g, required is %.4g" % (agreement, required))
-        cosine, least = numbers["mean_cosine"], tolerance.get("mean_cosine", 0.0)
-        if not cosine >= least:
-            problems.append("has a mean cosine similarity of %.4g, required is %.4g" % (cosine, least))
-    numbers.update(ok=not problems, tolerance=tolerance)
-    return numbers, " and ".join(problems) or None
+        numbers = compare(found, expected)
+        problems = breaches(numbers, tolerance)
+    return dict(numbers, ok=not problems, tolerance=tolerance), problems
+
+
+def breaches(numbers: Dict[str, Any], tolerance: Dict[str, float]) -> List[str]:
+    """Return in which ways the numbers of `compare` leave a tolerance; NaN leaves every one."""
+    difference, allowed = numbers["max_relative_difference"], tolerance["max_relative_difference"]
+    agreement, required = numbers["top1_agreement"], tolerance["top1_agreement"]
+    cosine, least = numbers["mean_cosine"], tolerance.get("mean_cosine") or 0.0
+    problems = []
+    if not difference <= allowed:
+        problems.append("the largest relative difference is %.3g, allowed is %.3g" % (difference, allowed))
+    if not agreement >= required:
+        problems.append("the top-1 agreement is %.4g, required is %.4g" % (agreement, required))
+    if not cosine >= least:
+        problems.append("the mean cosine similarity is %.4g, required is %.4g" % (cosine, least))
+    return problems
 
 
 def compare(found: np.ndarray, expected: np.ndarray) -> Dict[str, float]:

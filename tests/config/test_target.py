@@ -62,8 +62,7 @@ def test_unknown_key_suggests_a_near_one(write):
 def test_mistyped_runtime_suggests_the_near_one(write):
     with pytest.raises(
         TargetError,
-        match=r"'runtime' is 'onnxruntme', not one of onnxruntime, openvino, tensorrt, tensorrt_rtx "
-        r"\(did you mean 'onnxruntime'\?\)",
+        match=r"'runtime' is 'onnxruntme'.*did you mean 'onnxruntime'\?",
     ):
         read_target(write('runtime = "onnxruntme"\n'))
 
@@ -126,7 +125,7 @@ def test_nano_target_has_no_int8_opset_13_and_no_hard_swish_node():
         ),
         (
             'runtime = "tensorrt"\ndevice = "gpu"\nprecisions = ["int8"]\n[graph]\nint8 = "int8-cpu"\n',
-            r"'tensorrt' refuses 'graph\.int8' = 'int8-cpu'; take 'int8-trt'",
+            r"'tensorrt' does not take 'graph\.int8' = 'int8-cpu'; take 'int8-trt'",
         ),
         (
             'runtime = "tensorrt"\ndevice = "gpu"\n[graph]\nopset = 13\nhard_swish = "keep"\n',
@@ -137,8 +136,8 @@ def test_nano_target_has_no_int8_opset_13_and_no_hard_swish_node():
             r"needs opset 19, 'graph\.opset' is 17",
         ),
         (
-            'runtime = "tensorrt"\nversions = "10.3"\n',
-            r"'versions' has '10\.3'; write it as in '>=10\.3,<10\.8'",
+            'runtime = "tensorrt"\ndevice = "gpu"\nversions = "10.3"\n',
+            r"'10\.3' is no bound of versions",
         ),
         (
             'runtime = "tensorrt"\ndevice = "jetson"\n',
@@ -150,8 +149,9 @@ def test_nano_target_has_no_int8_opset_13_and_no_hard_swish_node():
             'runtime = "onnxruntime"\ndevice = ["cpu"]\n',
             r"'device' is \['cpu'\]: input should be a valid string",
         ),
-        ('runtime = "tensorrt"\n', r"'tensorrt' needs a GPU; set 'device'"),
-        ('runtime = "tensorrt_rtx"\ndevice = "jetson-orin"\n', r"not on 'jetson-orin'"),
+        ('runtime = "tensorrt"\n', r"'tensorrt' does not run on 'device' = 'cpu'; it runs on gpu and jetson"),
+        ('runtime = "tensorrt_rtx"\ndevice = "jetson-orin"\n', r"does not run on 'device' = 'jetson-orin'"),
+        ('runtime = "onnxruntime"\ndevice = "gpu"\n', r"does not run on 'device' = 'gpu'; it runs on cpu"),
         ('runtime = "tensorrt"\ndevice = "gpu"\nversions = ">=12,<11"\n', r"holds no version"),
         (
             'runtime = "tensorrt"\ndevice = "jetson-nano"\nversions = ">=8.2,<8.3"\n[graph]\nopset = 17\n',
@@ -159,7 +159,7 @@ def test_nano_target_has_no_int8_opset_13_and_no_hard_swish_node():
         ),
         (
             'runtime = "onnxruntime"\nprecisions = ["int8"]\n[graph]\nopset = 17\nint8 = "int8-trt"\n',
-            r"take 'graph\.int8' = 'int8-cpu'",
+            r"take 'int8-cpu'",
         ),
         ('runtime = "onnxruntime"\n[quantization]\nmethods = []\n', r"'quantization\.methods'"),
     ],

@@ -10,7 +10,7 @@ import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
 from edgecl.deploy.calibrate import calibrate
-from edgecl.deploy.quantize import quantize
+from edgecl.deploy.int8 import quantize
 
 FORMS = ("int8-trt", "int8-trt-fp16", "int8-cpu")
 TENSORRT_FORMS = ("int8-trt", "int8-trt-fp16")

@@ -7,16 +7,23 @@ import pytest
 import torch
 
 from edgecl.config.target import Graph
-from edgecl.deploy.accuracy import Evaluator, Outputs, cosines, open_evaluator, session_of
+from edgecl.deploy.accuracy import Evaluator, Outputs, cosines, open_evaluator
 from edgecl.deploy.onnx import onnx_from_net
+from edgecl.deploy.session import session_of
 from edgecl.errors import DataError
 from edgecl.nets.model_dir import load_model
+from edgecl.storage.records import ModelRecord, Preprocessing
 
-PREPROCESSING = {"image_size": 8, "resize_size": 8, "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
+PREPROCESSING = Preprocessing(image_size=8, resize_size=8, mean=[0.5, 0.5, 0.5], std=[0.25, 0.25, 0.25])
+
+
+def model_of(classes):
+    """All that is read of a model's record here."""
+    return ModelRecord.model_construct(classes=classes)
 
 
 def test_classifier_is_evaluated_on_the_fifth_that_is_held_out(image_folder):
-    record = {"classes": ["blue", "green", "red"]}
+    record = model_of(["blue", "green", "red"])
     evaluator = open_evaluator(record, uri=None, fallback=str(image_folder), preprocessing=PREPROCESSING)
     assert evaluator.metric == "top1"
     assert len(evaluator) == 12
@@ -25,14 +32,14 @@ def test_classifier_is_evaluated_on_the_fifth_that_is_held_out(image_folder):
 
 
 def test_classifier_is_evaluated_on_all_that_the_user_names(image_folder):
-    record = {"classes": ["blue", "green", "red"]}
+    record = model_of(["blue", "green", "red"])
     evaluator = open_evaluator(record, uri=str(image_folder), fallback="demo", preprocessing=PREPROCESSING)
     assert (evaluator.metric, len(evaluator)) == ("top1", 60)
 
 
 def test_features_are_evaluated_by_neighbors_with_known_labels(image_folder):
     evaluator = open_evaluator(
-        {"classes": None}, uri=str(image_folder), fallback="demo", preprocessing=PREPROCESSING
+        model_of(None), uri=str(image_folder), fallback="demo", preprocessing=PREPROCESSING
     )
     assert evaluator.metric == "knn_top1"
     assert (len(evaluator), len(evaluator.bank)) == (30, 30)
@@ -42,7 +49,7 @@ def test_features_are_evaluated_by_neighbors_with_known_labels(image_folder):
 
 def test_images_without_labels_are_evaluated_by_similarity(unlabelled_folder):
     evaluator = open_evaluator(
-        {"classes": ["a", "b"]}, uri=None, fallback=str(unlabelled_folder), preprocessing=PREPROCESSING
+        model_of(["a", "b"]), uri=None, fallback=str(unlabelled_folder), preprocessing=PREPROCESSING
     )
     assert (evaluator.metric, evaluator.labels, len(evaluator)) == ("mean_cosine", None, 24)
 
@@ -50,7 +57,7 @@ def test_images_without_labels_are_evaluated_by_similarity(unlabelled_folder):
 def test_images_named_for_their_labels_must_have_them(unlabelled_folder):
     with pytest.raises(DataError, match="these images have no labels"):
         open_evaluator(
-            {"classes": None}, uri=str(unlabelled_folder), fallback="demo", preprocessing=PREPROCESSING
+            model_of(None), uri=str(unlabelled_folder), fallback="demo", preprocessing=PREPROCESSING
         )
 
 
@@ -60,7 +67,7 @@ def test_images_of_other_classes_are_refused(image_folder):
         match="other classes than the net: 'blue' and 2 more are not the net's; 'a' and 1 more are missing",
     ):
         open_evaluator(
-            {"classes": ["a", "b"]}, uri=str(image_folder), fallback="demo", preprocessing=PREPROCESSING
+            model_of(["a", "b"]), uri=str(image_folder), fallback="demo", preprocessing=PREPROCESSING
         )
 
 
@@ -72,9 +79,9 @@ def test_top1_is_the_percentage_of_right_answers():
         "top1", torch.zeros(4, 3, 8, 8, dtype=torch.uint8), labels, None, None, PREPROCESSING, "test"
     )
     found = evaluator.accuracy(Outputs(logits, None), Outputs(torch.eye(4), None))
-    assert found["value"] == 75
-    assert found["ci95"][0] < 75 < found["ci95"][1]
-    assert found["mean_cosine"] == pytest.approx(0.75)
+    assert found.value == 75
+    assert found.ci95[0] < 75 < found.ci95[1]
+    assert found.mean_cosine == pytest.approx(0.75)
 
 
 def test_images_are_normalized_before_they_are_run():

@@ -10,12 +10,13 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-import edgecl.deploy.bench
+import edgecl.deploy.device
 import edgecl.deploy.process
 from edgecl.cli.bench import bench_command
-from edgecl.deploy.bench import bench
+from edgecl.deploy.device import bench
 from edgecl.errors import ArtifactError, DeviceError
 from edgecl.onboard.bundle import sha256_of_file, slug
+from edgecl.storage.records import BenchRecord
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from onboard.tiny_bundle import flip_byte, make_bundle
@@ -29,7 +30,7 @@ def measured(tmp_path_factory):
     record = bench(
         bundle, precisions=["fp32", "int8"], runtime="ort", duration_s=0.2, threads=1, report=lines.append
     )
-    return bundle, record, lines
+    return bundle, record.to_json(), lines
 
 
 @pytest.fixture
@@ -158,9 +159,14 @@ def test_precision_that_the_bundle_lacks_is_named_before_anything_runs(bundle, m
 
 
 def test_record_of_something_else_is_refused_and_names_no_file(bundle, monkeypatch):
-    answer = '{"measurements": [{"precision": "../../x"}], "runtime": "ort", "device": {"name": "d"}}'
-    in_place_of_the_device_code(monkeypatch, f"print({answer!r})")
+    answer = {"runtime": "ort", "batch": 1, "threads": 1, "device": {"name": "d"}}
+    answer["measurements"] = [{"precision": "../../x", "latency_ms": {}}]
+    in_place_of_the_device_code(monkeypatch, f"print({json.dumps(answer)!r})")
     with pytest.raises(DeviceError, match=r"the record is of \.\./\.\./x, which the bundle does not hold"):
+        bench(bundle)
+    del answer["threads"]
+    in_place_of_the_device_code(monkeypatch, f"print({json.dumps(answer)!r})")
+    with pytest.raises(ArtifactError, match="'threads': field required"):
         bench(bundle)
     assert sorted(path.name for path in bundle.iterdir()) == ["manifest.json", "model.onnx", "reference.npz"]
 
@@ -180,7 +186,7 @@ def test_options_reach_the_device_code(bundle, monkeypatch):
     with pytest.raises(DeviceError) as caught:
         bench(bundle, precisions=["fp32"], runtime="trtexec", duration_s=2.5, threads=2, power=False)
     assert caught.value.where["it said"] == (
-        f"bench {bundle} --duration-s 2.5 --precision fp32 --runtime trtexec --no-power --threads 2"
+        f"bench {bundle} --runtime trtexec --precision fp32 --duration-s 2.5 --no-power --threads 2"
     )
 
 
@@ -199,9 +205,9 @@ def run_command(monkeypatch, record, *arguments):
     def fake(bundle, **settings):
         asked.update(settings, bundle=bundle)
         settings["report"]("measuring: 1 s")
-        return record
+        return BenchRecord.model_validate(record)
 
-    monkeypatch.setattr(edgecl.deploy.bench, "bench", fake)
+    monkeypatch.setattr(edgecl.deploy.device, "bench", fake)
     app = typer.Typer()
     app.command()(bench_command)
     return CliRunner().invoke(app, [str(argument) for argument in arguments]), asked
@@ -227,7 +233,9 @@ def test_another_power_mode_is_another_file(measured, tmp_path, monkeypatch):
     for mode in ("15W", "MAXN"):
         device = {**measured[1]["device"], "name": "Jetson Orin Nano", "power_mode": {"id": 0, "name": mode}}
         record = {**measured[1], "device": device}
-        monkeypatch.setattr("edgecl.deploy.bench.run_here", lambda verb, record=record, **options: record)
+        monkeypatch.setattr(
+            "edgecl.deploy.device.run_here", lambda verb, record=record, **options: {**record}
+        )
         before = set(bundle.glob("bench-*.json"))
         bench(bundle)
         names |= {path.name.split("-onnxruntime")[0] for path in set(bundle.glob("bench-*.json")) - before}

@@ -9,9 +9,10 @@ import torch
 from edgecl.config.target import Quantization
 from edgecl.deploy.accuracy import Evaluator, Outputs
 from edgecl.deploy.decision import conclude, measure_loss, search_int8, unevaluated
+from edgecl.storage.records import Decision, Preprocessing, Speed
 
 CLASSES = 4
-PREPROCESSING = {"mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]}
+PREPROCESSING = Preprocessing(image_size=2, resize_size=2, mean=[0.0, 0.0, 0.0], std=[1.0, 1.0, 1.0])
 
 
 def evaluator(count=400, metric="top1"):
@@ -84,28 +85,28 @@ def test_net_within_its_budget_keeps_no_node():
     net = Net({f"conv{place}": 0.0 for place in range(10)})
     model, decision, _ = net.search(evaluator())
     assert model == frozenset()
-    assert decision["kept"] is True
-    assert decision["kept_nodes"] == []
-    assert decision["loss_points"] == 0
-    assert len(decision["tried"]) == 1
+    assert decision.kept is True
+    assert decision.kept_nodes == []
+    assert decision.loss_points == 0
+    assert len(decision.tried) == 1
 
 
 def test_search_finds_the_smallest_set_of_nodes_that_do_the_damage():
     harm = {f"conv{place}": 0.0 for place in range(40)} | {"conv7": 3.0, "conv20": 2.0, "conv33": 4.0}
     net = Net(harm)
     model, decision, _ = net.search(evaluator())
-    assert decision["kept"] is True
-    assert decision["kept_nodes"] == ["conv33", "conv7", "conv20"], "the worst first"
+    assert decision.kept is True
+    assert decision.kept_nodes == ["conv33", "conv7", "conv20"], "the worst first"
     assert model == {"conv7", "conv20", "conv33"}
-    assert len(decision["tried"]) <= 8, "bisection, not one after another"
+    assert len(decision.tried) <= 8, "bisection, not one after another"
 
 
 def test_net_beyond_saving_is_rejected():
     net = Net({f"conv{place}": 2.0 for place in range(10)})
     _, decision, _ = net.search(evaluator(), max_kept_fraction=0.3)
-    assert decision["kept"] is False
-    assert decision["loss_points"] > 5
-    assert decision["kept_nodes"] == []
+    assert decision.kept is False
+    assert decision.loss_points > 5
+    assert decision.kept_nodes == []
 
 
 def test_loss_is_reported_on_images_the_search_did_not_see():
@@ -116,7 +117,7 @@ def test_loss_is_reported_on_images_the_search_did_not_see():
     assert len(report) == 201
     assert len(torch.unique(together, dim=0)) == len(torch.unique(images.images.flatten(1), dim=0))
     _, decision, _ = Net({"conv": 0.0}).search(images)
-    assert (decision["searched_on"], decision["images"]) == (200, 201)
+    assert (decision.searched_on, decision.images) == (200, 201)
 
 
 def test_features_are_held_to_their_similarity():
@@ -124,9 +125,9 @@ def test_features_are_held_to_their_similarity():
         Net({"conv": 0.5}).search(evaluator(metric="mean_cosine"), min_cosine=cosine, max_kept_fraction=0)[1]
         for cosine in (0.9999, 0.5)
     )
-    assert (strict["kept"], loose["kept"]) == (False, True)
-    assert strict["loss_points"] is None
-    assert 0.5 < strict["mean_cosine"] < 0.9999
+    assert (strict.kept, loose.kept) == (False, True)
+    assert strict.loss_points is None
+    assert 0.5 < strict.mean_cosine < 0.9999
 
 
 def decision_of(net, **more):
@@ -135,9 +136,7 @@ def decision_of(net, **more):
 
 def test_words_of_a_kept_net_name_loss_budget_and_speed():
     decision = decision_of(Net({"conv": 0.0}))
-    words = conclude(decision, speed={"against": "fp32", "ratio": 1.5, "ci95": [1.4, 1.6]}, higher="fp32")[
-        "words"
-    ]
+    words = conclude(decision, speed=Speed(against="fp32", ratio=1.5, ci95=[1.4, 1.6]), higher="fp32").words
     assert words == (
         "kept: 0.00 points of top-1 lost [0.00, 0.00], 1 allowed (on 200 images), for +50 % speed against fp32"
     )
@@ -145,7 +144,7 @@ def test_words_of_a_kept_net_name_loss_budget_and_speed():
 
 def test_words_of_a_net_with_kept_nodes_name_their_precision():
     decision = decision_of(Net({**{f"conv{place}": 0.0 for place in range(9)}, "bad": 4.0}))
-    words = conclude(decision, speed=None, higher="fp16")["words"]
+    words = conclude(decision, speed=None, higher="fp16").words
     assert words.startswith("kept with 1 of 10 nodes in fp16: ")
     assert words.endswith("for speed not measured here")
 
@@ -153,46 +152,39 @@ def test_words_of_a_net_with_kept_nodes_name_their_precision():
 def test_accurate_net_that_is_slower_is_rejected_for_its_speed():
     found = conclude(
         decision_of(Net({"conv": 0.0})),
-        speed={"against": "fp32", "ratio": 0.8, "ci95": [0.79, 0.81]},
+        speed=Speed(against="fp32", ratio=0.8, ci95=[0.79, 0.81]),
         higher="fp32",
     )
-    assert found["kept"] is False
-    assert found["words"].startswith("rejected because it is slower: -20 % speed against fp32")
+    assert found.kept is False
+    assert found.words.startswith("rejected because it is slower: -20 % speed against fp32")
 
 
 def test_rejected_net_is_told_the_way_out():
     decision = decision_of(Net({f"conv{place}": 2.0 for place in range(10)}), max_kept_fraction=0.0)
-    found = conclude(decision, speed={"against": "fp16", "ratio": 1.4, "ci95": None}, higher="fp16")
-    assert found["kept"] is False
-    assert found["words"].startswith("rejected because it costs too much: ")
-    assert "for +40 % speed against fp16; `edgecl finetune --quantize int8`" in found["words"]
+    found = conclude(decision, speed=Speed(against="fp16", ratio=1.4), higher="fp16")
+    assert found.kept is False
+    assert found.words.startswith("rejected because it costs too much: ")
+    assert "for +40 % speed against fp16; `edgecl finetune --quantize int8`" in found.words
 
 
 def test_decision_whose_interval_crosses_the_budget_says_so():
     net = Net({"conv": 1.2})
     decision = net.search(
-        evaluator(), max_loss_points=net.search(evaluator())[1]["loss_points"] + 0.1, max_kept_fraction=0
+        evaluator(), max_loss_points=net.search(evaluator())[1].loss_points + 0.1, max_kept_fraction=0
     )[1]
-    assert "(more images would tell better)" in conclude(decision, speed=None, higher="fp16")["words"]
+    assert "(more images would tell better)" in conclude(decision, speed=None, higher="fp16").words
 
 
 def test_net_trained_for_int8_is_not_sent_there_again():
     decision = decision_of(Net({f"conv{place}": 2.0 for place in range(10)}), max_kept_fraction=0.0)
-    words = conclude({**decision, "trained_for_int8": True}, speed=None, higher="fp16")["words"]
+    words = conclude(decision.model_copy(update={"trained_for_int8": True}), speed=None, higher="fp16").words
     assert words.endswith("; it was trained for INT8 already")
 
 
 def test_unevaluated_net_stays_unevaluated_whatever_its_speed():
-    found = conclude(
-        unevaluated("no images"), speed={"against": "fp32", "ratio": 2.0, "ci95": None}, higher="fp32"
-    )
-    assert (found["kept"], found["words"]) == (False, "not evaluated: no images")
+    found = conclude(unevaluated("no images"), speed=Speed(against="fp32", ratio=2.0), higher="fp32")
+    assert (found.kept, found.words) == (False, "not evaluated: no images")
 
 
 def test_net_nobody_evaluated_is_not_kept():
-    assert unevaluated("no images") == {
-        "kept": False,
-        "kept_nodes": [],
-        "words": "not evaluated: no images",
-        "speed": None,
-    }
+    assert unevaluated("no images") == Decision(kept=False, words="not evaluated: no images")

@@ -7,33 +7,34 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-import edgecl.deploy.doctor
+import edgecl.deploy.device
 from edgecl.cli.doctor import doctor_command
-from edgecl.deploy.doctor import doctor
+from edgecl.deploy.device import doctor
 from edgecl.errors import ArtifactError, DeviceError, TargetError
+from edgecl.storage.records import DoctorReport
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from onboard.tiny_bundle import flip_byte, make_bundle
 
 
 def by_name(found):
-    return {check["name"]: check for check in found["checks"]}
+    return {check.name: check for check in found.checks}
 
 
 def test_this_machine_as_such_is_told_its_runtimes_and_ssh(monkeypatch, tmp_path):
     found = doctor()
-    assert "onnxruntime " in by_name(found)["runtimes"]["found"]
-    assert by_name(found)["ssh"]["status"] in ("ok", "warn")
+    assert "onnxruntime " in by_name(found)["runtimes"].found
+    assert by_name(found)["ssh"].status in ("ok", "warn")
     monkeypatch.setenv("PATH", str(tmp_path))
     ssh = by_name(doctor())["ssh"]
-    assert (ssh["status"], ssh["fix"]) == ("warn", "sudo apt install openssh-client  # for --host")
+    assert (ssh.status, ssh.fix) == ("warn", "sudo apt install openssh-client  # for --host")
 
 
 def test_packaged_target_is_followed_to_its_device_and_versions():
     found = doctor(target="jetson")
-    assert found["ok"] is False
-    assert by_name(found)["device"]["found"] == "this is no Jetson; the target is for any Jetson Orin"
-    assert doctor(target="ort-cpu")["ok"] is True
+    assert found.ok is False
+    assert by_name(found)["device"].found == "this is no Jetson; the target is for any Jetson Orin"
+    assert doctor(target="ort-cpu").ok is True
 
 
 def test_unknown_target_is_named():
@@ -43,9 +44,9 @@ def test_unknown_target_is_named():
 
 def test_bundle_is_held_to_its_hashes(tmp_path):
     bundle = make_bundle(tmp_path / "bundle")
-    assert doctor(bundle)["ok"] is True
+    assert doctor(bundle).ok is True
     flip_byte(bundle / "reference.npz")
-    assert by_name(doctor(bundle))["bundle"]["status"] == "fail"
+    assert by_name(doctor(bundle))["bundle"].status == "fail"
 
 
 def test_directory_that_is_no_bundle_is_named(tmp_path):
@@ -74,7 +75,9 @@ def test_command_prints_a_line_per_check_and_what_to_do_below(monkeypatch):
             {"name": "NumPy", "status": "fail", "found": "missing", "fix": "sudo apt install python3-numpy"},
         ],
     }
-    monkeypatch.setattr(edgecl.deploy.doctor, "doctor", lambda bundle, **settings: record)
+    monkeypatch.setattr(
+        edgecl.deploy.device, "doctor", lambda bundle, **settings: DoctorReport.model_validate(record)
+    )
     done = run_command()
     assert done.exit_code == 1
     assert done.stdout.splitlines() == [

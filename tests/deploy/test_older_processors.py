@@ -15,8 +15,8 @@ from conftest import write_folder
 from onnx import helper
 
 from edgecl.deploy.export import export
-from edgecl.deploy.quantize import quantize
-from edgecl.deploy.scales import weight_scales
+from edgecl.deploy.int8 import quantize
+from edgecl.deploy.qdq import weight_scales
 
 from .sketch import Sketch, images_of, quantize_net, ranges_of, run
 

@@ -16,8 +16,8 @@ from edgecl.deploy.onnx import onnx_from_net
 from edgecl.deploy.parity import (
     breaches,
     check_parity,
+    check_tolerance,
     first_outside,
-    hold,
     onnx_layers,
     slim_view_check,
     torch_layers,
@@ -35,11 +35,11 @@ STRICT = Tolerance(max_relative_difference=1e-3, top1_agreement=0.99, mean_cosin
 
 def test_equal_outputs_have_no_difference():
     step = check_parity("torch", "ONNX", EXPECTED.copy(), EXPECTED)
-    assert (step["from"], step["to"], step["images"]) == ("torch", "ONNX", 10)
-    assert step["max_abs_difference"] == step["mean_abs_difference"] == step["max_relative_difference"] == 0
-    assert step["top1_agreement"] == 1
-    assert step["mean_cosine"] == pytest.approx(1)
-    hold(step, STRICT)
+    assert (step.source, step.variant, step.images) == ("torch", "ONNX", 10)
+    assert step.max_abs_difference == step.mean_abs_difference == step.max_relative_difference == 0
+    assert step.top1_agreement == 1
+    assert step.mean_cosine == pytest.approx(1)
+    check_tolerance(step, STRICT)
 
 
 def test_numbers_of_a_check_are_those_of_their_definitions():
@@ -47,23 +47,23 @@ def test_numbers_of_a_check_are_those_of_their_definitions():
     found[3, EXPECTED[3].argmin()] = EXPECTED[3].max() + 1
     step = check_parity("torch", "ONNX", found, EXPECTED)
     difference = np.abs(found - EXPECTED)
-    assert step["max_abs_difference"] == pytest.approx(difference.max())
-    assert step["mean_abs_difference"] == pytest.approx(difference.mean())
-    assert step["max_relative_difference"] == pytest.approx(difference.max() / np.abs(EXPECTED).max())
-    assert step["top1_agreement"] == pytest.approx(0.9)
+    assert step.max_abs_difference == pytest.approx(difference.max())
+    assert step.mean_abs_difference == pytest.approx(difference.mean())
+    assert step.max_relative_difference == pytest.approx(difference.max() / np.abs(EXPECTED).max())
+    assert step.top1_agreement == pytest.approx(0.9)
     norms = np.linalg.norm(found, axis=1) * np.linalg.norm(EXPECTED, axis=1)
-    assert step["mean_cosine"] == pytest.approx(((found * EXPECTED).sum(1) / norms).mean())
+    assert step.mean_cosine == pytest.approx(((found * EXPECTED).sum(1) / norms).mean())
 
 
 def test_check_outside_its_tolerance_is_refused_with_numbers_and_layer():
     step = check_parity("carved torch net", "ONNX fp32", EXPECTED + 0.01, EXPECTED)
-    step["first_diverging_layer"] = "blocks.1.conv_pw"
+    step.first_diverging_layer = "blocks.1.conv_pw"
     with pytest.raises(ParityError) as caught:
-        hold(step, STRICT)
+        check_tolerance(step, STRICT)
     assert caught.value.problem.startswith(
         "ONNX fp32 disagrees with carved torch net on 10 images: the largest relative difference is 0.0"
     )
-    assert "allowed 0.001" in caught.value.problem
+    assert "allowed is 0.001" in caught.value.problem
     assert caught.value.where == {"first layer outside": "blocks.1.conv_pw"}
     assert "no bundle was written" in caught.value.hint
 
@@ -71,7 +71,7 @@ def test_check_outside_its_tolerance_is_refused_with_numbers_and_layer():
 def test_agreement_below_the_tolerance_is_a_breach_of_its_own():
     step = check_parity("torch", "ONNX", EXPECTED[:, ::-1].copy(), EXPECTED)
     assert len(breaches(step, STRICT)) == 3
-    assert "the largest output agrees on" in breaches(step, STRICT)[1]
+    assert "the top-1 agreement is" in breaches(step, STRICT)[1]
     assert "the mean cosine similarity is" in breaches(step, STRICT)[2]
 
 
@@ -142,26 +142,23 @@ def plain_model(trained_run, tmp_path_factory):
 
 def test_carved_net_equals_the_slim_view_bit_for_bit(plain_model, trained_run):
     net, record = load_model(plain_model)
-    record = record.to_json()
     step = slim_view_check(net, record, trained_run, IMAGES)
-    assert step["max_abs_difference"] == 0
-    assert step["to"] == "carved torch net"
+    assert step.max_abs_difference == 0
+    assert step.variant == "carved torch net"
 
 
 def test_carved_net_with_new_statistics_equals_the_slim_view_given_them(carved_model, trained_run):
     net, record = load_model(carved_model)
-    record = record.to_json()
     step = slim_view_check(net, record, trained_run, IMAGES)
-    assert step["max_abs_difference"] == 0
-    assert step["to"] == "carved torch net (batch norms re-estimated)"
+    assert step.max_abs_difference == 0
+    assert step.variant == "carved torch net (batch norms re-estimated)"
 
 
 def test_slim_view_shows_a_weight_that_was_changed(plain_model, trained_run):
     net, record = load_model(plain_model)
-    record = record.to_json()
     with torch.no_grad():
         next(net.parameters()).mul_(1.01)
-    assert slim_view_check(net, record, trained_run, IMAGES)["max_abs_difference"] > 0
+    assert slim_view_check(net, record, trained_run, IMAGES).max_abs_difference > 0
 
 
 @pytest.fixture(scope="module")
@@ -178,8 +175,7 @@ def run_of_widths(tmp_path_factory, image_folder, recipe_file):
 def test_net_of_every_width_equals_its_own_view_in_the_host(run_of_widths, tmp_path, width, recalibrated):
     carve(run_of_widths, out=tmp_path / "net", width=width, recalibrate_norms=recalibrated)
     net, record = load_model(tmp_path / "net")
-    record = record.to_json()
-    assert slim_view_check(net, record, run_of_widths, IMAGES)["max_abs_difference"] == 0
+    assert slim_view_check(net, record, run_of_widths, IMAGES).max_abs_difference == 0
 
 
 def test_net_of_a_checkpoint_that_is_not_the_newest_has_its_slim_view(run_of_widths, tmp_path):
@@ -195,12 +191,10 @@ def test_net_of_a_checkpoint_that_is_not_the_newest_has_its_slim_view(run_of_wid
         optimizer=checkpoint.optimizer,
     )
     net, record = load_model(tmp_path / "net")
-    record = record.to_json()
-    assert slim_view_check(net, record, copy, IMAGES)["max_abs_difference"] == 0
+    assert slim_view_check(net, record, copy, IMAGES).max_abs_difference == 0
 
 
 def test_another_run_is_refused(plain_model, trained_run):
     net, record = load_model(plain_model)
-    record = record.to_json()
     with pytest.raises(ArtifactError, match="this model was not carved from a checkpoint that this run has"):
-        slim_view_check(net, {**record, "made_from": "0" * 64}, trained_run, IMAGES)
+        slim_view_check(net, record.model_copy(update={"made_from": "0" * 64}), trained_run, IMAGES)

@@ -11,7 +11,7 @@ import pytest
 from onnx import helper
 
 from edgecl.deploy.graph import portable
-from edgecl.deploy.quantize import quantize
+from edgecl.deploy.int8 import quantize
 
 from .sketch import (
     TENSORRT_FORMS,

@@ -9,7 +9,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from edgecl.deploy.graph_index import first_block, quantizable
-from edgecl.deploy.quantize import quantize
+from edgecl.deploy.int8 import quantize
 from edgecl.errors import DataError, TargetError
 
 from .sketch import (

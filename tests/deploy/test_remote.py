@@ -14,10 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from edgecl.deploy.bench import bench
-from edgecl.deploy.doctor import doctor
+from edgecl.deploy.device import bench, doctor, verify
 from edgecl.deploy.remote import run_on_board
-from edgecl.deploy.verify import verify
 from edgecl.errors import ArtifactError, DeviceError, ParityError
 from edgecl.onboard.bundle import sha256_of_file
 
@@ -180,13 +178,12 @@ def test_bench_brings_the_record_into_the_bundle(board, bundle):
         report=lines.append,
     )
     (file,) = bundle.glob("bench-*.json")
-    assert json.loads(file.read_text()) == record
+    assert json.loads(file.read_text()) == record.to_json()
     assert "-onnxruntime-fp16-1t-b1.json" in file.name
-    assert list(record)[:5] == ["schema", "kind", "made_by", "made_from", "command"]
-    assert record["made_from"] == sha256_of_file(bundle / "manifest.json")
-    assert record["threads"] == 1
-    assert record["environment"]["OMP_NUM_THREADS"] == "1"
-    assert [one["precision"] for one in record["measurements"]][:1] == ["fp16"]
+    assert record.made_from == sha256_of_file(bundle / "manifest.json")
+    assert record.threads == 1
+    assert record.environment["OMP_NUM_THREADS"] == "1"
+    assert [one.precision for one in record.measurements][:1] == ["fp16"]
     assert any("copying 4 of 4 files to" in line for line in lines)
     assert any(line.startswith("warming up") for line in lines)
     assert board.left_of_runs() == []
@@ -195,9 +192,9 @@ def test_bench_brings_the_record_into_the_bundle(board, bundle):
 def test_files_stay_on_the_board_and_only_changed_ones_are_sent_again(board, bundle):
     lines = []
     record = verify(bundle, host=board.host, ssh_options=board.options, report=lines.append)
-    assert record == json.loads((bundle / "verify.json").read_text())
-    assert record["ok"] is True
-    assert set(record["precisions"]) == {"fp32", "fp16"}
+    assert record.to_json() == json.loads((bundle / "verify.json").read_text())
+    assert record.ok is True
+    assert set(record.precisions) == {"fp32", "fp16"}
     (there,) = (board.home / ".cache/edgecl").glob("bundle-*")
     assert there.name == f"bundle-{sha256_of_file(bundle / 'manifest.json')[:12]}"
     assert names_in(there) == ["manifest.json", "model.fp16.onnx", "model.onnx", "reference.npz"]
@@ -224,13 +221,11 @@ def test_disagreement_on_the_board_is_the_same_error_here(board, tmp_path):
 
 def test_doctor_sees_the_board_for_a_bundle_or_a_target(board, bundle):
     found = doctor(bundle, host=board.host, ssh_options=board.options)
-    assert {"name": "bundle", "status": "ok", "found": "3 files match their hashes", "fix": None} in found[
-        "checks"
-    ]
+    assert ("bundle", "ok") in [(check.name, check.status) for check in found.checks]
     found = doctor(target="jetson", host=board.host, ssh_options=board.options)
-    device = next(check for check in found["checks"] if check["name"] == "device")
-    assert (found["ok"], device["status"]) == (False, "fail")
-    assert device["found"] == "this is no Jetson; the target is for any Jetson Orin"
+    device = next(check for check in found.checks if check.name == "device")
+    assert (found.ok, device.status) == (False, "fail")
+    assert device.found == "this is no Jetson; the target is for any Jetson Orin"
     assert board.left_of_runs() == []
 
 
@@ -253,7 +248,7 @@ def test_dropped_connections_are_made_again_and_the_record_picked_up(board, bund
     assert len(lost) == 2
     assert [line.split(" files")[0] for line in seen if line.startswith("copying")] == ["copying 4 of 4"] * 2
     (file,) = bundle.glob("bench-*.json")
-    assert json.loads(file.read_text()) == record
+    assert json.loads(file.read_text()) == record.to_json()
     assert board.left_of_runs() == []
     (there,) = (board.home / ".cache/edgecl").glob("bundle-*")
     assert names_in(there) == ["manifest.json", "model.fp16.onnx", "model.onnx", "reference.npz"]
@@ -371,8 +366,8 @@ def test_board_without_numpy_is_named(boards, bundle, tmp_path):
         verify(bundle, host=board.host, ssh_options=board.options)
     assert caught.value.hint == "sudo apt install python3-numpy"
     found = doctor(host=board.host, ssh_options=board.options)
-    numpy = next(check for check in found["checks"] if check["name"] == "NumPy")
-    assert (numpy["status"], numpy["fix"]) == ("fail", "sudo apt install python3-numpy")
+    numpy = next(check for check in found.checks if check.name == "NumPy")
+    assert (numpy.status, numpy.fix) == ("fail", "sudo apt install python3-numpy")
 
 
 @pytest.mark.slow
@@ -383,8 +378,8 @@ def test_board_with_python_3_6_does_its_part(boards, bundle):
         pytest.skip("no Python 3.6 with NumPy and onnxruntime here (EDGECL_PYTHON36 may name one)")
     board = boards(python=python)
     record = bench(bundle, duration_s=0.1, threads=1, host=board.host, ssh_options=board.options)
-    assert record["device"]["python"].startswith("3.6.")
-    assert verify(bundle, host=board.host, ssh_options=board.options)["ok"] is True
+    assert record.device.python.startswith("3.6.")
+    assert verify(bundle, host=board.host, ssh_options=board.options).ok is True
     assert board.left_of_runs() == []
 
 

@@ -17,14 +17,14 @@ from torch import nn
 from edgecl.config.target import Build, Graph, read_target
 from edgecl.deploy.calibrate import calibrate
 from edgecl.deploy.fp16 import half
+from edgecl.deploy.int8 import quantize
 from edgecl.deploy.onnx import onnx_from_net, save_onnx
-from edgecl.deploy.quantize import quantize
 from edgecl.deploy.rtx import compile_rtx
 from edgecl.errors import DeviceError
 from edgecl.nets.catalogue import NETS
 from edgecl.onboard.cudart import Gpu
 from edgecl.onboard.errors import DeviceError as OnboardDeviceError
-from edgecl.onboard.runtimes.tensorrt import TensorrtSession
+from edgecl.onboard.tensorrt_session import TensorrtSession
 
 SIDE = 64
 BUILD = Build(compute_capabilities=("SM86", "SM89", "SM120"))

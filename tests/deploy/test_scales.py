@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from edgecl.deploy.scales import asymmetric_scale, paired_weight_scales, symmetric_scale, weight_scales
+from edgecl.deploy.qdq import asymmetric_scale, paired_weight_scales, symmetric_scale, weight_scales
 
 
 def test_symmetric_scale_reaches_the_larger_end_in_127_steps():

@@ -10,7 +10,7 @@ import typer
 from typer.testing import CliRunner
 
 from edgecl.cli.verify import verify_command
-from edgecl.deploy.verify import verify
+from edgecl.deploy.device import verify
 from edgecl.errors import ArtifactError, DeviceError, ParityError
 from edgecl.onboard.bundle import sha256_of_file
 
@@ -28,7 +28,7 @@ def kept(bundle):
 
 
 def test_decision_is_returned_and_kept(bundle):
-    record = verify(bundle)
+    record = verify(bundle).to_json()
     assert record == kept(bundle)
     assert list(record)[:4] == ["schema", "kind", "made_by", "made_from"]
     assert record["kind"] == "verify"
@@ -49,7 +49,7 @@ def test_flipped_byte_is_an_artifact_error_and_ends_an_earlier_decision(bundle):
 
 def test_wrong_outputs_are_a_parity_error_with_numbers(tmp_path):
     bundle = make_bundle(tmp_path / "bundle", shift=100.0)
-    with pytest.raises(ParityError, match=r"fp32 has a largest relative difference of .*, allowed is 0.001"):
+    with pytest.raises(ParityError, match=r"fp32: the largest relative difference is .*, allowed is 0.001"):
         verify(bundle)
     assert kept(bundle)["ok"] is False
     assert kept(bundle)["files_ok"] is True
@@ -58,8 +58,8 @@ def test_wrong_outputs_are_a_parity_error_with_numbers(tmp_path):
 
 def test_one_precision_of_several_can_be_asked(tmp_path):
     bundle = make_bundle(tmp_path / "bundle", precisions=("fp16", "fp32"))
-    assert list(verify(bundle)["precisions"]) == ["fp16", "fp32"]
-    assert list(verify(bundle, precisions=["fp32"], runtime="ort")["precisions"]) == ["fp32"]
+    assert list(verify(bundle).precisions) == ["fp16", "fp32"]
+    assert list(verify(bundle, precisions=["fp32"], runtime="ort").precisions) == ["fp32"]
     with pytest.raises(ArtifactError, match="the bundle holds no int8 net; it has fp16, fp32"):
         verify(bundle, precisions=["int8"])
 
@@ -73,14 +73,14 @@ def test_missing_runtime_is_a_device_error_and_no_decision(bundle, monkeypatch):
     assert not (bundle / "verify.json").exists()
 
 
-def test_a_decision_that_cannot_be_kept_is_no_failure(bundle, monkeypatch):
+def test_a_result_that_cannot_be_kept_is_no_failure(bundle, monkeypatch):
     def refuse(path, content):
         raise ArtifactError(f"no permission to write '{path.name}'")
 
-    monkeypatch.setattr("edgecl.deploy.verify.write_json", refuse)
+    monkeypatch.setattr("edgecl.deploy.device.write_record", refuse)
     lines = []
-    assert verify(bundle, report=lines.append)["ok"] is True
-    assert lines == ["the decision is not kept: no permission to write 'verify.json'"]
+    assert verify(bundle, report=lines.append).ok is True
+    assert lines == ["the result is not kept: no permission to write 'verify.json'"]
     done = run_command(bundle)
     assert done.exit_code == 0
     assert "largest relative difference" in done.stdout
@@ -99,8 +99,8 @@ def test_newer_schema_is_refused_with_both_numbers(bundle):
 
 
 def test_verify_never_imports_torch(bundle):
-    code = "import sys; from pathlib import Path; from edgecl.deploy.verify import verify; "
-    code += "verify(Path(sys.argv[1])); import edgecl.deploy.bench; print('torch' in sys.modules)"
+    code = "import sys; from pathlib import Path; from edgecl.deploy.device import verify; "
+    code += "verify(Path(sys.argv[1])); import edgecl.deploy.device; print('torch' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code, str(bundle)], capture_output=True, text=True, check=True
     )

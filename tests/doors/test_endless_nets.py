@@ -17,8 +17,7 @@ from onboard.tiny_bundle import make_bundle, read_manifest, write_manifest
 from onnx import TensorProto, helper, numpy_helper
 
 import edgecl
-from edgecl.deploy.bench import bench
-from edgecl.deploy.verify import verify
+from edgecl.deploy.device import bench, verify
 from edgecl.errors import DeviceError
 from edgecl.onboard.bundle import sha256_of_file
 
@@ -151,12 +150,12 @@ def test_a_slow_net_that_says_how_far_it_is_may_take_its_time(tmp_path, monkeypa
     code = (
         "import sys, time\n"
         "for _ in range(6): time.sleep(0.5); sys.stderr.write('bench: still here\\n'); sys.stderr.flush()\n"
-        "print('{\"ok\": true}')"
+        'print(\'{"ok": true, "files_ok": true}\')'
     )
     monkeypatch.setattr("edgecl.deploy.process._ONBOARD", [sys.executable, "-c", code])
     monkeypatch.setattr("edgecl.deploy.process.SILENCE_S", 2.0)
     lines = []
-    assert verify(make_bundle(tmp_path / "bundle"), report=lines.append)["ok"] is True
+    assert verify(make_bundle(tmp_path / "bundle"), report=lines.append).ok is True
     assert lines == ["still here"] * 6
 
 

@@ -148,7 +148,9 @@ def test_exporting_sends_nothing(offline, carved_model):
     assert_silent(offline, offline.run("-m", "edgecl", *words, "--out", offline.work / "named" / "bundle"))
 
 
-@pytest.mark.parametrize("module", ["edgecl", "edgecl.onboard.runtimes.ort", "edgecl.deploy.calibrate"])
+@pytest.mark.parametrize(
+    "module", ["edgecl", "edgecl.onboard.runtimes.onnxruntime", "edgecl.deploy.calibrate"]
+)
 def test_a_program_of_the_users_sends_nothing_once_it_has_imported_edgecl(offline, module):
     assert_silent(offline, offline.run("-c", f"import {module}, onnxruntime"))
 

@@ -16,9 +16,8 @@ import atheris
 with atheris.instrument_imports(include=["edgecl", "tarfile", "zipfile", "json"]):
     from edgecl.data.tar_index import read_index
     from edgecl.errors import EdgeclError
-    from edgecl.onboard.bundle import read_manifest
+    from edgecl.onboard.bundle import check_self_contained, read_manifest
     from edgecl.onboard.errors import OnboardError
-    from edgecl.onboard.onnx_file import check_self_contained
     from edgecl.reports.collect import read_metrics
 
 READERS: dict[str, tuple[str, Callable[[Path], object]]] = {

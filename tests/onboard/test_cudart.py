@@ -192,9 +192,9 @@ def test_too_little_memory_says_what_to_do(fake):
 
 def test_page_cache_counts_as_available_on_a_jetson(fake, tmp_path):
     (tmp_path / "proc").mkdir()
-    (tmp_path / "proc/meminfo").write_text("MemTotal: 8000000 kB\nMemAvailable:    5000000 kB\n")
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 8000000 kB\nMemAvailable:    5242880 kB\n")
     cuda = Cudart()
     orin, desktop = Gpu("Orin", "8.7", 8, True), Gpu("RTX", "8.9", 76, False)
-    assert available_bytes(cuda, orin, str(tmp_path)) == 5000000 * 1024
+    assert available_bytes(cuda, orin, str(tmp_path)) == 5 << 30
     assert available_bytes(cuda, desktop, str(tmp_path)) == 3 << 30
     assert available_bytes(cuda, orin, str(tmp_path / "nowhere")) == 3 << 30

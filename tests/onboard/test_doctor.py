@@ -9,9 +9,10 @@ import pytest
 
 from edgecl.onboard import doctor as doctor_module
 from edgecl.onboard.bundle import sha256_of_file
+from edgecl.onboard.cuda_checks import check_capability
 from edgecl.onboard.device_info import read_device_info
 from edgecl.onboard.device_state import check_conditions, highest_power_mode
-from edgecl.onboard.doctor import check_capability, check_runtime, doctor, probe, version_fits
+from edgecl.onboard.doctor import check_runtime, doctor, probe
 
 from .tiny_bundle import flip_byte, make_bundle, read_manifest, write_manifest
 
@@ -285,28 +286,6 @@ def test_dla_on_an_orin_nano_fails_and_on_an_agx_orin_does_not(orin):
 # --- runtimes ---
 
 
-@pytest.mark.parametrize(
-    ("version", "specifiers", "fits"),
-    [
-        ("10.3.0.26", ">=10.3,<10.8", True),
-        ("10.13.3", ">=10.3,<10.8", False),
-        ("10.3.0", ">=10.13", False),
-        ("8.2.1.9", ">=8.2,<8.3", True),
-        ("9.0", ">=10", False),
-        ("10.3.0", "==10.3", True),
-        ("10.30", "==10.3", False),
-        ("10.3.1", "<=10.3", True),
-        ("10.3.1", ">10.3", False),
-        ("11", ">=10.16.2", True),
-        ("1.31.1+cpu", ">=1.20", True),
-        ("2026.4.1-22982-e213a147257", ">=2024.1", True),
-        ("anything", "", True),
-    ],
-)
-def test_versions_are_compared_as_numbers(version, specifiers, fits):
-    assert version_fits(version, specifiers) is fits
-
-
 def test_runtime_of_another_version_fails_with_both(orin, modules):
     make_module(modules, "tensorrt", "__version__ = '8.5.2.2'")
     checks = by_name(doctor(target=ORIN, root=orin))
@@ -385,26 +364,10 @@ def test_empty_folder_of_the_right_name_is_no_runtime(modules):
     assert "but no module in it" in probe("tensorrt_rtx_leftover")["error"]
 
 
-def test_real_runtime_and_its_providers_are_seen():
+def test_real_runtime_is_seen():
     onnxruntime = pytest.importorskip("onnxruntime")
     checks = by_name(doctor(target={"runtime": "onnxruntime", "versions": ">=1", "device": "cpu"}))
     assert checks["onnxruntime"]["found"] == f"{onnxruntime.__version__}, for >=1"
-    assert "CPU" in checks["onnxruntime providers"]["found"]
-
-
-def test_onnxruntime_without_cuda_fails_for_a_target_with_a_gpu(modules, orin):
-    make_module(
-        modules,
-        "onnxruntime",
-        "__version__ = '1.19.0'\ndef get_available_providers(): return ['CPUExecutionProvider']",
-    )
-    target = {"runtime": "onnxruntime", "device": "gpu"}
-    check = runtime_fix(orin, target, jetson=False)["onnxruntime providers"]
-    assert check["status"] == "fail"
-    assert check["found"] == "CPU; the target is for a desktop or data-center GPU"
-    assert check["fix"] == "pip install onnxruntime-gpu in place of onnxruntime"
-    on_board = runtime_fix(orin, {**target, "device": "jetson-orin"}, jetson=True)["onnxruntime providers"]
-    assert "none for Jetson" in on_board["fix"]
 
 
 def test_runtime_that_is_unknown_fails():

@@ -15,8 +15,9 @@ import onnx
 import pytest
 
 import edgecl
+from edgecl.onboard.build import build
 from edgecl.onboard.bundle import sha256_of_file
-from edgecl.onboard.engine import build, build_plan, import_runtime, is_strongly_typed
+from edgecl.onboard.engine import build_plan, import_runtime, is_strongly_typed
 from edgecl.onboard.errors import BundleError, DeviceError
 from onboard.engine_bundle import install, make_engine_bundle, net
 from onboard.tiny_bundle import flip_byte, make_bundle, read_manifest, write_manifest
@@ -380,7 +381,7 @@ cudart.open_libraries = lambda: iter([("libcudart.so.10.2", cuda)])
 sys.modules["tensorrt"] = fake = FakeTensorrt("8.2.1.8", cuda)
 import numpy as np
 from edgecl.onboard.bundle import read_manifest
-from edgecl.onboard.engine import build
+from edgecl.onboard.build import build
 from edgecl.onboard.runtimes import open_session
 bundle = sys.argv[1]
 record = build(bundle, precisions=["fp16"])

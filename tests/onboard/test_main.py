@@ -18,9 +18,9 @@ ONBOARD = Path(edgecl.onboard.__file__).parent
 FILES = sorted(ONBOARD.rglob("*.py"))
 # Each runtime in its own files.
 RUNTIMES = {
-    "ort.py": {"onnxruntime"},
+    "onnxruntime.py": {"onnxruntime"},
     "openvino.py": {"openvino"},
-    "tensorrt.py": {"tensorrt"},
+    "tensorrt_session.py": {"tensorrt"},
     "engine.py": {"tensorrt"},
     "power.py": {"jtop"},
 }

@@ -60,7 +60,7 @@ def test_rails_of_the_module_are_found_and_add_up(tmp_path, board):
         assert (meter.source, meter.rails, meter.reason) == ("ina3221", expected.rails, None)
         start = time.monotonic()
         time.sleep(0.4)
-        energy = meter.energy(start, time.monotonic(), 10)
+        energy = meter.energy_of([(start, time.monotonic())], 10)
     assert energy["rails"] == list(expected.rails)
     assert energy["load_w"] == pytest.approx(expected.sysfs_w, abs=1e-3)
 
@@ -188,7 +188,7 @@ def test_energy_of_a_changing_load_is_the_exact_integral(tmp_path):
         start = time.monotonic()
         time.sleep(1.7)  # no whole number of waves
         end = time.monotonic()
-        energy = meter.energy(start, end, 500)
+        energy = meter.energy_of([(start, end)], 500)
     exact = board.exact(start, end)
     assert energy["source"] == "ina3221"
     assert energy["rails"] == ["VDD_IN"]
@@ -230,7 +230,7 @@ def test_a_rail_that_fails_now_and_then_is_read_on(tmp_path):
             time.sleep(0.15)
             file.with_name("away").rename(file)
         time.sleep(0.2)
-        energy = meter.energy(start, time.monotonic(), 1)
+        energy = meter.energy_of([(start, time.monotonic())], 1)
     # A sum without the missing rail would lie 3 W lower.
     assert energy["load_w"] == pytest.approx(BOARDS["agx-orin"].sysfs_w, abs=1e-3)
 
@@ -249,7 +249,7 @@ def test_the_sampler_ends_when_the_meter_stops(steady):
     pid = meter._process.pid
     meter.stop()
     assert gone(pid)
-    assert meter.energy(time.monotonic() - 1, time.monotonic(), 1) is None
+    assert meter.energy_of([(time.monotonic() - 1, time.monotonic())], 1) is None
     meter.stop()  # a second time does nothing
 
 
@@ -262,10 +262,10 @@ def test_a_killed_sampler_leaves_what_it_saw_and_a_reason(steady):
         meter._process.send_signal(signal.SIGKILL)
         meter._process.wait()
         time.sleep(1.1)
-        assert meter.energy(start, middle, 1)["load_w"] == pytest.approx(
+        assert meter.energy_of([(start, middle)], 1)["load_w"] == pytest.approx(
             BOARDS["orin-nano"].sysfs_w, abs=1e-3
         )
-        assert meter.energy(start, time.monotonic(), 1) is None
+        assert meter.energy_of([(start, time.monotonic())], 1) is None
     assert meter.reason.startswith("the sampler ended: killed by SIGKILL; no sample for 1.")
 
 
@@ -274,7 +274,7 @@ def test_a_sampler_that_stands_still_does_not_hold_up_the_end(steady):
         pid = meter._process.pid
         meter._process.send_signal(signal.SIGSTOP)
         start = time.monotonic()
-        assert meter.energy(start, start + 0.01, 1) is None
+        assert meter.energy_of([(start, start + 0.01)], 1) is None
     assert gone(pid)
 
 
@@ -317,7 +317,7 @@ def test_the_sampler_survives_ctrl_c_meant_for_the_run(steady):
         meter._process.send_signal(signal.SIGINT)
         start = time.monotonic()
         time.sleep(0.4)
-        assert meter.energy(start, time.monotonic(), 1) is not None
+        assert meter.energy_of([(start, time.monotonic())], 1) is not None
 
 
 def test_the_sampler_starts_from_within_an_archive(steady, tmp_path):
@@ -325,7 +325,7 @@ def test_the_sampler_starts_from_within_an_archive(steady, tmp_path):
     copytree(Path(edgecl.onboard.__file__).parent, source / "onboard", ignore=ignore_patterns("__pycache__"))
     main = "import sys, time; from onboard.power import PowerMeter\nwith PowerMeter(sys.argv[1]) as meter:\n"
     main += "    start = time.monotonic(); time.sleep(0.4)\n"
-    main += "    print(meter.energy(start, time.monotonic(), 2)['rails'], meter.reason)\n"
+    main += "    print(meter.energy_of([(start, time.monotonic())], 2)['rails'], meter.reason)\n"
     (source / "__main__.py").write_text(main)
     archive = tmp_path / "folder with space" / "onboard.pyz"
     archive.parent.mkdir()
@@ -346,7 +346,7 @@ def test_the_module_needs_neither_numpy_nor_site_packages():
 def test_a_window_of_a_few_samples_is_too_short(steady):
     with PowerMeter(steady) as meter:
         start = time.monotonic()
-        assert meter.energy(start, start + 0.002, 1) is None
+        assert meter.energy_of([(start, start + 0.002)], 1) is None
         assert re.match(r"[01] samples within 0\.00 s are too few$", meter.reason)
         time.sleep(0.5)
         assert meter.energy_of([(start, start + 0.002), (start + 0.1, start + 0.4)], 1) is not None
@@ -369,7 +369,7 @@ def test_tegrastats_is_read_where_the_kernel_shows_no_monitor(tmp_path, board):
         assert (meter.source, meter.rails) == ("tegrastats", expected.rails)
         start = time.monotonic()
         time.sleep(0.6)
-        energy = meter.energy(start, time.monotonic(), 1)
+        energy = meter.energy_of([(start, time.monotonic())], 1)
     assert energy["load_w"] == pytest.approx(expected.line_w, abs=1e-3)
     assert energy["source"] == "tegrastats"
 
@@ -391,7 +391,7 @@ def test_tegrastats_that_ends_is_a_reason(tmp_path):
     with PowerMeter(add_tegrastats(tmp_path, body)) as meter:
         start = time.monotonic()
         time.sleep(1.6)
-        assert meter.energy(start, time.monotonic(), 1) is None
+        assert meter.energy_of([(start, time.monotonic())], 1) is None
     assert meter.reason.startswith(f"the sampler ended: {tmp_path}/usr/bin/tegrastats ended; ")
 
 
@@ -412,7 +412,7 @@ def test_jtop_is_read_where_nothing_else_is(tmp_path, monkeypatch):
         assert (meter.source, meter.rails) == ("jtop", ("total of jtop",))
         start = time.monotonic()
         time.sleep(0.5)
-        assert meter.energy(start, time.monotonic(), 1)["load_w"] == pytest.approx(7.25)
+        assert meter.energy_of([(start, time.monotonic())], 1)["load_w"] == pytest.approx(7.25)
 
 
 # --- no meter ---
@@ -421,7 +421,7 @@ def test_jtop_is_read_where_nothing_else_is(tmp_path, monkeypatch):
 def test_a_machine_without_a_meter_says_why_and_measures_on(tmp_path):
     with PowerMeter(tmp_path) as meter:
         meter.measure_idle(60.0)  # at once
-        assert meter.energy(0.0, 1.0, 1) is None
+        assert meter.energy_of([(0.0, 1.0)], 1) is None
     assert (meter.source, meter.rails) == (None, ())
     assert meter.reason == (
         f"ina3221: no power monitor under {tmp_path}/sys/bus/i2c/drivers; "

@@ -12,7 +12,7 @@ import pytest
 from edgecl.onboard import cudart
 from edgecl.onboard.errors import BundleError, DeviceError
 from edgecl.onboard.runtimes import open_session
-from edgecl.onboard.runtimes.tensorrt import ENGINES, TensorrtSession
+from edgecl.onboard.tensorrt_session import ENGINES, TensorrtSession
 from edgecl.onboard.verify import verify
 from onboard.engine_bundle import install, make_engine_bundle
 from onboard.fake_cudart import FakeCudart

@@ -67,7 +67,7 @@ def test_one_precision_out_of_several_that_disagrees_is_named_and_the_rest_is_ke
     record = caught.value.record
     assert (record["ok"], record["files_ok"]) == (False, True)
     assert [record["precisions"][name]["ok"] for name in ("fp32", "int8")] == [True, False]
-    assert "reference images: int8 has a largest relative difference of " in caught.value.problem
+    assert "reference images: int8: the largest relative difference is " in caught.value.problem
     assert "fp32" not in caught.value.problem
 
 
@@ -102,8 +102,8 @@ def test_outputs_of_another_net_are_an_error_with_numbers(tmp_path):
     assert not numbers["ok"]
     assert numbers["max_abs_difference"] == pytest.approx(100.0, rel=1e-5)
     assert caught.value.problem == (
-        f"{record['runtime']} disagrees with torch on 5 reference images: fp32 has a largest relative difference "
-        f"of {numbers['max_relative_difference']:.3g}, allowed is 0.001 and has a top-1 agreement of 0.8, "
+        f"{record['runtime']} disagrees with torch on 5 reference images: fp32: the largest relative difference "
+        f"is {numbers['max_relative_difference']:.3g}, allowed is 0.001, the top-1 agreement is 0.8, "
         "required is 0.99"
     )
 
@@ -111,7 +111,7 @@ def test_outputs_of_another_net_are_an_error_with_numbers(tmp_path):
 def test_a_small_difference_is_named_alone(tmp_path):
     with pytest.raises(DisagreementError) as caught:
         verify(make_bundle(tmp_path / "bundle", shift=0.05))
-    assert "fp32 has a largest relative difference of" in caught.value.problem
+    assert "fp32: the largest relative difference is" in caught.value.problem
     assert "top-1" not in caught.value.problem
 
 
@@ -138,7 +138,7 @@ def test_outputs_that_are_not_finite_disagree(tmp_path):
         inputs[0, 0, 0, 0] = np.inf
         np.savez(bundle / "reference.npz", inputs=inputs, outputs=outputs)
     rehash(bundle)
-    with pytest.raises(DisagreementError, match="fp32 has outputs that are not finite"):
+    with pytest.raises(DisagreementError, match="fp32: some outputs are not finite"):
         verify(bundle)
 
 
@@ -158,7 +158,9 @@ def test_outputs_of_another_shape_disagree(tmp_path):
     manifest["output"]["shape"] = [1, 4]
     write_manifest(bundle, manifest)
     rehash(bundle)
-    with pytest.raises(DisagreementError, match=r"fp32 has outputs of shape \(5, 6\), torch's have \(5, 4\)"):
+    with pytest.raises(
+        DisagreementError, match=r"fp32: the outputs have the shape \(5, 6\), torch's have \(5, 4\)"
+    ):
         verify(bundle)
 
 

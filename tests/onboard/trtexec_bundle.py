@@ -2,7 +2,7 @@
 
 import json
 
-from edgecl.onboard import trtexec
+from edgecl.onboard import trtexec_flags
 from edgecl.onboard.trtexec_flags import Net, bench_command
 
 STATIC = {"name": "input", "shape": [1, 3, 224, 224], "dynamic_batch": False, "max_batch": 1}
@@ -11,7 +11,7 @@ BUILD = {"workspace_mib": 1024, "optimization_level": 5, "tf32": True, "dla_core
 
 
 def lines(version, precision="fp16", form=None, build=BUILD, manifest_input=STATIC):
-    return trtexec.command_lines(
+    return trtexec_flags.command_lines(
         version,
         manifest_input=manifest_input,
         build=build,

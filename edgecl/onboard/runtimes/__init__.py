@@ -1,47 +1,43 @@
-"""One file per runtime; each holds a session, which is all that verifying and measuring know of a runtime.
+"""The runtimes, one file each, found by listing this folder; every file holds one record, `RUNTIME`."""
 
-A session is made from a bundle, its manifest, a precision and a number of threads, and has
-    run(images)      (N, C, H, W) float32 -> outputs (N, F) float32; N is the manifest's batch unless that is dynamic
-    bind(images)     keep a batch ready to be timed
-    modes()          what can be timed, the headline first: 'inference' on a processor
-    run_once(mode)   one inference on the bound batch, done when it returns; seconds as the device measured them,
-                     or None where the call itself is to be timed
-    describe()       what runs, for the record: runtime, precision, threads, versions, settings, engine
-    close()          let go of the device's memory
-"""
-
+import importlib
+import pkgutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Union
-
-import numpy as np
+from typing import Any, Dict, List, Optional, Union
 
 from ..bundle import choose_precision
-from ..errors import DeviceError
-from ..onnx_file import check_self_contained
+from ..errors import BundleError, DeviceError
+from ..runtime import Report, Runtime, Session
 
-if TYPE_CHECKING:  # no Protocol before Python 3.8
-    from typing import Protocol
+RUNTIMES: Dict[str, Runtime] = {
+    name: importlib.import_module("." + name, __name__).RUNTIME
+    for name in sorted(found[1] for found in pkgutil.iter_modules(__path__))
+}
+"""Name -> record. NumPy and the runtimes themselves are imported when a session is opened."""
 
-    class Session(Protocol):
-        """What the module says."""
-
-        def run(self, images: np.ndarray) -> np.ndarray: ...  # noqa: D102
-        def bind(self, images: np.ndarray) -> None: ...  # noqa: D102
-        def modes(self) -> List[str]: ...  # noqa: D102
-        def run_once(self, mode: str) -> Optional[float]: ...  # noqa: D102
-        def describe(self) -> Dict[str, Any]: ...  # noqa: D102
-        def close(self) -> None: ...  # noqa: D102
-
-else:
-    Session = Any
-
-RUNTIMES = ("onnxruntime", "openvino", "tensorrt", "tensorrt_rtx")
-SHORT_NAMES = {"ort": "onnxruntime"}
+TRTEXEC = "trtexec"
+"""NVIDIA's program, by which `bench` can time a bundle for TensorRT; it gives no outputs, so it is no runtime."""
 
 
-def full_name(runtime: str) -> str:
+def full_name(name: str) -> str:
     """Return a runtime's name as manifests and records spell it: 'onnxruntime' for 'ort'."""
-    return SHORT_NAMES.get(runtime, runtime)
+    return next((full for full, runtime in RUNTIMES.items() if name == runtime.alias), name)
+
+
+def option_names() -> List[str]:
+    """Return every name that `--runtime` takes."""
+    return [name for full, runtime in RUNTIMES.items() for name in (runtime.alias, full) if name]
+
+
+def list_runtimes() -> List[Dict[str, str]]:
+    """List the runtimes: name and summary."""
+    return [
+        {
+            "name": name + (" (%s)" % runtime.alias if runtime.alias else ""),
+            "summary": "%s on %s; %s" % (runtime.title, " and ".join(runtime.devices), runtime.install),
+        }
+        for name, runtime in RUNTIMES.items()
+    ]
 
 
 def open_session(
@@ -51,21 +47,21 @@ def open_session(
     precision: Optional[str] = None,
     runtime: Optional[str] = None,
     threads: int,
-    report: Optional[Callable[[str], None]] = None,
+    report: Optional[Report] = None,
 ) -> Session:
     """Load the net of a bundle in a precision.
 
     Args:
-        bundle: the directory.
+        bundle: the directory, its files checked by `check_files`.
         manifest: of that bundle.
         precision: the bundle's default where None.
-        runtime: one of RUNTIMES or 'ort'; the manifest's where None.
+        runtime: a name or alias; the manifest's where None.
         threads: to compute with, on a processor.
         report: called with a line when an engine is built for this device, which takes minutes.
 
     Raises:
-        DeviceError: no session for that runtime, it is not installed, or it cannot load the net.
-        BundleError: no such precision, the net is not the one of the manifest, or keeps weights outside its file.
+        DeviceError: no such runtime, it is not installed, or it cannot load the net.
+        BundleError: no such precision, or the file is none that the runtime loads, or not the manifest's net.
     """
     name = full_name(runtime or manifest["runtime"])
     if name not in RUNTIMES:
@@ -74,19 +70,10 @@ def open_session(
             "use the onboard.pyz that came with the bundle, or a newer edgecl",
         )
     precision, about = choose_precision(manifest, precision)
-    bundle = Path(bundle)
-    check_self_contained(bundle / about["model"])
-    # A session's file is read only for its runtime: a board has one of them.
-    if name == "onnxruntime":
-        from .ort import OrtSession
-
-        return OrtSession(bundle, manifest, precision=precision, threads=threads)
-    if name == "openvino":
-        from .openvino import OpenvinoSession
-
-        return OpenvinoSession(bundle, manifest, precision=precision, threads=threads)
-    from .tensorrt import TensorrtSession
-
-    return TensorrtSession(
-        bundle, manifest, precision=precision, threads=threads, runtime=name, report=report
-    )
+    if not about["model"].endswith(RUNTIMES[name].suffix):
+        raise BundleError(
+            "'%s' is no file for the runtime '%s', which loads *%s"
+            % (about["model"], name, RUNTIMES[name].suffix),
+            "export the bundle for this runtime",
+        )
+    return RUNTIMES[name].open(Path(bundle), manifest, precision=precision, threads=threads, report=report)

@@ -1,62 +1,72 @@
-"""Run a net with OpenVINO on the processor."""
+"""OpenVINO on the processor."""
 
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Any, Dict, List, Optional
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, Dict, List, Optional
 
 from ..bundle import choose_precision
 from ..errors import BundleError, DeviceError, cannot_import
+from ..runtime import Report, Run, Runtime
+
+if TYPE_CHECKING:
+    import numpy as np
 
 DEVICE = "CPU"
+INSTALL = "pip install openvino"
+# openvino reports to its maker by this package while it is imported, and goes without where it is missing.
+TELEMETRY = "openvino_telemetry"
 
 
 def import_openvino() -> Any:
-    """Return the module, which is kept from telling its maker that it was imported.
-
-    openvino sends that while it is imported, and writes files under the user's home, by the package openvino_telemetry;
-    where that is not there it goes without. No variable of the environment switches it off.
+    """Return the module, imported without its telemetry, which no environment variable switches off.
 
     Raises:
         DeviceError: it is not installed.
     """
-    hidden = "openvino" not in sys.modules and "openvino_telemetry" not in sys.modules
-    if hidden:
-        sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
+    hide = "openvino" not in sys.modules and TELEMETRY not in sys.modules
+    if hide:
+        sys.modules[TELEMETRY] = None  # type: ignore[assignment]
     try:
         import openvino
     except ImportError as exc:
-        raise cannot_import("the runtime 'openvino'", exc, "pip install openvino") from exc
+        raise cannot_import("the runtime 'openvino'", exc, INSTALL) from exc
     finally:
-        if hidden:
-            del sys.modules["openvino_telemetry"]
+        if hide:
+            del sys.modules[TELEMETRY]
     return openvino
 
 
 class OpenvinoSession:
-    """One compiled net on a given number of threads, one request at a time.
+    """A compiled net on a given number of threads; see `edgecl.onboard.runtime.Session`.
 
-    Left to itself OpenVINO computes a float32 net in bf16 where the processor has it. Here fp32 and int8 nets state
-    f32 for what is not quantized, and fp16 nets f16 where the processor has it: `describe` says what was taken, and
-    how many layers run in which precision.
+    By default OpenVINO computes a float32 net in bf16 where the processor has it. Here fp32 and int8 nets ask for
+    f32 for what is not quantized, and fp16 nets for f16 where the processor has it; `describe` has what was taken,
+    and how many layers run in which precision.
 
     Args:
         bundle: the directory.
         manifest: of that bundle.
         precision: one that the bundle holds.
         threads: to compute with.
+        report: not used.
 
     Raises:
         DeviceError: openvino is not installed, cannot load the file, or would run it elsewhere than asked.
         BundleError: the file's input or output is not the one of the manifest.
     """
 
-    RUNTIME = "openvino"
     MODES = ("inference",)
 
-    def __init__(self, bundle: Path, manifest: Dict[str, Any], *, precision: str, threads: int) -> None:
+    def __init__(
+        self,
+        bundle: Path,
+        manifest: Dict[str, Any],
+        *,
+        precision: str,
+        threads: int,
+        report: Optional[Report] = None,
+    ) -> None:
         precision, about = choose_precision(manifest, precision)
         model_file = bundle / about["model"]
         openvino = import_openvino()
@@ -75,7 +85,7 @@ class OpenvinoSession:
         except RuntimeError as exc:
             raise DeviceError(
                 "openvino %s cannot load '%s': %s" % (self._version, model_file.name, exc),
-                "the file is whole: install a newer openvino, or export the bundle for this one",
+                "install a newer openvino, or export the bundle for this one",
             ) from exc
         devices = list(self._compiled.get_property("EXECUTION_DEVICES"))
         if devices != [DEVICE]:
@@ -99,7 +109,7 @@ class OpenvinoSession:
         self._threads = threads
         self._precision = precision
 
-    def run(self, images: np.ndarray) -> np.ndarray:
+    def run(self, images: "np.ndarray") -> "np.ndarray":
         """Return the outputs (N, F) for images (N, C, H, W) float32.
 
         Raises:
@@ -108,20 +118,21 @@ class OpenvinoSession:
         try:
             self._place(images)
             self._request.infer()
-            return np.array(self._request.get_output_tensor().data)
+            outputs: "np.ndarray" = self._request.get_output_tensor().data.copy()
+            return outputs
         except RuntimeError as exc:
             raise DeviceError(
                 "openvino %s cannot run the net on inputs %s: %s" % (self._version, images.shape, exc),
-                "the file is whole: install a newer openvino, or export the bundle for this one",
+                "install a newer openvino, or export the bundle for this one",
             ) from exc
 
-    def bind(self, images: np.ndarray) -> None:
+    def bind(self, images: "np.ndarray") -> None:
         """Keep a batch in place, so that a timed run neither converts nor copies it."""
         self.run(images)  # a shape the net refuses is named here
         self._place(images)
 
-    def _place(self, images: np.ndarray) -> None:
-        self._bound = np.ascontiguousarray(images, dtype=np.float32)  # the tensor reads this very memory
+    def _place(self, images: "np.ndarray") -> None:
+        self._bound = images.astype("float32", order="C", copy=False)  # the tensor reads this very memory
         self._request.set_input_tensor(self._tensor(self._bound, shared_memory=True))
 
     def modes(self) -> List[str]:
@@ -145,10 +156,10 @@ class OpenvinoSession:
             "layers": self._layers(),
         }
         return {
-            "runtime": "%s %s %s" % (self.RUNTIME, self._version, DEVICE),
+            "runtime": "openvino %s %s" % (self._version, DEVICE),
             "precision": self._precision,
             "threads": self._threads,
-            "versions": {self.RUNTIME: self._version, "numpy": str(np.__version__)},
+            "versions": {"openvino": self._version},
             "settings": settings,
             "engine": None,
         }
@@ -160,5 +171,28 @@ class OpenvinoSession:
         return dict(Counter(found))
 
     def close(self) -> None:
-        """Let go of the compiled net and its memory."""
+        """Free the compiled net and its memory."""
         self._request = self._compiled = None
+
+
+def _evaluate(model: bytes, form: str) -> Run:
+    core = import_openvino().Core()
+    settings = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32"}
+    compiled = core.compile_model(core.read_model(model), DEVICE, settings)
+
+    def run(images: "np.ndarray") -> "np.ndarray":
+        outputs: "np.ndarray" = compiled(images)[0]
+        return outputs
+
+    return run
+
+
+RUNTIME = Runtime(
+    title="OpenVINO",
+    module="openvino",
+    install=INSTALL,
+    open=OpenvinoSession,
+    int8_forms=("int8-trt", "int8-cpu", "int8-trt-fp16"),
+    hidden=(TELEMETRY,),
+    evaluate=_evaluate,
+)

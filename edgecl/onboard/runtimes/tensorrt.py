@@ -1,500 +1,69 @@
-"""Run a net with TensorRT or TensorRT for RTX on the first GPU; the engine is built here once, and kept in the bundle."""
+"""TensorRT on an NVIDIA GPU; the engine is built on the device that runs it."""
 
-import hashlib
-import json
+import shutil
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, Optional
 
-import numpy as np
+from ..device_state import Check, check
+from ..runtime import Runtime, Session
 
-from .. import cudart
-from ..bundle import (
-    choose_precision,
-    engine_name,
-    is_plain_file,
-    read_plain,
-    sha256_of_file,
-    slug,
-    write_whole,
+INSTALL = "pip install tensorrt"
+
+
+def _open(bundle: Path, manifest: Dict[str, Any], **options: Any) -> Session:
+    from ..tensorrt_session import TensorrtSession  # NumPy and CUDA
+
+    return TensorrtSession(bundle, manifest, runtime="tensorrt", **options)
+
+
+def _fix_import(root: Path, jetson: bool) -> str:
+    """Return how to get the Python bindings, which JetPack installs for the system's own Python only."""
+    folders = (
+        "usr/lib/python3*/dist-packages",
+        "usr/lib/python3/dist-packages",
+        "usr/local/lib/python3*/dist-packages",
+    )
+    bindings = [path for folder in folders for path in root.glob(folder + "/tensorrt/__init__.py")]
+    if bindings and sys.prefix != getattr(sys, "base_prefix", sys.prefix):
+        return (
+            "the system's python3 has it, this virtual environment does not see it: make it with "
+            "`python3 -m venv --system-site-packages DIR`, or use /usr/bin/python3"
+        )
+    if bindings:
+        return "the system's own python3 has it: use /usr/bin/python3"
+    libraries = [
+        path for folder in ("usr/lib/*", "usr/local/lib") for path in root.glob(folder + "/libnvinfer.so*")
+    ]
+    if libraries:
+        return "sudo apt install python3-libnvinfer  # the library is there, Python's part is not"
+    return "sudo apt install nvidia-jetpack" if jetson else INSTALL
+
+
+def _checks(root: Path, target: Dict[str, Any]) -> List[Optional[Check]]:
+    from ..cuda_checks import check_cuda
+
+    program = shutil.which("trtexec")
+    usual = root / "usr/src/tensorrt/bin/trtexec"
+    if program or usual.is_file():
+        trtexec = check("trtexec", "ok", program or str(usual))
+    else:
+        missing = "not found: --runtime trtexec will not work, all else will"
+        trtexec = check("trtexec", "warn", missing, "sudo apt install libnvinfer-bin")
+    return [*check_cuda(target), trtexec]
+
+
+RUNTIME = Runtime(
+    title="TensorRT",
+    module="tensorrt",
+    install="on a Jetson: sudo apt install python3-libnvinfer, and use the system's python3; elsewhere: "
+    + INSTALL,
+    open=_open,
+    devices=("gpu", "jetson-*"),
+    needs="the TensorRT that came with JetPack",
+    builds_engines=True,
+    # Source: onnx-tensorrt's branches, docs/operators.md.
+    opsets=(((8, 0), 13), ((8, 4), 17), ((9, 0), 19), ((10, 0), 20), ((11, 0), 22)),
+    fix_import=_fix_import,
+    checks=_checks,
 )
-from ..engine import TITLES, Report, build_plan, import_runtime, log_of
-from ..errors import BundleError, DeviceError
-from ..layers import check_delivered, layers_of_engine, precision_shares, summarize
-
-if TYPE_CHECKING:
-    import tensorrt
-
-ENGINES = "engines"
-"""The folder of a bundle where engines built on a device are kept."""
-
-COMPUTE, TRANSFERS, GRAPH = "compute", "with transfers", ", CUDA graph"
-
-
-class Engine(NamedTuple):
-    """A loaded engine, and what the record says of it."""
-
-    engine: Any
-    about: Dict[str, Any]
-
-
-class TensorrtSession:
-    """An engine, its buffers and a stream.
-
-    Args:
-        bundle: the directory.
-        manifest: of that bundle.
-        precision: one that the bundle holds.
-        threads: recorded; the GPU has its own.
-        runtime: 'tensorrt' or 'tensorrt_rtx'.
-        report: called with a line when an engine is built, or built again, and why.
-
-    Raises:
-        DeviceError: no TensorRT, no GPU, an engine for another version or GPU, or one that cannot be built.
-        BundleError: the file's input or output is not the one of the manifest.
-    """
-
-    def __init__(
-        self,
-        bundle: Path,
-        manifest: Dict[str, Any],
-        *,
-        precision: str,
-        threads: int,
-        runtime: str = "tensorrt",
-        report: Optional[Report] = None,
-    ) -> None:
-        self._trt = import_runtime(runtime)
-        self._log = log_of(self._trt)
-        self._title = "%s %s" % (TITLES[runtime], self._trt.__version__)
-        self._runtime_name = runtime
-        self._precision, about = choose_precision(manifest, precision)
-        self._threads = threads
-        self._form = manifest["input"]
-        self._width = int(manifest["output"]["shape"][1])
-        # What is to be given back, the newest first; also where making the rest fails.
-        self._held: List[Callable[[], None]] = []
-        self._context: Any = None
-        self._graphs: Dict[str, int] = {}
-        self._notes: List[str] = []
-        self._bound: Optional[int] = None
-        self.cuda = cudart.Cudart()
-        self._gpu = self.cuda.gpu()
-        try:
-            self._load(Path(bundle), manifest, about, report)
-        except BaseException:
-            self.close()
-            raise
-
-    # --- loading ---
-
-    def _load(
-        self, bundle: Path, manifest: Dict[str, Any], about: Dict[str, Any], report: Optional[Report]
-    ) -> None:
-        self._loader: Any = self._make(lambda: self._trt.Runtime(self._log.logger), "a runtime")
-        build = (manifest.get("target") or {}).get("build") or {}
-        core = build.get("dla_core")
-        if core is not None and self._precision != "fp32" and self._runtime_name == "tensorrt":
-            self._loader.DLA_core = core
-        if self._runtime_name == "tensorrt_rtx":
-            loaded = self._carried_engine(bundle, about)
-        else:
-            loaded = self._engine_of_device(bundle, manifest, about, build, report)
-        self._engine: Any = loaded.engine
-        self._about_engine = loaded.about
-        self._names = self._tensor_names(about["model"])
-        self._context = self._make(self._engine.create_execution_context, "an execution context")
-        most = int(self._form["max_batch"] if self._form["dynamic_batch"] else self._form["shape"][0])
-        pixels = int(np.prod(self._form["shape"][1:]))
-        self._stream = self._hold(self.cuda.stream(), self.cuda.free_stream)
-        self._events = [self._hold(self.cuda.event(), self.cuda.free_event) for _ in range(2)]
-        self._device_in = self._hold(self.cuda.malloc(4 * most * pixels), self.cuda.free)
-        self._device_out = self._hold(self.cuda.malloc(4 * most * self._width), self.cuda.free)
-        self._host_in = self._hold(self.cuda.pinned(4 * most * pixels), self.cuda.free_pinned)
-        self._host_out = self._hold(self.cuda.pinned(4 * most * self._width), self.cuda.free_pinned)
-
-    def _hold(self, handle: int, free: Callable[[int], None]) -> int:
-        self._held.append(lambda: free(handle))
-        return handle
-
-    def _make(self, make: Callable[[], Any], what: str) -> Any:
-        self._log.forget()
-        try:
-            made = make()
-        except (TypeError, RuntimeError) as exc:  # how the bindings say that nothing was returned
-            raise self._cannot("make %s" % what, str(exc)) from exc
-        if made is None:
-            raise self._cannot("make %s" % what)
-        return made
-
-    def _cannot(self, what: str, exc: str = "") -> DeviceError:
-        said = self._log.last() if self._log.complaints or not exc else exc
-        return DeviceError(
-            "%s cannot %s: %s" % (self._title, what, said),
-            "free memory on the GPU, or look at `onboard.pyz doctor`",
-        )
-
-    def _engine_of_device(
-        self,
-        bundle: Path,
-        manifest: Dict[str, Any],
-        about: Dict[str, Any],
-        build: Dict[str, Any],
-        report: Optional[Report],
-    ) -> Engine:
-        """Return the engine kept for this device and version, or build it and keep it."""
-        model = bundle / about["model"]
-        # Whatever decides the plan is in its name: the device, the version, the graph, how it is built.
-        recipe = json.dumps([sha256_of_file(model), about["form"], build, self._form], sort_keys=True)
-        made_for = "%s sm%s %dmp tensorrt %s %s" % (
-            self._gpu.name,
-            self._gpu.compute_capability.replace(".", ""),
-            self._gpu.multiprocessors,
-            self._trt.__version__,
-            hashlib.sha256(recipe.encode("ascii")).hexdigest()[:12],
-        )
-        plan_file = bundle / ENGINES / engine_name(self._precision, made_for)
-        kept, problem = self._kept_engine(plan_file)
-        if kept is not None:
-            return kept
-        if problem:
-            self._say("building '%s' again: %s" % (plan_file.name, problem), report)
-        cache_file = plan_file.parent / ("timing-%s.cache" % slug(made_for.rpartition(" ")[0]))
-        built = build_plan(
-            model,
-            runtime=self._runtime_name,
-            precision=self._precision,
-            form=about["form"],
-            build=build,
-            input_form=self._form,
-            free_bytes=cudart.available_bytes(self.cuda, self._gpu),
-            timing_cache=cache_file.read_bytes() if is_plain_file(cache_file) else None,
-            report=report,
-        )
-        engine = self._deserialize(built.plan)
-        if engine is None:
-            raise self._cannot("load the engine it just built")
-        layers = layers_of_engine(self._trt, engine) or built.layers
-        shares = precision_shares(layers)
-        checked = check_delivered(
-            shares,
-            self._precision,
-            expected=built.network["shares"].get(self._precision, 1.0),
-            maker=self._title,
-        )
-        if not checked:
-            self._say("the engine does not tell the precision of its layers", report)
-        record: Dict[str, Any] = {
-            "file": "%s/%s" % (ENGINES, plan_file.name),
-            "sha256": hashlib.sha256(built.plan).hexdigest(),
-            "size_bytes": len(built.plan),
-            "build_s": round(built.seconds, 3),
-            "precision_checked": checked,
-            "settings": built.settings,
-            "network": built.network,
-            "warnings": built.warnings,
-        }
-        record.update(summarize(layers))
-        if report:
-            report("built in %.0f s: %s" % (built.seconds, _words(record["layers"])))
-        try:
-            plan_file.parent.mkdir(exist_ok=True)
-            write_whole(plan_file, built.plan)
-            write_whole(plan_file.with_suffix(".json"), json.dumps(record, sort_keys=True).encode("ascii"))
-            if built.timing_cache:
-                write_whole(cache_file, built.timing_cache)
-        except OSError as exc:
-            record["file"] = None
-            self._say("the engine is not kept: %s" % exc, report)
-        return Engine(engine, dict(record, cached=False))
-
-    def _kept_engine(self, plan_file: Path) -> Tuple[Optional[Engine], str]:
-        """Return the engine in a file, or None and what is wrong with it, which is nothing where there is none."""
-        if not is_plain_file(plan_file):
-            return None, ""
-        try:
-            record = json.loads(read_plain(plan_file.with_suffix(".json")).decode("ascii"))
-            plan = plan_file.read_bytes()
-            expected = record["sha256"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return None, "its record is missing or damaged"
-        if hashlib.sha256(plan).hexdigest() != expected:
-            return None, "the file changed since it was built"
-        engine = self._deserialize(plan)
-        if engine is None:
-            return None, "%s does not load it: %s" % (self._title, self._log.last())
-        return Engine(engine, dict(record, cached=True)), ""
-
-    def _carried_engine(self, bundle: Path, about: Dict[str, Any]) -> Engine:
-        """Return the engine that a bundle of TensorRT for RTX carries for this GPU."""
-        capability = "SM%s" % self._gpu.compute_capability.replace(".", "")
-        seen = []
-        for name, entry in sorted((about.get("engines") or {}).items()):
-            made_for = "%s for %s" % (entry.get("version"), ", ".join(entry.get("compute_capabilities", [])))
-            seen.append("'%s' (%s)" % (name, made_for))
-            if entry.get("version") != self._trt.__version__ or capability not in entry.get(
-                "compute_capabilities", []
-            ):
-                continue
-            path = bundle / name
-            if path.parent != bundle or not is_plain_file(path):
-                raise BundleError("'%s' is missing from the bundle" % name, "export the bundle again")
-            plan = path.read_bytes()
-            engine = self._deserialize(plan)
-            if engine is None:
-                raise self._cannot("load '%s'" % name)
-            record = {"file": name, "sha256": hashlib.sha256(plan).hexdigest(), "size_bytes": len(plan)}
-            compiled = entry.get("engine") or {}
-            record.update(build_s=entry.get("compile_s"), cached=True, layers=compiled.get("layers"))
-            return Engine(engine, record)
-        raise DeviceError(
-            "the bundle carries no %s engine for %s on a GPU of compute capability %s; it has %s"
-            % (self._precision, self._title, self._gpu.compute_capability, " and ".join(seen) or "none"),
-            "export it for this GPU (build.compute_capabilities) with the same version of tensorrt_rtx, or install the "
-            "version it was made with",
-        )
-
-    def _deserialize(self, plan: bytes) -> Any:
-        self._log.forget()
-        return self._loader.deserialize_cuda_engine(plan)
-
-    def _say(self, note: str, report: Optional[Report]) -> None:
-        self._notes.append(note)
-        if report:
-            report(note)
-
-    # --- tensors ---
-
-    def _tensor_names(self, model: str) -> List[str]:
-        """Return the names of the input and the output, in the order of the engine's bindings before TensorRT 10.
-
-        From 8.5 on tensors are found by name; bindings by number are gone in 10.
-        """
-        engine = self._engine
-        self._by_name = hasattr(engine, "num_io_tensors")
-        if self._by_name:
-            names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
-            inputs = [name for name in names if engine.get_tensor_mode(name) == self._trt.TensorIOMode.INPUT]
-            kinds = [str(engine.get_tensor_dtype(name)) for name in names]
-        else:
-            names = [engine.get_binding_name(index) for index in range(engine.num_bindings)]
-            inputs = [name for index, name in enumerate(names) if engine.binding_is_input(index)]
-            kinds = [str(engine.get_binding_dtype(index)) for index in range(len(names))]
-        if inputs != [self._form["name"]] or len(names) != 2:
-            raise BundleError(
-                "the engine of '%s' has the inputs %s of the tensors %s, the manifest says '%s' and one output"
-                % (model, inputs, names, self._form["name"]),
-                "export the bundle again",
-            )
-        wrong = [kind for kind in kinds if kind.rpartition(".")[2] != "FLOAT"]
-        if wrong:
-            raise BundleError(
-                "the engine of '%s' has a tensor of type %s, a bundle's inputs and outputs are FLOAT"
-                % (model, wrong[0]),
-                "export the bundle again",
-            )
-        return names
-
-    def _place(self, batch: int) -> None:
-        """Tell the context the batch and where its tensors lie."""
-        shape = (batch,) + tuple(self._form["shape"][1:])
-        context: "tensorrt.IExecutionContext" = self._context
-        if not self._by_name:
-            old: Any = context
-            index = self._names.index(self._form["name"])
-            if self._form["dynamic_batch"] and not old.set_binding_shape(index, shape):
-                raise self._cannot("take a batch of shape %s" % (shape,))
-            return
-        if self._form["dynamic_batch"] and not context.set_input_shape(self._form["name"], shape):
-            raise self._cannot("take a batch of shape %s" % (shape,))
-        for name in self._names:
-            context.set_tensor_address(name, self._address(name))
-
-    def _address(self, name: str) -> int:
-        return self._device_in if name == self._form["name"] else self._device_out
-
-    def _enqueue(self) -> None:
-        """Queue the net alone."""
-        context: "tensorrt.IExecutionContext" = self._context
-        if self._by_name:
-            done = context.execute_async_v3(self._stream)
-        else:
-            old: Any = context
-            done = old.execute_async_v2([self._address(name) for name in self._names], self._stream)
-        if not done:
-            raise self._cannot("run the net")
-
-    def _upload(self) -> None:
-        size = 4 * (self._bound or 0) * int(np.prod(self._form["shape"][1:]))
-        self.cuda.copy(self._device_in, self._host_in, size, cudart.HOST_TO_DEVICE, self._stream)
-
-    def _download(self) -> None:
-        size = 4 * (self._bound or 0) * self._width
-        self.cuda.copy(self._host_out, self._device_out, size, cudart.DEVICE_TO_HOST, self._stream)
-
-    # --- running ---
-
-    def run(self, images: np.ndarray) -> np.ndarray:
-        """Return the outputs (N, F) for images (N, C, H, W) float32.
-
-        Raises:
-            DeviceError: a batch of another shape than the net takes, or a failure on the GPU.
-        """
-        self._set_batch(images)
-        self._log.forget()
-        self._upload()
-        self._enqueue()
-        self._download()
-        self.cuda.synchronize(self._stream)
-        return self._outputs()
-
-    def _outputs(self) -> np.ndarray:
-        outputs: np.ndarray = cudart.array_at(self._host_out, (self._bound or 0, self._width)).copy()
-        return outputs
-
-    def _set_batch(self, images: np.ndarray) -> None:
-        if self._context is None:
-            raise DeviceError("the session is closed", "open another one")
-        rest, batch = tuple(self._form["shape"][1:]), len(images)
-        most = int(self._form["max_batch"] if self._form["dynamic_batch"] else self._form["shape"][0])
-        fits = 1 <= batch <= most if self._form["dynamic_batch"] else batch == most
-        if images.ndim != 4 or images.shape[1:] != rest or not fits:
-            raise DeviceError(
-                "the net takes inputs of shape (%s, %s), not %s"
-                % (
-                    "1 to %d" % most if self._form["dynamic_batch"] else most,
-                    ", ".join(map(str, rest)),
-                    images.shape,
-                ),
-                "give it batches of that shape",
-            )
-        if self._bound != batch:
-            self._drop_graphs()  # captured for another shape
-            self._bound = batch
-            self._place(batch)
-        cudart.array_at(self._host_in, images.shape)[...] = images
-
-    def bind(self, images: np.ndarray) -> None:
-        """Keep a batch on the GPU, and capture CUDA graphs of running it.
-
-        A graph that cannot be captured, or computes something else, is left out of `modes` and noted in `describe`.
-        """
-        expected = self.run(images)  # the first run also sets up what must not be set up within a capture
-        self._drop_graphs()
-        for mode, queue in ((COMPUTE, self._enqueue), (TRANSFERS, self._queue_all)):
-            try:
-                executable = self._capture(queue)
-            except DeviceError as error:
-                self._notes.append("no CUDA graph of '%s': %s" % (mode, error.problem))
-                continue
-            self._graphs[mode + GRAPH] = executable
-            self.cuda.fill(self._device_out, 0xFF, 4 * len(images) * self._width, self._stream)
-            self.cuda.launch(executable, self._stream)
-            self._download()
-            self.cuda.synchronize(self._stream)
-            # NaN, which 0xFF bytes are, equals nothing. Tactics may sum in another order from run to run.
-            if not np.allclose(self._outputs(), expected, rtol=1e-2, atol=1e-2 * np.abs(expected).max()):
-                self.cuda.free_executable(self._graphs.pop(mode + GRAPH))
-                self._notes.append("no CUDA graph of '%s': launched, it computes something else" % mode)
-
-    def _queue_all(self) -> None:
-        self._upload()
-        self._enqueue()
-        self._download()
-
-    def _capture(self, queue: Callable[[], None]) -> int:
-        self.cuda.begin_capture(self._stream)
-        try:
-            queue()
-        except DeviceError:
-            try:
-                self.cuda.free_graph(self.cuda.end_capture(self._stream))  # the stream must leave capturing
-            except DeviceError:
-                self.cuda.clear_error()
-            raise
-        try:
-            graph = self.cuda.end_capture(self._stream)
-        except DeviceError:
-            self.cuda.clear_error()
-            raise
-        try:
-            return self.cuda.instantiate(graph)
-        finally:
-            self.cuda.free_graph(graph)
-
-    def modes(self) -> List[str]:
-        """Return what can be timed, the headline first."""
-        every = [COMPUTE + GRAPH, COMPUTE, TRANSFERS + GRAPH, TRANSFERS]
-        return [mode for mode in every if not mode.endswith(GRAPH) or mode in self._graphs]
-
-    def run_once(self, mode: str = COMPUTE) -> Optional[float]:
-        """Run the bound batch; return the seconds between two events on the GPU, around what the mode names.
-
-        Raises:
-            DeviceError: nothing is bound, no such mode, or a failure on the GPU.
-        """
-        if self._bound is None or mode not in self.modes():
-            raise DeviceError(
-                "cannot time '%s'; there are %s" % (mode, ", ".join(self.modes())), "bind a batch first"
-            )
-        start, end = self._events
-        self.cuda.record(start, self._stream)
-        if mode in self._graphs:
-            self.cuda.launch(self._graphs[mode], self._stream)
-        elif mode == COMPUTE:
-            self._enqueue()
-        else:
-            self._queue_all()
-        self.cuda.record(end, self._stream)
-        return self.cuda.elapsed_s(start, end)
-
-    # --- the record ---
-
-    def describe(self) -> Dict[str, Any]:
-        """Return what runs, for the record."""
-        runtime, driver = self.cuda.versions()
-        return {
-            "runtime": "%s %s" % (self._runtime_name, self._trt.__version__),
-            "precision": self._precision,
-            "threads": self._threads,
-            "versions": {
-                self._runtime_name: self._trt.__version__,
-                "cuda_runtime": runtime,
-                "cuda_of_driver": driver,
-                "numpy": str(np.__version__),
-            },
-            "settings": {
-                "gpu": self._gpu.name,
-                "compute_capability": self._gpu.compute_capability,
-                "multiprocessors": self._gpu.multiprocessors,
-                "enqueue": "execute_async_v3" if self._by_name else "execute_async_v2",
-                "timing": "CUDA events",
-                "host_memory": "pinned",
-                "streams": 1,
-                "modes": self.modes(),
-                "notes": list(self._notes),
-            },
-            "engine": dict(self._about_engine),
-        }
-
-    def _drop_graphs(self) -> None:
-        while self._graphs:
-            self.cuda.free_executable(self._graphs.popitem()[1])
-
-    def close(self) -> None:
-        """Give everything on the GPU back; a second call does nothing."""
-        self._held += [self._drop_graphs]
-        # TensorRT wants its objects gone in this order, and the memory they use after them.
-        self._context = None
-        self._engine = None
-        self._loader = None
-        while self._held:
-            try:
-                self._held.pop()()
-            except (
-                DeviceError
-            ):  # after a failure on the GPU every call fails; what failed first is what counts
-                continue
-
-
-def _words(layers: Dict[str, int]) -> str:
-    return ", ".join("%d layers in %s" % (number, name) for name, number in layers.items())

@@ -1,0 +1,61 @@
+"""What a bundle holds for one runtime alone: commands, scripts, engines compiled ahead of time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from edgecl.config.target import Target
+from edgecl.deploy.rtx import compile_rtx
+from edgecl.errors import TargetError
+from edgecl.onboard import trtexec_flags
+from edgecl.onboard.bundle import engine_name
+from edgecl.onboard.errors import OnboardError
+from edgecl.storage.directories import Bundle
+from edgecl.storage.records import Manifest
+from edgecl.storage.writing import write_bytes
+
+
+def _trtexec_commands(file: Path, precision: str, manifest: Manifest, target: Target) -> None:
+    about = manifest.precisions[precision]
+    try:
+        about.trtexec = trtexec_flags.command_lines(
+            target.versions,
+            manifest_input=manifest.input.to_json(),
+            build=target.build.model_dump(mode="json"),
+            precision=precision,
+            form=about.form,
+            model=file.name,
+            plan=engine_name(precision, "trtexec"),
+        )
+    except OnboardError as error:
+        raise TargetError(error.problem, hint=error.hint) from error
+
+
+def _rtx_engine(file: Path, precision: str, manifest: Manifest, target: Target) -> None:
+    about, plan = manifest.precisions[precision], file.with_name(engine_name(precision, "rtx"))
+    about.engines = {
+        plan.name: compile_rtx(
+            file,
+            plan,
+            precision=precision,
+            form=about.form,
+            build=target.build,
+            input_form=manifest.input.to_json(),
+        )
+    }
+
+
+def _trtexec_script(bundle: Bundle, manifest: Manifest) -> None:
+    write_bytes(bundle.trtexec_file, trtexec_flags.script(manifest.to_json()).encode())
+    bundle.trtexec_file.chmod(0o755)
+
+
+OF_PRECISION: dict[str, Callable[[Path, str, Manifest, Target], None]] = {
+    "tensorrt": _trtexec_commands,
+    "tensorrt_rtx": _rtx_engine,
+}
+"""Runtime -> (ONNX file, precision, manifest, target): adds to the manifest's precision, and files beside the ONNX file."""
+
+OF_BUNDLE: dict[str, Callable[[Bundle, Manifest], None]] = {"tensorrt": _trtexec_script}
+"""Runtime -> (bundle, manifest): writes more files into the bundle."""

@@ -1,0 +1,52 @@
+"""Run ONNX models on this machine while they are made: the one place of the host that opens a session."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy
+import onnx
+from numpy.typing import NDArray
+
+from edgecl.errors import DeviceError
+from edgecl.onboard.errors import OnboardError
+from edgecl.onboard.runtimes import RUNTIMES
+from edgecl.onboard.runtimes.onnxruntime import open_model
+
+Array = NDArray[numpy.float32]
+Run = Callable[[Array], Array]
+
+
+def session_of(model: onnx.ModelProto, *, runtime: str, form: str = "fp32") -> Run:
+    """Return a function that runs a model on any batch, on one thread.
+
+    Args:
+        model: in any form.
+        runtime: runs it where it can on this machine; ONNX Runtime stands in for the others.
+        form: of the model, which decides how it is optimized.
+
+    Raises:
+        DeviceError: the runtime is not installed.
+    """
+    evaluate = RUNTIMES[runtime].evaluate or RUNTIMES["onnxruntime"].evaluate
+    assert evaluate is not None
+    try:
+        return evaluate(with_any_batch(model).SerializeToString(), form)
+    except OnboardError as error:
+        raise DeviceError(error.problem, hint=error.hint) from error
+
+
+def open_ort(model: onnx.ModelProto, *, optimization: str) -> Any:
+    """Return ONNX Runtime's session for a model, on one thread: sums keep their order, whatever the machine."""
+    return open_model(model.SerializeToString(), threads=1, optimization=optimization)
+
+
+def with_any_batch(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a copy that takes any batch; the portable forms hold no batch but in the input's and output's shape."""
+    free = onnx.ModelProto()
+    free.CopyFrom(model)
+    del free.graph.value_info[:]
+    for value in (*free.graph.input, *free.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_param = "N"
+    return free

@@ -1,0 +1,40 @@
+"""Read what Linux shows under /proc and /sys, below any root; what is not there is None."""
+
+import re
+from pathlib import Path
+from typing import List, Optional, Union
+
+
+def read_text(path: Union[str, Path], zero: str = "") -> Optional[str]:
+    """Return a file's text without space around it; `zero` replaces the zero bytes of a device tree."""
+    try:
+        return Path(path).read_bytes().decode("utf-8", "replace").replace("\x00", zero).strip() or None
+    except OSError:
+        return None
+
+
+def read_number(path: Union[str, Path]) -> Optional[int]:
+    """Return the whole number that is all of a file."""
+    text = read_text(path)
+    return int(text) if text and re.match(r"-?\d+$", text) else None
+
+
+def memory_mib(root: Union[str, Path], key: str) -> Optional[int]:
+    """Return a row of /proc/meminfo, such as MemAvailable, in MiB."""
+    found = re.search(r"^%s:\s*(\d+) kB" % key, read_text(Path(root) / "proc/meminfo") or "", re.MULTILINE)
+    return int(found.group(1)) // 1024 if found else None
+
+
+def thermal_zones(root: Union[str, Path]) -> List[Path]:
+    """Return the folders of the thermal zones, in the order of their numbers."""
+    zones = Path(root).glob("sys/class/thermal/thermal_zone*")
+    return sorted(zones, key=lambda zone: (len(zone.name), zone.name))
+
+
+def gpu_folder(root: Union[str, Path]) -> Optional[Path]:
+    """Return the folder that has the clock of a Jetson's GPU."""
+    for pattern in ("gpu-gpc-*", "*.gpu", "*gpu*", "*ga10b*", "*gv11b*", "*gp10b*", "*gm20b*"):
+        found = sorted(Path(root).glob("sys/class/devfreq/" + pattern))
+        if found:
+            return found[0]
+    return None
