@@ -34,7 +34,9 @@ _MOST_PROBLEMS = 20
 # What a setting may be, with the reason, which an error says.
 Count = Annotated[int, Field(ge=1, le=10**9, description="nothing is counted that far")]
 Seed = Annotated[int, Field(ge=0, lt=2**63, description="torch takes seeds of 63 bits")]
-Side = Annotated[int, Field(ge=8, le=4096, description="larger pictures do not fit into memory by the batch")]
+LARGER_PICTURES = "larger pictures do not fit into memory by the batch"
+Side = Annotated[int, Field(ge=8, le=4096, description=LARGER_PICTURES)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
 _ONE_STEP = "weights of float32 do not survive one step of a larger one"
 Rate = Annotated[float, Field(gt=0, le=1e4, description=_ONE_STEP)]
 Decay = Annotated[float, Field(ge=0, le=1e4, description=_ONE_STEP)]

@@ -30,8 +30,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from edgecl.config.recipe import ForwardPasses, Fraction, MethodConfig, Panel, Recipe
-from edgecl.config.settings import Factor, Weight
+from edgecl.config.recipe import ForwardPasses, MethodConfig, Panel, Recipe
+from edgecl.config.settings import Factor, Fraction, Weight
 from edgecl.data.randomness import uniforms
 from edgecl.methods.losses import (
     CodingRate,
@@ -128,9 +128,9 @@ class Config(MethodConfig):
             learn_targets=self.learn_targets,
             slow_start=slow_start,
         )
-        local = dict.fromkeys([host, slim], 0.0)
-        local[host] += 3 * recipe.views.local_count * slow_start
-        local[slim] += 3 * recipe.views.local_count * (1 - slow_start)
+        views, local = self.count_views(recipe, local=True), dict.fromkeys([host, slim], 0.0)
+        local[host] += 3 * views * slow_start
+        local[slim] += 3 * views * (1 - slow_start)
         return ForwardPasses(
             {
                 slim: units["slim"],

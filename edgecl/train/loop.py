@@ -180,10 +180,7 @@ class Training:
         recipe = self.recipe
         views = make_views(
             batch,
-            recipe.views,
-            whole=recipe.method.whole_views,
-            image_size=recipe.data.image_size,
-            local_size=recipe.local_size,
+            recipe.view_specs,
             mean=recipe.data.mean,
             std=recipe.data.std,
             seed=recipe.run.seed,

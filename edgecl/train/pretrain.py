@@ -379,20 +379,18 @@ def _check_shares(recipe: Recipe) -> None:
 
 def _check_memory(recipe: Recipe, device: torch.device) -> None:
     """Refuse a step whose views alone do not fit into the memory of the device they are made on."""
-    views, share = recipe.views, recipe.data.batch_size // processes.world_size()
-    whole = recipe.method.whole_views
-    pixels = whole * recipe.data.image_size**2 + views.local_count * recipe.local_size**2
-    needed = share * pixels * _BYTES_PER_PIXEL
+    specs, share = recipe.view_specs, recipe.data.batch_size // processes.world_size()
+    needed = share * sum(spec.count * spec.size**2 for spec in specs) * _BYTES_PER_PIXEL
     if device.type == "cuda":
         there, holds = torch.cuda.get_device_properties(device).total_memory, "the GPU"
     else:
         there, holds = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine"
     if needed > there:
         raise RecipeError(
-            f"the {share} x {whole + views.local_count} views of one step take {needed / 2**30:.1f} GiB, "
+            f"the {share} x {sum(spec.count for spec in specs)} views of one step take {needed / 2**30:.1f} GiB, "
             f"and {holds} has {there / 2**30:.1f} GiB of memory",
             hint="lower [data] batch_size or image_size"
-            + (", or [views] local_count or local_size" if views.local_count else ""),
+            + (", or [views] local_count or local_size" if recipe.views.local_count else ""),
         )
 
 

@@ -161,12 +161,8 @@ def _views(recipe: Recipe) -> list[Tensor]:
     # No two shares are alike in mean and scale, so that statistics of one share are wrong for the whole.
     ramp = torch.linspace(0, 2, batch_size, dtype=torch.float64).view(-1, 1, 1, 1)
     view_a = view_a * (1 + ramp) + ramp
-    side = recipe.local_size
-    return [
-        view_a,
-        *(varied(view_a) for _ in range(recipe.method.whole_views - 1)),
-        *(varied(view_a[..., :side, :side]) for _ in range(recipe.views.local_count)),
-    ]
+    sizes = [spec.size for spec in recipe.view_specs for _ in spec.names]
+    return [view_a, *(varied(view_a[..., :size, :size]) for size in sizes[1:])]
 
 
 def _laid_out(view: Tensor, *, shares: int, parts: int) -> Tensor:

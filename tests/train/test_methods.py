@@ -56,7 +56,7 @@ def test_parts_take_the_whole_batchs_gradient_for_every_method(recipe_of, tables
             {key: one.grad.clone() for key, one in step.method.named_parameters() if one.grad is not None}
         )
         generator = torch.Generator().manual_seed(1)
-        whole = torch.randn(recipe.method.whole_views, 8, 3, 32, 32, generator=generator, dtype=torch.float64)
+        whole = torch.randn(step.method.whole_views, 8, 3, 32, 32, generator=generator, dtype=torch.float64)
         step([*whole, whole[0][..., :16, :16]], number=0)
         return seen
 
