@@ -347,7 +347,9 @@ READS = reads()
 def test_no_setting_is_dead(table, key):
     if (table, key) == ("slim", "widths"):
         key = "all_widths"  # the property that puts it together with the slim width
-    assert READS & {(owner, key) for owner in (table, "settings", *(["self"] if table in ("config", "views") else []))}
+    assert READS & {
+        (owner, key) for owner in (table, "settings", *(["self"] if table in ("config", "views") else []))
+    }
 
 
 def test_slim_widths_are_put_in_order_with_the_widest_first(write):
