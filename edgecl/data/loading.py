@@ -29,7 +29,7 @@ from edgecl.data.decode import (
     resized,
 )
 from edgecl.data.randomness import permutation
-from edgecl.data.sources import ImageSource, Labels, UnreadableImage
+from edgecl.data.source import ImageSource, Labels, UnreadableImage
 from edgecl.data.threads import read_ahead
 from edgecl.data.unreadable import BadImages, say_skipped
 from edgecl.errors import DataError, counted

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from edgecl.data.fetching import cache_folder, cached_place, fetch
 from edgecl.data.randomness import permutation
-from edgecl.data.sources import ImageSource, Labels, Split, UnreadableImage, expanded
+from edgecl.data.source import ImageSource, Labels, Split, UnreadableImage, expanded
 from edgecl.data.tar_index import TarIndex, indexed, stamp_of
 from edgecl.distributed.processes import is_main
 from edgecl.errors import DataError, counted, tell
@@ -29,6 +29,9 @@ from edgecl.progress import Progress
 from edgecl.storage.redaction import without_secrets
 
 SCHEME = "shards"
+SUMMARIES = {
+    "shards:PATTERN": "WebDataset tar files on disk, behind https:// or s3://; train-{000000..000127}.tar"
+}
 # Images are shuffled among so many neighboring shards of an epoch, and among so many images at least.
 WINDOW_SHARDS = 8
 WINDOW_IMAGES = 8192

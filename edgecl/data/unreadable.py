@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from edgecl.data.sources import ImageSource, UnreadableImage
+from edgecl.data.source import ImageSource, UnreadableImage
 from edgecl.distributed.processes import is_main
 from edgecl.errors import DataError, counted, first_of, tell
 from edgecl.storage.redaction import without_secrets

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from edgecl.config.recipe import Recipe
 from edgecl.data.loading import Batch, TrainingImages
-from edgecl.data.sources import ImageSource
+from edgecl.data.source import ImageSource
 from edgecl.data.views import make_views, write_views_grid
 from edgecl.distributed import processes
 from edgecl.errors import DataError, counted, tell

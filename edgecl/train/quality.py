@@ -12,7 +12,7 @@ from torch import Tensor
 
 from edgecl.config.recipe import Recipe
 from edgecl.data.loading import load_eval_images, normalize
-from edgecl.data.sources import ImageSource
+from edgecl.data.source import ImageSource
 from edgecl.metrics.collapse import extract_features, knn_top1, rank_me
 from edgecl.nets.backbone import create_backbone, recalibrate
 from edgecl.nets.carving import RECALIBRATION_BATCH, backbone_tensors

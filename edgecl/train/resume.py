@@ -7,7 +7,8 @@ from typing import Any
 
 from edgecl.config.recipe import Recipe, flatten, recipe_from_tables
 from edgecl.data.loading import TrainingImages
-from edgecl.data.sources import ImageSource, absolute_uri
+from edgecl.data.source import ImageSource
+from edgecl.data.sources import absolute_uri
 from edgecl.errors import ArtifactError, RecipeError, first_of, near_matches
 from edgecl.storage.artifacts import RunDir
 from edgecl.storage.checkpoint import Checkpoint, has_checkpoint, read_newest

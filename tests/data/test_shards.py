@@ -15,7 +15,8 @@ from webdataset.shardlists import expand_urls
 
 from edgecl.data import shards
 from edgecl.data.loading import TrainingImages, load_eval_images
-from edgecl.data.sources import UnreadableImage, absolute_uri, has_test_split, list_datasets, open_source
+from edgecl.data.source import UnreadableImage
+from edgecl.data.sources import absolute_uri, has_test_split, list_datasets, open_source
 from edgecl.errors import DataError
 
 from .tar_shards import exc, numbers, pattern, picture, write_tar

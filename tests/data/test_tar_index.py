@@ -10,7 +10,8 @@ from PIL import Image
 
 pytest.importorskip("webdataset")
 
-from edgecl.data.sources import UnreadableImage, open_source
+from edgecl.data.source import UnreadableImage
+from edgecl.data.sources import open_source
 
 from .tar_shards import exc, numbers, pattern, picture, write_tar
 
