@@ -127,7 +127,7 @@ def test_only_weights_from_outside_to_inside_become_zero():
     )
     net = copy.deepcopy(before)
     net.nest()
-    slim = net._views[1.0].slices
+    slim = net._views[1.0].index
     changed = 0
     for name, tensor in before.host.state_dict().items():
         expected = tensor.clone()
@@ -145,7 +145,7 @@ def test_gradients_reach_the_other_channels_at_the_first_step(images):
     """Those into them, for their outputs lead nowhere yet but to each other, and those that lead from them inside."""
     net = nested(SMALL)
     net.forward_host(images).square().sum().backward()
-    inward, slim = 0, net._views[1.0].slices
+    inward, slim = 0, net._views[1.0].index
     for name, parameter in net.host.named_parameters():
         if name in slim and parameter.ndim > 1 and parameter.shape[1] > slim[name][1].stop:
             rows, columns = slim[name][0].stop, slim[name][1].stop

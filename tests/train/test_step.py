@@ -118,7 +118,7 @@ def test_the_norm_of_the_slim_nets_gradient_is_of_all_its_passes(make_recipe):
     net.watched = {}
     step.method.loss(step.method(given, 0), 0)[0].backward()
     watched, net.watched = net.watched, None
-    slim = net._views[net.slim_width].slices
+    slim = net._views[net.slim_width].index
     net.zero_grad()
     learnt, _ = step.method(given, 0)
     cut = {name: z.detach() if name.startswith("host") else z for name, z in learnt.items()}
