@@ -177,9 +177,20 @@ def test_command_files_import_only_what_is_light_at_the_top(path):
     assert {name for name in tops if not name.startswith("edgecl.cli.")} <= light
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_no_file_is_longer_than_600_lines(path):
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 600
+# To be taken apart; a name that is short enough leaves this list.
+STILL_LONG = {"finetune", "_check_manifest", "_dot_plot", "scatter_figure", "_run"}
+
+
+def test_no_function_is_longer_than_80_lines_its_docstring_apart():
+    long = set()
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                first = node.body[0]
+                said = first.end_lineno - first.lineno + 1 if ast.get_docstring(node) else 0
+                if node.end_lineno - node.lineno + 1 - said > 80:
+                    long.add(node.name)
+    assert long == STILL_LONG
 
 
 @pytest.mark.parametrize("word", ["utils", "util", "helpers", "helper", "common", "misc", "base"])

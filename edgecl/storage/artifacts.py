@@ -265,7 +265,7 @@ def read_side_record(path: Path) -> dict[str, Any]:
 
 
 def _check(record: dict[str, Any], path: Path, *, whole: bool) -> None:
-    from edgecl.storage.records import check_record
+    from edgecl.storage.raw_records import check_record
 
     schema = record.get("schema", 0)
     if not isinstance(schema, int):

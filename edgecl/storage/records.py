@@ -1,139 +1,1109 @@
-"""What the host relies on in a record: names and types, since whoever writes a record can also seal it."""
+"""The records that verbs write and other verbs read: one pydantic model for each kind of JSON file.
+
+Every record begins with `schema`, `kind`, `made_by`, `made_from` and `command`. Whoever writes a record can also seal it, so
+types and ranges are checked when it is read: no value is converted, and no number is infinite or NaN. An entry that no
+model names is kept as it is. `docs/schemas/NAME.json` is made from these models by `python -m edgecl.storage.records`.
+"""
 
 from __future__ import annotations
 
-import json
+import sys
+from copy import copy
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import UnionType
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    WithJsonSchema,
+    create_model,
+)
+from pydantic_core import PydanticCustomError
 
+from edgecl import __version__
 from edgecl.errors import ArtifactError, bounded, first_of
+from edgecl.onboard import bundle as bundle_names
+from edgecl.storage.redaction import without_secrets
+
+SCHEMA = bundle_names.SCHEMA
+MADE_BY = f"edgecl {__version__}"
 
 
-class _Table(BaseModel):
-    """A part of a record; what is not named here may be anything."""
-
-    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False, protected_namespaces=())
-
-
-class _Header(_Table):
-    made_by: str | None = None
-    made_from: str | None = None
-    command: str | None = None
-    sha256: str | None = None
-    recipe_name: str | None = None
-    arm: str | None = None
+def _checked_text(value: object) -> str:
+    if not isinstance(value, str):
+        raise PydanticCustomError("string_type", "Input should be a valid string")
+    return value
 
 
-_PerChannel = Annotated[list[float], Field(min_length=3, max_length=3)]
+# pydantic's own takes no names of files that are not UTF-8.
+Text = Annotated[str, PlainValidator(_checked_text), WithJsonSchema({"type": "string"})]
+Count = Annotated[int, Field(ge=0, lt=1 << 63)]
+Interval = Annotated[list[float], Field(min_length=2, max_length=2)]
+"""The lower and the upper end of a 95 % interval."""
+PerChannel = Annotated[list[float], Field(min_length=3, max_length=3)]
+Json = dict[str, Any]
+"""What is only passed on: a recipe or target as TOML has it, the settings of a runtime."""
 
 
-class _Preprocessing(_Table):
+def command_line() -> str:
+    """Return the command this process was started with, as one would type it again."""
+    import shlex
+
+    return (
+        shlex.join(["edgecl", *map(without_secrets, sys.argv[1:])])
+        if Path(sys.argv[0]).stem in ("edgecl", "__main__")
+        else "python"
+    )
+
+
+class Table(BaseModel):
+    """A part of a record."""
+
+    model_config = ConfigDict(
+        extra="allow",
+        strict=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+        populate_by_name=True,
+        use_attribute_docstrings=True,
+    )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the content as it stands in the file."""
+        return self.model_dump(by_alias=True)
+
+
+class Record(Table):
+    """The entries that every record begins with."""
+
+    KIND: ClassVar[str]
+    FILE: ClassVar[str]
+    """The name of its file."""
+
+    schema_number: int = Field(default=SCHEMA, validation_alias="schema", serialization_alias="schema", ge=1)
+    """The version of the form of all records."""
+    kind: Text
+    """What the record is of."""
+    made_by: Text = MADE_BY
+    """edgecl's version."""
+    made_from: Text | None
+    """The sha256 of what it was made from: a record, a checkpoint, or the list of a run's images."""
+    command: Text = Field(default_factory=command_line)
+    """The command that made it."""
+
+
+class SealedRecord(Record):
+    """A record that holds its own hash, so that an accidental change is noticed."""
+
+    sha256: Text | None = None
+    """Of the record's content, this entry apart."""
+
+
+# --- runs ---
+
+
+class ImagesRead(Table):
+    """The images that a run was trained on."""
+
+    uri: Text
+    """Where they are, as `--data` takes it."""
+    found: Count | None = None
+    """How many there are."""
+    images: Count | None = None
+    """How many could be read."""
+    fingerprint: Text | None = None
+    """The hash of their names and sizes."""
+    skipped: list[Text] = []
+    """Those that could not be read."""
+
+
+class Plateau(Table):
+    """Why a run is stuck where it learns nothing."""
+
+    since: Count
+    """The step at which it was noticed."""
+    words: Text
+    hint: Text
+
+
+class RunRecord(Record):
+    """run.json: a pretraining run, its settings and how far it is."""
+
+    KIND = "run"
+    FILE = "run.json"
+
+    kind: Literal["run"] = "run"
+    recipe_name: Text | None
+    recipe: Json
+    """All settings, with their defaults."""
+    arm: Text | None = None
+    """The variant of the method."""
+    panels: list[Json] = []
+    """What a report draws of this method: title, unit, log, and the name of each line's key in metrics.jsonl."""
+    data: ImagesRead
+    seed: Count | None = None
+    device: Text | None = None
+    processes: Count | None = None
+    threads: Count | None = None
+    """Of each process."""
+    steps_per_epoch: Count | None = None
+    total_steps: Count | None = None
+    """Planned."""
+    params: dict[str, Count] = {}
+    """Parameters of the host and of each slim net, as carved."""
+    versions: dict[str, Text] = {}
+    """Library -> version."""
+    host_skips: dict[str, Count] = {}
+    """Block of the host -> to how many channels a nested start adds its input."""
+    launch: Text | None = None
+    """Which start of torchrun it was; a restart by the same one resumes."""
+    plateau: Plateau | None = None
+    """Set while training is stuck on a plateau of one dimension."""
+    state: Literal["running", "stopped", "done", "failed"] = "done"
+    step: Count = 0
+    """Taken."""
+    wall_s: float = Field(0.0, ge=0)
+    """Seconds, all starts together."""
+    error: Text | None = None
+    """Of a run that failed, in one line."""
+    resumed_with: Text | None = None
+    """The last command that resumed it."""
+    changes: list[Text] = []
+    """What was different when it was resumed."""
+
+
+class MetricsLine(Table):
+    """A line of metrics.jsonl: a step with its loss, a look at the features, or an event."""
+
+    step: float
+    """Steps taken."""
+    epoch: float
+    """Epochs passed, a fraction within one."""
+    loss: float | None = None
+    """Of a step; null where it was not finite. The terms of the method's loss stand beside it."""
+    std: float | None = None
+    """Spread of the projections: 1 when even, 0 when collapsed."""
+    diagonal: float | None = None
+    """Mean correlation of a dimension with itself in the other view."""
+    off_diagonal_rms: float | None = None
+    """Root mean square of the correlation of two dimensions."""
+    grad_norm_host: float | None = None
+    grad_norm_slim: float | None = None
+    lr: float | None = None
+    """Learning rate."""
+    images_per_s: float | None = None
+    """Training images per second, all processes together."""
+    rankme_host: float | None = None
+    """How many dimensions the features use, 1 to their number; also with _slim and _slim_at_WIDTH."""
+    rankme_slim: float | None = None
+    knn_top1_host: float | None = None
+    """Nearest-neighbor accuracy on training images, percent; also with _slim and _slim_at_WIDTH."""
+    knn_top1_slim: float | None = None
+    event: Text | None = None
+    """What happened on the way: "warning", "left out", "went back"."""
+
+
+# --- nets ---
+
+
+class Preprocessing(Table):
+    """What a test image goes through."""
+
     image_size: int = Field(ge=1, le=4096)
+    """Side of the square that the net sees, pixels."""
     resize_size: int = Field(ge=1, le=8192)
-    mean: _PerChannel
-    std: _PerChannel
+    """The shorter side before the square is cut out, pixels."""
+    mean: PerChannel
+    """Subtracted from each channel, which is 0 to 1 before."""
+    std: PerChannel
+    """By which each channel is then divided."""
+    interpolation: Text = "bilinear"
 
 
-class _Quantization(_Table):
-    keep: list[str]
+class Quantization(Table):
+    """How a net was trained for INT8."""
+
+    precision: Text = "int8"
+    keep: list[Text]
+    """Modules that stayed float."""
+    learnt: bool | None = None
+    """Whether the scales were learnt."""
 
 
-class _Model(_Header):
-    arch: str
+class ModelRecord(SealedRecord):
+    """model.json: all that rebuilds a net from its weights."""
+
+    KIND = "model"
+    FILE = "model.json"
+
+    kind: Literal["model"] = "model"
+    arch: Text
+    """timm's name."""
     width: float = Field(gt=0, le=4)
+    """Multiple of the architecture's own channels."""
     stem_stride: Literal[1, 2] | None
-    classes: list[str] | None
+    """Of the first convolution; null is the architecture's own."""
+    classes: list[Text] | None
+    """Names by label; null of a net without classifier."""
     features: int
+    """Length of a feature vector."""
     params: int
-    preprocessing: _Preprocessing
-    origin: str
-    recipe_name: str | None
-    arm: str | None
+    """Parameters, the classifier's among them."""
+    preprocessing: Preprocessing
+    origin: Text
+    """"pretrained", "finetuned" or "random"."""
+    recalibrated: bool = False
+    """Whether the batch norms were re-estimated after carving."""
+    recipe_name: Text | None
+    arm: Text | None
+    """The variant of the method."""
     epoch: int | None = None
+    """Of the checkpoint."""
     step: int | None = None
-    quantization: _Quantization | None = None
-    data: str | None
-    weights_sha256: str
+    """Of the checkpoint."""
+    quantization: Quantization | None = None
+    data: Text | None
+    """The images it was made from, as `--data` takes them."""
+    weights_sha256: Text
 
 
-class _Images(_Table):
-    uri: str
-    fingerprint: str | None = None
-    skipped: list[str] = []
+class FewLabelAccuracy(Table):
+    """Accuracy with a few labels, over several draws of them."""
+
+    mean: float
+    """Percent."""
+    std: float | None = None
+    """Over the draws, percentage points; 0 of one draw."""
+    ci95: Interval | None = None
+    """Of the mean, percent; null of one draw."""
+    draws: list[float] = []
+    """Accuracy of each draw, percent."""
+    labels_per_class: Count | None = None
 
 
-class _Run(_Header):
-    recipe: dict[str, Any]
-    recipe_name: str | None
-    data: _Images
-    state: str = "done"
+class ProbeRecord(Record):
+    """probe.json: how good a frozen net's features are."""
+
+    KIND = "probe"
+    FILE = "probe.json"
+
+    kind: Literal["probe"] = "probe"
+    knn_top1: float | None
+    """Nearest-neighbor accuracy, percent."""
+    knn_ci95: Interval | None
+    linear_top1: float | None
+    """Accuracy of a linear classifier on the features, percent."""
+    linear_ci95: Interval | None
+    few_label_top1: FewLabelAccuracy | None
+    """Of a linear classifier on a few labels of each class."""
+    n_test: Count
+    """Held-out images."""
+    n_train: Count
+    classes: Count
+    data: Text
+    """The images to learn from."""
+    test: Text
+    """The held-out images."""
 
 
-class _Stage(_Table):
-    made: list[str] = []
+class ComparedRow(Table):
+    """One way to a classifier."""
+
+    name: Text
+    few_label_top1: FewLabelAccuracy | None
+    knn_top1: float | None
+    """Percent; null where no features were evaluated."""
+    linear_top1: float | None
+    """Percent; null where no features were evaluated."""
 
 
-class _Pipeline(_Header):
-    recipe: dict[str, Any]
-    stages: dict[str, _Stage]
+class Difference(Table):
+    """Two ways to a classifier compared, draw by draw."""
+
+    a: Text
+    b: Text
+    mean: float
+    """Few-label accuracy of a minus that of b, percentage points."""
+    ci95: Interval | None
+    resolved: bool
+    """Whether the interval leaves out zero."""
 
 
-class _Net(_Table):
-    model_sha256: str | None = None
+class Scratch(Table):
+    """How the nets were trained on the few labels."""
+
+    steps: Count
+    lr: float
+    seed: Count
 
 
-class _Bundle(_Header):
-    net: _Net | None = None
+class ComparisonRecord(Record):
+    """comparison.json: a pretrained net beside its baselines, on the same draws of labels."""
+
+    KIND = "comparison"
+    FILE = "comparison.json"
+
+    kind: Literal["comparison"] = "comparison"
+    labels_per_class: Count
+    draws: Count
+    n_test: Count
+    """Held-out images."""
+    data: Text
+    """The images to learn from."""
+    test: Text
+    """The held-out images."""
+    scratch: Scratch
+    rows: list[ComparedRow]
+    differences: list[Difference]
 
 
-class _Evaluation(_Header):
-    test_uri: str | None = None
+class EvaluationRecord(Record):
+    """evaluation.json: the accuracy of a fine-tuned net."""
+
+    KIND = "evaluation"
+    FILE = "evaluation.json"
+
+    kind: Literal["evaluation"] = "evaluation"
+    top1: float
+    """Percent."""
+    top1_ci95: Interval | None = None
+    float_top1: float | None = None
+    """Before quantization, percent."""
+    float_top1_ci95: Interval | None = None
+    calibrated_top1: float | None = None
+    """Quantized, before it was trained so, percent."""
+    calibrated_top1_ci95: Interval | None = None
+    n_test: Count
+    """Held-out images."""
+    n_train: Count
+    data: Text
+    """The images to learn from."""
+    test: Text
+    """The held-out images, in words."""
+    test_uri: Text | None = None
+    """The held-out images as `--test` named them."""
+    epochs: Count
+    settings: Json
+    """Of fine-tuning."""
 
 
-class _Bench(_Header):
-    batch: int | None = None
-    threads: int | None = None
-    runtime: str | None = None
+class FinetunedModel(ModelRecord):
+    """model.json of a net that was fine-tuned now, with its accuracy."""
+
+    evaluation: EvaluationRecord
 
 
-_KINDS: dict[str, type[_Header]] = {
-    "model": _Model,
-    "run": _Run,
-    "pipeline": _Pipeline,
-    "bundle": _Bundle,
-    "evaluation": _Evaluation,
-    "bench": _Bench,
-}
+class NetCost(Table):
+    """The cost of one image, forward."""
+
+    macs: Count
+    """Multiply-adds as fvcore counts them."""
+    flops: Count
+    """2 x macs."""
+    params: Count
+    input: list[Count]
+    """Shape, a batch of one."""
+    by_operator: dict[str, Count] = {}
+    """Operator -> its part of macs."""
+    elementwise: Count = 0
+    """Operations of activations, additions, gates and means, which macs leaves out."""
+    uncounted: dict[str, Count] = {}
+    """Operator -> calls that nothing counts."""
 
 
-def check_record(record: dict[str, Any], *, path: Path, whole: bool) -> None:
-    """Hold a record to the types that the host relies on.
+class CostRecord(NetCost, Record):
+    """cost.json: what a net costs."""
+
+    KIND = "cost"
+    FILE = "cost.json"
+
+    kind: Literal["cost"] = "cost"
+
+
+class WidthCost(Table):
+    """A slim net within a recipe."""
+
+    width: float
+    macs: Count
+    params: Count
+    forward_flops: Count
+    """One image, activations counted."""
+    forward_passes: float
+    """Per training image; a backward pass is two."""
+
+
+class RecipeTraining(Table):
+    """What training by a recipe costs, projector and losses apart where not said otherwise."""
+
+    arm: Text
+    forward_units: float
+    """Forward passes of the widest slim net per image."""
+    flops_per_image: Count
+    total_flops: float
+    further_widths_flops_per_image: Count
+    further_widths_total_flops: float
+    """The part of the slim nets below the widest."""
+    local_views_flops_per_image: Count
+    """The part of the local views."""
+    coding_rate_flops_per_image: Count
+    coding_rate_total_flops: float
+    """On top."""
+    images: Count
+    """Per epoch."""
+    epochs: Count
+    host_forward_flops: Count
+    slim_forward_flops: Count
+    projector_flops_per_image: Count
+    projector_total_flops: float
+    """On top."""
+
+
+class RecipeCost(NetCost):
+    """What `cost RECIPE --json` prints: the widest slim net, every width, and the training."""
+
+    widths: list[WidthCost]
+    """Widest first."""
+    training: RecipeTraining
+
+
+class PublishedCost(Table):
+    """A row of what `cost --table --json` prints: a training cost as published, and by one rule."""
+
+    method: Text
+    arch: Text
+    teacher: Text | None
+    epochs: Count
+    total_flops: float
+    """By the rule."""
+    printed_flops: float
+    difference: float
+    """total_flops / printed_flops - 1."""
+    note: Text
+
+
+class ProbedNet(Table):
+    """A row of what `probe MODEL MODEL ... --json` prints."""
+
+    model: Text
+    """Directory."""
+    width: float
+    params: Count
+    macs: Count
+    made_from: Text | None
+    probe: ProbeRecord
+
+
+# --- bundles ---
+
+
+class Comparison(Table):
+    """How far outputs are from others."""
+
+    max_abs_difference: float | None = None
+    """In units of the output."""
+    mean_abs_difference: float | None = None
+    max_relative_difference: float | None = None
+    """The largest difference over the largest output."""
+    top1_agreement: float | None = None
+    """Fraction of images with the same largest output, 0 to 1."""
+    mean_cosine: float | None = None
+    """Mean cosine similarity."""
+
+
+class ParityCheck(Comparison):
+    """The same images through two variants of a net."""
+
+    source: Text = Field(validation_alias="from", serialization_alias="from")
+    """What the variant was made from."""
+    variant: Text = Field(validation_alias="to", serialization_alias="to")
+    images: Count | None = None
+    first_diverging_layer: Text | None = None
+    """The first layer outside the tolerance."""
+
+
+class Accuracy(Table):
+    """The accuracy of an exported file."""
+
+    metric: Text
+    """"top1", "knn_top1" or "mean_cosine"."""
+    value: float
+    """Percent; of mean_cosine -1 to 1."""
+    ci95: Interval | None = None
+    n: Count | None = None
+    """Images."""
+    data: Text | None = None
+    """The images, in words."""
+    mean_cosine: float | None = None
+    """With the fp32 outputs."""
+
+
+class Speed(Table):
+    """How fast INT8 is on this machine."""
+
+    against: Text
+    """The other precision."""
+    ratio: float
+    """Median latency of the other precision over that of INT8."""
+    ci95: Interval | None = None
+    device: Text | None = None
+    runtime: Text | None = None
+    threads: Count | None = None
+
+
+class Budget(Table):
+    """What INT8 may cost."""
+
+    max_loss_points: float
+    """Percentage points of accuracy."""
+    min_cosine: float | None = None
+    """Of a net without classifier."""
+
+
+class Attempt(Table):
+    """One INT8 net of the search."""
+
+    kept_nodes: Count
+    """How many stayed in higher precision."""
+    loss_points: float | None
+    mean_cosine: float
+
+
+class Decision(Table):
+    """Whether INT8 is kept."""
+
+    kept: bool | None = None
+    kept_nodes: list[Text] = []
+    """Those that stay in higher precision."""
+    words: Text | None = None
+    candidates: Count | None = None
+    """Nodes that could be quantized."""
+    metric: Text | None = None
+    loss_points: float | None = None
+    """Accuracy lost against fp32, percentage points."""
+    loss_ci95: Interval | None = None
+    mean_cosine: float | None = None
+    budget: Budget | None = None
+    images: Count | None = None
+    """Those that decide."""
+    searched_on: Count | None = None
+    """Other images, on which the kept nodes were chosen."""
+    tried: list[Attempt] = []
+    data: Text | None = None
+    form: Text | None = None
+    method: Text | None = None
+    """Of calibration, or "trained"."""
+    methods: dict[str, dict[str, float]] = {}
+    """Method of calibration -> how good it was on other images."""
+    calibration_images: Count | None = None
+    holdout_images: Count | None = None
+    trained_for_int8: bool = False
+    outside_tolerance: list[Text] | None = None
+    """In which ways its outputs leave the tolerance; then the file is left out."""
+    speed: Speed | None = None
+
+
+class Tolerance(Table):
+    """How far outputs may be from torch's."""
+
+    max_relative_difference: float
+    top1_agreement: float
+    """Fraction of images, 0 to 1."""
+    mean_cosine: float = 0.0
+
+
+class BundlePrecision(Table):
+    """One precision of a bundle."""
+
+    model: Text
+    """The file."""
+    form: Text
+    """Of the graph: "fp32", "fp16", "int8-cpu", "int8-trt" or "int8-trt-fp16"."""
+    opset: Count | None = None
+    tolerance: Tolerance
+    parity: ParityCheck | None = None
+    accuracy: Accuracy | None = None
+    decision: Decision | None = None
+    """Of INT8."""
+    engines: dict[str, Json] | None = None
+    """File of an engine -> how it was compiled."""
+    trtexec: Json | None = None
+    """Command lines of trtexec."""
+
+
+class LeftOut(Table):
+    """A precision that was made and is not in the bundle."""
+
+    decision: Decision | None = None
+    parity: ParityCheck | None = None
+
+
+class InputForm(Table):
+    """The input of the exported net."""
+
+    name: Text
+    shape: list[Count] = Field(min_length=4, max_length=4)
+    """Batch, channels, height, width."""
+    dtype: Text = "float32"
+    dynamic_batch: bool
+    max_batch: Count = Field(ge=1)
+
+
+class OutputForm(Table):
+    """The output of the exported net."""
+
+    name: Text
+    shape: list[Count] = Field(min_length=2, max_length=2)
+    """Batch, features."""
+
+
+class ExportedNet(Table):
+    """The net of a bundle."""
+
+    arch: Text | None = None
+    width: float | None = None
+    stem_stride: int | None = None
+    features: Count | None = None
+    classes: list[Text] | None = None
+    origin: Text | None = None
+    params: Count | None = None
+    model_sha256: Text | None = None
+    """Of model.json."""
+
+
+class Manifest(SealedRecord):
+    """manifest.json: a bundle, its files and what is known of each precision."""
+
+    KIND = bundle_names.KIND
+    FILE = bundle_names.MANIFEST
+
+    kind: Literal["bundle"] = "bundle"
+    target_name: Text
+    target: Json | None
+    """As its TOML file has it."""
+    runtime: Text
+    precision: Text
+    """The default."""
+    precisions: dict[str, BundlePrecision]
+    """The preferred one first."""
+    left_out: dict[str, LeftOut] = {}
+    input: InputForm
+    output: OutputForm
+    net: ExportedNet
+    preprocessing: Preprocessing
+    classes: list[Text] | None = None
+    parity: list[ParityCheck] = []
+    """The parity report, from torch to the smallest precision."""
+    images_from: Text | None = None
+    """The images compared and calibrated on."""
+    versions: dict[str, Text] = {}
+    """Library -> version."""
+    files: dict[str, Text]
+    """File -> its sha256."""
+    size_bytes: dict[str, Count] = {}
+    """File -> its size."""
+
+
+class VerifiedPrecision(Comparison):
+    """How far a precision is from torch on the reference images."""
+
+    ok: bool | None = None
+    tolerance: Tolerance | None = None
+
+
+class VerifyRecord(Record):
+    """verify.json: a bundle's hashes and reference outputs, checked on a device."""
+
+    KIND = "verify"
+    FILE = bundle_names.VERIFY
+
+    kind: Literal["verify"] = "verify"
+    ok: bool
+    files_ok: bool
+    runtime: Text | None = None
+    """With its version."""
+    images: Count | None = None
+    precisions: dict[str, VerifiedPrecision] = {}
+    problem: Text | None = None
+    """Of a check that failed, in words."""
+
+
+class PowerMode(Table):
+    """A Jetson's power mode."""
+
+    id: int | None = None
+    name: Text | None = None
+
+
+class DeviceInfo(Table):
+    """A device and its state; what it does not tell is null."""
+
+    name: Text
+    board: Text | None = None
+    module: Text | None = None
+    kind: Text | None = None
+    """"orin", "xavier" and so on, of a Jetson."""
+    gpu: list[Text] | Text | None = None
+    cpu_model: Text | None = None
+    machine: Text | None = None
+    """Instruction set."""
+    cores: Count | None = None
+    """That the process may run on."""
+    cores_present: Count | None = None
+    core_quota: float | None = None
+    """Of a container."""
+    threads: Count | None = None
+    governor: Text | None = None
+    load_1m: float | None = None
+    """Before the run."""
+    memory_mib: float | None = None
+    memory_available_mib: float | None = None
+    os: Text | None = None
+    kernel: Text | None = None
+    l4t: Text | None = None
+    jetpack: Text | None = None
+    tensorrt: Text | None = None
+    cuda: Text | None = None
+    driver: Text | None = None
+    power_mode: PowerMode | None = None
+    clocks: Json = {}
+    """MHz, before and after."""
+    temperatures_c: Json = {}
+    """Degrees Celsius by thermal zone, before and after."""
+    fan: Json | None = None
+    python: Text | None = None
+    versions: dict[str, Text] = {}
+    """Library -> version."""
+
+
+class Latency(Table):
+    """Milliseconds per inference of one batch."""
+
+    p50: float | None = None
+    ci95_p50: Interval | None = None
+    p90: float | None = None
+    ci95_p90: Interval | None = None
+    p99: float | None = None
+    """Null under 1,000 samples."""
+    ci95_p99: Interval | None = None
+    mean: float | None = None
+    std: float | None = None
+    min: float | None = None
+
+
+class Energy(Table):
+    """Energy of the whole module while a net ran."""
+
+    rails: list[Text] = []
+    """Those that were summed."""
+    idle_w: float | None = None
+    """Watts before the run."""
+    load_w: float | None = None
+    """Watts during the run."""
+    j_per_inference: float
+    """Joules."""
+    j_per_inference_above_idle: float | None = None
+    """Joules, without what the idle module uses."""
+    samples: Count | None = None
+    rate_hz: float | None = None
+    source: Text | None = None
+
+
+class BenchMeasurement(Table):
+    """One precision in one mode."""
+
+    precision: Text
+    form: Text | None = None
+    mode: Text | None = None
+    headline: bool = False
+    """Whether it is the first mode of its precision, which reports show."""
+    latency_ms: Latency
+    cov: float | None = None
+    """Standard deviation over mean."""
+    throughput_per_s: float | None = None
+    """Images per second."""
+    samples: Count | None = None
+    warmup_samples: Count | None = None
+    warmup_s: float | None = None
+    steady: bool | None = None
+    """Whether the warm-up settled."""
+    duration_s: float | None = None
+    """Seconds sampled."""
+    drift: float | None = None
+    """Median of the last quarter over that of the first."""
+    enqueue_p50_ms: float | None = None
+    """Of trtexec."""
+    command: Text | None = None
+    """Of trtexec."""
+    marks: list[Text] = []
+    """What casts doubt: "unsteady", "noisy", "drift", or what trtexec says."""
+    settings: Json = {}
+    """Of the runtime."""
+    engine: Json | None = None
+    """Of TensorRT: layers in each precision, how it was built."""
+    energy: Energy | None = None
+
+
+class Ratio(Table):
+    """Two precisions that were timed in turns."""
+
+    a: Text
+    b: Text
+    mode: Text | None = None
+    p50_ratio: float
+    """Median latency of a over that of b: how many times as fast b is."""
+    ci95: Interval | None = None
+    rounds: Count | None = None
+
+
+class PowerSource(Table):
+    """Where power was read."""
+
+    source: Text | None = None
+    rails: list[Text] = []
+    reason: Text | None = None
+    """Why energy is null."""
+
+
+class BenchRecord(Record):
+    """bench-DEVICE-RUNTIME-….json: how fast a bundle's nets run on a device."""
+
+    KIND = "bench"
+    FILE = "bench-DEVICE-RUNTIME-PRECISIONS-THREADSt-bBATCH.json"
+
+    kind: Literal["bench"] = "bench"
+    runtime: Text
+    """With its version."""
+    batch: Count
+    """Images per inference."""
+    threads: Count
+    device: DeviceInfo
+    started_at: Text | None = None
+    """UTC, ISO 8601."""
+    environment: dict[str, Text] = {}
+    """Variables that libraries read for their number of threads."""
+    duration_asked_s: float | None = None
+    measurements: list[BenchMeasurement]
+    ratios: list[Ratio] = []
+    throttle: Json = {}
+    """Evidence of throttling: counters, alarms, cooling devices, clocks, temperatures."""
+    power: PowerSource | None = None
+    marks: list[Text] = []
+    """What casts doubt on the whole session."""
+    onboard_command: Text | None = None
+    """What ran on the device."""
+
+
+class DoctorCheck(Table):
+    """One check of a device."""
+
+    name: Text
+    status: Literal["ok", "warn", "fail"]
+    found: Text
+    fix: Text | None = None
+    """A command, or what to do."""
+
+
+class DoctorReport(Table):
+    """What `doctor --json` prints."""
+
+    ok: bool
+    """False if a check failed."""
+    device: DeviceInfo
+    checks: list[DoctorCheck]
+
+
+# --- pipelines and reports ---
+
+
+class Stage(Table):
+    """A stage of a pipeline that is done."""
+
+    wall_s: float | None = None
+    made: list[Text] = []
+    """Files, relative to the pipeline's directory."""
+    target: Json | None = None
+    """Of an export, as it was."""
+
+
+class PipelineRecord(Record):
+    """pipeline.json: the settings of `edgecl run`, and which stages are done."""
+
+    KIND = "pipeline"
+    FILE = "pipeline.json"
+
+    kind: Literal["pipeline"] = "pipeline"
+    recipe_name: Text | None = None
+    recipe: Json
+    data: Text | None = None
+    test: Text | None = None
+    targets: list[Text] = []
+    precisions: list[Text] | None = None
+    """In place of each target's."""
+    stages: dict[str, Stage]
+
+
+class ReportRecord(Record):
+    """report.json: the numbers that a report's page shows, and the records behind them."""
+
+    KIND = "report"
+    FILE = "report.json"
+
+    kind: Literal["report"] = "report"
+    title: Text
+    decision: Text
+    support: list[Text] = []
+    rows: list[Json]
+    """One for each net, bundle, precision and measurement."""
+    bundles: list[Json] = []
+    comparison: Json | None = None
+    further_comparisons: list[Json] = []
+    trade_off: Json | None = None
+    """Accuracy against latency."""
+    size_trade_off: Json | None = None
+    """Accuracy against MACs or parameters, where no latency joins the nets of one run."""
+    families: list[Json] = []
+    """Nets of several widths out of one checkpoint."""
+    runs: list[Json] = []
+    notes: list[Text] = []
+    conditions: list[Json] = []
+    """Every record the report was made from."""
+
+
+class ReportDiffRecord(Record):
+    """What `report diff --json` prints: two reports compared."""
+
+    KIND = "report-diff"
+    FILE = "report-diff.json"
+
+    kind: Literal["report-diff"] = "report-diff"
+    old: Text
+    new: Text
+    rules: list[Text]
+    rows: list[Json]
+    """Each with its checks, and the conditions that differ."""
+    checked: Count
+    broken: Count
+    """How many checks fail."""
+    regression: bool
+    summary: Text
+
+
+RecordT = TypeVar("RecordT", bound=Record)
+TableT = TypeVar("TableT", bound=Table)
+
+KINDS: tuple[type[Record], ...] = (
+    RunRecord,
+    ModelRecord,
+    Manifest,
+    ReportRecord,
+    PipelineRecord,
+    ProbeRecord,
+    ComparisonRecord,
+    EvaluationRecord,
+    CostRecord,
+    VerifyRecord,
+    BenchRecord,
+    ReportDiffRecord,
+)
+
+
+# Entries whose defaults are this process's, not a reader's.
+_OF_ITS_MAKER = frozenset({"made_by", "command"})
+
+
+def parse_record(content: object, kind: type[RecordT], *, path: Path, missing_ok: bool = False) -> RecordT:
+    """Check the content of a JSON file and return it as a record.
 
     Args:
-        record: what was read; its kind says what should be in it.
+        content: what the file holds.
+        kind: what it should be the record of.
         path: the file, for the error.
-        whole: whether a missing entry is an error; a report leaves it out.
+        missing_ok: whether entries may be missing, as in a record that is only reported on: they are None then, also
+            where the model's own type has no None.
 
     Raises:
-        ArtifactError: an entry is of another type or range, or missing.
+        ArtifactError: of another kind, of a newer schema than this edgecl knows, or an entry is missing or of another
+            type or range.
     """
-    kind = record.get("kind")
-    model = _KINDS.get(kind if isinstance(kind, str) else "", _Header)
-    # Names of files need not be UTF-8, and are in commands; pydantic takes no such text.
-    text = json.dumps(record, ensure_ascii=False).encode("utf-8", "replace")
+    if not isinstance(content, dict) or content.get("kind") != kind.KIND:
+        raise ArtifactError(f"'{path.name}' is not the record of a {kind.KIND}", where={"file": path})
+    _check_schema(content, path)
     try:
-        model.model_validate_json(text)
+        record = (_all_optional(kind) if missing_ok else kind).model_validate(content)
     except ValidationError as exc:
         problems = [
             f"'{bounded('.'.join(map(str, problem['loc'])), 100)}': {problem['msg'].lower()}"
             for problem in exc.errors(include_url=False, include_input=False, include_context=False)
-            if whole or problem["type"] != "missing"
         ]
-        if problems:
-            raise ArtifactError(
-                f"'{path.name}' is not what edgecl writes: {first_of(problems)}",
-                where={"file": path},
-                hint="restore it from a copy, or make its directory anew",
-            ) from None
+        raise ArtifactError(
+            f"'{path.name}' is not what edgecl writes: {first_of(problems)}",
+            where={"file": path},
+            hint="restore it from a copy, or make its directory anew",
+        ) from None
+    unsaid = _OF_ITS_MAKER - content.keys()
+    if unsaid and not missing_ok:
+        raise ArtifactError(
+            f"'{path.name}' is not what edgecl writes: it lacks '{min(unsaid)}'", where={"file": path}
+        )
+    return record
+
+
+def parse_any_record(content: object, *, path: Path) -> Record:
+    """Return a record of whatever kind it says it is, with entries missing where they are.
+
+    Raises:
+        ArtifactError: no record of edgecl's, or as of `parse_record`.
+    """
+    said = content.get("kind") if isinstance(content, dict) else None
+    for kind in KINDS:
+        if said == kind.KIND:
+            return parse_record(content, kind, path=path, missing_ok=True)
+    raise ArtifactError(f"'{path.name}' is not a record of edgecl", where={"file": path})
+
+
+def _check_schema(content: dict[str, Any], path: Path) -> None:
+    schema = content.get("schema")
+    if type(schema) is not int:
+        raise ArtifactError(
+            f"'{path.name}' has the schema {bounded(repr(schema), 100)}, not a number", where={"file": path}
+        )
+    if schema != SCHEMA:
+        newer = schema > SCHEMA
+        raise ArtifactError(
+            f"'{path.name}' has schema {bounded(str(schema), 100)}, this edgecl reads {SCHEMA}",
+            where={"file": path, "made by": content.get("made_by")},
+            hint="upgrade edgecl" if newer else "make its directory anew with this edgecl",
+        )
+
+
+@cache
+def _all_optional(table: type[TableT]) -> type[TableT]:
+    """Return a table whose every entry may be missing: what has no default is None then."""
+    fields: dict[str, Any] = {}
+    for name, field in table.model_fields.items():
+        annotation = _with_optional(field.annotation)
+        field = copy(field)
+        if field.is_required() or name in _OF_ITS_MAKER:
+            annotation = Union[(annotation, None)]  # noqa: UP007 - made at run time
+            field.default, field.default_factory = None, None
+        field.annotation = annotation
+        fields[name] = (annotation, field)
+    return create_model(table.__name__, __base__=table, **fields)
+
+
+def _with_optional(annotation: Any) -> Any:
+    """Return a type with every table in it replaced by the one whose entries may be missing."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return Annotated[(_with_optional(arguments[0]), *arguments[1:])]
+    if origin in (Union, UnionType):
+        return Union[tuple(map(_with_optional, arguments))]  # noqa: UP007 - made at run time
+    if origin in (list, dict):
+        return origin[tuple(map(_with_optional, arguments))]
+    is_table = isinstance(annotation, type) and issubclass(annotation, Table)
+    return _all_optional(annotation) if is_table else annotation
