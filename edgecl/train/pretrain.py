@@ -56,7 +56,7 @@ from edgecl.storage.lock import NAME as LOCK
 from edgecl.storage.lock import hold
 from edgecl.storage.redaction import record_without_secrets
 from edgecl.train.allocator import keep_freed_memory
-from edgecl.train.loop import Training
+from edgecl.train.loop import Training, create_training
 from edgecl.train.preemption import StopRequest
 from edgecl.train.resume import (
     check_allowed,
@@ -205,7 +205,7 @@ def _run(
         changes = [*changes, *(other or check_images(run_dir, images, allowed=allow))]
     processes.agree({"images": f"{len(images)} with the fingerprint {source.fingerprint[:16]}"})
     checkpoint = processes.from_main(newest_checkpoint(run_dir) if resume and main else None)
-    training = Training(
+    training = create_training(
         recipe, net=net, images=images, source=source, accelerator=accelerator, run_dir=run_dir
     )
     if checkpoint:

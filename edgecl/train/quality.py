@@ -10,7 +10,7 @@ import torch.distributed
 from accelerate import Accelerator
 from torch import Tensor
 
-from edgecl.config.recipe import Recipe
+from edgecl.config.recipe import Data, Host
 from edgecl.data.loading import load_eval_images, normalize
 from edgecl.data.source import ImageSource
 from edgecl.metrics.collapse import extract_features, knn_top1, rank_me
@@ -27,17 +27,17 @@ class QualityWatch:
     """Measures the nets as they would be carved: evaluation mode, backbone only.
 
     Args:
-        recipe: of the run.
-        source: its images.
+        source: the run's images.
         images: how many of them may be used.
+        data: their size and normalization.
+        host: architecture of the nets.
         accelerator: each process runs its share of the images.
 
     Raises:
         DataError: none of the images can be read.
     """
 
-    def __init__(self, recipe: Recipe, *, source: ImageSource, images: int, accelerator: Accelerator):
-        data = recipe.data
+    def __init__(self, source: ImageSource, *, images: int, data: Data, host: Host, accelerator: Accelerator):
         loaded = load_eval_images(
             source,
             resize_size=data.resize_size or data.image_size,
@@ -47,7 +47,7 @@ class QualityWatch:
             limit=min(IMAGES, images),
             read_timeout_s=data.read_timeout_s,
         )
-        self._recipe = recipe
+        self._data, self._host = data, host
         self._accelerator = accelerator
         self._count = len(loaded.images)
         self._share = loaded.images.tensor_split(accelerator.num_processes)[accelerator.process_index]
@@ -87,7 +87,7 @@ class QualityWatch:
         return record
 
     def _features(self, net: SlimmableNet, width: float, *, untrained: bool) -> Tensor:
-        host, data = self._recipe.host, self._recipe.data
+        host, data = self._host, self._data
         with torch.random.fork_rng():
             backbone = create_backbone(host.arch, width=width, stem_stride=host.stem_stride)
         if width == net.host_width:

@@ -33,7 +33,7 @@ from edgecl.errors import DeviceError, ProcessError, RecipeError, near_matches
 from edgecl.nets.carving import create_slimmable
 from edgecl.nets.slimming import SlimmableNet
 from edgecl.train.pretrain import create_accelerator
-from edgecl.train.step import Step
+from edgecl.train.step import Step, create_step
 
 TOLERANCE = 1e-5
 KINDS = ("loss", "gradients", "statistics")
@@ -132,7 +132,7 @@ def run_arms(
         accelerator = create_accelerator(recipe, device=device, out=Path())
         net = copy.deepcopy(fresh_net(recipe.host.width, recipe.slim.all_widths))
         # More than one step, or timm remarks that the rate's schedule is none.
-        step = Step(recipe, net=net, accelerator=accelerator, steps_per_epoch=2)
+        step = create_step(recipe, net, accelerator=accelerator, steps_per_epoch=2)
         parts = recipe.run.accumulate if world_size == 1 else 1
         views = [
             _laid_out(view, shares=shares, parts=parts).chunk(world_size)[rank].to(accelerator.device)

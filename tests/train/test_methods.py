@@ -10,7 +10,7 @@ from edgecl.config.recipe import list_methods, recipe_from_tables
 from edgecl.nets.carving import create_slimmable
 from edgecl.storage.artifacts import RunDir
 from edgecl.train.monitor import read_metrics
-from edgecl.train.step import Step
+from edgecl.train.step import create_step
 
 from .conftest import train
 
@@ -48,7 +48,7 @@ def test_parts_take_the_whole_batchs_gradient_for_every_method(recipe_of, tables
         recipe = recipe_of(name, run={**tables["run"], "accumulate": parts}, views={"local_count": 1})
         torch.manual_seed(0)
         net = create_slimmable(recipe).double()
-        step = Step(recipe, net=net, accelerator=Accelerator(cpu=True), steps_per_epoch=5)
+        step = create_step(recipe, net, accelerator=Accelerator(cpu=True), steps_per_epoch=5)
         step.passes.train = lambda mode=True: step.passes
         step.net.eval()
         seen = {}

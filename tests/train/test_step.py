@@ -12,13 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from edgecl.methods.losses import CodingRate
 from edgecl.methods.method import Embeddings
 from edgecl.nets.carving import create_slimmable
-from edgecl.train.step import Step
+from edgecl.train.step import create_step
 
 
 def make_step(recipe, steps_per_epoch=5):
     torch.manual_seed(0)
     net = create_slimmable(recipe)
-    return Step(recipe, net=net, accelerator=Accelerator(cpu=True), steps_per_epoch=steps_per_epoch)
+    return create_step(recipe, net, accelerator=Accelerator(cpu=True), steps_per_epoch=steps_per_epoch)
 
 
 def views(count=8):
