@@ -35,7 +35,7 @@ from pathlib import Path
 from edgecl.config.recipe import Recipe, read_recipe
 from edgecl.errors import ArtifactError, CollapseError, EdgeclError, NonFiniteError, Preempted
 from edgecl.metrics.intervals import mean_interval
-from edgecl.storage.artifacts import RunDir
+from edgecl.storage.directories import RunDir
 from edgecl.storage.lock import hold
 
 # How a run's process ends, where it does not end as an error does.
@@ -296,7 +296,7 @@ def finish(run: Run, place: Path) -> dict:
     """Train what is left to train, carve, evaluate; return the line for results.jsonl."""
     import torch
 
-    from edgecl.nets.carving import carve, preprocessing_of
+    from edgecl.train.carve import carve, preprocessing_of
 
     recipe = run.settings()
     what = {

@@ -15,7 +15,7 @@ from pathlib import Path
 from edgecl.deploy.bench import bench
 from edgecl.deploy.export import export
 from edgecl.evaluate.finetune import finetune
-from edgecl.storage.artifacts import Bundle, ModelDir
+from edgecl.storage.directories import Bundle, ModelDir
 
 PRECISIONS = ["fp32", "fp16", "int8"]
 

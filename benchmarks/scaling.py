@@ -336,7 +336,7 @@ def stepping(
 
     from edgecl.config.recipe import recipe_from_tables
     from edgecl.distributed import processes
-    from edgecl.nets.carving import create_slimmable
+    from edgecl.nets.build import create_slimmable
     from edgecl.train.step import create_step
 
     tables: dict[str, dict[str, object]] = {

@@ -57,7 +57,7 @@ from edgecl.config.recipe import Recipe, read_recipe, recipe_from_tables
 from edgecl.evaluate.cost import forward_cost
 from edgecl.methods.method import Embeddings, create_method
 from edgecl.nets.backbone import is_norm
-from edgecl.nets.carving import create_slimmable
+from edgecl.nets.build import create_slimmable
 from edgecl.nets.heads import Encoder
 from edgecl.nets.slimming import SlimmableNet
 from edgecl.train.allocator import keep_freed_memory

@@ -10,7 +10,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from edgecl.storage.records import (
+        CostRecord,
+        FinetunedModel,
+        ModelRecord,
+        ProbeRecord,
+        RecipeCost,
+        RunRecord,
+    )
 
 __all__ = ["bench", "carve", "cost", "export", "finetune", "pretrain", "probe", "report", "verify"]
 
@@ -32,7 +42,7 @@ def pretrain(
     allow: Sequence[str] = (),
     force: bool = False,
     download: bool = False,
-) -> Record:
+) -> RunRecord:
     """Pretrain from unlabelled images and write a run directory.
 
     Args:
@@ -78,7 +88,7 @@ def carve(
     checkpoint: Literal["newest", "best"] = "newest",
     recalibrate_norms: bool = True,
     force: bool = False,
-) -> Record:
+) -> ModelRecord:
     """Carve a slim net out of a run's host and write it as a model directory.
 
     Args:
@@ -97,7 +107,7 @@ def carve(
         SliceError: the run was not trained at this width.
         DataError: the run's images are gone, and recalibration needs them.
     """
-    from edgecl.nets.carving import carve as carve_run
+    from edgecl.train.carve import carve as carve_run
 
     return carve_run(
         Path(run),
@@ -117,7 +127,7 @@ def probe(
     labels_per_class: int | None = None,
     seeds: int = 3,
     download: bool = False,
-) -> Record:
+) -> ProbeRecord:
     """Evaluate a net's frozen features and write probe.json into its model directory.
 
     Args:
@@ -158,7 +168,7 @@ def finetune(
     set: Changes = (),
     force: bool = False,
     download: bool = False,
-) -> Record:
+) -> FinetunedModel:
     """Add a classifier to a net, train both with labels, and write a new model directory.
 
     Args:
@@ -196,7 +206,7 @@ def finetune(
     )
 
 
-def cost(subject: AnyPath, *, set: Changes = (), images: int | None = None) -> Record:
+def cost(subject: AnyPath, *, set: Changes = (), images: int | None = None) -> CostRecord | RecipeCost:
     """Count a net's MACs and parameters, and a recipe's training FLOPs too.
 
     Args:

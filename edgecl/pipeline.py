@@ -6,30 +6,33 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from edgecl.config.recipe import Recipe, recipe_from_tables, width_as_given
 from edgecl.config.target import read_target
 from edgecl.errors import ArtifactError, RecipeError, TargetError
-from edgecl.storage.artifacts import (
-    Bundle,
-    ModelDir,
-    PipelineDir,
-    RunDir,
-    clear_directory,
-    disk_errors,
-    read_record,
-    record_header,
-    refuse_existing,
-    write_json,
-)
+from edgecl.storage.directories import Bundle, ModelDir, PipelineDir, RunDir
 from edgecl.storage.lock import NAME as LOCK
 from edgecl.storage.lock import hold
+from edgecl.storage.reading import read_record
+from edgecl.storage.records import Json, PipelineRecord, Stage
 from edgecl.storage.redaction import record_without_secrets
+from edgecl.storage.writing import clear_directory, disk_errors, refuse_existing, write_record
 
 BENCH_S = 5.0
-# What a pipeline that is resumed must be given again as it was; targets may be added.
-_KEPT = ("recipe", "data", "test")
+Device = Literal["auto", "cpu", "cuda"]
+
+
+class PipelineRun(NamedTuple):
+    """What a pipeline leaves.
+
+    Attributes:
+        record: in pipeline.json.
+        report: in report.json.
+    """
+
+    record: PipelineRecord
+    report: dict[str, Any]
 
 
 def run(
@@ -41,12 +44,12 @@ def run(
     test: str | None = None,
     targets: Sequence[str] = ("ort-cpu",),
     precisions: Sequence[str] | None = None,
-    device: Literal["auto", "cpu", "cuda"] = "auto",
+    device: Device = "auto",
     resume: bool = False,
     force: bool = False,
     download: bool = False,
     say: Callable[[str], None] = lambda line: None,
-) -> dict[str, Any]:
+) -> PipelineRun:
     """Take a recipe from images to a measured bundle and a report.
 
     Args:
@@ -64,7 +67,7 @@ def run(
         say: told what starts, one line each.
 
     Returns:
-        the record in pipeline.json, with the report's under "report".
+        the record in pipeline.json, and that of the report.
 
     Raises:
         EdgeclError: of the stage that failed; stages before it stay on the disk for `resume`.
@@ -83,22 +86,27 @@ def run(
     labelled_data = check_labelled(
         uri, test=test, per_class=recipe.probe.labels_per_class, limit=recipe.data.limit, download=download
     )
-    settings = {
-        "recipe_name": recipe_name,
-        "recipe": recipe.model_dump(mode="json"),
-        "data": uri,
-        "test": test,
-        "targets": list(targets),
-        "precisions": None if precisions is None else list(precisions),
-    }
+    record = PipelineRecord(
+        made_from=None,
+        recipe_name=recipe_name,
+        recipe=recipe.model_dump(mode="json"),
+        data=uri,
+        test=test,
+        targets=list(targets),
+        precisions=None if precisions is None else list(precisions),
+        stages={},
+    )
     with hold(out, what="pipeline directory"):
-        stages = _resumed(pipeline, settings) if resume else _start(pipeline, settings)
+        if resume:
+            record.stages = _stages_done(pipeline, record)
+        else:
+            _start(pipeline, record)
         try:
             _run_stages(
                 recipe,
                 pipeline,
-                settings,
-                stages,
+                record,
+                uri,
                 labelled_data=labelled_data,
                 device=device,
                 resume=resume,
@@ -114,50 +122,46 @@ def run(
 
         # Made anew each time: it is cheap, and the stages behind it may be newer.
         written = report([out], out=pipeline.report, force=True)
-    return {**read_record(pipeline.record_file, kind=PipelineDir.KIND), "report": written}
+    return PipelineRun(record, written)
 
 
 def _run_stages(
     recipe: Recipe,
     pipeline: PipelineDir,
-    settings: dict[str, Any],
-    stages: dict[str, dict[str, Any]],
+    record: PipelineRecord,
+    uri: str,
     *,
     labelled_data: bool,
-    device: Any,
+    device: Device,
     resume: bool,
     download: bool,
     say: Callable[[str], None],
 ) -> None:
     """Do what is not done yet, each stage noted in the record when it is."""
-    out, uri, test = pipeline.path, settings["data"], settings["test"]
 
-    def save() -> None:
-        write_json(
-            pipeline.record_file,
-            {**record_header(PipelineDir.KIND, made_from=None), **settings, "stages": stages},
-        )
-
-    def stage(name: str, work: Callable[[], Sequence[Path]], *, stale: bool = False) -> bool:
+    def stage(
+        name: str, work: Callable[[], Sequence[Path]], *, stale: bool = False, target: Json | None = None
+    ) -> bool:
         """Do a stage unless all it made is still there; return whether it was done now."""
-        made = stages.get(name, {}).get("made", [])
-        if name in stages and not stale and all((out / file).exists() for file in made):
+        done = record.stages.get(name)
+        if done and not stale and all((pipeline.path / file).exists() for file in done.made):
             say(f"{name}: already done")
             return False
         say(name)
         started = time.monotonic()
         written = work()
-        stages[name] = {
-            "wall_s": round(time.monotonic() - started, 3),
-            "made": [path.relative_to(out).as_posix() for path in written],
-        }
-        save()
+        record.stages[name] = Stage(
+            wall_s=round(time.monotonic() - started, 3),
+            made=[path.relative_to(pipeline.path).as_posix() for path in written],
+            target=target,
+        )
+        write_record(pipeline.record_file, record)
         return True
 
     # What comes later is made from what comes earlier, and is made anew with it.
     stale = stage(
         "pretrain",
-        lambda: _pretrain(recipe, pipeline, settings, device=device, resume=resume, download=download),
+        lambda: _pretrain(recipe, pipeline, record, device=device, resume=resume, download=download),
     )
     if not stale:
         _check_images(pipeline, uri, download=download)
@@ -166,25 +170,26 @@ def _run_stages(
     stage("cost", lambda: _cost(nets), stale=stale)
     stage(
         "probe",
-        lambda: _probe(recipe, pipeline, uri, test=test, labelled_data=labelled_data, download=download),
+        lambda: _probe(
+            recipe, pipeline, uri, test=record.test, labelled_data=labelled_data, download=download
+        ),
         stale=stale,
     )
-    precisions = settings["precisions"]
-    for target in settings["targets"]:
-        settings_now = read_target(target, precisions=precisions).model_dump(mode="json")
+    precisions = record.precisions
+    for target in record.targets:
+        target_now = read_target(target, precisions=precisions).model_dump(mode="json")
         for width, net in nets.items():
             # The widest has the stage's and the folder's plain name, as the only one has.
             suffix = "" if net == pipeline.slim else f"-{width_as_given(width)}"
             name = f"export {target}{suffix.replace('-', ' ')}"
             bundle = Bundle(pipeline.bundles / f"{Path(target).stem}{suffix}")
-            before = stages.get(name, {}).get("target")
-            if stage(
+            before = record.stages.get(name)
+            stage(
                 name,
                 partial(_export, net, target, bundle, uri, precisions, name=name, force=resume, say=say),
-                stale=stale or before != settings_now,
-            ):
-                stages[name]["target"] = settings_now
-                save()
+                stale=stale or before is None or before.target != target_now,
+                target=target_now,
+            )
 
 
 def _check_targets(targets: Sequence[str], precisions: Sequence[str] | None) -> None:
@@ -205,27 +210,31 @@ def _only_a_lock(out: Path) -> bool:
     return out.is_dir() and all(path.name == LOCK for path in out.iterdir())
 
 
-def _resumed(pipeline: PipelineDir, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Hold the settings to those the pipeline was started with, and return the stages that are done."""
+def _stages_done(pipeline: PipelineDir, now: PipelineRecord) -> dict[str, Stage]:
+    """Compare the settings with those the pipeline was started with, and return the stages that are done.
+
+    Targets may be added.
+    """
     from edgecl.train.resume import differences
 
-    before = read_record(pipeline.record_file, kind=PipelineDir.KIND, whole=True)
+    before = read_record(pipeline.record_file, PipelineRecord)
     # Settings that are newer than the record have their defaults there.
-    recipe = recipe_from_tables(before["recipe"], source=str(pipeline.record_file))
-    before["recipe"] = recipe.model_dump(mode="json")
-    was, now = ({key: record_without_secrets(of.get(key)) for key in _KEPT} for of in (before, settings))
-    changes = [*differences(was.pop("recipe"), now.pop("recipe")).values()]
-    changes += [f"{key} was {was[key]!r}, now {now[key]!r}" for key in now if was[key] != now[key]]
+    recipe = recipe_from_tables(before.recipe, source=str(pipeline.record_file))
+    was, is_ = (record_without_secrets(of.to_json()) for of in (before, now))
+    changes = [*differences(record_without_secrets(recipe.model_dump(mode="json")), is_["recipe"]).values()]
+    changes += [
+        f"{key} was {was[key]!r}, now {is_[key]!r}" for key in ("data", "test") if was[key] != is_[key]
+    ]
     if changes:
         raise ArtifactError(
             f"cannot resume '{pipeline.path}' with other settings: {'; '.join(changes)}",
             hint="repeat the command it was started with, or choose another --out",
         )
-    return dict(before.get("stages", {}))
+    return before.stages
 
 
 def _check_images(pipeline: PipelineDir, uri: str, *, download: bool) -> None:
-    """Hold the images that later stages read to those the run was trained on."""
+    """Check that the images that later stages read are those the run was trained on."""
     from edgecl.data.sources import open_source
     from edgecl.train.resume import IMAGES, check_source
 
@@ -237,22 +246,19 @@ def _check_images(pipeline: PipelineDir, uri: str, *, download: bool) -> None:
         )
 
 
-def _start(pipeline: PipelineDir, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def _start(pipeline: PipelineDir, record: PipelineRecord) -> None:
     """Remove what an earlier run left, but for the lock, and write the record of a new one."""
     with disk_errors(pipeline.path):
         clear_directory(pipeline.path, keep={LOCK})
-    write_json(
-        pipeline.record_file, {**record_header(PipelineDir.KIND, made_from=None), **settings, "stages": {}}
-    )
-    return {}
+    write_record(pipeline.record_file, record)
 
 
 def _pretrain(
     recipe: Recipe,
     pipeline: PipelineDir,
-    settings: dict[str, Any],
+    record: PipelineRecord,
     *,
-    device: Any,
+    device: Device,
     resume: bool,
     download: bool,
 ) -> list[Path]:
@@ -267,9 +273,9 @@ def _pretrain(
         )
     pretrain(
         recipe,
-        recipe_name=settings["recipe_name"],
+        recipe_name=str(record.recipe_name),
         out=pipeline.run,
-        data=settings["data"],
+        data=record.data,
         device=device,
         resume=resume and started,
         force=True,
@@ -289,7 +295,7 @@ def _nets_of(recipe: Recipe, pipeline: PipelineDir) -> dict[float, Path]:
 
 
 def _carve(nets: dict[float, Path], pipeline: PipelineDir, *, force: bool) -> list[Path]:
-    from edgecl.nets.carving import carve
+    from edgecl.train.carve import carve
 
     for width, out in nets.items():
         carve(pipeline.run, out=out, width=width, force=force)
@@ -325,7 +331,7 @@ def _probe(
     labelled = read_labelled(
         uri,
         test=test,
-        preprocessing=record["preprocessing"],
+        preprocessing=record.preprocessing,
         max_bad_fraction=recipe.data.max_bad_fraction,
         limit=recipe.data.limit,
         download=download,
@@ -342,9 +348,9 @@ def _probe(
         views=recipe.views,
         seed=recipe.run.seed,
     )
-    write_json(pipeline.comparison_file, comparison)
+    write_record(pipeline.comparison_file, comparison)
     for path, name in ((pipeline.slim, "pretrained"), (pipeline.random, "random init")):
-        write_json(ModelDir(path).probe_file, probes[name])
+        write_record(ModelDir(path).probe_file, probes[name])
     cost(pipeline.random)
     others = [path for path in _nets_of(recipe, pipeline).values() if path != pipeline.slim]
     for path in others:
@@ -353,7 +359,7 @@ def _probe(
             path,
             load_feature_net(path)[0],
             labelled,
-            preprocessing=record["preprocessing"],
+            preprocessing=record.preprocessing,
             labels_per_class=recipe.probe.labels_per_class,
             draws=recipe.probe.draws,
         )

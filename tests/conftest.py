@@ -77,7 +77,7 @@ def trained_run(tmp_path_factory: pytest.TempPathFactory, image_folder: Path, re
 @pytest.fixture(scope="session")
 def carved_model(tmp_path_factory: pytest.TempPathFactory, trained_run: Path) -> Path:
     """The model directory carved from the run."""
-    from edgecl.nets.carving import carve
+    from edgecl.train.carve import carve
 
     out = tmp_path_factory.mktemp("model") / "slim"
     carve(trained_run, out=out)

@@ -19,7 +19,7 @@ VERBS = ["bench", "carve", "cost", "export", "finetune", "pretrain", "probe", "r
 # The function that each verb calls, and its parameters under other names here, or not here.
 BENEATH = {
     "pretrain": ("edgecl.train.pretrain", {"recipe_name"}),
-    "carve": ("edgecl.nets.carving", set()),
+    "carve": ("edgecl.train.carve", set()),
     "probe": ("edgecl.evaluate.probe", set()),
     "finetune": ("edgecl.evaluate.finetune", {"assignments"}),
     "export": ("edgecl.deploy.export", set()),

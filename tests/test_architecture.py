@@ -70,7 +70,7 @@ def imports_of(path, *, at_import=False):
 
 
 def part_of(module):
-    """The part of the package a module belongs to: 'edgecl.nets.carving' -> 'nets'.
+    """The part of the package a module belongs to: 'edgecl.nets.slimming' -> 'nets'.
 
     A checkpoint is what training leaves on the disk. Carving reads it, so it stands low, apart from its folder.
     """

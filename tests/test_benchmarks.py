@@ -170,7 +170,7 @@ COUNT = """\
 import argparse, json, sys, warnings
 
 import accelerate, torch, torch.profiler
-import edgecl.nets.carving, edgecl.train.step
+import edgecl.train.carve, edgecl.train.step
 
 import scaling
 import worlds

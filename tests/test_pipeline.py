@@ -19,7 +19,8 @@ from edgecl.nets.heads import Encoder
 from edgecl.onboard.bundle import sha256_of_file
 from edgecl.pipeline import run
 from edgecl.reports.report import report
-from edgecl.storage.artifacts import Bundle, ModelDir, PipelineDir, ReportDir, RunDir, kind_of
+from edgecl.storage.directories import Bundle, ModelDir, PipelineDir, ReportDir, RunDir
+from edgecl.storage.reading import kind_of
 
 
 @pytest.fixture(scope="module")
@@ -136,8 +137,8 @@ def test_records_form_a_chain(walked):
     pipeline = PipelineDir(walked[0])
     slim, bundle = ModelDir(pipeline.slim), Bundle(pipeline.bundles / "ort-cpu")
     (state,) = RunDir(pipeline.run).checkpoints.glob("step-*/state.json")
-    assert slim.read()["made_from"] == sha256_of_file(state)
-    assert bundle.read()["made_from"] == slim.sha256
+    assert slim.read().made_from == sha256_of_file(state)
+    assert bundle.read().made_from == slim.sha256
     assert json.loads(bundle.verify_file.read_text())["made_from"] == sha256_of_file(bundle.record_file)
     assert json.loads(pipeline.comparison_file.read_text())["made_from"] == slim.sha256
 

@@ -37,7 +37,7 @@ def carve_command(
 ) -> None:
     """Carve a slim net out of its host: a plain timm net."""
     from edgecl.cli.output import print_line
-    from edgecl.nets.carving import carve
+    from edgecl.train.carve import carve
 
     record = carve(
         run,
@@ -48,6 +48,6 @@ def carve_command(
         force=force,
     )
     print_line(
-        f"{record['arch']} at width {record['width']:g}, step {record['step']:,}: "
-        f"{record['params']:,} parameters, {record['features']} features -> {out}"
+        f"{record.arch} at width {record.width:g}, step {record.step:,}: "
+        f"{record.params:,} parameters, {record.features} features -> {out}"
     )

@@ -1,11 +1,14 @@
 """`edgecl cost`."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from edgecl.cli.options import JsonOption, SetOption
+
+if TYPE_CHECKING:
+    from edgecl.storage.records import CostRecord, PublishedCost, RecipeCost, RecipeTraining, WidthCost
 
 
 def cost_command(
@@ -45,7 +48,7 @@ def cost_command(
     if Path(subject).is_dir():
         from edgecl.evaluate.cost import cost
 
-        record = cost(Path(subject))
+        record: CostRecord | RecipeCost = cost(Path(subject))
     else:
         from edgecl.config.recipe import read_recipe, recipe_name
 
@@ -59,53 +62,52 @@ def cost_command(
         _print_cost(subject, record)
 
 
-def _print_cost(subject: str, record: dict[str, Any]) -> None:
+def _print_cost(subject: str, record: "CostRecord | RecipeCost") -> None:
     from edgecl.cli.output import print_rows
+    from edgecl.storage.records import RecipeCost
 
-    size = " x ".join(str(side) for side in record["input"])
-    in_training = "training" in record
+    size = " x ".join(str(side) for side in record.input)
+    in_training = isinstance(record, RecipeCost)
     rows = [
-        ("MACs", _count(record["macs"]), f"one image, {size}, as fvcore counts"),
-        ("FLOPs", _count(record["flops"]), "2 x MACs"),
-        ("parameters", _count(record["params"]), "without classifier" if in_training else ""),
+        ("MACs", _count(record.macs), f"one image, {size}, as fvcore counts"),
+        ("FLOPs", _count(record.flops), "2 x MACs"),
+        ("parameters", _count(record.params), "without classifier" if in_training else ""),
     ]
-    skipped = ", ".join(
-        f"{name.removeprefix('aten::')} x{count}" for name, count in record["uncounted"].items()
-    )
+    skipped = ", ".join(f"{name.removeprefix('aten::')} x{count}" for name, count in record.uncounted.items())
     rows.append(("not counted", skipped or "nothing", ""))
-    if in_training:
-        rows += _training_rows(record["training"], record["widths"])
+    if isinstance(record, RecipeCost):
+        rows += _training_rows(record.training, record.widths)
     print_rows(f"cost of {subject}", ["", "", ""], rows)
 
 
-def _training_rows(training: dict[str, Any], widths: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
-    total, projector = training["total_flops"], training["projector_total_flops"]
+def _training_rows(training: "RecipeTraining", widths: "list[WidthCost]") -> list[tuple[str, str, str]]:
+    total, projector = training.total_flops, training.projector_total_flops
     rows = [
         (
             "method",
-            training["arm"],
-            f"{_counted(training['images'], 'image')}, {_counted(training['epochs'], 'epoch')}",
+            training.arm,
+            f"{_counted(training.images, 'image')}, {_counted(training.epochs, 'epoch')}",
         ),
         (
             "forward units",
-            f"{training['forward_units']:.2f}",
+            f"{training.forward_units:.2f}",
             "slim forward passes per image; backward = 2",
         ),
-        ("training", f"{_flops(training['flops_per_image'])} per image", "projector apart"),
+        ("training", f"{_flops(training.flops_per_image)} per image", "projector apart"),
         ("training, total", _total(total), "projector apart"),
         ("projector", _total(projector), f"{100 * projector / total:.1f} % on top"),
     ]
-    if training["local_views_flops_per_image"]:
-        local = training["local_views_flops_per_image"]
-        share = 100 * local / training["flops_per_image"]
+    if training.local_views_flops_per_image:
+        local = training.local_views_flops_per_image
+        share = 100 * local / training.flops_per_image
         rows.append(("local views", f"{_flops(local)} per image", f"{share:.1f} % of the training"))
-    if training["coding_rate_total_flops"]:
-        rate = training["coding_rate_total_flops"]
+    if training.coding_rate_total_flops:
+        rate = training.coding_rate_total_flops
         rows.append(("coding rate", _total(rate), f"{100 * rate / total:.1f} % on top"))
     if len(widths) == 1:
         return rows
-    further = training["further_widths_total_flops"]
-    widest, *others = (f"{one['width']:g}" for one in widths)
+    further = training.further_widths_total_flops
+    widest, *others = (f"{one.width:g}" for one in widths)
     rows.append(
         (
             "further widths",
@@ -115,9 +117,9 @@ def _training_rows(training: dict[str, Any], widths: list[dict[str, Any]]) -> li
     )
     return rows + [
         (
-            f"width {one['width']:g}",
-            f"{_count(one['macs'])} MACs, {_count(one['params'])} parameters",
-            f"{one['forward_passes']:.2f} of its forward passes per image",
+            f"width {one.width:g}",
+            f"{_count(one.macs)} MACs, {_count(one.params)} parameters",
+            f"{one.forward_passes:.2f} of its forward passes per image",
         )
         for one in widths
     ]
@@ -149,7 +151,7 @@ def _counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
-def _print_table(rows: list[dict[str, Any]]) -> None:
+def _print_table(rows: "list[PublishedCost]") -> None:
     from edgecl.cli.output import print_rows
 
     print_rows(
@@ -157,14 +159,14 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
         ["method", "net", "teacher", "epochs", "rule", "printed", "difference", "note"],
         [
             (
-                row["method"],
-                row["arch"],
-                row["teacher"] or "–",
-                row["epochs"],
-                f"{row['total_flops'] / 1e17:.4g}",
-                f"{row['printed_flops'] / 1e17:g}",
-                f"{100 * row['difference']:+.1f} %",
-                row["note"],
+                row.method,
+                row.arch,
+                row.teacher or "–",
+                row.epochs,
+                f"{row.total_flops / 1e17:.4g}",
+                f"{row.printed_flops / 1e17:g}",
+                f"{100 * row.difference:+.1f} %",
+                row.note,
             )
             for row in rows
         ],

@@ -49,14 +49,14 @@ def finetune_command(
         force=force,
         download=download,
     )
-    found = record["evaluation"]
-    low, high = found["top1_ci95"]
+    found = record.evaluation
+    low, high = found.top1_ci95
     before = (
-        f"float {found['float_top1']:.1f} %, int8 calibrated {found['calibrated_top1']:.1f} %, trained as int8: "
+        f"float {found.float_top1:.1f} %, int8 calibrated {found.calibrated_top1:.1f} %, trained as int8: "
         if quantize
         else ""
     )
     print_line(
-        f"{before}top-1 {found['top1']:.1f} % [{low:.1f}, {high:.1f}] on {found['n_test']} held-out images, "
-        f"{len(record['classes'])} classes -> {out}"
+        f"{before}top-1 {found.top1:.1f} % [{low:.1f}, {high:.1f}] on {found.n_test} held-out images, "
+        f"{len(record.classes or ())} classes -> {out}"
     )

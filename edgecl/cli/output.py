@@ -8,8 +8,9 @@ from typing import Any
 
 
 def print_json(content: Any) -> None:
-    """Print one JSON value."""
-    sys.stdout.write(json.dumps(content, indent=2, allow_nan=False) + "\n")
+    """Print one JSON value; records in it as they stand in their files."""
+    text = json.dumps(content, indent=2, allow_nan=False, default=lambda record: record.to_json())
+    sys.stdout.write(text + "\n")
 
 
 def print_line(text: str) -> None:

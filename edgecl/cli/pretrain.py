@@ -64,9 +64,9 @@ def pretrain_command(
     if not processes.is_main():
         return
     print_line(
-        f"{record['arm']} on {record['data']['images']} images: {record['total_steps']} steps "
-        f"in {record['wall_s']:.0f} s; next: edgecl carve {shlex.quote(str(out))} --out MODEL_DIR"
+        f"{record.arm} on {record.data.images} images: {record.total_steps} steps "
+        f"in {record.wall_s:.0f} s; next: edgecl carve {shlex.quote(str(out))} --out MODEL_DIR"
     )
-    if plateau := record["plateau"]:
+    if plateau := record.plateau:
         # Last, where it is read.
-        print_line(f"{plateau['words']} Before you use this net, start anew: {plateau['hint']}.")
+        print_line(f"{plateau.words} Before you use this net, start anew: {plateau.hint}.")

@@ -1,11 +1,14 @@
 """`edgecl probe`."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from edgecl.cli.options import DownloadOption, JsonOption, LabelledOption, TestOption
+
+if TYPE_CHECKING:
+    from edgecl.storage.records import ProbedNet, ProbeRecord
 
 
 def probe_command(
@@ -49,48 +52,48 @@ def probe_command(
         _print_several(table, draws=seeds)
 
 
-def _print_one(model: Path, record: dict[str, Any], *, draws: int) -> None:
+def _print_one(model: Path, record: "ProbeRecord", *, draws: int) -> None:
     from edgecl.cli.output import print_rows
 
-    few = record["few_label_top1"]
+    few = record.few_label_top1
     rows = [
-        ("kNN", f"{record['knn_top1']:.1f}", _interval(record["knn_ci95"]), f"{record['n_train']} labels"),
+        ("kNN", f"{record.knn_top1:.1f}", _interval(record.knn_ci95), f"{record.n_train} labels"),
         (
             "linear",
-            f"{record['linear_top1']:.1f}",
-            _interval(record["linear_ci95"]),
-            f"{record['n_train']} labels",
+            f"{record.linear_top1:.1f}",
+            _interval(record.linear_ci95),
+            f"{record.n_train} labels",
         ),
         (
             "few labels",
-            f"{few['mean']:.1f}",
-            _interval(few["ci95"]),
-            f"{few['labels_per_class']} per class, {draws} draws",
+            f"{few.mean:.1f}",
+            _interval(few.ci95),
+            f"{few.labels_per_class} per class, {draws} draws",
         ),
     ]
-    print_rows(f"{model}: top-1 % on {record['n_test']} held-out images", ["", "top-1", "95 %", "from"], rows)
+    print_rows(f"{model}: top-1 % on {record.n_test} held-out images", ["", "top-1", "95 %", "from"], rows)
 
 
-def _print_several(table: list[dict[str, Any]], *, draws: int) -> None:
+def _print_several(table: "list[ProbedNet]", *, draws: int) -> None:
     from edgecl.cli.output import print_rows
 
-    few = table[0]["probe"]["few_label_top1"]
+    few = table[0].probe.few_label_top1
     print_rows(
-        f"top-1 % on {table[0]['probe']['n_test']} held-out images; few labels: {few['labels_per_class']} per class, "
+        f"top-1 % on {table[0].probe.n_test} held-out images; few labels: {few.labels_per_class} per class, "
         f"{draws} draws",
         ["net", "width", "params", "MACs", "kNN", "linear", "few labels"],
         [
             (
-                one["model"],
-                f"{one['width']:g}",
-                f"{one['params'] / 1e6:,.3f} M",
-                f"{one['macs'] / 1e6:,.2f} M",
+                one.model,
+                f"{one.width:g}",
+                f"{one.params / 1e6:,.3f} M",
+                f"{one.macs / 1e6:,.2f} M",
                 *(
                     f"{value:.1f} {_interval(ci95)}"
                     for value, ci95 in (
-                        (one["probe"]["knn_top1"], one["probe"]["knn_ci95"]),
-                        (one["probe"]["linear_top1"], one["probe"]["linear_ci95"]),
-                        (one["probe"]["few_label_top1"]["mean"], one["probe"]["few_label_top1"]["ci95"]),
+                        (one.probe.knn_top1, one.probe.knn_ci95),
+                        (one.probe.linear_top1, one.probe.linear_ci95),
+                        (one.probe.few_label_top1.mean, one.probe.few_label_top1.ci95),
                     )
                 ),
             )

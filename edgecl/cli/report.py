@@ -25,7 +25,7 @@ def report_command(
     """
     from edgecl.cli.output import print_json, print_line
     from edgecl.reports.report import report
-    from edgecl.storage.artifacts import ReportDir
+    from edgecl.storage.directories import ReportDir
 
     record = report(dirs, out=out, force=force)
     if json_:

@@ -86,7 +86,7 @@ def _run(
     from edgecl.cli.report import print_report
     from edgecl.errors import tell
     from edgecl.pipeline import run
-    from edgecl.storage.artifacts import PipelineDir, ReportDir
+    from edgecl.storage.directories import PipelineDir, ReportDir
 
     record = run(
         settings,
@@ -102,5 +102,5 @@ def _run(
         download=download,
         say=tell,
     )
-    print_report(record["report"])
+    print_report(record.report)
     print_line(f"report: {ReportDir(PipelineDir(out).report).page_file}")

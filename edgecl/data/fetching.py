@@ -19,8 +19,8 @@ from filelock import FileLock, Timeout
 
 from edgecl.data.tar_index import TarIndex, indexed, read_index, save_index
 from edgecl.errors import DataError, first_line
-from edgecl.storage.artifacts import DISK_FULL, flush
 from edgecl.storage.redaction import without_secrets
+from edgecl.storage.writing import DISK_FULL, flush
 
 # Longest time without a byte.
 STALL_S = 90.0

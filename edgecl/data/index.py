@@ -27,8 +27,8 @@ from numpy.typing import NDArray
 from edgecl.distributed.processes import is_main
 from edgecl.errors import EdgeclError, first_of, tell
 from edgecl.progress import Progress
-from edgecl.storage.artifacts import write_bytes
 from edgecl.storage.reading import read_bytes
+from edgecl.storage.writing import write_bytes
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from edgecl.data.index import EXTENSIONS
 from edgecl.errors import ArtifactError, DataError, counted
-from edgecl.storage.artifacts import write_bytes
+from edgecl.storage.writing import write_bytes
 
 _VERSION = 2
 _BLOCK = 512

@@ -25,7 +25,7 @@ from torch import Tensor
 from edgecl.config.views import ViewSpec
 from edgecl.data.loading import Batch
 from edgecl.data.randomness import uniforms
-from edgecl.storage.artifacts import write_bytes
+from edgecl.storage.writing import write_bytes
 
 Floats = NDArray[np.float64]
 Rows = NDArray[np.int64]

@@ -12,7 +12,9 @@ from edgecl.errors import DeviceError
 from edgecl.onboard.bundle import choose_precision, read_manifest, sha256_of_file
 from edgecl.onboard.device_info import available_cores
 from edgecl.onboard.errors import OnboardError
-from edgecl.storage.artifacts import Bundle, record_header, write_json
+from edgecl.storage.directories import Bundle
+from edgecl.storage.raw_records import record_header
+from edgecl.storage.writing import write_json
 
 
 def bench(
@@ -90,7 +92,7 @@ def bench(
     record = {**header, **record, "command": header["command"], "onboard_command": record.get("command")}
     measured = list(dict.fromkeys(one["precision"] for one in record["measurements"]))
     if not set(measured) <= set(
-        manifest["precisions"]
+        manifest.precisions
     ):  # they become a file name, and a board is another's word
         raise DeviceError(
             f"the record is of {', '.join(measured)}, which the bundle does not hold", where=where

@@ -11,7 +11,7 @@ from edgecl.config.target import read_target
 from edgecl.deploy.process import error_from_onboard
 from edgecl.deploy.remote import run_on_board
 from edgecl.onboard.errors import OnboardError
-from edgecl.storage.artifacts import Bundle
+from edgecl.storage.directories import Bundle
 
 
 def doctor(

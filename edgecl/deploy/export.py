@@ -37,20 +37,13 @@ from edgecl.deploy.variants import (
 )
 from edgecl.deploy.verify import verify
 from edgecl.errors import DataError, ParityError, TargetError
-from edgecl.nets.carving import load_model
+from edgecl.nets.model_dir import load_model
 from edgecl.onboard import trtexec
 from edgecl.onboard.bundle import engine_name, onnx_name, sha256_of_file
 from edgecl.onboard.errors import OnboardError
-from edgecl.storage.artifacts import (
-    Bundle,
-    ModelDir,
-    new_directory,
-    read_record,
-    record_header,
-    refuse_existing,
-    write_bytes,
-    write_sealed,
-)
+from edgecl.storage.directories import Bundle, ModelDir
+from edgecl.storage.raw_records import read_record, record_header, write_sealed
+from edgecl.storage.writing import new_directory, refuse_existing, write_bytes
 
 Array = NDArray[numpy.float32]
 
@@ -102,7 +95,8 @@ def export(
     """
     chosen = read_target(target, precisions=precisions)
     refuse_existing(out, force=force, kind=Bundle.KIND)
-    net, record = load_model(model)
+    net, loaded = load_model(model)
+    record = loaded.to_json()
     uri = calibration or record["data"]
     if uri is None:
         raise DataError(

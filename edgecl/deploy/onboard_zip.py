@@ -8,7 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgecl.storage.artifacts import write_bytes
+from edgecl.storage.writing import write_bytes
 
 if TYPE_CHECKING:  # its place before Python 3.11 was another
     from importlib.resources.abc import Traversable

@@ -18,7 +18,7 @@ from torch import nn
 from edgecl.config.target import Graph
 from edgecl.deploy.graph import portable
 from edgecl.errors import ParityError
-from edgecl.storage.artifacts import MADE_BY
+from edgecl.storage.records import MADE_BY
 
 INPUT = "input"
 OUTPUT = "output"

@@ -17,11 +17,11 @@ from edgecl.config.target import Tolerance
 from edgecl.deploy.accuracy import cosines
 from edgecl.deploy.onnx import with_any_batch
 from edgecl.errors import ArtifactError, ParityError
-from edgecl.nets.carving import create_slimmable
+from edgecl.nets.build import create_slimmable
 from edgecl.nets.folding import fold_batch_norm
 from edgecl.onboard.verify import compare
-from edgecl.storage.artifacts import RunDir
 from edgecl.storage.checkpoint import read_sealed
+from edgecl.storage.directories import RunDir
 
 Array = NDArray[numpy.float32]
 Layers = dict[str, Array]
@@ -177,7 +177,7 @@ def slim_view_check(net: nn.Module, record: dict[str, Any], run: Path, images: T
             hint="name the run that `edgecl carve` read, and carve again if it went on since; "
             "a fine-tuned net has no slim view",
         )
-    recipe = recipe_from_tables(run_record["recipe"], source=str(run_dir.record_file))
+    recipe = recipe_from_tables(run_record.recipe, source=str(run_dir.record_file))
     slimmable = create_slimmable(recipe)
     slimmable.load_state_dict(checkpoint.net)
     slimmable.eval()

@@ -14,7 +14,9 @@ from edgecl.onboard import errors as onboard_errors
 from edgecl.onboard.bundle import choose_precision, read_manifest, sha256_of_file
 from edgecl.onboard.device_info import available_cores
 from edgecl.onboard.errors import OnboardError
-from edgecl.storage.artifacts import Bundle, record_header, write_json
+from edgecl.storage.directories import Bundle
+from edgecl.storage.raw_records import record_header
+from edgecl.storage.writing import write_json
 
 
 def verify(

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,12 +17,21 @@ from edgecl.evaluate.probe import load_feature_net, probe_net, summary
 from edgecl.evaluate.supervised import FinetuneConfig
 from edgecl.metrics.intervals import mean_interval
 from edgecl.nets.backbone import create_backbone
-from edgecl.nets.carving import recalibrate_on, write_model
-from edgecl.storage.artifacts import ModelDir, record_header
+from edgecl.nets.model_dir import write_model
+from edgecl.storage.directories import ModelDir
+from edgecl.storage.records import (
+    ComparedRow,
+    ComparisonRecord,
+    Difference,
+    ModelRecord,
+    ProbeRecord,
+    Scratch,
+)
+from edgecl.train.carve import recalibrate_on
 
 
 def write_random(
-    out: Path, record: dict[str, Any], labelled: Labelled, *, seed: int, force: bool = False
+    out: Path, record: ModelRecord, labelled: Labelled, *, seed: int, force: bool = False
 ) -> None:
     """Write the same net at random initialization as a model directory, its norms recalibrated like the carved net's.
 
@@ -35,22 +43,21 @@ def write_random(
         force: replace an earlier model directory.
     """
     torch.manual_seed(seed)
-    net = create_backbone(record["arch"], width=record["width"], stem_stride=record["stem_stride"])
-    preprocessing = record["preprocessing"]
-    recalibrate_on(net, labelled.train.images, preprocessing)
+    net = create_backbone(record.arch, width=record.width, stem_stride=record.stem_stride)
+    recalibrate_on(net, labelled.train.images, record.preprocessing)
     write_model(
         out,
         net,
-        arch=record["arch"],
-        width=record["width"],
-        stem_stride=record["stem_stride"],
+        arch=record.arch,
+        width=record.width,
+        stem_stride=record.stem_stride,
         classes=None,
-        preprocessing=preprocessing,
+        preprocessing=record.preprocessing,
         origin="random",
         made_from=None,
-        data=record["data"],
+        data=record.data,
         recalibrated=True,
-        recipe_name=record["recipe_name"],
+        recipe_name=record.recipe_name,
         force=force,
     )
 
@@ -66,8 +73,8 @@ def compare(
     scratch_lr: float,
     views: Views,
     seed: int,
-) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """Hold a pretrained net to its two baselines on the same label draws.
+) -> tuple[ComparisonRecord, dict[str, ProbeRecord]]:
+    """Compare a pretrained net with its two baselines on the same label draws.
 
     Args:
         pretrained: a model directory.
@@ -81,26 +88,28 @@ def compare(
         seed: of the from-scratch initializations.
 
     Returns:
-        the comparison record, and the probe of each model directory by name.
+        the comparison, and the probe of each model directory by name.
     """
-    rows, probes = [], {}
+    rows: list[ComparedRow] = []
+    probes: dict[str, ProbeRecord] = {}
     for name, path in (("pretrained", pretrained), ("random init", random)):
         net, record = load_feature_net(path)
-        result = probe_net(
+        found = probe_net(
             net,
             labelled,
-            preprocessing=record["preprocessing"],
+            preprocessing=record.preprocessing,
             labels_per_class=labels_per_class,
             draws=draws,
+            made_from=ModelDir(path).sha256,
         )
-        probes[name] = {**record_header("probe", made_from=ModelDir(path).sha256), **result}
+        probes[name] = found
         rows.append(
-            {
-                "name": name,
-                "few_label_top1": result["few_label_top1"],
-                "knn_top1": result["knn_top1"],
-                "linear_top1": result["linear_top1"],
-            }
+            ComparedRow(
+                name=name,
+                few_label_top1=found.few_label_top1,
+                knn_top1=found.knn_top1,
+                linear_top1=found.linear_top1,
+            )
         )
     rows += _trained_rows(
         pretrained,
@@ -112,17 +121,17 @@ def compare(
         views=views,
         seed=seed,
     )
-    draws_of = {row["name"]: row["few_label_top1"]["draws"] for row in rows}
-    comparison = {
-        **record_header("comparison", made_from=ModelDir(pretrained).sha256),
-        "labels_per_class": labels_per_class,
-        "draws": draws,
-        "n_test": len(labelled.test),
-        "data": labelled.train_from,
-        "test": labelled.test_from,
-        "scratch": {"steps": scratch_steps, "lr": scratch_lr, "seed": seed},
-        "rows": rows,
-        "differences": [
+    draws_of = {row.name: row.few_label_top1.draws for row in rows}
+    comparison = ComparisonRecord(
+        made_from=ModelDir(pretrained).sha256,
+        labels_per_class=labels_per_class,
+        draws=draws,
+        n_test=len(labelled.test),
+        data=labelled.train_from,
+        test=labelled.test_from,
+        scratch=Scratch(steps=scratch_steps, lr=scratch_lr, seed=seed),
+        rows=rows,
+        differences=[
             difference(a, b, draws_of[a], draws_of[b])
             for a, b in (
                 ("pretrained", "random init"),
@@ -130,7 +139,7 @@ def compare(
                 ("fine-tuned", "from scratch"),
             )
         ],
-    }
+    )
     return comparison, probes
 
 
@@ -144,7 +153,7 @@ def _trained_rows(
     lr: float,
     views: Views,
     seed: int,
-) -> list[dict[str, Any]]:
+) -> list[ComparedRow]:
     """Train on each draw of few labels, from the pretrained weights and from random ones, and return their rows."""
     starts = {"fine-tuned": pretrained, "from scratch": None}
     record = ModelDir(pretrained).read()
@@ -164,25 +173,18 @@ def _trained_rows(
     ]
     found = train_on_few(jobs, labelled.test)
     return [
-        {
-            "name": name,
-            "few_label_top1": {
-                **summary(list(islice(found, len(few)))),
-                "labels_per_class": labels_per_class,
-            },
-            "knn_top1": None,
-            "linear_top1": None,
-        }
+        ComparedRow(
+            name=name,
+            few_label_top1=summary(list(islice(found, len(few))), labels_per_class=labels_per_class),
+            knn_top1=None,
+            linear_top1=None,
+        )
         for name in starts
     ]
 
 
-def difference(a: str, b: str, of_a: Sequence[float], of_b: Sequence[float]) -> dict[str, Any]:
-    """Compare two methods draw by draw.
-
-    Returns:
-        {"a", "b", "mean", "ci95", "resolved"}: percentage points a - b; resolved when the interval leaves out zero.
-    """
+def difference(a: str, b: str, of_a: Sequence[float], of_b: Sequence[float]) -> Difference:
+    """Compare the accuracies of two methods draw by draw."""
     paired = [x - y for x, y in zip(of_a, of_b, strict=True)]
     low, high = mean_interval(paired)
-    return {"a": a, "b": b, "mean": mean(paired), "ci95": [low, high], "resolved": low > 0 or high < 0}
+    return Difference(a=a, b=b, mean=mean(paired), ci95=[low, high], resolved=low > 0 or high < 0)

@@ -18,8 +18,17 @@ from edgecl.config.recipe import Recipe
 from edgecl.errors import RecipeError
 from edgecl.nets.backbone import count_parameters, create_backbone, feature_count
 from edgecl.nets.heads import Projector
-from edgecl.storage.artifacts import ModelDir, record_header, write_json
+from edgecl.storage.directories import ModelDir
 from edgecl.storage.reading import reading
+from edgecl.storage.records import (
+    CostRecord,
+    NetCost,
+    PublishedCost,
+    RecipeCost,
+    RecipeTraining,
+    WidthCost,
+)
+from edgecl.storage.writing import write_record
 
 IMAGENET_IMAGES = 1_281_167
 
@@ -238,24 +247,23 @@ def _linears(features: int, recipe: Recipe) -> list[nn.Linear]:
     return [layer for layer in projector if isinstance(layer, nn.Linear)]
 
 
-def cost(model: Path) -> dict[str, Any]:
+def cost(model: Path) -> CostRecord:
     """Count the net of a model directory and write cost.json into it.
 
     Raises:
         ArtifactError: not a model directory.
     """
-    from edgecl.nets.carving import load_model
+    from edgecl.nets.model_dir import load_model
 
     net, record = load_model(model)
-    size = record["preprocessing"]["image_size"]
+    size = record.preprocessing.image_size
     with reading(ModelDir(model).record_file, AssertionError):  # a net may not take pictures of that size
         counted = _net_cost(net, (1, 3, size, size))
-    result = {**record_header("cost", made_from=ModelDir(model).sha256), **counted}
-    write_json(ModelDir(model).cost_file, result)
-    return result
+    result = CostRecord(made_from=ModelDir(model).sha256, **dict(counted))
+    return write_record(ModelDir(model).cost_file, result)
 
 
-def cost_of_recipe(recipe: Recipe, *, recipe_name: str, images: int | None = None) -> dict[str, Any]:
+def cost_of_recipe(recipe: Recipe, *, recipe_name: str, images: int | None = None) -> RecipeCost:
     """Count the slim nets of a recipe and price its training.
 
     Args:
@@ -263,9 +271,6 @@ def cost_of_recipe(recipe: Recipe, *, recipe_name: str, images: int | None = Non
         recipe_name: for errors.
         images: images per epoch; None counts those of the recipe's own data URI, or takes ImageNet-1K's number
             for a recipe that names none.
-
-    Returns:
-        the widest slim net as `cost` counts a net; "training"; and under "widths" every slim width, widest first.
 
     Raises:
         RecipeError: fewer images than a batch.
@@ -291,36 +296,36 @@ def cost_of_recipe(recipe: Recipe, *, recipe_name: str, images: int | None = Non
         recipe.slim.width: priced.units[widest],
         **{other.width: other.units for other in priced.others},
     }
-    return {
-        **nets[recipe.slim.width],
-        "widths": [
-            {
-                "width": width,
-                "macs": net["macs"],
-                "params": net["params"],
-                "forward_flops": 2 * (net["macs"] + net["elementwise"]),
-                "forward_passes": passes[width],
-            }
+    return RecipeCost(
+        **dict(nets[recipe.slim.width]),
+        widths=[
+            WidthCost(
+                width=width,
+                macs=net.macs,
+                params=net.params,
+                forward_flops=2 * (net.macs + net.elementwise),
+                forward_passes=passes[width],
+            )
             for width, net in nets.items()
         ],
-        "training": {
-            "arm": recipe.arm,
-            "forward_units": round(priced.forward_units, 4),
-            "flops_per_image": round(priced.flops_per_image),
-            "total_flops": float(priced.total_flops),
-            "further_widths_flops_per_image": round(priced.others_flops_per_image),
-            "further_widths_total_flops": float(priced.others_flops_per_image * images * priced.epochs),
-            "local_views_flops_per_image": round(priced.local_flops_per_image),
-            "coding_rate_flops_per_image": round(priced.rate_flops),
-            "coding_rate_total_flops": float(priced.rate_flops * priced.rate_share * images * priced.epochs),
-            "images": images,
-            "epochs": priced.epochs,
-            "host_forward_flops": priced.host_flops,
-            "slim_forward_flops": priced.slim_flops,
-            "projector_flops_per_image": round(priced.projector_flops),
-            "projector_total_flops": float(priced.projector_flops * images * priced.epochs),
-        },
-    }
+        training=RecipeTraining(
+            arm=recipe.arm,
+            forward_units=round(priced.forward_units, 4),
+            flops_per_image=round(priced.flops_per_image),
+            total_flops=float(priced.total_flops),
+            further_widths_flops_per_image=round(priced.others_flops_per_image),
+            further_widths_total_flops=float(priced.others_flops_per_image * images * priced.epochs),
+            local_views_flops_per_image=round(priced.local_flops_per_image),
+            coding_rate_flops_per_image=round(priced.rate_flops),
+            coding_rate_total_flops=float(priced.rate_flops * priced.rate_share * images * priced.epochs),
+            images=images,
+            epochs=priced.epochs,
+            host_forward_flops=priced.host_flops,
+            slim_forward_flops=priced.slim_flops,
+            projector_flops_per_image=round(priced.projector_flops),
+            projector_total_flops=float(priced.projector_flops * images * priced.epochs),
+        ),
+    )
 
 
 def _images_of(recipe: Recipe) -> int:
@@ -332,17 +337,17 @@ def _images_of(recipe: Recipe) -> int:
     return min(found, recipe.data.limit or found)
 
 
-def _net_cost(net: nn.Module, shape: tuple[int, ...]) -> dict[str, Any]:
+def _net_cost(net: nn.Module, shape: tuple[int, ...]) -> NetCost:
     counted = forward_cost(net, shape)
-    return {
-        "macs": counted.macs,
-        "flops": 2 * counted.macs,
-        "params": count_parameters(net),
-        "input": list(shape),
-        "by_operator": counted.by_operator,
-        "elementwise": counted.elementwise,
-        "uncounted": counted.uncounted,
-    }
+    return NetCost(
+        macs=counted.macs,
+        flops=2 * counted.macs,
+        params=count_parameters(net),
+        input=list(shape),
+        by_operator=counted.by_operator,
+        elementwise=counted.elementwise,
+        uncounted=counted.uncounted,
+    )
 
 
 @dataclass(frozen=True)
@@ -398,13 +403,8 @@ PUBLISHED = (
 )
 
 
-def cost_table() -> list[dict[str, Any]]:
-    """Price every row of the paper's training-cost column by one rule, ImageNet-1K at 224 pixels.
-
-    Returns:
-        a list of {"method", "arch", "teacher", "epochs", "total_flops", "printed_flops", "difference", "note"};
-        difference is ours over the printed number, minus one.
-    """
+def cost_table() -> list[PublishedCost]:
+    """Price every row of the paper's training-cost column by one rule, ImageNet-1K at 224 pixels."""
     shape = (1, 3, 224, 224)
     flops: dict[tuple[str, float], int] = {}
 
@@ -423,15 +423,15 @@ def cost_table() -> list[dict[str, Any]]:
         total = float(per_image * IMAGENET_IMAGES)
         printed = row.printed_e17 * 1e17
         rows.append(
-            {
-                "method": row.method,
-                "arch": row.arch,
-                "teacher": row.teacher,
-                "epochs": row.epochs,
-                "total_flops": total,
-                "printed_flops": printed,
-                "difference": total / printed - 1,
-                "note": row.note,
-            }
+            PublishedCost(
+                method=row.method,
+                arch=row.arch,
+                teacher=row.teacher,
+                epochs=row.epochs,
+                total_flops=total,
+                printed_flops=printed,
+                difference=total / printed - 1,
+                note=row.note,
+            )
         )
     return rows

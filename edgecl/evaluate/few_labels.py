@@ -20,8 +20,9 @@ from edgecl.config.views import Views
 from edgecl.errors import ProcessError
 from edgecl.evaluate.labelled import Part
 from edgecl.evaluate.supervised import FinetuneConfig, classifier_top1, train_classifier
-from edgecl.nets.carving import create_blank, load_backbone, load_model
+from edgecl.nets.model_dir import create_blank, load_backbone, load_model
 from edgecl.progress import Progress
+from edgecl.storage.records import ModelRecord
 
 # Each takes some 500 MB for its libraries, whatever the net.
 MAX_PROCESSES = 4
@@ -33,7 +34,7 @@ class FewLabels:
 
     Attributes:
         start: the model directory whose weights it starts with; None for random ones.
-        record: model.json of the net.
+        record: of the net.
         classes: names by label.
         images: (N, 3, H, W) uint8. NumPy's, since tensors would travel through /dev/shm, which containers keep small.
         labels: (N,) int64.
@@ -43,7 +44,7 @@ class FewLabels:
     """
 
     start: Path | None
-    record: dict[str, Any]
+    record: ModelRecord
     classes: tuple[str, ...]
     images: NDArray[numpy.uint8]
     labels: NDArray[numpy.int64]
@@ -75,7 +76,7 @@ def train_on_few(jobs: Sequence[FewLabels], test: Part) -> Iterator[float]:
             stack.callback(_end, pool)
             trained = pool.map(_train, jobs)
         for job in jobs:
-            net = create_blank({**job.record, "classes": list(job.classes)})
+            net = create_blank(job.record, classes=len(job.classes))
             try:
                 weights = next(trained)
             except BrokenProcessPool:
@@ -85,7 +86,7 @@ def train_on_few(jobs: Sequence[FewLabels], test: Part) -> Iterator[float]:
                 ) from None
             net.load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()})
             progress.advance()
-            yield classifier_top1(net, test, job.record["preprocessing"])
+            yield classifier_top1(net, test, job.record.preprocessing)
 
 
 def _begin_worker(threads: int) -> None:
@@ -105,7 +106,7 @@ def _end(pool: ProcessPoolExecutor) -> None:
 def _train(job: FewLabels) -> dict[str, NDArray[Any]]:
     """Train one net and return its weights by name."""
     torch.manual_seed(job.settings.seed)
-    net = create_blank({**job.record, "classes": list(job.classes)})
+    net = create_blank(job.record, classes=len(job.classes))
     if job.start is not None:
         load_backbone(net, load_model(job.start)[0])
     train_classifier(
@@ -113,7 +114,7 @@ def _train(job: FewLabels) -> dict[str, NDArray[Any]]:
         Part(torch.from_numpy(job.images), torch.from_numpy(job.labels)),
         steps=job.steps,
         settings=job.settings,
-        preprocessing=job.record["preprocessing"],
+        preprocessing=job.record.preprocessing,
         views=job.views,
     )
     return {name: value.numpy() for name, value in net.state_dict().items()}

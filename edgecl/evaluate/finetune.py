@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -12,7 +12,7 @@ from torch import nn
 from edgecl.config.settings import override, validate
 from edgecl.data.loading import normalize
 from edgecl.data.sources import absolute_uri
-from edgecl.errors import ArtifactError, DataError, RecipeError
+from edgecl.errors import ArtifactError, DataError, RecipeError, first_of
 from edgecl.evaluate.labelled import Labelled, Part, read_labelled
 from edgecl.evaluate.supervised import (
     FinetuneConfig,
@@ -21,9 +21,11 @@ from edgecl.evaluate.supervised import (
     train_classifier,
 )
 from edgecl.metrics.intervals import proportion_interval
-from edgecl.nets.carving import create_blank, load_backbone, load_model, write_model
 from edgecl.nets.fake_quant import learning_scales, quantize_net
-from edgecl.storage.artifacts import ModelDir, record_header, refuse_existing, refuse_own_input, write_json
+from edgecl.nets.model_dir import create_blank, load_backbone, load_model, write_model
+from edgecl.storage.directories import ModelDir
+from edgecl.storage.records import EvaluationRecord, FinetunedModel, ModelRecord, Preprocessing, Quantization
+from edgecl.storage.writing import refuse_existing, refuse_own_input, write_record
 
 DEFAULT_EPOCHS = 20
 DEFAULT_QUANTIZED_EPOCHS = 3
@@ -42,7 +44,7 @@ def finetune(
     assignments: list[str] | None = None,
     force: bool = False,
     download: bool = False,
-) -> dict[str, Any]:
+) -> FinetunedModel:
     """Add a classifier to a model directory's net, train both, and write a new model directory.
 
     With `quantize` the net is trained as the int8 net it will be: batch norms folded, everything a convolution reads
@@ -61,7 +63,7 @@ def finetune(
         download: let torchvision fetch what is not on the disk.
 
     Returns:
-        the record in model.json, with the accuracy under "evaluation".
+        the records in model.json and, as `evaluation`, in evaluation.json.
 
     Raises:
         ArtifactError: not a model directory, a net that is quantized already, or the output exists.
@@ -81,104 +83,112 @@ def finetune(
     refuse_own_input(out, model)
     refuse_existing(out, force=force, kind=ModelDir.KIND)
     net, record = load_model(model)
-    if record.get("quantization"):
+    if record.quantization:
         raise ArtifactError(
             "this net is quantized already",
             where={"model": model},
             hint="start from the float net that it was made from",
         )
-    preprocessing = record["preprocessing"]
-    labelled = read_labelled(data, test=test, preprocessing=preprocessing, download=download)
+    labelled = read_labelled(data, test=test, preprocessing=record.preprocessing, download=download)
     torch.manual_seed(settings.seed)
-    quantized: dict[str, Any] = {}
-    if isinstance(settings, QuantizedFinetuneConfig):
-        epochs = epochs or DEFAULT_QUANTIZED_EPOCHS
-        if not record["classes"]:
-            plain = FinetuneConfig(seed=settings.seed, device=settings.device)
-            net = _with_classifier(net, record, labelled, epochs=DEFAULT_EPOCHS, settings=plain)
-        elif record["classes"] != list(labelled.classes):
-            raise DataError(
-                f"the net tells other classes apart: {_few(record['classes'])} against {_few(labelled.classes)}",
-                where={"model": model, "data": data},
-                hint="fine-tune to these classes without --quantize first",
-            )
-        net, quantized = _quantized(net, labelled, preprocessing, epochs=epochs, settings=settings)
-    else:
-        epochs = epochs or DEFAULT_EPOCHS
-        net = _with_classifier(net, record, labelled, epochs=epochs, settings=settings)
-    top1 = classifier_top1(net, labelled.test, preprocessing)
+    trained = (
+        _train_quantized(net, record, labelled, epochs=epochs, settings=settings, model=model, data=data)
+        if isinstance(settings, QuantizedFinetuneConfig)
+        else _train_float(net, record, labelled, epochs=epochs, settings=settings)
+    )
     written = write_model(
         out,
-        net,
-        arch=record["arch"],
-        width=record["width"],
-        stem_stride=record["stem_stride"],
+        trained.net,
+        arch=record.arch,
+        width=record.width,
+        stem_stride=record.stem_stride,
         classes=list(labelled.classes),
-        preprocessing=preprocessing,
+        preprocessing=record.preprocessing,
         origin="finetuned",
         made_from=ModelDir(model).sha256,
         data=absolute_uri(data),
-        recipe_name=record["recipe_name"],
-        arm=record["arm"],
-        quantization=quantized.pop("quantization", None),
+        recipe_name=record.recipe_name,
+        arm=record.arm,
+        quantization=trained.quantization,
         force=force,
     )
-    evaluation = {
-        **record_header("evaluation", made_from=ModelDir(out).sha256),
-        "top1": top1,
-        "top1_ci95": list(proportion_interval(top1, len(labelled.test))),
-        **quantized,
-        "n_test": len(labelled.test),
-        "n_train": len(labelled.train),
-        "data": labelled.train_from,
-        "test": labelled.test_from,
-        "test_uri": absolute_uri(test) if test else None,
-        "epochs": epochs,
-        "settings": settings.model_dump(mode="json"),
-    }
-    write_json(ModelDir(out).evaluation_file, evaluation)
-    return {**written, "evaluation": evaluation}
+    evaluation = _evaluation(
+        trained,
+        record.preprocessing,
+        labelled,
+        settings=settings,
+        test=test,
+        made_from=ModelDir(out).sha256,
+    )
+    write_record(ModelDir(out).evaluation_file, evaluation)
+    return FinetunedModel(**dict(written), evaluation=evaluation)
 
 
-def _with_classifier(
-    pretrained: nn.Module,
-    record: dict[str, Any],
-    labelled: Labelled,
-    *,
-    epochs: int,
-    settings: FinetuneConfig,
-) -> nn.Module:
-    """Return the net with a new classifier, both trained."""
-    net = create_blank({**record, "classes": list(labelled.classes)})
-    load_backbone(net, pretrained)
+@dataclass(frozen=True)
+class _Trained:
+    """A fine-tuned net.
+
+    Attributes:
+        net: with its classifier.
+        epochs: passes over the data.
+        quantization: of a net trained for INT8.
+        before: of such a net, its accuracy in float and calibrated, before it was trained so, percent.
+    """
+
+    net: nn.Module
+    epochs: int
+    quantization: Quantization | None = None
+    before: tuple[float, float] | None = None
+
+
+def _train_float(
+    net: nn.Module, record: ModelRecord, labelled: Labelled, *, epochs: int | None, settings: FinetuneConfig
+) -> _Trained:
+    """Give the net a new classifier and train both."""
+    epochs = epochs or DEFAULT_EPOCHS
+    classifier = create_blank(record, classes=len(labelled.classes))
+    load_backbone(classifier, net)
     train_classifier(
-        net,
+        classifier,
         labelled.train,
         steps=_steps(epochs, labelled.train, settings),
         settings=settings,
-        preprocessing=record["preprocessing"],
+        preprocessing=record.preprocessing,
         what="finetune",
     )
-    return net
+    return _Trained(classifier, epochs)
 
 
-def _quantized(
+def _train_quantized(
     net: nn.Module,
+    record: ModelRecord,
     labelled: Labelled,
-    preprocessing: dict[str, Any],
     *,
-    epochs: int,
+    epochs: int | None,
     settings: QuantizedFinetuneConfig,
-) -> tuple[nn.Module, dict[str, Any]]:
-    """Return the net quantized and trained on, and what the records say of it."""
+    model: Path,
+    data: str,
+) -> _Trained:
+    """Quantize a classifier, which a net without one gets first, and train it so."""
+    epochs = epochs or DEFAULT_QUANTIZED_EPOCHS
+    if not record.classes:
+        plain = FinetuneConfig(seed=settings.seed, device=settings.device)
+        net = _train_float(net, record, labelled, epochs=None, settings=plain).net
+    elif record.classes != list(labelled.classes):
+        raise DataError(
+            f"the net tells other classes apart: {first_of(record.classes)} against {first_of(labelled.classes)}",
+            where={"model": model, "data": data},
+            hint="fine-tune to these classes without --quantize first",
+        )
+    preprocessing = record.preprocessing
     images = labelled.train.images[:: max(1, len(labelled.train) // CALIBRATION_IMAGES)][:CALIBRATION_IMAGES]
     quantized, kept = quantize_net(
-        net, normalize(images, preprocessing["mean"], preprocessing["std"]), keep=settings.keep
+        net, normalize(images, preprocessing.mean, preprocessing.std), keep=settings.keep
     )
-    before = {
-        "float": classifier_top1(net, labelled.test, preprocessing),
-        "calibrated": classifier_top1(quantized, labelled.test, preprocessing),
-    }
+    before = (
+        classifier_top1(net, labelled.test, preprocessing),
+        classifier_top1(quantized, labelled.test, preprocessing),
+    )
     with learning_scales(quantized) if settings.learn_scales else contextlib.nullcontext():
         train_classifier(
             quantized,
@@ -188,19 +198,40 @@ def _quantized(
             preprocessing=preprocessing,
             what="finetune int8",
         )
-    return quantized, {
-        "quantization": {"precision": "int8", "keep": kept, "learnt": settings.learn_scales},
-        **{f"{state}_top1": top1 for state, top1 in before.items()},
-        **{
-            f"{state}_top1_ci95": list(proportion_interval(top1, len(labelled.test)))
-            for state, top1 in before.items()
-        },
-    }
+    return _Trained(quantized, epochs, Quantization(keep=kept, learnt=settings.learn_scales), before)
+
+
+def _evaluation(
+    trained: _Trained,
+    preprocessing: Preprocessing,
+    labelled: Labelled,
+    *,
+    settings: FinetuneConfig,
+    test: str | None,
+    made_from: str,
+) -> EvaluationRecord:
+    def interval(top1: float) -> list[float]:
+        return list(proportion_interval(top1, len(labelled.test)))
+
+    top1 = classifier_top1(trained.net, labelled.test, preprocessing)
+    in_float, calibrated = trained.before or (None, None)
+    return EvaluationRecord(
+        made_from=made_from,
+        top1=top1,
+        top1_ci95=interval(top1),
+        float_top1=in_float,
+        float_top1_ci95=None if in_float is None else interval(in_float),
+        calibrated_top1=calibrated,
+        calibrated_top1_ci95=None if calibrated is None else interval(calibrated),
+        n_test=len(labelled.test),
+        n_train=len(labelled.train),
+        data=labelled.train_from,
+        test=labelled.test_from,
+        test_uri=absolute_uri(test) if test else None,
+        epochs=trained.epochs,
+        settings=settings.model_dump(mode="json"),
+    )
 
 
 def _steps(epochs: int, part: Part, settings: FinetuneConfig) -> int:
     return epochs * max(1, len(part) // min(settings.batch_size, len(part)))
-
-
-def _few(names: list[str] | tuple[str, ...]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy
 import torch
@@ -14,7 +13,8 @@ from edgecl.data.randomness import permutation
 from edgecl.data.source import ImageSource, Split
 from edgecl.data.sources import has_test_split, open_source
 from edgecl.data.unreadable import say_skipped
-from edgecl.errors import DataError
+from edgecl.errors import DataError, first_of
+from edgecl.storage.records import Preprocessing
 
 HOLDOUT = 0.2
 
@@ -62,7 +62,7 @@ def read_labelled(
     data: str,
     *,
     test: str | None,
-    preprocessing: dict[str, Any],
+    preprocessing: Preprocessing,
     max_bad_fraction: float = 0.01,
     limit: int | None = None,
     download: bool = False,
@@ -72,7 +72,7 @@ def read_labelled(
     Args:
         data: a data URI with labels.
         test: a data URI for the held-out part; its classes must be those of `data`.
-        preprocessing: of the net, as in model.json.
+        preprocessing: of the net.
         max_bad_fraction: unreadable images skipped before it is an error.
         limit: use only so many of the images to learn from, an even choice per class.
         download: let torchvision fetch what is not on the disk.
@@ -85,8 +85,8 @@ def read_labelled(
     def load(source: ImageSource, limit: int | None = None) -> Part:
         loaded = load_eval_images(
             source,
-            resize_size=preprocessing["resize_size"],
-            image_size=preprocessing["image_size"],
+            resize_size=preprocessing.resize_size,
+            image_size=preprocessing.image_size,
             max_bad_fraction=max_bad_fraction,
             limit=limit,
         )
@@ -143,8 +143,9 @@ def _open_test(test: str, source: ImageSource, *, download: bool) -> ImageSource
     split: Split = "test" if has_test_split(test) else "train"
     held_out = _with_labels(open_source(test, split=split, download=download))
     if held_out.classes != source.classes:
+        theirs, ours = (first_of(one.classes or ()) for one in (held_out, source))
         raise DataError(
-            f"the test images have other classes: {_list(held_out.classes)} against {_list(source.classes)}",
+            f"the test images have other classes: {theirs} against {ours}",
             where={"data": source.uri, "test": test},
             hint="class folders must have the same names on both sides",
         )
@@ -171,11 +172,6 @@ def _limit(part: Part, limit: int | None) -> Part:
     if limit is None or limit >= len(part):
         return part
     return part.take(torch.from_numpy(choose_images(part.labels.numpy(), len(part), limit)))
-
-
-def _list(classes: tuple[str, ...] | None) -> str:
-    names = list(classes or ())
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def draw_few(labels: Tensor, *, per_class: int, draw: int) -> Tensor:

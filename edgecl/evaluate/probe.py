@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -17,9 +16,11 @@ from edgecl.metrics.collapse import extract_features, knn_top1
 from edgecl.metrics.intervals import mean_interval, proportion_interval
 from edgecl.metrics.linear import fit_linear
 from edgecl.nets.backbone import count_parameters
-from edgecl.nets.carving import create_blank, load_model
+from edgecl.nets.model_dir import create_blank, load_model
 from edgecl.progress import Progress
-from edgecl.storage.artifacts import ModelDir, record_header, write_json
+from edgecl.storage.directories import ModelDir
+from edgecl.storage.records import FewLabelAccuracy, ModelRecord, Preprocessing, ProbedNet, ProbeRecord
+from edgecl.storage.writing import write_record
 
 DEFAULT_LABELS_PER_CLASS = 10
 
@@ -32,7 +33,7 @@ def probe(
     labels_per_class: int | None = None,
     seeds: int = 3,
     download: bool = False,
-) -> dict[str, Any]:
+) -> ProbeRecord:
     """Evaluate the features of a model directory and write probe.json into it.
 
     Args:
@@ -64,27 +65,27 @@ def probe_all(
     labels_per_class: int | None = None,
     seeds: int = 3,
     download: bool = False,
-) -> list[dict[str, Any]]:
+) -> list[ProbeRecord]:
     """Evaluate several model directories on the same images and label draws; arguments and errors as for probe.
 
     Returns:
         the record of each, in the order given.
     """
     labelled: Labelled | None = None
-    preprocessing: dict[str, Any] = {}
+    preprocessing: Preprocessing | None = None
     results = []
     for model in models:
         net, record = load_feature_net(model)
         # Nets of one run see the same pixels; others may need another size.
-        if labelled is None or record["preprocessing"] != preprocessing:
-            preprocessing = record["preprocessing"]
+        if labelled is None or record.preprocessing != preprocessing:
+            preprocessing = record.preprocessing
             labelled = read_labelled(data, test=test, preprocessing=preprocessing, download=download)
         results.append(
             write_probe(
                 model,
                 net,
                 labelled,
-                preprocessing=preprocessing,
+                preprocessing=record.preprocessing,
                 labels_per_class=labels_per_class or DEFAULT_LABELS_PER_CLASS,
                 draws=seeds,
             )
@@ -92,7 +93,7 @@ def probe_all(
     return results
 
 
-def side_by_side(models: Sequence[Path], records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def side_by_side(models: Sequence[Path], records: Sequence[ProbeRecord]) -> list[ProbedNet]:
     """Set the probes of several nets beside what each net costs.
 
     Args:
@@ -100,45 +101,56 @@ def side_by_side(models: Sequence[Path], records: Sequence[dict[str, Any]]) -> l
         records: what probe_all returned for them.
 
     Returns:
-        {"model", "width", "params", "macs", "made_from", "probe"} of each, the smallest net first.
+        the nets, the smallest first.
     """
     rows = []
     for model, record in zip(models, records, strict=True):
         net, about = load_feature_net(model)
-        size = about["preprocessing"]["image_size"]
+        size = about.preprocessing.image_size
         rows.append(
-            {
-                "model": str(model),
-                "width": about["width"],
-                "params": count_parameters(net),
-                "macs": forward_cost(net, (1, 3, size, size)).macs,
-                "made_from": about["made_from"],
-                "probe": record,
-            }
+            ProbedNet(
+                model=str(model),
+                width=about.width,
+                params=count_parameters(net),
+                macs=forward_cost(net, (1, 3, size, size)).macs,
+                made_from=about.made_from,
+                probe=record,
+            )
         )
-    return sorted(rows, key=lambda row: row["macs"])
+    return sorted(rows, key=lambda row: row.macs)
 
 
-def write_probe(model: Path, net: nn.Module, labelled: Labelled, **settings: Any) -> dict[str, Any]:
+def write_probe(
+    model: Path,
+    net: nn.Module,
+    labelled: Labelled,
+    *,
+    preprocessing: Preprocessing,
+    labels_per_class: int,
+    draws: int,
+) -> ProbeRecord:
     """Evaluate a model directory's net, arguments as for probe_net, and write probe.json into it."""
-    result = {
-        **record_header("probe", made_from=ModelDir(model).sha256),
-        **probe_net(net, labelled, **settings),
-    }
-    write_json(ModelDir(model).probe_file, result)
-    return result
+    record = probe_net(
+        net,
+        labelled,
+        preprocessing=preprocessing,
+        labels_per_class=labels_per_class,
+        draws=draws,
+        made_from=ModelDir(model).sha256,
+    )
+    return write_record(ModelDir(model).probe_file, record)
 
 
-def load_feature_net(model: Path) -> tuple[nn.Module, dict[str, Any]]:
+def load_feature_net(model: Path) -> tuple[nn.Module, ModelRecord]:
     """Rebuild a model directory's net without its classifier.
 
     Raises:
         ArtifactError: not a model directory.
     """
     net, record = load_model(model)
-    if not record["classes"]:
+    if not record.classes:
         return net, record
-    backbone = create_blank({**record, "classes": None})
+    backbone = create_blank(record, classes=0)
     unexpected = backbone.load_state_dict(net.state_dict(), strict=False)
     if unexpected.missing_keys:
         raise ArtifactError(f"the weights lack '{unexpected.missing_keys[0]}'", where={"model": model})
@@ -146,20 +158,27 @@ def load_feature_net(model: Path) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def probe_net(
-    net: nn.Module, labelled: Labelled, *, preprocessing: dict[str, Any], labels_per_class: int, draws: int
-) -> dict[str, Any]:
+    net: nn.Module,
+    labelled: Labelled,
+    *,
+    preprocessing: Preprocessing,
+    labels_per_class: int,
+    draws: int,
+    made_from: str | None,
+) -> ProbeRecord:
     """Evaluate the features of a net.
 
     Args:
         net: (N, 3, H, W) -> (N, F).
         labelled: images to learn from and held-out images.
-        preprocessing: of the net, as in model.json.
+        preprocessing: of the net.
         labels_per_class: labels of the few-label probe.
         draws: how often the few labels are drawn.
+        made_from: for the record, the hash of the net's.
     """
 
     def prepare(images: Tensor) -> Tensor:
-        return normalize(images, preprocessing["mean"], preprocessing["std"])
+        return normalize(images, preprocessing.mean, preprocessing.std)
 
     train, test = labelled.train, labelled.test
     classes = len(labelled.classes)
@@ -179,27 +198,29 @@ def probe_net(
             fitted = fit_linear(train_features[chosen], train.labels[chosen], classes=classes)
             few.append(fitted.top1(test_features, test.labels))
             progress.advance(note=f"few-label draw {draw + 1}")
-    return {
-        "knn_top1": knn,
-        "knn_ci95": list(proportion_interval(knn, len(test))),
-        "linear_top1": linear,
-        "linear_ci95": list(proportion_interval(linear, len(test))),
-        "few_label_top1": {**summary(few), "labels_per_class": labels_per_class},
-        "n_test": len(test),
-        "n_train": len(train),
-        "classes": classes,
-        "data": labelled.train_from,
-        "test": labelled.test_from,
-    }
+    return ProbeRecord(
+        made_from=made_from,
+        knn_top1=knn,
+        knn_ci95=list(proportion_interval(knn, len(test))),
+        linear_top1=linear,
+        linear_ci95=list(proportion_interval(linear, len(test))),
+        few_label_top1=summary(few, labels_per_class=labels_per_class),
+        n_test=len(test),
+        n_train=len(train),
+        classes=classes,
+        data=labelled.train_from,
+        test=labelled.test_from,
+    )
 
 
-def summary(draws: Sequence[float]) -> dict[str, Any]:
+def summary(draws: Sequence[float], *, labels_per_class: int) -> FewLabelAccuracy:
     """Return mean, standard deviation and 95 % interval of accuracies over label draws; one draw has no interval."""
     several = len(draws) > 1
-    return {
-        "mean": mean(draws),
-        "std": stdev(draws) if several else 0.0,
+    return FewLabelAccuracy(
+        mean=mean(draws),
+        std=stdev(draws) if several else 0.0,
         # An accuracy ends at 0 and 100, whatever two or three draws suggest.
-        "ci95": [min(max(end, 0.0), 100.0) for end in mean_interval(draws)] if several else None,
-        "draws": list(draws),
-    }
+        ci95=[min(max(end, 0.0), 100.0) for end in mean_interval(draws)] if several else None,
+        draws=list(draws),
+        labels_per_class=labels_per_class,
+    )

@@ -19,6 +19,7 @@ from edgecl.errors import DeviceError, NonFiniteError
 from edgecl.evaluate.labelled import Part
 from edgecl.nets.small_maps import small_maps_sped_up
 from edgecl.progress import Progress
+from edgecl.storage.records import Preprocessing
 from edgecl.train.allocator import keep_freed_memory
 
 
@@ -73,7 +74,7 @@ def train_classifier(
     *,
     steps: int,
     settings: FinetuneConfig,
-    preprocessing: dict[str, Any],
+    preprocessing: Preprocessing,
     what: str | None = None,
     views: Views | None = None,
 ) -> None:
@@ -84,7 +85,7 @@ def train_classifier(
         part: labelled images, prepared to the net's size.
         steps: optimizer steps.
         settings: how.
-        preprocessing: of the net, as in model.json.
+        preprocessing: of the net.
         what: for the progress bar; without, none is shown.
         views: how the images are varied, in place of the settings' own.
 
@@ -149,9 +150,9 @@ def train_classifier(
     net.eval().to("cpu").to(memory_format=torch.contiguous_format)
 
 
-def _standardize(images: Tensor, preprocessing: dict[str, Any]) -> Tensor:
-    mean = torch.tensor(preprocessing["mean"], device=images.device).view(1, 3, 1, 1)
-    std = torch.tensor(preprocessing["std"], device=images.device).view(1, 3, 1, 1)
+def _standardize(images: Tensor, preprocessing: Preprocessing) -> Tensor:
+    mean = torch.tensor(preprocessing.mean, device=images.device).view(1, 3, 1, 1)
+    std = torch.tensor(preprocessing.std, device=images.device).view(1, 3, 1, 1)
     return (images - mean) / std
 
 
@@ -172,12 +173,12 @@ def _create_optimizer(net: nn.Module, settings: FinetuneConfig) -> torch.optim.O
 
 
 @torch.no_grad()
-def classifier_top1(net: nn.Module, part: Part, preprocessing: dict[str, Any]) -> float:
+def classifier_top1(net: nn.Module, part: Part, preprocessing: Preprocessing) -> float:
     """Return the accuracy of a classifier in evaluation mode, percent."""
     net.eval()
     correct = 0
     for images, labels in zip(part.images.split(256), part.labels.split(256), strict=True):
-        logits = net(normalize(images, preprocessing["mean"], preprocessing["std"]))
+        logits = net(normalize(images, preprocessing.mean, preprocessing.std))
         correct += int((logits.argmax(1) == labels).sum())
     return 100 * correct / len(part)
 

@@ -16,18 +16,9 @@ from edgecl.errors import ArtifactError, counted, printable
 from edgecl.onboard import bundle as bundle_names
 from edgecl.onboard.bundle import sha256_of_file
 from edgecl.reports.notation import finite
-from edgecl.storage.artifacts import (
-    KINDS,
-    Bundle,
-    ModelDir,
-    PipelineDir,
-    RunDir,
-    check_seal,
-    kind_of,
-    read_record,
-    read_side_record,
-)
-from edgecl.storage.reading import METRICS_BYTES, RECORD_BYTES, parse_json, read_bytes
+from edgecl.storage.directories import Bundle, ModelDir, PipelineDir, RunDir
+from edgecl.storage.raw_records import check_seal, read_record, read_side_record
+from edgecl.storage.reading import METRICS_BYTES, RECORD_BYTES, RECORD_FILES, kind_of, parse_json, read_bytes
 
 Record = dict[str, Any]
 
@@ -142,7 +133,7 @@ def _not_ours(path: Path) -> str:
         return f"there is no directory '{path}'"
     if not path.is_dir():
         return f"'{path}' is a file, not a directory"
-    names = ", ".join(kind.RECORD for kind in KINDS if kind.KIND != "report")
+    names = ", ".join(name for kind, name in RECORD_FILES.items() if kind != "report")
     return f"'{path}' is not a directory edgecl wrote: it has none of {names}"
 
 

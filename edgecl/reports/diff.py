@@ -12,8 +12,9 @@ from edgecl.reports.collect import collect
 from edgecl.reports.report import report_record
 from edgecl.reports.rows import Row, row_label
 from edgecl.reports.rules import METRICS, Metric, Rule, change_percent
-from edgecl.storage.artifacts import ReportDir, kind_of, read_record, record_header
-from edgecl.storage.reading import read_json
+from edgecl.storage.directories import ReportDir
+from edgecl.storage.raw_records import read_record, record_header
+from edgecl.storage.reading import kind_of, read_json
 
 # What a net and its file are called, and under which conditions a latency was measured.
 _NET = ("arch", "width", "origin", "target", "precision")

@@ -19,18 +19,12 @@ from edgecl.reports.precisions import bundle_record
 from edgecl.reports.rows import ORIGINS, rows_of
 from edgecl.reports.sentences import decision_of, plateaus_in_words, warnings_of
 from edgecl.reports.text import markdown
-from edgecl.storage.artifacts import (
-    RECORDS,
-    ReportDir,
-    new_directory,
-    record_header,
-    refuse_existing,
-    write_bytes,
-    write_json,
-)
-from edgecl.storage.reading import reading
+from edgecl.storage.directories import ReportDir
+from edgecl.storage.raw_records import record_header
+from edgecl.storage.reading import RECORD_FILES, reading
+from edgecl.storage.writing import new_directory, refuse_existing, write_bytes, write_json
 
-_RECORD_FILES = {**RECORDS, "comparison": "comparison.json"}
+_RECORD_FILES = {**RECORD_FILES, "comparison": "comparison.json"}
 # Logged of every method; what else a method logs, it says itself, in the panels of its run.
 _STEP_KEYS = (
     "loss",

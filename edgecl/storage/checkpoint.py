@@ -21,8 +21,10 @@ from torch import Tensor
 
 from edgecl.errors import ArtifactError, first_line, tell
 from edgecl.onboard.bundle import sha256_of_file
-from edgecl.storage.artifacts import SCHEMA, RunDir, disk_errors, flush, new_directory, write_json
+from edgecl.storage.directories import RunDir
 from edgecl.storage.reading import read_bytes, read_json
+from edgecl.storage.records import SCHEMA
+from edgecl.storage.writing import disk_errors, flush, new_directory, write_json
 
 KEEP = 2
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from edgecl.errors import ArtifactError, tell
-from edgecl.storage.artifacts import command_line, remove_leftovers
+from edgecl.storage.records import command_line
+from edgecl.storage.writing import remove_leftovers
 
 NAME = ".lock"
 

@@ -1,4 +1,4 @@
-"""Light checks of records that reports still read as dictionaries; goes when they read typed ones."""
+"""Records as dictionaries: goes when deploy and reports read and write the models of `records`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,12 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from edgecl.errors import ArtifactError, bounded, first_of
+from edgecl.onboard import bundle as bundle_names
+from edgecl.storage.directories import Bundle, ModelDir
+from edgecl.storage.reading import read_json
+from edgecl.storage.records import MADE_BY, SCHEMA, _check_schema, command_line
+from edgecl.storage.redaction import record_without_secrets
+from edgecl.storage.writing import write_json
 
 
 class _Table(BaseModel):
@@ -137,3 +143,55 @@ def check_record(record: dict[str, Any], *, path: Path, whole: bool) -> None:
                 where={"file": path},
                 hint="restore it from a copy, or make its directory anew",
             ) from None
+
+
+def record_header(kind: str, *, made_from: str | None) -> dict[str, Any]:
+    """Return the first keys of every record, with the command that makes it."""
+    return {
+        "schema": SCHEMA,
+        "kind": kind,
+        "made_by": MADE_BY,
+        "made_from": made_from,
+        "command": command_line(),
+    }
+
+
+def read_record(path: Path, *, kind: str) -> dict[str, Any]:
+    """Read a JSON record and check its kind and schema, and the types that the host relies on."""
+    record = read_side_record(path)
+    if record.get("kind") != kind:
+        raise ArtifactError(f"'{path.name}' is not the record of a {kind}", where={"file": path})
+    return record
+
+
+def read_side_record(path: Path) -> dict[str, Any]:
+    """Read a JSON record that lies beside another one, of whatever kind.
+
+    Raises:
+        ArtifactError: no regular file, not JSON, no record, of a newer schema, or with an entry of another type.
+    """
+    record = read_json(path)
+    if not isinstance(record, dict):
+        raise ArtifactError(f"'{path.name}' is not a record", where={"file": path})
+    _check_schema(record, path)
+    check_record(record, path=path, whole=False)
+    return record
+
+
+def check_seal(record: dict[str, Any], where: dict[str, object], *, hint: str) -> None:
+    """Hold a record that `write_sealed` wrote to its own hash.
+
+    Raises:
+        ArtifactError: it changed since.
+    """
+    if record.get("sha256") != bundle_names.digest_of_record(record):
+        name = {ModelDir.KIND: ModelDir.RECORD, Bundle.KIND: Bundle.RECORD}[record["kind"]]
+        raise ArtifactError(f"'{name}' does not match the hash of its own content", where=where, hint=hint)
+
+
+def write_sealed(path: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """Write a record with the hash of its own content, and return it so."""
+    record = record_without_secrets(record)
+    sealed = {**record, "sha256": bundle_names.digest_of_record(record)}
+    write_json(path, sealed)
+    return sealed

@@ -116,7 +116,7 @@ class ImagesRead(Table):
     """How many there are."""
     images: Count | None = None
     """How many could be read."""
-    fingerprint: Text | None = None
+    fingerprint: Text
     """The hash of their names and sizes."""
     skipped: list[Text] = []
     """Those that could not be read."""
@@ -293,13 +293,13 @@ class ProbeRecord(Record):
     FILE = "probe.json"
 
     kind: Literal["probe"] = "probe"
-    knn_top1: float | None
+    knn_top1: float
     """Nearest-neighbor accuracy, percent."""
-    knn_ci95: Interval | None
-    linear_top1: float | None
+    knn_ci95: Interval
+    linear_top1: float
     """Accuracy of a linear classifier on the features, percent."""
-    linear_ci95: Interval | None
-    few_label_top1: FewLabelAccuracy | None
+    linear_ci95: Interval
+    few_label_top1: FewLabelAccuracy
     """Of a linear classifier on a few labels of each class."""
     n_test: Count
     """Held-out images."""
@@ -315,7 +315,7 @@ class ComparedRow(Table):
     """One way to a classifier."""
 
     name: Text
-    few_label_top1: FewLabelAccuracy | None
+    few_label_top1: FewLabelAccuracy
     knn_top1: float | None
     """Percent; null where no features were evaluated."""
     linear_top1: float | None
@@ -371,7 +371,7 @@ class EvaluationRecord(Record):
     kind: Literal["evaluation"] = "evaluation"
     top1: float
     """Percent."""
-    top1_ci95: Interval | None = None
+    top1_ci95: Interval
     float_top1: float | None = None
     """Before quantization, percent."""
     float_top1_ci95: Interval | None = None

@@ -22,11 +22,11 @@ from edgecl.distributed import processes
 from edgecl.errors import DataError, counted, tell
 from edgecl.methods.method import Method, create_method
 from edgecl.metrics.collapse import spread
-from edgecl.nets.carving import create_slimmable
+from edgecl.nets.build import create_slimmable
 from edgecl.nets.slimming import SlimmableNet
 from edgecl.progress import Progress
-from edgecl.storage.artifacts import RunDir
 from edgecl.storage.checkpoint import Checkpoint, restore_optimizer
+from edgecl.storage.directories import RunDir
 from edgecl.train.guard import Guard
 from edgecl.train.monitor import CollapseAlarm, MetricsFile, read_metrics
 from edgecl.train.plateau import RECORDS, PlateauAlarm

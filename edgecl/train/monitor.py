@@ -14,8 +14,8 @@ from torch import Tensor
 
 from edgecl.errors import CollapseError, tell
 from edgecl.nets.slimming import SlimmableNet
-from edgecl.storage.artifacts import disk_errors, write_bytes
 from edgecl.storage.reading import METRICS_BYTES, parse_json, read_bytes
+from edgecl.storage.writing import disk_errors, write_bytes
 
 # Below a tenth of an even spread the projections agree on almost every dimension (METHOD section 4, row 11).
 COLLAPSE_SPREAD = 0.1

@@ -11,6 +11,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from edgecl.storage.records import Plateau
+
 # How far the two may lie apart, relative to the larger. Stuck runs were recorded within 0.02; runs that start well come
 # as close in single records, never in three in a row (tests/train/recorded).
 NEARNESS = 0.05
@@ -85,12 +87,12 @@ class PlateauAlarm:
         }
         return self._decide(record["step"])
 
-    def decision(self) -> dict[str, Any] | None:
-        """Return what a run's record says while it is stuck, as "since" (a step), "words" and "hint"; else None."""
+    def decision(self) -> Plateau | None:
+        """Return what a run's record says while it is stuck, else None."""
         if self._since is None:
             return None
         words = f"Pretraining got stuck on a plateau of one dimension by step {self._since}: {self._seen()}."
-        return {"since": self._since, "words": words, "hint": HINT}
+        return Plateau(since=self._since, words=words, hint=HINT)
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps."""

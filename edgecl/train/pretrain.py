@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from math import ceil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import accelerate
 import numpy
@@ -41,20 +41,14 @@ from edgecl.errors import (
     tell,
 )
 from edgecl.nets.backbone import count_parameters
-from edgecl.nets.carving import create_slimmable
+from edgecl.nets.build import create_slimmable
 from edgecl.nets.slimming import SlimmableNet
-from edgecl.storage.artifacts import (
-    RunDir,
-    clear_directory,
-    command_line,
-    disk_errors,
-    record_header,
-    refuse_existing,
-    write_json,
-)
+from edgecl.storage.directories import RunDir
 from edgecl.storage.lock import NAME as LOCK
 from edgecl.storage.lock import hold
+from edgecl.storage.records import ImagesRead, RunRecord, command_line
 from edgecl.storage.redaction import record_without_secrets
+from edgecl.storage.writing import clear_directory, disk_errors, refuse_existing, write_record
 from edgecl.train.allocator import keep_freed_memory
 from edgecl.train.loop import Training, create_training
 from edgecl.train.preemption import StopRequest
@@ -84,7 +78,7 @@ def pretrain(
     allow: Sequence[str] = (),
     force: bool = False,
     download: bool = False,
-) -> dict[str, Any]:
+) -> RunRecord:
     """Pretrain a host and the slim nets inside it from unlabelled images.
 
     Under torchrun or `accelerate launch` every process calls this with the same arguments; the first one writes.
@@ -175,7 +169,7 @@ def _run(
     allow: Sequence[str],
     changes: list[str],
     download: bool,
-) -> dict[str, Any]:
+) -> RunRecord:
     accelerator = create_accelerator(recipe, device=device, out=run_dir.path)
     if accelerator.device.type == "cpu":
         keep_freed_memory()
@@ -218,44 +212,39 @@ def _run(
                 hint=f"set run.epochs to {ceil(training.step / training.steps_per_epoch)} or more, "
                 "or start a new run in another --out",
             )
-    record = {
-        **record_header(RunDir.KIND, made_from=source.fingerprint),
-        "recipe_name": recipe_name,
-        "recipe": recipe.model_dump(mode="json"),
-        "arm": recipe.arm,
-        # What the report draws of this method.
-        "panels": [panel._asdict() for panel in recipe.method.panels],
-        "data": {
-            "uri": absolute_uri(uri),
-            "found": len(source),
-            "images": len(images),
-            "fingerprint": source.fingerprint,
-            "skipped": list(images.skipped),
-        },
-        "seed": recipe.run.seed,
+    record = RunRecord(
+        made_from=source.fingerprint,
+        recipe_name=recipe_name,
+        recipe=recipe.model_dump(mode="json"),
+        arm=recipe.arm,
+        panels=[panel._asdict() for panel in recipe.method.panels],
+        data=ImagesRead(
+            uri=absolute_uri(uri),
+            found=len(source),
+            images=len(images),
+            fingerprint=source.fingerprint,
+            skipped=list(images.skipped),
+        ),
+        seed=recipe.run.seed,
         # A processor is one device, however many processes it runs; accelerate numbers it.
-        "device": "cpu" if accelerator.device.type == "cpu" else str(accelerator.device),
-        "processes": accelerator.num_processes,
-        "threads": torch.get_num_threads(),
-        "steps_per_epoch": training.steps_per_epoch,
-        "total_steps": training.total_steps,
-        # As carved, without projector.
-        "params": {
+        device="cpu" if accelerator.device.type == "cpu" else str(accelerator.device),
+        processes=accelerator.num_processes,
+        threads=torch.get_num_threads(),
+        steps_per_epoch=training.steps_per_epoch,
+        total_steps=training.total_steps,
+        params={
             "host": count_parameters(net.host.get_submodule("backbone")),
             "slim": _count_slim(net, net.slim_width),
             # Named as in the metrics.
             **{f"slim_at_{width:g}": _count_slim(net, width) for width in net.slim_widths[1:]},
         },
-        "versions": _versions(),
-        # Blocks of the host that a nested start gave the slim net's skip connection -> how many channels have one.
-        "host_skips": net.host_skips,
-        "launch": processes.launch(),
-        # Set while training is stuck on the plateau of one dimension, and at the end when it ended there.
-        "plateau": training.plateau.decision(),
-        "state": "running",
-        "step": training.step,
-        "wall_s": 0.0,
-    }
+        versions=_versions(),
+        host_skips=net.host_skips,
+        launch=processes.launch(),
+        plateau=training.plateau.decision(),
+        state="running",
+        step=training.step,
+    )
     before_s = 0.0
     if main:
         _say_host_skips(net)
@@ -264,11 +253,10 @@ def _run(
             surroundings = other_surroundings(earlier, record)
             _say_resuming(training, changes=changes, surroundings=surroundings)
             changes = [*changes, *surroundings]
-            before_s = float(earlier["wall_s"])
-            record["resumed_with"] = record["command"]
-            record["command"] = earlier["command"]
-            record["changes"] = [*earlier.get("changes", []), *changes]
-            write_json(run_dir.record_file, {**record, "wall_s": before_s})
+            before_s = record.wall_s = earlier.wall_s
+            record.resumed_with, record.command = record.command, earlier.command
+            record.changes = [*earlier.changes, *changes]
+            write_record(run_dir.record_file, record)
         else:
             _start_run_dir(run_dir, record)
     accelerator.wait_for_everyone()
@@ -286,33 +274,34 @@ def _run(
     def keep(step: int) -> None:
         # A run that ends here keeps its step and its time, also when it is killed.
         with writing:
-            record["step"], record["plateau"] = step, training.plateau.decision()
-            state = record["state"] if ended else "running"
-            write_json(run_dir.record_file, {**record, "state": state, "wall_s": elapsed()})
+            record.step, record.plateau, record.wall_s = step, training.plateau.decision(), elapsed()
+            write_record(
+                run_dir.record_file, record if ended else record.model_copy(update={"state": "running"})
+            )
 
-    record["state"] = "stopped"
+    record.state = "stopped"
     try:
         with StopRequest() as stop, processes.explain_lost_peers():
             stopped_by = training.fit(stop=stop, on_checkpoint=keep)
         if not stopped_by:
-            record["state"], record["step"] = "done", training.step
+            record.state, record.step = "done", training.step
     except Exception as problem:
-        record["state"], record["error"] = "failed", _in_one_line(problem)
+        record.state, record.error = "failed", _in_one_line(problem)
         raise
     finally:
         for tracker in accelerator.trackers:
             tracker.finish()
         if main:
-            record["wall_s"], record["plateau"] = elapsed(), training.plateau.decision()
-            record["data"]["skipped"] = list(images.skipped)
+            record.wall_s, record.plateau = elapsed(), training.plateau.decision()
+            record.data.skipped = list(images.skipped)
             if not images.is_cached:
                 # Met on the way; images held in memory were counted without them.
-                record["data"]["images"] = len(images) - len(images.skipped)
+                record.data.images = len(images) - len(images.skipped)
                 say_skipped(images.skipped, uri)
             # On a full disk, what the run failed of is the error to show.
-            with writing, contextlib.suppress(*[ArtifactError] if record["state"] == "failed" else []):
+            with writing, contextlib.suppress(*[ArtifactError] if record.error else []):
                 ended = True  # a checkpoint may still be on its way when Ctrl-C ends the run at once
-                write_json(run_dir.record_file, record)
+                write_record(run_dir.record_file, record)
     if stopped_by:
         raise Preempted(
             f"stopped by {'Ctrl-C' if stopped_by == signal.SIGINT else 'SIGTERM'} after step {training.step} of "
@@ -461,7 +450,7 @@ def _only_traces(out: Path) -> bool:
     return out.is_dir() and all(path.name.startswith((LOCK, ".run.json.")) for path in out.iterdir())
 
 
-def _start_run_dir(run_dir: RunDir, record: dict[str, Any]) -> None:
+def _start_run_dir(run_dir: RunDir, record: RunRecord) -> None:
     """Put a new record where an earlier run may stand, and then remove what is left of that.
 
     Killed at any moment, the directory never holds one run's record with the other's checkpoints.
@@ -473,7 +462,7 @@ def _start_run_dir(run_dir: RunDir, record: dict[str, Any]) -> None:
         if run_dir.checkpoints.exists():
             run_dir.checkpoints.replace(aside)
         run_dir.metrics_file.unlink(missing_ok=True)
-        write_json(run_dir.record_file, record)
+        write_record(run_dir.record_file, record)
         clear_directory(run_dir.path, keep={LOCK, RunDir.RECORD})
         run_dir.checkpoints.mkdir()
 

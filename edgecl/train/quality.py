@@ -15,8 +15,9 @@ from edgecl.data.loading import load_eval_images, normalize
 from edgecl.data.source import ImageSource
 from edgecl.metrics.collapse import extract_features, knn_top1, rank_me
 from edgecl.nets.backbone import create_backbone, recalibrate
-from edgecl.nets.carving import RECALIBRATION_BATCH, backbone_tensors
+from edgecl.nets.build import backbone_tensors
 from edgecl.nets.slimming import SlimmableNet, limit_skips
+from edgecl.train.carve import RECALIBRATION_BATCH
 
 IMAGES = 2048
 # Of them, for the norms of a net that has not learnt yet.

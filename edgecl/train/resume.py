@@ -10,8 +10,9 @@ from edgecl.data.loading import TrainingImages
 from edgecl.data.source import ImageSource
 from edgecl.data.sources import absolute_uri
 from edgecl.errors import ArtifactError, RecipeError, first_of, near_matches
-from edgecl.storage.artifacts import RunDir
 from edgecl.storage.checkpoint import Checkpoint, has_checkpoint, read_newest
+from edgecl.storage.directories import RunDir
+from edgecl.storage.records import RunRecord
 from edgecl.storage.redaction import record_without_secrets
 
 MAY_CHANGE = (
@@ -74,8 +75,7 @@ def check_recipe(run_dir: RunDir, recipe: Recipe, *, allowed: Sequence[str]) -> 
         ArtifactError: no run directory.
         RecipeError: something else changed.
     """
-    record = _read(run_dir)
-    before = recipe_from_tables(record["recipe"], source=str(run_dir.record_file))
+    before = recipe_from_tables(run_dir.read().recipe, source=str(run_dir.record_file))
     # A record holds no login and no signature, and these may well be new.
     now = record_without_secrets(recipe.model_dump(mode="json"))
     changes = differences(before.model_dump(mode="json"), now)
@@ -96,25 +96,7 @@ def check_recipe(run_dir: RunDir, recipe: Recipe, *, allowed: Sequence[str]) -> 
 
 def was_launched_as(run_dir: RunDir, launch: str | None) -> bool:
     """Tell whether a run was started by this launch of torchrun, and not by an earlier one."""
-    return launch is not None and run_dir.record_file.exists() and run_dir.read().get("launch") == launch
-
-
-def _read(run_dir: RunDir) -> dict[str, Any]:
-    """Read the record of a run and hold it to what resuming needs.
-
-    Raises:
-        ArtifactError: no run directory, or something is missing in its record.
-    """
-    record = run_dir.read()
-    for table, key in (("recipe", None), ("data", "fingerprint"), ("data", "uri"), ("wall_s", None)):
-        found = record.get(table)
-        if found is None or (key is not None and (not isinstance(found, dict) or key not in found)):
-            raise ArtifactError(
-                f"'{run_dir.RECORD}' has no '{table}{'.' + key if key else ''}'",
-                where={"file": run_dir.record_file},
-                hint="the record was changed by hand or by a fault: start a new run in another --out",
-            )
-    return record
+    return launch is not None and run_dir.record_file.exists() and run_dir.read().launch == launch
 
 
 def check_source(run_dir: RunDir, source: ImageSource, *, allowed: Sequence[str]) -> list[str]:
@@ -126,10 +108,10 @@ def check_source(run_dir: RunDir, source: ImageSource, *, allowed: Sequence[str]
     Raises:
         RecipeError: they are others.
     """
-    before = _read(run_dir)["data"]
-    if before["fingerprint"] == source.fingerprint:
+    before = run_dir.read().data
+    if before.fingerprint == source.fingerprint:
         return []
-    was = f"{before['uri']} with {before['found']:,} images" if "found" in before else before["uri"]
+    was = before.uri if before.found is None else f"{before.uri} with {before.found:,} images"
     now = f"{absolute_uri(source.uri)} with {len(source):,} images"
     if IMAGES in allowed:
         return [f"the images were {was}, now {now}"]
@@ -142,7 +124,7 @@ def check_source(run_dir: RunDir, source: ImageSource, *, allowed: Sequence[str]
 
 def left_out_before(run_dir: RunDir) -> list[str]:
     """Name the images that the run could not read so far."""
-    return list(_read(run_dir)["data"].get("skipped", []))
+    return run_dir.read().data.skipped
 
 
 def check_images(run_dir: RunDir, images: TrainingImages, *, allowed: Sequence[str]) -> list[str]:
@@ -178,7 +160,7 @@ def newest_checkpoint(run_dir: RunDir) -> Checkpoint | None:
     """
     if has_checkpoint(run_dir):
         return read_newest(run_dir)
-    step = int(_read(run_dir).get("step", 0))
+    step = run_dir.read().step
     if step > 0:
         raise ArtifactError(
             f"the run is at step {step}, and its checkpoints are gone",
@@ -188,15 +170,16 @@ def newest_checkpoint(run_dir: RunDir) -> Checkpoint | None:
     return None
 
 
-def other_surroundings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Say what differs between two records of a run that makes results differ in their last digits.
+def other_surroundings(before: RunRecord, now: RunRecord) -> list[str]:
+    """Name what differs between two records of a run that makes results differ in their last digits.
 
     Returns:
         one "key was …, now …" each.
     """
-    found = {key: (before.get(key), now[key]) for key in ("device", "processes", "threads")}
-    versions = before.get("versions") or {}
-    found |= {name: (versions.get(name), version) for name, version in now["versions"].items()}
+    found: dict[str, tuple[object, object]] = {
+        key: (getattr(before, key), getattr(now, key)) for key in ("device", "processes", "threads")
+    }
+    found |= {name: (before.versions.get(name), version) for name, version in now.versions.items()}
     return [f"{key} was {was}, now {is_}" for key, (was, is_) in found.items() if was not in (None, is_)]
 
 

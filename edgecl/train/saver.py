@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from edgecl.errors import tell
-from edgecl.storage.artifacts import RunDir
 from edgecl.storage.checkpoint import to_json, write_checkpoint
+from edgecl.storage.directories import RunDir
 
 SAY_AFTER_S = 30.0
 """How often a wait for the disk is spoken of."""

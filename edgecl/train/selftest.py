@@ -30,7 +30,7 @@ import edgecl
 from edgecl.config.recipe import Recipe, recipe_from_tables
 from edgecl.distributed import processes
 from edgecl.errors import DeviceError, ProcessError, RecipeError, near_matches
-from edgecl.nets.carving import create_slimmable
+from edgecl.nets.build import create_slimmable
 from edgecl.nets.slimming import SlimmableNet
 from edgecl.train.pretrain import create_accelerator
 from edgecl.train.step import Step, create_step

@@ -318,9 +318,9 @@ def test_carve_without_recalibration_is_the_slim_view_to_the_bit(edgecl, tmp_pat
     from safetensors.torch import load_file
 
     from edgecl.config.recipe import recipe_from_tables
-    from edgecl.nets.carving import create_slimmable
-    from edgecl.storage.artifacts import RunDir
+    from edgecl.nets.build import create_slimmable
     from edgecl.storage.checkpoint import read_newest
+    from edgecl.storage.directories import RunDir
 
     code, out, _ = edgecl("carve", trained_run, "--out", tmp_path / "m", "--no-recalibrate")
     assert code == 0

@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 
 from edgecl.cli import main
 from edgecl.config.recipe import recipe_from_tables
-from edgecl.nets.carving import create_slimmable, load_model
-from edgecl.storage.artifacts import RunDir
+from edgecl.nets.build import create_slimmable
+from edgecl.nets.model_dir import load_model
 from edgecl.storage.checkpoint import read_newest
+from edgecl.storage.directories import RunDir
 
 WIDTHS = (0.5, 0.4, 0.35)
 SET = ("--set", "slim.widths=[0.35, 0.4, 0.5]")

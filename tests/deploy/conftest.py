@@ -10,7 +10,7 @@ import torch
 from edgecl.config.target import Graph
 from edgecl.deploy.onnx import onnx_from_net, output_length, save_onnx
 from edgecl.nets.backbone import create_backbone
-from edgecl.nets.carving import load_model
+from edgecl.nets.model_dir import load_model
 
 from .sketch import SIDE, images_of, ranges_of
 

@@ -10,7 +10,7 @@ from edgecl.config.target import Graph
 from edgecl.deploy.accuracy import Evaluator, Outputs, cosines, open_evaluator, session_of
 from edgecl.deploy.onnx import onnx_from_net
 from edgecl.errors import DataError
-from edgecl.nets.carving import load_model
+from edgecl.nets.model_dir import load_model
 
 PREPROCESSING = {"image_size": 8, "resize_size": 8, "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
 

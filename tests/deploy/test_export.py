@@ -21,9 +21,10 @@ import edgecl.deploy.variants
 from edgecl.deploy.export import export
 from edgecl.deploy.verify import verify
 from edgecl.errors import ArtifactError, DataError, DeviceError, ParityError, TargetError
-from edgecl.nets.carving import load_model
+from edgecl.nets.model_dir import load_model
 from edgecl.onboard.bundle import sha256_of_file
-from edgecl.storage.artifacts import Bundle, ModelDir, write_sealed
+from edgecl.storage.directories import Bundle, ModelDir
+from edgecl.storage.raw_records import write_sealed
 
 TARGET = """\
 # Mine.
@@ -426,7 +427,7 @@ def test_net_that_disagrees_with_torch_leaves_the_earlier_bundle(
 @pytest.mark.usefixtures("quick_onnx")
 def test_weights_of_another_net_in_the_onnx_file_are_found(tmp_path, carved_model, image_folder):
     """The exporter wrote one net, torch holds another."""
-    from edgecl.nets.carving import write_model
+    from edgecl.nets.model_dir import write_model
 
     net, record = load_model(carved_model)
     with torch.no_grad():

@@ -10,8 +10,8 @@ import onnxruntime
 import pytest
 import torch
 
-from edgecl.nets.carving import load_model
-from edgecl.storage.artifacts import Bundle
+from edgecl.nets.model_dir import load_model
+from edgecl.storage.directories import Bundle
 
 
 def shape_of(value):

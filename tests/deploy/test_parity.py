@@ -23,9 +23,10 @@ from edgecl.deploy.parity import (
     torch_layers,
 )
 from edgecl.errors import ArtifactError, ParityError
-from edgecl.nets.carving import carve, load_model
-from edgecl.storage.artifacts import RunDir
+from edgecl.nets.model_dir import load_model
 from edgecl.storage.checkpoint import read_newest, write_checkpoint
+from edgecl.storage.directories import RunDir
+from edgecl.train.carve import carve
 from edgecl.train.pretrain import pretrain
 
 EXPECTED = np.random.default_rng(0).normal(size=(10, 6)).astype(np.float32)

@@ -12,14 +12,17 @@ from pathlib import Path
 
 import pytest
 from reports.conftest import Maker
+from sealed import write_sealed
 
 from edgecl.errors import ArtifactError, EdgeclError
 from edgecl.evaluate.cost import cost
-from edgecl.nets.carving import carve, load_model
+from edgecl.nets.model_dir import load_model
 from edgecl.reports.report import report
-from edgecl.storage.artifacts import ModelDir, RunDir, kind_of, read_record, write_sealed
 from edgecl.storage.checkpoint import _digest
-from edgecl.storage.reading import DEEPEST, parse_json, read_bytes, reading
+from edgecl.storage.directories import ModelDir, RunDir
+from edgecl.storage.reading import DEEPEST, kind_of, parse_json, read_bytes, read_record, reading
+from edgecl.storage.records import KINDS
+from edgecl.train.carve import carve
 
 ODD = [None, True, -1, 10**200, "9", 1e308, [], ["a", 1], {}, {"a": []}, "\x1b", [[["x"]]]]
 
@@ -36,7 +39,6 @@ def reseal(directory, **changes):
             del where[leaf]
         else:
             where[leaf] = value
-    del record["sha256"]
     write_sealed(directory / "model.json", record)
 
 
@@ -177,9 +179,9 @@ def test_a_record_that_is_no_regular_file_is_named_and_not_opened(tmp_path, name
     else:
         with path.open("wb") as file:
             file.truncate(1 << 40)
-    kind_of_record = {"manifest.json": "bundle"}.get(name, name.removesuffix(".json"))
+    (record,) = (record for record in KINDS if name == record.FILE)
     with pytest.raises(ArtifactError, match=r"regular file|larger than"):
-        read_record(path, kind=kind_of_record)
+        read_record(path, record)
     assert kind_of(tmp_path) is None
 
 
@@ -270,7 +272,7 @@ def test_a_bundle_that_names_its_net_by_a_list_is_named(tmp_path):
 
 def test_a_command_with_a_file_name_that_is_no_utf8_is_no_fault_of_the_record(model):
     reseal(model, command="edgecl carve runs/\udcff --out m")
-    assert ModelDir(model).read()["command"].endswith("--out m")
+    assert ModelDir(model).read().command.endswith("--out m")
 
 
 @pytest.mark.parametrize("key", ["batch", "threads", "runtime"])

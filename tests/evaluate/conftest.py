@@ -8,14 +8,9 @@ import torch
 from conftest import COLORS
 
 from edgecl.evaluate.labelled import Labelled, Part
+from edgecl.storage.records import Preprocessing
 
-PREPROCESSING = {
-    "image_size": 8,
-    "resize_size": 8,
-    "mean": [0.5] * 3,
-    "std": [0.25] * 3,
-    "interpolation": "bilinear",
-}
+PREPROCESSING = Preprocessing(image_size=8, resize_size=8, mean=[0.5] * 3, std=[0.25] * 3)
 
 
 def colored_part(per_class: int, *, seed: int, noise: float = 25, side: int = 8) -> Part:
@@ -61,8 +56,8 @@ def colored() -> Labelled:
 
 
 @pytest.fixture
-def preprocessing() -> dict:
-    return dict(PREPROCESSING)
+def preprocessing() -> Preprocessing:
+    return PREPROCESSING
 
 
 @pytest.fixture

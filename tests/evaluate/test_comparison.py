@@ -13,8 +13,8 @@ from edgecl.config.views import Views
 from edgecl.evaluate.comparison import compare, difference, write_random
 from edgecl.evaluate.labelled import Part, draw_few, read_labelled
 from edgecl.metrics.intervals import mean_interval
-from edgecl.nets.carving import load_model
-from edgecl.storage.artifacts import ModelDir
+from edgecl.nets.model_dir import load_model
+from edgecl.storage.directories import ModelDir
 
 VIEWS = Views(jitter=0.25)
 
@@ -25,7 +25,7 @@ def compared(tmp_path_factory, carved_model, image_folder):
     home = tmp_path_factory.mktemp("comparison")
     pretrained = shutil.copytree(carved_model, home / "slim")
     record = ModelDir(pretrained).read()
-    labelled = read_labelled(str(image_folder), test=None, preprocessing=record["preprocessing"])
+    labelled = read_labelled(str(image_folder), test=None, preprocessing=record.preprocessing)
     write_random(home / "random", record, labelled, seed=0)
     trained_on = []
 
@@ -50,7 +50,7 @@ def compared(tmp_path_factory, carved_model, image_folder):
 
 
 def rows(comparison):
-    return {row["name"]: row for row in comparison["rows"]}
+    return {row.name: row for row in comparison.rows}
 
 
 def test_rows_are_the_pretrained_net_and_its_baselines(compared):
@@ -58,14 +58,14 @@ def test_rows_are_the_pretrained_net_and_its_baselines(compared):
 
 
 def test_every_row_has_as_many_draws(compared):
-    for row in compared[2]["rows"]:
-        assert len(row["few_label_top1"]["draws"]) == 2
-        assert row["few_label_top1"]["labels_per_class"] == 3
+    for row in compared[2].rows:
+        assert len(row.few_label_top1.draws) == 2
+        assert row.few_label_top1.labels_per_class == 3
 
 
 def test_every_row_sees_the_same_draws(compared):
     _, labelled, comparison, _, trained_on = compared
-    trained_rows = [row for row in comparison["rows"] if row["linear_top1"] is None]
+    trained_rows = [row for row in comparison.rows if row.linear_top1 is None]
     assert len(trained_on) == 2 * len(trained_rows)
     for number, (part, _, _) in enumerate(trained_on):
         expected = labelled.train.take(draw_few(labelled.train.labels, per_class=3, draw=number % 2))
@@ -76,13 +76,13 @@ def test_every_row_sees_the_same_draws(compared):
 def test_probed_rows_are_their_probes(compared):
     _, _, comparison, probes, _ = compared
     for name, found in probes.items():
-        assert rows(comparison)[name]["few_label_top1"] == found["few_label_top1"]
-        assert rows(comparison)[name]["knn_top1"] == found["knn_top1"]
+        assert rows(comparison)[name].few_label_top1 == found.few_label_top1
+        assert rows(comparison)[name].knn_top1 == found.knn_top1
 
 
 def test_from_scratch_starts_differ_by_draw_and_are_not_the_pretrained_weights(compared):
     home, _, comparison, _, trained_on = compared
-    names = [row["name"] for row in comparison["rows"] if row["linear_top1"] is None]
+    names = [row.name for row in comparison.rows if row.linear_top1 is None]
     place = 2 * names.index("from scratch")
     first, second = (start for _, _, start in trained_on[place : place + 2])
     pretrained = next(load_model(home / "slim")[0].parameters())
@@ -92,7 +92,7 @@ def test_from_scratch_starts_differ_by_draw_and_are_not_the_pretrained_weights(c
 
 def test_fine_tuned_row_starts_at_the_pretrained_weights(compared):
     home, _, comparison, _, trained_on = compared
-    names = [row["name"] for row in comparison["rows"] if row["linear_top1"] is None]
+    names = [row.name for row in comparison.rows if row.linear_top1 is None]
     place = 2 * names.index("fine-tuned")
     assert torch.equal(trained_on[place][2], next(load_model(home / "slim")[0].parameters()))
 
@@ -107,29 +107,29 @@ def test_trained_rows_are_trained_alike(compared):
 
 def test_differences_are_those_of_the_rows(compared):
     comparison = compared[2]
-    for found in comparison["differences"]:
-        of_a, of_b = (rows(comparison)[found[side]]["few_label_top1"]["draws"] for side in "ab")
-        assert found == difference(found["a"], found["b"], of_a, of_b)
+    for found in comparison.differences:
+        of_a, of_b = (rows(comparison)[getattr(found, side)].few_label_top1.draws for side in "ab")
+        assert found == difference(found.a, found.b, of_a, of_b)
     assert {("pretrained", "random init"), ("pretrained", "from scratch")} <= {
-        (found["a"], found["b"]) for found in comparison["differences"]
+        (found.a, found.b) for found in comparison.differences
     }
 
 
 def test_record_says_its_conditions(compared):
     home, _, comparison, _, _ = compared
-    assert comparison["kind"] == "comparison"
-    assert comparison["made_from"] == ModelDir(home / "slim").sha256
-    assert (comparison["draws"], comparison["labels_per_class"], comparison["n_test"]) == (2, 3, 12)
-    json.dumps(comparison, allow_nan=False)
+    assert comparison.kind == "comparison"
+    assert comparison.made_from == ModelDir(home / "slim").sha256
+    assert (comparison.draws, comparison.labels_per_class, comparison.n_test) == (2, 3, 12)
+    json.dumps(comparison.to_json(), allow_nan=False)
 
 
 def test_random_net_is_the_same_net_with_other_weights(compared):
     home = compared[0]
     slim, random = ModelDir(home / "slim").read(), ModelDir(home / "random").read()
     for key in ("arch", "width", "stem_stride", "features", "params", "preprocessing"):
-        assert slim[key] == random[key]
-    assert random["origin"] == "random"
-    assert slim["weights_sha256"] != random["weights_sha256"]
+        assert getattr(slim, key) == getattr(random, key)
+    assert random.origin == "random"
+    assert slim.weights_sha256 != random.weights_sha256
 
 
 def test_random_nets_norms_are_those_of_the_images(compared):
@@ -144,9 +144,9 @@ def test_random_net_is_a_function_of_its_seed(compared, tmp_path):
     record = ModelDir(home / "slim").read()
     for name, seed in (("same", 0), ("other", 1)):
         write_random(tmp_path / name, record, labelled, seed=seed)
-    first = ModelDir(home / "random").read()["weights_sha256"]
-    assert ModelDir(tmp_path / "same").read()["weights_sha256"] == first
-    assert ModelDir(tmp_path / "other").read()["weights_sha256"] != first
+    first = ModelDir(home / "random").read().weights_sha256
+    assert ModelDir(tmp_path / "same").read().weights_sha256 == first
+    assert ModelDir(tmp_path / "other").read().weights_sha256 != first
 
 
 def test_random_nets_norms_never_see_the_held_out_images(compared, tmp_path):
@@ -154,10 +154,7 @@ def test_random_nets_norms_never_see_the_held_out_images(compared, tmp_path):
     record = ModelDir(home / "slim").read()
     black = Part(torch.zeros_like(labelled.test.images), labelled.test.labels)
     write_random(tmp_path / "m", record, type(labelled)(**{**vars(labelled), "test": black}), seed=0)
-    assert (
-        ModelDir(tmp_path / "m").read()["weights_sha256"]
-        == ModelDir(home / "random").read()["weights_sha256"]
-    )
+    assert ModelDir(tmp_path / "m").read().weights_sha256 == ModelDir(home / "random").read().weights_sha256
 
 
 # --- differences ---
@@ -166,26 +163,26 @@ def test_random_nets_norms_never_see_the_held_out_images(compared, tmp_path):
 def test_difference_is_taken_draw_by_draw():
     """Draws vary by 20 points; in pairs the difference is steady."""
     found = difference("a", "b", [50, 60, 70], [48, 59, 67])
-    assert found["mean"] == pytest.approx(2)
-    assert found["ci95"] == pytest.approx(list(mean_interval([2, 1, 3])))
+    assert found.mean == pytest.approx(2)
+    assert found.ci95 == pytest.approx(list(mean_interval([2, 1, 3])))
 
 
 def test_steady_difference_is_resolved():
-    assert difference("a", "b", [50, 60, 70], [40, 51, 59])["resolved"] is True
+    assert difference("a", "b", [50, 60, 70], [40, 51, 59]).resolved is True
 
 
 def test_steady_difference_downwards_is_resolved():
-    assert difference("a", "b", [40, 51, 59], [50, 60, 70])["resolved"] is True
+    assert difference("a", "b", [40, 51, 59], [50, 60, 70]).resolved is True
 
 
 def test_difference_whose_interval_holds_zero_is_not_resolved():
     found = difference("a", "b", [50, 60, 70], [49, 62, 66])
-    assert found["ci95"][0] < 0 < found["ci95"][1]
-    assert found["resolved"] is False
+    assert found.ci95[0] < 0 < found.ci95[1]
+    assert found.resolved is False
 
 
 def test_no_difference_at_all_is_not_resolved():
-    assert difference("a", "b", [50, 60], [50, 60])["resolved"] is False
+    assert difference("a", "b", [50, 60], [50, 60]).resolved is False
 
 
 def test_unequal_numbers_of_draws_are_no_pairs():

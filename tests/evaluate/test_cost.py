@@ -21,9 +21,11 @@ from edgecl.evaluate.cost import (
 from edgecl.methods import losses
 from edgecl.methods.method import create_method
 from edgecl.nets.backbone import count_parameters, create_backbone
-from edgecl.nets.carving import create_slimmable, write_model
+from edgecl.nets.build import create_slimmable
+from edgecl.nets.model_dir import write_model
 from edgecl.nets.slimming import SlimmableNet
-from edgecl.storage.artifacts import ModelDir
+from edgecl.storage.directories import ModelDir
+from edgecl.storage.records import Preprocessing
 
 SMALL = "mobilenetv3_small_100"
 
@@ -85,26 +87,26 @@ def table():
 @pytest.mark.parametrize("index", range(len(PUBLISHED)))
 def test_a_row_is_within_two_percent_or_says_why_not(table, index):
     row = table[index]
-    assert row["printed_flops"] == PUBLISHED[index].printed_e17 * 1e17
-    assert row["difference"] == pytest.approx(row["total_flops"] / row["printed_flops"] - 1)
-    if row["note"]:
-        assert abs(row["difference"]) > 0.05
+    assert row.printed_flops == PUBLISHED[index].printed_e17 * 1e17
+    assert row.difference == pytest.approx(row.total_flops / row.printed_flops - 1)
+    if row.note:
+        assert abs(row.difference) > 0.05
     else:
-        assert abs(row["difference"]) <= 0.02
+        assert abs(row.difference) <= 0.02
 
 
 def test_the_rows_that_do_not_fit_are_the_two_named_ones(table):
-    named = [(row["method"], row["arch"], row["epochs"]) for row in table if row["note"]]
+    named = [(row.method, row.arch, row.epochs) for row in table if row.note]
     assert named == [("SACL-XD", "mobilenetv1_100", 200), ("SACL-XD", "efficientnet_b0", 200)]
     # 12 rows of METHOD section 2b fit, one of which stands there for 100 epochs though printed as 200.
-    assert len([row for row in table if not row["note"]]) >= 12
+    assert len([row for row in table if not row.note]) >= 12
 
 
 def test_a_row_is_its_rule_by_hand(table):
     teacher = forward_cost(create_backbone("resnet50"), (1, 3, 224, 224)).training_flops
     student = forward_cost(create_backbone("mobilenetv3_large_100"), (1, 3, 224, 224)).training_flops
-    row = next(row for row in table if row["method"] == "ReKD" and row["arch"] == "mobilenetv3_large_100")
-    assert row["total_flops"] == pytest.approx(3 * (student + teacher) * 200 * 1_281_167, rel=1e-12)
+    row = next(row for row in table if row.method == "ReKD" and row.arch == "mobilenetv3_large_100")
+    assert row.total_flops == pytest.approx(3 * (student + teacher) * 200 * 1_281_167, rel=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -120,17 +122,15 @@ def test_a_row_is_its_rule_by_hand(table):
 )
 def test_a_packaged_recipe_costs_what_the_paper_prints(name, printed, fits):
     priced = cost_of_recipe(read_recipe(name), recipe_name=name)
-    assert priced["input"] == [1, 3, 224, 224]
-    training = priced["training"]
-    assert training["images"] == IMAGENET_IMAGES == 1_281_167
-    assert (abs(training["total_flops"] / printed - 1) <= 0.02) is fits
+    assert priced.input == [1, 3, 224, 224]
+    training = priced.training
+    assert training.images == IMAGENET_IMAGES == 1_281_167
+    assert (abs(training.total_flops / printed - 1) <= 0.02) is fits
     units = (
-        6
-        if name.startswith("xd-")
-        else 4 * (1 + training["host_forward_flops"] / training["slim_forward_flops"])
+        6 if name.startswith("xd-") else 4 * (1 + training.host_forward_flops / training.slim_forward_flops)
     )
-    assert training["forward_units"] == pytest.approx(units, abs=1e-3)
-    assert training["flops_per_image"] == pytest.approx(units * training["slim_forward_flops"], rel=1e-9)
+    assert training.forward_units == pytest.approx(units, abs=1e-3)
+    assert training.flops_per_image == pytest.approx(units * training.slim_forward_flops, rel=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -183,19 +183,19 @@ def test_several_widths_are_priced_by_their_passes(widths, slim, slow_start, hos
     }
     per_image = host_units * flops[1.5] + sum(count * flops[width] for width, count in units.items())
     found = cost_of_recipe(several, recipe_name="tiny", images=1000)
-    training = found["training"]
-    assert training["flops_per_image"] == round(per_image)
-    assert training["total_flops"] == pytest.approx(per_image * 1000 * 4)
-    assert training["forward_units"] == pytest.approx(per_image / flops[slim], abs=1e-4)
-    assert [one["width"] for one in found["widths"]] == sorted(widths, reverse=True)
-    for one in found["widths"]:
-        net = create_backbone(SMALL, width=one["width"])
-        assert one["params"] == count_parameters(net)
-        assert one["macs"] == forward_cost(net, (1, 3, 32, 32)).macs
-        assert one["forward_flops"] == flops[one["width"]]
+    training = found.training
+    assert training.flops_per_image == round(per_image)
+    assert training.total_flops == pytest.approx(per_image * 1000 * 4)
+    assert training.forward_units == pytest.approx(per_image / flops[slim], abs=1e-4)
+    assert [one.width for one in found.widths] == sorted(widths, reverse=True)
+    for one in found.widths:
+        net = create_backbone(SMALL, width=one.width)
+        assert one.params == count_parameters(net)
+        assert one.macs == forward_cost(net, (1, 3, 32, 32)).macs
+        assert one.forward_flops == flops[one.width]
         # A slim net as wide as the host is the host: its passes are the host's.
-        assert one["forward_passes"] == (host_units if one["width"] == 1.5 else units[one["width"]])
-    assert found["macs"] == found["widths"][0]["macs"]
+        assert one.forward_passes == (host_units if one.width == 1.5 else units[one.width])
+    assert found.macs == found.widths[0].macs
 
 
 @pytest.mark.parametrize(
@@ -225,21 +225,21 @@ def test_further_widths_cost_what_their_passes_take(host, widths, monkeypatch):
         passes[width] * forward_cost(create_backbone(SMALL, width=width), (1, 3, 32, 32)).training_flops
         for width in widths[1:]
     )
-    found = cost_of_recipe(many, recipe_name="many", images=1000)["training"]
-    assert found["further_widths_flops_per_image"] == further > 0
-    assert found["further_widths_total_flops"] == 3000 * further
+    found = cost_of_recipe(many, recipe_name="many", images=1000).training
+    assert found.further_widths_flops_per_image == further > 0
+    assert found.further_widths_total_flops == 3000 * further
     tables = many.model_dump(mode="json")
     alone = recipe_from_tables({**tables, "slim": {"width": many.slim.width}}, source="test")
-    before = cost_of_recipe(alone, recipe_name="one", images=1000)["training"]
-    assert found["flops_per_image"] - before["flops_per_image"] == further
+    before = cost_of_recipe(alone, recipe_name="one", images=1000).training
+    assert found.flops_per_image - before.flops_per_image == further
 
 
 def test_every_width_brings_its_share_of_the_projector():
     tables = {"projector": {"sizes": [512, 512]}}
-    one = cost_of_recipe(recipe(**tables), recipe_name="tiny", images=1000)["training"]
+    one = cost_of_recipe(recipe(**tables), recipe_name="tiny", images=1000).training
     two = cost_of_recipe(recipe(**tables, slim={"widths": [1.0, 0.5]}), recipe_name="tiny", images=1000)
     features = create_backbone(SMALL, width=0.5).head_hidden_size
-    added = two["training"]["projector_flops_per_image"] - one["projector_flops_per_image"]
+    added = two.training.projector_flops_per_image - one.projector_flops_per_image
     assert added == 3 * 2 * (features * 512 + 512 * 512)
 
 
@@ -261,31 +261,29 @@ def test_one_width_costs_what_it_did_before_there_were_several():
     """The demo's recipe, as edgecl 0.1 priced it; SimCLR's loss, which it has since, changes no pass."""
     was = ["method.loss=barlow-twins"]
     named = cost_of_recipe(read_recipe("demo", was), recipe_name="demo", images=1000)
-    assert named["training"].items() >= BEFORE.items()
-    assert named["training"]["further_widths_flops_per_image"] == 0
+    assert named.training.to_json().items() >= BEFORE.items()
+    assert named.training.further_widths_flops_per_image == 0
     listed = cost_of_recipe(read_recipe("demo", [*was, "slim.widths=[1.0]"]), recipe_name="demo", images=1000)
     assert listed == named
 
 
 def test_the_projector_is_priced_apart():
-    narrow = cost_of_recipe(recipe(), recipe_name="tiny", images=1000)["training"]
-    wide = cost_of_recipe(recipe(projector={"sizes": [512, 512]}), recipe_name="tiny", images=1000)[
-        "training"
-    ]
-    assert wide["total_flops"] == narrow["total_flops"]
+    narrow = cost_of_recipe(recipe(), recipe_name="tiny", images=1000).training
+    wide = cost_of_recipe(recipe(projector={"sizes": [512, 512]}), recipe_name="tiny", images=1000).training
+    assert wide.total_flops == narrow.total_flops
     # timm's head keeps 1024 features below and at width 1, and grows above.
     features = {width: create_backbone(SMALL, width=width).head_hidden_size for width in (1.0, 1.5)}
     expected = 4 * sum(2 * (count * 512 + 512 * 512) for count in features.values())
-    assert wide["projector_flops_per_image"] == expected
-    assert wide["projector_total_flops"] == expected * 1000 * 200
+    assert wide.projector_flops_per_image == expected
+    assert wide.projector_total_flops == expected * 1000 * 200
 
 
 def test_a_recipe_is_priced_with_its_own_slim_net():
     priced = cost_of_recipe(recipe(slim={"width": 0.5}), recipe_name="tiny", images=1000)
     net = create_backbone(SMALL, width=0.5)
-    assert priced["params"] == count_parameters(net)
-    assert priced["macs"] == forward_cost(net, (1, 3, 32, 32)).macs
-    assert priced["flops"] == 2 * priced["macs"]
+    assert priced.params == count_parameters(net)
+    assert priced.macs == forward_cost(net, (1, 3, 32, 32)).macs
+    assert priced.flops == 2 * priced.macs
 
 
 @pytest.mark.parametrize(
@@ -300,16 +298,16 @@ def test_local_views_cost_three_passes_each_at_their_own_size(host, slow_start, 
         "data": {"image_size": 64},
     }
     with_local = recipe(**tables, views={"local_count": 4, "local_size": 40})
-    found = cost_of_recipe(with_local, recipe_name="tiny", images=1000)["training"]
-    without = cost_of_recipe(recipe(**tables), recipe_name="tiny", images=1000)["training"]
+    found = cost_of_recipe(with_local, recipe_name="tiny", images=1000).training
+    without = cost_of_recipe(recipe(**tables), recipe_name="tiny", images=1000).training
     nets = {width: create_backbone(SMALL, width=width) for width in (host, 1.0)}
     flops = {width: forward_cost(net, (1, 3, 40, 40)).training_flops for width, net in nets.items()}
     local = host_passes * flops[host] + slim_passes * flops[1.0]
-    assert without["local_views_flops_per_image"] == 0
-    assert found["local_views_flops_per_image"] == round(local)
-    assert found["flops_per_image"] == round(without["flops_per_image"] + local)
+    assert without.local_views_flops_per_image == 0
+    assert found.local_views_flops_per_image == round(local)
+    assert found.flops_per_image == round(without.flops_per_image + local)
     heads = {width: 2 * (net.head_hidden_size * 16 + 16 * 8) for width, net in nets.items()}
-    added = found["projector_flops_per_image"] - without["projector_flops_per_image"]
+    added = found.projector_flops_per_image - without.projector_flops_per_image
     assert added == round(host_passes * heads[host] + slim_passes * heads[1.0])
 
 
@@ -340,16 +338,16 @@ def test_the_coding_rate_is_priced_apart_by_the_sets_it_is_taken_of(settings, se
     method = settings.get("method", {})
     rate = {"weight": 0.1, "until": 0.5, **method.get("coding_rate", {})}
     given = recipe(**{**tables, "method": {**method, "coding_rate": rate}})
-    found = cost_of_recipe(given, recipe_name="tiny", images=1000)["training"]
+    found = cost_of_recipe(given, recipe_name="tiny", images=1000).training
     # EMP-SSL refuses to be without.
     rate = {"weight": 0.1 if method.get("name") == "emp-ssl" else 0.0}
     other = recipe(**{**tables, "method": {**method, "coding_rate": rate}})
-    without = cost_of_recipe(other, recipe_name="tiny", images=1000)["training"]
+    without = cost_of_recipe(other, recipe_name="tiny", images=1000).training
     one_set = 3 * (2 * 4 * 8 * 4 + 4**3 / 3)
-    assert found["coding_rate_flops_per_image"] == round(sets * one_set / 4)
-    assert found["coding_rate_total_flops"] == pytest.approx(sets * one_set / 4 * 1000 * 200 * 0.5)
-    assert (without["coding_rate_total_flops"] == 0) == (rate["weight"] == 0)
-    assert found["total_flops"] == without["total_flops"]
+    assert found.coding_rate_flops_per_image == round(sets * one_set / 4)
+    assert found.coding_rate_total_flops == pytest.approx(sets * one_set / 4 * 1000 * 200 * 0.5)
+    assert (without.coding_rate_total_flops == 0) == (rate["weight"] == 0)
+    assert found.total_flops == without.total_flops
     taken = []
     rate_of = losses.coding_rate
     monkeypatch.setattr(losses, "coding_rate", lambda z, **named: (taken.append(1), rate_of(z, **named))[1])
@@ -360,9 +358,9 @@ def test_the_coding_rate_is_priced_apart_by_the_sets_it_is_taken_of(settings, se
 
 
 def test_another_loss_costs_the_same():
-    before = cost_of_recipe(recipe(), recipe_name="tiny", images=1000)["training"]
-    other = cost_of_recipe(recipe(method={"loss": "simclr"}), recipe_name="tiny", images=1000)["training"]
-    assert {**other, "arm": before["arm"]} == before
+    before = cost_of_recipe(recipe(), recipe_name="tiny", images=1000).training
+    other = cost_of_recipe(recipe(method={"loss": "simclr"}), recipe_name="tiny", images=1000).training
+    assert other.model_copy(update={"arm": before.arm}) == before
 
 
 def test_fewer_images_than_a_batch_are_named():
@@ -379,14 +377,14 @@ def test_a_model_is_counted_at_its_own_size(tmp_path):
         width=0.5,
         stem_stride=1,
         classes=None,
-        preprocessing={"image_size": 32, "resize_size": 32, "mean": [0.5] * 3, "std": [0.5] * 3},
+        preprocessing=Preprocessing(image_size=32, resize_size=32, mean=[0.5] * 3, std=[0.5] * 3),
         origin="random",
         made_from=None,
         data=None,
     )
     found = cost(tmp_path / "model")
     model = ModelDir(tmp_path / "model")
-    assert found == json.loads(model.cost_file.read_text(encoding="utf-8"))
+    assert found.to_json() == json.loads(model.cost_file.read_text(encoding="utf-8"))
     assert found["macs"] == forward_cost(net, (1, 3, 32, 32)).macs
     assert found["macs"] > 2 * forward_cost(create_backbone(SMALL, width=0.5), (1, 3, 32, 32)).macs
     assert found["made_from"] == model.sha256
@@ -395,4 +393,4 @@ def test_a_model_is_counted_at_its_own_size(tmp_path):
 
 def test_a_limit_on_the_images_is_priced_where_the_recipe_names_none():
     found = cost_of_recipe(recipe(data={"image_size": 32, "limit": 500}), recipe_name="test")
-    assert found["training"]["images"] == 500
+    assert found.training.images == 500

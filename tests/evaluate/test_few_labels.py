@@ -15,13 +15,13 @@ from edgecl.evaluate import few_labels
 from edgecl.evaluate.few_labels import FewLabels, train_on_few
 from edgecl.evaluate.labelled import read_labelled
 from edgecl.evaluate.supervised import FinetuneConfig
-from edgecl.storage.artifacts import ModelDir
+from edgecl.storage.directories import ModelDir
 
 
 @pytest.fixture(scope="module")
 def labelled(carved_model, image_folder):
     return read_labelled(
-        str(image_folder), test=None, preprocessing=ModelDir(carved_model).read()["preprocessing"]
+        str(image_folder), test=None, preprocessing=ModelDir(carved_model).read().preprocessing
     )
 
 

@@ -19,9 +19,9 @@ from edgecl.evaluate.probe import load_feature_net, probe
 from edgecl.evaluate.supervised import classifier_top1
 from edgecl.metrics.intervals import proportion_interval
 from edgecl.nets.backbone import create_backbone
-from edgecl.nets.carving import load_model, write_model
 from edgecl.nets.fake_quant import FakeQuant
-from edgecl.storage.artifacts import ModelDir
+from edgecl.nets.model_dir import load_model, write_model
+from edgecl.storage.directories import ModelDir
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def plain_model(tmp_path_factory, carved_model):
         width=1.0,
         stem_stride=None,
         classes=None,
-        preprocessing=ModelDir(carved_model).read()["preprocessing"],
+        preprocessing=ModelDir(carved_model).read().preprocessing,
         origin="random",
         made_from=None,
         data=None,
@@ -77,31 +77,31 @@ def test_timm_loads_the_file_by_its_path(tuned):
 
 def test_record_names_the_classes_and_the_net_it_came_from(tuned, plain_model):
     record = ModelDir(tuned[0]).read()
-    assert record["classes"] == ["blue", "green", "red"]
-    assert record["origin"] == "finetuned"
-    assert record["made_from"] == ModelDir(plain_model).sha256
+    assert record.classes == ["blue", "green", "red"]
+    assert record.origin == "finetuned"
+    assert record.made_from == ModelDir(plain_model).sha256
 
 
 def test_evaluation_is_of_the_written_net(tuned, image_folder):
     out, record = tuned
     net, model = load_model(out)
-    held_out = read_labelled(str(image_folder), test=None, preprocessing=model["preprocessing"]).test
+    held_out = read_labelled(str(image_folder), test=None, preprocessing=model.preprocessing).test
     evaluation = json.loads(ModelDir(out).evaluation_file.read_text())
-    assert evaluation == record["evaluation"]
+    assert evaluation == record.evaluation
     assert evaluation["top1"] == classifier_top1(net, held_out, model["preprocessing"])
     assert evaluation["made_from"] == ModelDir(out).sha256
 
 
 def test_evaluation_counts_and_interval_belong_together(tuned, image_folder):
-    evaluation = tuned[1]["evaluation"]
-    assert (evaluation["n_test"], evaluation["n_train"]) == (12, 48)
-    assert evaluation["top1_ci95"] == list(proportion_interval(evaluation["top1"], 12))
-    assert evaluation["test"] == (
+    evaluation = tuned[1].evaluation
+    assert (evaluation.n_test, evaluation.n_train) == (12, 48)
+    assert evaluation.top1_ci95 == list(proportion_interval(evaluation.top1, 12))
+    assert evaluation.test == (
         f"{image_folder} (20 % held out, stratified; a net pretrained on this folder has seen these images, "
         "without labels)"
     )
-    assert evaluation["epochs"] == 2
-    assert evaluation["settings"]["lr"] == 0.01
+    assert evaluation.epochs == 2
+    assert evaluation.settings["lr"] == 0.01
 
 
 def test_frozen_backbone_is_the_pretrained_one_to_the_bit(tuned, plain_model):
@@ -121,7 +121,7 @@ def test_features_below_the_classifier_are_what_a_probe_evaluates(tuned, plain_m
 
 def test_probe_takes_a_finetuned_net(tmp_path, tuned, image_folder):
     model = shutil.copytree(tuned[0], tmp_path / "m")
-    assert probe(model, data=str(image_folder), labels_per_class=2, seeds=2)["n_test"] == 12
+    assert probe(model, data=str(image_folder), labels_per_class=2, seeds=2).n_test == 12
 
 
 def test_unknown_setting_suggests_a_near_one(tmp_path, plain_model, image_folder):
@@ -166,8 +166,8 @@ def quantized(tmp_path_factory, tuned, image_folder):
 def test_quantized_model_loads_as_it_was_trained(quantized, image_folder):
     out, record = quantized
     net, model = load_model(out)
-    held_out = read_labelled(str(image_folder), test=None, preprocessing=model["preprocessing"]).test
-    assert record["evaluation"]["top1"] == classifier_top1(net, held_out, model["preprocessing"])
+    held_out = read_labelled(str(image_folder), test=None, preprocessing=model.preprocessing).test
+    assert record.evaluation.top1 == classifier_top1(net, held_out, model.preprocessing)
     scales = [module.scale for module in net.modules() if isinstance(module, FakeQuant)]
     assert scales
     assert not any((scale == 1).any() for scale in scales)
@@ -176,18 +176,18 @@ def test_quantized_model_loads_as_it_was_trained(quantized, image_folder):
 def test_record_says_how_the_net_is_quantized(quantized, tuned):
     out, record = quantized
     model = ModelDir(out).read()
-    assert model["quantization"]["precision"] == "int8"
-    assert model["quantization"]["learnt"] is True
-    assert {"conv_stem", "classifier", "blocks.0.0.se"} <= set(model["quantization"]["keep"])
-    assert model["arch"] == "mobilenetv3_small_100"
-    assert model["made_from"] == ModelDir(tuned[0]).sha256
-    assert ModelDir(tuned[0]).read()["quantization"] is None
-    assert record["evaluation"]["settings"]["lr"] == 5e-4
+    assert model.quantization.precision == "int8"
+    assert model.quantization.learnt is True
+    assert {"conv_stem", "classifier", "blocks.0.0.se"} <= set(model.quantization.keep)
+    assert model.arch == "mobilenetv3_small_100"
+    assert model.made_from == ModelDir(tuned[0]).sha256
+    assert ModelDir(tuned[0]).read().quantization is None
+    assert record.evaluation.settings["lr"] == 5e-4
 
 
 def test_evaluation_compares_float_calibrated_and_trained(quantized, tuned):
     evaluation = json.loads(ModelDir(quantized[0]).evaluation_file.read_text())
-    assert evaluation["float_top1"] == tuned[1]["evaluation"]["top1"]
+    assert evaluation["float_top1"] == tuned[1].evaluation.top1
     for state in ("float_top1", "calibrated_top1", "top1"):
         assert evaluation[f"{state}_ci95"] == list(proportion_interval(evaluation[state], 12))
 
@@ -216,7 +216,7 @@ def test_scales_stay_as_calibrated_where_they_are_not_learnt(tmp_path, tuned, im
     assert "blocks.0.0.se.conv_reduce.weight_quantizer.scale" in scales[0]
     assert all(torch.equal(scales[1][name], tensor) for name, tensor in scales[0].items())
     record = ModelDir(out).read()
-    assert record["quantization"] == {"precision": "int8", "keep": ["conv_stem"], "learnt": False}
+    assert record.quantization == {"precision": "int8", "keep": ["conv_stem"], "learnt": False}
 
 
 def test_net_without_a_classifier_gets_one_first(tmp_path, plain_model, image_folder, monkeypatch):
@@ -229,25 +229,25 @@ def test_net_without_a_classifier_gets_one_first(tmp_path, plain_model, image_fo
         quantize="int8",
         assignments=["device=cpu"],
     )
-    assert record["classes"] == ["blue", "green", "red"]
+    assert record.classes == ["blue", "green", "red"]
     assert load_model(tmp_path / "m")[0].classifier.out_features == 3
 
 
 def test_probe_and_cost_take_a_quantized_net(tmp_path, quantized, tuned, image_folder):
     model = shutil.copytree(quantized[0], tmp_path / "m")
-    assert probe(model, data=str(image_folder), labels_per_class=2, seeds=2)["n_test"] == 12
+    assert probe(model, data=str(image_folder), labels_per_class=2, seeds=2).n_test == 12
     features, _ = load_feature_net(model)
     assert any(isinstance(module, FakeQuant) for module in features.modules())
     counted, plain = cost(model), cost(shutil.copytree(tuned[0], tmp_path / "plain"))
     for operator in ("conv", "linear"):
-        assert counted["by_operator"][operator] == plain["by_operator"][operator]
+        assert counted.by_operator[operator] == plain.by_operator[operator]
     # Folded, a norm's weight and bias are one bias.
     norms = sum(
         tensor.numel()
         for name, tensor in load_file(ModelDir(tuned[0]).weights_file).items()
         if name.endswith("running_mean")
     )
-    assert counted["params"] == ModelDir(model).read()["params"] == plain["params"] - norms
+    assert counted.params == ModelDir(model).read().params == plain.params - norms
 
 
 def test_quantized_net_is_not_trained_a_second_time(tmp_path, quantized, image_folder):

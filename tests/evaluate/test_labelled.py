@@ -11,14 +11,9 @@ from conftest import write_folder
 
 from edgecl.errors import DataError
 from edgecl.evaluate.labelled import draw_few, read_labelled
+from edgecl.storage.records import Preprocessing
 
-PREPROCESSING = {
-    "image_size": 16,
-    "resize_size": 16,
-    "mean": [0.5] * 3,
-    "std": [0.25] * 3,
-    "interpolation": "bilinear",
-}
+PREPROCESSING = Preprocessing(image_size=16, resize_size=16, mean=[0.5] * 3, std=[0.25] * 3)
 
 
 def read(data, **options):

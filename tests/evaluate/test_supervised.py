@@ -222,7 +222,7 @@ def badly_calibrated(train, tiny_net, colored, preprocessing):
 
     def make(factor):
         train(steps=40)
-        images = normalize(colored.train.images, preprocessing["mean"], preprocessing["std"])
+        images = normalize(colored.train.images, preprocessing.mean, preprocessing.std)
         quantized, _ = quantize_net(tiny_net, images, keep=[])
         assert classifier_top1(quantized, colored.test, preprocessing) == 100
         for module in quantized.modules():

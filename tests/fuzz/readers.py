@@ -193,7 +193,7 @@ def shards(mutator: Mutator, seeds: Seeds, place: Path) -> None:
 
 
 def models(mutator: Mutator, seeds: Seeds, place: Path) -> None:
-    from edgecl.nets.carving import load_model
+    from edgecl.nets.model_dir import load_model
 
     directory = _copy(seeds.model, place / "model")
     weights, record = directory / "weights.safetensors", directory / "model.json"
@@ -220,8 +220,8 @@ def models(mutator: Mutator, seeds: Seeds, place: Path) -> None:
 
 
 def runs(mutator: Mutator, seeds: Seeds, place: Path) -> None:
-    from edgecl.storage.artifacts import RunDir
     from edgecl.storage.checkpoint import read_best, read_newest
+    from edgecl.storage.directories import RunDir
 
     directory = _copy(seeds.run, place / "run")
     states = sorted(directory.rglob("state.json"))
@@ -284,7 +284,7 @@ def bundles(mutator: Mutator, seeds: Seeds, place: Path) -> None:
     from edgecl.onboard.bundle import check_files, choose_precision, read_manifest
     from edgecl.onboard.onnx_file import check_self_contained
     from edgecl.onboard.reference import read_reference
-    from edgecl.storage.artifacts import Bundle
+    from edgecl.storage.directories import Bundle
 
     directory = _copy(seeds.bundle, place / "bundle")
     manifest = directory / "manifest.json"

@@ -11,11 +11,12 @@ import edgecl.methods
 from edgecl.config.recipe import list_methods, read_recipe
 from edgecl.errors import Preempted
 from edgecl.evaluate.cost import cost_of_recipe
-from edgecl.nets.carving import carve, load_model
+from edgecl.nets.model_dir import load_model
 from edgecl.reports.report import report
-from edgecl.storage.artifacts import RunDir
 from edgecl.storage.checkpoint import read_newest
+from edgecl.storage.directories import RunDir
 from edgecl.train import loop
+from edgecl.train.carve import carve
 from edgecl.train.monitor import read_metrics
 from edgecl.train.pretrain import pretrain
 

@@ -6,22 +6,20 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
+from sealed import write_sealed
 
 from edgecl.config.recipe import recipe_from_tables
 from edgecl.errors import ArtifactError, RecipeError, SliceError
 from edgecl.nets.backbone import count_parameters, create_backbone, feature_count
-from edgecl.nets.carving import (
-    backbone_tensors,
-    carve,
-    create_slimmable,
-    load_model,
-    preprocessing_of,
-    write_model,
-)
+from edgecl.nets.build import backbone_tensors, create_slimmable
 from edgecl.nets.catalogue import NETS
 from edgecl.nets.fake_quant import quantize_net
-from edgecl.storage.artifacts import ModelDir, RunDir, record_header, write_json, write_sealed
+from edgecl.nets.model_dir import load_model, write_model
 from edgecl.storage.checkpoint import write_checkpoint
+from edgecl.storage.directories import ModelDir, RunDir
+from edgecl.storage.records import ImagesRead, Quantization, RunRecord
+from edgecl.storage.writing import write_record
+from edgecl.train.carve import carve, preprocessing_of
 
 SMALL = "mobilenetv3_small_100"
 PREPROCESSING = preprocessing_of(recipe_from_tables({"host": {"arch": SMALL}}, source="test"))
@@ -107,13 +105,13 @@ def write_run(path, *, tables=TABLES, data="nowhere"):
     write_checkpoint(
         run_dir, epoch=3, step=30, model=net.state_dict(), optimizer={"state": {}, "param_groups": []}
     )
-    record = {
-        **record_header("run", made_from=None),
-        "recipe_name": "tiny",
-        "recipe": recipe.model_dump(mode="json"),
-        "data": {"uri": str(data)},
-    }
-    write_json(run_dir.record_file, record)
+    record = RunRecord(
+        made_from=None,
+        recipe_name="tiny",
+        recipe=recipe.model_dump(mode="json"),
+        data=ImagesRead(uri=str(data), fingerprint="f" * 64),
+    )
+    write_record(run_dir.record_file, record)
     return net
 
 
@@ -140,7 +138,7 @@ def test_model_record_says_what_the_net_is(tmp_path):
     write_run(tmp_path / "run")
     returned = carve(tmp_path / "run", out=tmp_path / "model", recalibrate_norms=False)
     record = json.loads((tmp_path / "model" / "model.json").read_text(encoding="utf-8"))
-    assert record == returned
+    assert record == returned.to_json()
     plain = timm.create_model(SMALL, num_classes=0)
     expected = {
         "kind": "model",
@@ -157,17 +155,17 @@ def test_model_record_says_what_the_net_is(tmp_path):
         "epoch": 3,
         "step": 30,
     }
-    assert {key: record[key] for key in expected} == expected
-    assert record["preprocessing"]["image_size"] == 32
-    assert record["preprocessing"]["resize_size"] == 40
-    assert record["weights_sha256"] == ModelDir(tmp_path / "model").read()["weights_sha256"]
+    assert record.items() >= expected.items()
+    assert returned.preprocessing.image_size == 32
+    assert returned.preprocessing.resize_size == 40
+    assert returned.weights_sha256 == ModelDir(tmp_path / "model").read().weights_sha256
 
 
 def test_carving_the_host_width_gives_the_host(tmp_path, images):
     net = write_run(tmp_path / "run")
     record = carve(tmp_path / "run", out=tmp_path / "model", width=1.25, recalibrate_norms=False)
     loaded, _ = load_model(tmp_path / "model")
-    assert record["width"] == 1.25
+    assert record.width == 1.25
     with torch.no_grad():
         assert torch.equal(loaded(images), backbone_output(net, images, "host"))
 
@@ -194,7 +192,7 @@ def test_every_trained_width_can_be_carved(tmp_path, images, width):
     )
     record = carve(tmp_path / "run", out=tmp_path / "model", width=width, recalibrate_norms=False)
     loaded, _ = load_model(tmp_path / "model")
-    assert (record["width"], record["step"]) == (width, 40)
+    assert (record.width, record.step) == (width, 40)
     with torch.no_grad():
         host = net.host.backbone(images)
         expected = host if width == 1.25 else net.forward_slim_part("backbone", images, width=width)
@@ -208,7 +206,7 @@ def test_every_trained_width_can_be_carved(tmp_path, images, width):
 
 def test_the_slim_net_is_the_widest_unless_said_otherwise(tmp_path):
     write_run(tmp_path / "run", tables=MANY)
-    assert carve(tmp_path / "run", out=tmp_path / "model", recalibrate_norms=False)["width"] == 1.0
+    assert carve(tmp_path / "run", out=tmp_path / "model", recalibrate_norms=False).width == 1.0
 
 
 def test_nets_of_one_checkpoint_say_so(tmp_path):
@@ -217,8 +215,8 @@ def test_nets_of_one_checkpoint_say_so(tmp_path):
         carve(tmp_path / "run", out=tmp_path / f"{width}", width=width, recalibrate_norms=False)
         for width in (0.5, 1.0)
     ]
-    assert len({record["made_from"] for record in records}) == 1
-    assert len({record["weights_sha256"] for record in records}) == 2
+    assert len({record.made_from for record in records}) == 1
+    assert len({record.weights_sha256 for record in records}) == 2
 
 
 def test_every_trained_width_is_in_the_error(tmp_path):
@@ -266,7 +264,7 @@ def test_newest_or_best_checkpoint_is_carved(tmp_path, checkpoint, step):
     stems = write_qualities(tmp_path / "run", {40: 30.0, 50: 60.0, 60: 45.0})
     record = carve(tmp_path / "run", out=tmp_path / "model", checkpoint=checkpoint, recalibrate_norms=False)
     loaded, _ = load_model(tmp_path / "model")
-    assert (record["step"], record["epoch"]) == (step, step // 10)
+    assert (record.step, record.epoch) == (step, step // 10)
     assert torch.equal(loaded.conv_stem.weight, stems[step])
 
 
@@ -288,7 +286,7 @@ def test_recalibration_changes_norm_statistics_only(tmp_path, write_pictures):
     write_run(tmp_path / "run", data=write_pictures(12))
     for name, recalibrated in (("plain", False), ("fresh", True)):
         record = carve(tmp_path / "run", out=tmp_path / name, recalibrate_norms=recalibrated)
-        assert record["recalibrated"] is recalibrated
+        assert record.recalibrated is recalibrated
     plain = load_file(tmp_path / "plain" / "weights.safetensors")
     fresh = load_file(tmp_path / "fresh" / "weights.safetensors")
     changed = {name for name in plain if not torch.equal(plain[name], fresh[name])}
@@ -309,19 +307,18 @@ def test_recalibrated_statistics_are_those_of_the_unaugmented_images(tmp_path, w
         outputs = loaded.conv_stem(normalize(pictures, recipe.data.mean, recipe.data.std))
     torch.testing.assert_close(loaded.bn1.running_mean, outputs.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(loaded.bn1.running_var, outputs.var((0, 2, 3)), rtol=1e-4, atol=1e-5)
-    assert record["preprocessing"] == preprocessing_of(recipe)
+    assert record.preprocessing == preprocessing_of(recipe)
 
 
 @pytest.mark.parametrize("same", [True, False])
 def test_recalibration_on_other_images_than_the_runs_is_said(tmp_path, write_pictures, capsys, same):
     from edgecl.data.sources import open_source
-    from edgecl.storage.artifacts import write_json
 
     folder = write_pictures(12)
     write_run(tmp_path / "run", data=folder)
     record = RunDir(tmp_path / "run").read()
-    record["data"]["fingerprint"] = open_source(str(folder)).fingerprint
-    write_json(RunDir(tmp_path / "run").record_file, record)
+    record.data.fingerprint = open_source(str(folder)).fingerprint
+    write_record(RunDir(tmp_path / "run").record_file, record)
     if not same:
         sorted(folder.iterdir())[0].unlink()
     carve(tmp_path / "run", out=tmp_path / "model")
@@ -428,7 +425,7 @@ def quantized(tmp_path):
         origin="finetuned",
         made_from=None,
         data=None,
-        quantization={"precision": "int8", "keep": kept, "learnt": False},
+        quantization=Quantization(keep=kept, learnt=False),
     )
     return tmp_path / "quantized", net
 
@@ -438,7 +435,7 @@ def test_quantized_net_is_rebuilt_with_its_scales(quantized, images):
     net.conv_stem.stride = (1, 1)
     loaded, record = load_model(path)
     assert not loaded.training
-    assert record["quantization"]["keep"] == ["conv_stem"]
+    assert record.quantization.keep == ["conv_stem"]
     with torch.no_grad():
         assert torch.equal(loaded(images), net(images))
 
@@ -448,7 +445,6 @@ def test_weights_of_a_quantized_net_do_not_pass_for_those_of_another_choice(quan
     file = path / "model.json"
     record = json.loads(file.read_text())
     record["quantization"]["keep"] = ["conv_stem", "conv_head"]
-    record.pop("sha256")
     write_sealed(file, record)
     with pytest.raises(
         ArtifactError, match=f"the weights are not those of '{SMALL}' at width 0.5, quantized"
@@ -474,7 +470,6 @@ def test_record_of_a_version_that_knew_no_quantized_nets_loads(tmp_path, images)
     file = tmp_path / "model" / "model.json"
     record = json.loads(file.read_text())
     assert record.pop("quantization") is None
-    record.pop("sha256")
     write_sealed(file, record)
     with torch.no_grad():
         assert torch.equal(load_model(tmp_path / "model")[0](images), net(images))

@@ -10,12 +10,16 @@ from torch import nn
 from edgecl.config.recipe import recipe_from_tables
 from edgecl.errors import SliceError
 from edgecl.nets.backbone import create_backbone
-from edgecl.nets.carving import backbone_tensors, carve, create_slimmable, load_model
+from edgecl.nets.build import backbone_tensors, create_slimmable
 from edgecl.nets.catalogue import NETS
 from edgecl.nets.heads import Encoder
+from edgecl.nets.model_dir import load_model
 from edgecl.nets.slimming import SlimmableNet, limit_skips
-from edgecl.storage.artifacts import RunDir
 from edgecl.storage.checkpoint import write_checkpoint
+from edgecl.storage.directories import RunDir
+from edgecl.storage.records import ImagesRead, RunRecord
+from edgecl.storage.writing import write_record
+from edgecl.train.carve import carve
 
 SMALL = "mobilenetv3_small_100"
 # timm gives one of host and slim net a skip connection that the other lacks: block -> channels that skip in the run.
@@ -212,17 +216,13 @@ def write_run(path, *, tables=TABLES, other_weights=False):
             (net.forward_host(images).square().mean() + net.forward_slim(images).square().mean()).backward()
             optimizer.step()
             optimizer.zero_grad()
-    from edgecl.storage.artifacts import record_header, write_json
-
-    write_json(
-        run_dir.record_file,
-        {
-            **record_header(RunDir.KIND, made_from=None),
-            "recipe": recipe.model_dump(mode="json"),
-            "recipe_name": "test",
-            "data": {"uri": "none"},
-        },
+    record = RunRecord(
+        made_from=None,
+        recipe=recipe.model_dump(mode="json"),
+        recipe_name="test",
+        data=ImagesRead(uri="none", fingerprint="f" * 64),
     )
+    write_record(run_dir.record_file, record)
     write_checkpoint(
         run_dir, epoch=1, step=3, model=net.state_dict(), optimizer={"state": {}, "param_groups": []}
     )

@@ -13,7 +13,7 @@ import pytest
 
 from edgecl.errors import ArtifactError
 from edgecl.reports.report import report
-from edgecl.storage.artifacts import kind_of
+from edgecl.storage.reading import kind_of
 
 HOSTILE = "<script>alert(1)<img src=x onerror=alert(2)>&\"'$x$"
 

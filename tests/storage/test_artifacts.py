@@ -14,25 +14,14 @@ from pathlib import Path
 
 import pytest
 from disks import disk_of, flip, largest_file
+from edgecl.storage.artifacts import KINDS
 
 from edgecl.errors import ArtifactError
-from edgecl.storage.artifacts import (
-    KINDS,
-    SCHEMA,
-    Bundle,
-    ModelDir,
-    PipelineDir,
-    ReportDir,
-    RunDir,
-    command_line,
-    kind_of,
-    new_directory,
-    read_record,
-    record_header,
-    refuse_existing,
-    write_bytes,
-    write_json,
-)
+from edgecl.storage.directories import Bundle, ModelDir, PipelineDir, ReportDir, RunDir
+from edgecl.storage.raw_records import read_record, record_header
+from edgecl.storage.reading import kind_of
+from edgecl.storage.records import SCHEMA, command_line
+from edgecl.storage.writing import new_directory, refuse_existing, write_bytes, write_json
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -101,7 +90,7 @@ def test_kill_inside_leaves_nothing_under_the_final_name(tmp_path):
         """
         import sys, time
         from pathlib import Path
-        from edgecl.storage.artifacts import new_directory
+        from edgecl.storage.writing import new_directory
         with new_directory(Path(sys.argv[1]), kind="model") as aside:
             (aside / "model.json").write_text("{}")
             print("writing", flush=True)
@@ -124,7 +113,7 @@ def test_kill_inside_a_replacement_leaves_the_earlier_directory(tmp_path):
         """
         import os, signal, sys
         from pathlib import Path
-        from edgecl.storage.artifacts import new_directory
+        from edgecl.storage.writing import new_directory
         with new_directory(Path(sys.argv[1]), kind="model", force=True) as aside:
             (aside / "model.json").write_text("{}")
             os.kill(os.getpid(), signal.SIGKILL)
@@ -273,7 +262,7 @@ def test_reader_never_sees_a_part_of_a_json_file(tmp_path):
         """
         import sys
         from pathlib import Path
-        from edgecl.storage.artifacts import write_json
+        from edgecl.storage.writing import write_json
         for round in range(300):
             write_json(Path(sys.argv[1]), {"text": "x" * (200_000 * (round % 2))})
         """,
@@ -305,7 +294,7 @@ def write_large_json(path):
 
 def write_large_model(path):
     from edgecl.nets.backbone import create_backbone
-    from edgecl.nets.carving import write_model
+    from edgecl.nets.model_dir import write_model
 
     write_model(
         path,

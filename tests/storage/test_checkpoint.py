@@ -15,7 +15,6 @@ import edgecl
 from edgecl.config.recipe import Optim
 from edgecl.errors import ArtifactError
 from edgecl.onboard.bundle import sha256_of_file
-from edgecl.storage.artifacts import RunDir, write_json
 from edgecl.storage.checkpoint import (
     has_checkpoint,
     read_best,
@@ -24,6 +23,8 @@ from edgecl.storage.checkpoint import (
     restore_optimizer,
     write_checkpoint,
 )
+from edgecl.storage.directories import RunDir
+from edgecl.storage.writing import write_json
 from edgecl.train.optim import create_optimizer
 
 NO_OPTIMIZER = {"state": {}, "param_groups": []}

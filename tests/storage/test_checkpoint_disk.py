@@ -15,8 +15,8 @@ import torch
 from disks import disk_of, flip, largest_file
 
 from edgecl.errors import ArtifactError
-from edgecl.storage.artifacts import RunDir
 from edgecl.storage.checkpoint import read_best, read_newest, write_checkpoint
+from edgecl.storage.directories import RunDir
 
 FILES = ["model.safetensors", "optimizer.safetensors", "state.json"]
 
@@ -341,7 +341,7 @@ def test_what_a_killed_process_left_half_written_goes_with_the_next(run_dir):
 KILLING = """
     import json, os, random, signal, sys, time
     import torch
-    from edgecl.storage.artifacts import RunDir
+    from edgecl.storage.directories import RunDir
     from edgecl.storage.checkpoint import read_best, read_newest, write_checkpoint
 
     run_dir, kills = RunDir(sys.argv[1]), int(sys.argv[2])

@@ -8,8 +8,8 @@ import torch
 
 from edgecl.errors import NonFiniteError
 from edgecl.methods.sacl_xd import SaclXd
-from edgecl.storage.artifacts import RunDir
 from edgecl.storage.checkpoint import read_newest
+from edgecl.storage.directories import RunDir
 from edgecl.train import loop
 from edgecl.train.guard import Guard
 from edgecl.train.monitor import read_metrics

@@ -11,8 +11,8 @@ from PIL import Image
 from edgecl.errors import ArtifactError, CollapseError, DataError, DeviceError, RecipeError
 from edgecl.nets.backbone import count_parameters, create_backbone
 from edgecl.nets.slimming import SlimmableNet
-from edgecl.storage.artifacts import RunDir
 from edgecl.storage.checkpoint import read_newest
+from edgecl.storage.directories import RunDir
 from edgecl.train import loop
 from edgecl.train import pretrain as pretraining
 from edgecl.train.monitor import read_metrics
@@ -174,7 +174,7 @@ def test_a_grid_of_views_is_drawn(runs):
 
 
 def test_training_changes_every_tensor(runs, make_recipe):
-    from edgecl.nets.carving import create_slimmable
+    from edgecl.nets.build import create_slimmable
 
     torch.manual_seed(0)
     start = create_slimmable(make_recipe()).state_dict()

@@ -16,9 +16,9 @@ from worlds import free_port, run_script
 
 from edgecl.config.recipe import recipe_from_tables
 from edgecl.data.sources import open_source
-from edgecl.nets.carving import create_slimmable
-from edgecl.storage.artifacts import RunDir
+from edgecl.nets.build import create_slimmable
 from edgecl.storage.checkpoint import read_newest
+from edgecl.storage.directories import RunDir
 from edgecl.train.monitor import read_metrics
 from edgecl.train.quality import QualityWatch
 

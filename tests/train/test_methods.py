@@ -7,8 +7,8 @@ import torch
 from accelerate import Accelerator
 
 from edgecl.config.recipe import list_methods, recipe_from_tables
-from edgecl.nets.carving import create_slimmable
-from edgecl.storage.artifacts import RunDir
+from edgecl.nets.build import create_slimmable
+from edgecl.storage.directories import RunDir
 from edgecl.train.monitor import read_metrics
 from edgecl.train.step import create_step
 

@@ -10,7 +10,7 @@ from methods_of import method_of
 from edgecl.errors import CollapseError
 from edgecl.methods.losses import cross_correlation_loss
 from edgecl.methods.method import Embeddings
-from edgecl.nets.carving import create_slimmable
+from edgecl.nets.build import create_slimmable
 from edgecl.train.monitor import CollapseAlarm, MetricsFile, gradient_norms, read_metrics
 
 

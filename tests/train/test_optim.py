@@ -9,7 +9,7 @@ from torch import nn
 
 from edgecl.config.recipe import Optim
 from edgecl.nets.backbone import is_norm
-from edgecl.nets.carving import create_slimmable
+from edgecl.nets.build import create_slimmable
 from edgecl.train.optim import create_optimizer, create_schedule, peak_rate
 
 NAMES = ["lars", "adamw", "sgd"]

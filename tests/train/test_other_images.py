@@ -8,8 +8,8 @@ import torch
 
 from edgecl.data import index
 from edgecl.errors import ArtifactError, DataError, RecipeError
-from edgecl.storage.artifacts import RunDir
 from edgecl.storage.checkpoint import read_newest
+from edgecl.storage.directories import RunDir
 from edgecl.train import loop
 from edgecl.train.monitor import read_metrics
 

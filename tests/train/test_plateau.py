@@ -12,7 +12,7 @@ from edgecl.cli.commands import app
 from edgecl.methods.losses import cross_correlation_loss
 from edgecl.nets.heads import Encoder
 from edgecl.reports.report import report
-from edgecl.storage.artifacts import ReportDir, RunDir
+from edgecl.storage.directories import ReportDir, RunDir
 from edgecl.train.monitor import read_metrics
 from edgecl.train.plateau import RECORDS, PlateauAlarm
 

@@ -12,8 +12,9 @@ from edgecl import pipeline
 from edgecl.data import index
 from edgecl.errors import ArtifactError, DataError, RecipeError, SliceError
 from edgecl.nets.backbone import count_parameters, create_backbone
-from edgecl.storage.artifacts import RunDir, disk_errors
 from edgecl.storage.checkpoint import read_newest, write_checkpoint
+from edgecl.storage.directories import RunDir
+from edgecl.storage.writing import disk_errors
 from edgecl.train import loop, pretrain, saver
 
 from .conftest import train

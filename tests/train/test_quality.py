@@ -7,7 +7,7 @@ from edgecl.data.loading import normalize
 from edgecl.data.sources import open_source
 from edgecl.metrics.collapse import extract_features
 from edgecl.nets.backbone import create_backbone
-from edgecl.nets.carving import create_slimmable
+from edgecl.nets.build import create_slimmable
 from edgecl.train.quality import QualityWatch
 
 

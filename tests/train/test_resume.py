@@ -15,8 +15,8 @@ import torch
 from worlds import run_script
 
 from edgecl.errors import ArtifactError, RecipeError
-from edgecl.storage.artifacts import RunDir
 from edgecl.storage.checkpoint import read_newest
+from edgecl.storage.directories import RunDir
 from edgecl.storage.lock import hold
 from edgecl.train.monitor import read_metrics
 

@@ -14,8 +14,8 @@ from disks import largest_file
 from torch import nn
 
 from edgecl.errors import ArtifactError
-from edgecl.storage.artifacts import RunDir
 from edgecl.storage.checkpoint import has_checkpoint, read_best, read_newest
+from edgecl.storage.directories import RunDir
 from edgecl.train import saver as saver_module
 from edgecl.train.saver import Saver
 

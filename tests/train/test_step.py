@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from edgecl.methods.losses import CodingRate
 from edgecl.methods.method import Embeddings
-from edgecl.nets.carving import create_slimmable
+from edgecl.nets.build import create_slimmable
 from edgecl.train.step import create_step
 
 

@@ -1,0 +1,81 @@
+"""Build the nets that a recipe trains, and take one width's backbone out of them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from edgecl.config.recipe import Recipe, width_as_given
+from edgecl.errors import RecipeError, SliceError
+from edgecl.nets.heads import Encoder
+from edgecl.nets.slimming import SlimmableNet
+
+
+def create_slimmable(recipe: Recipe) -> SlimmableNet:
+    """Build the encoder a recipe trains, with random weights.
+
+    Raises:
+        RecipeError: unknown architecture, or one that does not take pictures of the recipe's sizes.
+        SliceError: a slim net is not a prefix of the host, or the host cannot begin as its slim nets.
+    """
+
+    def build(width: float) -> nn.Module:
+        return Encoder(
+            recipe.host.arch,
+            width=width,
+            projector=recipe.projector.sizes,
+            stem_stride=recipe.host.stem_stride,
+        )
+
+    net = SlimmableNet(
+        build,
+        host_width=recipe.host.width,
+        slim_width=recipe.slim.width,
+        other_widths=recipe.slim.all_widths[1:],
+    )
+    for size in dict.fromkeys(spec.size for spec in recipe.view_specs):
+        _try_image_size(net, recipe.host.arch, size)
+    if recipe.host.nested_start:
+        net.nest()
+    return net
+
+
+def _try_image_size(net: SlimmableNet, arch: str, size: int) -> None:
+    """Run one blank picture: some nets, such as transformers, take one size only."""
+    net.eval()
+    try:
+        with torch.no_grad():
+            net.forward_slim(torch.zeros(1, 3, size, size))
+    except (RuntimeError, AssertionError, ValueError) as exc:
+        raise RecipeError(
+            f"'{arch}' does not take pictures of {size} x {size}: {str(exc).splitlines()[0]}",
+            hint="set [data] image_size or [views] local_size to a size the net takes, or choose another net",
+        ) from exc
+    finally:
+        net.train()
+
+
+def backbone_tensors(net: SlimmableNet, *, width: float) -> dict[str, Tensor]:
+    """Return the backbone of one width as a plain state dict: copies, named as timm names them.
+
+    Args:
+        net: host and slim nets.
+        width: a slim width or the host's.
+
+    Raises:
+        SliceError: the net was not trained at this width.
+    """
+    if width not in (*net.slim_widths, net.host_width):
+        *first, last = map(width_as_given, sorted({*net.slim_widths, net.host_width}))
+        trained = f"{', '.join(first)} and {last}" if first else last
+        raise SliceError(
+            f"cannot carve width {width_as_given(width)}: this run trained {trained}",
+            hint="each width has batch norms of its own, so only a trained width can be carved",
+        )
+    tensors = net.slim_tensors(width) if width in net.slim_widths else net.host.state_dict()
+    prefix = "backbone."
+    return {
+        name.removeprefix(prefix): tensor.detach().clone().contiguous()
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
