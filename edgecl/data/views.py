@@ -11,7 +11,7 @@ import io
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,8 +100,6 @@ def make_views(
     # All at once on a GPU, and where threads share the work. On one core a large picture alone stays in its cache:
     # half the time.
     alone = device.type == "cpu" and largest >= _ALONE_FROM and torch.get_num_threads() == 1
-    if alone:
-        _keep_freed_memory()
     pieces: list[list[Tensor]] = [[] for _ in wanted]
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         for rows in [slice(row, row + 1) for row in range(count)] if alone else [slice(count)]:
@@ -406,16 +404,6 @@ def _per_channel(values: Sequence[float], like: Tensor) -> Tensor:
 def _sent(numbers: Floats, like: Tensor) -> Tensor:
     # Nothing here waits for a GPU: what it is to compute with is copied while it still computes the last batch.
     return torch.from_numpy(numbers.astype(np.float32)).to(like.device, non_blocking=True)
-
-
-@cache
-def _keep_freed_memory() -> None:
-    """Have glibc keep the memory of one picture for the next, instead of fetching fresh pages each time.
-
-    It gives freed memory back beyond twice the largest block, up to 32 MiB, that it ever got back. One such block
-    saves a fifth of the time.
-    """
-    torch.empty(31 * 2**20, dtype=torch.uint8)
 
 
 def _image(pixels: Tensor) -> Image.Image:

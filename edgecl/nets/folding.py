@@ -116,11 +116,6 @@ def run_example(net: nn.Module) -> Tensor:
     return output
 
 
-def convolutions_in_order(net: nn.Module) -> list[str]:
-    """Return the names of a net's convolutions in the order in which they run, which is their order in its ONNX file."""
-    return [name for name, module, _ in walk(net).calls if isinstance(module, nn.Conv2d)]
-
-
 def fold_batch_norm(net: nn.Module) -> nn.Module:
     """Fold every batch norm of a net into the convolution before it.
 

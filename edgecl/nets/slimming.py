@@ -245,6 +245,12 @@ class SlimmableNet(nn.Module):
         view = self._view(width)
         return dict(self.host.state_dict(keep_vars=True)) if view is None else view.tensors_in(self.host)
 
+    @property
+    def slim_index(self) -> Mapping[str, Index]:
+        """Where the widest slim net's shared tensors lie in the host, by name; empty where it is the host itself."""
+        view = self._view(None)
+        return {} if view is None else view.index
+
     def norms_of(self, width: float | None = None) -> nn.ModuleDict:
         """Return the private norms of a slim width, by key; empty where that is the host itself.
 

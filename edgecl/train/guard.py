@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from edgecl.errors import NonFiniteError, counted
@@ -80,11 +81,11 @@ class Guard:
         """Count from here: a checkpoint with finite weights is due."""
         self.skipped = []
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, object]:
         """Return what a checkpoint keeps."""
         return {"went_back": self.went_back, "skipped": list(self.skipped)}
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: Mapping[str, Any]) -> None:
         """Take what a checkpoint kept."""
         self.went_back = bool(state.get("went_back", False))
         self.skipped = list(state.get("skipped", []))

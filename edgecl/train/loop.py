@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -249,7 +249,7 @@ class Training:
         # Of the global batch, like the losses.
         watched = self.stepper.method.watched(outcome.embeddings)
         embeddings = self.accelerator.gather(watched.detach().contiguous())
-        record: dict[str, Any] = {
+        record = {
             "step": self.step,
             "epoch": self.step / self.steps_per_epoch,
             "loss": float(outcome.loss.detach()),
@@ -303,7 +303,7 @@ class Training:
             self._save(on_checkpoint, quality=quality)
         return True
 
-    def _record_quality(self, looks: dict[str, float | None]) -> dict[str, Any]:
+    def _record_quality(self, looks: dict[str, float | None]) -> dict[str, float | None]:
         record = {"step": self.step, "epoch": self.step / self.steps_per_epoch, **looks}
         if self.metrics:
             self.metrics.append(record)
@@ -311,7 +311,9 @@ class Training:
         self._say_plateau(self.plateau.check_quality(record, images=images, features=features))
         return record
 
-    def _save(self, on_checkpoint: Callable[[int], None], *, quality: dict[str, Any] | None = None) -> None:
+    def _save(
+        self, on_checkpoint: Callable[[int], None], *, quality: Mapping[str, Any] | None = None
+    ) -> None:
         """Begin to write a checkpoint, in the main process."""
         if not (self.saver and self.metrics):
             return

@@ -8,7 +8,7 @@ saddle (docs/results.md, "a plateau of one dimension"), left by chance or not at
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from edgecl.storage.records import Plateau
@@ -45,7 +45,7 @@ class PlateauAlarm:
         self._look: dict[str, Any] | None = None
         self._since: int | None = None
 
-    def check(self, record: dict[str, Any]) -> str | None:
+    def check(self, record: Mapping[str, Any]) -> str | None:
         """Look at one metrics record of a step; of a method that does not correlate its views there is nothing to see.
 
         Returns:
@@ -63,7 +63,7 @@ class PlateauAlarm:
             self._correlation = [diagonal, rms]
         return self._decide(record["step"])
 
-    def check_quality(self, record: dict[str, Any], *, images: int, features: int) -> str | None:
+    def check_quality(self, record: Mapping[str, Any], *, images: int, features: int) -> str | None:
         """Look at one record of quality, the first of them from before the first step.
 
         Args:
@@ -94,7 +94,7 @@ class PlateauAlarm:
         words = f"Pretraining got stuck on a plateau of one dimension by step {self._since}: {self._seen()}."
         return Plateau(since=self._since, words=words, hint=HINT)
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, object]:
         """Return what a checkpoint keeps."""
         return {
             "alike": self._alike,
@@ -105,7 +105,7 @@ class PlateauAlarm:
             "since": self._since,
         }
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: Mapping[str, Any]) -> None:
         """Take what a checkpoint kept; nothing of a run from before there was this alarm."""
         self._alike = state.get("alike", 0)
         self._apart = state.get("apart", 0)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 import accelerate
+import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -306,7 +307,7 @@ def _check_memory(recipe: Recipe, device: torch.device) -> None:
     if device.type == "cuda":
         there, holds = torch.cuda.get_device_properties(device).total_memory, "the GPU"
     else:
-        there, holds = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine"
+        there, holds = psutil.virtual_memory().total, "this machine"
     if needed > there:
         raise RecipeError(
             f"the {share} x {sum(spec.count for spec in specs)} views of one step take {needed / 2**30:.1f} GiB, "

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 import torch.distributed
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from edgecl.config.recipe import Data, Host
@@ -111,7 +112,8 @@ class QualityWatch:
         features = extract_features(
             backbone, self._share, normalize=lambda part: normalize(part, data.mean, data.std)
         )
-        return _gathered(features, self._count, self._accelerator)
+        shares: list[Tensor] = gather_object([features])
+        return torch.cat(shares)
 
     def _knn(self, features: Tensor) -> float | None:
         """Classify every other image by its neighbors among the rest."""
@@ -120,7 +122,7 @@ class QualityWatch:
         return knn_top1(features[::2], self._labels[::2], features[1::2], self._labels[1::2])
 
 
-def quality_of(record: dict[str, Any]) -> dict[str, Any] | None:
+def quality_of(record: Mapping[str, float | None]) -> dict[str, str | float] | None:
     """Choose by which number of a quality record checkpoints compare: kNN accuracy, or RankMe without labels."""
     for kind in ("knn_top1", "rankme"):
         for net in ("slim", "host"):
@@ -128,16 +130,3 @@ def quality_of(record: dict[str, Any]) -> dict[str, Any] | None:
             if value is not None:
                 return {"name": f"{kind}_{net}", "value": value}
     return None
-
-
-def _gathered(features: Tensor, count: int, accelerator: Accelerator) -> Tensor:
-    """Put the shares of all processes together again, in order."""
-    processes = accelerator.num_processes
-    if processes == 1:
-        return features
-    longest = -(-count // processes)
-    padded = features.new_zeros((longest, features.shape[1]))
-    padded[: len(features)] = features
-    shares = accelerator.gather(padded.to(accelerator.device)).cpu().view(processes, longest, -1)
-    sizes = [len(part) for part in torch.arange(count).tensor_split(processes)]
-    return torch.cat([share[:size] for share, size in zip(shares, sizes, strict=True)])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from edgecl.config.recipe import Recipe, flatten, recipe_from_tables
@@ -183,7 +183,7 @@ def other_surroundings(before: RunRecord, now: RunRecord) -> list[str]:
     return [f"{key} was {was}, now {is_}" for key, (was, is_) in found.items() if was not in (None, is_)]
 
 
-def differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
     """Say what differs between two recipes' tables: "table.key" -> "table.key was …, now …"."""
     was, is_ = flatten(before), flatten(now)
     return {

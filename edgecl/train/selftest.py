@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate.state import AcceleratorState
+from accelerate.utils import gather_object
 from torch import Tensor
 
 import edgecl
@@ -258,7 +259,6 @@ def compare(*, device: str, report: Report, names: Sequence[str] = ()) -> dict[s
         )
     processes.join(device)
     with processes.explain_lost_peers():
-        hosts = _hosts()
         found = run_arms(
             device=device,
             world_size=world_size,
@@ -267,6 +267,7 @@ def compare(*, device: str, report: Report, names: Sequence[str] = ()) -> dict[s
             report=lambda arm: report(f"{world_size} processes: {arm}"),
             arms=arms,
         )
+        hosts = sorted(set(gather_object([os.uname().nodename])))
         differences = _worst_of_all(
             torch.tensor(
                 [
@@ -295,13 +296,6 @@ def compare(*, device: str, report: Report, names: Sequence[str] = ()) -> dict[s
             {key: None if value == float("inf") else value for key, value in row.items()} for row in rows
         ],
     }
-
-
-def _hosts() -> list[str]:
-    everyone: list[Any] = [os.uname().nodename] * processes.world_size()
-    if len(everyone) > 1:
-        torch.distributed.all_gather_object(everyone, os.uname().nodename)
-    return sorted(set(everyone))
 
 
 def _worst_of_all(differences: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -195,12 +195,12 @@ class Step:
         scaler = self.accelerator.scaler
         return gradient_norms(self.net, watched, scale=scaler.get_scale() if scaler else 1.0)
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, object]:
         """Return what a checkpoint keeps besides weights and the optimizer's tensors: the scaling of fp16's loss."""
         scaler = self.accelerator.scaler
         return {"scaler": scaler.state_dict() if scaler else None}
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: Mapping[str, Any]) -> None:
         """Take what a checkpoint kept."""
         scaler = self.accelerator.scaler
         if scaler and state.get("scaler"):
