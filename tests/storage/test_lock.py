@@ -6,12 +6,10 @@ import fcntl
 import json
 import os
 import platform
-import shutil
 import signal
 import subprocess
 import sys
 import textwrap
-import threading
 from pathlib import Path
 
 import pytest
@@ -85,7 +83,7 @@ def test_a_refusal_leaves_the_holders_lock_as_it_is(tmp_path):
         assert (tmp_path / lock.NAME).read_text() == before
 
 
-def test_a_clean_end_frees_it_and_removes_the_file(tmp_path):
+def test_a_clean_end_frees_it(tmp_path):
     with process(HOLDER, tmp_path) as holder:
         holder.stdin.close()
         assert holder.wait() == 0
@@ -139,15 +137,6 @@ def test_a_directory_made_for_nothing_goes_again(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_directories_made_for_a_lock_that_was_refused_go_again(tmp_path, monkeypatch):
-    def no_room(handle):
-        raise OSError(errno.ENOSPC, "")
-
-    monkeypatch.setattr(lock, "_sign", no_room)
-    assert "no space left" in refused(tmp_path / "a" / "b").problem
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_directory_that_was_there_or_was_filled_stays(tmp_path):
     (tmp_path / "there").mkdir()
     for name in ("there", "filled"):
@@ -158,16 +147,6 @@ def test_a_directory_that_was_there_or_was_filled_stays(tmp_path):
     with lock.hold(tmp_path / "new" / "run", what="run directory"):
         (tmp_path / "new" / "other").mkdir()
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["other"]
-
-
-def test_another_ones_lock_is_not_removed(tmp_path):
-    """Somebody removed the directory under a run, and another run has begun there."""
-    run = tmp_path / "run"
-    with lock.hold(run, what="run directory"):
-        shutil.rmtree(run)
-        run.mkdir()
-        (run / lock.NAME).write_text("another's")
-    assert (run / lock.NAME).read_text() == "another's"
 
 
 COMPETING = """
@@ -214,25 +193,6 @@ def test_of_many_that_compete_never_two_hold_at_once(tmp_path):
     assert done.stdout == "failed 0\n", done.stdout + done.stderr
     assert not (tmp_path / "inside").exists()
     assert list((tmp_path / "run").glob("*")) == []
-
-
-def test_a_lock_on_a_file_that_was_removed_meanwhile_counts_for_nothing(tmp_path, monkeypatch):
-    """Between opening and locking the file, its holder goes, the file with it, and a third takes a new one."""
-    first, third = (lock.hold(tmp_path, what=what) for what in ("first", "third"))
-    first.__enter__()
-    open_file = lock._open
-
-    def open_slowly(file, what):
-        handle = open_file(file, what)
-        monkeypatch.undo()
-        first.__exit__(None, None, None)
-        third.__enter__()
-        return handle
-
-    monkeypatch.setattr(lock, "_open", open_slowly)
-    assert f"is in use by process {os.getpid()} on" in str(refused(tmp_path))
-    third.__exit__(None, None, None)
-    assert list(tmp_path.iterdir()) == []
 
 
 # --- children ---
@@ -298,8 +258,7 @@ def test_a_forked_child_that_leaves_does_not_free_its_parents(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '"pid"', '{"pid": 3}', "\x00\xff", "[" * 50_000])
-def test_a_holder_that_cannot_be_read_is_another_process(tmp_path, monkeypatch, content):
-    monkeypatch.setattr(lock, "_TRIES", 2)
+def test_a_holder_that_cannot_be_read_is_another_process(tmp_path, content):
     (tmp_path / lock.NAME).write_text(content, encoding="latin-1")
     with (tmp_path / lock.NAME).open() as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -309,19 +268,6 @@ def test_a_holder_that_cannot_be_read_is_another_process(tmp_path, monkeypatch, 
         ]
     with lock.hold(tmp_path, what="run directory"):
         assert json.loads((tmp_path / lock.NAME).read_text())["pid"] == os.getpid()
-
-
-def test_a_holder_just_about_to_sign_is_waited_for(tmp_path):
-    (tmp_path / lock.NAME).touch()
-    with (tmp_path / lock.NAME).open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-
-        def sign():
-            file.write('{"pid": 12, "host": "far"}')
-            file.flush()
-
-        threading.Timer(0.1, sign).start()
-        assert refused(tmp_path).problem == f"the run directory '{tmp_path}' is in use by process 12 on far"
 
 
 def test_no_directory_is_named(tmp_path):
@@ -373,24 +319,6 @@ def test_a_full_disk_is_named(tmp_path):
         assert [path.name for path in disk.iterdir()] == ["ballast"]
 
 
-def test_a_directory_that_vanishes_again_and_again_is_no_endless_wait(tmp_path, monkeypatch):
-    here = tmp_path / "here"
-    here.mkdir()
-    monkeypatch.chdir(here)
-    here.rmdir()
-    assert str(refused(Path())) == "cannot write the run directory '.': no such file or directory"
-
-
-def test_a_file_system_whose_files_change_their_numbers_is_spoken_of_and_used(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(lock, "_is_named", lambda handle, file: False)
-    with lock.hold(tmp_path, what="run directory"):
-        pass
-    assert capsys.readouterr().err == (
-        f"edgecl: the file system of '{tmp_path}' has no locks (files do not keep their numbers): "
-        "nothing keeps a second run out of it\n"
-    )
-
-
 def test_a_file_system_without_locks_is_spoken_of_and_used(tmp_path, monkeypatch, capsys):
     def flock(handle, operation):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
@@ -402,4 +330,4 @@ def test_a_file_system_without_locks_is_spoken_of_and_used(tmp_path, monkeypatch
         f"edgecl: the file system of '{tmp_path}' has no locks (No locks available): "
         "nothing keeps a second run out of it\n"
     )
-    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+    assert (tmp_path / "run.json").is_file()
