@@ -336,23 +336,23 @@ def train(run: Run, recipe: Recipe, out: Path) -> dict:
     from edgecl.train.pretrain import pretrain
 
     run_dir = RunDir(out)
-    done = run_dir.record_file.exists() and run_dir.read()["state"] == "done"
+    done = run_dir.record_file.exists() and run_dir.read().state == "done"
     if not done:
         pretrain(recipe, recipe_name=run.recipe, out=out, data=run.data, device=run.device, resume=True)
     record = run_dir.read()
-    cost = training_cost(recipe, images=record["data"]["images"])
+    cost = training_cost(recipe, images=record.data.images)
     ends = [step for step in read_metrics(run_dir.metrics_file) if "diagonal" in step][-5:]
     return {
-        "images": record["data"]["images"],
-        "steps": record["total_steps"],
-        "wall_s": record["wall_s"],
+        "images": record.data.images,
+        "steps": record.total_steps,
+        "wall_s": record.wall_s,
         "training_flops": cost.total_flops,
         "projector_flops": cost.projector_flops * cost.images * cost.epochs,
         "rate_flops": cost.rate_flops * cost.rate_share * cost.images * cost.epochs,
         "diagonal": statistics.mean(step["diagonal"] for step in ends),
         "off_diagonal_rms": statistics.mean(step["off_diagonal_rms"] for step in ends),
         "plateau": (record.get("plateau") or {}).get("words"),
-        "versions": record["versions"],
+        "versions": record.versions,
     }
 
 
@@ -408,7 +408,7 @@ def evaluator(run: Run, labelled, slim: Path) -> dict:
     from edgecl.metrics.collapse import extract_features, rank_me
 
     net, record = load_feature_net(slim)
-    preprocessing = record["preprocessing"]
+    preprocessing = record.preprocessing
     net.to("cuda" if run.device != "cpu" and torch.cuda.is_available() else "cpu")
     found = probe_net(
         net,
@@ -416,21 +416,22 @@ def evaluator(run: Run, labelled, slim: Path) -> dict:
         preprocessing=preprocessing,
         labels_per_class=run.labels_per_class,
         draws=run.draws,
+        made_from=None,
     )
     images = labelled.train.images
     spread = images[:: max(1, len(images) // RANKME_IMAGES)][:RANKME_IMAGES]
     features = extract_features(
-        net, spread, normalize=lambda part: normalize(part, preprocessing["mean"], preprocessing["std"])
+        net, spread, normalize=lambda part: normalize(part, preprocessing.mean, preprocessing.std)
     )
     return {
-        "knn_top1": found["knn_top1"],
-        "linear_top1": found["linear_top1"],
-        "few": found["few_label_top1"]["draws"],
+        "knn_top1": found.knn_top1,
+        "linear_top1": found.linear_top1,
+        "few": found.few_label_top1.draws,
         "labels_per_class": run.labels_per_class,
         "rankme": rank_me(features),
         "features": features.shape[1],
-        "n_train": found["n_train"],
-        "n_evaluated": found["n_test"],
+        "n_train": found.n_train,
+        "n_evaluated": found.n_test,
     }
 
 

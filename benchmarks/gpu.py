@@ -315,8 +315,8 @@ def pretrain_steps(given: argparse.Namespace) -> dict:
     warm = rates[len(rates) // 2 :]
     rate = statistics.median(warm)
     return {
-        "arm": record["arm"],
-        "device": record["device"],
+        "arm": record.arm,
+        "device": record.device,
         "precision": given.precision,
         "compiled": given.compile,
         "batch": recipe.data.batch_size,

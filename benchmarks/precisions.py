@@ -72,7 +72,7 @@ def measure(model: Path, training: str, given: argparse.Namespace) -> list[dict]
             out=bundle.path,
             say=print,
         )
-    manifest = bundle.read()
+    manifest = bundle.read().to_json()
     held = [name for name in PRECISIONS if name in manifest["precisions"]]
     record = bench(bundle.path, precisions=held, duration_s=given.duration_s, threads=1)
     p50 = {one["precision"]: one["latency_ms"]["p50"] for one in record["measurements"] if one["headline"]}

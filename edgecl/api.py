@@ -1,6 +1,7 @@
 """The verbs of the command line as Python functions: `import edgecl; edgecl.pretrain("photos", data="photos/")`.
 
-Each does what the command of its name does, and returns the record that it also writes to the disk. stdout stays empty;
+Each does what the command of its name does, and returns the record that it also writes to the disk, a model of
+`edgecl.storage.records`: `record.top1`, or `record.to_json()` for a dictionary. stdout stays empty;
 `pretrain` and `finetune` show their progress on stderr. Paths may be strings. What goes wrong is an
 `edgecl.errors.EdgeclError`. torch is imported by the first call that needs it.
 """
@@ -57,7 +58,7 @@ def pretrain(
         download: let torchvision fetch a data set that is not on the disk.
 
     Returns:
-        The content of run.json, with `total_steps`, `wall_s` and `plateau` (None, or why the run is stuck).
+        What run.json holds, with `total_steps`, `wall_s` and `plateau` (None, or why the run is stuck).
 
     Raises:
         RecipeError: unknown recipe, setting or value, or no images named.
@@ -100,7 +101,7 @@ def carve(
         force: replace an earlier model directory.
 
     Returns:
-        The content of model.json, with `arch`, `width`, `step`, `params` and `features`.
+        What model.json holds, with `arch`, `width`, `step`, `params` and `features`.
 
     Raises:
         ArtifactError: not a run directory, no whole checkpoint in it, or the output exists.
@@ -139,7 +140,7 @@ def probe(
         download: let torchvision fetch a data set that is not on the disk.
 
     Returns:
-        The content of probe.json, with `knn_top1`, `linear_top1` and `few_label_top1`, in percent, and their 95 % intervals.
+        What probe.json holds, with `knn_top1`, `linear_top1` and `few_label_top1`, in percent, and their 95 % intervals.
 
     Raises:
         ArtifactError: not a model directory.
@@ -183,8 +184,7 @@ def finetune(
         download: let torchvision fetch a data set that is not on the disk.
 
     Returns:
-        The content of model.json, and under "evaluation" that of evaluation.json, with `top1` in percent and its 95 %
-        interval.
+        What model.json holds, and as `evaluation` what evaluation.json does, with `top1` in percent and its 95 % interval.
 
     Raises:
         ArtifactError: not a model directory, a net that is quantized already, or the output exists.

@@ -1,4 +1,4 @@
-"""The whole road: recipe -> pretrain -> carve -> cost -> probe against baselines -> export, verify, bench -> report."""
+"""The verb `run`: recipe -> pretrain -> carve -> cost -> probe against baselines -> export, verify, bench -> report."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def run(
     download: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> PipelineRun:
-    """Take a recipe from images to a measured bundle and a report.
+    """Run every verb of a recipe, from images to a measured bundle and a report.
 
     Args:
         recipe: what to train and how to evaluate it.
@@ -82,7 +82,7 @@ def run(
         refuse_existing(out, force=force, kind=PipelineDir.KIND)
     from edgecl.evaluate.labelled import check_labelled
 
-    # Labels that cannot be used are better refused now than after hours of training.
+    # Before hours of training: labels that cannot be used.
     labelled_data = check_labelled(
         uri, test=test, per_class=recipe.probe.labels_per_class, limit=recipe.data.limit, download=download
     )
@@ -115,12 +115,12 @@ def run(
             )
         except Exception:
             if not resume and not RunDir(pipeline.run).record_file.exists():
-                clear_directory(out, keep={LOCK})  # of a start that was refused nothing stays
+                clear_directory(out, keep={LOCK})  # a start that was refused leaves nothing
             raise
         say("report")
         from edgecl.reports.report import report
 
-        # Made anew each time: it is cheap, and the stages behind it may be newer.
+        # Each time: it is cheap, and stages may be newer.
         written = report([out], out=pipeline.report, force=True)
     return PipelineRun(record, written)
 
@@ -137,7 +137,7 @@ def _run_stages(
     download: bool,
     say: Callable[[str], None],
 ) -> None:
-    """Do what is not done yet, each stage noted in the record when it is."""
+    """Run the stages that are not done yet, and write the record after each."""
 
     def stage(
         name: str, work: Callable[[], Sequence[Path]], *, stale: bool = False, target: Json | None = None
@@ -158,7 +158,7 @@ def _run_stages(
         write_record(pipeline.record_file, record)
         return True
 
-    # What comes later is made from what comes earlier, and is made anew with it.
+    # A later stage is made from an earlier one, and made anew with it.
     stale = stage(
         "pretrain",
         lambda: _pretrain(recipe, pipeline, record, device=device, resume=resume, download=download),
@@ -179,7 +179,7 @@ def _run_stages(
     for target in record.targets:
         target_now = read_target(target, precisions=precisions).model_dump(mode="json")
         for width, net in nets.items():
-            # The widest has the stage's and the folder's plain name, as the only one has.
+            # The widest net, often the only one, has the plain name of stage and folder.
             suffix = "" if net == pipeline.slim else f"-{width_as_given(width)}"
             name = f"export {target}{suffix.replace('-', ' ')}"
             bundle = Bundle(pipeline.bundles / f"{Path(target).stem}{suffix}")
@@ -193,7 +193,7 @@ def _run_stages(
 
 
 def _check_targets(targets: Sequence[str], precisions: Sequence[str] | None) -> None:
-    """Refuse targets that cannot be exported for before hours of training, not after them."""
+    """Check the targets before hours of training."""
     names: dict[str, str] = {}
     for target in targets:
         read_target(target, precisions=precisions)

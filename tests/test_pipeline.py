@@ -21,6 +21,7 @@ from edgecl.pipeline import run
 from edgecl.reports.report import report
 from edgecl.storage.directories import Bundle, ModelDir, PipelineDir, ReportDir, RunDir
 from edgecl.storage.reading import kind_of
+from edgecl.storage.records import SCHEMA
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +129,7 @@ def test_every_stage_leaves_its_record(walked):
         ModelDir(pipeline.random).probe_file,
         bundle.verify_file,
     ):
-        assert json.loads(path.read_text())["schema"] == 1
+        assert json.loads(path.read_text())["schema"] == SCHEMA
     assert len(list(bundle.path.glob("bench-*.json"))) == 1
 
 
@@ -202,7 +203,7 @@ def test_lost_run_is_trained_again_and_everything_after_it(again, out):
     assert again() == [*STAGES, "report"]
     after = json.loads((out / "slim" / "model.json").read_text())
     # The same recipe, seed and images: the same weights.
-    assert after["weights_sha256"] == before["weights_sha256"]
+    assert after["weights_sha256"] == before.weights_sha256
 
 
 def test_stage_that_was_interrupted_goes_on_from_there(again, out):
@@ -356,7 +357,7 @@ def test_decision_on_a_stuck_run_begins_with_that(tmp_path, monkeypatch, recipe_
     )
     assert done.exit_code == 0, done.output
     pipeline = PipelineDir(tmp_path / "out")
-    words = RunDir(pipeline.run).read()["plateau"]["words"]
+    words = RunDir(pipeline.run).read().plateau.words
     decision = json.loads((pipeline.report / "report.json").read_text())["decision"]
     assert decision.startswith(f"{words} ")
     assert "random initialization" in decision
@@ -389,17 +390,17 @@ def test_every_width_goes_the_whole_road(many, again, walked_with_widths):
     out = many
     assert walked_with_widths[1] == [*STAGES_OF_WIDTHS, "report"]
     records = {name: ModelDir(out / name).read() for name in NETS}
-    assert {name: record["width"] for name, record in records.items()} == NETS
-    assert len({record["made_from"] for record in records.values()}) == 1
+    assert {name: record.width for name, record in records.items()} == NETS
+    assert len({record.made_from for record in records.values()}) == 1
     for name in NETS:
         model = ModelDir(out / name)
         probe = json.loads(model.probe_file.read_text())
         assert probe["made_from"] == model.sha256
         assert probe["few_label_top1"]["labels_per_class"] == 2
-        assert json.loads(model.cost_file.read_text())["params"] == records[name]["params"]
+        assert json.loads(model.cost_file.read_text())["params"] == records[name].params
         bundle = Bundle(out / "bundles" / name.replace("slim", "ort-cpu"))
-        assert bundle.read()["net"]["width"] == NETS[name]
-        assert bundle.read()["made_from"] == model.sha256
+        assert bundle.read().net.width == NETS[name]
+        assert bundle.read().made_from == model.sha256
     assert json.loads((out / "comparison.json").read_text())["made_from"] == ModelDir(out / "slim").sha256
     again_said = again(out=out, assignments=WIDTHS)
     assert again_said == [*(f"{stage}: already done" for stage in STAGES_OF_WIDTHS), "report"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import os
 import re
@@ -14,8 +13,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
-
-from filelock import FileLock, Timeout
 
 from edgecl.data.tar_index import TarIndex, indexed, read_index, save_index
 from edgecl.errors import DataError, first_line
@@ -130,6 +127,8 @@ def fetch(url: str, *, count: Callable[[int], None], stop: threading.Event) -> F
 @contextmanager
 def _only_one(place: Path, shown: str, stop: threading.Event) -> Iterator[None]:
     """Let one process of the machine fetch a shard; others wait as long as its holder gets on."""
+    from filelock import FileLock, Timeout  # slow to import, and most runs fetch nothing
+
     lock = FileLock(place.with_name(f"{place.name}.lock"))
     size, since = -1, time.monotonic()
     while True:
@@ -212,6 +211,8 @@ def _transfer(url: str, aside: Path, count: Callable[[int], None], stop: threadi
 
 def _start(url: str, aside: Path, note: Callable[[int], None]) -> Future[None]:
     """Begin a transfer in fsspec's own thread, so that whoever waits for it can give up."""
+    import asyncio
+
     options: dict[str, Any] = {}
     try:
         from fsspec.callbacks import Callback

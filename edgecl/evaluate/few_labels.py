@@ -97,7 +97,7 @@ def _begin_worker(threads: int) -> None:
 
 
 def _end(pool: ProcessPoolExecutor) -> None:
-    """End the processes now: after an error or Ctrl-C nobody waits for the nets they are at."""
+    """End the processes now: after an error or Ctrl-C their results are not needed."""
     for worker in multiprocessing.active_children():
         worker.terminate()
     pool.shutdown(cancel_futures=True)

@@ -1,4 +1,4 @@
-"""Give a net a classifier and train it with labels: a model directory that can be deployed."""
+"""The verb `finetune`: a model directory and labelled images in, a model directory with a classifier out."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ class _Trained:
 def _train_float(
     net: nn.Module, record: ModelRecord, labelled: Labelled, *, epochs: int | None, settings: FinetuneConfig
 ) -> _Trained:
-    """Give the net a new classifier and train both."""
+    """Add a new classifier to the net and train both."""
     epochs = epochs or DEFAULT_EPOCHS
     classifier = create_blank(record, classes=len(labelled.classes))
     load_backbone(classifier, net)

@@ -1,4 +1,4 @@
-"""Labelled images for judging a net: a part to learn from and a held-out part."""
+"""Labelled images to evaluate a net on: a part to learn from and a held-out part."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def read_labelled(
 def check_labelled(
     data: str, *, test: str | None, per_class: int, limit: int | None = None, download: bool = False
 ) -> bool:
-    """Look at labels before anything takes time: no image is decoded.
+    """Check labels without decoding an image.
 
     Returns:
         whether the images have labels at all.

@@ -76,7 +76,7 @@ def probe_all(
     results = []
     for model in models:
         net, record = load_feature_net(model)
-        # Nets of one run see the same pixels; others may need another size.
+        # Read again only for a net with another preprocessing.
         if labelled is None or record.preprocessing != preprocessing:
             preprocessing = record.preprocessing
             labelled = read_labelled(data, test=test, preprocessing=preprocessing, download=download)
@@ -182,7 +182,7 @@ def probe_net(
 
     train, test = labelled.train, labelled.test
     classes = len(labelled.classes)
-    # Refuse a draw that cannot be made before anything takes time.
+    # Fails early where a class has too few labels.
     draw_few(train.labels, per_class=labels_per_class, draw=0)
     with Progress("probe", total=draws + 3, unit="fits") as progress:
         train_features = extract_features(net, train.images, normalize=prepare)
@@ -219,7 +219,7 @@ def summary(draws: Sequence[float], *, labels_per_class: int) -> FewLabelAccurac
     return FewLabelAccuracy(
         mean=mean(draws),
         std=stdev(draws) if several else 0.0,
-        # An accuracy ends at 0 and 100, whatever two or three draws suggest.
+        # The t-interval of few draws can leave 0 to 100.
         ci95=[min(max(end, 0.0), 100.0) for end in mean_interval(draws)] if several else None,
         draws=list(draws),
         labels_per_class=labels_per_class,

@@ -102,10 +102,10 @@ def train_classifier(
     warmup_steps = min(max(1, steps // 10), steps - 1)
     schedule = CosineLRScheduler(
         optimizer,
-        # Of a single step timm says that it is no cosine; of two the first is the same.
+        # timm's cosine needs two steps or more; the first of two equals a single one.
         t_initial=max(2, steps - warmup_steps),
         warmup_t=warmup_steps,
-        # Not zero: the first step shall move something.
+        # Above zero, so that the first step changes the weights.
         warmup_lr_init=min(group["lr"] for group in optimizer.param_groups) / (warmup_steps + 1),
         warmup_prefix=True,
         t_in_epochs=False,

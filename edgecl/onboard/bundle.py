@@ -12,7 +12,7 @@ from typing import Any, Callable, Dict, Optional, Sequence, Tuple, Union
 from .errors import BundleError
 from .errors import OnboardError as OnboardError  # callers find every name of a bundle here
 
-SCHEMA = 1
+SCHEMA = 2
 KIND = "bundle"
 MANIFEST = "manifest.json"
 REFERENCE = "reference.npz"
@@ -228,9 +228,9 @@ def _check_manifest(path: Path, manifest: Dict[str, Any]) -> None:
             )
 
     expect("schema", manifest.get("schema"), _is_count, "a whole number")
-    if manifest["schema"] > SCHEMA:
+    if manifest["schema"] != SCHEMA:
         raise BundleError(
-            "'%s' has schema %s, this edgecl reads up to %s" % (path, manifest["schema"], SCHEMA),
+            "'%s' has schema %s, this edgecl reads %s" % (path, manifest["schema"], SCHEMA),
             "use the onboard.pyz that came with the bundle",
         )
     missing = [key for key in _KEYS if key not in manifest]

@@ -1,10 +1,9 @@
-"""Checkpoints of a run: safetensors and JSON, held to their hashes, the newest and the best whole one found again."""
+"""Checkpoints of a run: safetensors and JSON with their hashes, and the newest or the best whole one of them."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import math
 import re
 import shutil
@@ -22,25 +21,28 @@ from torch import Tensor
 from edgecl.errors import ArtifactError, first_line, tell
 from edgecl.onboard.bundle import sha256_of_file
 from edgecl.storage.directories import RunDir
-from edgecl.storage.reading import read_bytes, read_json
-from edgecl.storage.records import SCHEMA
-from edgecl.storage.writing import disk_errors, flush, new_directory, write_json
+from edgecl.storage.reading import read_bytes, read_record
+from edgecl.storage.records import CheckpointRecord, Json, Quality
+from edgecl.storage.writing import disk_errors, flush, new_directory, write_record
 
 KEEP = 2
 
 _MODEL = "model.safetensors"
 _OPTIMIZER = "optimizer.safetensors"
-_STATE = "state.json"
+_STATE = CheckpointRecord.FILE
 
-# edgecl 0.1 counted epochs. An '.old' one is set aside while one of the same step is written anew.
-_NAME = re.compile(r"(?P<unit>epoch|step)-(?P<count>\d+)(?P<old>\.old)?")
+# An '.old' one is set aside while one of the same step is written anew.
+_NAME = re.compile(r"step-(?P<count>\d+)(?P<old>\.old)?")
 _OLD = ".old"
 _GROUPS = "groups"
 _NOT_FINITE = "not finite"
 
 
+# What torch's `state_dict` returns.
+StateDict = dict[str, Any]
+
 METHODS_OWN = "method."
-"""What the names of tensors begin with that are a method's own, and not the net's."""
+"""Prefix of the names of tensors that belong to the method, not to the net."""
 
 
 @dataclass(frozen=True)
@@ -53,16 +55,16 @@ class Checkpoint:
         model: tensors by name: of the training net, host and slim norms, and the method's own.
         optimizer: the optimizer's state dict.
         state: what else a run goes on from, as JSON knows it: numbers, texts, lists and tables.
-        quality: {"name", "value"} of the last look at quality, higher is better; None when there was none.
+        quality: of the last look at the features; None when there was none.
         sha256: hash of state.json, which holds the hashes of the tensors and of its own content.
     """
 
     step: int
     epoch: int
     model: dict[str, Tensor]
-    optimizer: dict[str, Any]
-    state: dict[str, Any]
-    quality: dict[str, Any] | None
+    optimizer: StateDict
+    state: Json
+    quality: Quality | None
     sha256: str
 
     @property
@@ -77,7 +79,7 @@ def write_checkpoint(
     step: int,
     epoch: int,
     model: Mapping[str, Tensor],
-    optimizer: dict[str, Any],
+    optimizer: StateDict,
     state: Mapping[str, Any] | None = None,
     quality: Mapping[str, Any] | None = None,
     keep: int = KEEP,
@@ -109,15 +111,16 @@ def write_checkpoint(
     path = run_dir.checkpoint_file(step)
     model_tensors = _for_file(model)
     optimizer_tensors, scalars = _flatten(optimizer)
-    record = {
-        "schema": SCHEMA,
-        "kind": "checkpoint",
-        "step": to_json(step, "step"),
-        "epoch": to_json(epoch, "epoch"),
-        "quality": _finite(quality),
-        "state": to_json(dict(state or {}), "state"),
-        "optimizer": scalars,
-    }
+    record = CheckpointRecord(
+        made_from=None,
+        step=to_json(step, "step"),
+        epoch=to_json(epoch, "epoch"),
+        quality=_finite(quality),
+        state=to_json(dict(state or {}), "state"),
+        optimizer=scalars,
+        files={},
+        size_bytes={},
+    )
     _sweep(run_dir)
     with (
         _hint_to_resume(path),
@@ -126,9 +129,9 @@ def write_checkpoint(
     ):
         for name, tensors in ((_MODEL, model_tensors), (_OPTIMIZER, optimizer_tensors)):
             save_file(tensors, aside / name)
-        record["sha256"] = {name: sha256_of_file(aside / name) for name in (_MODEL, _OPTIMIZER)}
-        record["bytes"] = {name: (aside / name).stat().st_size for name in (_MODEL, _OPTIMIZER)}
-        write_json(aside / _STATE, {**record, "own_sha256": _digest(record)})
+            record.files[name] = sha256_of_file(aside / name)
+            record.size_bytes[name] = (aside / name).stat().st_size
+        write_record(aside / _STATE, record)
     flush(run_dir.checkpoints)  # the new name is on the disk before an old one goes
     wanted = _wanted(run_dir, step=step, keep=keep, keep_best=keep_best)
     for old in _existing(run_dir):
@@ -199,7 +202,7 @@ def read_sealed(run_dir: RunDir, sha256: str) -> Checkpoint | None:
     return None
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+def restore_optimizer(optimizer: torch.optim.Optimizer, state: StateDict) -> None:
     """Load an optimizer's state, every tensor in the memory layout of its parameter.
 
     Files hold contiguous tensors. A fused step walks through memory without looking at strides, and would silently
@@ -219,7 +222,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -
 
 
 def has_checkpoint(run_dir: RunDir) -> bool:
-    """Tell whether a run has a checkpoint, whole or not."""
+    """Return whether a run has a checkpoint, whole or not."""
     return bool(_existing(run_dir))
 
 
@@ -234,7 +237,7 @@ def to_json(value: Any, name: str) -> Any:
     if value is None or type(value) in (bool, int, str):
         return value
     if type(value) is float:
-        # JSON has no word for these, and what watches over a run may well hold one.
+        # JSON has no infinity and no NaN, which the state of a run may hold.
         return value if math.isfinite(value) else {_NOT_FINITE: str(value)}
     if isinstance(value, (list, tuple)):
         return [to_json(item, f"{name}[{index}]") for index, item in enumerate(value)]
@@ -260,7 +263,7 @@ def _passing_over(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _hint_to_resume(path: Path) -> Iterator[None]:
-    """Let a full disk name the checkpoint and hint at --resume: the command run again as it was would start anew."""
+    """Name the checkpoint in a full disk's error, and --resume: the same command would start a new run."""
     try:
         yield
     except ArtifactError as problem:
@@ -275,7 +278,7 @@ def _hint_to_resume(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _same_step_aside(path: Path) -> Iterator[None]:
-    """Set a checkpoint of the same step aside, under a name that is still found, until the new one stands."""
+    """Rename a checkpoint of the same step, so that it is still found, until the new one is in place."""
     earlier = path.with_name(path.name + _OLD)
     with disk_errors(path):
         if path.exists():
@@ -291,13 +294,12 @@ def _same_step_aside(path: Path) -> Iterator[None]:
 
 def _sweep(run_dir: RunDir) -> None:
     """Remove what a killed process left half written."""
-    for unit in ("step", "epoch"):
-        for part in run_dir.checkpoints.glob(f".{unit}-*"):
-            shutil.rmtree(part, ignore_errors=True)
+    for part in run_dir.checkpoints.glob(".step-*"):
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def _remove(path: Path) -> None:
-    """Remove a checkpoint under another name: a process killed on the way must not leave one that looks torn."""
+    """Rename a checkpoint, then remove it: a process killed in between leaves none that looks torn."""
     gone = path.with_name(f".{path.name}.gone")
     shutil.rmtree(gone, ignore_errors=True)
     with contextlib.suppress(OSError):
@@ -312,63 +314,58 @@ def _existing(run_dir: RunDir) -> list[Path]:
         for path in run_dir.checkpoints.iterdir():
             match = _NAME.fullmatch(path.name)
             if match and path.is_dir():
-                found.append((match["unit"] == "step", int(match["count"]), match["old"] is None, path))
+                found.append((int(match["count"]), match["old"] is None, path))
     return [path for *_, path in sorted(found)]
 
 
 def _wanted(run_dir: RunDir, *, step: int, keep: int, keep_best: bool) -> set[Path]:
-    """Choose the checkpoints to keep, this step's the newest. Torn ones must not push out whole ones."""
-    records: dict[Path, dict[str, Any]] = {}
+    """Return the checkpoints to keep, this step's as the newest; torn ones are not counted."""
+    records: dict[Path, CheckpointRecord] = {}
     unread = []
     for path in _existing(run_dir):
         try:
             record = _record_of(path)
         except _NotWholeError as problem:
-            # A disk that could not be read just now is no reason to remove what is on it.
+            # Kept: the disk may only be unreadable just now.
             if isinstance(problem.__cause__, OSError) and not isinstance(
                 problem.__cause__, FileNotFoundError
             ):
                 unread.append(path)
             continue
-        if record["step"] < step or path == run_dir.checkpoint_file(step):
+        if record.step < step or path == run_dir.checkpoint_file(step):
             records[path] = record
     best = _by_quality(records)[:1] if keep_best else []
     return {*list(records)[-keep:], *best, *unread}
 
 
-def _by_quality(records: dict[Path, dict[str, Any]]) -> list[Path]:
-    """Return the checkpoints with a quality of the newest's name, best first; of equal ones the newer first."""
-    qualities = {path: record["quality"] for path, record in records.items() if record.get("quality")}
+def _by_quality(records: dict[Path, CheckpointRecord]) -> list[Path]:
+    """Return the checkpoints whose quality has the newest's name, best first; of equal ones the newer first."""
+    qualities = {path: record.quality for path, record in records.items() if record.quality}
     if not qualities:
         return []
-    name = list(qualities.values())[-1]["name"]
-    paths = [path for path, quality in qualities.items() if quality["name"] == name]
-    return sorted(paths, key=lambda path: (qualities[path]["value"], paths.index(path)), reverse=True)
+    name = list(qualities.values())[-1].name
+    paths = [path for path, quality in qualities.items() if quality.name == name]
+    return sorted(paths, key=lambda path: (qualities[path].value, paths.index(path)), reverse=True)
 
 
-def _record_of(path: Path) -> dict[str, Any]:
-    """Read a checkpoint's state.json, held to its own hash, and look whether the files have their length.
+def _record_of(path: Path) -> CheckpointRecord:
+    """Read a checkpoint's state.json, and check that its files have their sizes.
 
     Raises:
         _NotWholeError: torn or changed.
     """
     with _unreadable():
-        record = read_json(path / _STATE)
-        own = record.pop("own_sha256", None)
-        # Runs begun before state.json held its own hash can still go on.
-        if own != _digest(record) and not (own is None and path.name.startswith("epoch-")):
-            raise _NotWholeError(f"{_STATE} does not match its hash")
-        for name, length in record.get("bytes", {}).items():
+        (path / _STATE).stat()  # an unreadable disk raises OSError here, and is not taken for a missing file
+        record = read_record(path / _STATE, CheckpointRecord)
+        for name, size in record.size_bytes.items():
             found = (path / name).stat().st_size
-            if found != length:
-                raise _NotWholeError(f"{name} has {found} bytes, not {length}")
-        if type(record["step"]) is not int or type(record["epoch"]) is not int:
-            raise _NotWholeError(f"{_STATE} counts no whole steps and epochs")
-    return dict(record)
+            if found != size:
+                raise _NotWholeError(f"{name} has {found} bytes, not {size}")
+    return record
 
 
 def _read(path: Path) -> Checkpoint:
-    """Read a checkpoint, held to its hashes.
+    """Read a checkpoint and compare its files with their hashes.
 
     Raises:
         _NotWholeError: torn or changed.
@@ -377,19 +374,19 @@ def _read(path: Path) -> Checkpoint:
     tensors = {}
     with _unreadable():
         for name in (_MODEL, _OPTIMIZER):
-            # The very bytes that were held to the hash become tensors; a mapped file could change under them.
+            # The very bytes that were hashed become tensors; a mapped file could change under them.
             content = read_bytes(path / name)
-            if hashlib.sha256(content).hexdigest() != record["sha256"][name]:
+            if hashlib.sha256(content).hexdigest() != record.files[name]:
                 raise _NotWholeError(f"{name} does not match its hash")
             tensors[name] = load(content)
             del content
         return Checkpoint(
-            step=record["step"],
-            epoch=record["epoch"],
+            step=record.step,
+            epoch=record.epoch,
             model=tensors[_MODEL],
-            optimizer=_unflatten(tensors[_OPTIMIZER], _from_json(record["optimizer"])),
-            state=_from_json(record.get("state", {})),
-            quality=record.get("quality"),
+            optimizer=_unflatten(tensors[_OPTIMIZER], _from_json(record.optimizer)),
+            state=_from_json(record.state),
+            quality=record.quality,
             sha256=sha256_of_file(path / _STATE),
         )
 
@@ -410,14 +407,10 @@ def _unreadable() -> Iterator[None]:
         raise _NotWholeError(f"unreadable ({first_line(exc)})") from exc
 
 
-def _digest(record: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-
-
-def _finite(quality: Mapping[str, Any] | None) -> dict[str, Any] | None:
+def _finite(quality: Mapping[str, Any] | None) -> Quality | None:
     if quality is None or quality["value"] is None or not math.isfinite(quality["value"]):
         return None
-    return {"name": str(quality["name"]), "value": float(quality["value"])}
+    return Quality(name=str(quality["name"]), value=float(quality["value"]))
 
 
 def _from_json(value: Any) -> Any:
@@ -444,13 +437,13 @@ def _for_file(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return ready
 
 
-def _flatten(optimizer: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Part an optimizer's state dict into tensors for safetensors and scalars for JSON."""
+def _flatten(optimizer: StateDict) -> tuple[dict[str, Tensor], Json]:
+    """Split an optimizer's state dict into tensors for safetensors and scalars for JSON."""
     unknown = sorted(optimizer.keys() - {"state", "param_groups"})
     if unknown:
         raise TypeError(f"an optimizer's state with '{unknown[0]}' in it cannot be kept")
     tensors: dict[str, Tensor] = {}
-    scalars: dict[str, Any] = {_GROUPS: [], "state": {}}
+    scalars: Json = {_GROUPS: [], "state": {}}
     for number, group in enumerate(optimizer["param_groups"]):
         scalars[_GROUPS].append({})
         for key, value in group.items():
@@ -468,10 +461,8 @@ def _flatten(optimizer: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, An
     return _for_file(tensors), scalars
 
 
-def _unflatten(tensors: dict[str, Tensor], scalars: dict[str, Any]) -> dict[str, Any]:
-    state: dict[int, dict[str, Any]] = {
-        int(index): dict(entries) for index, entries in scalars["state"].items()
-    }
+def _unflatten(tensors: dict[str, Tensor], scalars: Json) -> StateDict:
+    state: dict[int, StateDict] = {int(index): dict(entries) for index, entries in scalars["state"].items()}
     for name, tensor in tensors.items():
         index, _, key = name.partition(".")
         if index == _GROUPS:
@@ -483,7 +474,7 @@ def _unflatten(tensors: dict[str, Tensor], scalars: dict[str, Any]) -> dict[str,
 
 
 def _like(now: Any, saved: Any) -> Any:
-    """Give an option of an optimizer what a file cannot hold: that it was a tuple, or on which device it was."""
+    """Restore what a file cannot hold of an optimizer's option: that it was a tuple, or its device."""
     if isinstance(now, tuple) and isinstance(saved, list):
         return tuple(saved)
     if isinstance(now, Tensor) and isinstance(saved, Tensor):

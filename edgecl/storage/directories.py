@@ -105,12 +105,11 @@ class Bundle:
     def read(self) -> Manifest:
         """Return the manifest after comparing it with its own hash; `verify` checks the files.
 
-        Entries that a device does not need may be missing; they are None.
-
         Raises:
-            ArtifactError: not a bundle, an entry of another type, or the manifest changed since it was written.
+            ArtifactError: not a bundle, an entry is missing or of another type, or the manifest changed since it was
+                written.
         """
-        return read_record(self.record_file, Manifest, missing_ok=True)
+        return read_record(self.record_file, Manifest)
 
 
 class ReportDir:

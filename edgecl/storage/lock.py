@@ -29,7 +29,7 @@ def hold(directory: Path, *, what: str) -> Iterator[None]:
     """Hold a directory, made if it is missing, so that no other process writes into it.
 
     The lock is an flock(2) on the file `.lock`, which names its holder and stays beside what was written. Where nothing
-    was written it goes again, and with it the directories that were made. What a killed process left half written in the directory is
+    was written it goes again, and with it the directories that were made. What a killed process left half written is
     removed. Where the file system has no locks a line on stderr says so, and the directory is not held.
 
     Args:

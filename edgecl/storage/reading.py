@@ -1,4 +1,4 @@
-"""Read what a stranger may have made: regular files only, of a bounded size, and JSON no deeper than a record is."""
+"""Read untrusted files: regular ones only, of a bounded size, JSON of a bounded depth, records of the expected types."""
 
 from __future__ import annotations
 
@@ -182,9 +182,10 @@ def _whole_number(digits: str) -> int:
 
 @contextlib.contextmanager
 def reading(path: Path, *more: type[Exception]) -> Iterator[None]:
-    """Turn what goes wrong while a file's content is made sense of into an error that names the file.
+    """Turn an exception that a file's content causes into an error that names the file.
 
-    Whoever writes a record can seal it, so a hash says nothing of its content. To be held round little else than that.
+    Whoever writes a record can seal it, so its hash says nothing about its content. Wrap little code: other errors would be
+    blamed on the file.
 
     Args:
         path: the file.

@@ -2,7 +2,7 @@
 
 Every record begins with `schema`, `kind`, `made_by`, `made_from` and `command`. Whoever writes a record can also seal it, so
 types and ranges are checked when it is read: no value is converted, and no number is infinite or NaN. An entry that no
-model names is kept as it is. `docs/schemas/NAME.json` is made from these models by `python -m edgecl.storage.records`.
+model names is kept as it is. `docs/schemas/NAME.json` is made from these models and their docstrings by `schemas.py`.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Table(BaseModel):
         allow_inf_nan=False,
         protected_namespaces=(),
         populate_by_name=True,
-        use_attribute_docstrings=True,
+        defer_build=True,
     )
 
     def to_json(self) -> dict[str, Any]:
@@ -89,7 +89,7 @@ class Record(Table):
     """The version of the form of all records."""
     kind: Text
     """What the record is of."""
-    made_by: Text = MADE_BY
+    made_by: Text = Field(default_factory=lambda: MADE_BY)
     """edgecl's version."""
     made_from: Text | None
     """The sha256 of what it was made from: a record, a checkpoint, or the list of a run's images."""
@@ -175,6 +175,38 @@ class RunRecord(Record):
     """The last command that resumed it."""
     changes: list[Text] = []
     """What was different when it was resumed."""
+
+
+class Quality(Table):
+    """How good a run's features were, by one number."""
+
+    name: Text
+    """Of the number: "knn_top1_slim", or another line of metrics.jsonl."""
+    value: float
+    """Higher is better."""
+
+
+class CheckpointRecord(SealedRecord):
+    """checkpoints/step-…/state.json: what a run goes on from, the tensors apart."""
+
+    KIND = "checkpoint"
+    FILE = "state.json"
+
+    kind: Literal["checkpoint"] = "checkpoint"
+    step: Count
+    """Steps taken."""
+    epoch: Count
+    """Whole epochs passed."""
+    quality: Quality | None
+    """Of the last look at the features."""
+    state: Json
+    """Of what watches over the run."""
+    optimizer: Json
+    """What of the optimizer's state is no tensor."""
+    files: dict[str, Text]
+    """File of tensors -> its sha256."""
+    size_bytes: dict[str, Count]
+    """File of tensors -> its size."""
 
 
 class MetricsLine(Table):
@@ -683,7 +715,7 @@ class Manifest(SealedRecord):
 
     kind: Literal["bundle"] = "bundle"
     target_name: Text
-    target: Json | None
+    target: Json | None = None
     """As its TOML file has it."""
     runtime: Text
     precision: Text
@@ -693,8 +725,8 @@ class Manifest(SealedRecord):
     left_out: dict[str, LeftOut] = {}
     input: InputForm
     output: OutputForm
-    net: ExportedNet
-    preprocessing: Preprocessing
+    net: ExportedNet | None = None
+    preprocessing: Preprocessing | None = None
     classes: list[Text] | None = None
     parity: list[ParityCheck] = []
     """The parity report, from torch to the smallest precision."""
@@ -998,6 +1030,7 @@ TableT = TypeVar("TableT", bound=Table)
 
 KINDS: tuple[type[Record], ...] = (
     RunRecord,
+    CheckpointRecord,
     ModelRecord,
     Manifest,
     ReportRecord,

@@ -1,4 +1,4 @@
-"""Keep what opens doors out of what is printed and recorded: logins and signatures in URLs, commands of pipes."""
+"""Redact credentials before printing and recording: logins and signatures in URLs, the commands of pipes."""
 
 from __future__ import annotations
 

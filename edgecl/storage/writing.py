@@ -21,11 +21,11 @@ from edgecl.storage.reading import RECORD_FILES, kind_of, read_record
 from edgecl.storage.records import RecordT, RunRecord, SealedRecord
 from edgecl.storage.redaction import record_without_secrets
 
-# A limit on file sizes or a quota reads to a user exactly like a full disk.
+# For a user a file size limit or a quota is the same as a full disk.
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
 _NO_PLACE = {errno.EEXIST, errno.ENOTDIR, errno.ENOENT, errno.ENAMETOOLONG, errno.EISDIR}
-# safetensors is written in Rust and names the system's error only in its text.
+# safetensors, written in Rust, gives the system's error number only in its text.
 _ERRNO_IN_TEXT = re.compile(r"\(os error (\d+)\)")
 # As `write_bytes` and `new_directory` name what they write and set aside.
 _LEFTOVER = re.compile(r"\..+\.(?P<pid>\d+)-\w+\.(part|old)")
@@ -45,7 +45,7 @@ def write_record(path: Path, record: RecordT) -> RecordT:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file, without secrets, so that a reader sees the old one or the new one, never a part."""
+    """Write a JSON file without secrets; a reader sees the old file or the new one, never a part."""
     tidy = record_without_secrets(content)
     write_bytes(path, (json.dumps(tidy, indent=2, allow_nan=False) + "\n").encode())
 
@@ -72,7 +72,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 def remove_leftovers(directory: Path) -> None:
     """Remove files and directories that a killed process left half written, at any depth; the directory must be held.
 
-    Those of this very process too: it wrote nothing yet, and in a container one number comes again and again.
+    Files under this process's own number count as leftovers too: it wrote nothing yet, and containers reuse numbers.
     """
     for parent, folders, files in os.walk(directory):
         for name in [*folders, *files]:
@@ -135,7 +135,7 @@ def _errno_of(exc: Exception) -> int:
 
 
 def refuse_existing(path: Path, *, force: bool, kind: str) -> None:
-    """Refuse an output that is in the way; with force, refuse only what edgecl did not write.
+    """Check that an output may be written: nothing is there, or, with force, an earlier output of the same kind.
 
     Raises:
         ArtifactError: the output exists and may not be replaced.
@@ -161,7 +161,7 @@ def refuse_existing(path: Path, *, force: bool, kind: str) -> None:
 
 
 def refuse_own_input(out: Path, made_from: Path) -> None:
-    """Refuse an output that is, holds or lies inside the directory that it is made from.
+    """Check that an output neither is, holds, nor lies inside the directory that it is made from.
 
     Raises:
         ArtifactError: written there, it would replace or change its own input.
@@ -186,7 +186,7 @@ def _is_unfinished(path: Path, kind: str) -> bool:
 
 @contextlib.contextmanager
 def new_directory(path: Path, *, kind: str, force: bool = False) -> Iterator[Path]:
-    """Give a directory to write into that appears under its name only once it is whole.
+    """Yield a directory to write into that appears under its name only once it is whole.
 
     Args:
         path: where the directory will be.
@@ -221,7 +221,7 @@ def new_directory(path: Path, *, kind: str, force: bool = False) -> Iterator[Pat
 
 
 def _mkdtemp_beside(path: Path, *, suffix: str) -> Path:
-    """Make a directory that `remove_leftovers` knows as this process's."""
+    """Make a directory whose name tells `remove_leftovers` which process made it."""
     return Path(tempfile.mkdtemp(prefix=f".{path.name}.{os.getpid()}-", suffix=suffix, dir=path.parent))
 
 

@@ -325,7 +325,7 @@ def test_carve_without_recalibration_is_the_slim_view_to_the_bit(edgecl, tmp_pat
     code, out, _ = edgecl("carve", trained_run, "--out", tmp_path / "m", "--no-recalibrate")
     assert code == 0
     assert out.rstrip().endswith(f"-> {tmp_path / 'm'}")
-    recipe = recipe_from_tables(RunDir(trained_run).read()["recipe"], source="run.json")
+    recipe = recipe_from_tables(RunDir(trained_run).read().recipe, source="run.json")
     net = create_slimmable(recipe)
     net.load_state_dict(read_newest(RunDir(trained_run)).model)
     slim = {

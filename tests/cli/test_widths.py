@@ -68,7 +68,7 @@ def carved(tmp_path_factory, edgecl, trained):
 @pytest.fixture(scope="module")
 def net(trained):
     """The host and its slim nets as the run left them."""
-    recipe = recipe_from_tables(RunDir(trained).read()["recipe"], source="run.json")
+    recipe = recipe_from_tables(RunDir(trained).read().recipe, source="run.json")
     net = create_slimmable(recipe)
     net.load_state_dict(read_newest(RunDir(trained)).model)
     return net.eval()
@@ -78,7 +78,7 @@ def net(trained):
 def test_carved_net_of_every_width_is_its_slim_view_bit_for_bit(carved, net, width):
     images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     found, record = load_model(carved / f"{width}")
-    assert record["width"] == width
+    assert record.width == width
     with torch.no_grad():
         assert torch.equal(found(images), net.forward_slim_part("backbone", images, width=width))
     weights = load_file(carved / f"{width}" / "weights.safetensors")
@@ -107,7 +107,7 @@ def test_the_host_itself_can_be_carved_and_the_help_says_so(edgecl, trained, net
     assert done.returncode == 0, done.stderr
     images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     found, record = load_model(tmp_path / "host")
-    assert record["width"] == 0.75
+    assert record.width == 0.75
     with torch.no_grad():
         assert torch.equal(found(images), net.host.backbone(images))
     assert "or the host's for the host itself" in " ".join(edgecl("carve", "--help").stdout.split())
@@ -122,7 +122,7 @@ def test_the_best_checkpoint_is_carved_on_request(edgecl, trained, tmp_path):
         about = json.loads(state.read_text())
         qualities[about["step"]] = about["quality"]["value"]
     best = max(qualities.values())
-    assert record["step"] == max(step for step, value in qualities.items() if value == best)
+    assert record.step == max(step for step, value in qualities.items() if value == best)
 
 
 def test_probe_shows_the_nets_of_a_run_side_by_side(edgecl, carved, image_folder):

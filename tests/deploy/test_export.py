@@ -49,7 +49,7 @@ def quick_onnx(monkeypatch, exported_bundle):
 
 @pytest.fixture
 def manifest(exported_bundle):
-    return Bundle(exported_bundle).read()
+    return Bundle(exported_bundle).read().to_json()
 
 
 FILES = {"README.txt", "model.onnx", "onboard.pyz", "reference.npz"}
@@ -74,7 +74,7 @@ def test_manifest_holds_the_hash_and_size_of_every_file(exported_bundle, manifes
 
 def test_manifest_names_the_model_it_was_made_from(carved_model, manifest):
     assert manifest["made_from"] == manifest["net"]["model_sha256"] == ModelDir(carved_model).sha256
-    record = ModelDir(carved_model).read()
+    record = ModelDir(carved_model).read().to_json()
     for key in ("arch", "width", "features", "classes", "params", "origin"):
         assert manifest["net"][key] == record[key]
 
@@ -98,7 +98,7 @@ def test_preprocessing_is_the_same_in_model_manifest_and_onnx(carved_model, expo
         if entry.key.startswith("edgecl.")
     }
     assert {key: inside[key] for key in manifest["preprocessing"]} == manifest["preprocessing"]
-    assert manifest["preprocessing"] == ModelDir(carved_model).read()["preprocessing"]
+    assert manifest["preprocessing"] == ModelDir(carved_model).read().to_json()["preprocessing"]
     assert inside["classes"] == manifest["net"]["classes"]
 
 
@@ -205,7 +205,7 @@ def three(tmp_path_factory, classifier):
 
 
 def test_bundle_holds_what_was_asked_for_and_fp32_to_fall_back_on(three):
-    manifest = Bundle(three[0]).read()
+    manifest = Bundle(three[0]).read().to_json()
     assert list(manifest["precisions"]) == ["int8", "fp16", "fp32"]
     assert {about["form"] for about in manifest["precisions"].values()} == {"int8-cpu", "fp16", "fp32"}
     for name, about in manifest["precisions"].items():
@@ -214,7 +214,7 @@ def test_bundle_holds_what_was_asked_for_and_fp32_to_fall_back_on(three):
 
 
 def test_every_precision_is_evaluated_on_the_held_out_images(three, classifier):
-    manifest = Bundle(three[0]).read()
+    manifest = Bundle(three[0]).read().to_json()
     for about in manifest["precisions"].values():
         assert (about["accuracy"]["metric"], about["accuracy"]["n"]) == ("top1", 204)
         assert about["accuracy"]["data"] == f"{classifier[1]} (held out)"
@@ -229,7 +229,7 @@ def test_accuracy_of_int8_is_that_of_its_file(three, classifier):
     from edgecl.data.sources import open_source
 
     bundle, (model, folder) = three[0], classifier
-    preprocessing = ModelDir(model).read()["preprocessing"]
+    preprocessing = ModelDir(model).read().to_json()["preprocessing"]
     source = open_source(str(folder))
     source = source.take(split_holdout(source.labels, 0.2, seed=0)[1])
     loaded = load_eval_images(source, resize_size=32, image_size=32)
@@ -241,12 +241,12 @@ def test_accuracy_of_int8_is_that_of_its_file(three, classifier):
         session.run(None, {"input": image[None]})[0].argmax() == label
         for image, label in zip(images, loaded.labels.tolist(), strict=True)
     ]
-    manifest = Bundle(bundle).read()
+    manifest = Bundle(bundle).read().to_json()
     assert manifest["precisions"]["int8"]["accuracy"]["value"] == pytest.approx(100 * np.mean(right))
 
 
 def test_decision_says_what_int8_costs_and_how_fast_it_is(three):
-    manifest = Bundle(three[0]).read()
+    manifest = Bundle(three[0]).read().to_json()
     decision = manifest["precisions"]["int8"]["decision"]
     assert decision["method"] in decision["methods"]
     assert set(decision["methods"]) == {"minmax", "entropy", "percentile"}
@@ -258,7 +258,7 @@ def test_decision_says_what_int8_costs_and_how_fast_it_is(three):
 
 
 def test_parity_report_goes_from_torch_to_int8(three):
-    parity = Bundle(three[0]).read()["parity"]
+    parity = Bundle(three[0]).read().to_json()["parity"]
     assert [(step["from"], step["to"]) for step in parity] == [
         ("carved torch net", "ONNX fp32"),
         ("ONNX fp32", "ONNX fp16"),
@@ -343,7 +343,7 @@ def test_classifier_without_labelled_images_is_not_evaluated(tmp_path, classifie
 
 
 def test_features_are_not_held_to_which_of_them_is_largest(exported_bundle):
-    manifest = Bundle(exported_bundle).read()
+    manifest = Bundle(exported_bundle).read().to_json()
     assert manifest["classes"] is None
     assert manifest["precisions"]["fp32"]["tolerance"]["top1_agreement"] == 0
 
@@ -430,11 +430,12 @@ def test_weights_of_another_net_in_the_onnx_file_are_found(tmp_path, carved_mode
     from edgecl.nets.model_dir import write_model
 
     net, record = load_model(carved_model)
+
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.mul_(1.1)
     keys = ("arch", "width", "stem_stride", "classes", "preprocessing", "origin", "made_from", "data")
-    write_model(tmp_path / "m", net, **{key: record[key] for key in keys})
+    write_model(tmp_path / "m", net, **{key: getattr(record, key) for key in keys})
     with pytest.raises(ParityError, match="disagrees with carved torch net") as caught:
         export(tmp_path / "m", target="ort-cpu", out=tmp_path / "b", calibration=str(image_folder))
     assert caught.value.where == {"first layer outside": "conv_stem"}

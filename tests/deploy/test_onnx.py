@@ -92,7 +92,7 @@ def test_weights_are_inside_the_file(static, exported_bundle):
 
 
 def load_model_params(bundle):
-    return 0.9 * Bundle(bundle).read()["net"]["params"]
+    return 0.9 * Bundle(bundle).read().to_json()["net"]["params"]
 
 
 def test_metadata_is_json_by_key(dynamic_file):

@@ -142,6 +142,7 @@ def plain_model(trained_run, tmp_path_factory):
 
 def test_carved_net_equals_the_slim_view_bit_for_bit(plain_model, trained_run):
     net, record = load_model(plain_model)
+    record = record.to_json()
     step = slim_view_check(net, record, trained_run, IMAGES)
     assert step["max_abs_difference"] == 0
     assert step["to"] == "carved torch net"
@@ -149,6 +150,7 @@ def test_carved_net_equals_the_slim_view_bit_for_bit(plain_model, trained_run):
 
 def test_carved_net_with_new_statistics_equals_the_slim_view_given_them(carved_model, trained_run):
     net, record = load_model(carved_model)
+    record = record.to_json()
     step = slim_view_check(net, record, trained_run, IMAGES)
     assert step["max_abs_difference"] == 0
     assert step["to"] == "carved torch net (batch norms re-estimated)"
@@ -156,6 +158,7 @@ def test_carved_net_with_new_statistics_equals_the_slim_view_given_them(carved_m
 
 def test_slim_view_shows_a_weight_that_was_changed(plain_model, trained_run):
     net, record = load_model(plain_model)
+    record = record.to_json()
     with torch.no_grad():
         next(net.parameters()).mul_(1.01)
     assert slim_view_check(net, record, trained_run, IMAGES)["max_abs_difference"] > 0
@@ -175,6 +178,7 @@ def run_of_widths(tmp_path_factory, image_folder, recipe_file):
 def test_net_of_every_width_equals_its_own_view_in_the_host(run_of_widths, tmp_path, width, recalibrated):
     carve(run_of_widths, out=tmp_path / "net", width=width, recalibrate_norms=recalibrated)
     net, record = load_model(tmp_path / "net")
+    record = record.to_json()
     assert slim_view_check(net, record, run_of_widths, IMAGES)["max_abs_difference"] == 0
 
 
@@ -191,10 +195,12 @@ def test_net_of_a_checkpoint_that_is_not_the_newest_has_its_slim_view(run_of_wid
         optimizer=checkpoint.optimizer,
     )
     net, record = load_model(tmp_path / "net")
+    record = record.to_json()
     assert slim_view_check(net, record, copy, IMAGES)["max_abs_difference"] == 0
 
 
 def test_another_run_is_refused(plain_model, trained_run):
     net, record = load_model(plain_model)
+    record = record.to_json()
     with pytest.raises(ArtifactError, match="this model was not carved from a checkpoint that this run has"):
         slim_view_check(net, {**record, "made_from": "0" * 64}, trained_run, IMAGES)

@@ -230,7 +230,7 @@ def runs(mutator: Mutator, seeds: Seeds, place: Path) -> None:
     if kind < 3:
         _write_tree(record, mutator.tree(json.loads(record.read_text())))
     elif kind < 6:
-        _reseal(mutator, state, own="own_sha256")
+        _reseal(mutator, state)
     elif kind < 8:
         file = mutator.pick(sorted(state.parent.glob("*.safetensors")))
         changed = _header(mutator, file)
@@ -239,7 +239,7 @@ def runs(mutator: Mutator, seeds: Seeds, place: Path) -> None:
         told["sha256"][file.name] = hashlib.sha256(changed).hexdigest()
         told["bytes"][file.name] = len(changed)
         _write_tree(state, told)
-        _reseal(None, state, own="own_sha256")
+        _reseal(None, state)
     elif kind < 9:
         file = mutator.pick([record, state, directory / "metrics.jsonl"])
         _replace(file, mutator.bytes(file.read_bytes()))
@@ -434,18 +434,18 @@ def _copy(directory: Path, place: Path) -> Path:
     return Path(shutil.copytree(directory, place, copy_function=os.link))
 
 
-def _reseal(mutator: Mutator | None, file: Path, *, own: str = "sha256", **changes: Any) -> None:
+def _reseal(mutator: Mutator | None, file: Path, **changes: Any) -> None:
     """Change a record and write its own hash anew, as anybody can."""
     record = json.loads(file.read_text())
     record |= changes
     if mutator is not None:
         record = mutator.tree(record)
     if isinstance(record, dict):
-        record.pop(own, None)
+        record.pop("sha256", None)
         try:
-            record[own] = _digest(record)
+            record["sha256"] = _digest(record)
         except (ValueError, TypeError, RecursionError, UnicodeError):
-            record[own] = "0" * 64
+            record["sha256"] = "0" * 64
     _write_tree(file, record)
 
 

@@ -101,7 +101,7 @@ def test_the_example_trains_predictor_and_target_and_is_carved_priced_and_drawn(
     carve(run.path, out=tmp_path / "model", recalibrate_norms=False)
     net, record = load_model(tmp_path / "model")
     assert torch.equal(net.state_dict()["conv_stem.weight"], fast)
-    assert record["arm"] == "byol"
+    assert record.arm == "byol"
 
     recipe = read_recipe(str(tmp_path / "byol.toml"))
     training = cost_of_recipe(recipe, recipe_name="byol", images=24)["training"]

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from edgecl.onboard.bench import bench
-from edgecl.onboard.bundle import check_files, choose_precision, sha256_of_file
+from edgecl.onboard.bundle import SCHEMA, check_files, choose_precision, sha256_of_file
 from edgecl.onboard.bundle import read_manifest as read_onboard
 from edgecl.onboard.errors import BundleError
 from edgecl.onboard.verify import verify
@@ -92,9 +92,10 @@ def test_a_precision_without_a_key_is_named(bundle, key):
         check(bundle)
 
 
-def test_a_newer_schema_is_refused_with_both(bundle):
-    write_manifest(bundle, {**read_manifest(bundle), "schema": 99})
-    with pytest.raises(BundleError, match="has schema 99, this edgecl reads up to 1"):
+@pytest.mark.parametrize("schema", [SCHEMA - 1, 99])
+def test_another_schema_is_refused_with_both(bundle, schema):
+    write_manifest(bundle, {**read_manifest(bundle), "schema": schema})
+    with pytest.raises(BundleError, match=f"has schema {schema}, this edgecl reads {SCHEMA}"):
         check(bundle)
 
 

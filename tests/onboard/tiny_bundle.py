@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from edgecl.onboard.bundle import digest_of_record, onnx_name, sha256_of_file
+from edgecl.onboard.bundle import SCHEMA, digest_of_record, onnx_name, sha256_of_file
 
 SIDE, FEATURES = 8, 6
 TOLERANCES = {
@@ -90,7 +90,7 @@ def make_bundle(
     np.savez(path / "reference.npz", inputs=inputs, outputs=outputs)
     names = [onnx_name(precision) for precision in precisions] + ["reference.npz"]
     manifest = {
-        "schema": 1,
+        "schema": SCHEMA,
         "kind": "bundle",
         "made_by": "edgecl test",
         "made_from": None,

@@ -10,11 +10,17 @@ from typing import Any
 
 import pytest
 
-from edgecl.onboard.bundle import sha256_of_file
+from edgecl.onboard.bundle import SCHEMA, sha256_of_file
 
 
 def header(kind: str, made_from: str | None, command: str) -> dict[str, Any]:
-    return {"schema": 1, "kind": kind, "made_by": "edgecl 0.1.0", "made_from": made_from, "command": command}
+    return {
+        "schema": SCHEMA,
+        "kind": kind,
+        "made_by": "edgecl 0.1.0",
+        "made_from": made_from,
+        "command": command,
+    }
 
 
 def write(path: Path, record: dict[str, Any]) -> Path:

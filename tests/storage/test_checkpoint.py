@@ -24,7 +24,7 @@ from edgecl.storage.checkpoint import (
     write_checkpoint,
 )
 from edgecl.storage.directories import RunDir
-from edgecl.storage.writing import write_json
+from edgecl.storage.records import Quality
 from edgecl.train.optim import create_optimizer
 
 NO_OPTIMIZER = {"state": {}, "param_groups": []}
@@ -163,7 +163,7 @@ def test_numbers_of_numpy_and_torch_are_kept_as_pythons_own(run_dir):
     assert found.optimizer["state"] == {0: {"ratio": float(np.float32(1 / 3))}}
     assert found.state == {"scaler": {"scale": 65536.0, "tracker": 3, "on": True}}
     assert type(found.state["scaler"]["tracker"]) is int
-    assert found.quality == {"name": "rankme_slim", "value": float(np.float32(0.7))}
+    assert found.quality == Quality(name="rankme_slim", value=float(np.float32(0.7)))
 
 
 def test_what_a_run_keeps_besides_comes_back_exactly(run_dir):
@@ -321,14 +321,12 @@ def test_a_torn_state_passes_a_checkpoint_over(run_dir, capsys, content):
     assert "step-000000002 passed over: unreadable (" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("content", ["{}", '{"sha256": []}', '{"own_sha256": null}'])
+@pytest.mark.parametrize("content", ["{}", '{"sha256": []}', '{"sha256": null}'])
 def test_a_state_without_its_hash_passes_a_checkpoint_over(run_dir, capsys, content):
     write(run_dir, 1)
     (write(run_dir, 2) / "state.json").write_text(content)
     assert read_newest(run_dir).step == 1
-    assert capsys.readouterr().err == (
-        "edgecl: checkpoint step-000000002 passed over: state.json does not match its hash\n"
-    )
+    assert "step-000000002 passed over" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors"])
@@ -385,49 +383,3 @@ def test_a_half_written_checkpoint_is_no_checkpoint(run_dir, name):
     (run_dir.checkpoints / name).mkdir()
     (run_dir.checkpoints / "step-000000002").touch()
     assert not has_checkpoint(run_dir)
-
-
-# --- of edgecl 0.1 ---
-
-
-def write_old(run_dir, epoch, *, own_hash=True):
-    """Write a checkpoint as edgecl 0.1 did: named by its epoch, without state, quality or lengths."""
-    path = write(run_dir, 10 * epoch, value=float(epoch), keep=9)
-    old = run_dir.checkpoints / f"epoch-{epoch:05d}"
-    path.rename(old)
-    record = json.loads((old / "state.json").read_text())
-    for key in ("own_sha256", "state", "quality", "bytes"):
-        del record[key]
-    if own_hash:
-        from edgecl.storage.checkpoint import _digest
-
-        record["own_sha256"] = _digest(record)
-    write_json(old / "state.json", record)
-    return old
-
-
-@pytest.mark.parametrize("own_hash", [True, False])
-def test_a_run_of_edgecl_0_1_goes_on(run_dir, own_hash):
-    write_old(run_dir, 1, own_hash=own_hash)
-    write_old(run_dir, 2, own_hash=own_hash)
-    found = read_newest(run_dir)
-    assert (found.step, found.epoch, found.state, found.quality) == (20, 2, {}, None)
-    assert torch.equal(found.model["weight"], torch.full((4, 4), 2.0))
-    write(run_dir, 21)
-    assert read_newest(run_dir).step == 21
-    assert names(run_dir) == ["epoch-00002", "step-000000021"]
-
-
-def test_a_torn_one_of_edgecl_0_1_is_passed_over(run_dir, capsys):
-    write_old(run_dir, 1)
-    flip(write_old(run_dir, 2) / "model.safetensors")
-    assert read_newest(run_dir).step == 10
-    assert capsys.readouterr().err == (
-        "edgecl: checkpoint epoch-00002 passed over: model.safetensors does not match its hash\n"
-    )
-
-
-def test_any_step_is_newer_than_any_epoch(run_dir):
-    write_old(run_dir, 30)
-    (run_dir.checkpoints / "step-000000007").symlink_to(write(RunDir(run_dir.path / "other"), 7))
-    assert read_newest(run_dir).step == 7

@@ -137,9 +137,9 @@ def test_a_flipped_best_is_passed_over_for_the_next_best(run_dir, capsys, name):
         run_dir.checkpoint_file(2) / name
     ).write_text("{}")
     assert read_best(run_dir).step == 4
-    assert capsys.readouterr().err == (
-        f"edgecl: checkpoint step-000000002 passed over: {name} does not match its hash\n"
-    )
+    said = capsys.readouterr().err
+    assert "step-000000002 passed over" in said
+    assert name in said
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -330,7 +330,7 @@ def test_no_place_for_checkpoints_is_named(run_dir):
 
 def test_what_a_killed_process_left_half_written_goes_with_the_next(run_dir):
     write(run_dir, 1)
-    for name in (".step-000000002.abc.part", ".epoch-00002.abc.part", ".step-000000002.abc.old"):
+    for name in (".step-000000002.abc.part", ".step-000000002.abc.old"):
         (run_dir.checkpoints / name).mkdir()
         (run_dir.checkpoints / name / "model.safetensors").write_bytes(b"half")
     assert read_newest(run_dir).step == 1
@@ -357,7 +357,7 @@ KILLING = """
     def number_of(checkpoint):
         numbers = {float(value) for value in checkpoint.model["weight"].unique()}
         numbers |= {float(value) for value in checkpoint.optimizer["state"][0]["m"].unique()}
-        numbers |= {float(checkpoint.state["number"]), -checkpoint.quality["value"]}
+        numbers |= {float(checkpoint.state["number"]), -checkpoint.quality.value}
         assert len(numbers) == 1, numbers
         assert checkpoint.step == numbers.copy().pop() // 2
         return int(numbers.pop())

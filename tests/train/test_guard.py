@@ -114,7 +114,7 @@ def test_a_second_time_stops_the_run(tmp_path, make_recipe, pictures, monkeypatc
     assert caught.value.where == {"run": out, "step": 7}
     assert "lower [optim] lr" in caught.value.hint
     record = RunDir(out).read()
-    assert (record["state"], record["step"], record["error"]) == ("failed", 5, caught.value.problem)
+    assert (record.state, record.step, record.error) == ("failed", 5, caught.value.problem)
     # The last good checkpoint is left to go on from.
     newest = read_newest(RunDir(out))
     assert newest.step == 5

@@ -145,14 +145,14 @@ def test_logged_rate_is_that_of_the_step(runs, make_recipe):
 def test_run_record_says_what_was_run(runs, arm, make_recipe, arm_settings):
     record = RunDir(runs / arm).read()
     recipe = make_recipe(*arm_settings[arm])
-    assert record["state"] == "done"
-    assert record["arm"] == arm
-    assert record["recipe"] == recipe.model_dump(mode="json")
-    assert (record["steps_per_epoch"], record["total_steps"]) == (STEPS, 2 * STEPS)
-    assert record["data"]["images"] == 40
-    assert record["made_from"] == record["data"]["fingerprint"]
-    assert record["wall_s"] > 0
-    assert {"torch", "timm", "accelerate", "numpy", "python"} <= record["versions"].keys()
+    assert record.state == "done"
+    assert record.arm == arm
+    assert record.recipe == recipe.model_dump(mode="json")
+    assert (record.steps_per_epoch, record.total_steps) == (STEPS, 2 * STEPS)
+    assert record.data.images == 40
+    assert record.made_from == record.data.fingerprint
+    assert record.wall_s > 0
+    assert {"torch", "timm", "accelerate", "numpy", "python"} <= record.versions.keys()
 
 
 @pytest.mark.parametrize("arm", ARMS)
@@ -163,7 +163,7 @@ def test_parameters_are_those_of_plain_nets(runs, arm, make_recipe, arm_settings
             name: count_parameters(create_backbone(recipe.host.arch, width=width))
             for name, width in (("host", recipe.host.width), ("slim", recipe.slim.width))
         }
-    assert RunDir(runs / arm).read()["params"] == expected
+    assert RunDir(runs / arm).read().params == expected
 
 
 def test_a_grid_of_views_is_drawn(runs):
@@ -259,9 +259,9 @@ def train_until(recipe, out, data, epoch, resume=False):
 
 def test_an_interrupted_run_resumes_to_the_end(runs, tmp_path, make_recipe, labelled_pictures):
     train_until(make_recipe(), tmp_path / "run", labelled_pictures, 1)
-    assert RunDir(tmp_path / "run").read()["state"] == "stopped"
+    assert RunDir(tmp_path / "run").read().state == "stopped"
     record = train(make_recipe(), tmp_path / "run", labelled_pictures, resume=True)
-    assert record["state"] == "done"
+    assert record.state == "done"
     assert same_weights(runs / "SACL-XD", tmp_path / "run")
     assert without_clock(runs / "SACL-XD") == without_clock(tmp_path / "run")
 
@@ -388,8 +388,8 @@ def test_a_collapse_is_warned_of_and_stops_the_run(tmp_path, make_recipe, pictur
         (step, "warning", "collapse") for step in (1, 2, 3, 4)
     ]
     record = RunDir(tmp_path / "run").read()
-    assert (record["state"], record["step"]) == ("failed", 0)
-    assert record["error"].startswith("the embedding collapsed")
+    assert (record.state, record.step) == ("failed", 0)
+    assert record.error.startswith("the embedding collapsed")
 
 
 def test_unreadable_images_within_what_is_allowed_do_not_stop_a_run(tmp_path, make_recipe, pictures, capsys):
@@ -398,8 +398,8 @@ def test_unreadable_images_within_what_is_allowed_do_not_stop_a_run(tmp_path, ma
     shutil.copytree(pictures, folder)
     (folder / "000.png").write_bytes(b"")
     record = train(make_recipe("data.max_bad_fraction=0.025", "run.epochs=1"), tmp_path / "run", folder)
-    assert record["data"]["images"] == 39
-    assert record["data"]["skipped"] == [str(folder / "000.png")]
+    assert record.data.images == 39
+    assert record.data.skipped == [str(folder / "000.png")]
     assert "1 unreadable image of" in capsys.readouterr().err
 
 

@@ -186,7 +186,7 @@ def test_two_processes_are_one(scenarios):
     folder, codes = scenarios
     assert codes["one"] == [0]
     assert codes["two"] == [0, 0], said(folder, "two")
-    assert RunDir(folder / "two").read()["processes"] == 2
+    assert RunDir(folder / "two").read().processes == 2
     assert_close_runs(folder / "one", folder / "two")
 
 
@@ -201,7 +201,7 @@ def test_two_processes_are_one_with_rate_symmetric_passes_and_local_views(scenar
 def test_looks_at_quality_are_of_the_net_that_is_saved(scenarios, labelled_pictures):
     """Norms that are not synchronized differ between processes; what is saved are the first one's."""
     run = RunDir(scenarios[0] / "two-apart")
-    recipe = recipe_from_tables(run.read()["recipe"], source="run.json")
+    recipe = recipe_from_tables(run.read().recipe, source="run.json")
     net = create_slimmable(recipe)
     net.load_state_dict(read_newest(run).model)
     alone = QualityWatch(
@@ -306,12 +306,12 @@ def test_another_number_of_processes_goes_on(scenarios, tmp_path):
     run = shutil.copytree(folder / "two", tmp_path / "run")
     shutil.rmtree(run / "checkpoints" / "step-000000010")
     record = RunDir(run).read()
-    recipe = recipe_from_tables(record["recipe"], source="test")
+    recipe = recipe_from_tables(record.recipe, source="test")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         finished = pretrain(
-            recipe, recipe_name="tiny", out=run, data=record["data"]["uri"], device="cpu", resume=True
+            recipe, recipe_name="tiny", out=run, data=record.data.uri, device="cpu", resume=True
         )
     finally:
         torch.set_num_threads(threads)
@@ -357,7 +357,7 @@ def test_accelerate_launches_two_processes(tmp_path, labelled_pictures, tables):
         pictures=labelled_pictures,
     )
     record = run.read()
-    assert (record["state"], record["processes"]) == ("done", 2)
+    assert (record.state, record.processes) == ("done", 2)
     assert printed.count("SACL-XD on 40 images") == 1
 
 
@@ -388,7 +388,7 @@ def test_torchrun_starts_a_failed_run_again_where_it_was(tmp_path, labelled_pict
         checkpoint_steps=1,
     )
     record = run.read()
-    assert (record["state"], record["step"]) == ("done", 30)
+    assert (record.state, record.step) == ("done", 30)
     assert "resumed_with" in record
     assert printed.count("SACL-XD on 40 images") == 1
 

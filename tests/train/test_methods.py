@@ -32,7 +32,7 @@ def test_a_run_logs_what_its_panels_draw(tmp_path, recipe_of, pictures, name):
     run = RunDir(tmp_path / "run")
     records = [record for record in read_metrics(run.metrics_file) if "loss" in record]
     assert len(records) == 10
-    drawn = {key for panel in run.read()["panels"] for key in panel["lines"]}
+    drawn = {key for panel in run.read().panels for key in panel["lines"]}
     for record in records:
         assert drawn <= record.keys()
         assert {"diagonal", "off_diagonal_rms", "coding_rate"} <= record.keys()

@@ -69,7 +69,7 @@ def test_a_picture_in_memory_that_became_unreadable_is_named(tmp_path, make_reci
     assert caught.value.where["unreadable"].replace(str(photos), "") == "/007.png, /011.png"
     assert "repair them" in caught.value.hint
     assert "--allow data" in caught.value.hint
-    assert RunDir(out).read()["step"] == 4
+    assert RunDir(out).read().step == 4
 
 
 def test_a_run_may_go_on_without_them(tmp_path, make_recipe, photos, stop_after, capsys):
@@ -79,8 +79,8 @@ def test_a_run_may_go_on_without_them(tmp_path, make_recipe, photos, stop_after,
     for name in ("007.png", "011.png"):
         blank(photos / name)
     record = train(recipe, out, photos, resume=True, allow=["data"])
-    assert (record["state"], record["steps_per_epoch"], record["data"]["images"]) == ("done", 9, 38)
-    assert "the images lost 2 that cannot be read any more" in record["changes"][0]
+    assert (record.state, record.steps_per_epoch, record.data.images) == ("done", 9, 38)
+    assert "the images lost 2 that cannot be read any more" in record.changes[0]
     said = capsys.readouterr().err
     assert "resuming with a change: the images lost 2" in said
     assert "going on from step 4 of 18" in said
@@ -109,8 +109,8 @@ def test_other_images_are_counted_and_may_be_allowed(tmp_path, make_recipe, phot
     assert caught.value.where["was"] == f"{photos} with 40 images"
     assert caught.value.where["now"] == f"{photos} with 39 images"
     record = train(recipe, out, photos, resume=True, allow=["data"])
-    assert record["changes"] == [f"the images were {photos} with 40 images, now {photos} with 39 images"]
-    assert (record["state"], record["steps_per_epoch"]) == ("done", 9)
+    assert record.changes == [f"the images were {photos} with 40 images, now {photos} with 39 images"]
+    assert (record.state, record.steps_per_epoch) == ("done", 9)
 
 
 def test_more_unreadable_images_may_be_allowed(tmp_path, make_recipe, photos, stop_after):
@@ -123,7 +123,7 @@ def test_more_unreadable_images_may_be_allowed(tmp_path, make_recipe, photos, st
         resume=True,
         allow=["data.max_bad_fraction"],
     )
-    assert record["state"] == "done"
+    assert record.state == "done"
 
 
 def test_images_that_fail_cost_no_step(tmp_path, make_recipe, photos):
@@ -145,7 +145,7 @@ def test_images_that_fail_cost_no_step(tmp_path, make_recipe, photos):
         with pytest.raises(DataError):
             train(recipe, out, photos)
     assert read_newest(RunDir(out)).step == 7
-    assert (RunDir(out).read()["state"], RunDir(out).read()["step"]) == ("failed", 7)
+    assert (RunDir(out).read().state, RunDir(out).read().step) == ("failed", 7)
     shutil.copytree(tmp_path / "kept", photos, dirs_exist_ok=True)
     shutil.rmtree(tmp_path / ".edgecl")
     train(recipe, out, photos, resume=True)
@@ -175,7 +175,7 @@ def test_other_surroundings_are_said_and_kept(tmp_path, make_recipe, photos, sto
         "edgecl: resuming elsewhere: threads was 1, now 2; results agree to rounding, not bit for bit" in said
     )
     assert "edgecl: going on from step 4 of 10" in said
-    assert record["changes"] == ["threads was 1, now 2"]
+    assert record.changes == ["threads was 1, now 2"]
 
 
 @pytest.mark.parametrize("inside", ["run", "runs/tiny"])
@@ -195,4 +195,4 @@ def test_the_demo_images_are_no_folder(tmp_path, make_recipe, monkeypatch):
     (tmp_path / "demo").mkdir()
     monkeypatch.chdir(tmp_path)
     record = train(make_recipe("data.limit=16", "run.epochs=1"), Path("demo") / "run", "demo")
-    assert record["state"] == "done"
+    assert record.state == "done"

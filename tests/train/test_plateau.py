@@ -245,36 +245,36 @@ def test_a_stuck_run_is_warned_of_on_the_way_and_in_its_metrics(capsys, stuck):
 
 
 def test_a_stuck_run_is_called_stuck_in_its_record(stuck):
-    plateau = RunDir(stuck).read()["plateau"]
-    assert plateau["since"] == RECORDS
-    assert "plateau of one dimension" in plateau["words"]
+    plateau = RunDir(stuck).read().plateau
+    assert plateau.since == RECORDS
+    assert "plateau of one dimension" in plateau.words
 
 
 def test_a_stuck_run_that_is_resumed_at_its_end_is_still_called_stuck(stuck, make_recipe, labelled_pictures):
-    before = RunDir(stuck).read()["plateau"]
+    before = RunDir(stuck).read().plateau
     assert train(make_recipe(), stuck, labelled_pictures, resume=True)["plateau"] == before
 
 
 def test_the_report_of_a_stuck_run_begins_with_it(stuck, tmp_path):
-    plateau = RunDir(stuck).read()["plateau"]
+    plateau = RunDir(stuck).read().plateau
     record = report([stuck], out=tmp_path / "report")
-    assert record["decision"].startswith(plateau["words"])
-    assert plateau["hint"] in record["support"][0]
+    assert record["decision"].startswith(plateau.words)
+    assert plateau.hint in record["support"][0]
     header = ReportDir(tmp_path / "report").page_file.read_text(encoding="utf-8").partition("</header>")[0]
-    assert plateau["words"] in header
-    assert plateau["hint"] in header
+    assert plateau.words in header
+    assert plateau.hint in header
 
 
 def test_pretrain_says_last_that_it_is_stuck(tmp_path, one_dimension, recipe_file, image_folder):
     done = CliRunner().invoke(
         app, ["pretrain", str(recipe_file), "--data", str(image_folder), "--out", str(tmp_path / "run")]
     )
-    plateau = RunDir(tmp_path / "run").read()["plateau"]
+    plateau = RunDir(tmp_path / "run").read().plateau
     last = done.stdout.splitlines()[-1]
-    assert last.startswith(plateau["words"])
-    assert plateau["hint"] in last
+    assert last.startswith(plateau.words)
+    assert plateau.hint in last
 
 
 def test_a_run_that_is_not_stuck_has_no_plateau_in_its_record(trained_run, tmp_path):
-    assert RunDir(trained_run).read()["plateau"] is None
+    assert RunDir(trained_run).read().plateau is None
     assert "plateau" not in report([trained_run], out=tmp_path / "report")["decision"]

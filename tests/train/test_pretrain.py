@@ -163,15 +163,15 @@ def test_skips_that_a_nested_start_changed_are_recorded_and_said_once(
     )
     record = train(recipe, tmp_path / "run", pictures)
     said = capsys.readouterr().err
-    assert record["host_skips"] == ({"backbone.blocks.3.0": 24} if nested else {})
-    assert RunDir(tmp_path / "run").read()["host_skips"] == record["host_skips"]
+    assert record.host_skips == ({"backbone.blocks.3.0": 24} if nested else {})
+    assert RunDir(tmp_path / "run").read().host_skips == record.host_skips
     assert said.count("skip connections") == nested
     assert ("backbone.blocks.3.0 adds its input to its first 24 channels only" in said) == nested
 
 
 def test_training_takes_the_threads_it_is_given_and_gives_them_back(tmp_path, make_recipe, pictures):
     record = train(make_recipe("run.threads=2", "run.epochs=1"), tmp_path / "run", pictures)
-    assert record["threads"] == 2
+    assert record.threads == 2
     assert torch.get_num_threads() == 1  # the fixture's
     with pytest.raises(DataError):
         train(make_recipe("run.threads=2", "data.batch_size=64"), tmp_path / "other", pictures)
@@ -180,7 +180,7 @@ def test_training_takes_the_threads_it_is_given_and_gives_them_back(tmp_path, ma
 
 def test_parameters_of_every_width_are_in_the_record(tmp_path, make_recipe, pictures):
     recipe = make_recipe("slim.widths=[0.35, 0.4, 0.5]", "run.epochs=1")
-    params = train(recipe, tmp_path / "run", pictures)["params"]
+    params = train(recipe, tmp_path / "run", pictures).params
     with torch.device("meta"):
         expected = {
             name: count_parameters(create_backbone(recipe.host.arch, width=width))
@@ -202,25 +202,25 @@ def test_full_disk_fails_the_run_at_its_last_whole_checkpoint(tmp_path, make_rec
     with pytest.raises(ArtifactError, match="no room on the disk") as caught:
         train(make_recipe("run.epochs=3"), out, pictures)
     record = RunDir(out).read()
-    assert (record["state"], record["step"], record["error"]) == ("failed", 5, caught.value.problem)
+    assert (record.state, record.step, record.error) == ("failed", 5, caught.value.problem)
     assert read_newest(RunDir(out)).step == 5
 
 
 def test_error_of_a_run_is_shown_though_its_record_finds_no_room(
     tmp_path, make_recipe, pictures, monkeypatch
 ):
-    write = pretrain.write_json
+    write = pretrain.write_record
 
     def no_room(path, record):
-        if record["state"] == "failed":
+        if record.state == "failed":
             raise ArtifactError("no room on the disk to write 'run.json'")
         write(path, record)
 
-    monkeypatch.setattr(pretrain, "write_json", no_room)
+    monkeypatch.setattr(pretrain, "write_record", no_room)
     monkeypatch.setattr(loop, "make_views", lambda *words, **options: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train(make_recipe(), tmp_path / "run", pictures)
-    assert RunDir(tmp_path / "run").read()["state"] == "running"
+    assert RunDir(tmp_path / "run").read().state == "running"
 
 
 def test_failed_run_goes_on_and_forgets_its_error(tmp_path, make_recipe, pictures):
@@ -230,10 +230,10 @@ def test_failed_run_goes_on_and_forgets_its_error(tmp_path, make_recipe, picture
         with pytest.raises(ZeroDivisionError):
             train(make_recipe("run.epochs=1"), out, pictures)
     record = RunDir(out).read()
-    assert (record["state"], record["error"]) == ("failed", "ZeroDivisionError: division by zero")
+    assert (record.state, record.error) == ("failed", "ZeroDivisionError: division by zero")
     record = train(make_recipe("run.epochs=1"), out, pictures, resume=True)
-    assert (record["state"], record["step"]) == ("done", 5)
-    assert "error" not in RunDir(out).read()
+    assert (record.state, record.step) == ("done", 5)
+    assert RunDir(out).read().error is None
 
 
 def test_a_checkpoint_that_is_written_when_the_run_has_ended_leaves_its_state(
@@ -257,4 +257,4 @@ def test_a_checkpoint_that_is_written_when_the_run_has_ended_leaves_its_state(
     over.set()
     late[0].join()
     record = RunDir(tmp_path / "run").read()
-    assert (record["state"], record["step"]) == ("stopped", 3)
+    assert (record.state, record.step) == ("stopped", 3)

@@ -132,7 +132,7 @@ def test_killed_many_times_is_uninterrupted(tmp_path, make_recipe, labelled_pict
     )
     assert_same_run(killed, whole)
     assert not list((killed / "checkpoints").glob(".*"))
-    assert RunDir(killed).read()["state"] == "done"
+    assert RunDir(killed).read().state == "done"
 
 
 @pytest.fixture
@@ -184,13 +184,13 @@ def test_a_signal_saves_and_ends_well(
     step, total = int(done[1]), int(done[2])
     assert read_newest(RunDir(out)).step == step
     record = RunDir(out).read()
-    assert (record["state"], record["step"]) == ("stopped", step)
+    assert (record.state, record.step) == ("stopped", step)
     assert "Traceback" not in said
 
     again = edgecl_start(*shlex.split(done[3]))
     printed, said = again.communicate(timeout=300)
     assert again.returncode == 0, said
-    assert RunDir(out).read()["state"] == "done"
+    assert RunDir(out).read().state == "done"
     assert read_newest(RunDir(out)).step == total
     assert [line["step"] for line in read_metrics(metrics) if "loss" in line] == list(range(1, total + 1))
 
@@ -236,9 +236,9 @@ def test_what_decides_a_step_cannot_change(earlier, make_recipe, labelled_pictur
 def test_more_epochs_can_be_allowed(earlier, make_recipe, labelled_pictures, capsys):
     record = train(make_recipe("run.epochs=3"), earlier, labelled_pictures, resume=True, allow=["run.epochs"])
     assert "resuming with a change: run.epochs was 2, now 3" in capsys.readouterr().err
-    assert (record["state"], record["step"], record["changes"]) == ("done", 15, ["run.epochs was 2, now 3"])
+    assert (record.state, record.step, record.changes) == ("done", 15, ["run.epochs was 2, now 3"])
     assert read_newest(RunDir(earlier)).step == 15
-    assert RunDir(earlier).read()["recipe"]["run"]["epochs"] == 3
+    assert RunDir(earlier).read().recipe["run"]["epochs"] == 3
 
 
 def test_allowing_without_resuming_is_named(tmp_path, make_recipe, labelled_pictures):

@@ -1,0 +1,95 @@
+"""JSON Schemas of the records, written to docs/schemas by `python -m edgecl.storage.schemas`."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from pydantic.json_schema import GenerateJsonSchema
+
+from edgecl.storage import records
+from edgecl.storage.records import (
+    KINDS,
+    DoctorReport,
+    MetricsLine,
+    ProbedNet,
+    PublishedCost,
+    RecipeCost,
+    Record,
+    Table,
+)
+
+HEADER = ("schema", "kind", "made_by", "made_from", "command")
+SCHEMAS: dict[str, type[Table]] = {
+    **{kind.KIND: kind for kind in KINDS},
+    "metrics": MetricsLine,
+    "doctor": DoctorReport,
+    "recipe-cost": RecipeCost,
+    "published-cost": PublishedCost,
+    "probed-net": ProbedNet,
+}
+"""Name of a file in docs/schemas -> what it describes."""
+
+
+class _WithoutTitles(GenerateJsonSchema):
+    """Leaves out the titles of fields, which are their names."""
+
+    def field_title_should_be_set(self, schema: Any) -> bool:
+        return False
+
+
+@cache
+def _docstrings() -> dict[str, dict[str, str]]:
+    """Return what stands below each field: class -> field -> text.
+
+    pydantic can read it too, but then each time that the records are imported, which takes a third of a second.
+    """
+    tree = ast.parse(inspect.getsource(records))
+    return {
+        table.name: {
+            field.target.id: inspect.cleandoc(text.value.value)
+            for field, text in pairwise(table.body)
+            if isinstance(field, ast.AnnAssign)
+            and isinstance(field.target, ast.Name)
+            and isinstance(text, ast.Expr)
+            and isinstance(text.value, ast.Constant)
+            and isinstance(text.value.value, str)
+        }
+        for table in tree.body
+        if isinstance(table, ast.ClassDef)
+    }
+
+
+def json_schema(table: type[Table]) -> dict[str, Any]:
+    """Return the JSON Schema of a record or of what a verb prints."""
+    schema = table.model_json_schema(schema_generator=_WithoutTitles)
+    for part in (schema, *schema.get("$defs", {}).values()):
+        _describe(part, getattr(records, part["title"]))
+    if issubclass(table, Record):
+        schema["required"] = list(dict.fromkeys([*HEADER, *schema["required"]]))
+    return schema
+
+
+def _describe(schema: dict[str, Any], table: type[Table]) -> None:
+    """Put the docstrings of a table's fields into its schema."""
+    for name, field in table.model_fields.items():
+        for owner in table.__mro__:
+            if text := _docstrings().get(owner.__name__, {}).get(name):
+                schema["properties"][field.serialization_alias or name]["description"] = text
+                break
+
+
+def write_schemas(folder: Path) -> None:
+    """Write every schema as NAME.json."""
+    for name, table in SCHEMAS.items():
+        text = json.dumps(json_schema(table), indent=2, ensure_ascii=False)
+        (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write_schemas(Path("docs/schemas"))

@@ -1,0 +1,261 @@
+"""The models of records: what they take and refuse, and that documents and devices agree with them."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+from sealed import write_sealed
+
+from edgecl.errors import ArtifactError
+from edgecl.onboard.bench import bench
+from edgecl.onboard.bundle import read_manifest
+from edgecl.onboard.doctor import doctor
+from edgecl.onboard.errors import BundleError
+from edgecl.onboard.verify import verify
+from edgecl.storage.reading import read_record
+from edgecl.storage.records import (
+    KINDS,
+    SCHEMA,
+    BenchRecord,
+    DoctorReport,
+    Manifest,
+    ModelRecord,
+    Preprocessing,
+    VerifyRecord,
+    parse_any_record,
+    parse_record,
+)
+from edgecl.storage.schemas import HEADER, SCHEMAS, write_schemas
+from edgecl.storage.writing import write_record
+
+DOCS = Path(__file__).parents[2] / "docs"
+PATH = Path("x.json")
+
+
+def model_record(**more) -> ModelRecord:
+    return ModelRecord(
+        made_from="a" * 64,
+        **{
+            "arch": "mobilenetv3_small_100",
+            "width": 0.5,
+            "stem_stride": None,
+            "classes": None,
+            "features": 288,
+            "params": 100,
+            "preprocessing": Preprocessing(image_size=32, resize_size=32, mean=[0.5] * 3, std=[0.5] * 3),
+            "origin": "random",
+            "recipe_name": None,
+            "arm": None,
+            "data": None,
+            "weights_sha256": "b" * 64,
+            **more,
+        },
+    )
+
+
+# --- reading ---
+
+
+def test_a_record_is_read_as_it_was_written(tmp_path):
+    written = write_record(tmp_path / "model.json", model_record())
+    assert read_record(tmp_path / "model.json", ModelRecord) == written
+    assert json.loads((tmp_path / "model.json").read_text()) == written.to_json()
+
+
+def test_names_that_are_no_utf8_survive(tmp_path):
+    write_record(tmp_path / "model.json", model_record(data="photos/\udcff", classes=["a", "\udcfe"]))
+    read = read_record(tmp_path / "model.json", ModelRecord)
+    assert (read.data, read.classes) == ("photos/\udcff", ["a", "\udcfe"])
+
+
+def test_entries_nobody_names_are_kept():
+    content = {**model_record().to_json(), "note": [1]}
+    assert parse_record(content, ModelRecord, path=PATH).to_json()["note"] == [1]
+
+
+def test_a_record_begins_with_schema_kind_maker_origin_and_command():
+    assert list(model_record().to_json())[:5] == list(HEADER)
+
+
+@pytest.mark.parametrize("key", ["made_by", "command", "made_from", "arch", "preprocessing"])
+def test_a_whole_record_lacks_nothing(key):
+    content = model_record().to_json()
+    del content[key]
+    with pytest.raises(ArtifactError, match=key):
+        parse_record(content, ModelRecord, path=PATH)
+
+
+def test_missing_entries_are_none_where_they_may_be_missing():
+    content = model_record().to_json()
+    del content["made_by"], content["arch"], content["preprocessing"]["mean"]
+    found = parse_record(content, ModelRecord, path=PATH, missing_ok=True)
+    assert isinstance(found, ModelRecord)
+    assert (found.made_by, found.arch, found.preprocessing.mean) == (None, None, None)
+    assert found.preprocessing.std == [0.5] * 3
+
+
+def test_lists_of_tables_may_have_gaps_too():
+    content = {"schema": SCHEMA, "kind": "comparison", "rows": [{"name": "pretrained"}]}
+    (row,) = parse_any_record(content, path=PATH).rows
+    assert (row.name, row.few_label_top1) == ("pretrained", None)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("width", float("inf")),
+        ("width", float("nan")),
+        ("width", "1"),
+        ("width", 5),
+        ("features", 1.5),
+        ("features", True),
+        ("arch", 3),
+        ("arch", None),
+        ("classes", "cat"),
+        ("classes", [1]),
+        ("stem_stride", 3),
+        ("preprocessing", []),
+    ],
+)
+@pytest.mark.parametrize("missing_ok", [True, False])
+def test_a_value_of_another_type_is_named(key, value, missing_ok):
+    if value is None and missing_ok:
+        pytest.skip("null is as good as missing")
+    with pytest.raises(ArtifactError, match=rf"x\.json.*{key}"):
+        parse_record({**model_record().to_json(), key: value}, ModelRecord, path=PATH, missing_ok=missing_ok)
+
+
+def test_an_error_over_a_long_key_is_short():
+    content = {"schema": SCHEMA, "kind": "cost", "by_operator": {"x" * 100_000: "y"}}
+    with pytest.raises(ArtifactError) as caught:
+        parse_any_record(content, path=PATH)
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("schema", [SCHEMA - 1, SCHEMA + 1, 10**200])
+def test_another_schema_is_refused_by_its_number(schema):
+    content = {**model_record().to_json(), "schema": schema}
+    with pytest.raises(ArtifactError, match=rf"schema \d+.*reads {SCHEMA}"):
+        parse_record(content, ModelRecord, path=PATH)
+
+
+@pytest.mark.parametrize(
+    "content", [None, [], "model", {}, {"kind": ["a"]}, {"kind": "song", "schema": SCHEMA}]
+)
+def test_what_is_no_record_is_named(content):
+    with pytest.raises(ArtifactError, match=r"x\.json"):
+        parse_any_record(content, path=PATH)
+
+
+def test_a_changed_record_does_not_match_its_hash(tmp_path):
+    file = tmp_path / "model.json"
+    write_record(file, model_record())
+    file.write_text(file.read_text().replace("0.5", "0.25", 1))
+    with pytest.raises(ArtifactError, match="hash"):
+        read_record(file, ModelRecord)
+
+
+def test_writing_takes_only_what_can_be_read():
+    with pytest.raises(ValidationError):
+        model_record(width=float("nan"))
+
+
+def test_secrets_do_not_reach_the_disk(tmp_path):
+    written = write_record(tmp_path / "model.json", model_record(data="https://me:pass@host/x.tar?sig=1"))
+    assert written.data == "https://host/x.tar"
+    assert "pass" not in (tmp_path / "model.json").read_text()
+
+
+def test_every_kind_has_a_name_of_its_own():
+    assert len({kind.KIND for kind in KINDS}) == len(KINDS)
+
+
+# --- documents ---
+
+
+def test_schemas_in_the_docs_are_those_of_the_models(tmp_path):
+    write_schemas(tmp_path)
+    files = {file.name: file.read_text(encoding="utf-8") for file in (DOCS / "schemas").iterdir()}
+    made = {file.name: file.read_text(encoding="utf-8") for file in tmp_path.iterdir()}
+    assert files == made, "run `python -m edgecl.storage.schemas`"
+
+
+def test_the_docs_name_every_schema_and_the_number():
+    page = (DOCS / "records.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"schemas/([\w-]+)\.json", page)) == set(SCHEMAS)
+    assert f"which is now {SCHEMA}" in page
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_schema_requires_what_every_record_begins_with(kind):
+    schema = json.loads((DOCS / "schemas" / f"{kind.KIND}.json").read_text(encoding="utf-8"))
+    assert schema["required"][:5] == list(HEADER)
+
+
+# --- devices ---
+
+
+def header(kind):
+    return {"schema": SCHEMA, "kind": kind, "made_by": "edgecl", "made_from": None, "command": "edgecl"}
+
+
+def test_what_a_device_measures_is_a_bench_record(exported_bundle):
+    found = bench(exported_bundle, duration_s=0.05, power=False)
+    record = parse_record({**header("bench"), **found, "command": "edgecl"}, BenchRecord, path=PATH)
+    assert record.measurements[0].latency_ms.p50 > 0
+    assert set(found) <= BenchRecord.model_fields.keys()
+    assert set(found["measurements"][0]) <= type(record.measurements[0]).model_fields.keys()
+
+
+def test_what_a_device_verifies_is_a_verify_record(exported_bundle):
+    found = verify(exported_bundle)
+    record = parse_record({**header("verify"), **found}, VerifyRecord, path=PATH)
+    assert record.precisions["fp32"].ok
+    assert set(found) <= VerifyRecord.model_fields.keys()
+
+
+def test_what_a_doctor_finds_is_a_doctors_report(exported_bundle):
+    found = doctor(exported_bundle)
+    assert DoctorReport.model_validate(found).checks
+    assert set(found["device"]) <= DoctorReport.model_fields["device"].annotation.model_fields.keys()
+
+
+def places(content, place=()):
+    """Every key of a record, at any depth."""
+    if isinstance(content, dict):
+        for key, value in content.items():
+            yield (*place, key)
+            yield from places(value, (*place, key))
+
+
+def without(content, place):
+    content = copy.deepcopy(content)
+    table = content
+    for key in place[:-1]:
+        table = table[key]
+    del table[place[-1]]
+    return content
+
+
+def test_the_host_requires_of_a_manifest_what_the_device_requires(tmp_path, exported_bundle):
+    manifest = json.loads((exported_bundle / "manifest.json").read_text(encoding="utf-8"))
+    parse_record(manifest, Manifest, path=PATH)
+    needed = []
+    for place in places(manifest):
+        changed = without(manifest, place)
+        write_sealed(tmp_path / "manifest.json", changed)
+        try:
+            read_manifest(tmp_path)
+        except BundleError:
+            needed.append(place)
+    assert {("input", "shape"), ("precisions", "fp32", "form"), ("files",)} <= set(needed)
+    for place in needed:
+        if place in (("precisions", "fp32"), ("target", "runtime")):
+            continue  # one that the manifest names as its default; a target is checked as a target
+        with pytest.raises(ArtifactError, match=r"x\.json"):
+            parse_record(without(manifest, place), Manifest, path=PATH)
