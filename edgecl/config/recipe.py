@@ -176,7 +176,7 @@ class MethodConfig(Config):
         return sum(spec.count for spec in self.view_specs(recipe) if spec.local == local)
 
     def has_idle_parameters(self, recipe: Recipe) -> bool:
-        """Tell whether some steps give some parameters no gradient, which many processes must know."""
+        """Return whether some steps give some parameters no gradient, which many processes must know."""
         return False
 
 

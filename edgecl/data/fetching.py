@@ -73,7 +73,7 @@ def cached_place(url: str) -> Path:
 
 
 def fetch(url: str, *, count: Callable[[int], None], stop: threading.Event) -> Fetched:
-    """Bring a remote shard into the cache, unless it is there; only a whole one is kept.
+    """Fetch a remote shard into the cache, unless it is there; only a whole one is kept.
 
     Processes that want the same shard wait for the first of them, as long as its file grows.
 
@@ -126,7 +126,7 @@ def fetch(url: str, *, count: Callable[[int], None], stop: threading.Event) -> F
 
 @contextmanager
 def _only_one(place: Path, shown: str, stop: threading.Event) -> Iterator[None]:
-    """Let one process of the machine fetch a shard; others wait as long as its holder gets on."""
+    """Lock a shard for one process of the machine; others wait as long as its file grows."""
     from filelock import FileLock, Timeout  # slow to import, and most runs fetch nothing
 
     lock = FileLock(place.with_name(f"{place.name}.lock"))
@@ -210,7 +210,7 @@ def _transfer(url: str, aside: Path, count: Callable[[int], None], stop: threadi
 
 
 def _start(url: str, aside: Path, note: Callable[[int], None]) -> Future[None]:
-    """Begin a transfer in fsspec's own thread, so that whoever waits for it can give up."""
+    """Start a transfer in fsspec's own thread, so that the wait for it can end."""
     import asyncio
 
     options: dict[str, Any] = {}
@@ -240,7 +240,7 @@ def _start(url: str, aside: Path, note: Callable[[int], None]) -> Future[None]:
 
 
 def _failure(exc: BaseException) -> _Failed:
-    """Put the error of a transfer into words, without the URL that the libraries name in it."""
+    """Return the error of a transfer, without the URL that the libraries name in it."""
     kinds = {kind.__name__ for kind in type(exc).__mro__}
     status = getattr(exc, "status", None)
     if isinstance(exc, FileNotFoundError) or status == 410:

@@ -221,7 +221,7 @@ class _Found(NamedTuple):
 
 
 def _no_file(path: str) -> str | None:
-    """Say what stands in the place of a file, without opening it: a pipe would block. None for a file or a folder."""
+    """Return what stands in the place of a file, None for a file or folder; not opened, since a pipe would block."""
     try:
         mode = os.stat(path).st_mode  # noqa: PTH116
     except (FileNotFoundError, NotADirectoryError):
@@ -301,7 +301,7 @@ def _read(file: Path) -> Listing | None:
 
 
 def _is_sound(listing: Listing, joined: bytes) -> bool:
-    """Say whether a listing is one that `scan` could have made, its joined names below the folder included."""
+    """Return whether a listing is one that `scan` could have made, its joined names below the folder included."""
     names, sizes = listing.names, listing.sizes
     texts = [
         listing.fingerprint,

@@ -220,7 +220,7 @@ class TrainingImages:
         return self._cache is not None
 
     def to(self, device: torch.device | str) -> TrainingImages:
-        """Give batches on a device; canvases in memory move there now.
+        """Move batches to a device, those in memory now.
 
         Raises:
             DeviceError: JPEGs are to be decoded there, and cannot be.

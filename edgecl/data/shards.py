@@ -211,7 +211,7 @@ def absolute_shards(uri: str) -> str:
 
 
 def is_remote(url: str) -> bool:
-    """Say whether a shard has to be fetched: it is a URL of another kind than file:.
+    """Return whether a shard has to be fetched: it is a URL of another kind than file:.
 
     Raises:
         DataError: it looks like a URL and is none.
@@ -275,7 +275,7 @@ def _expand(pattern: str, shown: str) -> list[str]:
 
 
 def _refuse_too_many(parts: Sequence[str], shown: str) -> None:
-    """Hold what a pattern stands for to a number of files that a machine can look for, before it is expanded."""
+    """Check the number of files that a pattern stands for, before it is expanded."""
     count = sum(map(_expansions, parts))
     if count > _MOST_SHARDS:
         raise DataError(

@@ -101,7 +101,7 @@ class ImageSource:
         """Decode one image to RGB, the right way up, transparent parts white.
 
         Raises:
-            UnreadableImage: truncated, corrupt, empty, gone, or too large to be honest.
+            UnreadableImage: truncated, corrupt, empty, gone, or suspiciously large.
         """
         return self._decode(index, at_least=None)[0]
 
@@ -188,7 +188,7 @@ def read_plain_file(path: str) -> bytes:
 
     Raises:
         OSError: it is gone or out of reach.
-        UnreadableImage: no file, or too large to be honest.
+        UnreadableImage: no file, or suspiciously large.
     """
     with open(path, "rb", opener=_open_without_waiting) as file:
         status = os.fstat(file.fileno())

@@ -66,7 +66,7 @@ def absolute_uri(uri: str) -> str:
 
 
 def has_test_split(uri: str) -> bool:
-    """Tell whether a data URI comes with held-out images of its own."""
+    """Return whether a data URI comes with held-out images of its own."""
     return _scheme(uri) in ("demo", *torchvision_sets.SETS)
 
 

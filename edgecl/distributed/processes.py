@@ -42,7 +42,7 @@ _store: Any = None
 # The names of this attempt and of the first one of the launch, drawn by chance.
 _attempt: str | None = None
 _launch: str | None = None
-# Whether this process may fail where the others of its machine do not.
+# True if each process sees only its own GPU, so that one may fail alone.
 _on_its_own = False
 
 
@@ -59,7 +59,7 @@ def rank() -> int:
 
 
 def is_main() -> bool:
-    """Tell whether this is the process that writes and prints."""
+    """Return whether this is the process that writes and prints."""
     return rank() == 0
 
 
@@ -91,7 +91,7 @@ def launch() -> str | None:
 
 
 def started_again() -> bool:
-    """Tell whether an earlier attempt of this launch had met already; torchrun's own count differs between machines."""
+    """Return whether an earlier attempt of this launch had met already; torchrun's own count differs between machines."""
     return _launch != _attempt
 
 
@@ -112,7 +112,7 @@ def join(device: str = "auto") -> None:
         if _launch is None and _is_launched() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             from torch.distributed.rendezvous import rendezvous
 
-            # A name is no reason to fail.
+            # Best effort: without a name there is just no automatic resume.
             with contextlib.suppress(RuntimeError, ValueError):
                 store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=_AGENT_S)))
                 _attempt, _launch = meet(store, 0, 1, limit_s=_AGENT_S)
@@ -158,7 +158,7 @@ def join(device: str = "auto") -> None:
 
 
 def _take_gpu() -> None:
-    """Give this process the GPU of its number, or refuse in all processes of the machine alike, before any of them waits.
+    """Select the GPU of this process's number; refuse in all processes of the machine alike, before any of them waits.
 
     Raises:
         DeviceError: more processes than GPUs on this machine.
@@ -199,7 +199,7 @@ def from_main(value: _T) -> _T:
 
 
 def agree(facts: Mapping[str, str]) -> None:
-    """Hold all processes to the same facts, e.g. the hash of the recipe.
+    """Check that all processes have the same facts, e.g. the hash of the recipe.
 
     Raises:
         RecipeError: in every process, naming the first that differs, the fact and both values.
@@ -234,7 +234,7 @@ def explain_lost_peers() -> Iterator[None]:
         if world_size() == 1 or not _LOST.search(first):
             raise
         if threading.current_thread() is threading.main_thread():
-            # A launcher that saw the same may already be ending the rest of us; what is known shall be said first.
+            # A launcher that saw the same may already be ending the others: report what is known first.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         _wait_for_a_report()
         silent = re.search("timed? ?out", first, re.IGNORECASE)
@@ -257,7 +257,7 @@ def explain_lost_peers() -> Iterator[None]:
 
 
 def claim_report() -> bool:
-    """Tell whether this process is the one to show its error: the first that asks, among all of the run.
+    """Return whether this process is the one to show its error: the first that asks, among all of the run.
 
     Before the processes have met nobody can be asked: then every process that waited for others shows its own, and of
     what all processes of a machine find alike, the first of the machine.

@@ -19,7 +19,7 @@ _POLL_S = 0.02
 
 
 def meet(store: Any, number: int, count: int, *, limit_s: float) -> tuple[str, str]:
-    """Agree with the living processes on a name for this attempt, under which no dead process has left anything.
+    """Agree with the living processes on a name for this attempt that no dead process has used.
 
     The store of torchrun's agent outlives an attempt, and with it the addresses of processes that are gone. Its count of
     restarts is no name: every agent counts its own. So process 0 draws one and tells it to whoever answers:
@@ -42,7 +42,7 @@ def meet(store: Any, number: int, count: int, *, limit_s: float) -> tuple[str, s
         TimeoutError: not all came in time; says who.
     """
     until = time.monotonic() + limit_s
-    pause_s = _POLL_S * max(1.0, count / 100)  # a thousand processes shall not ask more often than a hundred
+    pause_s = _POLL_S * max(1.0, count / 100)  # a thousand processes ask no more often than a hundred
     own = secrets.token_hex(8)
     if number > 0:
         store.set(f"edgecl/hello/{number}", own)

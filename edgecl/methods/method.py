@@ -134,7 +134,7 @@ class Method(nn.Module):
         return {**self.net.state_dict(), **{f"{METHODS_OWN}{name}": tensor for name, tensor in own.items()}}
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take what a checkpoint kept."""
+        """Restore what a checkpoint kept."""
         names = {
             name: name.removeprefix(METHODS_OWN) if name.startswith(METHODS_OWN) else f"net.{name}"
             for name in tensors

@@ -155,7 +155,7 @@ class Config(MethodConfig):
         return sum(slow_start + (1 - slow_start) * sets[encoder] for encoder in asked)
 
     def has_idle_parameters(self, recipe: Recipe) -> bool:
-        """Tell of a slow start, in which the slim nets' norms take no part, and of widths that a step leaves out."""
+        """Return whether there is a slow start, without the slim nets' norms, or more widths than a step takes."""
         return recipe.slim.slow_start > 0 or len(recipe.slim.all_widths) > 3
 
 
@@ -200,7 +200,7 @@ class SaclXd(Method):
         return {**targets, "host_b": self.net.forward_host(view_b)}
 
     def _swapped(self, views: Sequence[Tensor], step: int) -> Sequence[Tensor]:
-        """Give the host view B and the slim nets view A, or not: decided by the step, so that every process does alike."""
+        """Swap views A and B, or not: a function of the step, so that every process does alike."""
         draw = uniforms(self.seed, 0, numpy.array([step]), stream="swap-views", count=1)[0, 0]
         return [views[1], views[0], *views[2:]] if draw < self.config.swap_views else views
 

@@ -163,7 +163,7 @@ def fold_batch_norm(net: nn.Module) -> nn.Module:
 
 
 def _fold(convolution: nn.Conv2d, norm: Any) -> None:
-    """Give the convolution the weights that make `norm(convolution(x))`."""
+    """Set the convolution's weights to those that make `norm(convolution(x))`."""
     with torch.no_grad():
         factor = 1 / (norm.running_var.double() + norm.eps).sqrt()
         if norm.weight is not None:
@@ -184,6 +184,6 @@ def _remains(norm: nn.Module) -> nn.Module:
 
 
 def replace_module(net: nn.Module, name: str, module: nn.Module) -> None:
-    """Put a module in the place of the one that `name` names."""
+    """Replace the module of this name."""
     parent, _, leaf = name.rpartition(".")
     setattr(net.get_submodule(parent), leaf, module)

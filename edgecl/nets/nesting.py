@@ -66,7 +66,7 @@ RULES: list[tuple[type[nn.Module], Rule]] = [
 
 
 def is_private(module: nn.Module) -> bool:
-    """Tell whether a slim net has a module of its own: batch norm, since statistics of one width are wrong for another."""
+    """Return whether a slim net has a module of its own: batch norm, since statistics of one width are wrong for another."""
     return is_norm(module)
 
 
@@ -174,7 +174,7 @@ def inward_weights(whole: Tensor, index: Index) -> Tensor:
 
 @contextlib.contextmanager
 def _common_skips(host: nn.Module, skeleton: nn.Module) -> Iterator[None]:
-    """Let both nets skip only where both do.
+    """Turn off skip connections that only one of two nets has.
 
     timm adds a skip connection wherever the two ends of a block are equally wide, and rounding makes them so at some widths
     only. Such a slim net still nests, layer by layer, so the comparison of functions leaves these connections out.

@@ -99,7 +99,7 @@ class SlimView:
         return {**found, **dict(zip(smaller, dense, strict=True))}
 
     def replace_norm(self, name: str, norm: nn.Module) -> None:
-        """Put another norm where the one of this name stands."""
+        """Replace the norm of this name."""
         self.skeleton.set_submodule(name, norm)
         self.norms[_key(name)] = norm
 
@@ -173,7 +173,7 @@ class SlimmableNet(nn.Module):
         )
 
     def nest(self) -> None:
-        """Let the host begin as its slim nets plus channels that do not touch them yet.
+        """Start the host as its slim nets plus channels that do not touch them yet.
 
         Every weight that leads from a channel outside a slim net to one inside it becomes zero, so that the host computes
         exactly what the slim net computes on the outputs they share. The weights into the other channels stay, so
@@ -192,7 +192,7 @@ class SlimmableNet(nn.Module):
         self._match_skips()
 
     def _match_skips(self) -> None:
-        """Give the host the skip connections of the slim nets."""
+        """Set the host's skip connections to those of the slim nets."""
         if not self._views:
             return
         hosts = dict(self.host.named_modules())
@@ -341,7 +341,7 @@ class SlimmableNet(nn.Module):
 
     @contextlib.contextmanager
     def untracked(self) -> Iterator[None]:
-        """Let training passes use batch statistics and leave the running ones alone."""
+        """Run training passes with batch statistics, the running ones left alone."""
         norms: list[Any] = [module for module in self.modules() if is_norm(module)]
         tracked = [norm.track_running_stats for norm in norms]
         for norm in norms:
@@ -354,7 +354,7 @@ class SlimmableNet(nn.Module):
 
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
-        """Give passes that learn nothing: no gradient, batch statistics used, running statistics left alone."""
+        """Run passes that learn nothing: no gradient, batch statistics used, running statistics left alone."""
         with self.untracked(), torch.no_grad():
             yield
 
@@ -391,7 +391,7 @@ def _dense_blocks(whole: list[Tensor], blocks: list[Index]) -> tuple[Tensor, ...
 
 
 def limit_skips(net: nn.Module, skips: dict[str, int]) -> None:
-    """Let blocks skip their first channels only.
+    """Limit skip connections of blocks to their first channels.
 
     Args:
         net: of timm's blocks; changed in place.

@@ -7,7 +7,7 @@ from typing import Any
 
 from edgecl.errors import NonFiniteError, counted
 
-# Of the learning rate, once a run had to go back.
+# Factor on the learning rate after a rollback.
 SMALLER_RATE = 0.5
 _HINT = (
     "start a new run, in another --out, with a lower [optim] lr, longer [optim] warmup_epochs, [optim] clip_norm, "
@@ -86,6 +86,6 @@ class Guard:
         return {"went_back": self.went_back, "skipped": list(self.skipped)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take what a checkpoint kept."""
+        """Restore what a checkpoint kept."""
         self.went_back = bool(state.get("went_back", False))
         self.skipped = list(state.get("skipped", []))

@@ -133,7 +133,7 @@ class Training:
                 try:
                     stopped = self._train_epoch(stop, on_checkpoint, progress)
                 except DataError:
-                    # The net is sound, and whoever brings the images back shall lose no step.
+                    # The net is sound: once the images are back, no step is lost.
                     if self._broken_weight() is None:
                         self._save(on_checkpoint)
                     raise
@@ -144,7 +144,7 @@ class Training:
     def _train_epoch(
         self, stop: StopRequest, on_checkpoint: Callable[[int], None], progress: Progress
     ) -> int:
-        """Train to the end of the epoch; return the signal by which the run shall end before, or 0."""
+        """Train to the end of the epoch; return the signal that ends the run before, or 0."""
         run, batch_size = self._run, self._data.batch_size
         epoch, done = divmod(self.step, self.steps_per_epoch)
         if self.step == 0:

@@ -173,7 +173,7 @@ class CollapseAlarm:
         return {"low": self._low, "rank_me": list(self._rank_me)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take what a checkpoint kept."""
+        """Restore what a checkpoint kept."""
         self._low = int(state.get("low", 0))
         self._rank_me = [float(value) for value in state.get("rank_me", [])]
 

@@ -106,7 +106,7 @@ class PlateauAlarm:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take what a checkpoint kept; nothing of a run from before there was this alarm."""
+        """Restore what a checkpoint kept; nothing of a run from before there was this alarm."""
         self._alike = state.get("alike", 0)
         self._apart = state.get("apart", 0)
         self._correlation = state.get("correlation", [0.0, 0.0])
@@ -128,7 +128,7 @@ class PlateauAlarm:
         return text
 
     def _features_are_poor(self) -> bool:
-        """Tell whether the newest look found a low RankMe, or a kNN accuracy that has not risen beyond its noise."""
+        """Return whether the newest look found a low RankMe, or a kNN accuracy that has not risen beyond its noise."""
         if self._look is None:
             return False
         if self._look["rankme"] < LOW_RANK * self._look["most"]:

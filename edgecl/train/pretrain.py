@@ -378,14 +378,14 @@ def _hold(run_dir: RunDir) -> Iterator[None]:
 
 
 def _only_traces(out: Path) -> bool:
-    """Tell whether there is nothing, or no more than what a run killed in its first moments leaves."""
+    """Return whether there is nothing, or no more than what a run killed in its first moments leaves."""
     if not out.exists():
         return True
     return out.is_dir() and all(path.name.startswith((LOCK, ".run.json.")) for path in out.iterdir())
 
 
 def _start_run_dir(run_dir: RunDir, record: RunRecord) -> None:
-    """Put a new record where an earlier run may stand, and then remove what is left of that.
+    """Write a new record where an earlier run may stand, then remove what is left of that run.
 
     Killed at any moment, the directory never holds one run's record with the other's checkpoints.
     """

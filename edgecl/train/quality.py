@@ -44,7 +44,7 @@ class QualityWatch:
             source,
             resize_size=data.resize_size or data.image_size,
             image_size=data.image_size,
-            # The whole of the data is held to what is allowed; a part of it may have more.
+            # The limit is for all images; a part of them may have more.
             max_bad_fraction=1.0,
             limit=min(IMAGES, images),
             read_timeout_s=data.read_timeout_s,

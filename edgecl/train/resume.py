@@ -41,7 +41,7 @@ _WITH_OTHERS = (
 
 
 def check_allowed(keys: Sequence[str], recipe: Recipe) -> None:
-    """Hold the settings a user lets change to those that may.
+    """Check that the settings a user lets change are those that may.
 
     Args:
         keys: of settings.
@@ -61,7 +61,7 @@ def check_allowed(keys: Sequence[str], recipe: Recipe) -> None:
 
 
 def check_recipe(run_dir: RunDir, recipe: Recipe, *, allowed: Sequence[str]) -> list[str]:
-    """Hold the recipe to the one the run was started with.
+    """Compare the recipe with the one the run was started with.
 
     Args:
         run_dir: of the earlier run.
@@ -95,12 +95,12 @@ def check_recipe(run_dir: RunDir, recipe: Recipe, *, allowed: Sequence[str]) -> 
 
 
 def was_launched_as(run_dir: RunDir, launch: str | None) -> bool:
-    """Tell whether a run was started by this launch of torchrun, and not by an earlier one."""
+    """Return whether a run was started by this launch of torchrun, and not by an earlier one."""
     return launch is not None and run_dir.record_file.exists() and run_dir.read().launch == launch
 
 
 def check_source(run_dir: RunDir, source: ImageSource, *, allowed: Sequence[str]) -> list[str]:
-    """Hold the images to those the run was started with, by their names and sizes.
+    """Compare the images with those the run was started with, by names and sizes.
 
     Returns:
         What changed, in one text, where that is allowed.
@@ -128,7 +128,7 @@ def left_out_before(run_dir: RunDir) -> list[str]:
 
 
 def check_images(run_dir: RunDir, images: TrainingImages, *, allowed: Sequence[str]) -> list[str]:
-    """Hold images in memory to those the run was started with: each one less moves all others in the order.
+    """Compare images in memory with those the run was started with: each one less moves all others in the order.
 
     Images that are read batch by batch keep their places, and another stands in for an unreadable one.
 
@@ -184,7 +184,7 @@ def other_surroundings(before: RunRecord, now: RunRecord) -> list[str]:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
-    """Say what differs between two recipes' tables: "table.key" -> "table.key was …, now …"."""
+    """Return what differs between two recipes' tables: "table.key" -> "table.key was …, now …"."""
     was, is_ = flatten(before), flatten(now)
     return {
         key: f"{key} was {was.get(key)!r}, now {is_.get(key)!r}"

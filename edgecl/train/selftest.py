@@ -1,4 +1,4 @@
-"""Whether training here is exact under many processes: a step of every arm, against one process with the whole batch.
+"""Whether training is exact under many processes: a step of every arm, against one process with the whole batch.
 
 Everything is what `edgecl pretrain` trains with: the net of a recipe, its synchronized norms, the step, accelerate's
 data-parallel wrapper and, between the processes, the network and the libraries of the user's own machines. Numbers are
@@ -40,7 +40,7 @@ TOLERANCE = 1e-5
 KINDS = ("loss", "gradients", "statistics")
 
 # A tensor is measured by its own largest number, or by this part of the largest of its kind if it has none so large:
-# gradients that are zero but for rounding, such as those of a bias in front of a norm, are not held to themselves.
+# gradients that are zero but for rounding, such as those of a bias in front of a norm, are not measured by themselves.
 _FLOOR = 1e-6
 STATUS = "selftest: "
 """What a line of progress begins with where another process reads it."""
@@ -111,7 +111,7 @@ def run_arms(
     report: Report,
     arms: Sequence[Arm] = ARMS,
 ) -> dict[str, Results]:
-    """Take one step with every arm, from the same weights and images wherever it runs.
+    """Run one step with every arm, from the same weights and images wherever it runs.
 
     Args:
         device: 'auto', 'cpu' or 'cuda'.
@@ -167,7 +167,7 @@ def _views(recipe: Recipe) -> list[Tensor]:
 
 
 def _laid_out(view: Tensor, *, shares: int, parts: int) -> Tensor:
-    """Bring the first parts of all shares to the front, then the second: (N, …) as one process takes them."""
+    """Reorder the first parts of all shares to the front, then the second: (N, …) as one process takes them."""
     return view.view(shares, parts, -1, *view.shape[1:]).transpose(0, 1).reshape(view.shape)
 
 
@@ -319,7 +319,7 @@ def _alone() -> Iterator[None]:
 
 
 def is_launched() -> bool:
-    """Tell whether torchrun or the like started this process."""
+    """Return whether torchrun or the like started this process."""
     return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))
 
 

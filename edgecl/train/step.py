@@ -201,7 +201,7 @@ class Step:
         return {"scaler": scaler.state_dict() if scaler else None}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take what a checkpoint kept."""
+        """Restore what a checkpoint kept."""
         scaler = self.accelerator.scaler
         if scaler and state.get("scaler"):
             scaler.load_state_dict(state["scaler"])
