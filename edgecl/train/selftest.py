@@ -11,13 +11,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
-import json
+import math
 import os
 import subprocess
 import sys
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object
+from pydantic import ValidationError
 from torch import Tensor
 
 import edgecl
@@ -33,6 +34,7 @@ from edgecl.distributed import processes
 from edgecl.errors import DeviceError, ProcessError, RecipeError, near_matches
 from edgecl.nets.build import create_slimmable
 from edgecl.nets.slimming import SlimmableNet
+from edgecl.storage.records import ArmDifferences, SelftestReport
 from edgecl.train.pretrain import create_accelerator
 from edgecl.train.step import Step, create_step
 
@@ -56,7 +58,7 @@ class Arm(NamedTuple):
     """One way to train: settings of a recipe."""
 
     name: str
-    settings: dict[str, dict[str, Any]]
+    settings: Mapping[str, Mapping[str, object]]
 
 
 ARMS = (
@@ -82,7 +84,7 @@ ARMS = (
 
 def recipe_of(arm: Arm, *, batch_size: int) -> Recipe:
     """Return the recipe an arm is tried with: a net of real layers, small enough for a step in a second."""
-    tables: dict[str, dict[str, Any]] = {
+    tables: dict[str, Mapping[str, object]] = {
         "host": {"arch": "mobilenetv3_small_050", "width": 1.5, "stem_stride": 1},
         "slim": {"width": 1.0},
         "projector": {"sizes": [32, 32, 16]},
@@ -222,11 +224,11 @@ def chosen_arms(names: Sequence[str]) -> tuple[Arm, ...]:
     return tuple(known[name] for name in dict.fromkeys(names)) or ARMS
 
 
-def compare(*, device: str, report: Report, names: Sequence[str] = ()) -> dict[str, Any]:
+def compare(*, device: str, report: Report, names: Sequence[str] = ()) -> SelftestReport:
     """Compare this run's processes, one of which calls this, with one process that has the whole batch.
 
-    Every process computes the whole for itself before it joins the others, and holds its own results to it; the decision
-    is of the worst of all processes and is the same in all of them.
+    Every process computes the whole for itself before it joins the others, and compares its own results
+    with it; the decision is of the worst of all processes and is the same in all of them.
 
     Args:
         device: 'auto', 'cpu' or 'cuda'.
@@ -234,7 +236,7 @@ def compare(*, device: str, report: Report, names: Sequence[str] = ()) -> dict[s
         names: of the arms; none for all.
 
     Returns:
-        the record: 'exact', and for every arm the largest relative differences.
+        for every arm the largest relative differences, and the conditions.
 
     Raises:
         DeviceError: no GPU for this process.
@@ -279,23 +281,25 @@ def compare(*, device: str, report: Report, names: Sequence[str] = ()) -> dict[s
         )
     on_gpu = device != "cpu" and torch.cuda.is_available()
     rows = [
-        {"arm": arm.name, **dict(zip(KINDS, row, strict=True)), "exact": max(row) <= TOLERANCE}
+        ArmDifferences(
+            arm=arm.name,
+            # JSON knows no infinity.
+            **{kind: value if math.isfinite(value) else None for kind, value in zip(KINDS, row, strict=True)},
+            exact=max(row) <= TOLERANCE,
+        )
         for arm, row in zip(arms, differences.tolist(), strict=True)
     ]
-    return {
-        "exact": all(row["exact"] for row in rows),
-        "processes": world_size,
-        "hosts": hosts,
-        "device": "cuda" if on_gpu else "cpu",
-        "backend": "nccl" if on_gpu else "gloo",
-        "batch_size": batch_size_for(world_size),
-        "tolerance": TOLERANCE,
-        "torch": torch.__version__,
-        # JSON knows no infinity.
-        "arms": [
-            {key: None if value == float("inf") else value for key, value in row.items()} for row in rows
-        ],
-    }
+    return SelftestReport(
+        exact=all(row.exact for row in rows),
+        processes=world_size,
+        hosts=hosts,
+        device="cuda" if on_gpu else "cpu",
+        backend="nccl" if on_gpu else "gloo",
+        batch_size=batch_size_for(world_size),
+        tolerance=TOLERANCE,
+        torch=torch.__version__,
+        arms=rows,
+    )
 
 
 def _worst_of_all(differences: Tensor) -> Tensor:
@@ -323,7 +327,7 @@ def is_launched() -> bool:
     return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))
 
 
-def launch(*, count: int | None, device: str, report: Report, names: Sequence[str] = ()) -> dict[str, Any]:
+def launch(*, count: int | None, device: str, report: Report, names: Sequence[str] = ()) -> SelftestReport:
     """Start the processes on this machine, as torchrun does, and return their record.
 
     Args:
@@ -384,10 +388,9 @@ def launch(*, count: int | None, device: str, report: Report, names: Sequence[st
         answer.seek(0)
         text = answer.read()
     try:
-        record: dict[str, Any] = json.loads(text)
-    except json.JSONDecodeError:
+        return SelftestReport.model_validate_json(text)
+    except ValidationError:
         raise _error_among(list(words), status) from None
-    return record
 
 
 def _error_among(lines: list[str], status: int) -> ProcessError:
