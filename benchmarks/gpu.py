@@ -331,7 +331,7 @@ def views(given: argparse.Namespace) -> dict:
     """Time two views of pictures that lie on the device already."""
     import torch
 
-    from edgecl.config.recipe import Views
+    from edgecl.config.views import Views
     from edgecl.data.loading import TrainingImages
     from edgecl.data.sources import open_source
     from edgecl.data.views import make_views
@@ -343,7 +343,7 @@ def views(given: argparse.Namespace) -> dict:
 
         def once(batch: object = batch, side: int = side) -> None:
             mean, std = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
-            make_views(batch, Views(), image_size=side, mean=mean, std=std, seed=0, epoch=0)
+            make_views(batch, Views().specs(side), mean=mean, std=std, seed=0, epoch=0)
             if given.device == "cuda":
                 torch.cuda.synchronize()
 

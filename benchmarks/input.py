@@ -40,7 +40,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFilter
 from torchvision.transforms import v2
 
-from edgecl.config.recipe import Views
+from edgecl.config.views import Views
 from edgecl.data.decode import read_canvas
 from edgecl.data.loading import TrainingImages
 from edgecl.data.sources import open_source
@@ -132,7 +132,7 @@ def by_edgecl(folder: Path, given: argparse.Namespace, *, decode: str = "cpu") -
         nonlocal epoch
         epoch += 1
         for batch in images.batches(0, epoch, batch_size=given.batch):
-            views = make_views(batch, Views(), image_size=SIDE, mean=MEAN, std=STD, seed=0, epoch=epoch)
+            views = make_views(batch, Views().specs(SIDE), mean=MEAN, std=STD, seed=0, epoch=epoch)
         if given.device != "cpu":
             torch.cuda.synchronize()
         assert views[0].shape[1:] == (3, SIDE, SIDE)
@@ -246,7 +246,7 @@ def stages_of_edgecl(folder: Path, given: argparse.Namespace) -> dict[str, Calla
     return {
         "file to canvas": lambda: [read_canvas(source, index, given.canvas) for index in range(given.images)],
         "canvas to two views": lambda: make_views(
-            batch, Views(), image_size=SIDE, mean=MEAN, std=STD, seed=0, epoch=0
+            batch, Views().specs(SIDE), mean=MEAN, std=STD, seed=0, epoch=0
         ),
     }
 

@@ -337,7 +337,7 @@ def stepping(
     from edgecl.config.recipe import recipe_from_tables
     from edgecl.distributed import processes
     from edgecl.nets.build import create_slimmable
-    from edgecl.train.step import Step
+    from edgecl.train.step import create_step
 
     tables: dict[str, dict[str, object]] = {
         "host": {"arch": given.net, "width": HOST_WIDTH},
@@ -351,7 +351,9 @@ def stepping(
         tables[table] = {**tables.get(table, {}), **settings}
     recipe = recipe_from_tables(tables, source="benchmarks/scaling.py")
     torch.manual_seed(0)
-    step = Step(recipe, net=create_slimmable(recipe), accelerator=Accelerator(cpu=True), steps_per_epoch=1000)
+    step = create_step(
+        recipe, create_slimmable(recipe), accelerator=Accelerator(cpu=True), steps_per_epoch=1000
+    )
     generator = torch.Generator().manual_seed(processes.rank())
     done = 0
 

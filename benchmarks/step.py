@@ -62,7 +62,7 @@ from edgecl.nets.heads import Encoder
 from edgecl.nets.slimming import SlimmableNet
 from edgecl.train.allocator import keep_freed_memory
 from edgecl.train.optim import create_optimizer
-from edgecl.train.step import Step
+from edgecl.train.step import create_step
 
 NETS = ("mobilenetv1_100", "mobilenetv3_large_100", "efficientnet_b0")
 HOST_WIDTH, SLIM_WIDTH = 1.5, 1.0
@@ -216,12 +216,12 @@ class Ways:
         accelerator = Accelerator(
             cpu=given.device == "cpu", mixed_precision="no" if given.precision == "fp32" else given.precision
         )
-        self.step = Step(self.recipe, net=net, accelerator=accelerator, steps_per_epoch=steps)
+        self.step = create_step(self.recipe, net, accelerator=accelerator, steps_per_epoch=steps)
         self.compiled = None
         if twin is not None:
-            self.compiled = Step(
+            self.compiled = create_step(
                 recipe_for(arch, given, compiled=True),
-                net=twin,
+                twin,
                 accelerator=accelerator,
                 steps_per_epoch=steps,
             )
@@ -444,7 +444,7 @@ def small_maps(given: argparse.Namespace, load_before: float) -> None:
     quick = create_slimmable(recipe)
     quick.load_state_dict(plain.state_dict())
     steps = {
-        name: Step(recipe, net=net, accelerator=accelerator, steps_per_epoch=1_000_000)
+        name: create_step(recipe, net, accelerator=accelerator, steps_per_epoch=1_000_000)
         for name, net in (("torch's convolutions", plain), ("small maps as products", quick))
     }
     size = recipe.data.image_size

@@ -180,7 +180,7 @@ def test_command_files_import_only_what_is_light_at_the_top(path):
 
 
 # To be taken apart; a name that is short enough leaves this list.
-STILL_LONG = {"_run"}
+STILL_LONG: set[str] = set()
 
 
 def test_no_function_is_longer_than_80_lines_its_docstring_apart():

@@ -1,11 +1,14 @@
 """`edgecl selftest`."""
 
 import sys
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from edgecl.cli.options import Device, JsonOption
+
+if TYPE_CHECKING:
+    from edgecl.storage.records import SelftestReport
 
 # Those of edgecl.train.selftest.ARMS, which loads torch.
 ARMS = (
@@ -90,11 +93,11 @@ def ddp_command(
         record = compare(device=device, report=say, names=arm or ())
     if processes.is_main():
         _print(record, as_json=json_)
-    if not record["exact"]:
+    if not record.exact:
         raise typer.Exit(1)
 
 
-def _print(record: dict[str, Any], *, as_json: bool) -> None:
+def _print(record: "SelftestReport", *, as_json: bool) -> None:
     from edgecl.cli.output import print_json, print_rows
 
     if as_json:
@@ -105,17 +108,17 @@ def _print(record: dict[str, Any], *, as_json: bool) -> None:
         return "not a number" if value is None else f"{value:.1e}"
 
     print_rows(
-        f"{record['processes']} processes on {', '.join(record['hosts'])} ({record['device']}, {record['backend']}) "
-        f"against one: largest relative differences, allowed {record['tolerance']:g}",
+        f"{record.processes} processes on {', '.join(record.hosts)} ({record.device}, {record.backend}) "
+        f"against one: largest relative differences, allowed {record.tolerance:g}",
         ["arm", "loss", "gradients", "running statistics", "decision"],
         [
             (
-                row["arm"],
-                shown(row["loss"]),
-                shown(row["gradients"]),
-                shown(row["statistics"]),
-                "exact" if row["exact"] else "DIFFERS",
+                row.arm,
+                shown(row.loss),
+                shown(row.gradients),
+                shown(row.statistics),
+                "exact" if row.exact else "DIFFERS",
             )
-            for row in record["arms"]
+            for row in record.arms
         ],
     )

@@ -13,10 +13,12 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 from pydantic import Field, create_model, model_validator
 
 from edgecl.config.settings import (
+    LARGER_PICTURES,
     Config,
     Count,
     Decay,
     Factor,
+    Fraction,
     Rate,
     Seed,
     Side,
@@ -28,14 +30,11 @@ from edgecl.config.settings import (
     read_text,
     validate,
 )
+from edgecl.config.views import Views, ViewSpec
 from edgecl.errors import RecipeError, bounded, near_matches
 
-Fraction = Annotated[float, Field(ge=0, le=1)]
-PerView = tuple[Fraction, Fraction]
 DEFAULT_METHOD = "sacl-xd"
 """Of a recipe that names none."""
-Range = tuple[Annotated[float, Field(ge=0.01, le=100)], Annotated[float, Field(ge=0.01, le=100)]]
-Strength = Annotated[float, Field(ge=0, le=100)]
 PerChannel = tuple[
     Annotated[float, Field(ge=-10, le=10)],
     Annotated[float, Field(ge=-10, le=10)],
@@ -46,7 +45,6 @@ PerChannelSpread = tuple[
     Annotated[float, Field(ge=0.001, le=10)],
     Annotated[float, Field(ge=0.001, le=10)],
 ]
-_LARGER_PICTURES = "larger pictures do not fit into memory by the batch"
 _A_LAYER = "a layer between two of 32,768 has 4 GiB of weights"
 _A_WEEK = "a picture that takes over a week will not come"
 _THREADS = "a process cannot start that many threads"
@@ -143,10 +141,12 @@ class MethodConfig(Config):
     name: str
     """Of the method: of its file, with hyphens."""
 
-    @property
-    def whole_views(self) -> int:
-        """How many whole views of each picture it wants, at most 26; [views] says how many local ones there are besides."""
-        return 2
+    def view_specs(self, recipe: Recipe) -> tuple[ViewSpec, ...]:
+        """Return the views of each picture that the method wants, in the order in which it is given them.
+
+        Here two whole ones and the local ones of [views]; whole ones come first.
+        """
+        return recipe.views.specs(recipe.data.image_size)
 
     def arm(self, recipe: Recipe) -> str:
         """Return what the settings amount to, in the words of the field."""
@@ -168,10 +168,15 @@ class MethodConfig(Config):
     def forward_passes(self, recipe: Recipe) -> ForwardPasses:
         """Return the cost of one image; here that of one encoder through which every view learns."""
         width = recipe.host.width
-        return ForwardPasses({width: 3.0 * self.whole_views}, {width: 3.0 * recipe.views.local_count})
+        whole, local = (self.count_views(recipe, local=local) for local in (False, True))
+        return ForwardPasses({width: 3.0 * whole}, {width: 3.0 * local})
+
+    def count_views(self, recipe: Recipe, *, local: bool) -> int:
+        """Count the whole or the local views of each picture."""
+        return sum(spec.count for spec in self.view_specs(recipe) if spec.local == local)
 
     def has_idle_parameters(self, recipe: Recipe) -> bool:
-        """Tell whether some steps give some parameters no gradient, which many processes must know."""
+        """Return whether some steps give some parameters no gradient, which many processes must know."""
         return False
 
 
@@ -182,9 +187,9 @@ class Data(Config):
     """A data URI; None asks for --data."""
     image_size: Side = 224
     """Height and width of a view and of a test image, pixels."""
-    canvas_size: int | None = Field(None, ge=8, le=8192, description=_LARGER_PICTURES)
+    canvas_size: int | None = Field(None, ge=8, le=8192, description=LARGER_PICTURES)
     """Each picture is decoded whole to a square of this side before cropping, pixels; None means image_size."""
-    resize_size: int | None = Field(None, ge=8, le=8192, description=_LARGER_PICTURES)
+    resize_size: int | None = Field(None, ge=8, le=8192, description=LARGER_PICTURES)
     """Shorter side before the center crop of a test image, pixels; None means image_size."""
     batch_size: int = Field(256, ge=2, le=10**9)
     """Images per step, over all processes."""
@@ -202,34 +207,6 @@ class Data(Config):
     std: PerChannelSpread = (0.229, 0.224, 0.225)
     limit: int | None = Field(None, ge=2, le=10**12)
     """Use only so many images, an even choice per class where there are classes; None means all."""
-
-
-class Views(Config):
-    """How one picture becomes two views; a pair gives view A and view B."""
-
-    crop_scale: tuple[Fraction, Fraction] = (0.08, 1.0)
-    """Area of the crop as a fraction of the picture's."""
-    crop_ratio: Range = (0.75, 4 / 3)
-    """Width / height of the crop."""
-    flip: Fraction = 0.5
-    flip_vertical: Fraction = 0.0
-    jitter: Fraction = 0.8
-    """Probability of color jitter."""
-    brightness: Strength = 0.4
-    contrast: Strength = 0.4
-    saturation: Strength = 0.2
-    hue: float = Field(0.1, ge=0, le=0.5)
-    grayscale: Fraction = 0.2
-    blur: PerView = (1.0, 0.1)
-    blur_sigma: Range = (0.1, 2.0)
-    """Standard deviation of the blur, pixels of a 224-pixel view; scaled with image_size."""
-    solarize: PerView = (0.0, 0.2)
-    local_count: int = Field(0, ge=0, le=32)
-    """Further views of each picture: small crops, varied like view B."""
-    local_size: int | None = Field(None, ge=8, le=4096, description=_LARGER_PICTURES)
-    """Height and width of a local view, pixels; None means half of image_size."""
-    local_scale: tuple[Fraction, Fraction] = (0.05, 0.3)
-    """Area of a local crop as a fraction of the picture's."""
 
 
 class Optim(Config):
@@ -344,9 +321,9 @@ class Recipe(Config):
         return self.method.arm(self)
 
     @property
-    def local_size(self) -> int:
-        """Side of a local view, pixels."""
-        return self.views.local_size or max(8, self.data.image_size // 2)
+    def view_specs(self) -> tuple[ViewSpec, ...]:
+        """The views of each picture that the method wants."""
+        return self.method.view_specs(self)
 
 
 _SHARED = {"losses", "method"}

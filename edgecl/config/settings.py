@@ -34,7 +34,9 @@ _MOST_PROBLEMS = 20
 # What a setting may be, with the reason, which an error says.
 Count = Annotated[int, Field(ge=1, le=10**9, description="nothing is counted that far")]
 Seed = Annotated[int, Field(ge=0, lt=2**63, description="torch takes seeds of 63 bits")]
-Side = Annotated[int, Field(ge=8, le=4096, description="larger pictures do not fit into memory by the batch")]
+LARGER_PICTURES = "larger pictures do not fit into memory by the batch"
+Side = Annotated[int, Field(ge=8, le=4096, description=LARGER_PICTURES)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
 _ONE_STEP = "weights of float32 do not survive one step of a larger one"
 Rate = Annotated[float, Field(gt=0, le=1e4, description=_ONE_STEP)]
 Decay = Annotated[float, Field(ge=0, le=1e4, description=_ONE_STEP)]
@@ -174,7 +176,7 @@ def validate(
 
 
 def _where_set(places: Sequence[str], *, source: str, assignments: Sequence[str]) -> dict[str, object]:
-    """Say whether the file or `--set` holds the keys; one without a name is of several together, from either."""
+    """Return whether the file or `--set` holds the keys; one without a name is of several together, from either."""
     given = {assignment.partition("=")[0].strip(): assignment for assignment in assignments}
     blamed = {place: [key for key in given if _overlap(key, place)] for place in places}
     chosen = [given[key] for key in given if any(key in keys for keys in blamed.values())]
@@ -183,7 +185,7 @@ def _where_set(places: Sequence[str], *, source: str, assignments: Sequence[str]
 
 
 def _overlap(key: str, place: str) -> bool:
-    """Tell whether one of two dotted keys lies in the other's table."""
+    """Return whether one of two dotted keys lies in the other's table."""
     return not place or f"{place}.".startswith(f"{key}.") or f"{key}.".startswith(f"{place}.")
 
 
@@ -227,7 +229,7 @@ def _shown(value: Any) -> str:
 
 
 def _must_be_list(problem: Any, model: type[BaseModel], path: list[str]) -> str:
-    """Say how a list is written, by the field's default or, where that is empty, by an example."""
+    """Return how a list is written, by the field's default or, where that is empty, by an example."""
     field = _fields_at(model, path[:-1]).get(path[-1])
     default = field.default if field and isinstance(field.default, tuple) else ()
     example = default or (field.examples[0] if field and field.examples else [problem["input"]])

@@ -18,7 +18,7 @@ import torch.nn.functional as F  # noqa: N812
 from PIL import Image
 from torch import Tensor
 
-from edgecl.data.sources import SIDES_SWAP, ImageSource, exif_turn, open_picture
+from edgecl.data.source import SIDES_SWAP, ImageSource, exif_turn, open_picture
 from edgecl.errors import DeviceError, first_line
 
 _PLAIN_COLORS = ("YCbCr", "Gray", "RGB")

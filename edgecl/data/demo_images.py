@@ -11,16 +11,21 @@ disjoint random streams. `validation` is for choosing a recipe; the demo itself 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
+
+from edgecl.data.source import ImageSource, Labels, Split, sha256_of
 
 Field = NDArray[np.floating[Any]]
 # (x, y, shape) -> signed distance to the part's outline, negative inside.  The
 # part fills about -1..1; ``shape`` in 0..1 varies its proportions.
 Outline = Callable[[Field, Field, float], Field]
 
+SUMMARIES = {"demo": "images drawn by edgecl itself; nothing to download"}
 SPLITS = ("train", "validation", "test")
 
 # What `demo` means as a data URI: images to learn from, images held out, and their side in pixels.
@@ -166,3 +171,24 @@ def render(split: str, count: int, *, size: int = 32) -> tuple[NDArray[np.uint8]
         rng = np.random.default_rng([_STREAM, SPLITS.index(split), index])
         images[index] = _draw(outlines[label], size, rng)
     return images, labels
+
+
+def open_demo(split: Split) -> ImageSource:
+    """Open the demo's pictures."""
+    count = TRAIN_IMAGES if split == "train" else TEST_IMAGES
+    pictures, labels = _drawn(split, count)
+    return ImageSource(
+        uri="demo",
+        fingerprint=sha256_of(f"demo {split} {count} of {SIZE} px"),
+        length=count,
+        opener=lambda index: Image.fromarray(pictures[index]),
+        namer=lambda index: f"demo {split} {index}",
+        classes=tuple(CLASSES),
+        labels=labels.astype(np.int64),
+    )
+
+
+@cache
+def _drawn(split: Split, count: int) -> tuple[NDArray[np.uint8], Labels]:
+    """Draw the pictures once per process, however often they are opened."""
+    return render(split, count, size=SIZE)

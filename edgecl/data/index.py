@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from edgecl.distributed.processes import is_main
 from edgecl.errors import EdgeclError, first_of, tell
 from edgecl.progress import Progress
-from edgecl.storage.reading import read_bytes
+from edgecl.storage.reading import parse_json, read_bytes, read_json
 from edgecl.storage.writing import write_bytes
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -98,8 +98,8 @@ class Memory:
 
     def _read(self) -> dict[str, list[Any]]:
         try:
-            entries = json.loads(read_bytes(self._file))
-        except (OSError, EdgeclError, ValueError, RecursionError):
+            entries = read_json(self._file)
+        except (OSError, EdgeclError):
             return {}
         whole = isinstance(entries, dict) and all(
             isinstance(entry, list) and len(entry) == 3 for entry in entries.values()
@@ -221,7 +221,7 @@ class _Found(NamedTuple):
 
 
 def _no_file(path: str) -> str | None:
-    """Say what stands in the place of a file, without opening it: a pipe would block. None for a file or a folder."""
+    """Return what stands in the place of a file, None for a file or folder; not opened, since a pipe would block."""
     try:
         mode = os.stat(path).st_mode  # noqa: PTH116
     except (FileNotFoundError, NotADirectoryError):
@@ -283,7 +283,7 @@ def _read(file: Path) -> Listing | None:
         if first != f"{_MAGIC} {hashlib.sha256(body).hexdigest()}".encode():
             return None
         header, _, rest = body.partition(b"\n")
-        fields = json.loads(header)
+        fields = parse_json(header)
         end = fields["names_bytes"]
         joined = rest[:end]
         listing = Listing(
@@ -295,13 +295,13 @@ def _read(file: Path) -> Listing | None:
             [(name, kind) for name, kind in fields["no_files"]],
         )
         return listing if len(listing.names) == fields["count"] and _is_sound(listing, joined) else None
-    except (OSError, EdgeclError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    except (OSError, EdgeclError, ValueError, LookupError, TypeError, AttributeError):
         # Whoever writes an index can also write its sum.
         return None
 
 
 def _is_sound(listing: Listing, joined: bytes) -> bool:
-    """Say whether a listing is one that `scan` could have made, its joined names below the folder included."""
+    """Return whether a listing is one that `scan` could have made, its joined names below the folder included."""
     names, sizes = listing.names, listing.sizes
     texts = [
         listing.fingerprint,

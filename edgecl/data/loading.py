@@ -29,7 +29,7 @@ from edgecl.data.decode import (
     resized,
 )
 from edgecl.data.randomness import permutation
-from edgecl.data.sources import ImageSource, Labels, UnreadableImage
+from edgecl.data.source import ImageSource, Labels, UnreadableImage
 from edgecl.data.threads import read_ahead
 from edgecl.data.unreadable import BadImages, say_skipped
 from edgecl.errors import DataError, counted
@@ -220,7 +220,7 @@ class TrainingImages:
         return self._cache is not None
 
     def to(self, device: torch.device | str) -> TrainingImages:
-        """Give batches on a device; canvases in memory move there now.
+        """Move batches to a device, those in memory now.
 
         Raises:
             DeviceError: JPEGs are to be decoded there, and cannot be.

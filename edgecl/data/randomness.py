@@ -20,7 +20,7 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 def uniforms(
     seed: int, epoch: int, indices: NDArray[np.integer[Any]], *, stream: str, count: int
 ) -> NDArray[np.float64]:
-    """Draw the same numbers for an image of an epoch, whoever asks and in whatever company.
+    """Return uniform numbers that depend on the seed, the epoch and the image alone.
 
     Args:
         seed: of the run, >= 0.

@@ -10,7 +10,6 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
@@ -21,7 +20,7 @@ from numpy.typing import NDArray
 
 from edgecl.data.fetching import cache_folder, cached_place, fetch
 from edgecl.data.randomness import permutation
-from edgecl.data.sources import ImageSource, Labels, Split, UnreadableImage, expanded
+from edgecl.data.source import ImageSource, Labels, Split, UnreadableImage, expanded
 from edgecl.data.tar_index import TarIndex, indexed, stamp_of
 from edgecl.distributed.processes import is_main
 from edgecl.errors import DataError, counted, tell
@@ -29,13 +28,13 @@ from edgecl.progress import Progress
 from edgecl.storage.redaction import without_secrets
 
 SCHEME = "shards"
+SUMMARIES = {
+    "shards:PATTERN": "WebDataset tar files on disk, behind https:// or s3://; train-{000000..000127}.tar"
+}
 # Images are shuffled among so many neighboring shards of an epoch, and among so many images at least.
 WINDOW_SHARDS = 8
 WINDOW_IMAGES = 8192
 _THREADS = 4
-# Those before put a URL between quotes into a shell's command line, so that one out of a stranger's record could run
-# anything.
-_OLDEST = (1, 0, 2)
 _NAMED_MISSING = 5
 # Each is a file of its own to look for, open and index; the largest public sets have a quarter of this.
 _MOST_SHARDS = 1_000_000
@@ -43,6 +42,7 @@ _DEEPEST_BRACES = 20
 _RANGE = re.compile(
     r"(?:(?P<first>-?\d+)\.\.(?P<last>-?\d+)|(?P<letter>[A-Za-z])\.\.(?P<to>[A-Za-z]))(?:\.\.-?(?P<step>\d+))?"
 )
+_VARIABLE = re.compile(r"\$\{(\w+)\}")
 _PATTERNS = "write shards:PATH/train-{000000..000127}.tar, a URL, or several with '::' between"
 # Class numbers beyond this are names of classes that happen to be digits.
 _MOST_CLASSES = 65536
@@ -148,7 +148,7 @@ def open_shards(uri: str, *, split: Split = "train") -> ImageSource:
         split: 'test' is refused: held-out shards have a pattern of their own.
 
     Raises:
-        DataError: webdataset is missing, the pattern is wrong, a shard is missing, cannot be fetched, is no whole tar
+        DataError: a package is missing, the pattern is wrong, a shard is missing, cannot be fetched, is no whole tar
             or has a member that climbs out, or there are no images.
     """
     shown = without_secrets(uri)
@@ -211,7 +211,7 @@ def absolute_shards(uri: str) -> str:
 
 
 def is_remote(url: str) -> bool:
-    """Say whether a shard has to be fetched: it is a URL of another kind than file:, or a pipe.
+    """Return whether a shard has to be fetched: it is a URL of another kind than file:.
 
     Raises:
         DataError: it looks like a URL and is none.
@@ -235,31 +235,25 @@ def _local(url: str) -> Path:
 
 
 def _expand(pattern: str, shown: str) -> list[str]:
-    """Return the shards a pattern names, by webdataset's own rules; a folder stands for the .tar files in it."""
+    """Return the shards a pattern names, by WebDataset's rules; a folder stands for the .tar files in it."""
     try:
-        from webdataset.shardlists import envsubst, expand_urls
+        from braceexpand import braceexpand
     except ImportError as exc:
-        package = (exc.name or "webdataset").partition(".")[0]
         raise DataError(
-            f"reading shards needs the package '{package}'", hint="pip install 'edgecl[webdataset]'"
+            f"reading shards needs the package '{exc.name}'", hint="pip install 'edgecl[shards]'"
         ) from exc
-    found_version = version("webdataset")
-    if tuple(int(part) for part in re.findall(r"\d+", found_version)[:3]) < _OLDEST:
-        raise DataError(
-            f"webdataset {found_version} is too old: it hands URLs to a shell",
-            hint="pip install --upgrade 'edgecl[webdataset]'",
-        )
-    for name in re.findall(r"\$\{(\w+)\}", pattern):
+    for name in _VARIABLE.findall(pattern):
         if f"WDS_{name}" not in os.environ:
             raise DataError(
                 f"the environment variable WDS_{name} is not set, and '{shown}' stands on it",
-                hint=f"webdataset puts its value in the place of ${{{name}}}",
+                hint=f"its value is put in the place of ${{{name}}}",
             )
+    # The values are the user's own.
+    parts = [_VARIABLE.sub(lambda found: os.environ[f"WDS_{found[1]}"], part) for part in pattern.split("::")]
     try:
-        # The values are the user's own; webdataset puts them in before it looks for braces.
-        _refuse_too_many(envsubst(pattern), shown)
-        urls: list[str] = [url for url in expand_urls(pattern) if url]
-    except (ValueError, KeyError, AssertionError) as exc:
+        _refuse_too_many(parts, shown)
+        urls: list[str] = [url for part in parts for url in braceexpand(part) if url]
+    except ValueError as exc:
         problem = without_secrets(f"the pattern '{shown}' cannot be read: {exc}")
         raise DataError(problem, hint=_PATTERNS) from exc
     if not urls:
@@ -280,9 +274,9 @@ def _expand(pattern: str, shown: str) -> list[str]:
     return found
 
 
-def _refuse_too_many(pattern: str, shown: str) -> None:
-    """Hold what a pattern stands for to a number of files that a machine can look for, before it is expanded."""
-    count = sum(map(_expansions, pattern.split("::")))
+def _refuse_too_many(parts: Sequence[str], shown: str) -> None:
+    """Check the number of files that a pattern stands for, before it is expanded."""
+    count = sum(map(_expansions, parts))
     if count > _MOST_SHARDS:
         raise DataError(
             f"the pattern '{shown}' stands for {count:,} shards; {_MOST_SHARDS:,} are allowed", hint=_PATTERNS
@@ -422,4 +416,4 @@ def _number(text: str) -> int:
 
 
 def _basename(shown: str) -> str:
-    return shown if shown.startswith("pipe:") else shown.rpartition("/")[2]
+    return shown.rpartition("/")[2]

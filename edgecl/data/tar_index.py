@@ -8,7 +8,7 @@ import os
 import stat
 import tarfile
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -72,18 +72,14 @@ class TarIndex:
         return self.joined_labels.decode().split("\0") if len(self) else []
 
 
+@dataclass
 class _Sample:
     """The members of one shard that share a key."""
 
-    def __init__(self) -> None:
-        self.suffixes: set[str] = set()
-        self.images: list[tuple[int, int, str, int, int]] = []
-        self.label = ""
-
-    def add_image(self, suffix: str, member: tarfile.TarInfo) -> None:
-        # 'jpg' before 'png', and either before 'mask.png': what WebDataset's users write as "jpg;png".
-        preference = _IMAGE_SUFFIXES.index(suffix.rpartition(".")[2])
-        self.images.append((suffix.count("."), preference, member.name, member.offset_data, member.size))
+    suffixes: set[str] = field(default_factory=set)
+    images: list[tuple[int, int, str, int, int]] = field(default_factory=list)
+    """Dots and preference of the suffix, name, offset and size: the least of them is the sample's image."""
+    label: str = ""
 
 
 def stamp_of(status: os.stat_result) -> Stamp:
@@ -130,18 +126,15 @@ def read_index(shard: Path, *, shown: str) -> TarIndex:
     try:
         if not stat.S_ISREG(shard.stat().st_mode):
             # Opening a pipe would block.
-            raise DataError(
-                f"the shard '{_last(shown)}' is no file",
-                where={"shard": shown},
+            raise _bad(
+                shown,
+                "is no file",
                 hint="images are read from within a shard, in any order: write it to a file first",
             )
         with shard.open("rb") as file:
             return _read(file, shown)
     except OSError as exc:
-        raise DataError(
-            f"the shard '{_last(shown)}' cannot be read: {exc.strerror or exc}",
-            where={"shard": shown},
-        ) from exc
+        raise _bad(shown, f"cannot be read: {exc.strerror or exc}") from exc
 
 
 def _read(file: BinaryIO, shown: str) -> TarIndex:
@@ -160,12 +153,11 @@ def _read(file: BinaryIO, shown: str) -> TarIndex:
                     _add(samples, member, file, shown)
                     digest.update(f"{member.name}\0{member.size}\n".encode(errors="surrogateescape"))
             end = archive.offset
-    except RecursionError:
+    except (tarfile.TarError, ValueError, EOFError, OverflowError, RecursionError) as exc:
         # tarfile reads a long name and the header it belongs to by calling itself.
-        nested = tarfile.ReadError("one long name after the other, and no file that they name")
-        _refuse_cut(file, samples, member, nested, stamp, shown)
-    except (tarfile.TarError, ValueError, EOFError, OverflowError) as exc:
-        _refuse_cut(file, samples, member, exc, stamp, shown)
+        nested = isinstance(exc, RecursionError)
+        reason = "one long name after the other, and no file that they name" if nested else str(exc)
+        raise _cut(file, samples, member, reason, stamp, shown) from exc
     _check_end(file, end, samples, stamp, shown)
     chosen = [(min(sample.images), sample.label) for sample in samples.values() if sample.images]
     labels = "\0".join(label for _, label in chosen).encode()
@@ -183,30 +175,29 @@ def _read(file: BinaryIO, shown: str) -> TarIndex:
 
 def _refuse_what_is_no_tar(file: BinaryIO, size: int, shown: str) -> None:
     if size == 0:
-        raise DataError(
-            f"the shard '{_last(shown)}' is empty",
-            where={"shard": shown},
+        raise _bad(
+            shown,
+            "is empty",
             hint="copy or fetch it again, or write it anew; whoever wrote it must close the writer",
         )
     start = file.read(_BLOCK)
     file.seek(0)
     if start.startswith(_COMPRESSED):
-        raise DataError(
-            f"the shard '{_last(shown)}' is compressed, so no image in it can be read without all before it",
-            where={"shard": shown},
+        raise _bad(
+            shown,
+            "is compressed, so no image in it can be read without all before it",
             hint="unpack it to a plain .tar; JPEG files do not shrink any further",
         )
     try:
         tarfile.TarInfo.frombuf(start, tarfile.ENCODING, "surrogateescape")
     except tarfile.HeaderError as exc:
-        if not any(start):
-            return
-        raise DataError(
-            f"'{_last(shown)}' is not a tar file",
-            where={"shard": shown},
-            hint="see what it is with `file` (a page of a server that asks for a login?), and fetch it again; "
-            "shards are written with webdataset's TarWriter or `tar cf`",
-        ) from exc
+        if any(start):
+            raise _bad(
+                shown,
+                "is not a tar file",
+                hint="see what it is with `file` (a page of a server that asks for a login?), and fetch it again; "
+                "shards are written with webdataset's TarWriter or `tar cf`",
+            ) from exc
 
 
 def _refuse_member(member: tarfile.TarInfo, shown: str) -> None:
@@ -221,9 +212,9 @@ def _refuse_member(member: tarfile.TarInfo, shown: str) -> None:
         problem = "is a sparse file"
     else:
         return
-    raise DataError(
-        f"a member of the shard '{_last(shown)}' {problem}: '{printable(member.name)}'",
-        where={"shard": shown},
+    raise _bad(
+        shown,
+        f"has a member that {problem}: '{printable(member.name)}'",
         hint="do not trust a shard with such a member; write it again with regular files alone",
     )
 
@@ -239,14 +230,16 @@ def _add(samples: dict[str, _Sample], member: tarfile.TarInfo, file: BinaryIO, s
         return
     sample = samples.setdefault(key, _Sample())
     if suffix in sample.suffixes:
-        raise DataError(
-            f"the shard '{_last(shown)}' holds '{printable(member.name)}' twice",
-            where={"shard": shown},
+        raise _bad(
+            shown,
+            f"holds '{printable(member.name)}' twice",
             hint="write the shard again, with a key of its own for every sample",
         )
     sample.suffixes.add(suffix)
     if suffix.rpartition(".")[2] in _IMAGE_SUFFIXES:
-        sample.add_image(suffix, member)
+        # 'jpg' before 'png', and either before 'mask.png': what WebDataset's users write as "jpg;png".
+        preference = _IMAGE_SUFFIXES.index(suffix.rpartition(".")[2])
+        sample.images.append((suffix.count("."), preference, member.name, member.offset_data, member.size))
     elif suffix == "cls":
         sample.label = _label(member, file, shown)
 
@@ -267,67 +260,75 @@ def _label(member: tarfile.TarInfo, file: BinaryIO, shown: str) -> str:
     except UnicodeDecodeError:
         label = "\0"
     if "\0" in label:
-        raise DataError(
-            f"the label '{printable(member.name)}' in the shard '{_last(shown)}' is no short text",
-            where={"shard": shown},
+        raise _bad(
+            shown,
+            f"has the label '{printable(member.name)}', which is no short text",
             hint="a .cls member holds the number or the name of a class",
         )
     return label
 
 
-def _refuse_cut(
+def _cut(
     file: BinaryIO,
     samples: dict[str, _Sample],
     member: tarfile.TarInfo | None,
-    exc: Exception,
+    reason: str,
     stamp: Stamp,
     shown: str,
-) -> None:
-    """Say how much of a shard is whole that ends, or turns to nonsense, inside a member."""
-    where: dict[str, object] = {"shard": shown, "bytes": f"{stamp.size:,}"}
-    cut, inside = None, "a header"
+) -> DataError:
+    """Return the error of a shard that ends, or turns to nonsense, inside a member: how much of it is whole."""
+    cut, inside, size = None, "a header", f"{stamp.size:,}"
     if member is not None:
         end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK
         if end > stamp.size:
             cut, inside = _key_and_suffix(member.name)[0], f"'{printable(member.name)}'"
-            where["bytes"] = f"{stamp.size:,}, at least {end:,} expected"
-    whole = sum(1 for key, sample in samples.items() if sample.images and key != cut)
+            size += f", at least {end:,} expected"
     # A tar ends with blocks of zeros: one that does so and cannot be read was not cut.
     if cut is None and not any(os.pread(file.fileno(), _BLOCK, max(0, stamp.size - _BLOCK))):
-        problem = f"is damaged: {exc}"
+        problem = f"is damaged: {reason}"
     else:
         problem = f"is cut short: it ends inside {inside}"
-    raise DataError(
-        f"the shard '{_last(shown)}' {problem}, after {counted(whole, 'whole sample')}",
-        where=where,
-        hint="copy or fetch it again",
-    ) from exc
+    whole = _count_whole(samples, but=cut)
+    return _bad(shown, f"{problem}, after {whole}", hint="copy or fetch it again", bytes=size)
 
 
 def _check_end(file: BinaryIO, end: int, samples: dict[str, _Sample], stamp: Stamp, shown: str) -> None:
-    """Hold a tar to its end mark: without it tarfile stops in silence, wherever the file was cut or damaged."""
+    """Check a tar's end mark: without it tarfile stops in silence, wherever the file was cut or damaged."""
     file.seek(end)
     mark = file.read(_BLOCK)
-    whole = sum(1 for sample in samples.values() if sample.images)
+    whole = _count_whole(samples)
     if len(mark) < _BLOCK:
-        raise DataError(
-            f"the shard '{_last(shown)}' is cut short: after {counted(whole, 'whole sample')} the tar's end mark is missing",
-            where={"shard": shown, "bytes": f"{stamp.size:,}"},
+        raise _bad(
+            shown,
+            f"is cut short: after {whole} the tar's end mark is missing",
             hint="copy or fetch it again; whoever wrote it must close the writer",
+            bytes=f"{stamp.size:,}",
         )
     if any(mark):
-        raise DataError(
-            f"the shard '{_last(shown)}' is damaged at byte {end:,}: no tar header there, after "
-            f"{counted(whole, 'whole sample')}",
-            where={"shard": shown},
+        raise _bad(
+            shown,
+            f"is damaged at byte {end:,}: no tar header there, after {whole}",
             hint="copy or fetch it again",
         )
     if any(file.read(_END_SEARCHED)):
-        raise DataError(
-            f"the shard '{_last(shown)}' goes on after its end mark, after {counted(whole, 'sample')}",
-            where={"shard": shown},
+        raise _bad(
+            shown,
+            f"goes on after its end mark, after {whole}",
             hint="tar files cannot be joined with `cat`; name them both, with '::' between",
         )
+
+
+def _count_whole(samples: dict[str, _Sample], *, but: str | None = None) -> str:
+    count = sum(1 for key, sample in samples.items() if sample.images and key != but)
+    return counted(count, "whole sample")
+
+
+def _bad(shown: str, problem: str, *, hint: str | None = None, **where: str) -> DataError:
+    return DataError(
+        f"the shard '{shown.rpartition('/')[2] or shown}' {problem}",
+        where={"shard": shown, **where},
+        hint=hint,
+    )
 
 
 def save_index(index: TarIndex, path: Path) -> None:
@@ -377,7 +378,3 @@ def printable(name: str) -> str:
         char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode()
         for char in name
     )
-
-
-def _last(shown: str) -> str:
-    return shown.rpartition("/")[2] or shown

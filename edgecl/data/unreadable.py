@@ -1,4 +1,4 @@
-"""The pictures that cannot be read: counted, named, held to what is allowed, and remembered for the next start."""
+"""The pictures that cannot be read: counted, named, limited, and remembered for the next start."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from edgecl.data.sources import ImageSource, UnreadableImage
+from edgecl.data.source import ImageSource, UnreadableImage
 from edgecl.distributed.processes import is_main
 from edgecl.errors import DataError, counted, first_of, tell
 from edgecl.storage.redaction import without_secrets
@@ -51,7 +51,7 @@ class BadImages:
         return len(self._reasons)
 
     def __contains__(self, index: int) -> bool:
-        """Say whether an image of the source is known to be unreadable."""
+        """Return whether an image of the source is known to be unreadable."""
         return index in self._reasons
 
     @property
@@ -75,7 +75,7 @@ class BadImages:
             self._source.memory.remember(news)
 
     def check(self) -> None:
-        """Hold the number of unreadable images to what is allowed.
+        """Check the number of unreadable images against what is allowed.
 
         Raises:
             DataError: all are unreadable, or more than the allowed fraction.

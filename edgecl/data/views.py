@@ -1,4 +1,4 @@
-"""A batch of pictures -> two or more whole views and any number of small local ones, augmented, every sample different.
+"""A batch of pictures -> a batch of each view that specifications ask for, every sample varied differently.
 
 They are made in batches, on the pictures' device. The operators and their order are torchvision's (random resized crop,
 flip, color jitter, grayscale, blur, solarize), and so are the distributions of their parameters; the tests hold both to
@@ -10,9 +10,8 @@ from __future__ import annotations
 import io
 import itertools
 import math
-import string
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,16 +22,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from edgecl.config.recipe import Views
+from edgecl.config.views import ViewSpec
 from edgecl.data.loading import Batch
 from edgecl.data.randomness import uniforms
 from edgecl.storage.writing import write_bytes
 
 Floats = NDArray[np.float64]
 Rows = NDArray[np.int64]
-
-WHOLE = string.ascii_lowercase
-"""Names of whole views; of a pair of settings the first holds for a, the second for all other views."""
 
 # Blur is stated for this side (BYOL's) and scales with the view.
 _BLUR_VIEW_SIZE = 224
@@ -72,101 +68,87 @@ class Parameters(NamedTuple):
 
 def make_views(
     batch: Batch,
-    settings: Views,
+    specs: Sequence[ViewSpec],
     *,
-    whole: int = 2,
-    image_size: int,
-    local_size: int | None = None,
     mean: Sequence[float],
     std: Sequence[float],
     seed: int,
     epoch: int,
 ) -> list[Tensor]:
-    """Make the whole views of every picture, A and B the first of them, and its local views.
+    """Make the views that specifications ask for, of every picture.
 
     Args:
         batch: pictures, on the device where the views are wanted.
-        settings: probabilities and strengths.
-        whole: how many whole views.
-        image_size: side of a whole view, pixels.
-        local_size: side of a local view, pixels; None means half of image_size.
+        specs: of the views.
         mean: of each channel, in 0..1.
         std: of each channel, in 0..1.
         seed: of the run.
         epoch: 0-based.
 
     Returns:
-        The whole views, (N, 3, image_size, image_size), then the local views, (N, 3, local_size, local_size); normalized, on
-        the batch's device; float32 even under autocast.
+        (N, 3, size, size) for each name of each specification, in their order; normalized, on the batch's device;
+        float32 even under autocast.
     """
     sizes = batch.sizes.cpu().numpy()
-    sides = dict.fromkeys(WHOLE[:whole], image_size)
-    sides |= {f"local-{number}": local_size or image_size // 2 for number in range(settings.local_count)}
-    drawn = {
-        name: draw_parameters(batch.indices, sizes, settings, view=name, side=side, seed=seed, epoch=epoch)
-        for name, side in sides.items()
-    }
+    wanted = [(spec, name) for spec in specs for name in spec.names]
+    drawn = [
+        draw_parameters(batch.indices, sizes, spec, name=name, seed=seed, epoch=epoch)
+        for spec, name in wanted
+    ]
     device = batch.canvases.device
-    count = len(sizes)
+    count, largest = len(sizes), max(spec.size for spec in specs)
     # All at once on a GPU, and where threads share the work. On one core a large picture alone stays in its cache:
     # half the time.
-    alone = device.type == "cpu" and image_size >= _ALONE_FROM and torch.get_num_threads() == 1
-    if alone:
-        _keep_freed_memory()
-    pieces: dict[str, list[Tensor]] = {name: [] for name in sides}
+    alone = device.type == "cpu" and largest >= _ALONE_FROM and torch.get_num_threads() == 1
+    pieces: list[list[Tensor]] = [[] for _ in wanted]
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         for rows in [slice(row, row + 1) for row in range(count)] if alone else [slice(count)]:
             pictures = batch.canvases[rows].float().div_(255)
-            for name, parameters in drawn.items():
+            for (spec, _), parameters, made in zip(wanted, drawn, pieces, strict=True):
                 part = Parameters._make(column[rows] for column in parameters)
-                view = render_view(pictures, sizes[rows], part, settings, side=sides[name])
-                pieces[name].append(_normalized(view, mean, std))
-    return [parts[0] if len(parts) == 1 else torch.cat(parts) for parts in pieces.values()]
+                made.append(_normalized(render_view(pictures, sizes[rows], part, spec), mean, std))
+    return [parts[0] if len(parts) == 1 else torch.cat(parts) for parts in pieces]
 
 
 def draw_parameters(
     indices: Rows,
     sizes: NDArray[np.integer[Any]],
-    settings: Views,
+    spec: ViewSpec,
     *,
-    view: str,
-    side: int,
+    name: str,
     seed: int,
     epoch: int,
 ) -> Parameters:
-    """Draw what happens to each sample: a function of (seed, epoch, index, view) and the settings alone.
+    """Draw what happens to each sample: a function of (seed, epoch, index, name) and the specification alone.
 
     Args:
         indices: (N,) pictures.
         sizes: (N, 2) true height and width, pixels.
-        settings: probabilities and strengths.
-        view: 'a', 'b' and so on, or 'local-' with a number.
-        side: of the view, pixels.
+        spec: probabilities and strengths.
+        name: of the view.
         seed: of the run.
         epoch: 0-based.
     """
 
     def draw(what: str, count: int) -> Floats:
-        return uniforms(seed, epoch, indices, stream=f"view-{view} {what}", count=count)
+        return uniforms(seed, epoch, indices, stream=f"view-{name} {what}", count=count)
 
-    which = 0 if view == "a" else 1
-    scale = settings.crop_scale if not view.startswith("local-") else settings.local_scale
     chance = draw("chances", 6)
-    strengths = np.array([settings.brightness, settings.contrast, settings.saturation, settings.hue])
+    strengths = np.array([spec.brightness, spec.contrast, spec.saturation, spec.hue])
     low = np.array([*(1 - strengths[:3]).clip(0), -strengths[3]])
     high = np.array([*(1 + strengths[:3]), strengths[3]])
-    sigma_low, sigma_high = (sigma * side / _BLUR_VIEW_SIZE for sigma in settings.blur_sigma)
+    sigma_low, sigma_high = (sigma * spec.size / _BLUR_VIEW_SIZE for sigma in spec.blur_sigma)
     return Parameters(
-        boxes=_crop_boxes(draw("crop", 2 * _CROP_ATTEMPTS + 2), sizes, scale, settings.crop_ratio),
-        flip=chance[:, 0] < settings.flip,
-        flip_vertical=chance[:, 1] < settings.flip_vertical,
-        jitter=chance[:, 2] < settings.jitter,
+        boxes=_crop_boxes(draw("crop", 2 * _CROP_ATTEMPTS + 2), sizes, spec.scale, spec.ratio),
+        flip=chance[:, 0] < spec.flip,
+        flip_vertical=chance[:, 1] < spec.flip_vertical,
+        jitter=chance[:, 2] < spec.jitter,
         order=_ORDERS[(draw("order", 1)[:, 0] * len(_ORDERS)).astype(np.int64)],
         factors=low + (high - low) * draw("factors", 4),
-        grayscale=chance[:, 3] < settings.grayscale,
-        blur=chance[:, 4] < settings.blur[which],
+        grayscale=chance[:, 3] < spec.grayscale,
+        blur=chance[:, 4] < spec.blur,
         sigma=sigma_low + (sigma_high - sigma_low) * draw("sigma", 1)[:, 0],
-        solarize=chance[:, 5] < settings.solarize[which],
+        solarize=chance[:, 5] < spec.solarize,
     )
 
 
@@ -174,9 +156,7 @@ def render_view(
     pictures: Tensor,
     sizes: NDArray[np.integer[Any]],
     parameters: Parameters,
-    settings: Views,
-    *,
-    side: int,
+    spec: ViewSpec,
 ) -> Tensor:
     """Apply drawn parameters.
 
@@ -184,14 +164,13 @@ def render_view(
         pictures: (N, 3, S, S) float32 in 0..1: whole pictures, squeezed to squares.
         sizes: (N, 2) true height and width, pixels.
         parameters: of N samples.
-        settings: those that the parameters were drawn with.
-        side: of the view, pixels.
+        spec: the one that the parameters were drawn with.
 
     Returns:
-        (N, 3, side, side) float32 in 0..1, a new tensor.
+        (N, 3, size, size) float32 in 0..1, a new tensor.
     """
-    view = _crop(pictures, sizes, parameters, side)
-    _jitter(view, parameters, settings)
+    view = _crop(pictures, sizes, parameters, spec.size)
+    _jitter(view, parameters, spec)
     _change(view, np.flatnonzero(parameters.grayscale), lambda part: _grayscale(part).expand_as(part))
     blurred = np.flatnonzero(parameters.blur & (parameters.sigma > _SIGMA_WITHOUT_EFFECT))
     sigma = _sent(parameters.sigma[blurred], view)
@@ -289,9 +268,9 @@ def _crop(pictures: Tensor, sizes: NDArray[np.integer[Any]], parameters: Paramet
     return F.grid_sample(pictures, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 
-def _jitter(view: Tensor, parameters: Parameters, settings: Views) -> None:
+def _jitter(view: Tensor, parameters: Parameters, spec: ViewSpec) -> None:
     operators = (_brightness, _contrast, _saturation, _hue)
-    strengths = (settings.brightness, settings.contrast, settings.saturation, settings.hue)
+    strengths = (spec.brightness, spec.contrast, spec.saturation, spec.hue)
     chosen = np.flatnonzero(parameters.jitter)
     if len(chosen) == 0:
         return
@@ -336,7 +315,7 @@ def _hue(part: Tensor, factor: Tensor) -> Tensor:
     value = torch.maximum(torch.maximum(red, green), blue)
     low = torch.minimum(torch.minimum(red, green), blue)
     chroma = value - low
-    # Which channel is the largest, of equal ones the first, as 0 and 1: a processor sums these sooner than it selects.
+    # Which channel is the largest, of equal ones the first, as 0 and 1: arithmetic is faster than `where` on a CPU.
     is_green = torch.eq(value, green, out=torch.empty_like(value))
     is_red = value.eq_(red)
     rest = 1 - is_red
@@ -425,16 +404,6 @@ def _per_channel(values: Sequence[float], like: Tensor) -> Tensor:
 def _sent(numbers: Floats, like: Tensor) -> Tensor:
     # Nothing here waits for a GPU: what it is to compute with is copied while it still computes the last batch.
     return torch.from_numpy(numbers.astype(np.float32)).to(like.device, non_blocking=True)
-
-
-@cache
-def _keep_freed_memory() -> None:
-    """Have glibc keep the memory of one picture for the next, instead of fetching fresh pages each time.
-
-    It gives freed memory back beyond twice the largest block, up to 32 MiB, that it ever got back. One such block
-    saves a fifth of the time.
-    """
-    torch.empty(31 * 2**20, dtype=torch.uint8)
 
 
 def _image(pixels: Tensor) -> Image.Image:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from edgecl.data.loading import load_eval_images, normalize, split_holdout
 from edgecl.data.randomness import permutation
-from edgecl.data.sources import Split, has_test_split, open_source
+from edgecl.data.source import Split
+from edgecl.data.sources import has_test_split, open_source
 from edgecl.data.unreadable import say_skipped
 from edgecl.deploy.session import Run
 from edgecl.errors import DataError

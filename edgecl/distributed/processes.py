@@ -9,15 +9,16 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import secrets
 import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
+from edgecl.distributed.rendezvous import meet
 from edgecl.errors import DeviceError, ProcessError, RecipeError
 
 _T = TypeVar("_T")
@@ -28,10 +29,6 @@ DEFAULT_WAIT_S = 600.0
 # A process that fails says so itself; the others give it this long before they speak for it.
 _PATIENCE_S = 3.0
 _REPORT_KEY = "edgecl/reported"
-# Where a process of this launch wrote the name of the first attempt.
-_LAUNCH_KEY = "edgecl/launch"
-# Between two looks at who has come.
-_POLL_S = 0.02
 # An agent that holds a store is on this machine or has just answered; longer than this it is not there.
 _AGENT_S = 10.0
 # How gloo, NCCL and the store word that the other side is gone or silent.
@@ -45,7 +42,7 @@ _store: Any = None
 # The names of this attempt and of the first one of the launch, drawn by chance.
 _attempt: str | None = None
 _launch: str | None = None
-# Whether this process may fail where the others of its machine do not.
+# True if each process sees only its own GPU, so that one may fail alone.
 _on_its_own = False
 
 
@@ -62,7 +59,7 @@ def rank() -> int:
 
 
 def is_main() -> bool:
-    """Tell whether this is the process that writes and prints."""
+    """Return whether this is the process that writes and prints."""
     return rank() == 0
 
 
@@ -94,7 +91,7 @@ def launch() -> str | None:
 
 
 def started_again() -> bool:
-    """Tell whether an earlier attempt of this launch had met already; torchrun's own count differs between machines."""
+    """Return whether an earlier attempt of this launch had met already; torchrun's own count differs between machines."""
     return _launch != _attempt
 
 
@@ -115,7 +112,7 @@ def join(device: str = "auto") -> None:
         if _launch is None and _is_launched() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             from torch.distributed.rendezvous import rendezvous
 
-            # A name is no reason to fail.
+            # Best effort: without a name there is just no automatic resume.
             with contextlib.suppress(RuntimeError, ValueError):
                 store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=_AGENT_S)))
                 _attempt, _launch = meet(store, 0, 1, limit_s=_AGENT_S)
@@ -160,67 +157,8 @@ def join(device: str = "auto") -> None:
         ) from exc
 
 
-def meet(store: Any, number: int, count: int, *, limit_s: float) -> tuple[str, str]:
-    """Agree with the living processes on a name for this attempt, under which no dead process has left anything.
-
-    The store of torchrun's agent outlives an attempt, and with it the addresses of processes that are gone. Its count of
-    restarts is no name: every agent counts its own. So process 0 draws one and tells it to whoever answers:
-
-    - process r leaves a nonce under hello/r and waits for welcome/NONCE, which holds the name;
-    - process 0 answers every nonce it has not yet answered, until each process has acknowledged the name.
-
-    The hello of a dead process is answered too, and never acknowledged.
-
-    Args:
-        store: the one all processes see, of this attempt or of all attempts of the launch.
-        number: of this process, from 0.
-        count: of all processes.
-        limit_s: the longest wait.
-
-    Returns:
-        The names of this attempt and of the first attempt that met in this store, which is the name of the launch.
-
-    Raises:
-        TimeoutError: not all came in time; says who.
-    """
-    until = time.monotonic() + limit_s
-    pause_s = _POLL_S * max(1.0, count / 100)  # a thousand processes shall not ask more often than a hundred
-    own = secrets.token_hex(8)
-    if number > 0:
-        store.set(f"edgecl/hello/{number}", own)
-        while not store.check([f"edgecl/welcome/{own}"]):
-            _pause(pause_s, until, f"process 0 did not answer within {limit_s:g} s")
-        attempt, launch_name = store.get(f"edgecl/welcome/{own}").decode().split()
-        store.set(f"edgecl/ack/{attempt}/{number}", "yes")
-        return attempt, launch_name
-    launch_name = store.compare_set(_LAUNCH_KEY, "", own).decode()
-    # The nonce answered last to each process that has yet to acknowledge.
-    answered = dict.fromkeys(range(1, count), "")
-    while True:
-        for other in list(answered):
-            if store.check([f"edgecl/ack/{own}/{other}"]):
-                del answered[other]
-            elif store.check([f"edgecl/hello/{other}"]):
-                nonce = store.get(f"edgecl/hello/{other}").decode()
-                if nonce != answered[other]:
-                    store.set(f"edgecl/welcome/{nonce}", f"{own} {launch_name}")
-                    answered[other] = nonce
-        if not answered:
-            return own, launch_name
-        first = ", ".join(str(other) for other in list(answered)[:8]) + (", …" if len(answered) > 8 else "")
-        _pause(
-            pause_s, until, f"of the processes 1 to {count - 1}, {first} did not come within {limit_s:g} s"
-        )
-
-
-def _pause(seconds: float, until: float, exc: str) -> None:
-    if time.monotonic() > until:
-        raise TimeoutError(exc)
-    time.sleep(seconds)
-
-
 def _take_gpu() -> None:
-    """Give this process the GPU of its number, or refuse in all processes of the machine alike, before any of them waits.
+    """Select the GPU of this process's number; refuse in all processes of the machine alike, before any of them waits.
 
     Raises:
         DeviceError: more processes than GPUs on this machine.
@@ -261,7 +199,7 @@ def from_main(value: _T) -> _T:
 
 
 def agree(facts: Mapping[str, str]) -> None:
-    """Hold all processes to the same facts, e.g. the hash of the recipe.
+    """Check that all processes have the same facts, e.g. the hash of the recipe.
 
     Raises:
         RecipeError: in every process, naming the first that differs, the fact and both values.
@@ -296,7 +234,7 @@ def explain_lost_peers() -> Iterator[None]:
         if world_size() == 1 or not _LOST.search(first):
             raise
         if threading.current_thread() is threading.main_thread():
-            # A launcher that saw the same may already be ending the rest of us; what is known shall be said first.
+            # A launcher that saw the same may already be ending the others: report what is known first.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         _wait_for_a_report()
         silent = re.search("timed? ?out", first, re.IGNORECASE)
@@ -319,7 +257,7 @@ def explain_lost_peers() -> Iterator[None]:
 
 
 def claim_report() -> bool:
-    """Tell whether this process is the one to show its error: the first that asks, among all of the run.
+    """Return whether this process is the one to show its error: the first that asks, among all of the run.
 
     Before the processes have met nobody can be asked: then every process that waited for others shows its own, and of
     what all processes of a machine find alike, the first of the machine.
@@ -347,21 +285,20 @@ def _wait_for_a_report() -> None:
 
 
 def memory_figures() -> str:
-    """Say how much memory this process holds and the machine has left, and whether the system killed for memory."""
-    parts = [f"this process holds {_status_kib('/proc/self/status', 'VmRSS') / 2**20:.1f} GiB"]
-    total, free = (_status_kib("/proc/meminfo", name) / 2**20 for name in ("MemTotal", "MemAvailable"))
-    parts.append(f"{free:.1f} of {total:.1f} GiB free")
-    with contextlib.suppress(OSError, ValueError, IndexError), open("/sys/fs/cgroup/memory.events") as file:  # noqa: PTH123
-        killed = int(next(line.split()[1] for line in file if line.startswith("oom_kill ")))
+    """Return how much memory this process holds and the machine has left, and whether the system killed for memory."""
+    import psutil
+
+    memory, held = psutil.virtual_memory(), psutil.Process().memory_info().rss
+    parts = [
+        f"this process holds {held / 2**30:.1f} GiB",
+        f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free",
+    ]
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        events = Path("/sys/fs/cgroup/memory.events").read_text(encoding="ascii").splitlines()
+        killed = int(next(line.split()[1] for line in events if line.startswith("oom_kill ")))
         if killed:
             parts.append(f"the system has killed {killed} processes here for memory")
     return ", ".join(parts)
-
-
-def _status_kib(path: str, name: str) -> float:
-    with contextlib.suppress(OSError, ValueError, IndexError, StopIteration), open(path) as file:  # noqa: PTH123
-        return float(next(line.split()[1] for line in file if line.startswith(f"{name}:")))
-    return float("nan")
 
 
 def _group() -> Any:

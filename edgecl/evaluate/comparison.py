@@ -10,7 +10,7 @@ from statistics import mean
 import torch
 from torch import Tensor
 
-from edgecl.config.recipe import Views
+from edgecl.config.views import Views
 from edgecl.evaluate.few_labels import FewLabels, train_on_few
 from edgecl.evaluate.labelled import Labelled, draw_few
 from edgecl.evaluate.probe import load_feature_net, probe_net, summary

@@ -215,14 +215,22 @@ def training_cost(recipe: Recipe, *, images: int) -> TrainingCost:
         images=images,
         epochs=recipe.run.epochs,
         others=others,
-        local_flops_per_image=sum(
-            count
-            * forward_cost(backbones[width], (1, 3, recipe.local_size, recipe.local_size)).training_flops
-            for width, count in passes.local.items()
-            if count
-        ),
+        local_flops_per_image=_local_flops(recipe, passes.local, backbones),
         rate_flops=passes.coding_rates * _coding_rate_flops(recipe),
         rate_share=passes.coding_rate_share,
+    )
+
+
+def _local_flops(recipe: Recipe, passes: dict[float, float], backbones: dict[float, nn.Module]) -> float:
+    """Return one image's FLOPs for its local views, which share the passes of each width evenly."""
+    count = recipe.method.count_views(recipe, local=True)
+    return sum(
+        passes[width]
+        * (spec.count / count)
+        * forward_cost(backbones[width], (1, 3, spec.size, spec.size)).training_flops
+        for width in passes
+        for spec in recipe.view_specs
+        if spec.local and passes[width]
     )
 
 

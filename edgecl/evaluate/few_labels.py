@@ -16,7 +16,7 @@ import numpy
 import torch
 from numpy.typing import NDArray
 
-from edgecl.config.recipe import Views
+from edgecl.config.views import Views
 from edgecl.errors import ProcessError
 from edgecl.evaluate.labelled import Part
 from edgecl.evaluate.supervised import FinetuneConfig, classifier_top1, train_classifier

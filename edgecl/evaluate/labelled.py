@@ -10,7 +10,8 @@ from torch import Tensor
 
 from edgecl.data.loading import EvalImages, choose_images, load_eval_images, split_holdout
 from edgecl.data.randomness import permutation
-from edgecl.data.sources import ImageSource, Split, has_test_split, open_source
+from edgecl.data.source import ImageSource, Split
+from edgecl.data.sources import has_test_split, open_source
 from edgecl.data.unreadable import say_skipped
 from edgecl.errors import DataError, first_of
 from edgecl.storage.records import Preprocessing

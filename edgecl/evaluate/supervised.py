@@ -10,8 +10,8 @@ from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional
 
-from edgecl.config.recipe import Fraction, Views
-from edgecl.config.settings import Config, Decay, Rate, Seed
+from edgecl.config.settings import Config, Decay, Fraction, Rate, Seed
+from edgecl.config.views import Views
 from edgecl.data.loading import normalize
 from edgecl.data.randomness import permutation
 from edgecl.data.views import draw_parameters, render_view
@@ -93,7 +93,6 @@ def train_classifier(
         NonFiniteError: the loss is not a number.
     """
     device = choose_device(settings.device)
-    views = views or settings.views()
     if device.type == "cpu":
         keep_freed_memory()
     net.to(device)
@@ -115,6 +114,7 @@ def train_classifier(
     per_epoch = max(1, len(part) // batch)
     size = part.images.shape[-1]
     sizes = torch.full((len(part), 2), size).numpy()
+    spec = (views or settings.views()).specs(size)[0]
     net.train()
     if settings.backbone_lr_fraction == 0:
         net.eval()
@@ -126,10 +126,10 @@ def train_classifier(
                 order = permutation(settings.seed, epoch, len(part))
             index = order[place * batch : (place + 1) * batch]
             drawn = draw_parameters(
-                index, sizes[index], views, view="a", side=size, seed=settings.seed, epoch=epoch
+                index, sizes[index], spec, name=spec.names[0], seed=settings.seed, epoch=epoch
             )
             pictures = part.images[torch.from_numpy(index)].to(device).float().div_(255)
-            images = render_view(pictures, sizes[index], drawn, views, side=size)
+            images = render_view(pictures, sizes[index], drawn, spec)
             loss = functional.cross_entropy(
                 net(_standardize(images, preprocessing).contiguous(memory_format=torch.channels_last)),
                 part.labels[torch.from_numpy(index)].to(device),

@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from edgecl.config.recipe import ForwardPasses, MethodConfig, Panel, Recipe
+from edgecl.config.views import ViewSpec
 from edgecl.methods.losses import CodingRate, alignment_loss, correlation_of, mean_of
 from edgecl.methods.method import Embeddings, Method, Terms
 
@@ -30,10 +31,9 @@ class Config(MethodConfig):
     """Whole views of each picture; the first has view A's blur and solarization, all others view B's."""
     coding_rate: CodingRate = CodingRate(weight=0.1)
 
-    @property
-    def whole_views(self) -> int:
-        """As many as `views` says."""
-        return self.views
+    def view_specs(self, recipe: Recipe) -> tuple[ViewSpec, ...]:
+        """Return as many whole views as `views` says, and the local ones."""
+        return recipe.views.specs(recipe.data.image_size, whole=self.views)
 
     def arm(self, recipe: Recipe) -> str:
         """Name the method."""
@@ -51,7 +51,7 @@ class Config(MethodConfig):
     def forward_passes(self, recipe: Recipe) -> ForwardPasses:
         """Return those of one encoder; the coding rate is of every whole view."""
         passes = super().forward_passes(recipe)
-        return passes._replace(coding_rates=self.whole_views, coding_rate_share=self.coding_rate.until or 1.0)
+        return passes._replace(coding_rates=self.views, coding_rate_share=self.coding_rate.until or 1.0)
 
 
 class EmpSsl(Method):
@@ -64,7 +64,7 @@ class EmpSsl(Method):
         views = list(embeddings.learnt.values())
         middle = torch.stack(views).mean(0)
         alignment = mean_of([alignment_loss(z, middle) for z in views])
-        whole = views[: self.config.whole_views]
+        whole = views[: self.whole_views]
         total, rate = self.config.coding_rate.take_off(alignment, [whole], step, total_steps=self.total_steps)
         return total, {
             "alignment": alignment.detach(),

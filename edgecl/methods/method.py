@@ -50,6 +50,7 @@ class Method(nn.Module):
         super().__init__()
         self.net = net
         self.config = recipe.method
+        self.whole_views = self.config.count_views(recipe, local=False)
         self.seed = recipe.run.seed
         self.total_steps = steps_per_epoch * recipe.run.epochs
 
@@ -57,7 +58,7 @@ class Method(nn.Module):
         """Embed the views of this process's share, or of a part of it.
 
         Args:
-            views: the whole views, (n, 3, H, W) each, then any local ones, (n, 3, h, w).
+            views: (n, 3, size, size) for each view that the method asked for, in its order.
             step: steps taken before this one.
             learning_only: leave the targets out.
         """
@@ -77,7 +78,7 @@ class Method(nn.Module):
         Returns:
             name -> (n, D), of the same names in every part of a batch.
         """
-        count = self.config.whole_views
+        count = self.whole_views
         whole = {f"view_{number}": self.net.forward_host(view) for number, view in enumerate(views[:count])}
         return {**whole, **self.embed_local(views[count:])}
 
@@ -133,7 +134,7 @@ class Method(nn.Module):
         return {**self.net.state_dict(), **{f"{METHODS_OWN}{name}": tensor for name, tensor in own.items()}}
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take what a checkpoint kept."""
+        """Restore what a checkpoint kept."""
         names = {
             name: name.removeprefix(METHODS_OWN) if name.startswith(METHODS_OWN) else f"net.{name}"
             for name in tensors

@@ -30,8 +30,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from edgecl.config.recipe import ForwardPasses, Fraction, MethodConfig, Panel, Recipe
-from edgecl.config.settings import Factor, Weight
+from edgecl.config.recipe import ForwardPasses, MethodConfig, Panel, Recipe
+from edgecl.config.settings import Factor, Fraction, Weight
 from edgecl.data.randomness import uniforms
 from edgecl.methods.losses import (
     CodingRate,
@@ -128,9 +128,9 @@ class Config(MethodConfig):
             learn_targets=self.learn_targets,
             slow_start=slow_start,
         )
-        local = dict.fromkeys([host, slim], 0.0)
-        local[host] += 3 * recipe.views.local_count * slow_start
-        local[slim] += 3 * recipe.views.local_count * (1 - slow_start)
+        views, local = self.count_views(recipe, local=True), dict.fromkeys([host, slim], 0.0)
+        local[host] += 3 * views * slow_start
+        local[slim] += 3 * views * (1 - slow_start)
         return ForwardPasses(
             {
                 slim: units["slim"],
@@ -155,7 +155,7 @@ class Config(MethodConfig):
         return sum(slow_start + (1 - slow_start) * sets[encoder] for encoder in asked)
 
     def has_idle_parameters(self, recipe: Recipe) -> bool:
-        """Tell of a slow start, in which the slim nets' norms take no part, and of widths that a step leaves out."""
+        """Return whether there is a slow start, without the slim nets' norms, or more widths than a step takes."""
         return recipe.slim.slow_start > 0 or len(recipe.slim.all_widths) > 3
 
 
@@ -200,7 +200,7 @@ class SaclXd(Method):
         return {**targets, "host_b": self.net.forward_host(view_b)}
 
     def _swapped(self, views: Sequence[Tensor], step: int) -> Sequence[Tensor]:
-        """Give the host view B and the slim nets view A, or not: decided by the step, so that every process does alike."""
+        """Swap views A and B, or not: a function of the step, so that every process does alike."""
         draw = uniforms(self.seed, 0, numpy.array([step]), stream="swap-views", count=1)[0, 0]
         return [views[1], views[0], *views[2:]] if draw < self.config.swap_views else views
 

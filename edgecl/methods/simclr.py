@@ -41,7 +41,7 @@ class Config(MethodConfig):
         """Return those of one encoder; the coding rate is of the two whole views."""
         passes = super().forward_passes(recipe)
         return passes._replace(
-            coding_rates=self.whole_views if self.coding_rate.weight else 0.0,
+            coding_rates=self.count_views(recipe, local=False) if self.coding_rate.weight else 0.0,
             coding_rate_share=self.coding_rate.until or 1.0,
         )
 

@@ -51,7 +51,7 @@ def create_backbone(
 
 
 def activate_beside_input(net: nn.Module) -> None:
-    """Have activations whose gradient is a function of their input leave it be, for training.
+    """Turn off in-place activations whose gradient is a function of their input, for training.
 
     timm has them work in place. Autograd then copies the input first, a pass over memory per layer that buys nothing.
     ReLU's gradient is a function of its output: it stays in place.
@@ -134,7 +134,7 @@ def count_parameters(net: nn.Module) -> int:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Tell whether a module is a batch norm, the only kind of layer a slim net does not share."""
+    """Return whether a module is a batch norm, the only kind of layer a slim net does not share."""
     return isinstance(module, nn.modules.batchnorm._BatchNorm)
 
 

@@ -33,8 +33,7 @@ def create_slimmable(recipe: Recipe) -> SlimmableNet:
         slim_width=recipe.slim.width,
         other_widths=recipe.slim.all_widths[1:],
     )
-    sizes = [recipe.data.image_size, *([recipe.local_size] if recipe.views.local_count else [])]
-    for size in sizes:
+    for size in dict.fromkeys(spec.size for spec in recipe.view_specs):
         _try_image_size(net, recipe.host.arch, size)
     if recipe.host.nested_start:
         net.nest()

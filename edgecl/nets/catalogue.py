@@ -1,17 +1,32 @@
-"""The nets that carry tests, named without importing torch."""
+"""The nets that hold narrower ones of their own, named without importing torch."""
 
-NETS = {
-    "mobilenetv1_100": "MobileNet v1: depthwise-separable convolutions",
-    "mobilenetv2_100": "MobileNet v2: inverted residuals",
-    "mobilenetv3_large_100": "MobileNet v3 large: squeeze-and-excitation, hard-swish",
-    "mobilenetv3_small_100": "MobileNet v3 small",
-    "mobilenetv4_conv_small": "MobileNet v4 small, convolutions only",
-    "efficientnet_b0": "EfficientNet B0: squeeze-and-excitation, SiLU",
-    "efficientnet_lite0": "EfficientNet-Lite 0: no squeeze-and-excitation, ReLU6, made for integers",
-    "resnet50": "ResNet-50, for comparison",
-}
+import json
+from pathlib import Path
+
+TABLE = Path(__file__).with_name("catalogue.json")
+"""Made by `python -m tests.nets.make_catalogue`, which checks every small net of timm."""
+
+NETS = (
+    "mobilenetv1_100",
+    "mobilenetv2_100",
+    "mobilenetv3_large_100",
+    "mobilenetv3_small_100",
+    "mobilenetv4_conv_small",
+    "efficientnet_b0",
+    "efficientnet_lite0",
+    "resnet50",
+)
+"""Those that the tests take from training to a bundle."""
 
 
 def list_nets() -> list[dict[str, str]]:
     """List nets that hold any narrower one of theirs at widths from 0.5 to 4; any other timm net may be tried."""
-    return [{"name": name, "summary": summary} for name, summary in NETS.items()]
+    nets = json.loads(TABLE.read_text(encoding="utf-8"))["nets"]
+    return [
+        {
+            "name": name,
+            "summary": f"{net['params_m']} M parameters; {net['parts']}"
+            + ("; tested from training to bundle" if name in NETS else ""),
+        }
+        for name, net in nets.items()
+    ]

@@ -307,7 +307,7 @@ def _quantized_layer(name: str, layer: nn.Module, own: nn.Module) -> nn.Module:
 
 
 def _calibrate_weights(net: nn.Module) -> None:
-    """Let the largest weight of every output channel be the largest number of its int8."""
+    """Calibrate weights per output channel, symmetric, by their maximum."""
     for module in net.modules():
         if isinstance(module, (QuantConv2d, QuantLinear)):
             largest = module.weight.detach().flatten(1).abs().amax(1)
@@ -315,7 +315,7 @@ def _calibrate_weights(net: nn.Module) -> None:
 
 
 def _calibrate_activations(net: nn.Module, images: Tensor) -> None:
-    """Give every activation the scale of least squared rounding error over the images, the net itself in float.
+    """Calibrate every activation: the scale of least squared rounding error over the images, the net itself in float.
 
     Raises:
         NonFiniteError: a value inside the net is not a number.

@@ -116,11 +116,6 @@ def run_example(net: nn.Module) -> Tensor:
     return output
 
 
-def convolutions_in_order(net: nn.Module) -> list[str]:
-    """Return the names of a net's convolutions in the order in which they run, which is their order in its ONNX file."""
-    return [name for name, module, _ in walk(net).calls if isinstance(module, nn.Conv2d)]
-
-
 def fold_batch_norm(net: nn.Module) -> nn.Module:
     """Fold every batch norm of a net into the convolution before it.
 
@@ -168,7 +163,7 @@ def fold_batch_norm(net: nn.Module) -> nn.Module:
 
 
 def _fold(convolution: nn.Conv2d, norm: Any) -> None:
-    """Give the convolution the weights that make `norm(convolution(x))`."""
+    """Set the convolution's weights to those that make `norm(convolution(x))`."""
     with torch.no_grad():
         factor = 1 / (norm.running_var.double() + norm.eps).sqrt()
         if norm.weight is not None:
@@ -189,6 +184,6 @@ def _remains(norm: nn.Module) -> nn.Module:
 
 
 def replace_module(net: nn.Module, name: str, module: nn.Module) -> None:
-    """Put a module in the place of the one that `name` names."""
+    """Replace the module of this name."""
     parent, _, leaf = name.rpartition(".")
     setattr(net.get_submodule(parent), leaf, module)

@@ -1,15 +1,15 @@
-"""A wide host net and the slim nets inside it: prefix slices of the host's weights, batch norm of their own.
+"""A wide host net and the slim nets inside it: parts of the host's weights, batch norm of their own.
 
-No layer is patched. A slim net is an ordinary, smaller net whose tensors are, name by name, the leading
-block `host[name][:o, :i, …]` of the host's, put in place for one call by `torch.func.functional_call`; gradients
-flow through the slices. Only batch norm is private to each width, since statistics of one width are wrong
-for another (METHOD: evaluation features drift by standard deviations when they are shared).
+No layer is patched. A slim net is an ordinary, smaller net whose tensors are, name by name, a part of the host's, most often
+the leading block `host[name][:o, :i, …]` (`edgecl.nets.nesting`), put in place for one call by
+`torch.func.functional_call`; gradients flow through the parts. Only batch norm is private to each width, since statistics
+of one width are wrong for another (METHOD: evaluation features drift by standard deviations when they are shared).
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -20,8 +20,7 @@ from torch.func import functional_call
 
 from edgecl.errors import SliceError
 from edgecl.nets.backbone import is_norm
-
-_NESTING_HINT = "this architecture changes with its width; `edgecl ls nets` lists those that nest"
+from edgecl.nets.nesting import Index, check_function, index_of, inward_weights, is_private
 
 
 @dataclass
@@ -32,32 +31,47 @@ class SlimView:
         width: multiple of the architecture's own channels.
         skeleton: the net at this width, its tensors on the meta device apart from its norms.
         norms: those norms by key, each the very module that stands in the skeleton.
-        slices: name of a shared tensor -> its block of the host's.
+        index: name of a tensor that it shares -> where it lies in the host's.
+        norm_index: name of a tensor of its norms -> which part of the host's it began as.
     """
 
     width: float
     skeleton: nn.Module
     norms: nn.ModuleDict
-    slices: dict[str, tuple[slice, ...]]
+    index: dict[str, Index]
+    norm_index: dict[str, Index]
 
     @classmethod
-    def create(cls, build: Callable[[float], nn.Module], width: float) -> SlimView:
-        """Build a width without memory for the weights it shares; its norms are fresh."""
+    def create(
+        cls,
+        build: Callable[[float], nn.Module],
+        width: float,
+        host: nn.Module,
+        *,
+        where: Mapping[str, object],
+    ) -> SlimView:
+        """Build a width without memory for the weights it shares; its norms begin as the host's.
+
+        Raises:
+            SliceError: it does not nest in the host.
+        """
         with torch.device("meta"):
             skeleton = build(width)
+        index = index_of(skeleton, host, where=where)
         norms = nn.ModuleDict()
         for name, module in skeleton.named_modules():
-            if is_norm(module):
+            if is_private(module):
                 module.to_empty(device="cpu")
-                module.reset_parameters()
+                cast(Any, module).reset_parameters()
                 norms[_key(name)] = module
-        view = cls(width, skeleton, norms, {})
-        private = view.private_tensors()
-        view.slices = {
-            name: tuple(slice(0, size) for size in tensor.shape)
-            for name, tensor in skeleton.state_dict().items()
-            if name not in private
-        }
+        view = cls(width, skeleton, norms, index, {})
+        view.norm_index = {name: index.pop(name) for name in view.private_tensors()}
+        # Not as a fresh norm: architectures initialize some norms at zero.
+        whole = dict(host.named_parameters())
+        with torch.no_grad():
+            for name, tensor in view.private_tensors().items():
+                if name in whole:
+                    tensor.copy_(whole[name][view.norm_index[name]])
         return view
 
     def private_tensors(self) -> dict[str, Tensor]:
@@ -72,20 +86,20 @@ class SlimView:
         """Return all parameters and buffers by name: views of the host's, and the norms'."""
         whole = {**dict(host.named_parameters()), **dict(host.named_buffers())}
         return {
-            **{name: whole[name][block] for name, block in self.slices.items()},
+            **{name: whole[name][block] for name, block in self.index.items()},
             **self.private_tensors(),
         }
 
     def blocks_of(self, host: nn.Module) -> dict[str, Tensor]:
         """Return the shared tensors by name, each as large as in this width and without gaps."""
         whole = {**dict(host.named_parameters()), **dict(host.named_buffers())}
-        found = {name: whole[name][block] for name, block in self.slices.items()}
+        found = {name: whole[name][block] for name, block in self.index.items()}
         smaller = [name for name, block in found.items() if block.shape != whole[name].shape]
-        dense = _dense_blocks([whole[name] for name in smaller], [self.slices[name] for name in smaller])
+        dense = _dense_blocks([whole[name] for name in smaller], [self.index[name] for name in smaller])
         return {**found, **dict(zip(smaller, dense, strict=True))}
 
     def replace_norm(self, name: str, norm: nn.Module) -> None:
-        """Put another norm where the one of this name stands."""
+        """Replace the norm of this name."""
         self.skeleton.set_submodule(name, norm)
         self.norms[_key(name)] = norm
 
@@ -143,74 +157,23 @@ class SlimmableNet(nn.Module):
                 self._add_view(build, width)
 
     def _add_view(self, build: Callable[[float], nn.Module], width: float) -> None:
-        view = SlimView.create(build, width)
-        check_nesting(
-            {name: tensor.shape for name, tensor in view.skeleton.state_dict().items()},
-            {name: tensor.shape for name, tensor in self.host.state_dict().items()},
-            slim_width=width,
-            host_width=self.host_width,
-        )
+        where = {"host width": f"{self.host_width:g}", "slim width": f"{width:g}"}
+        view = SlimView.create(build, width, self.host, where=where)
         self._views[width] = view
         if width == self.slim_width:
             self.slim_norms = view.norms
         else:
             self.other_norms[_key(str(width))] = view.norms
-        self._copy_host_norms(view)
-        self._check_function(view)
-
-    def _copy_host_norms(self, view: SlimView) -> None:
-        """Start the slim norms at the host's values: architectures initialize some norms at zero."""
-        host = dict(self.host.named_parameters())
-        with torch.no_grad():
-            for key, norm in view.norms.items():
-                for leaf, parameter in norm.named_parameters():
-                    parameter.copy_(host[f"{_name(key)}.{leaf}"][: parameter.shape[0]])
-
-    def _check_function(self, view: SlimView) -> None:
-        """Hold the host, with everything outside the slim net set to zero, to computing what the slim net computes.
-
-        Shapes that nest are not enough: grouped convolutions, attention heads and norms over channels change
-        their meaning with the width. Norms get random values here, since some start at zero and would hide it.
-        """
-        generator = torch.Generator().manual_seed(0)
-        where = {"host width": f"{self.host_width:g}", "slim width": f"{view.width:g}"}
-        # As large as its deepest stride, so that no feature map shrinks to nothing.
-        images = torch.randn(2, 3, 64, 64, generator=generator)
-        slim, masked = {}, {}
-        for name, tensor in view.tensors_in(self.host).items():
-            value = tensor.detach()
-            if name not in view.slices and value.is_floating_point():
-                value = torch.rand(value.shape, generator=generator) + 0.5
-            slim[name] = value
-        for name, tensor in self.host.state_dict().items():
-            masked[name] = torch.zeros_like(tensor)
-            masked[name][tuple(slice(0, size) for size in slim[name].shape)] = slim[name]
-        training = self.training
-        self.eval()
-        try:
-            with torch.no_grad(), _common_skips(self.host, view.skeleton):
-                expected = functional_call(view.skeleton, slim, (images,))
-                found = functional_call(self.host, masked, (images,))
-        except RuntimeError as exc:
-            raise SliceError(
-                f"cannot slice this net: a slim forward pass fails ({str(exc).splitlines()[0]})",
-                where=where,
-                hint=_NESTING_HINT,
-            ) from exc
-        finally:
-            self.train(training)
-        found = found[:, : expected.shape[1]]
-        difference = float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
-        if not difference < 1e-3:
-            raise SliceError(
-                "cannot slice this net: with the channels outside the slim net switched off, "
-                f"the host's output differs by {difference:.2g} of its largest value",
-                where=where,
-                hint=_NESTING_HINT,
-            )
+        check_function(
+            self.host,
+            view.skeleton,
+            view.tensors_in(self.host),
+            {**view.index, **view.norm_index},
+            where=where,
+        )
 
     def nest(self) -> None:
-        """Let the host begin as its slim nets plus channels that do not touch them yet.
+        """Start the host as its slim nets plus channels that do not touch them yet.
 
         Every weight that leads from a channel outside a slim net to one inside it becomes zero, so that the host computes
         exactly what the slim net computes on the outputs they share. The weights into the other channels stay, so
@@ -223,14 +186,13 @@ class SlimmableNet(nn.Module):
         whole = dict(self.host.named_parameters())
         with torch.no_grad():
             for view in self._views.values():
-                for name, block in view.slices.items():
-                    if name in whole and len(block) > 1:
-                        rows, columns = block[0].stop, block[1].stop
-                        whole[name][:rows, columns:] = 0
+                for name, index in view.index.items():
+                    if name in whole and len(index) > 1:
+                        whole[name].masked_fill_(inward_weights(whole[name], index), 0)
         self._match_skips()
 
     def _match_skips(self) -> None:
-        """Give the host the skip connections of the slim nets."""
+        """Set the host's skip connections to those of the slim nets."""
         if not self._views:
             return
         hosts = dict(self.host.named_modules())
@@ -282,6 +244,12 @@ class SlimmableNet(nn.Module):
         """
         view = self._view(width)
         return dict(self.host.state_dict(keep_vars=True)) if view is None else view.tensors_in(self.host)
+
+    @property
+    def slim_index(self) -> Mapping[str, Index]:
+        """Where the widest slim net's shared tensors lie in the host, by name; empty where it is the host itself."""
+        view = self._view(None)
+        return {} if view is None else view.index
 
     def norms_of(self, width: float | None = None) -> nn.ModuleDict:
         """Return the private norms of a slim width, by key; empty where that is the host itself.
@@ -373,7 +341,7 @@ class SlimmableNet(nn.Module):
 
     @contextlib.contextmanager
     def untracked(self) -> Iterator[None]:
-        """Let training passes use batch statistics and leave the running ones alone."""
+        """Run training passes with batch statistics, the running ones left alone."""
         norms: list[Any] = [module for module in self.modules() if is_norm(module)]
         tracked = [norm.track_running_stats for norm in norms]
         for norm in norms:
@@ -386,7 +354,7 @@ class SlimmableNet(nn.Module):
 
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
-        """Give passes that learn nothing: no gradient, batch statistics used, running statistics left alone."""
+        """Run passes that learn nothing: no gradient, batch statistics used, running statistics left alone."""
         with self.untracked(), torch.no_grad():
             yield
 
@@ -399,7 +367,7 @@ class _DenseBlocks(torch.autograd.Function):
     """Blocks of tensors without gaps; backward, their gradients amid zeros. One step of autograd for a whole net."""
 
     @staticmethod
-    def forward(ctx: Any, blocks: list[tuple[slice, ...]], *whole: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, blocks: list[Index], *whole: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(*whole)
         ctx.blocks = blocks
         return tuple(tensor[block].clone() for tensor, block in zip(whole, blocks, strict=True))
@@ -413,7 +381,7 @@ class _DenseBlocks(torch.autograd.Function):
         return None, *found
 
 
-def _dense_blocks(whole: list[Tensor], blocks: list[tuple[slice, ...]]) -> tuple[Tensor, ...]:
+def _dense_blocks(whole: list[Tensor], blocks: list[Index]) -> tuple[Tensor, ...]:
     """Copy blocks once for a whole pass.
 
     A view with the host's strides would be copied by its convolution, and again on the way back, where each dimension
@@ -423,7 +391,7 @@ def _dense_blocks(whole: list[Tensor], blocks: list[tuple[slice, ...]]) -> tuple
 
 
 def limit_skips(net: nn.Module, skips: dict[str, int]) -> None:
-    """Let blocks skip their first channels only.
+    """Limit skip connections of blocks to their first channels.
 
     Args:
         net: of timm's blocks; changed in place.
@@ -439,66 +407,6 @@ def limit_skips(net: nn.Module, skips: dict[str, int]) -> None:
 def _skip_first(channels: int, block: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
     """Add the first channels of a block's input to those of its output, as a forward hook."""
     return torch.cat([output[:, :channels] + inputs[0][:, :channels], output[:, channels:]], dim=1)
-
-
-@contextlib.contextmanager
-def _common_skips(host: nn.Module, skeleton: nn.Module) -> Iterator[None]:
-    """Let both nets skip only where both do.
-
-    timm adds a skip connection wherever the two ends of a block are equally wide, and rounding makes them so at
-    some widths only. Such a slim net is still a slice of its host, layer by layer, so the comparison of functions
-    must not stumble over it.
-    """
-    hosts = dict(host.named_modules())
-    pairs = [
-        (block, hosts[name])
-        for name, block in skeleton.named_modules()
-        if getattr(block, "has_skip", None) != getattr(hosts[name], "has_skip", None)
-    ]
-    before = [(block.has_skip, other.has_skip) for block, other in pairs]
-    for block, other in pairs:
-        setattr(block, "has_skip", False)  # noqa: B010 - timm's attribute, unknown to nn.Module's types
-        setattr(other, "has_skip", False)  # noqa: B010
-    try:
-        yield
-    finally:
-        for (block, other), (block_skips, other_skips) in zip(pairs, before, strict=True):
-            setattr(block, "has_skip", block_skips)  # noqa: B010
-            setattr(other, "has_skip", other_skips)  # noqa: B010
-
-
-def check_nesting(
-    slim: dict[str, torch.Size], host: dict[str, torch.Size], *, slim_width: float, host_width: float
-) -> None:
-    """Hold a slim net to being a prefix of its host.
-
-    Args:
-        slim: name -> shape of the slim net's tensors.
-        host: name -> shape of the host's.
-        slim_width: for the error.
-        host_width: for the error.
-
-    Raises:
-        SliceError: a tensor is missing on one side, has another rank, or is larger in the slim net.
-    """
-    where = {"host width": f"{host_width:g}", "slim width": f"{slim_width:g}"}
-    missing = sorted(slim.keys() ^ host.keys())
-    if missing:
-        raise SliceError(
-            f"cannot slice this net: '{missing[0]}' is in one width and not in the other "
-            f"({len(missing)} such tensors)",
-            where=where,
-            hint=_NESTING_HINT,
-        )
-    for name, shape in slim.items():
-        if len(shape) != len(host[name]) or any(
-            small > large for small, large in zip(shape, host[name], strict=True)
-        ):
-            raise SliceError(
-                f"cannot slice '{name}' to {tuple(shape)}: the host has {tuple(host[name])}",
-                where=where,
-                hint="the host must be at least as wide as the slim net in every layer",
-            )
 
 
 # Module names hold dots, which nn.ModuleDict refuses in a key.

@@ -36,7 +36,7 @@ class SmallMapConv2d(nn.Conv2d):
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: A002
         if self.training and _is_measured_kind(input, weight):
             if self._is_pointwise and input.numel() <= _MOST_POSITIONS * self.in_channels:
-                # The channels are last already. A slice of a weight is copied: its strides shall decide no bit.
+                # The channels are last already. A slice of a weight is copied: its strides must not decide a bit.
                 flat = weight.flatten(1).contiguous()
                 outputs: Tensor = F.linear(input.permute(0, 2, 3, 1), flat, bias)
                 return outputs.permute(0, 3, 1, 2)
@@ -64,7 +64,7 @@ class SmallMapConv2d(nn.Conv2d):
 
 
 def _is_measured_kind(images: Tensor, weight: Tensor) -> bool:
-    """Tell whether a convolution is of the kind that was measured: float32 on a CPU, channels last, in eager mode."""
+    """Return whether a convolution is of the kind that was measured: float32 on a CPU, channels last, in eager mode."""
     return (
         images.device.type == "cpu"
         and images.dtype == weight.dtype == torch.float32
@@ -138,7 +138,7 @@ def _pairs_of_taps(
 
 
 def speed_up_small_maps(net: nn.Module) -> list[nn.Module]:
-    """Let every torch.nn.Conv2d of a net compute small maps as above; names, parameters and settings stay.
+    """Replace every torch.nn.Conv2d of a net by one that computes small maps as above; names and parameters stay.
 
     Subclasses of torch.nn.Conv2d, which convolve in a way of their own, are left alone.
 

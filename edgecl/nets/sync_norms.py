@@ -23,7 +23,7 @@ _KNOWN = (nn.BatchNorm1d, nn.BatchNorm2d, BatchNormAct2d)
 def synchronize_norms(
     net: SlimmableNet, *, which: Literal["none", "projector", "all"], device: torch.device
 ) -> None:
-    """Let batch norms take their statistics over all processes; the names of all tensors stay as they are.
+    """Replace batch norms by those that take statistics over all processes; the names of all tensors stay.
 
     Args:
         net: host and slim nets; its norms are replaced, sharing the parameters and buffers they have.

@@ -949,6 +949,34 @@ class DoctorReport(Table):
     checks: list[DoctorCheck]
 
 
+class ArmDifferences(Table):
+    """The largest relative differences of one way to train; null where they are not finite."""
+
+    arm: Text
+    loss: float | None
+    gradients: float | None
+    statistics: float | None
+    """Of the batch norms' running statistics."""
+    exact: bool
+    """None is above the tolerance."""
+
+
+class SelftestReport(Table):
+    """What `selftest ddp --json` prints."""
+
+    exact: bool
+    """Every arm is."""
+    processes: Count
+    hosts: list[Text]
+    device: Literal["cpu", "cuda"]
+    backend: Literal["gloo", "nccl"]
+    batch_size: Count
+    tolerance: float
+    torch: Text
+    """Its version."""
+    arms: list[ArmDifferences]
+
+
 # --- pipelines and reports ---
 
 

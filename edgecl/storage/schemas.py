@@ -21,6 +21,7 @@ from edgecl.storage.records import (
     PublishedCost,
     RecipeCost,
     Record,
+    SelftestReport,
     Table,
 )
 
@@ -29,6 +30,7 @@ SCHEMAS: dict[str, type[Table]] = {
     **{kind.KIND: kind for kind in KINDS},
     "metrics": MetricsLine,
     "doctor": DoctorReport,
+    "selftest": SelftestReport,
     "recipe-cost": RecipeCost,
     "published-cost": PublishedCost,
     "probed-net": ProbedNet,

@@ -7,7 +7,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep freed memory; do nothing where the C library is another.
+    """Make glibc keep freed memory; do nothing where the C library is another.
 
     Every step on the CPU frees gigabytes and takes them again. By default each large block goes back to the system, and
     coming back costs page faults: 6 to 8 % of a step of pretraining, a fifth of a classifier's (docs/results.md).

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from edgecl.errors import NonFiniteError, counted
 
-# Of the learning rate, once a run had to go back.
+# Factor on the learning rate after a rollback.
 SMALLER_RATE = 0.5
 _HINT = (
     "start a new run, in another --out, with a lower [optim] lr, longer [optim] warmup_epochs, [optim] clip_norm, "
@@ -80,11 +81,11 @@ class Guard:
         """Count from here: a checkpoint with finite weights is due."""
         self.skipped = []
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, object]:
         """Return what a checkpoint keeps."""
         return {"went_back": self.went_back, "skipped": list(self.skipped)}
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Take what a checkpoint kept."""
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Restore what a checkpoint kept."""
         self.went_back = bool(state.get("went_back", False))
         self.skipped = list(state.get("skipped", []))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -13,13 +13,14 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from edgecl.config.recipe import Recipe
+from edgecl.config.recipe import Data, Recipe, Run
+from edgecl.config.views import ViewSpec
 from edgecl.data.loading import Batch, TrainingImages
-from edgecl.data.sources import ImageSource
+from edgecl.data.source import ImageSource
 from edgecl.data.views import make_views, write_views_grid
 from edgecl.distributed import processes
 from edgecl.errors import DataError, counted, tell
-from edgecl.methods.method import create_method
+from edgecl.methods.method import Method, create_method
 from edgecl.metrics.collapse import spread
 from edgecl.nets.build import create_slimmable
 from edgecl.nets.slimming import SlimmableNet
@@ -33,47 +34,56 @@ from edgecl.train.preemption import StopRequest
 from edgecl.train.quality import QualityWatch, quality_of
 from edgecl.train.resume import newest_checkpoint
 from edgecl.train.saver import Saver
-from edgecl.train.step import Outcome, Step
+from edgecl.train.step import Outcome, Step, create_step
 
 
 class Training:
-    """One run in memory: what is trained, from what, and how far it is.
+    """One run in memory: what is trained, from what, and how far it is; `create_training` builds one from a recipe.
 
     Args:
-        recipe: what to train and how.
-        net: host and slim nets.
+        step: takes one step.
         images: what to learn from, on the accelerator's device where they fit.
-        source: where they come from, for the quality watch.
+        quality: looks at the nets.
+        specs: of the views that the method wants.
+        data: batch size and the normalization of the images.
+        run: how long, and how often to look.
+        fresh: builds the method anew, as it was before the first step.
         accelerator: device, precision and processes.
         run_dir: where the main process writes.
     """
 
     def __init__(
         self,
-        recipe: Recipe,
         *,
-        net: SlimmableNet,
+        step: Step,
         images: TrainingImages,
-        source: ImageSource,
+        quality: QualityWatch,
+        specs: Sequence[ViewSpec],
+        data: Data,
+        run: Run,
+        fresh: Callable[[], Method],
         accelerator: Accelerator,
         run_dir: RunDir,
     ):
-        self.recipe = recipe
         self.accelerator = accelerator
         self.images = images
-        self.net = net
         self.run_dir = run_dir
-        self.steps_per_epoch = images.steps_per_epoch(recipe.data.batch_size)
-        self.total_steps = self.steps_per_epoch * recipe.run.epochs
+        self.stepper = step
+        self.quality = quality
+        self.net = step.net
+        self.steps_per_epoch = images.steps_per_epoch(data.batch_size)
+        self.total_steps = self.steps_per_epoch * run.epochs
         self.step = 0
-        self.stepper = Step(recipe, net=net, accelerator=accelerator, steps_per_epoch=self.steps_per_epoch)
-        self.quality = QualityWatch(recipe, source=source, images=len(images), accelerator=accelerator)
-        self.guard = Guard(max_skipped=recipe.run.max_skipped)
+        self._specs = specs
+        self._data = data
+        self._run = run
+        self._fresh = fresh
+        self.guard = Guard(max_skipped=run.max_skipped)
         self.alarm = CollapseAlarm(run=run_dir.path, warn=_warn)
         self.plateau = PlateauAlarm(warn=_warn)
         # A tenth of the way: late enough for the records that the alarm asks for.
-        self._early_look = max(-(-self.total_steps // 10), RECORDS * recipe.run.log_every)
-        if self._early_look >= min(recipe.run.quality_epochs * self.steps_per_epoch, self.total_steps):
+        self._early_look = max(-(-self.total_steps // 10), RECORDS * run.log_every)
+        if self._early_look >= min(run.quality_epochs * self.steps_per_epoch, self.total_steps):
             self._early_look = 0
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -102,7 +112,7 @@ class Training:
             ArtifactError: the disk is full; the checkpoints before are whole.
             DataError: too many images cannot be read, or one keeps the run waiting; where it is is saved.
         """
-        run = self.recipe.run
+        run = self._run
         main = self.accelerator.is_main_process
         with contextlib.ExitStack() as open_files:
             self.metrics = self.saver = None
@@ -123,7 +133,7 @@ class Training:
                 try:
                     stopped = self._train_epoch(stop, on_checkpoint, progress)
                 except DataError:
-                    # The net is sound, and whoever brings the images back shall lose no step.
+                    # The net is sound: once the images are back, no step is lost.
                     if self._broken_weight() is None:
                         self._save(on_checkpoint)
                     raise
@@ -134,15 +144,15 @@ class Training:
     def _train_epoch(
         self, stop: StopRequest, on_checkpoint: Callable[[int], None], progress: Progress
     ) -> int:
-        """Train to the end of the epoch; return the signal by which the run shall end before, or 0."""
-        recipe = self.recipe
+        """Train to the end of the epoch; return the signal that ends the run before, or 0."""
+        run, batch_size = self._run, self._data.batch_size
         epoch, done = divmod(self.step, self.steps_per_epoch)
         if self.step == 0:
             self._record_quality(self.quality.measure(self.net, untrained=True))
         batches = self.images.batches(
-            recipe.run.seed,
+            run.seed,
             epoch,
-            batch_size=recipe.data.batch_size,
+            batch_size=batch_size,
             start_step=done,
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
@@ -151,7 +161,7 @@ class Training:
         with contextlib.closing(cast(Generator[Batch, None, None], batches)):
             for batch in batches:
                 views = self._views(batch, epoch)
-                due = (self.step + 1) % recipe.run.log_every == 0 or self.step + 1 == self.total_steps
+                due = (self.step + 1) % run.log_every == 0 or self.step + 1 == self.total_steps
                 self.stepper.rate_factor = self.guard.rate_factor
                 outcome = self.stepper(
                     views,
@@ -165,7 +175,7 @@ class Training:
                     return 0
                 if due:
                     now = time.monotonic()
-                    rate = (self.step - since) * recipe.data.batch_size / max(now - clock, 1e-9)
+                    rate = (self.step - since) * batch_size / max(now - clock, 1e-9)
                     clock, since = now, self.step
                     self._record_step(outcome, progress, images_per_s=rate)
                 progress.advance()
@@ -177,26 +187,10 @@ class Training:
         return 0
 
     def _views(self, batch: Batch, epoch: int) -> list[Tensor]:
-        recipe = self.recipe
-        views = make_views(
-            batch,
-            recipe.views,
-            whole=recipe.method.whole_views,
-            image_size=recipe.data.image_size,
-            local_size=recipe.local_size,
-            mean=recipe.data.mean,
-            std=recipe.data.std,
-            seed=recipe.run.seed,
-            epoch=epoch,
-        )
+        data = self._data
+        views = make_views(batch, self._specs, mean=data.mean, std=data.std, seed=self._run.seed, epoch=epoch)
         if self.step == 0 and self.accelerator.is_main_process:
-            write_views_grid(
-                self.run_dir.views_file,
-                batch,
-                views,
-                mean=recipe.data.mean,
-                std=recipe.data.std,
-            )
+            write_views_grid(self.run_dir.views_file, batch, views, mean=data.mean, std=data.std)
         return views
 
     def _left_out(self, outcome: Outcome) -> bool:
@@ -245,11 +239,7 @@ class Training:
 
     def _start_anew(self) -> None:
         """Return to the weights of the first step: functions of the seed alone."""
-        torch.manual_seed(self.recipe.run.seed)
-        fresh = create_method(
-            self.recipe, create_slimmable(self.recipe), steps_per_epoch=self.steps_per_epoch
-        )
-        self.stepper.method.load_state_dict(fresh.state_dict())
+        self.stepper.method.load_state_dict(self._fresh().state_dict())
         self.stepper.optimizer.state.clear()
         self.alarm.restore({})
         self.plateau.restore({})
@@ -259,7 +249,7 @@ class Training:
         # Of the global batch, like the losses.
         watched = self.stepper.method.watched(outcome.embeddings)
         embeddings = self.accelerator.gather(watched.detach().contiguous())
-        record: dict[str, Any] = {
+        record = {
             "step": self.step,
             "epoch": self.step / self.steps_per_epoch,
             "loss": float(outcome.loss.detach()),
@@ -282,7 +272,7 @@ class Training:
 
     def _end_step(self, outcome: Outcome, on_checkpoint: Callable[[int], None]) -> bool:
         """Do what is due after a step; return False when its weights are broken and the run must go back."""
-        run = self.recipe.run
+        run = self._run
         epoch, within = divmod(self.step, self.steps_per_epoch)
         last = self.step == self.total_steps
         save = within == 0 and (last or epoch % run.checkpoint_epochs == 0)
@@ -313,7 +303,7 @@ class Training:
             self._save(on_checkpoint, quality=quality)
         return True
 
-    def _record_quality(self, looks: dict[str, float | None]) -> dict[str, Any]:
+    def _record_quality(self, looks: dict[str, float | None]) -> dict[str, float | None]:
         record = {"step": self.step, "epoch": self.step / self.steps_per_epoch, **looks}
         if self.metrics:
             self.metrics.append(record)
@@ -321,7 +311,9 @@ class Training:
         self._say_plateau(self.plateau.check_quality(record, images=images, features=features))
         return record
 
-    def _save(self, on_checkpoint: Callable[[int], None], *, quality: dict[str, Any] | None = None) -> None:
+    def _save(
+        self, on_checkpoint: Callable[[int], None], *, quality: Mapping[str, Any] | None = None
+    ) -> None:
         """Begin to write a checkpoint, in the main process."""
         if not (self.saver and self.metrics):
             return
@@ -364,6 +356,46 @@ class Training:
     @property
     def _where(self) -> dict[str, object]:
         return {"run": self.run_dir.path, "step": self.step}
+
+
+def create_training(
+    recipe: Recipe,
+    *,
+    net: SlimmableNet,
+    images: TrainingImages,
+    source: ImageSource,
+    accelerator: Accelerator,
+    run_dir: RunDir,
+) -> Training:
+    """Build what a recipe asks for.
+
+    Args:
+        recipe: what to train and how.
+        net: host and slim nets.
+        images: what to learn from, on the accelerator's device where they fit.
+        source: where they come from, for the quality watch.
+        accelerator: device, precision and processes.
+        run_dir: where the main process writes.
+    """
+    steps_per_epoch = images.steps_per_epoch(recipe.data.batch_size)
+
+    def fresh() -> Method:
+        torch.manual_seed(recipe.run.seed)
+        return create_method(recipe, create_slimmable(recipe), steps_per_epoch=steps_per_epoch)
+
+    return Training(
+        step=create_step(recipe, net, accelerator=accelerator, steps_per_epoch=steps_per_epoch),
+        images=images,
+        quality=QualityWatch(
+            source, images=len(images), data=recipe.data, host=recipe.host, accelerator=accelerator
+        ),
+        specs=recipe.view_specs,
+        data=recipe.data,
+        run=recipe.run,
+        fresh=fresh,
+        accelerator=accelerator,
+        run_dir=run_dir,
+    )
 
 
 def _warn(text: str) -> None:

@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -52,7 +52,7 @@ class MetricsFile:
         write_bytes(self._path, "".join(json.dumps(record) + "\n" for record in kept).encode())
         self._file = self._path.open("a", encoding="utf-8")
 
-    def append(self, record: dict[str, Any]) -> None:
+    def append(self, record: Mapping[str, Any]) -> None:
         """Write one record and hand it to the operating system; numbers that are not finite become null."""
         tidy = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
@@ -112,7 +112,7 @@ class CollapseAlarm:
         self._low = 0
         self._rank_me: list[float] = []
 
-    def check(self, record: dict[str, Any]) -> str | None:
+    def check(self, record: Mapping[str, Any]) -> str | None:
         """Look at one metrics record of a step.
 
         Returns:
@@ -146,7 +146,7 @@ class CollapseAlarm:
             )
         return "collapse"
 
-    def check_quality(self, record: dict[str, Any]) -> str | None:
+    def check_quality(self, record: Mapping[str, Any]) -> str | None:
         """Look at one record of quality: RankMe that falls three times in a row is a warning.
 
         Returns:
@@ -168,17 +168,17 @@ class CollapseAlarm:
         )
         return "rankme falls"
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, object]:
         """Return what a checkpoint keeps."""
         return {"low": self._low, "rank_me": list(self._rank_me)}
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Take what a checkpoint kept."""
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Restore what a checkpoint kept."""
         self._low = int(state.get("low", 0))
         self._rank_me = [float(value) for value in state.get("rank_me", [])]
 
 
-def _looks_collapsed(record: dict[str, Any]) -> bool:
+def _looks_collapsed(record: Mapping[str, Any]) -> bool:
     apart = record.get(
         "diagonal", 0.0
     )  # of a method that does not correlate its views, the spread alone tells
@@ -207,7 +207,7 @@ def gradient_norms(net: SlimmableNet, watched: dict[str, Tensor], *, scale: floa
             through_slim = part.detach().float()
             slim_square += float(through_slim.square().sum())
             gradient = gradient.clone()
-            gradient[tuple(slice(0, size) for size in through_slim.shape)] -= through_slim
+            gradient[net.slim_index[name]] -= through_slim
         host_square += float(gradient.square().sum())
     for parameter in net.slim_norms.parameters():
         if parameter.grad is not None:

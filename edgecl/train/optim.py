@@ -64,7 +64,7 @@ def create_schedule(
         t_initial=total_steps - warmup_steps,
         lr_min=peak * settings.final_lr_fraction,
         warmup_t=warmup_steps,
-        # Not zero: the first step shall move something.
+        # Above zero, so that the first step changes the net.
         warmup_lr_init=peak / (warmup_steps + 1),
         warmup_prefix=True,
         t_in_epochs=False,

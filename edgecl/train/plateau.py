@@ -8,8 +8,8 @@ saddle (docs/results.md, "a plateau of one dimension"), left by chance or not at
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 from edgecl.storage.records import Plateau
 
@@ -27,6 +27,18 @@ HINT = (
 )
 
 
+class _Look(NamedTuple):
+    """A look at the features."""
+
+    rankme: float
+    most: int
+    """The largest RankMe there can be."""
+    knn: float | None
+    """Percent."""
+    queries: int
+    """Images that were classified."""
+
+
 class PlateauAlarm:
     """Warn when the projections say only one thing and a look at the features finds nothing better.
 
@@ -42,10 +54,10 @@ class PlateauAlarm:
         self._alike = self._apart = 0
         self._correlation = [0.0, 0.0]
         self._first_knn: float | None = None
-        self._look: dict[str, Any] | None = None
+        self._look: _Look | None = None
         self._since: int | None = None
 
-    def check(self, record: dict[str, Any]) -> str | None:
+    def check(self, record: Mapping[str, Any]) -> str | None:
         """Look at one metrics record of a step; of a method that does not correlate its views there is nothing to see.
 
         Returns:
@@ -63,7 +75,7 @@ class PlateauAlarm:
             self._correlation = [diagonal, rms]
         return self._decide(record["step"])
 
-    def check_quality(self, record: dict[str, Any], *, images: int, features: int) -> str | None:
+    def check_quality(self, record: Mapping[str, Any], *, images: int, features: int) -> str | None:
         """Look at one record of quality, the first of them from before the first step.
 
         Args:
@@ -79,12 +91,9 @@ class PlateauAlarm:
         if record["step"] == 0:
             self._first_knn = knn
             return None
-        self._look = {
-            "rankme": record[f"rankme_{net}"],
-            "most": min(images, features),
-            "knn": knn,
-            "queries": images // 2,
-        }
+        self._look = _Look(
+            rankme=record[f"rankme_{net}"], most=min(images, features), knn=knn, queries=images // 2
+        )
         return self._decide(record["step"])
 
     def decision(self) -> Plateau | None:
@@ -94,24 +103,25 @@ class PlateauAlarm:
         words = f"Pretraining got stuck on a plateau of one dimension by step {self._since}: {self._seen()}."
         return Plateau(since=self._since, words=words, hint=HINT)
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, object]:
         """Return what a checkpoint keeps."""
         return {
             "alike": self._alike,
             "apart": self._apart,
             "correlation": self._correlation,
             "first_knn": self._first_knn,
-            "look": self._look,
+            "look": self._look and self._look._asdict(),
             "since": self._since,
         }
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Take what a checkpoint kept; nothing of a run from before there was this alarm."""
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Restore what a checkpoint kept; nothing of a run from before there was this alarm."""
         self._alike = state.get("alike", 0)
         self._apart = state.get("apart", 0)
         self._correlation = state.get("correlation", [0.0, 0.0])
         self._first_knn = state.get("first_knn")
-        self._look = state.get("look")
+        look = state.get("look")
+        self._look = _Look(**look) if look else None
         self._since = state.get("since")
 
     def _decide(self, step: int) -> str | None:
@@ -128,15 +138,15 @@ class PlateauAlarm:
         return text
 
     def _features_are_poor(self) -> bool:
-        """Tell whether the newest look found a low RankMe, or a kNN accuracy that has not risen beyond its noise."""
+        """Return whether the newest look found a low RankMe, or a kNN accuracy that has not risen beyond its noise."""
         if self._look is None:
             return False
-        if self._look["rankme"] < LOW_RANK * self._look["most"]:
+        if self._look.rankme < LOW_RANK * self._look.most:
             return True
-        if self._look["knn"] is None or self._first_knn is None:
+        if self._look.knn is None or self._first_knn is None:
             return False
-        before, now = self._first_knn / 100, self._look["knn"] / 100
-        noise = 1.96 * math.sqrt((before * (1 - before) + now * (1 - now)) / self._look["queries"])
+        before, now = self._first_knn / 100, self._look.knn / 100
+        noise = 1.96 * math.sqrt((before * (1 - before) + now * (1 - now)) / self._look.queries)
         return bool(now <= before + noise)
 
     def _seen(self) -> str:
@@ -144,8 +154,8 @@ class PlateauAlarm:
         diagonal, rms = self._correlation
         text = (
             f"all dimensions of the projections say the same (the mean diagonal of C, {diagonal:.3f}, is as large as "
-            f"the RMS off it, {rms:.3f}), and RankMe is {self._look['rankme']:.1f} of at most {self._look['most']:,}"
+            f"the RMS off it, {rms:.3f}), and RankMe is {self._look.rankme:.1f} of at most {self._look.most:,}"
         )
-        if self._look["knn"] is not None and self._first_knn is not None:
-            text += f", kNN {self._look['knn']:.1f} % (before the first step {self._first_knn:.1f} %)"
+        if self._look.knn is not None and self._first_knn is not None:
+            text += f", kNN {self._look.knn:.1f} % (before the first step {self._first_knn:.1f} %)"
         return text

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C as wishes: the run sees them between two steps, saves, and ends."""
+"""SIGTERM and Ctrl-C as a stop request: the run sees it between two steps, saves, and ends."""
 
 from __future__ import annotations
 

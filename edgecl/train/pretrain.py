@@ -5,11 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import platform
 import shutil
 import signal
-import threading
-import time
 import warnings
 from collections.abc import Iterator, Sequence
 from math import ceil
@@ -17,8 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 import accelerate
-import numpy
-import timm
+import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -27,11 +23,9 @@ from accelerate.utils import DistributedDataParallelKwargs
 from edgecl import __version__
 from edgecl.config.recipe import Recipe, flatten
 from edgecl.data.loading import TrainingImages
-from edgecl.data.sources import absolute_uri, folder_of, open_source
-from edgecl.data.unreadable import say_skipped
+from edgecl.data.sources import folder_of, open_source
 from edgecl.distributed import processes
 from edgecl.errors import (
-    ArtifactError,
     DataError,
     DeviceError,
     EdgeclError,
@@ -40,17 +34,15 @@ from edgecl.errors import (
     first_line,
     tell,
 )
-from edgecl.nets.backbone import count_parameters
 from edgecl.nets.build import create_slimmable
-from edgecl.nets.slimming import SlimmableNet
 from edgecl.storage.directories import RunDir
 from edgecl.storage.lock import NAME as LOCK
 from edgecl.storage.lock import hold
-from edgecl.storage.records import ImagesRead, RunRecord, command_line
+from edgecl.storage.records import RunRecord, command_line
 from edgecl.storage.redaction import record_without_secrets
 from edgecl.storage.writing import clear_directory, disk_errors, refuse_existing, write_record
 from edgecl.train.allocator import keep_freed_memory
-from edgecl.train.loop import Training
+from edgecl.train.loop import Training, create_training
 from edgecl.train.preemption import StopRequest
 from edgecl.train.resume import (
     check_allowed,
@@ -62,6 +54,7 @@ from edgecl.train.resume import (
     other_surroundings,
     was_launched_as,
 )
+from edgecl.train.run_file import RunFile, State, describe_run
 
 # Of a view: three channels of float32.
 _BYTES_PER_PIXEL = 3 * 4
@@ -122,7 +115,7 @@ def pretrain(
     if device == "cuda" and not torch.cuda.is_available():
         raise DeviceError("no CUDA device is available", hint="use --device auto or --device cpu")
     processes.join(device)
-    with processes.explain_lost_peers():
+    with processes.explain_lost_peers(), contextlib.ExitStack() as stack:
         _check_shares(recipe)
         run_dir = RunDir(out)
         main = processes.is_main()
@@ -139,67 +132,63 @@ def pretrain(
                 refuse_existing(out, force=force, kind=RunDir.KIND)
                 _refuse_inside(run_dir, uri)
         resume = processes.from_main(resume)
-        with contextlib.ExitStack() as stack:
-            if main:
-                stack.enter_context(_hold(run_dir))
-            # Before anything is read for hours, and before anything is removed.
-            processes.agree({"version of edgecl": __version__, **_settings_of(recipe)})
-            stack.enter_context(_threads(recipe.run.threads))
-            return _run(
-                recipe,
-                recipe_name=recipe_name,
-                run_dir=run_dir,
-                uri=uri,
-                device=device,
-                resume=resume,
-                allow=allow,
-                changes=changes,
-                download=download,
-            )
+        if main:
+            stack.enter_context(_hold(run_dir))
+        # Before anything is read for hours, and before anything is removed.
+        processes.agree({"version of edgecl": __version__, **_settings_of(recipe)})
+        stack.enter_context(_threads(recipe.run.threads))
+        training, more_changes = _build(
+            recipe, run_dir=run_dir, uri=uri, device=device, resume=resume, allow=allow, download=download
+        )
+        record = describe_run(recipe, training, recipe_name=recipe_name, uri=uri)
+        if main:
+            _open_run_dir(training, record, resume=resume, changes=[*changes, *more_changes])
+        return _train(training, record, trackers=bool(recipe.run.trackers))
 
 
-def _run(
+def _build(
     recipe: Recipe,
     *,
-    recipe_name: str,
     run_dir: RunDir,
     uri: str,
     device: str,
     resume: bool,
     allow: Sequence[str],
-    changes: list[str],
     download: bool,
-) -> RunRecord:
+) -> tuple[Training, list[str]]:
+    """Build a run, at the step where it goes on.
+
+    Returns:
+        the run; and what of its images changed, where that is allowed.
+    """
     accelerator = create_accelerator(recipe, device=device, out=run_dir.path)
     if accelerator.device.type == "cpu":
         keep_freed_memory()
-    main = accelerator.is_main_process
+    going_on = resume and accelerator.is_main_process
     # Before the images are read, which can take hours: what the recipe asks for may not be possible.
     _check_memory(recipe, accelerator.device)
     torch.manual_seed(recipe.run.seed)
     net = create_slimmable(recipe)
     source = open_source(uri, split="train", download=download, index_dir=_index_beside(run_dir))
-    other: list[str] = []
-    left_out: list[str] = []
-    if resume and main:
-        other = check_source(run_dir, source, allowed=allow)
-        left_out = [] if other else left_out_before(run_dir)
+    changes = check_source(run_dir, source, allowed=allow) if going_on else []
+    left_out = left_out_before(run_dir) if going_on and not changes else []
+    data = recipe.data
     images = TrainingImages(
         source,
-        canvas_size=recipe.data.canvas_size or recipe.data.image_size,
-        cache_mib=recipe.data.cache_mib,
-        max_bad_fraction=recipe.data.max_bad_fraction,
-        workers=recipe.data.workers,
-        limit=recipe.data.limit,
-        decode=recipe.data.decode,
-        read_timeout_s=recipe.data.read_timeout_s,
+        canvas_size=data.canvas_size or data.image_size,
+        cache_mib=data.cache_mib,
+        max_bad_fraction=data.max_bad_fraction,
+        workers=data.workers,
+        limit=data.limit,
+        decode=data.decode,
+        read_timeout_s=data.read_timeout_s,
         left_out=processes.from_main(left_out),
     ).to(accelerator.device)
-    if resume and main:
-        changes = [*changes, *(other or check_images(run_dir, images, allowed=allow))]
+    if going_on and not changes:
+        changes = check_images(run_dir, images, allowed=allow)
     processes.agree({"images": f"{len(images)} with the fingerprint {source.fingerprint[:16]}"})
-    checkpoint = processes.from_main(newest_checkpoint(run_dir) if resume and main else None)
-    training = Training(
+    checkpoint = processes.from_main(newest_checkpoint(run_dir) if going_on else None)
+    training = create_training(
         recipe, net=net, images=images, source=source, accelerator=accelerator, run_dir=run_dir
     )
     if checkpoint:
@@ -212,96 +201,60 @@ def _run(
                 hint=f"set run.epochs to {ceil(training.step / training.steps_per_epoch)} or more, "
                 "or start a new run in another --out",
             )
-    record = RunRecord(
-        made_from=source.fingerprint,
-        recipe_name=recipe_name,
-        recipe=recipe.model_dump(mode="json"),
-        arm=recipe.arm,
-        panels=[panel._asdict() for panel in recipe.method.panels],
-        data=ImagesRead(
-            uri=absolute_uri(uri),
-            found=len(source),
-            images=len(images),
-            fingerprint=source.fingerprint,
-            skipped=list(images.skipped),
-        ),
-        seed=recipe.run.seed,
-        # A processor is one device, however many processes it runs; accelerate numbers it.
-        device="cpu" if accelerator.device.type == "cpu" else str(accelerator.device),
-        processes=accelerator.num_processes,
-        threads=torch.get_num_threads(),
-        steps_per_epoch=training.steps_per_epoch,
-        total_steps=training.total_steps,
-        params={
-            "host": count_parameters(net.host.get_submodule("backbone")),
-            "slim": _count_slim(net, net.slim_width),
-            # Named as in the metrics.
-            **{f"slim_at_{width:g}": _count_slim(net, width) for width in net.slim_widths[1:]},
-        },
-        versions=_versions(),
-        host_skips=net.host_skips,
-        launch=processes.launch(),
-        plateau=training.plateau.decision(),
-        state="running",
-        step=training.step,
-    )
-    before_s = 0.0
-    if main:
-        _say_host_skips(net)
-        if resume:
-            earlier = run_dir.read()
-            surroundings = other_surroundings(earlier, record)
-            _say_resuming(training, changes=changes, surroundings=surroundings)
-            changes = [*changes, *surroundings]
-            before_s = record.wall_s = earlier.wall_s
-            record.resumed_with, record.command = record.command, earlier.command
-            record.changes = [*earlier.changes, *changes]
-            write_record(run_dir.record_file, record)
-        else:
-            _start_run_dir(run_dir, record)
-    accelerator.wait_for_everyone()
-    if recipe.run.trackers:
+    return training, changes
+
+
+def _open_run_dir(training: Training, record: RunRecord, *, resume: bool, changes: list[str]) -> None:
+    """Write the record of a run that begins or goes on, into a directory of its own."""
+    run_dir, net = training.run_dir, training.net
+    if net.host_skips:
+        skips = [
+            f"{block} adds its input to its first {channels} channels only"
+            if channels
+            else f"{block} has none"
+            for block, channels in net.host_skips.items()
+        ]
+        tell(f"nested start: the host's skip connections are made like the slim net's; {', '.join(skips)}")
+    if not resume:
+        _start_run_dir(run_dir, record)
+        return
+    earlier = run_dir.read()
+    surroundings = other_surroundings(earlier, record)
+    for change in changes:
+        tell(f"resuming with a change: {change}")
+    if surroundings:
+        tell(f"resuming elsewhere: {'; '.join(surroundings)}; results agree to rounding, not bit for bit")
+    tell(f"going on from step {training.step} of {training.total_steps}")
+    record.wall_s = earlier.wall_s
+    record.resumed_with, record.command = record.command, earlier.command
+    record.changes = [*earlier.changes, *changes, *surroundings]
+    write_record(run_dir.record_file, record)
+
+
+def _train(training: Training, record: RunRecord, *, trackers: bool) -> RunRecord:
+    """Train to the last step, and keep the record of how far it is.
+
+    Raises:
+        Preempted: a signal ended it before.
+    """
+    training.accelerator.wait_for_everyone()
+    if trackers:
         # Not before the run directory stands: trackers write into it.
-        accelerator.init_trackers("edgecl")
-    started = time.monotonic()
-
-    def elapsed() -> float:
-        return round(before_s + time.monotonic() - started, 3)
-
-    ended = False
-    writing = threading.Lock()
-
-    def keep(step: int) -> None:
-        # A run that ends here keeps its step and its time, also when it is killed.
-        with writing:
-            record.step, record.plateau, record.wall_s = step, training.plateau.decision(), elapsed()
-            write_record(
-                run_dir.record_file, record if ended else record.model_copy(update={"state": "running"})
-            )
-
-    record.state = "stopped"
+        training.accelerator.init_trackers("edgecl")
+    file = RunFile(record, training)
+    state: State = "stopped"
+    error = None
     try:
         with StopRequest() as stop, processes.explain_lost_peers():
-            stopped_by = training.fit(stop=stop, on_checkpoint=keep)
-        if not stopped_by:
-            record.state, record.step = "done", training.step
-    except Exception as problem:
-        record.state, record.error = "failed", _in_one_line(problem)
+            stopped_by = training.fit(stop=stop, on_checkpoint=file.keep)
+        state = "stopped" if stopped_by else "done"
+    except Exception as exc:
+        state, error = "failed", _in_one_line(exc)
         raise
     finally:
-        for tracker in accelerator.trackers:
+        for tracker in training.accelerator.trackers:
             tracker.finish()
-        if main:
-            record.wall_s, record.plateau = elapsed(), training.plateau.decision()
-            record.data.skipped = list(images.skipped)
-            if not images.is_cached:
-                # Met on the way; images held in memory were counted without them.
-                record.data.images = len(images) - len(images.skipped)
-                say_skipped(images.skipped, uri)
-            # On a full disk, what the run failed of is the error to show.
-            with writing, contextlib.suppress(*[ArtifactError] if record.error else []):
-                ended = True  # a checkpoint may still be on its way when Ctrl-C ends the run at once
-                write_record(run_dir.record_file, record)
+        file.end(state, error=error)
     if stopped_by:
         raise Preempted(
             f"stopped by {'Ctrl-C' if stopped_by == signal.SIGINT else 'SIGTERM'} after step {training.step} of "
@@ -319,25 +272,6 @@ def _threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _say_host_skips(net: SlimmableNet) -> None:
-    if net.host_skips:
-        changes = [
-            f"{block} adds its input to its first {channels} channels only"
-            if channels
-            else f"{block} has none"
-            for block, channels in net.host_skips.items()
-        ]
-        tell(f"nested start: the host's skip connections are made like the slim net's; {', '.join(changes)}")
-
-
-def _say_resuming(training: Training, *, changes: list[str], surroundings: list[str]) -> None:
-    for change in changes:
-        tell(f"resuming with a change: {change}")
-    if surroundings:
-        tell(f"resuming elsewhere: {'; '.join(surroundings)}; results agree to rounding, not bit for bit")
-    tell(f"going on from step {training.step} of {training.total_steps}")
 
 
 def _in_one_line(problem: Exception) -> str:
@@ -368,20 +302,18 @@ def _check_shares(recipe: Recipe) -> None:
 
 def _check_memory(recipe: Recipe, device: torch.device) -> None:
     """Refuse a step whose views alone do not fit into the memory of the device they are made on."""
-    views, share = recipe.views, recipe.data.batch_size // processes.world_size()
-    whole = recipe.method.whole_views
-    pixels = whole * recipe.data.image_size**2 + views.local_count * recipe.local_size**2
-    needed = share * pixels * _BYTES_PER_PIXEL
+    specs, share = recipe.view_specs, recipe.data.batch_size // processes.world_size()
+    needed = share * sum(spec.count * spec.size**2 for spec in specs) * _BYTES_PER_PIXEL
     if device.type == "cuda":
         there, holds = torch.cuda.get_device_properties(device).total_memory, "the GPU"
     else:
-        there, holds = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine"
+        there, holds = psutil.virtual_memory().total, "this machine"
     if needed > there:
         raise RecipeError(
-            f"the {share} x {whole + views.local_count} views of one step take {needed / 2**30:.1f} GiB, "
+            f"the {share} x {sum(spec.count for spec in specs)} views of one step take {needed / 2**30:.1f} GiB, "
             f"and {holds} has {there / 2**30:.1f} GiB of memory",
             hint="lower [data] batch_size or image_size"
-            + (", or [views] local_count or local_size" if views.local_count else ""),
+            + (", or [views] local_count or local_size" if recipe.views.local_count else ""),
         )
 
 
@@ -446,14 +378,14 @@ def _hold(run_dir: RunDir) -> Iterator[None]:
 
 
 def _only_traces(out: Path) -> bool:
-    """Tell whether there is nothing, or no more than what a run killed in its first moments leaves."""
+    """Return whether there is nothing, or no more than what a run killed in its first moments leaves."""
     if not out.exists():
         return True
     return out.is_dir() and all(path.name.startswith((LOCK, ".run.json.")) for path in out.iterdir())
 
 
 def _start_run_dir(run_dir: RunDir, record: RunRecord) -> None:
-    """Put a new record where an earlier run may stand, and then remove what is left of that.
+    """Write a new record where an earlier run may stand, then remove what is left of that run.
 
     Killed at any moment, the directory never holds one run's record with the other's checkpoints.
     """
@@ -478,22 +410,3 @@ def _how_to_go_on() -> str:
     if torch.distributed.is_torchelastic_launched() and os.environ.get("LOCAL_WORLD_SIZE") == str(world):
         return f"go on with: torchrun --standalone --nproc-per-node {world} -m {command}"
     return f"go on, in every process as it was launched, with: {command}"
-
-
-def _count_slim(net: SlimmableNet, width: float) -> int:
-    learned = {id(parameter) for parameter in net.parameters()}
-    return sum(
-        tensor.numel()
-        for name, tensor in net.slim_tensors(width).items()
-        if name.startswith("backbone.") and (tensor.requires_grad or id(tensor) in learned)
-    )
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "accelerate": accelerate.__version__,
-        "numpy": numpy.__version__,
-    }

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 import torch.distributed
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 
-from edgecl.config.recipe import Recipe
+from edgecl.config.recipe import Data, Host
 from edgecl.data.loading import load_eval_images, normalize
-from edgecl.data.sources import ImageSource
+from edgecl.data.source import ImageSource
 from edgecl.metrics.collapse import extract_features, knn_top1, rank_me
 from edgecl.nets.backbone import create_backbone, recalibrate
 from edgecl.nets.build import backbone_tensors
@@ -28,27 +29,27 @@ class QualityWatch:
     """Measures the nets as they would be carved: evaluation mode, backbone only.
 
     Args:
-        recipe: of the run.
-        source: its images.
+        source: the run's images.
         images: how many of them may be used.
+        data: their size and normalization.
+        host: architecture of the nets.
         accelerator: each process runs its share of the images.
 
     Raises:
         DataError: none of the images can be read.
     """
 
-    def __init__(self, recipe: Recipe, *, source: ImageSource, images: int, accelerator: Accelerator):
-        data = recipe.data
+    def __init__(self, source: ImageSource, *, images: int, data: Data, host: Host, accelerator: Accelerator):
         loaded = load_eval_images(
             source,
             resize_size=data.resize_size or data.image_size,
             image_size=data.image_size,
-            # The whole of the data is held to what is allowed; a part of it may have more.
+            # The limit is for all images; a part of them may have more.
             max_bad_fraction=1.0,
             limit=min(IMAGES, images),
             read_timeout_s=data.read_timeout_s,
         )
-        self._recipe = recipe
+        self._data, self._host = data, host
         self._accelerator = accelerator
         self._count = len(loaded.images)
         self._share = loaded.images.tensor_split(accelerator.num_processes)[accelerator.process_index]
@@ -88,7 +89,7 @@ class QualityWatch:
         return record
 
     def _features(self, net: SlimmableNet, width: float, *, untrained: bool) -> Tensor:
-        host, data = self._recipe.host, self._recipe.data
+        host, data = self._host, self._data
         with torch.random.fork_rng():
             backbone = create_backbone(host.arch, width=width, stem_stride=host.stem_stride)
         if width == net.host_width:
@@ -111,7 +112,8 @@ class QualityWatch:
         features = extract_features(
             backbone, self._share, normalize=lambda part: normalize(part, data.mean, data.std)
         )
-        return _gathered(features, self._count, self._accelerator)
+        shares: list[Tensor] = gather_object([features])
+        return torch.cat(shares)
 
     def _knn(self, features: Tensor) -> float | None:
         """Classify every other image by its neighbors among the rest."""
@@ -120,7 +122,7 @@ class QualityWatch:
         return knn_top1(features[::2], self._labels[::2], features[1::2], self._labels[1::2])
 
 
-def quality_of(record: dict[str, Any]) -> dict[str, Any] | None:
+def quality_of(record: Mapping[str, float | None]) -> dict[str, str | float] | None:
     """Choose by which number of a quality record checkpoints compare: kNN accuracy, or RankMe without labels."""
     for kind in ("knn_top1", "rankme"):
         for net in ("slim", "host"):
@@ -128,16 +130,3 @@ def quality_of(record: dict[str, Any]) -> dict[str, Any] | None:
             if value is not None:
                 return {"name": f"{kind}_{net}", "value": value}
     return None
-
-
-def _gathered(features: Tensor, count: int, accelerator: Accelerator) -> Tensor:
-    """Put the shares of all processes together again, in order."""
-    processes = accelerator.num_processes
-    if processes == 1:
-        return features
-    longest = -(-count // processes)
-    padded = features.new_zeros((longest, features.shape[1]))
-    padded[: len(features)] = features
-    shares = accelerator.gather(padded.to(accelerator.device)).cpu().view(processes, longest, -1)
-    sizes = [len(part) for part in torch.arange(count).tensor_split(processes)]
-    return torch.cat([share[:size] for share, size in zip(shares, sizes, strict=True)])

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from edgecl.config.recipe import Recipe, flatten, recipe_from_tables
 from edgecl.data.loading import TrainingImages
-from edgecl.data.sources import ImageSource, absolute_uri
+from edgecl.data.source import ImageSource
+from edgecl.data.sources import absolute_uri
 from edgecl.errors import ArtifactError, RecipeError, first_of, near_matches
 from edgecl.storage.checkpoint import Checkpoint, has_checkpoint, read_newest
 from edgecl.storage.directories import RunDir
@@ -40,7 +41,7 @@ _WITH_OTHERS = (
 
 
 def check_allowed(keys: Sequence[str], recipe: Recipe) -> None:
-    """Hold the settings a user lets change to those that may.
+    """Check that the settings a user lets change are those that may.
 
     Args:
         keys: of settings.
@@ -60,7 +61,7 @@ def check_allowed(keys: Sequence[str], recipe: Recipe) -> None:
 
 
 def check_recipe(run_dir: RunDir, recipe: Recipe, *, allowed: Sequence[str]) -> list[str]:
-    """Hold the recipe to the one the run was started with.
+    """Compare the recipe with the one the run was started with.
 
     Args:
         run_dir: of the earlier run.
@@ -94,12 +95,12 @@ def check_recipe(run_dir: RunDir, recipe: Recipe, *, allowed: Sequence[str]) -> 
 
 
 def was_launched_as(run_dir: RunDir, launch: str | None) -> bool:
-    """Tell whether a run was started by this launch of torchrun, and not by an earlier one."""
+    """Return whether a run was started by this launch of torchrun, and not by an earlier one."""
     return launch is not None and run_dir.record_file.exists() and run_dir.read().launch == launch
 
 
 def check_source(run_dir: RunDir, source: ImageSource, *, allowed: Sequence[str]) -> list[str]:
-    """Hold the images to those the run was started with, by their names and sizes.
+    """Compare the images with those the run was started with, by names and sizes.
 
     Returns:
         What changed, in one text, where that is allowed.
@@ -127,7 +128,7 @@ def left_out_before(run_dir: RunDir) -> list[str]:
 
 
 def check_images(run_dir: RunDir, images: TrainingImages, *, allowed: Sequence[str]) -> list[str]:
-    """Hold images in memory to those the run was started with: each one less moves all others in the order.
+    """Compare images in memory with those the run was started with: each one less moves all others in the order.
 
     Images that are read batch by batch keep their places, and another stands in for an unreadable one.
 
@@ -182,8 +183,8 @@ def other_surroundings(before: RunRecord, now: RunRecord) -> list[str]:
     return [f"{key} was {was}, now {is_}" for key, (was, is_) in found.items() if was not in (None, is_)]
 
 
-def differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
-    """Say what differs between two recipes' tables: "table.key" -> "table.key was …, now …"."""
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
+    """Return what differs between two recipes' tables: "table.key" -> "table.key was …, now …"."""
     was, is_ = flatten(before), flatten(now)
     return {
         key: f"{key} was {was.get(key)!r}, now {is_.get(key)!r}"

@@ -1,4 +1,4 @@
-"""Whether training here is exact under many processes: a step of every arm, against one process with the whole batch.
+"""Whether training is exact under many processes: a step of every arm, against one process with the whole batch.
 
 Everything is what `edgecl pretrain` trains with: the net of a recipe, its synchronized norms, the step, accelerate's
 data-parallel wrapper and, between the processes, the network and the libraries of the user's own machines. Numbers are
@@ -11,19 +11,21 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
-import json
+import math
 import os
 import subprocess
 import sys
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from accelerate.state import AcceleratorState
+from accelerate.utils import gather_object
+from pydantic import ValidationError
 from torch import Tensor
 
 import edgecl
@@ -32,14 +34,15 @@ from edgecl.distributed import processes
 from edgecl.errors import DeviceError, ProcessError, RecipeError, near_matches
 from edgecl.nets.build import create_slimmable
 from edgecl.nets.slimming import SlimmableNet
+from edgecl.storage.records import ArmDifferences, SelftestReport
 from edgecl.train.pretrain import create_accelerator
-from edgecl.train.step import Step
+from edgecl.train.step import Step, create_step
 
 TOLERANCE = 1e-5
 KINDS = ("loss", "gradients", "statistics")
 
 # A tensor is measured by its own largest number, or by this part of the largest of its kind if it has none so large:
-# gradients that are zero but for rounding, such as those of a bias in front of a norm, are not held to themselves.
+# gradients that are zero but for rounding, such as those of a bias in front of a norm, are not measured by themselves.
 _FLOOR = 1e-6
 STATUS = "selftest: "
 """What a line of progress begins with where another process reads it."""
@@ -55,7 +58,7 @@ class Arm(NamedTuple):
     """One way to train: settings of a recipe."""
 
     name: str
-    settings: dict[str, dict[str, Any]]
+    settings: Mapping[str, Mapping[str, object]]
 
 
 ARMS = (
@@ -81,7 +84,7 @@ ARMS = (
 
 def recipe_of(arm: Arm, *, batch_size: int) -> Recipe:
     """Return the recipe an arm is tried with: a net of real layers, small enough for a step in a second."""
-    tables: dict[str, dict[str, Any]] = {
+    tables: dict[str, Mapping[str, object]] = {
         "host": {"arch": "mobilenetv3_small_050", "width": 1.5, "stem_stride": 1},
         "slim": {"width": 1.0},
         "projector": {"sizes": [32, 32, 16]},
@@ -110,7 +113,7 @@ def run_arms(
     report: Report,
     arms: Sequence[Arm] = ARMS,
 ) -> dict[str, Results]:
-    """Take one step with every arm, from the same weights and images wherever it runs.
+    """Run one step with every arm, from the same weights and images wherever it runs.
 
     Args:
         device: 'auto', 'cpu' or 'cuda'.
@@ -132,7 +135,7 @@ def run_arms(
         accelerator = create_accelerator(recipe, device=device, out=Path())
         net = copy.deepcopy(fresh_net(recipe.host.width, recipe.slim.all_widths))
         # More than one step, or timm remarks that the rate's schedule is none.
-        step = Step(recipe, net=net, accelerator=accelerator, steps_per_epoch=2)
+        step = create_step(recipe, net, accelerator=accelerator, steps_per_epoch=2)
         parts = recipe.run.accumulate if world_size == 1 else 1
         views = [
             _laid_out(view, shares=shares, parts=parts).chunk(world_size)[rank].to(accelerator.device)
@@ -161,16 +164,12 @@ def _views(recipe: Recipe) -> list[Tensor]:
     # No two shares are alike in mean and scale, so that statistics of one share are wrong for the whole.
     ramp = torch.linspace(0, 2, batch_size, dtype=torch.float64).view(-1, 1, 1, 1)
     view_a = view_a * (1 + ramp) + ramp
-    side = recipe.local_size
-    return [
-        view_a,
-        *(varied(view_a) for _ in range(recipe.method.whole_views - 1)),
-        *(varied(view_a[..., :side, :side]) for _ in range(recipe.views.local_count)),
-    ]
+    sizes = [spec.size for spec in recipe.view_specs for _ in spec.names]
+    return [view_a, *(varied(view_a[..., :size, :size]) for size in sizes[1:])]
 
 
 def _laid_out(view: Tensor, *, shares: int, parts: int) -> Tensor:
-    """Bring the first parts of all shares to the front, then the second: (N, …) as one process takes them."""
+    """Reorder the first parts of all shares to the front, then the second: (N, …) as one process takes them."""
     return view.view(shares, parts, -1, *view.shape[1:]).transpose(0, 1).reshape(view.shape)
 
 
@@ -225,11 +224,11 @@ def chosen_arms(names: Sequence[str]) -> tuple[Arm, ...]:
     return tuple(known[name] for name in dict.fromkeys(names)) or ARMS
 
 
-def compare(*, device: str, report: Report, names: Sequence[str] = ()) -> dict[str, Any]:
+def compare(*, device: str, report: Report, names: Sequence[str] = ()) -> SelftestReport:
     """Compare this run's processes, one of which calls this, with one process that has the whole batch.
 
-    Every process computes the whole for itself before it joins the others, and holds its own results to it; the decision
-    is of the worst of all processes and is the same in all of them.
+    Every process computes the whole for itself before it joins the others, and compares its own results
+    with it; the decision is of the worst of all processes and is the same in all of them.
 
     Args:
         device: 'auto', 'cpu' or 'cuda'.
@@ -237,7 +236,7 @@ def compare(*, device: str, report: Report, names: Sequence[str] = ()) -> dict[s
         names: of the arms; none for all.
 
     Returns:
-        the record: 'exact', and for every arm the largest relative differences.
+        for every arm the largest relative differences, and the conditions.
 
     Raises:
         DeviceError: no GPU for this process.
@@ -262,7 +261,6 @@ def compare(*, device: str, report: Report, names: Sequence[str] = ()) -> dict[s
         )
     processes.join(device)
     with processes.explain_lost_peers():
-        hosts = _hosts()
         found = run_arms(
             device=device,
             world_size=world_size,
@@ -271,6 +269,7 @@ def compare(*, device: str, report: Report, names: Sequence[str] = ()) -> dict[s
             report=lambda arm: report(f"{world_size} processes: {arm}"),
             arms=arms,
         )
+        hosts = sorted(set(gather_object([os.uname().nodename])))
         differences = _worst_of_all(
             torch.tensor(
                 [
@@ -282,30 +281,25 @@ def compare(*, device: str, report: Report, names: Sequence[str] = ()) -> dict[s
         )
     on_gpu = device != "cpu" and torch.cuda.is_available()
     rows = [
-        {"arm": arm.name, **dict(zip(KINDS, row, strict=True)), "exact": max(row) <= TOLERANCE}
+        ArmDifferences(
+            arm=arm.name,
+            # JSON knows no infinity.
+            **{kind: value if math.isfinite(value) else None for kind, value in zip(KINDS, row, strict=True)},
+            exact=max(row) <= TOLERANCE,
+        )
         for arm, row in zip(arms, differences.tolist(), strict=True)
     ]
-    return {
-        "exact": all(row["exact"] for row in rows),
-        "processes": world_size,
-        "hosts": hosts,
-        "device": "cuda" if on_gpu else "cpu",
-        "backend": "nccl" if on_gpu else "gloo",
-        "batch_size": batch_size_for(world_size),
-        "tolerance": TOLERANCE,
-        "torch": torch.__version__,
-        # JSON knows no infinity.
-        "arms": [
-            {key: None if value == float("inf") else value for key, value in row.items()} for row in rows
-        ],
-    }
-
-
-def _hosts() -> list[str]:
-    everyone: list[Any] = [os.uname().nodename] * processes.world_size()
-    if len(everyone) > 1:
-        torch.distributed.all_gather_object(everyone, os.uname().nodename)
-    return sorted(set(everyone))
+    return SelftestReport(
+        exact=all(row.exact for row in rows),
+        processes=world_size,
+        hosts=hosts,
+        device="cuda" if on_gpu else "cpu",
+        backend="nccl" if on_gpu else "gloo",
+        batch_size=batch_size_for(world_size),
+        tolerance=TOLERANCE,
+        torch=torch.__version__,
+        arms=rows,
+    )
 
 
 def _worst_of_all(differences: Tensor) -> Tensor:
@@ -329,11 +323,11 @@ def _alone() -> Iterator[None]:
 
 
 def is_launched() -> bool:
-    """Tell whether torchrun or the like started this process."""
+    """Return whether torchrun or the like started this process."""
     return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))
 
 
-def launch(*, count: int | None, device: str, report: Report, names: Sequence[str] = ()) -> dict[str, Any]:
+def launch(*, count: int | None, device: str, report: Report, names: Sequence[str] = ()) -> SelftestReport:
     """Start the processes on this machine, as torchrun does, and return their record.
 
     Args:
@@ -394,10 +388,9 @@ def launch(*, count: int | None, device: str, report: Report, names: Sequence[st
         answer.seek(0)
         text = answer.read()
     try:
-        record: dict[str, Any] = json.loads(text)
-    except json.JSONDecodeError:
+        return SelftestReport.model_validate_json(text)
+    except ValidationError:
         raise _error_among(list(words), status) from None
-    return record
 
 
 def _error_among(lines: list[str], status: int) -> ProcessError:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 
 from edgecl.config.recipe import Recipe
 from edgecl.data.randomness import random_uint64
 from edgecl.distributed import processes
-from edgecl.methods.method import Embeddings, Terms, create_method
+from edgecl.methods.method import Embeddings, Method, Terms, create_method
 from edgecl.nets.slimming import SlimmableNet
 from edgecl.nets.sync_norms import synchronize_norms
 from edgecl.train.monitor import gradient_norms
@@ -41,43 +43,51 @@ class Outcome(NamedTuple):
     stop: int
 
 
+_Learnt = tuple[Tensor, Terms, Embeddings, Callable[[], tuple[bool, int]]]
+"""Loss, terms, embeddings, and the vote of `_cast_vote`."""
+
+
 class Step:
-    """The moving parts of training: method, optimizer and schedule.
+    """The moving parts of training: method, optimizer and schedule; `create_step` builds one from a recipe.
 
     Args:
-        recipe: what to train and how.
-        net: host and slim nets; moved to the accelerator's device and wrapped for its processes.
+        method: on the accelerator's device.
+        passes: the method, wrapped for the accelerator's processes.
+        optimizer: wrapped, too.
+        schedule: of the optimizer's rate.
         accelerator: device, precision and processes.
-        steps_per_epoch: of the run.
+        seed: of the run.
+        parts: how many parts of this process's share go through the net one after another.
+        clip_norm: norm above which gradients are scaled down.
+        memory_format: of the views.
     """
 
-    def __init__(self, recipe: Recipe, *, net: SlimmableNet, accelerator: Accelerator, steps_per_epoch: int):
-        run = recipe.run
-        self.net = net
+    def __init__(
+        self,
+        method: Method,
+        *,
+        passes: nn.Module,
+        optimizer: AcceleratedOptimizer,
+        schedule: CosineLRScheduler,
+        accelerator: Accelerator,
+        seed: int,
+        parts: int,
+        clip_norm: float | None,
+        memory_format: torch.memory_format,
+    ):
+        self.method = method
+        self.net = method.net
+        self.passes = passes
+        self.optimizer = optimizer
         self.accelerator = accelerator
         self.rate_factor = 1.0
         """What the schedule's rate is multiplied by."""
-        self._seed = run.seed
-        self._parts = run.accumulate
-        self._clip_norm = recipe.optim.clip_norm
-        self._memory_format = torch.channels_last if run.channels_last else torch.contiguous_format
-        net.to(memory_format=self._memory_format)
-        if run.sync_norms != "none":
-            synchronize_norms(net, which=run.sync_norms, device=accelerator.device)
-        net.to(accelerator.device)
-        if run.compile:
-            net.compile_passes()
-        self.method = create_method(recipe, net, steps_per_epoch=steps_per_epoch).to(accelerator.device)
-        optimizer = create_optimizer(self.method, recipe.optim, batch_size=recipe.data.batch_size)
-        self.passes, self.optimizer = accelerator.prepare(self.method, optimizer)
-        self._schedule = create_schedule(
-            optimizer,
-            recipe.optim,
-            batch_size=recipe.data.batch_size,
-            steps_per_epoch=steps_per_epoch,
-            total_steps=self.method.total_steps,
-        )
-        self._statistics = _Statistics(self.method)
+        self._schedule = schedule
+        self._seed = seed
+        self._parts = parts
+        self._clip_norm = clip_norm
+        self._memory_format = memory_format
+        self._statistics = _Statistics(method)
 
     def __call__(
         self,
@@ -90,8 +100,7 @@ class Step:
         """Take one step.
 
         Args:
-            views: the whole views, (n, 3, H, W) each, then any local ones, (n, 3, h, w); this process's share of the
-                batch.
+            views: (n, 3, size, size) for each view that the method asked for; this process's share of the batch.
             number: steps taken before this one.
             watch: also measure gradient norms, for which the host process waits.
             stop: the signal by which this process was asked to end; 0 when it was not.
@@ -99,17 +108,14 @@ class Step:
         if not self.passes.training:  # to set it takes a walk over all modules
             self.passes.train()
         self._statistics.remember()
-        given = _Input(
-            [view.contiguous(memory_format=self._memory_format) for view in views],
-            number,
-            watch,
-            stop,
-        )
+        views = [view.contiguous(memory_format=self._memory_format) for view in views]
+        self.net.watched = {} if watch else None
         learn = self._whole if self._parts == 1 else self._in_parts
-        loss, terms, embeddings, vote, watched = learn(given)
+        loss, terms, embeddings, vote = learn(views, number, stop)
+        watched, self.net.watched = self.net.watched or {}, None
         norms = self._gradient_norms(watched) if watch else {}
         # By now the device is busy with the backward pass; the vote was cast before it.
-        broken, stop = vote.result()
+        broken, stop = vote()
         if broken:
             self._statistics.put_back()
         else:
@@ -128,18 +134,13 @@ class Step:
         """Learning rate of the last step."""
         return float(self.optimizer.param_groups[0]["lr"])
 
-    def _whole(self, given: _Input) -> _Learnt:
-        self.net.watched = {} if given.watch else None
-        self._seed_layers(given.number, part=0)
+    def _whole(self, views: list[Tensor], number: int, stop: int) -> _Learnt:
+        self._seed_layers(number, part=0)
         with self.accelerator.autocast():
-            embeddings = self.passes(given.views, given.number)
-        loss, terms = self.method.loss(embeddings, given.number)
-        vote = _Vote(loss, stop=given.stop)
-        self.accelerator.backward(loss)
-        watched, self.net.watched = self.net.watched or {}, None
-        return _Learnt(loss, terms, embeddings, vote, watched)
+            embeddings: Embeddings = self.passes(views, number)
+        return self._pull(embeddings, number, stop)
 
-    def _in_parts(self, given: _Input) -> _Learnt:
+    def _in_parts(self, views: list[Tensor], number: int, stop: int) -> _Learnt:
         """Compute the gradient of the whole batch's loss with one part of it in memory at a time.
 
         The loss couples all samples, so parts cannot be summed. All embeddings are computed first, without a graph;
@@ -148,34 +149,37 @@ class Step:
 
         Source: Gao et al. 2021 (GradCache), arXiv:2101.06983, section 3.
         """
-        parts = list(zip(*(view.chunk(self._parts) for view in given.views), strict=True))
+        parts = list(zip(*(view.chunk(self._parts) for view in views), strict=True))
         ahead: list[Embeddings] = []
-        for part, views in enumerate(parts):
-            self._seed_layers(given.number, part=part)
+        for part, of_part in enumerate(parts):
+            self._seed_layers(number, part=part)
             with self.net.frozen(), self.accelerator.autocast():
-                ahead.append(self.method(views, given.number))
+                ahead.append(self.method(of_part, number))
         embeddings = _joined(ahead)
-        loss, terms = self.method.loss(embeddings, given.number)
-        vote = _Vote(loss, stop=given.stop)
-        self.accelerator.backward(loss)
+        learned = self._pull(embeddings, number, stop)
         pulls = {
             name: leaf.grad.chunk(self._parts)
             for name, leaf in embeddings.learnt.items()
             if leaf.grad is not None
         }
-        self.net.watched = {} if given.watch else None
-        for part, views in enumerate(parts):
+        for part, of_part in enumerate(parts):
             last = part == self._parts - 1
-            self._seed_layers(given.number, part=part)
+            self._seed_layers(number, part=part)
             # Gradients travel once, with the last part.
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.passes):
                 with self.accelerator.autocast():
-                    learnt = self.passes(views, given.number, True).learnt
+                    learnt = self.passes(of_part, number, True).learnt
                 torch.autograd.backward(
                     [learnt[name] for name in pulls], [pull[part] for pull in pulls.values()]
                 )
-        watched, self.net.watched = self.net.watched or {}, None
-        return _Learnt(loss, terms, embeddings, vote, watched)
+        return learned
+
+    def _pull(self, embeddings: Embeddings, number: int, stop: int) -> _Learnt:
+        """Compute the loss, cast the vote on it and run the loss's backward pass."""
+        loss, terms = self.method.loss(embeddings, number)
+        vote = _cast_vote(loss, stop=stop)
+        self.accelerator.backward(loss)
+        return loss, terms, embeddings, vote
 
     def _seed_layers(self, number: int, *, part: int) -> None:
         """Seed layers that draw random numbers (dropout, stochastic depth), so that nothing depends on history."""
@@ -191,16 +195,56 @@ class Step:
         scaler = self.accelerator.scaler
         return gradient_norms(self.net, watched, scale=scaler.get_scale() if scaler else 1.0)
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, object]:
         """Return what a checkpoint keeps besides weights and the optimizer's tensors: the scaling of fp16's loss."""
         scaler = self.accelerator.scaler
         return {"scaler": scaler.state_dict() if scaler else None}
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Take what a checkpoint kept."""
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Restore what a checkpoint kept."""
         scaler = self.accelerator.scaler
         if scaler and state.get("scaler"):
             scaler.load_state_dict(state["scaler"])
+
+
+def create_step(recipe: Recipe, net: SlimmableNet, *, accelerator: Accelerator, steps_per_epoch: int) -> Step:
+    """Build what a recipe trains with.
+
+    Args:
+        recipe: what to train and how.
+        net: host and slim nets; moved to the accelerator's device and wrapped for its processes.
+        accelerator: device, precision and processes.
+        steps_per_epoch: of the run.
+    """
+    run, optim, device = recipe.run, recipe.optim, accelerator.device
+    memory_format = torch.channels_last if run.channels_last else torch.contiguous_format
+    net.to(memory_format=memory_format)
+    if run.sync_norms != "none":
+        synchronize_norms(net, which=run.sync_norms, device=device)
+    net.to(device)
+    if run.compile:
+        net.compile_passes()
+    method = create_method(recipe, net, steps_per_epoch=steps_per_epoch).to(device)
+    bare = create_optimizer(method, optim, batch_size=recipe.data.batch_size)
+    passes, optimizer = accelerator.prepare(method, bare)
+    schedule = create_schedule(
+        bare,
+        optim,
+        batch_size=recipe.data.batch_size,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=method.total_steps,
+    )
+    return Step(
+        method,
+        passes=passes,
+        optimizer=optimizer,
+        schedule=schedule,
+        accelerator=accelerator,
+        seed=run.seed,
+        parts=run.accumulate,
+        clip_norm=optim.clip_norm,
+        memory_format=memory_format,
+    )
 
 
 def _joined(parts: list[Embeddings]) -> Embeddings:
@@ -212,53 +256,32 @@ def _joined(parts: list[Embeddings]) -> Embeddings:
     return Embeddings({name: z.requires_grad_() for name, z in learnt.items()}, targets)
 
 
-class _Input(NamedTuple):
-    """What a step is made of, as `Step.__call__` takes it."""
+def _cast_vote(loss: Tensor, *, stop: int) -> Callable[[], tuple[bool, int]]:
+    """Ask all processes whether their loss is finite and by which signal to stop; the answer is read later.
 
-    views: list[Tensor]
-    number: int
-    watch: bool
-    stop: int
+    On a GPU it is copied while the backward pass runs, so that reading it does not drain the device's queue.
 
-
-class _Learnt(NamedTuple):
-    """What the passes of a step leave behind besides the parameters' gradients."""
-
-    loss: Tensor
-    terms: Terms
-    embeddings: Embeddings
-    vote: _Vote
-    watched: dict[str, Tensor]
-    """Gradients of the slim net's slices; empty unless asked for."""
-
-
-class _Vote:
-    """Whether the loss is finite, and by which signal to stop: cast before the backward pass, read after it.
-
-    On a GPU the answer is copied while the backward pass runs, so that reading it does not drain the device's queue.
+    Returns:
+        what returns (the loss is not finite, the signal by which a process was asked to stop).
     """
+    answer = torch.stack(
+        [(~torch.isfinite(loss.detach())).float(), torch.full_like(loss.detach(), float(stop)).float()]
+    )
+    if processes.world_size() > 1:
+        torch.distributed.all_reduce(answer, op=torch.distributed.ReduceOp.MAX)
+    copied = None
+    if answer.is_cuda:
+        answer = torch.empty(answer.shape, pin_memory=True).copy_(answer, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
 
-    def __init__(self, loss: Tensor, *, stop: int):
-        answer = torch.stack(
-            [(~torch.isfinite(loss.detach())).float(), torch.full_like(loss.detach(), float(stop)).float()]
-        )
-        if processes.world_size() > 1:
-            torch.distributed.all_reduce(answer, op=torch.distributed.ReduceOp.MAX)
-        self._copied: torch.cuda.Event | None = None
-        if answer.is_cuda:
-            held = torch.empty(answer.shape, pin_memory=True)
-            held.copy_(answer, non_blocking=True)
-            self._copied = torch.cuda.Event()
-            self._copied.record()
-            answer = held
-        self._answer = answer
+    def read() -> tuple[bool, int]:
+        if copied is not None:
+            copied.synchronize()
+        broken, asked = answer.numpy()
+        return bool(broken), int(asked)
 
-    def result(self) -> tuple[bool, int]:
-        """Return (the loss is not finite, the signal by which a process was asked to stop)."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        broken, stop = self._answer.numpy()
-        return bool(broken), int(stop)
+    return read
 
 
 class _Statistics:

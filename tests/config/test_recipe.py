@@ -241,7 +241,13 @@ def test_a_local_view_is_half_as_wide_unless_said_otherwise(image_size, asked, s
         "data": {"image_size": image_size},
         "views": {"local_size": asked},
     }
-    assert recipe_from_tables(tables, source="test").local_size == side
+    assert (
+        recipe_from_tables(tables, source="test")
+        .views.model_copy(update={"local_count": 1})
+        .specs(image_size)[-1]
+        .size
+        == side
+    )
 
 
 @pytest.mark.parametrize(
@@ -341,9 +347,9 @@ READS = reads()
 def test_no_setting_is_dead(table, key):
     if (table, key) == ("slim", "widths"):
         key = "all_widths"  # the property that puts it together with the slim width
-    if (table, key) == ("views", "local_size"):
-        table = "recipe"  # the property that knows its default
-    assert READS & {(owner, key) for owner in (table, "settings", *(["self"] if table == "config" else []))}
+    assert READS & {
+        (owner, key) for owner in (table, "settings", *(["self"] if table in ("config", "views") else []))
+    }
 
 
 def test_slim_widths_are_put_in_order_with_the_widest_first(write):

@@ -39,7 +39,7 @@ def write_shards(tmp_path):
 
     def write(count, *, each=4, classes=3, folder="data"):
         root = tmp_path / folder
-        root.mkdir(exist_ok=True)
+        root.mkdir(parents=True, exist_ok=True)
         for shard in range(count):
             with TarWriter(str(root / f"x-{shard:03}.tar")) as writer:
                 for number in range(shard * each, (shard + 1) * each):

@@ -11,7 +11,8 @@ from PIL import Image
 from edgecl.data import decode
 from edgecl.data.decode import canvas, decode_on, read_canvas, read_encoded, refuse_without_nvjpeg
 from edgecl.data.loading import TrainingImages
-from edgecl.data.sources import UnreadableImage, open_source
+from edgecl.data.source import UnreadableImage
+from edgecl.data.sources import open_source
 from edgecl.errors import DeviceError
 
 

@@ -1,4 +1,4 @@
-"""Remote shards: over HTTP from a server that misbehaves, through other programs, without their secrets."""
+"""Remote shards: over HTTP from a server that misbehaves, from S3, without their secrets."""
 
 import hashlib
 import multiprocessing
@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 import warnings
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip("webdataset")
+pytest.importorskip("aiohttp")
 
 from edgecl.data import fetching
 from edgecl.data.fetching import cached_place
@@ -55,8 +57,9 @@ class Handler(BaseHTTPRequestHandler):
         name = self.path.partition("?")[0].lstrip("/")
         server.asked.append(self.path)
         path = server.folder / name
-        if server.behave == "forbid" or not path.is_file():
-            self.send_error(403 if server.behave == "forbid" else 404)
+        busy = server.behave == "busy" or (server.behave == "busy once" and len(server.asked) == 1)
+        if busy or server.behave == "forbid" or not path.is_file():
+            self.send_error(503 if busy else 403 if server.behave == "forbid" else 404)
             return
         content = path.read_bytes()
         announced = len(content)
@@ -112,32 +115,37 @@ def test_a_damaged_file_in_the_cache_is_fetched_again(write_shards, server, cach
 
 def test_a_shard_the_server_has_not_is_named(write_shards, server):
     write_shards(1)
-    assert str(exc(f"shards:{server.url}/x-{{000..001}}.tar")) == (
-        "the shard 'x-001.tar' could not be fetched: HTTP 404, there is no such file\n"
-        f"  url:  {server.url}/x-001.tar\n"
-        "  hint: compare the pattern's braces with what is there"
-    )
+    error = exc(f"shards:{server.url}/x-{{000..001}}.tar")
+    assert "'x-001.tar'" in error.problem
+    assert "no such file" in error.problem
+    assert error.where == {"url": f"{server.url}/x-001.tar"}
 
 
-def test_a_refused_login_says_where_a_login_belongs(write_shards, server):
+def test_a_refused_login_says_where_a_login_belongs_and_not_which(write_shards, server):
     write_shards(1)
     server.behave = "forbid"
     error = exc(f"shards:http://me:geheim@127.0.0.1:{server.server_port}/x-000.tar?Signature=streng")
-    assert str(error) == (
-        "the shard 'x-000.tar' could not be fetched: HTTP 403\n"
-        f"  url:  {server.url}/x-000.tar\n"
-        "  hint: the login or the signature is missing, wrong or out of date; records keep neither, so give the URL "
-        "anew, or with ${NAME} and the secret in the environment variable WDS_NAME"
-    )
+    assert "HTTP 403" in error.problem
+    assert "WDS_NAME" in error.hint
+    shown = "".join(traceback.format_exception(error))
+    assert not [secret for secret in ("geheim", "streng") if secret in shown]
 
 
 def test_a_server_that_is_not_there_is_named(server):
     server.shutdown()
     server.server_close()
     error = exc(f"shards:{server.url}/x.tar")
-    assert error.problem == "the shard 'x.tar' could not be fetched: no connection: refused, or no way there"
+    assert "no connection" in error.problem
     assert error.where == {"url": f"{server.url}/x.tar"}
-    assert error.hint == "check the URL's host and port, and that its server is up; what is fetched stays"
+
+
+def test_a_server_that_is_busy_is_tried_again(write_shards, server):
+    write_shards(1)
+    server.behave = "busy once"
+    assert numbers(open_source(f"shards:{server.url}/x-000.tar")) == [0, 1, 2, 3]
+    server.behave = "busy"
+    assert "HTTP 503 (3 tries)" in exc(f"shards:{server.url}/x-000.tar?other").problem
+    assert len(server.asked) == 2 + 3
 
 
 def test_a_connection_that_breaks_is_tried_again(write_shards, server):
@@ -151,10 +159,7 @@ def test_a_length_that_disagrees_with_content_length_is_found(write_shards, serv
     write_shards(1)
     server.behave = "break"
     error = exc(f"shards:{server.url}/x-000.tar")
-    assert error.problem == (
-        "the shard 'x-000.tar' could not be fetched: the connection ended before the announced length "
-        "(Content-Length) (3 tries)"
-    )
+    assert "broke before the end (3 tries)" in error.problem
     assert len(server.asked) == 3
     assert [path.suffix for path in cache.iterdir()] == [".lock"]
 
@@ -175,11 +180,8 @@ def test_a_server_that_falls_silent_is_given_up(write_shards, server, monkeypatc
     server.behave = "stall"
     monkeypatch.setattr(fetching, "STALL_S", 0.5)
     error = exc(f"shards:{server.url}/x-000.tar")
-    assert str(error) == (
-        "the shard 'x-000.tar' could not be fetched: no block of data came within 0 s\n"
-        f"  url:  {server.url}/x-000.tar\n"
-        "  hint: try again later; what is fetched stays"
-    )
+    assert "nothing came" in error.problem
+    assert error.where == {"url": f"{server.url}/x-000.tar"}
     assert [path.suffix for path in cache.iterdir()] == [".lock"]
 
 
@@ -271,7 +273,7 @@ def test_a_process_that_waits_for_one_that_gets_nowhere_gives_up(write_shards, s
     error = exc(f"shards:{url}")
     holder.kill()
     holder.communicate()
-    assert error.problem == "another process fetches the shard 'x-000.tar' and got no further for 0 s"
+    assert "another process" in error.problem
     assert error.where == {"url": url, "lock": str(lock)}
 
 
@@ -280,7 +282,7 @@ def test_a_cache_that_cannot_be_written_is_named(write_shards, server, monkeypat
     (tmp_path / "file").touch()
     monkeypatch.setenv("EDGECL_CACHE", str(tmp_path / "file"))
     error = exc(f"shards:{server.url}/x-000.tar")
-    assert error.problem == "the cache cannot be written: Not a directory"
+    assert "cannot be written" in error.problem
     assert error.where["cache"] == tmp_path / "file" / "shards"
     assert error.hint.startswith("EDGECL_CACHE names another place")
 
@@ -299,7 +301,7 @@ def test_a_full_disk_is_named(write_shards, server, cache):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fetching, "_part", full)
         error = exc(f"shards:{url}")
-    assert error.problem == "no room for the shard 'x-000.tar'"
+    assert "no room" in error.problem
     assert [path.suffix for path in cache.iterdir()] == [".lock"]
 
 
@@ -338,71 +340,60 @@ def test_a_secret_in_the_environment_stays_out_of_the_record(write_shards, serve
     assert absolute_uri(uri) == uri
 
 
-# --- through other programs ---
+# --- from elsewhere ---
 
 
 @pytest.fixture
-def program(tmp_path, monkeypatch):
-    """Put a real program of a given name first on the PATH."""
+def s3(server, monkeypatch):
+    """Have s3:// mean the server, which is asked for /BUCKET/KEY."""
+    pytest.importorskip("s3fs").S3FileSystem.clear_instance_cache()  # another test's server was elsewhere
+    for name, value in {
+        "AWS_ENDPOINT_URL": server.url,
+        "AWS_ACCESS_KEY_ID": "me",
+        "AWS_SECRET_ACCESS_KEY": "geheim",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_CONFIG_FILE": os.devnull,
+    }.items():
+        monkeypatch.setenv(name, value)
 
-    def put(name, script):
-        folder = tmp_path / "bin"
-        folder.mkdir(exist_ok=True)
-        path = folder / name
-        path.write_text(f"#!/bin/sh\n{script}\n")
-        path.chmod(0o755)
-        monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
 
-    return put
-
-
-def test_s3_is_read_by_the_aws_program(write_shards, program, tmp_path):
-    root = write_shards(2)
-    program("aws", f'echo "$@" >> {tmp_path}/asked\ncat {root}/$(basename "$3")')
-    source = open_source("shards:s3://bucket/train/x-{000..001}.tar")
+@pytest.mark.usefixtures("s3")
+def test_shards_come_from_s3(write_shards, server):
+    write_shards(2, folder="data/bucket")
+    source = open_source("shards:s3://bucket/x-{000..001}.tar")
     assert numbers(source) == list(range(8))
-    assert sorted((tmp_path / "asked").read_text().splitlines()) == [
-        "s3 cp s3://bucket/train/x-000.tar -",
-        "s3 cp s3://bucket/train/x-001.tar -",
-    ]
+    assert source.describe(0) == "s3://bucket/x-000.tar:000000.png"
 
 
-def test_what_aws_complains_about_is_shown(program):
-    program("aws", "echo >&2; echo 'fatal error: An error occurred (404): Not Found' >&2; exit 1")
-    assert str(exc("shards:s3://bucket/x.tar")) == (
-        "the shard 'x.tar' could not be fetched: its program ended with status 1\n"
-        "  url:  s3://bucket/x.tar\n"
-        "  said: fatal error: An error occurred (404): Not Found"
-    )
-
-
-def test_a_missing_program_is_named(monkeypatch, tmp_path):
-    monkeypatch.setenv("PATH", str(tmp_path))
+@pytest.mark.usefixtures("s3")
+@pytest.mark.parametrize(("behave", "word"), [("well", "no such file"), ("forbid", "denied")])
+def test_what_s3_refuses_is_named(server, behave, word):
+    server.behave = behave
     error = exc("shards:s3://bucket/x.tar")
-    assert error.problem == "the shard 'x.tar' could not be fetched: the program 'aws' is not there"
-    assert error.hint == "install aws, or put it on the PATH"
+    assert word in error.problem
+    assert error.where == {"url": "s3://bucket/x.tar"}
+    assert "geheim" not in str(error)
 
 
-def test_an_unknown_kind_of_url_is_named():
-    error = exc("shards:gopher://host/x.tar")
-    assert error.problem == (
-        "the shard 'x.tar' could not be fetched: gopher://host/x.tar: no gopen handler defined"
-    )
+@pytest.mark.parametrize("missing", ["braceexpand", "aiohttp"])
+def test_a_missing_package_is_named(server, monkeypatch, missing):
+    monkeypatch.setitem(sys.modules, missing, None)
+    error = exc(f"shards:{server.url}/x.tar")
+    assert missing in error.problem
+    assert "edgecl[shards]" in error.hint
 
 
-def test_a_pipe_runs_only_where_it_is_allowed(write_shards, monkeypatch, tmp_path):
-    root = write_shards(1)
-    uri = f"shards:pipe:touch {tmp_path}/ran; cat {root}/x-000.tar"
-    error = exc(uri)
-    assert error.problem == "a pipe runs a program, so it must be allowed first: 'pipe:touch …'"
-    assert error.hint == "if this is your own command, set EDGECL_SHARD_PIPES=1"
+@pytest.mark.parametrize("scheme", ["gopher", "memory", "github", "filecache"])
+def test_an_unknown_kind_of_url_is_named(scheme):
+    error = exc(f"shards:{scheme}://host/x.tar")
+    assert f"'{scheme}:'" in error.problem
+    assert "https" in error.hint
+
+
+def test_a_pipe_runs_no_program(tmp_path):
+    error = exc(f"shards:pipe:touch {tmp_path}/ran; cat x.tar")
+    assert "'pipe:'" in error.problem
     assert not (tmp_path / "ran").exists()
-    monkeypatch.setenv("EDGECL_SHARD_PIPES", "1")
-    assert numbers(open_source(uri)) == [0, 1, 2, 3]
-    assert (tmp_path / "ran").exists()
-    recorded = absolute_uri(uri)
-    assert recorded == "shards:pipe:touch …"
-    assert exc(recorded).problem == "the command of 'pipe:touch …' was not kept in the record"
 
 
 def test_a_url_is_no_shell_command(server, tmp_path):

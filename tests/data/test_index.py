@@ -436,7 +436,7 @@ def test_a_folder_of_links_that_lead_nowhere_has_no_images_and_says_why(tmp_path
 @pytest.fixture
 def decoded(monkeypatch):
     """Names of the files whose bytes were read."""
-    from edgecl.data.sources import ImageSource
+    from edgecl.data.source import ImageSource
 
     seen = []
     real = ImageSource.read_bytes

@@ -20,7 +20,8 @@ from edgecl.data.loading import (
     split_holdout,
 )
 from edgecl.data.randomness import permutation
-from edgecl.data.sources import UnreadableImage, open_source
+from edgecl.data.source import UnreadableImage
+from edgecl.data.sources import open_source
 from edgecl.errors import DataError
 
 
@@ -368,7 +369,7 @@ def pipe_instead_of(monkeypatch):
     A pipe itself would be found out; here it stands for a file on a share that hangs, and is read as such.
     """
     pipes = []
-    monkeypatch.setattr("edgecl.data.sources.read_plain_file", lambda path: Path(path).read_bytes())
+    monkeypatch.setattr("edgecl.data.folder.read_plain_file", lambda path: Path(path).read_bytes())
 
     def put(path):
         path.unlink()
@@ -441,7 +442,7 @@ def test_a_process_that_met_a_file_without_answer_ends(write_images):
         f"""
         import os, sys
         from pathlib import Path
-        from edgecl.data import sources
+        from edgecl.data import folder
         from edgecl.data.loading import TrainingImages
         from edgecl.data.sources import open_source
         from edgecl.errors import DataError
@@ -449,7 +450,7 @@ def test_a_process_that_met_a_file_without_answer_ends(write_images):
         data = TrainingImages(open_source({str(root)!r}), canvas_size=8, cache_mib=0, read_timeout_s=0.3)
         os.unlink({str(root / "007.png")!r})
         os.mkfifo({str(root / "007.png")!r})
-        sources.read_plain_file = lambda path: Path(path).read_bytes()  # as if a share hung
+        folder.read_plain_file = lambda path: Path(path).read_bytes()  # as if a share hung
         try:
             list(data.batches(0, 0, batch_size=5))
         except DataError as error:

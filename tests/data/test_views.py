@@ -7,7 +7,7 @@ from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional as reference
 
-from edgecl.config.recipe import Views
+from edgecl.config.views import Views, ViewSpec
 from edgecl.data.loading import Batch
 from edgecl.data.views import draw_parameters, make_views, render_view, write_views_grid
 
@@ -37,18 +37,26 @@ def batch_of(canvases, size=None):
     return Batch(np.arange(count), canvases, sizes)
 
 
+def spec_of(views, name="a", side=SIDE):
+    """Return the specification of the view of this name."""
+    (spec,) = (spec for spec in views.specs(side, whole=26) if name in spec.names)
+    return spec
+
+
 def draw(views, *, count=N, size=(SIDE, SIDE), view="a", side=SIDE, seed=0, epoch=0):
     sizes = np.tile(np.array(size), (count, 1))
-    return draw_parameters(np.arange(count), sizes, views, view=view, side=side, seed=seed, epoch=epoch)
+    spec = spec_of(views, view, side)
+    return draw_parameters(np.arange(count), sizes, spec, name=view, seed=seed, epoch=epoch)
 
 
 def render(views, canvases=None, size=None, side=SIDE):
     """Return pictures in 0..1, view A and its parameters."""
     batch = batch_of(pictures() if canvases is None else canvases, size)
     sizes = batch.sizes.numpy()
-    parameters = draw_parameters(batch.indices, sizes, views, view="a", side=side, seed=0, epoch=0)
+    spec = spec_of(views, side=side)
+    parameters = draw_parameters(batch.indices, sizes, spec, name="a", seed=0, epoch=0)
     scaled = batch.canvases.float() / 255
-    return scaled, render_view(scaled, sizes, parameters, views, side=side), parameters
+    return scaled, render_view(scaled, sizes, parameters, spec), parameters
 
 
 def each(operator, images, *columns):
@@ -134,9 +142,7 @@ def test_blur_of_a_large_view_equals_torchvisions():
     views = settings(blur=(1.0, 0.0), blur_sigma=(1.8, 4.3))
     canvases = pictures(6, side=130)
     parameters = draw(views, count=6, size=(130, 130), side=130)
-    (after, _) = make_views(
-        batch_of(canvases), views, image_size=130, mean=NO_MEAN, std=NO_STD, seed=0, epoch=0
-    )
+    (after, _) = make_views(batch_of(canvases), views.specs(130), mean=NO_MEAN, std=NO_STD, seed=0, epoch=0)
     expected = each(
         lambda image, sigma: reference.gaussian_blur(image, [21, 21], [sigma, sigma]),
         canvases.float() / 255,
@@ -276,7 +282,7 @@ def views_of(views, indices, epoch=0):
     canvases = pictures(16)
     indices = np.array(indices)
     batch = Batch(indices, canvases[indices], torch.full((len(indices), 2), SIDE, dtype=torch.int32))
-    return make_views(batch, views, image_size=SIDE, mean=NO_MEAN, std=NO_STD, seed=0, epoch=epoch)
+    return make_views(batch, views.specs(SIDE), mean=NO_MEAN, std=NO_STD, seed=0, epoch=epoch)
 
 
 def test_a_samples_views_do_not_depend_on_its_batch():
@@ -295,12 +301,11 @@ def test_large_views_made_one_after_another_equal_those_made_together(image_size
     views = Views(blur=(1.0, 1.0), blur_sigma=(0.1, 30.0), crop_scale=(0.3, 1.0))
     canvases = pictures(24, side=100)
     batch = batch_of(canvases, (90, 130))
-    alone = make_views(batch, views, image_size=image_size, mean=NO_MEAN, std=NO_STD, seed=0, epoch=0)
+    alone = make_views(batch, views.specs(image_size), mean=NO_MEAN, std=NO_STD, seed=0, epoch=0)
     for name, view in zip(("a", "b"), alone, strict=True):
         parameters = draw(views, count=24, size=(90, 130), view=name, side=image_size)
-        together = render_view(
-            canvases.float() / 255, batch.sizes.numpy(), parameters, views, side=image_size
-        )
+        spec = spec_of(views, name, image_size)
+        together = render_view(canvases.float() / 255, batch.sizes.numpy(), parameters, spec)
         differing = (view - together).abs() > 1e-5
         assert differing.float().mean() < 1e-4  # rounding decides at the threshold of solarize
 
@@ -309,7 +314,7 @@ def test_views_are_normalized_and_leave_the_pictures_alone():
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
     batch = batch_of(pictures(4))
     before = batch.canvases.clone()
-    view_a, _ = make_views(batch, PLAIN, image_size=SIDE, mean=mean, std=std, seed=0, epoch=0)
+    view_a, _ = make_views(batch, PLAIN.specs(SIDE), mean=mean, std=std, seed=0, epoch=0)
     expected = reference.normalize(before / 255, list(mean), list(std))
     torch.testing.assert_close(view_a, expected, atol=1e-4, rtol=0)
     assert torch.equal(batch.canvases, before)
@@ -324,7 +329,7 @@ def test_views_are_float32_and_the_same_under_autocast():
 
 def test_views_have_the_asked_size_whatever_the_canvas():
     views = make_views(
-        batch_of(pictures(3, side=40)), Views(), image_size=24, mean=NO_MEAN, std=NO_STD, seed=0, epoch=0
+        batch_of(pictures(3, side=40)), Views().specs(24), mean=NO_MEAN, std=NO_STD, seed=0, epoch=0
     )
     assert [view.shape for view in views] == [(3, 3, 24, 24)] * 2
     assert all(view.dtype == torch.float32 and view.is_contiguous() for view in views)
@@ -333,9 +338,9 @@ def test_views_have_the_asked_size_whatever_the_canvas():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_views_on_a_gpu_equal_those_on_the_cpu():
     batch = batch_of(pictures(16))
-    options = {"image_size": SIDE, "mean": NO_MEAN, "std": NO_STD, "seed": 0, "epoch": 0}
-    on_gpu = make_views(batch._replace(canvases=batch.canvases.cuda()), Views(), **options)
-    for cpu, gpu in zip(make_views(batch, Views(), **options), on_gpu, strict=True):
+    options = {"mean": NO_MEAN, "std": NO_STD, "seed": 0, "epoch": 0}
+    on_gpu = make_views(batch._replace(canvases=batch.canvases.cuda()), Views().specs(SIDE), **options)
+    for cpu, gpu in zip(make_views(batch, Views().specs(SIDE), **options), on_gpu, strict=True):
         differing = (cpu - gpu.cpu()).abs() > 1e-3
         assert differing.float().mean() < 1e-3  # solarize may fall on either side of its threshold
 
@@ -344,16 +349,16 @@ def test_views_on_a_gpu_equal_those_on_the_cpu():
 def test_views_on_a_gpu_wait_for_nothing():
     batch = batch_of(pictures(16))
     batch = batch._replace(canvases=batch.canvases.cuda())
-    options = {"image_size": SIDE, "mean": NO_MEAN, "std": NO_STD, "seed": 0}
-    make_views(batch, Views(), epoch=0, **options)
+    options = {"mean": NO_MEAN, "std": NO_STD, "seed": 0}
+    make_views(batch, Views().specs(SIDE), epoch=0, **options)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        make_views(batch, Views(), epoch=1, **options)
+        make_views(batch, Views().specs(SIDE), epoch=1, **options)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
-LOCAL = Views(local_count=3, local_scale=(0.05, 0.3))
+LOCAL = Views(local_count=3, local_scale=(0.05, 0.3), local_size=20)
 
 
 def views_with(local_count, rows=range(8), *, epoch=0, whole=2, **settings):
@@ -362,10 +367,7 @@ def views_with(local_count, rows=range(8), *, epoch=0, whole=2, **settings):
     views = LOCAL.model_copy(update={"local_count": local_count, **settings})
     return make_views(
         batch,
-        views,
-        whole=whole,
-        image_size=SIDE,
-        local_size=20,
+        views.specs(SIDE, whole=whole),
         mean=NO_MEAN,
         std=NO_STD,
         seed=0,
@@ -379,6 +381,20 @@ def test_further_whole_views_come_before_the_local_ones_and_change_no_other():
     assert torch.equal(torch.stack(four[:2]), torch.stack(two[:2]))
     assert torch.equal(four[4], two[2])
     assert len({view.numpy().tobytes() for view in four[:4]}) == 4
+
+
+def test_views_come_from_any_list_of_specifications_in_its_order():
+    specs = [
+        ViewSpec(names=("tiny", "tiny-2"), size=8),
+        ViewSpec(names=("mirror",), size=SIDE, scale=(1, 1), ratio=(1, 1), flip=1.0),
+    ]
+    batch = batch_of(pictures(4))
+    tiny, other, mirror = make_views(batch, specs, mean=NO_MEAN, std=NO_STD, seed=0, epoch=0)
+    assert tiny.shape == other.shape == (4, 3, 8, 8)
+    assert not torch.equal(tiny, other)
+    torch.testing.assert_close(mirror, batch.canvases.flip(3) / 255, atol=1e-5, rtol=0)
+    (alone,) = make_views(batch, specs[1:], mean=NO_MEAN, std=NO_STD, seed=0, epoch=0)
+    assert torch.equal(alone, mirror)
 
 
 def test_every_whole_view_but_the_first_is_varied_like_view_b():
@@ -444,7 +460,7 @@ def test_the_grid_has_a_row_for_each_local_view(tmp_path):
 def test_the_grid_shows_pictures_above_their_views(tmp_path):
     batch = batch_of(pictures(4), size=(16, 32))
     options = {"mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2)}
-    views = make_views(batch, PLAIN, image_size=SIDE, seed=0, epoch=0, **options)
+    views = make_views(batch, PLAIN.specs(SIDE), seed=0, epoch=0, **options)
     write_views_grid(tmp_path / "views.png", batch, views, **options, count=3)
     with Image.open(tmp_path / "views.png") as page:
         pixels = np.asarray(page)

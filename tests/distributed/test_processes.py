@@ -8,7 +8,7 @@ import torch
 from torch.distributed import HashStore, TCPStore
 from worlds import free_port, launcher_environment
 
-from edgecl.distributed import processes
+from edgecl.distributed import processes, rendezvous
 from edgecl.errors import DeviceError, ProcessError
 
 LIMIT_S = 20.0
@@ -52,7 +52,7 @@ def meet_all(open_store, count, late_s=0.0, late=None):
     def come(number):
         if number == late:
             time.sleep(late_s)
-        found[number] = processes.meet(open_store(), number, count, limit_s=LIMIT_S)
+        found[number] = rendezvous.meet(open_store(), number, count, limit_s=LIMIT_S)
 
     threads = [threading.Thread(target=come, args=[number]) for number in range(count)]
     for thread in threads:
@@ -82,7 +82,9 @@ def test_the_hello_of_a_dead_process_is_answered_in_vain(open_store):
     store = open_store()
     store.set("edgecl/hello/1", "dead")
     found = {}
-    waiting = threading.Thread(target=lambda: found.update({0: processes.meet(store, 0, 2, limit_s=LIMIT_S)}))
+    waiting = threading.Thread(
+        target=lambda: found.update({0: rendezvous.meet(store, 0, 2, limit_s=LIMIT_S)})
+    )
     waiting.start()
     other = open_store()
     until = time.monotonic() + LIMIT_S
@@ -90,7 +92,7 @@ def test_the_hello_of_a_dead_process_is_answered_in_vain(open_store):
         time.sleep(0.01)
     time.sleep(0.1)
     assert waiting.is_alive()
-    assert processes.meet(other, 1, 2, limit_s=LIMIT_S)
+    assert rendezvous.meet(other, 1, 2, limit_s=LIMIT_S)
     waiting.join(LIMIT_S)
     assert 0 in found
 
@@ -99,12 +101,12 @@ def test_the_first_process_says_who_did_not_come(open_store):
     store = open_store()
     store.set("edgecl/hello/2", "dead")
     with pytest.raises(TimeoutError, match=r"of the processes 1 to 2, 1, 2 did not come within 0\.2 s"):
-        processes.meet(store, 0, 3, limit_s=0.2)
+        rendezvous.meet(store, 0, 3, limit_s=0.2)
 
 
 def test_the_others_wait_no_longer_than_they_may(open_store):
     with pytest.raises(TimeoutError, match=r"process 0 did not answer within 0\.2 s"):
-        processes.meet(open_store(), 1, 3, limit_s=0.2)
+        rendezvous.meet(open_store(), 1, 3, limit_s=0.2)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import edgecl.evaluate.few_labels
-from edgecl.config.recipe import Views
+from edgecl.config.views import Views
 from edgecl.evaluate.comparison import compare, difference, write_random
 from edgecl.evaluate.labelled import Part, draw_few, read_labelled
 from edgecl.metrics.intervals import mean_interval

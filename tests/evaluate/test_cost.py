@@ -352,7 +352,7 @@ def test_the_coding_rate_is_priced_apart_by_the_sets_it_is_taken_of(settings, se
     rate_of = losses.coding_rate
     monkeypatch.setattr(losses, "coding_rate", lambda z, **named: (taken.append(1), rate_of(z, **named))[1])
     trained = create_method(given, create_slimmable(given), steps_per_epoch=1)
-    views = given.method.whole_views + given.views.local_count
+    views = sum(spec.count for spec in given.view_specs)
     trained.loss(trained(list(torch.randn(views, 4, 3, 32, 32)), 0), 0)
     assert len(taken) == sets
 

@@ -9,7 +9,7 @@ import signal
 import pytest
 import torch
 
-from edgecl.config.recipe import Views
+from edgecl.config.views import Views
 from edgecl.errors import ArtifactError, ProcessError
 from edgecl.evaluate import few_labels
 from edgecl.evaluate.few_labels import FewLabels, train_on_few

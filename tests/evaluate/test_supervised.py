@@ -11,7 +11,7 @@ import torch
 
 import edgecl.evaluate.finetune
 import edgecl.evaluate.supervised
-from edgecl.config.recipe import Views
+from edgecl.config.views import Views
 from edgecl.data.loading import normalize
 from edgecl.errors import DeviceError, NonFiniteError
 from edgecl.evaluate.labelled import Part
@@ -191,15 +191,15 @@ def test_views_are_those_of_the_settings_unless_others_are_given(train, colored,
     seen = []
     draw = edgecl.evaluate.supervised.draw_parameters
 
-    def watching(index, sizes, views, **options):
-        seen.append(views)
-        return draw(index, sizes, views, **options)
+    def watching(index, sizes, spec, **options):
+        seen.append(spec)
+        return draw(index, sizes, spec, **options)
 
     monkeypatch.setattr(edgecl.evaluate.supervised, "draw_parameters", watching)
     train(steps=1, flip=0.125)
-    assert (seen[0].flip, seen[0].grayscale, seen[0].blur) == (0.125, 0, (0, 0))
+    assert (seen[0].flip, seen[0].grayscale, seen[0].blur) == (0.125, 0, 0)
     train(steps=1, views=Views(flip=0.25))
-    assert seen[1] == Views(flip=0.25)
+    assert seen[1] == Views(flip=0.25).specs(colored.train.images.shape[-1])[0]
 
 
 @pytest.mark.parametrize("key", FinetuneConfig.model_fields)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from edgecl.data.sources import UnreadableImage
+from edgecl.data.source import UnreadableImage
 from edgecl.errors import EdgeclError
 from edgecl.onboard.errors import OnboardError
 

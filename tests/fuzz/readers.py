@@ -111,7 +111,8 @@ def targets(mutator: Mutator, seeds: Seeds, place: Path) -> None:
 
 def pictures(mutator: Mutator, seeds: Seeds, place: Path) -> None:
     from edgecl.data.decode import read_canvas
-    from edgecl.data.sources import UnreadableImage, open_source
+    from edgecl.data.source import UnreadableImage
+    from edgecl.data.sources import open_source
 
     folder = place / "pictures"
     folder.mkdir()
@@ -167,7 +168,8 @@ def indices(mutator: Mutator, seeds: Seeds, place: Path) -> None:
 
 
 def shards(mutator: Mutator, seeds: Seeds, place: Path) -> None:
-    from edgecl.data.sources import UnreadableImage, absolute_uri
+    from edgecl.data.source import UnreadableImage
+    from edgecl.data.sources import absolute_uri
 
     pattern = place / "x-0.tar"
     pattern.write_bytes(_tar(mutator))

@@ -70,7 +70,7 @@ def test_every_view_goes_once_through_the_one_encoder_and_local_ones_leave_its_s
 ):
     net = one_net(make_net)
     method = method_of(net, name, local_count=2, **({"views": 3} if name == "emp-ssl" else {}))
-    whole = [*views, views[0].flip(0)][: method.config.whole_views]
+    whole = [*views, views[0].flip(0)][: method.whole_views]
     embeddings = method([*whole, *local], 0)
     assert list(embeddings.learnt) == [
         *(f"view_{number}" for number in range(len(whole))),

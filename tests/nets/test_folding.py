@@ -5,14 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from onnx import numpy_helper
 from torch import nn
 
-from edgecl.config.target import Graph
-from edgecl.deploy.onnx import onnx_from_net
 from edgecl.errors import RecipeError
 from edgecl.nets.backbone import create_backbone, is_norm
-from edgecl.nets.folding import convolutions_in_order, fold_batch_norm
+from edgecl.nets.folding import fold_batch_norm
 
 ARCHS = [
     "mobilenetv1_100",
@@ -88,17 +85,6 @@ def test_norm_without_weights_folds():
         net[1].running_var.uniform_(0.5, 2)
         images = torch.randn(2, 3, 8, 8)
         torch.testing.assert_close(fold_batch_norm(net)(images), net(images))
-
-
-def test_order_of_convolutions_is_that_of_the_onnx_file():
-    folded = fold_batch_norm(net_with_norms("mobilenetv3_small_100"))
-    model = onnx_from_net(folded, graph=Graph(), shape=(3, 64, 64), metadata={})
-    weights = {each.name: numpy_helper.to_array(each) for each in model.graph.initializer}
-    written = [weights[node.input[1]] for node in model.graph.node if node.op_type == "Conv"]
-    names = convolutions_in_order(folded)
-    assert len(names) == len(written) == 53
-    for name, weight in zip(names, written, strict=True):
-        assert np.array_equal(folded.get_submodule(name).weight.detach().numpy(), weight), name
 
 
 class Twice(nn.Module):

@@ -1,262 +1,115 @@
-"""A nested start: at step 0 the host computes what its slim nets compute, and then both learn."""
+"""Each type of module has its rule; what is no part of its host is named."""
 
-import copy
-import shutil
+from functools import lru_cache
+from itertools import combinations
 
 import pytest
 import torch
 from torch import nn
 
-from edgecl.config.recipe import recipe_from_tables
 from edgecl.errors import SliceError
-from edgecl.nets.backbone import create_backbone
-from edgecl.nets.build import backbone_tensors, create_slimmable
+from edgecl.nets import nesting
 from edgecl.nets.catalogue import NETS
 from edgecl.nets.heads import Encoder
-from edgecl.nets.model_dir import load_model
-from edgecl.nets.slimming import SlimmableNet, limit_skips
-from edgecl.storage.checkpoint import write_checkpoint
-from edgecl.storage.directories import RunDir
-from edgecl.storage.records import ImagesRead, RunRecord
-from edgecl.storage.writing import write_record
-from edgecl.train.carve import carve
+from edgecl.nets.nesting import index_of
+from edgecl.nets.slimming import SlimmableNet
 
-SMALL = "mobilenetv3_small_100"
-# timm gives one of host and slim net a skip connection that the other lacks: block -> channels that skip in the run.
-WITH_OTHER_SKIPS = {
-    ("mobilenetv3_large_100", 1.5, 0.5): {"backbone.blocks.0.0": 0},
-    ("mobilenetv3_small_050", 1.5, 1.0): {"backbone.blocks.3.0": 24},
-}
+WHERE = {"host width": "1.5", "slim width": "0.5"}
 
 
-def nested(arch, *, host_width=1.5, widths=(1.0,)):
-    torch.manual_seed(0)
-    net = SlimmableNet(
-        lambda width: Encoder(arch, width=width, projector=[16, 8]),
-        host_width=host_width,
-        slim_width=widths[0],
-        other_widths=widths[1:],
-    )
-    net.nest()
-    return net
+@lru_cache
+def meta(arch, width):
+    with torch.device("meta"):
+        return Encoder(arch, width=width, projector=[16, 8])
 
 
-@pytest.fixture
-def images():
-    return torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(2))
-
-
-def apart(found, expected):
-    return float((found - expected).abs().max() / expected.abs().max())
-
-
-def hold_to_its_slim_nets(net, images):
-    """In training mode, in float32 to its rounding and in float64 to its own."""
-    for dtype, allowed in ((torch.float32, 1e-4), (torch.float64, 1e-9)):
-        net, images = net.to(dtype), images.to(dtype)
-        with torch.no_grad():
-            host = net.forward_host(images)
-            assert float(host.std()) > 0
-            for width in net.slim_widths:
-                assert apart(host, net.forward_slim(images, width)) < allowed, (width, dtype)
+@pytest.mark.parametrize("arch", NETS)
+def test_nets_of_the_list_nest_at_widths_from_half_to_four(arch):
+    for slim, host in combinations((0.5, 0.6, 0.75, 1.0, 1.5, 2.5, 4.0), 2):
+        assert (
+            index_of(meta(arch, slim), meta(arch, host), where=WHERE).keys()
+            == meta(arch, slim).state_dict().keys()
+        )
 
 
 @pytest.mark.parametrize(
-    ("host_width", "slim_width"),
+    ("slim", "host"),
     [
-        (1.5, 1.0),
-        (2.0, 0.5),
-        *(
-            pytest.param(*pair, marks=pytest.mark.slow)
-            for pair in ((1.5, 0.75), (1.5, 0.5), (2.0, 1.0), (2.0, 0.75))
-        ),
+        (nn.Linear(3, 4), nn.Linear(5, 8)),
+        (nn.Conv2d(3, 4, 3), nn.Conv2d(3, 8, 3)),
+        (nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(8, 8, 3, groups=8)),
+        (nn.BatchNorm2d(4), nn.BatchNorm2d(8)),
+        (nn.LayerNorm(8), nn.LayerNorm(8)),
     ],
+    ids=lambda layer: str(layer),
 )
-@pytest.mark.parametrize("arch", NETS)
-def test_a_nested_host_computes_what_its_slim_net_computes(arch, slim_width, host_width, images):
-    hold_to_its_slim_nets(nested(arch, host_width=host_width, widths=(slim_width,)), images)
+def test_a_layer_that_nests_is_the_leading_block(slim, host):
+    index = index_of(slim, host, where=WHERE)
+    assert index.keys() == slim.state_dict().keys()
+    for name, tensor in slim.state_dict().items():
+        block = host.state_dict()[name]
+        for dimension, size in enumerate(tensor.shape):
+            block = block.narrow(dimension, 0, size)
+        assert torch.equal(host.state_dict()[name][index[name]], block)
 
 
-def test_without_a_nested_start_they_are_strangers(images):
-    net = SlimmableNet(
-        lambda width: Encoder(SMALL, width=width, projector=[16, 8]), host_width=1.5, slim_width=1.0
-    )
-    with torch.no_grad():
-        assert apart(net.forward_host(images), net.forward_slim(images)) > 0.1
+@pytest.mark.parametrize(
+    ("slim", "host", "word"),
+    [
+        (nn.Linear(3, 4), nn.Linear(3, 2), "host has"),
+        (nn.Linear(3, 4), nn.Linear(2, 4), "host has"),
+        (nn.Linear(3, 4), nn.Conv2d(3, 4, 1), "host has"),
+        (nn.Linear(3, 4), nn.Linear(3, 4, bias=False), "in one width"),
+        (nn.Linear(3, 4, bias=False), nn.Linear(3, 4), "in one width"),
+        (nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(8, 8, 3, groups=2), "groups"),
+        (nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(8, 8, 3, groups=4), "groups"),
+        (nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 4, 3), "groups"),
+        (nn.GroupNorm(2, 4), nn.GroupNorm(2, 8), "norm"),
+        (nn.LayerNorm(4), nn.LayerNorm(8), "norm"),
+    ],
+    ids=lambda layer: str(layer),
+)
+def test_a_layer_that_does_not_nest_is_named(slim, host, word):
+    with pytest.raises(SliceError, match=word) as caught:
+        index_of(nn.Sequential(slim), nn.Sequential(host), where=WHERE)
+    assert "'0" in caught.value.problem
+    assert caught.value.where == WHERE
 
 
-@pytest.mark.parametrize("host_width", [1.0, 1.5])
-def test_several_widths_all_begin_as_the_host(images, host_width):
-    net = nested("mobilenetv2_100", host_width=host_width, widths=(1.0, 0.75, 0.5))
-    assert net.host_skips == {}
-    hold_to_its_slim_nets(net, images)
+class Fused(nn.Linear):
+    """Two layers in one matrix, as attention's query, key and value are: the slim rows lie apart in the host."""
+
+    def forward(self, x):
+        left, right = super().forward(x).chunk(2, dim=1)
+        return left * right
 
 
-@pytest.mark.parametrize(("case", "skips"), WITH_OTHER_SKIPS.items())
-def test_a_host_with_other_skips_takes_those_of_the_slim_net(images, case, skips):
-    arch, host_width, slim_width = case
-    net = nested(arch, host_width=host_width, widths=(slim_width,))
-    assert net.host_skips == skips
-    hold_to_its_slim_nets(net, images)
+def fused_net(width):
+    stem = nn.Conv2d(3, int(8 * width), 3)
+    pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return nn.Sequential(stem, pool, Fused(int(8 * width), 2 * int(4 * width)))
 
 
-def test_first_channels_alone_skip():
-    class Block(nn.Module):
-        has_skip = True
-
-        def forward(self, x):
-            return 2 * x
-
-    net = nn.Sequential(Block(), Block(), Block())
-    limit_skips(net, {"0": 2, "1": 0})
-    assert [block.has_skip for block in net] == [False, False, True]
-    x = torch.ones(1, 4, 1, 1)
-    assert net[0](x).flatten().tolist() == [3, 3, 2, 2]
-    assert net[1](x).flatten().tolist() == [2, 2, 2, 2]
+def fused(slim, host):
+    half, whole = slim.out_features // 2, host.out_features // 2
+    rows = torch.cat([torch.arange(half), whole + torch.arange(half)])
+    return {"weight": (rows, slice(0, slim.in_features)), "bias": (rows,)}
 
 
-def test_widths_that_differ_in_their_skips_are_named():
-    with pytest.raises(
-        SliceError, match=r"width 1 and 0\.5 differ in the skip connection of 'backbone\."
-    ) as caught:
-        nested("mobilenetv3_large_100", widths=(1.0, 0.5))
-    assert "nested_start = false" in caught.value.hint
-
-
-def test_only_weights_from_outside_to_inside_become_zero():
-    """The slim nets' own weights, and those into the other channels, are what they were."""
-    torch.manual_seed(0)
-    before = SlimmableNet(
-        lambda width: Encoder(SMALL, width=width, projector=[16, 8]), host_width=1.5, slim_width=1.0
-    )
-    net = copy.deepcopy(before)
+def test_a_layer_whose_rows_lie_apart_needs_a_rule_and_no_more(monkeypatch):
+    """Passes, gradients and a nested start follow from the index."""
+    with pytest.raises(SliceError, match="output differs"):
+        SlimmableNet(fused_net, host_width=2.0, slim_width=1.0)
+    monkeypatch.setattr(nesting, "RULES", [(Fused, fused), *nesting.RULES])
+    net = SlimmableNet(fused_net, host_width=2.0, slim_width=1.0)
     net.nest()
-    slim = net._views[1.0].slices
-    changed = 0
-    for name, tensor in before.host.state_dict().items():
-        expected = tensor.clone()
-        if name in slim and tensor.ndim > 1:
-            rows, columns, *_ = (part.stop for part in slim[name])
-            changed += int(expected[:rows, columns:].count_nonzero())
-            expected[:rows, columns:] = 0
-        assert torch.equal(net.host.state_dict()[name], expected), name
-    assert changed > 0
-    for name, tensor in before.slim_tensors().items():
-        assert torch.equal(net.slim_tensors()[name], tensor), name
-
-
-def test_gradients_reach_the_other_channels_at_the_first_step(images):
-    """Those into them, for their outputs lead nowhere yet but to each other, and those that lead from them inside."""
-    net = nested(SMALL)
-    net.forward_host(images).square().sum().backward()
-    inward, slim = 0, net._views[1.0].slices
-    for name, parameter in net.host.named_parameters():
-        if name in slim and parameter.ndim > 1 and parameter.shape[1] > slim[name][1].stop:
-            rows, columns = slim[name][0].stop, slim[name][1].stop
-            assert float(parameter.detach()[:rows, columns:].abs().max()) == 0, name
-            assert float(parameter.grad[:rows, columns:].abs().max()) > 0, name
-            inward += 1
-    assert inward > 20
-    torch.optim.SGD(net.parameters(), lr=0.1).step()
-    net.zero_grad()
-    net.forward_host(images).square().sum().backward()
-    # From the second step on every weight of the other channels has a gradient.
-    stem = net.host.backbone.conv_stem.weight
-    assert float(stem.grad[slim["backbone.conv_stem.weight"][0].stop :].abs().max()) > 0
-
-
-@pytest.mark.parametrize("case", WITH_OTHER_SKIPS)
-def test_a_copy_skips_alike(case, images):
-    arch, host_width, slim_width = case
-    net = nested(arch, host_width=host_width, widths=(slim_width,)).eval()
-    other = copy.deepcopy(net)
-    with torch.no_grad():
-        expected = net.forward_host(images)
-        assert torch.equal(other.forward_host(images), expected)
-        # The copy's own weights, not the first net's.
-        other.host.backbone.conv_stem.weight.mul_(-1)
-        assert not torch.equal(other.forward_host(images), expected)
-        assert torch.equal(net.forward_host(images), expected)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-def test_compiled_it_begins_alike(images):
-    net = nested("mobilenetv3_small_050")
-    assert net.host_skips
-    with torch.no_grad():
-        expected = net.forward_host(images)
-        net.compile_passes()
-        assert apart(net.forward_host(images), expected) < 1e-4
-        assert apart(net.forward_slim(images), expected) < 1e-4
-
-
-# --- the nets that come of it ---
-
-TABLES = {
-    "host": {"arch": "mobilenetv3_small_050", "width": 1.5, "stem_stride": 1, "nested_start": True},
-    "slim": {"width": 1.0},
-    "projector": {"sizes": [16, 8]},
-    "data": {"image_size": 32, "batch_size": 8},
-}
-
-
-def write_run(path, *, tables=TABLES, other_weights=False):
-    """Write a run directory of a nested net, a few steps in if asked; return the net."""
-    run_dir = RunDir(path)
-    run_dir.checkpoints.mkdir(parents=True)
-    recipe = recipe_from_tables(tables, source="test")
-    torch.manual_seed(0)
-    net = create_slimmable(recipe)
-    if other_weights:
-        optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
-        for _ in range(3):
-            images = torch.randn(4, 3, 32, 32)
-            (net.forward_host(images).square().mean() + net.forward_slim(images).square().mean()).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-    record = RunRecord(
-        made_from=None,
-        recipe=recipe.model_dump(mode="json"),
-        recipe_name="test",
-        data=ImagesRead(uri="none", fingerprint="f" * 64),
-    )
-    write_record(run_dir.record_file, record)
-    write_checkpoint(
-        run_dir, epoch=1, step=3, model=net.state_dict(), optimizer={"state": {}, "param_groups": []}
-    )
-    return net
-
-
-def test_a_carved_slim_net_is_its_view_and_timms_own(tmp_path):
-    net = write_run(tmp_path / "run", other_weights=True).eval()
-    carve(tmp_path / "run", out=tmp_path / "model", recalibrate_norms=False)
-    loaded, _ = load_model(tmp_path / "model")
-    plain = create_backbone("mobilenetv3_small_050", width=1.0, stem_stride=1).eval()
-    plain.load_state_dict(backbone_tensors(net, width=1.0))
-    images = torch.randn(4, 3, 32, 32)
-    with torch.no_grad():
-        expected = net.forward_slim_part("backbone", images)
-        assert float(expected.std()) > 0
-        assert torch.equal(loaded(images), expected)
-        assert torch.equal(plain(images), expected)
-
-
-def test_a_host_whose_skips_are_not_timms_cannot_be_carved(tmp_path):
-    write_run(tmp_path / "run")
-    with pytest.raises(SliceError, match=r"cannot carve the host: .*backbone\.blocks\.3\.0") as caught:
-        carve(tmp_path / "run", out=tmp_path / "model", width=1.5, recalibrate_norms=False)
-    assert "carve a slim width, 1;" in caught.value.hint
-    assert not (tmp_path / "model").exists()
-
-
-def test_a_nested_host_with_timms_skips_can_be_carved(tmp_path):
-    tables = {**TABLES, "host": {**TABLES["host"], "arch": SMALL}}
-    net = write_run(tmp_path / "run", tables=tables, other_weights=True).eval()
-    assert net.host_skips == {}
-    carve(tmp_path / "run", out=tmp_path / "model", width=1.5, recalibrate_norms=False)
-    loaded, _ = load_model(tmp_path / "model")
-    images = torch.randn(4, 3, 32, 32)
-    with torch.no_grad():
-        assert torch.equal(loaded(images), net.host.backbone(images))
+    images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    plain = fused_net(1.0)
+    plain.load_state_dict({name: tensor.detach() for name, tensor in net.slim_tensors().items()})
+    torch.testing.assert_close(net.forward_slim(images), plain(images))
+    torch.testing.assert_close(net.forward_host(images)[:, :4], plain(images))
+    net.forward_slim(images).square().sum().backward()
+    plain(images).square().sum().backward()
+    weight, expected = net.host[2].weight, plain[2].weight.grad
+    torch.testing.assert_close(weight.grad[[0, 1, 2, 3, 8, 9, 10, 11], :8], expected)
+    assert torch.count_nonzero(weight.grad) == torch.count_nonzero(expected)

@@ -205,7 +205,11 @@ def test_looks_at_quality_are_of_the_net_that_is_saved(scenarios, labelled_pictu
     net = create_slimmable(recipe)
     net.load_state_dict(read_newest(run).model)
     alone = QualityWatch(
-        recipe, source=open_source(str(labelled_pictures)), images=40, accelerator=Accelerator(cpu=True)
+        open_source(str(labelled_pictures)),
+        images=40,
+        data=recipe.data,
+        host=recipe.host,
+        accelerator=Accelerator(cpu=True),
     ).measure(net)
     last = looks_of(run.path)[-1]
     for key, value in alone.items():

@@ -10,7 +10,7 @@ from edgecl.config.recipe import list_methods, recipe_from_tables
 from edgecl.nets.build import create_slimmable
 from edgecl.storage.directories import RunDir
 from edgecl.train.monitor import read_metrics
-from edgecl.train.step import Step
+from edgecl.train.step import create_step
 
 from .conftest import train
 
@@ -48,7 +48,7 @@ def test_parts_take_the_whole_batchs_gradient_for_every_method(recipe_of, tables
         recipe = recipe_of(name, run={**tables["run"], "accumulate": parts}, views={"local_count": 1})
         torch.manual_seed(0)
         net = create_slimmable(recipe).double()
-        step = Step(recipe, net=net, accelerator=Accelerator(cpu=True), steps_per_epoch=5)
+        step = create_step(recipe, net, accelerator=Accelerator(cpu=True), steps_per_epoch=5)
         step.passes.train = lambda mode=True: step.passes
         step.net.eval()
         seen = {}
@@ -56,7 +56,7 @@ def test_parts_take_the_whole_batchs_gradient_for_every_method(recipe_of, tables
             {key: one.grad.clone() for key, one in step.method.named_parameters() if one.grad is not None}
         )
         generator = torch.Generator().manual_seed(1)
-        whole = torch.randn(recipe.method.whole_views, 8, 3, 32, 32, generator=generator, dtype=torch.float64)
+        whole = torch.randn(step.method.whole_views, 8, 3, 32, 32, generator=generator, dtype=torch.float64)
         step([*whole, whole[0][..., :16, :16]], number=0)
         return seen
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -123,10 +124,10 @@ def test_views_that_just_fit_are_not_refused(make_recipe, monkeypatch):
     """8 pictures: two views of 32 pixels a side and three of 16, three channels of four bytes."""
     needed = 8 * (2 * 32 * 32 + 3 * 16 * 16) * 12
     recipe = make_recipe("views.local_count=3")
-    memory = {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": needed}
-    monkeypatch.setattr(pretrain.os, "sysconf", memory.__getitem__)
+    memory = SimpleNamespace(total=needed)
+    monkeypatch.setattr(pretrain.psutil, "virtual_memory", lambda: memory)
     pretrain._check_memory(recipe, torch.device("cpu"))
-    memory["SC_PHYS_PAGES"] -= 1
+    memory.total -= 1
     with pytest.raises(RecipeError):
         pretrain._check_memory(recipe, torch.device("cpu"))
 

@@ -21,7 +21,11 @@ def test_a_look_at_a_nested_host_skips_as_it_does(make_recipe, pictures):
     for _ in range(3):
         net.forward_host(torch.randn(8, 3, 32, 32))
     watch = QualityWatch(
-        recipe, source=open_source(str(pictures)), images=40, accelerator=Accelerator(cpu=True)
+        open_source(str(pictures)),
+        images=40,
+        data=recipe.data,
+        host=recipe.host,
+        accelerator=Accelerator(cpu=True),
     )
 
     def features(backbone):

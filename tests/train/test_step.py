@@ -12,13 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from edgecl.methods.losses import CodingRate
 from edgecl.methods.method import Embeddings
 from edgecl.nets.build import create_slimmable
-from edgecl.train.step import Step
+from edgecl.train.step import create_step
 
 
 def make_step(recipe, steps_per_epoch=5):
     torch.manual_seed(0)
     net = create_slimmable(recipe)
-    return Step(recipe, net=net, accelerator=Accelerator(cpu=True), steps_per_epoch=steps_per_epoch)
+    return create_step(recipe, net, accelerator=Accelerator(cpu=True), steps_per_epoch=steps_per_epoch)
 
 
 def views(count=8):
@@ -118,7 +118,7 @@ def test_the_norm_of_the_slim_nets_gradient_is_of_all_its_passes(make_recipe):
     net.watched = {}
     step.method.loss(step.method(given, 0), 0)[0].backward()
     watched, net.watched = net.watched, None
-    slim = net._views[net.slim_width].slices
+    slim = net._views[net.slim_width].index
     net.zero_grad()
     learnt, _ = step.method(given, 0)
     cut = {name: z.detach() if name.startswith("host") else z for name, z in learnt.items()}

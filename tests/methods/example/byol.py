@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.nn.functional import cosine_similarity
 
-from edgecl.config.recipe import Fraction, MethodConfig
+from edgecl.config.recipe import MethodConfig
+from edgecl.config.settings import Fraction
 from edgecl.methods.losses import correlation_of
 from edgecl.methods.method import Method
 

@@ -1,0 +1,73 @@
+"""A folder of pictures, at any depth; its sub-folders are classes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from edgecl.data.index import EXTENSIONS, list_folder
+from edgecl.data.source import ImageSource, Labels, Split, expanded, read_plain_file
+from edgecl.errors import DataError
+
+SUMMARIES = {"FOLDER": "JPEG, PNG, WebP and BMP files at any depth; sub-folders are classes"}
+
+_SPLIT_FOLDERS = {"train", "training", "test", "testing", "val", "valid", "validation"}
+
+
+def open_folder(uri: str, *, split: Split, index_dir: Path | None) -> ImageSource:
+    """Open a folder, links to folders included, dot files left out.
+
+    When every image lies under at least one sub-folder, and there are two or more of these, the first path component
+    below the root is the class.
+
+    Args:
+        uri: the folder.
+        split: 'test' is refused: held-out images have a folder of their own.
+        index_dir: where an index is kept, so that the next start need not read all of it.
+
+    Raises:
+        DataError: no images, a test split, or folders named after splits.
+    """
+    if split == "test":
+        raise DataError(
+            f"the folder '{uri}' has no test split", hint="name a second folder with the held-out images"
+        )
+    root = expanded(uri)
+    try:
+        listing, memory = list_folder(root, index_dir=index_dir)
+    except OSError as exc:
+        raise DataError(
+            f"the folder '{uri}' cannot be read: {exc.strerror}", where={"place": exc.filename}
+        ) from exc
+    names = listing.names
+    if not names:
+        raise DataError(f"no images in the folder '{uri}'", hint="looked for " + ", ".join(EXTENSIONS))
+    classes, labels = _classes_from_names(uri, names)
+    return ImageSource(
+        uri=uri,
+        fingerprint=listing.fingerprint,
+        length=len(names),
+        opener=None,
+        reader=lambda index: read_plain_file(f"{root}/{names[index]}"),
+        namer=lambda index: str(root / names[index]),
+        classes=classes,
+        labels=labels,
+        memory=memory,
+    )
+
+
+def _classes_from_names(uri: str, names: list[str]) -> tuple[tuple[str, ...] | None, Labels | None]:
+    if not all("/" in name for name in names):
+        return None, None
+    folders = [name.partition("/")[0] for name in names]
+    classes = sorted(set(folders))
+    if len(classes) < 2:
+        return None, None
+    if _SPLIT_FOLDERS.issuperset(classes):
+        raise DataError(
+            f"the folder '{uri}' holds the splits {' and '.join(classes)}, not classes",
+            hint=f"pass one of them: {Path(uri) / ('train' if 'train' in classes else classes[0])}",
+        )
+    positions = {name: position for position, name in enumerate(classes)}
+    return tuple(classes), np.array([positions[folder] for folder in folders], dtype=np.int64)
