@@ -183,7 +183,7 @@ def test_closed_streams_are_no_failure(tmp_path):
 
 
 def test_output_that_knows_ascii_only_gets_escapes(tmp_path):
-    from report.conftest import Maker
+    from reports.conftest import Maker
 
     model = Maker().model(tmp_path / "größe")
     done = subprocess.run(
@@ -198,7 +198,7 @@ def test_output_that_knows_ascii_only_gets_escapes(tmp_path):
 
 
 def test_a_working_directory_that_is_gone_is_named(tmp_path):
-    from report.conftest import Maker
+    from reports.conftest import Maker
 
     model = Maker().model(tmp_path / "net")
     code = (

@@ -26,8 +26,9 @@ from safetensors.torch import load_file, save_file
 from torch import distributed
 from worlds import fork_world
 
-from edgecl.distributed import processes, selftest
+from edgecl.distributed import processes
 from edgecl.methods import losses
+from edgecl.train import selftest
 
 FOLDER, WORLDS = sys.argv[1], json.loads(sys.argv[2])
 UNSYNCED = selftest.Arm("norms of a share", {"run": {"sync_norms": "none"}})
