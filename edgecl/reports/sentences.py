@@ -56,7 +56,7 @@ def plateaus_in_words(runs: Sequence[Source[RunRecord]]) -> tuple[list[str], lis
         what the decision must begin with, and what must stand right below it; both empty where no run is stuck.
     """
     stuck = [(run, plateau) for run in runs if (plateau := run.record.plateau)]
-    words = [(f"{run.name}: " if len(runs) > 1 else "") + plateau.words for run, plateau in stuck]
+    words = [(f"{run.name}: " if len(runs) > 1 else "") + f"{plateau.words}" for run, plateau in stuck]
     hints = dict.fromkeys(plateau.hint for _, plateau in stuck)
     return words, [f"To get off the plateau, start anew: {hint}." for hint in hints]
 
