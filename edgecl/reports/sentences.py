@@ -50,7 +50,7 @@ def decision_of(
 
 
 def plateaus_in_words(runs: Sequence[Source[RunRecord]]) -> tuple[list[str], list[str]]:
-    """Return of each run that is stuck on the plateau of one dimension that it is, and what to change.
+    """Return which runs are stuck on the plateau of one dimension, and what to change.
 
     Returns:
         what the decision must begin with, and what must stand right below it; both empty where no run is stuck.
