@@ -374,7 +374,7 @@ def report(dirs: AnyPath | Sequence[AnyPath], *, out: AnyPath, force: bool = Fal
         force: replace an earlier report.
 
     Returns:
-        The content of report.json, with `decision`, `rows`, `comparison` and `notes`.
+        What report.json holds, with `decision`, `rows`, `comparison` and `notes`.
 
     Raises:
         ArtifactError: a directory that edgecl did not write, an unreadable record, or the output exists.

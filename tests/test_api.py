@@ -205,8 +205,8 @@ def test_bench_measures_a_bundle(bundle):
 def test_report_takes_one_directory_or_several(tmp_path, trained_run, carved_model):
     edgecl.report(str(carved_model), out=tmp_path / "one")
     record = edgecl.report([trained_run, carved_model], out=str(tmp_path / "two"))
-    assert record == written(tmp_path / "two" / "report.json")
-    assert len(record["runs"]) == 1
+    assert record.to_json() == written(tmp_path / "two" / "report.json")
+    assert len(record.runs) == 1
 
 
 def test_what_goes_wrong_is_an_edgecl_error(tmp_path):

@@ -153,9 +153,7 @@ def _console() -> Any:
 def _text(words: object, style: str = "") -> Any:
     from rich.text import Text
 
-    from edgecl.errors import printable
-
-    return Text(printable(words), style=style)
+    return Text(str(words), style=style)
 
 
 def _show(

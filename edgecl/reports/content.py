@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal, TypeVar
 
 from pydantic import Field
 
@@ -16,6 +16,7 @@ from edgecl.reports.pareto import TradeOff, size_trade_off, trade_off
 from edgecl.reports.precisions import BundleSummary, Part, bundle_summary, joined
 from edgecl.reports.rows import ORIGINS, Comparison, Row, comparison_of, rows_of
 from edgecl.reports.sentences import decision_of, plateaus_in_words, warnings_of
+from edgecl.storage.reading import reading
 from edgecl.storage.records import (
     ComparisonRecord,
     Json,
@@ -27,6 +28,7 @@ from edgecl.storage.records import (
     command_line,
 )
 
+PartT = TypeVar("PartT", bound=Part)
 MOST_POINTS = 240
 """How many points a curve has at most."""
 
@@ -170,8 +172,8 @@ def report_of(collection: Collection) -> Report:
     trade = trade_off(rows)
     for group in trade.groups if trade else []:
         group.families = lines_in(group, families, rows)
-    comparisons = [comparison_of(one, collection) for one in collection.of(ComparisonRecord)]
-    bundles = [bundle_summary(one) for one in collection.of(Manifest)]
+    comparisons = [_part(comparison_of, one, collection) for one in collection.of(ComparisonRecord)]
+    bundles = [_part(bundle_summary, one) for one in collection.of(Manifest)]
     decision, support = decision_of(comparisons, rows, bundles, collection)
     stuck, what_to_change = plateaus_in_words(collection.of(RunRecord))
     has_line = trade is not None and bool(trade.lines)
@@ -188,10 +190,16 @@ def report_of(collection: Collection) -> Report:
         trade_off=trade,
         size_trade_off=None if has_line else size_trade_off(rows, [family.rows for family in families]),
         families=families,
-        runs=[_run_summary(run) for run in collection.of(RunRecord)],
+        runs=[_part(_run_summary, run) for run in collection.of(RunRecord)],
         notes=[*collection.notes, *warnings_of(rows, collection)],
         conditions=list(_origins(collection)),
     )
+
+
+def _part(make: Callable[..., PartT], source: Source[Record], *more: object) -> PartT:
+    """Make a part of the report; a record that lacks what the part needs is named."""
+    with reading(source.path / source.record.FILE):
+        return make(source, *more)
 
 
 def _title(collection: Collection) -> str:

@@ -157,7 +157,7 @@ class BundleSummary(Part):
 
 
 def joined(*parts: str | None, by: str = ", ") -> str:
-    """Join those parts that say something."""
+    """Join those parts that are not empty."""
     return by.join(part for part in parts if part)
 
 

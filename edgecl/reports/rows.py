@@ -23,6 +23,7 @@ from edgecl.reports.precisions import (
     verified,
 )
 from edgecl.storage import records
+from edgecl.storage.reading import reading
 from edgecl.storage.records import (
     BenchRecord,
     ComparisonRecord,
@@ -220,15 +221,16 @@ def rows_of(collection: Collection) -> list[Row]:
     Of a precision timed in several modes the row has the headline's. A precision that nobody timed has a row, too.
     """
     models, bundles = collection.of(ModelRecord), collection.of(Manifest)
+    joined_to = [(bundle, _net_of(bundle, models)) for bundle in bundles]
     rows: list[Row] = []
     for model in models:
-        own = [bundle for bundle in bundles if _net_of(bundle, [model])]
+        own = [bundle for bundle, net in joined_to if net is model]
         for bundle in own:
             rows.extend(_bundle_rows(model, bundle))
         if not own:
             rows.append(_row(model, None, None, None))
-    for bundle in bundles:
-        if not _net_of(bundle, models):
+    for bundle, net in joined_to:
+        if net is None:
             rows.extend(_bundle_rows(None, bundle))
     return rows
 
@@ -239,18 +241,18 @@ def _net_of(bundle: Source[Manifest], models: Sequence[Source[ModelRecord]]) -> 
 
 
 def _bundle_rows(model: Source[ModelRecord] | None, bundle: Source[Manifest]) -> Iterator[Row]:
-    timed = set()
-    for bench in bundle.all_beside(BenchRecord):
-        for timing in timings_of(bench):
+    with reading(bundle.path / bundle.record.FILE):
+        timed = set()
+        for timing in (timing for bench in bundle.all_beside(BenchRecord) for timing in timings_of(bench)):
             if timing.headline:
                 timed.add(timing.precision)
                 yield _row(model, bundle, timing.precision, timing)
-    known = list(bundle.record.precisions or {})
-    for precision in known:
-        if precision not in timed:
-            yield _row(model, bundle, precision, None)
-    if not known and not timed:
-        yield _row(model, bundle, bundle.record.precision, None)
+        known = list(bundle.record.precisions or {})
+        for precision in known:
+            if precision not in timed:
+                yield _row(model, bundle, precision, None)
+        if not known and not timed:
+            yield _row(model, bundle, bundle.record.precision, None)
 
 
 def _row(

@@ -50,13 +50,13 @@ def decision_of(
 
 
 def plateaus_in_words(runs: Sequence[Source[RunRecord]]) -> tuple[list[str], list[str]]:
-    """Return of each run that is stuck on the plateau of one dimension that it is, and what to change.
+    """Return which runs are stuck on the plateau of one dimension, and what to change.
 
     Returns:
         what the decision must begin with, and what must stand right below it; both empty where no run is stuck.
     """
     stuck = [(run, plateau) for run in runs if (plateau := run.record.plateau)]
-    words = [(f"{run.name}: " if len(runs) > 1 else "") + plateau.words for run, plateau in stuck]
+    words = [(f"{run.name}: " if len(runs) > 1 else "") + f"{plateau.words}" for run, plateau in stuck]
     hints = dict.fromkeys(plateau.hint for _, plateau in stuck)
     return words, [f"To get off the plateau, start anew: {hint}." for hint in hints]
 

@@ -139,7 +139,7 @@ def report_tables(rows: Sequence[Row]) -> list[Table]:
     columns = [
         (column, write)
         for column, write, optional in _BUNDLE_COLUMNS
-        # Of the others it is worth saying that nothing was measured.
+        # The others show also that nothing was measured.
         if not optional or not all(write(row).is_missing for row in exported)
     ]
     of_bundles = Table(

@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 
 from edgecl.errors import ArtifactError
-from edgecl.storage.reading import kind_of
+from edgecl.reports.content import Report
+from edgecl.reports.diff import Diff, diff
+from edgecl.storage.reading import kind_of, read_record
+from edgecl.storage.records import SCHEMA, ReportDiffRecord, ReportRecord, parse_record
 from reports.conftest import report
 
 HOSTILE = "<script>alert(1)<img src=x onerror=alert(2)>&\"'$x$"
@@ -153,6 +156,17 @@ def test_report_directory_holds_three_files_and_is_known(whole):
     assert kind_of(base / "report") == "report"
     assert json.loads((base / "report" / "report.json").read_text()) == record
     assert list(record)[:5] == ["schema", "kind", "made_by", "made_from", "command"]
+
+
+def test_report_json_is_what_the_docs_schema_describes(whole):
+    base, record = whole
+    read_record(base / "report" / "report.json", ReportRecord)
+    assert set(Report.model_fields) == set(ReportRecord.model_fields)
+    assert set(Diff.model_fields) == set(ReportDiffRecord.model_fields)
+    parse_record(
+        diff(base / "report", base / "demo").to_json(), ReportDiffRecord, path=base / "report-diff.json"
+    )
+    assert record["schema"] == SCHEMA
 
 
 def test_page_has_its_sections_in_order(whole):

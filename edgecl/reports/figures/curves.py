@@ -34,7 +34,7 @@ def panel_figure(series: Series, panel: Panel, *, x_range: tuple[float, float], 
         series: the lines.
         panel: title and axes.
         x_range: where the shared epoch axis begins and ends.
-        prefix: of every id in the picture.
+        prefix: another one for each drawing of a page.
     """
     several = len(series) > 1
     right = 16.0 + (LETTER * SMALL * max(len(name) for name, _, _ in series) if several else 4.0)

@@ -1,7 +1,7 @@
 """What every drawing shares: sizes, colors, axes, and turning matplotlib's SVG into a part of a page.
 
-Drawn by matplotlib in placeholder colors. `inlined` turns those into CSS variables, so that one picture
-serves light and dark, and gives every id a prefix, so that the pictures of a page stay apart.
+matplotlib draws in placeholder colors. `inlined` turns those into CSS variables, so that one drawing serves light and
+dark, and makes ids from a prefix of its own, so that the drawings of a page stay apart.
 """
 
 from __future__ import annotations
