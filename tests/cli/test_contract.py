@@ -227,7 +227,7 @@ def test_verify_bench_and_report_never_load_torch(tmp_path, exported_bundle):
 # --- what --json prints ---
 
 
-@pytest.mark.parametrize("shelf", ["recipes", "targets", "nets", "datasets"])
+@pytest.mark.parametrize("shelf", ["recipes", "targets", "runtimes", "nets", "datasets"])
 def test_ls_of_a_shelf_is_a_list_of_names_and_summaries(edgecl, shelf):
     code, out, err = edgecl("ls", shelf, "--json")
     entries = one_json(out)
@@ -239,7 +239,8 @@ def test_ls_of_a_shelf_is_a_list_of_names_and_summaries(edgecl, shelf):
 def test_ls_without_a_shelf_is_all_of_them(edgecl):
     everything = one_json(edgecl("ls", "--json")[1])
     shelves = [
-        one_json(edgecl("ls", shelf, "--json")[1]) for shelf in ("recipes", "targets", "nets", "datasets")
+        one_json(edgecl("ls", shelf, "--json")[1])
+        for shelf in ("recipes", "targets", "runtimes", "nets", "datasets")
     ]
     assert everything == [entry for shelf in shelves for entry in shelf]
 
@@ -372,24 +373,15 @@ def test_run_without_a_checkpoint_cannot_be_carved(edgecl, tmp_path, trained_run
 # --- manifests that lie ---
 
 
+@pytest.mark.parametrize("verb", ["verify", "bench"])
 @pytest.mark.parametrize(
-    ("verb", "changed", "problem"),
+    ("changed", "problem"),
     [
+        ({"precisions": ["fp32"]}, "'precisions': input should be"),
+        ({"input": {"name": "input"}}, "'input.shape': field required"),
         (
-            "verify",
-            {"precisions": ["fp32"]},
-            """'precisions' is ["fp32"], expected an object of precisions""",
-        ),
-        ("bench", {"precisions": ["fp32"]}, """'precisions' is ["fp32"], expected an object of precisions"""),
-        (
-            "verify",
-            {"input": {"name": "input"}},
-            "'input.shape' is missing, expected [batch, channels, height, ",
-        ),
-        (
-            "bench",
-            {"input": {"name": "input"}},
-            "'input.shape' is missing, expected [batch, channels, height, ",
+            {"runtime": "onnxruntime", "precision": "int8"},
+            "'precision' is 'int8', expected one of its precisions",
         ),
     ],
 )
@@ -398,15 +390,18 @@ def test_sealed_manifest_of_another_form_is_a_named_error(edgecl, tmp_path, verb
     write_manifest(bundle, {**read_manifest(bundle), **changed})
     code, out, err = edgecl(verb, bundle)
     assert (code, out) == (1, "")
-    assert f"manifest.json': {problem}" in err.splitlines()[0]
-    assert err.splitlines()[-1].split(maxsplit=1) == ["hint:", "export the bundle again"]
+    assert "manifest.json'" in err.splitlines()[0]
+    assert problem in err.splitlines()[0]
+    assert err.splitlines()[-1].split(maxsplit=1)[0] == "hint:"
     assert "Traceback" not in err
 
 
 def test_verify_does_not_offer_trtexec_which_gives_no_outputs(edgecl, tmp_path):
     code, _, err = edgecl("verify", tmp_path, "--runtime", "trtexec")
     assert code == 2
-    assert "'trtexec' is not one of 'ort', 'openvino', 'tensorrt', 'tensorrt_rtx'" in " ".join(err.split())
+    assert "'trtexec' is not one of ort, onnxruntime, openvino, tensorrt, tensorrt_rtx" in " ".join(
+        err.split()
+    )
 
 
 def test_doctor_says_each_check_once(edgecl_process):
@@ -484,7 +479,7 @@ def test_interrupted_training_says_how_to_go_on_and_nothing_else_does(
         signal.raise_signal(number)
 
     monkeypatch.setattr("edgecl.config.recipe.read_recipe", interrupted)
-    monkeypatch.setattr("edgecl.deploy.bench.bench", interrupted)
+    monkeypatch.setattr("edgecl.deploy.device.bench", interrupted)
     code, _, err = edgecl(verb, "x")
     assert code == status
     hint = "; --resume goes on from what was saved, if anything was" if verb != "bench" else ""
