@@ -31,7 +31,7 @@ from edgecl.data.decode import (
 from edgecl.data.randomness import permutation
 from edgecl.data.source import ImageSource, Labels, UnreadableImage
 from edgecl.data.threads import read_ahead
-from edgecl.data.unreadable import BadImages, report_skipped
+from edgecl.data.unreadable import BadImages, say_skipped
 from edgecl.errors import DataError, counted
 from edgecl.progress import Progress
 
@@ -379,7 +379,7 @@ class TrainingImages:
                 readable.append(index)
         self._bad.remember()
         self._bad.check()
-        report_skipped(self._bad.names, self.source.uri)
+        say_skipped(self._bad.names, self.source.uri)
         self._chosen = self._chosen[readable]
         return canvases[: len(readable)], sizes[: len(readable)]
 

@@ -102,7 +102,7 @@ class BadImages:
         )
 
 
-def report_skipped(names: Sequence[str], uri: str) -> None:
+def say_skipped(names: Sequence[str], uri: str) -> None:
     """Name on stderr the pictures that could not be read and are left out; one process of a run does."""
     if names and is_main():
         tell(

@@ -12,7 +12,7 @@ from edgecl.data.loading import EvalImages, choose_images, load_eval_images, spl
 from edgecl.data.randomness import permutation
 from edgecl.data.source import ImageSource, Split
 from edgecl.data.sources import has_test_split, open_source
-from edgecl.data.unreadable import report_skipped
+from edgecl.data.unreadable import say_skipped
 from edgecl.errors import DataError, first_of
 from edgecl.storage.records import Preprocessing
 
@@ -90,7 +90,7 @@ def read_labelled(
             max_bad_fraction=max_bad_fraction,
             limit=limit,
         )
-        report_skipped(loaded.skipped, source.uri)
+        say_skipped(loaded.skipped, source.uri)
         return _part(loaded)
 
     classes = source.classes or ()

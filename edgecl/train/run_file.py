@@ -15,7 +15,7 @@ import torch
 
 from edgecl.config.recipe import Recipe
 from edgecl.data.sources import absolute_uri
-from edgecl.data.unreadable import report_skipped
+from edgecl.data.unreadable import say_skipped
 from edgecl.distributed import processes
 from edgecl.errors import ArtifactError
 from edgecl.nets.backbone import count_parameters
@@ -68,7 +68,7 @@ class RunFile:
         if not images.is_cached:
             # Met on the way; images held in memory were counted without them.
             record.data.images = len(images) - len(images.skipped)
-            report_skipped(images.skipped, record.data.uri)
+            say_skipped(images.skipped, record.data.uri)
         with self._lock, contextlib.suppress(*[ArtifactError] if state == "failed" else []):
             self._write()
 
