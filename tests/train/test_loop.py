@@ -419,8 +419,8 @@ def test_a_resumed_run_keeps_its_first_command_and_adds_its_time(
     record = json.loads(record_file.read_text())
     record_file.write_text(json.dumps({**record, "command": "edgecl first", "wall_s": 1000.0}))
     resumed = train(make_recipe(), tmp_path / "run", labelled_pictures, resume=True)
-    assert resumed["command"] == "edgecl first"
-    assert resumed["wall_s"] > 1000
+    assert resumed.command == "edgecl first"
+    assert resumed.wall_s > 1000
 
 
 def test_bf16_trains(tmp_path, make_recipe, pictures):
