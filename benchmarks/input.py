@@ -45,6 +45,7 @@ from edgecl.data.decode import read_canvas
 from edgecl.data.loading import TrainingImages
 from edgecl.data.sources import open_source
 from edgecl.data.views import make_views
+from edgecl.train.allocator import keep_freed_memory
 
 SIDE = 224
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -65,6 +66,8 @@ def main() -> None:
     options.add_argument("--device", default="cpu")
     options.add_argument("--workers", type=int, default=1, help="edgecl's decoding threads")
     given = options.parse_args()
+    if given.device == "cpu":
+        keep_freed_memory()  # as pretrain does
     given.batch = min(given.batch, given.images)
     load_before = os.getloadavg()
     if given.device == "cpu":

@@ -62,7 +62,7 @@ def cache_folder() -> Path:
 
 
 def cached_place(url: str) -> Path:
-    """Return where a remote shard lies once it is fetched; the same however a URL is signed and whoever logs in."""
+    """Return where a remote shard lies once it is fetched; the same for every signature and login."""
     parts = urlsplit(url)
     query = urlencode(
         [(key, value) for key, value in parse_qsl(parts.query, True) if not _SIGNATURE.fullmatch(key)]
@@ -138,7 +138,7 @@ def _only_one(place: Path, shown: str, stop: threading.Event) -> Iterator[None]:
         arrived = sum(_size(part) for part in place.parent.glob(f"{place.name}.*.part"))
         if arrived != size:
             size, since = arrived, time.monotonic()
-        # Twice: the holder names its own trouble first.
+        # Twice as long: the holder reports its own error first.
         if time.monotonic() - since > 2 * STALL_S:
             raise DataError(
                 f"another process fetches the shard '{_name(shown)}' and got no further for {2 * STALL_S:.0f} s",

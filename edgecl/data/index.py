@@ -126,7 +126,7 @@ def list_folder(root: Path, *, index_dir: Path | None) -> tuple[Listing, Memory 
     """
     if index_dir is None:
         listing = scan(root)
-        _say_left_out(listing, root)
+        _report_left_out(listing, root)
         return listing, None
     key = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]
     file = index_dir / f"index-{key}"
@@ -138,7 +138,7 @@ def list_folder(root: Path, *, index_dir: Path | None) -> tuple[Listing, Memory 
         listing = scan(root)
         if is_main() and max(changed for _, changed, _ in listing.folders) < started - _RACY_NS:
             _write(file, _encoded(listing))
-    _say_left_out(listing, root)
+    _report_left_out(listing, root)
     return listing, Memory(index_dir / f"unreadable-{key}.json", root, listing.names)
 
 
@@ -332,7 +332,7 @@ def _write(file: Path, content: bytes) -> None:
             tell(f"no index is kept, the next start takes as long: {reason}")
 
 
-def _say_left_out(listing: Listing, root: Path) -> None:
+def _report_left_out(listing: Listing, root: Path) -> None:
     if not is_main():
         return
     if count := len(listing.left_out):

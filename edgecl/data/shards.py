@@ -12,8 +12,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 from numpy.typing import NDArray
@@ -230,7 +229,7 @@ def _absolute(path: str) -> str:
 
 def _local(url: str) -> Path:
     if url.startswith("file:"):
-        url = url2pathname(urlsplit(url).path)
+        url = unquote(urlsplit(url).path)
     return expanded(url)
 
 

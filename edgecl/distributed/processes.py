@@ -26,7 +26,7 @@ _T = TypeVar("_T")
 WAIT_VARIABLE = "EDGECL_WAIT_S"
 DEFAULT_WAIT_S = 600.0
 
-# A process that fails says so itself; the others give it this long before they speak for it.
+# A process that fails reports it; the others wait this long before they report it instead.
 _PATIENCE_S = 3.0
 _REPORT_KEY = "edgecl/reported"
 # An agent that holds a store is on this machine or has just answered; longer than this it is not there.

@@ -265,7 +265,7 @@ class Training:
             {key: value for key, value in record.items() if value is not None}, step=self.step
         )
         self._warned(self.alarm.check(record))
-        self._say_plateau(self.plateau.check(record))
+        self._record_plateau(self.plateau.check(record))
         diagonal = record.get("diagonal")
         note = f"loss {record['loss']:.3g}"
         progress.advance(0, note=note if diagonal is None else f"{note}, diagonal {diagonal:.2f}")
@@ -308,7 +308,7 @@ class Training:
         if self.metrics:
             self.metrics.append(record)
         images, features = self.quality.shape
-        self._say_plateau(self.plateau.check_quality(record, images=images, features=features))
+        self._record_plateau(self.plateau.check_quality(record, images=images, features=features))
         return record
 
     def _save(
@@ -349,7 +349,7 @@ class Training:
         if cause:
             self._record_event("warning", because=cause)
 
-    def _say_plateau(self, words: str | None) -> None:
+    def _record_plateau(self, words: str | None) -> None:
         if words:
             self._record_event("warning", because="plateau", words=words)
 

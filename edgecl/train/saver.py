@@ -15,8 +15,8 @@ from edgecl.errors import tell
 from edgecl.storage.checkpoint import to_json, write_checkpoint
 from edgecl.storage.directories import RunDir
 
-SAY_AFTER_S = 30.0
-"""How often a wait for the disk is spoken of."""
+REPORT_AFTER_S = 30.0
+"""How often a wait for the disk is reported."""
 
 
 class Saver:
@@ -99,7 +99,7 @@ class Saver:
         if self._write is None:
             return
         begun = time.monotonic()
-        while not wait([self._write], timeout=SAY_AFTER_S).done:
+        while not wait([self._write], timeout=REPORT_AFTER_S).done:
             tell(
                 f"waiting for the disk to take the checkpoint of step {self._step}, "
                 f"{time.monotonic() - begun:.0f} s so far, in {self._run_dir.checkpoints}"

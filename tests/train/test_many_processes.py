@@ -315,7 +315,7 @@ def test_another_number_of_processes_goes_on(scenarios, tmp_path):
         )
     finally:
         torch.set_num_threads(threads)
-    assert (finished["state"], finished["processes"]) == ("done", 1)
+    assert (finished.state, finished.processes) == ("done", 1)
     assert_close_runs(folder / "two", run)
 
 

@@ -16,7 +16,7 @@ from edgecl.nets.backbone import count_parameters, create_backbone
 from edgecl.storage.checkpoint import read_newest, write_checkpoint
 from edgecl.storage.directories import RunDir
 from edgecl.storage.writing import disk_errors
-from edgecl.train import loop, pretrain, saver
+from edgecl.train import loop, pretrain, run_file, saver
 
 from .conftest import train
 
@@ -209,14 +209,14 @@ def test_full_disk_fails_the_run_at_its_last_whole_checkpoint(tmp_path, make_rec
 def test_error_of_a_run_is_shown_though_its_record_finds_no_room(
     tmp_path, make_recipe, pictures, monkeypatch
 ):
-    write = pretrain.write_record
+    write = run_file.write_record
 
     def no_room(path, record):
         if record.state == "failed":
             raise ArtifactError("no room on the disk to write 'run.json'")
         write(path, record)
 
-    monkeypatch.setattr(pretrain, "write_record", no_room)
+    monkeypatch.setattr(run_file, "write_record", no_room)
     monkeypatch.setattr(loop, "make_views", lambda *words, **options: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train(make_recipe(), tmp_path / "run", pictures)

@@ -222,7 +222,7 @@ def test_flush_waits(run_dir, slow_disk):
 
 
 def test_a_long_wait_says_what_for(run_dir, slow_disk, monkeypatch, capsys):
-    monkeypatch.setattr(saver_module, "SAY_AFTER_S", 0.02)
+    monkeypatch.setattr(saver_module, "REPORT_AFTER_S", 0.02)
     with Saver(run_dir, keep=2, keep_best=False) as saver:
         save(saver, 7)
         threading.Timer(0.2, slow_disk.set).start()
