@@ -98,7 +98,7 @@ def test_two_processes_on_one_directory_do_each_run_once(finished):
     assert Counter(line["arm"] for line in lines_of(out)) == {"sacl-xd": 1, "barlow-twins": 1}
     records = [json.loads(file.read_text()) for file in out.glob("runs/*/pretrain/run.json")]
     assert [record["state"] for record in records] == ["done", "done"]
-    assert not any("resumed_with" in record for record in records)
+    assert not any(record["resumed_with"] for record in records)
 
 
 def test_a_campaign_that_was_killed_and_stopped_gives_what_it_gives_in_one_go(finished, listed, tmp_path):
