@@ -125,7 +125,7 @@ def test_a_campaign_that_was_killed_and_stopped_gives_what_it_gives_in_one_go(fi
     complete(begin("arms", listed, "--data", "demo", "--out", tmp_path))
     assert {line["arm"]: accuracy(line) for line in lines_of(tmp_path)} == whole
     resumed = [json.loads(file.read_text()) for file in tmp_path.glob("runs/sacl-xd*/pretrain/run.json")]
-    assert "resumed_with" in resumed[0]
+    assert resumed[0]["resumed_with"]
 
 
 def test_ctrl_c_ends_the_script_around_a_campaign_too(listed, tmp_path):
