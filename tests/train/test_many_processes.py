@@ -389,7 +389,7 @@ def test_torchrun_starts_a_failed_run_again_where_it_was(tmp_path, labelled_pict
     )
     record = run.read()
     assert (record.state, record.step) == ("done", 30)
-    assert "resumed_with" in record
+    assert record.resumed_with
     assert printed.count("SACL-XD on 40 images") == 1
 
 
