@@ -142,7 +142,7 @@ class RunRecord(Record):
     recipe: Json
     """All settings, with their defaults."""
     arm: Text | None = None
-    """The variant of the method."""
+    """Variant of the method."""
     panels: list[Json] = []
     """What a report draws of this method: title, unit, log, and the name of each line's key in metrics.jsonl."""
     data: ImagesRead
@@ -150,10 +150,10 @@ class RunRecord(Record):
     device: Text | None = None
     processes: Count | None = None
     threads: Count | None = None
-    """Of each process."""
+    """Threads of each process."""
     steps_per_epoch: Count | None = None
     total_steps: Count | None = None
-    """Planned."""
+    """Steps planned."""
     params: dict[str, Count] = {}
     """Parameters of the host and of each slim net, as carved."""
     versions: dict[str, Text] = {}
@@ -166,11 +166,11 @@ class RunRecord(Record):
     """Set while training is stuck on a plateau of one dimension."""
     state: Literal["running", "stopped", "done", "failed"] = "done"
     step: Count = 0
-    """Taken."""
+    """Steps taken."""
     wall_s: float = Field(0.0, ge=0)
-    """Seconds, all starts together."""
+    """Seconds it ran, all starts together."""
     error: Text | None = None
-    """Of a run that failed, in one line."""
+    """Why a run failed, in one line."""
     resumed_with: Text | None = None
     """The last command that resumed it."""
     changes: list[Text] = []
@@ -181,7 +181,7 @@ class Quality(Table):
     """How good a run's features were, by one number."""
 
     name: Text
-    """Of the number: "knn_top1_slim", or another line of metrics.jsonl."""
+    """Key of the number in metrics.jsonl, such as "knn_top1_slim"."""
     value: float
     """Higher is better."""
 
@@ -198,9 +198,9 @@ class CheckpointRecord(SealedRecord):
     epoch: Count
     """Whole epochs passed."""
     quality: Quality | None
-    """Of the last look at the features."""
+    """From the last look at the features."""
     state: Json
-    """Of what watches over the run."""
+    """State of the learning rate, the alarms and the way back."""
     optimizer: Json
     """What of the optimizer's state is no tensor."""
     files: dict[str, Text]
@@ -217,7 +217,7 @@ class MetricsLine(Table):
     epoch: float
     """Epochs passed, a fraction within one."""
     loss: float | None = None
-    """Of a step; null where it was not finite. The terms of the method's loss stand beside it."""
+    """Loss of a step, null where it was not finite; the terms of the method's loss stand beside it."""
     std: float | None = None
     """Spread of the projections: 1 when even, 0 when collapsed."""
     diagonal: float | None = None
@@ -279,7 +279,7 @@ class ModelRecord(SealedRecord):
     width: float = Field(gt=0, le=4)
     """Multiple of the architecture's own channels."""
     stem_stride: Literal[1, 2] | None
-    """Of the first convolution; null is the architecture's own."""
+    """Stride of the first convolution; null is the architecture's own."""
     classes: list[Text] | None
     """Names by label; null of a net without classifier."""
     features: int
@@ -295,9 +295,9 @@ class ModelRecord(SealedRecord):
     arm: Text | None
     """The variant of the method."""
     epoch: int | None = None
-    """Of the checkpoint."""
+    """Epochs of the checkpoint it was carved from."""
     step: int | None = None
-    """Of the checkpoint."""
+    """Steps of the checkpoint it was carved from."""
     quantization: Quantization | None = None
     data: Text | None
     """The images it was made from, as `--data` takes them."""
@@ -312,7 +312,7 @@ class FewLabelAccuracy(Table):
     std: float | None = None
     """Over the draws, percentage points; 0 of one draw."""
     ci95: Interval | None = None
-    """Of the mean, percent; null of one draw."""
+    """95 % interval of the mean, percent; null of one draw."""
     draws: list[float] = []
     """Accuracy of each draw, percent."""
     labels_per_class: Count | None = None
@@ -484,7 +484,7 @@ class RecipeTraining(Table):
     """The part of the local views."""
     coding_rate_flops_per_image: Count
     coding_rate_total_flops: float
-    """On top."""
+    """Not in total_flops."""
     images: Count
     """Per epoch."""
     epochs: Count
@@ -492,7 +492,7 @@ class RecipeTraining(Table):
     slim_forward_flops: Count
     projector_flops_per_image: Count
     projector_total_flops: float
-    """On top."""
+    """Not in total_flops."""
 
 
 class RecipeCost(NetCost):
@@ -621,7 +621,7 @@ class Decision(Table):
     mean_cosine: float | None = None
     budget: Budget | None = None
     images: Count | None = None
-    """Those that decide."""
+    """Images that the decision is made on."""
     searched_on: Count | None = None
     """Other images, on which the kept nodes were chosen."""
     tried: list[Attempt] = []
@@ -864,13 +864,13 @@ class BenchMeasurement(Table):
     steady: bool | None = None
     """Whether the warm-up settled."""
     duration_s: float | None = None
-    """Seconds sampled."""
+    """Seconds that were sampled."""
     drift: float | None = None
     """Median of the last quarter over that of the first."""
     enqueue_p50_ms: float | None = None
-    """Of trtexec."""
+    """Median time that trtexec needs to enqueue an inference."""
     command: Text | None = None
-    """Of trtexec."""
+    """Command line of trtexec."""
     marks: list[Text] = []
     """What casts doubt: "unsteady", "noisy", "drift", or what trtexec says."""
     settings: Json = {}

@@ -22,6 +22,7 @@ from edgecl.nets.backbone import create_backbone
 from edgecl.nets.fake_quant import FakeQuant
 from edgecl.nets.model_dir import load_model, write_model
 from edgecl.storage.directories import ModelDir
+from edgecl.storage.records import Quantization
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +88,8 @@ def test_evaluation_is_of_the_written_net(tuned, image_folder):
     net, model = load_model(out)
     held_out = read_labelled(str(image_folder), test=None, preprocessing=model.preprocessing).test
     evaluation = json.loads(ModelDir(out).evaluation_file.read_text())
-    assert evaluation == record.evaluation
-    assert evaluation["top1"] == classifier_top1(net, held_out, model["preprocessing"])
+    assert evaluation == record.evaluation.to_json()
+    assert evaluation["top1"] == classifier_top1(net, held_out, model.preprocessing)
     assert evaluation["made_from"] == ModelDir(out).sha256
 
 
@@ -216,7 +217,7 @@ def test_scales_stay_as_calibrated_where_they_are_not_learnt(tmp_path, tuned, im
     assert "blocks.0.0.se.conv_reduce.weight_quantizer.scale" in scales[0]
     assert all(torch.equal(scales[1][name], tensor) for name, tensor in scales[0].items())
     record = ModelDir(out).read()
-    assert record.quantization == {"precision": "int8", "keep": ["conv_stem"], "learnt": False}
+    assert record.quantization == Quantization(keep=["conv_stem"], learnt=False)
 
 
 def test_net_without_a_classifier_gets_one_first(tmp_path, plain_model, image_folder, monkeypatch):

@@ -234,8 +234,8 @@ def runs(mutator: Mutator, seeds: Seeds, place: Path) -> None:
         changed = _header(mutator, file)
         _replace(file, changed)
         told = json.loads(state.read_text())
-        told["sha256"][file.name] = hashlib.sha256(changed).hexdigest()
-        told["bytes"][file.name] = len(changed)
+        told["files"][file.name] = hashlib.sha256(changed).hexdigest()
+        told["size_bytes"][file.name] = len(changed)
         _write_tree(state, told)
         _reseal(None, state)
     elif kind < 9:

@@ -6,18 +6,16 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
-from sealed import write_sealed
 
 from edgecl.config.recipe import recipe_from_tables
 from edgecl.errors import ArtifactError, RecipeError, SliceError
 from edgecl.nets.backbone import count_parameters, create_backbone, feature_count
 from edgecl.nets.build import backbone_tensors, create_slimmable
 from edgecl.nets.catalogue import NETS
-from edgecl.nets.fake_quant import quantize_net
-from edgecl.nets.model_dir import load_model, write_model
+from edgecl.nets.model_dir import load_model
 from edgecl.storage.checkpoint import write_checkpoint
 from edgecl.storage.directories import ModelDir, RunDir
-from edgecl.storage.records import ImagesRead, Quantization, RunRecord
+from edgecl.storage.records import ImagesRead, RunRecord
 from edgecl.storage.writing import write_record
 from edgecl.train.carve import carve, preprocessing_of
 
@@ -371,23 +369,6 @@ def test_changed_weights_are_named(tmp_path):
         load_model(tmp_path / "model")
 
 
-def test_weights_of_another_net_are_named(tmp_path):
-    write_model(
-        tmp_path / "model",
-        create_backbone(SMALL, width=0.5),
-        arch=SMALL,
-        width=0.75,
-        stem_stride=None,
-        classes=None,
-        preprocessing=PREPROCESSING,
-        origin="random",
-        made_from=None,
-        data=None,
-    )
-    with pytest.raises(ArtifactError, match=f"the weights are not those of '{SMALL}' at width 0.75"):
-        load_model(tmp_path / "model")
-
-
 @pytest.mark.parametrize(
     ("image_size", "views", "refused"),
     [(32, {}, 32), (224, {"local_count": 1}, 112), (224, {"local_count": 1, "local_size": 96}, 96)],
@@ -402,74 +383,3 @@ def test_a_net_that_takes_one_size_only_is_refused_by_name(image_size, views, re
     with pytest.raises(RecipeError, match=text) as caught:
         create_slimmable(recipe_from_tables(tables, source="test"))
     assert "local_size" in caught.value.hint
-
-
-# --- quantized nets ---
-
-
-@pytest.fixture
-def quantized(tmp_path):
-    """Write a quantized net with a classifier; return its directory and the net."""
-    torch.manual_seed(0)
-    net, kept = quantize_net(
-        create_backbone(SMALL, width=0.5, num_classes=2), torch.randn(4, 3, 64, 64), keep=["conv_stem"]
-    )
-    write_model(
-        tmp_path / "quantized",
-        net,
-        arch=SMALL,
-        width=0.5,
-        stem_stride=1,
-        classes=["cat", "dog"],
-        preprocessing=PREPROCESSING,
-        origin="finetuned",
-        made_from=None,
-        data=None,
-        quantization=Quantization(keep=kept, learnt=False),
-    )
-    return tmp_path / "quantized", net
-
-
-def test_quantized_net_is_rebuilt_with_its_scales(quantized, images):
-    path, net = quantized
-    net.conv_stem.stride = (1, 1)
-    loaded, record = load_model(path)
-    assert not loaded.training
-    assert record.quantization.keep == ["conv_stem"]
-    with torch.no_grad():
-        assert torch.equal(loaded(images), net(images))
-
-
-def test_weights_of_a_quantized_net_do_not_pass_for_those_of_another_choice(quantized):
-    path, _ = quantized
-    file = path / "model.json"
-    record = json.loads(file.read_text())
-    record["quantization"]["keep"] = ["conv_stem", "conv_head"]
-    write_sealed(file, record)
-    with pytest.raises(
-        ArtifactError, match=f"the weights are not those of '{SMALL}' at width 0.5, quantized"
-    ):
-        load_model(path)
-
-
-def test_record_of_a_version_that_knew_no_quantized_nets_loads(tmp_path, images):
-    torch.manual_seed(0)
-    net = create_backbone(SMALL, width=0.5).eval()
-    write_model(
-        tmp_path / "model",
-        net,
-        arch=SMALL,
-        width=0.5,
-        stem_stride=None,
-        classes=None,
-        preprocessing=PREPROCESSING,
-        origin="random",
-        made_from=None,
-        data=None,
-    )
-    file = tmp_path / "model" / "model.json"
-    record = json.loads(file.read_text())
-    assert record.pop("quantization") is None
-    write_sealed(file, record)
-    with torch.no_grad():
-        assert torch.equal(load_model(tmp_path / "model")[0](images), net(images))

@@ -77,10 +77,10 @@ def test_a_recorded_run_that_is_stuck_says_so_at_its_end(alarm):
         heed(alarm, record)
     decision = alarm.decision()
     last = [record for record in records if "rankme_slim" in record][-1]
-    assert decision["since"] < records[-1]["step"]
-    assert f"RankMe is {last['rankme_slim']:.1f} of at most 1,024" in decision["words"]
-    assert f"kNN {last['knn_top1_slim']:.1f} %" in decision["words"]
-    assert "[method.coding_rate] weight" in decision["hint"]
+    assert decision.since < records[-1]["step"]
+    assert f"RankMe is {last['rankme_slim']:.1f} of at most 1,024" in decision.words
+    assert f"kNN {last['knn_top1_slim']:.1f} %" in decision.words
+    assert "[method.coding_rate] weight" in decision.hint
 
 
 def test_a_recorded_run_that_leaves_the_plateau_is_warned_of_once_and_not_called_stuck(alarm):
@@ -177,8 +177,8 @@ def test_without_a_slim_net_the_host_is_evaluated(alarm):
     alarm.check_quality(look(0, knn=26.0, net="host"), **DEMO)
     alarm.check_quality(look(1, rankme=7.0, knn=30.0, net="host"), **DEMO)
     feed(alarm, RECORDS)
-    assert "RankMe is 7.0" in alarm.decision()["words"]
-    assert "kNN 30.0 % (before the first step 26.0 %)" in alarm.decision()["words"]
+    assert "RankMe is 7.0" in alarm.decision().words
+    assert "kNN 30.0 % (before the first step 26.0 %)" in alarm.decision().words
 
 
 def test_a_run_that_leaves_the_plateau_is_not_called_stuck(alarm, said):
@@ -252,7 +252,7 @@ def test_a_stuck_run_is_called_stuck_in_its_record(stuck):
 
 def test_a_stuck_run_that_is_resumed_at_its_end_is_still_called_stuck(stuck, make_recipe, labelled_pictures):
     before = RunDir(stuck).read().plateau
-    assert train(make_recipe(), stuck, labelled_pictures, resume=True)["plateau"] == before
+    assert train(make_recipe(), stuck, labelled_pictures, resume=True).plateau == before
 
 
 def test_the_report_of_a_stuck_run_begins_with_it(stuck, tmp_path):
