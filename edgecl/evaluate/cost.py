@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from edgecl.config.recipe import Recipe
+from edgecl.config.settings import Config, parse_toml
 from edgecl.errors import RecipeError
 from edgecl.nets.backbone import count_parameters, create_backbone, feature_count
 from edgecl.nets.heads import Projector
@@ -342,57 +343,34 @@ def _net_cost(net: nn.Module, shape: tuple[int, ...]) -> NetCost:
     )
 
 
-@dataclass(frozen=True)
-class PublishedRow:
-    """A row of the paper's training-cost column, and the rule that should give it.
-
-    Attributes:
-        method: as printed.
-        arch: timm's name of the small net.
-        printed_e17: as printed, in 1e17 FLOPs.
-        epochs: epochs of the small net, as printed.
-        host_units: forward passes of the 1.5x host per image.
-        slim_units: forward passes of the small net per image.
-        teacher: timm's name of the teacher.
-        teacher_units: forward passes of the teacher per image, over all its epochs.
-        note: why the row does not fit, where it does not.
-
-    Source: METHOD sections 2a and 2b.
-    """
+class PublishedRow(Config):
+    """A row of the paper's training-cost column, and the rule that should give it."""
 
     method: str
+    """As printed."""
     arch: str
+    """timm's name of the small net."""
     printed_e17: float
+    """As printed, in 1e17 FLOPs."""
     epochs: int
-    host_units: int
+    """Epochs of the small net, as printed."""
+    host_units: int = 0
+    """Forward passes of the 1.5x host per image."""
     slim_units: int
+    """Forward passes of the small net per image."""
     teacher: str | None = None
+    """timm's name of the teacher."""
     teacher_units: int = 0
+    """Forward passes of the teacher per image, over all its epochs."""
     note: str = ""
+    """Why the row does not fit, where it does not."""
 
 
-_V1, _V3, _B0 = "mobilenetv1_100", "mobilenetv3_large_100", "efficientnet_b0"
-# ReKD runs its teacher forwards and backwards beside the student, 3 units for 200 epochs; SEED is charged its
-# teacher's own pretraining, 6 units for 800 epochs, and no teacher forward passes in the distillation.
-_REKD, _SEED = 200 * 3, 800 * 6
-
-PUBLISHED = (
-    PublishedRow("MoCo-v2", _V3, 4.8, 200, 0, 4),
-    PublishedRow("MoCo-v2", _B0, 8.5, 200, 0, 4),
-    PublishedRow("XD only", _V3, 7.2, 200, 0, 6),
-    PublishedRow("XD only", _V3, 3.6, 100, 0, 6),
-    PublishedRow("XD only", _V1, 9.0, 100, 0, 6),
-    PublishedRow("SACL-XD", _V3, 15, 200, 4, 4),
-    PublishedRow("SACL-XD", _V1, 19, 100, 4, 4),
-    PublishedRow("ReKD", _V3, 67, 200, 0, 3, "resnet50", _REKD),
-    PublishedRow("ReKD", _V3, 125, 200, 0, 3, "resnet101", _REKD),
-    PublishedRow("ReKD", _B0, 70, 200, 0, 3, "resnet50", _REKD),
-    PublishedRow("SEED", _V3, 512, 200, 0, 4, "resnet50", _SEED),
-    PublishedRow("SEED", _V3, 971, 200, 0, 4, "resnet101", _SEED),
-    PublishedRow("SEED", _B0, 516, 200, 0, 4, "resnet50", _SEED),
-    PublishedRow("SACL-XD", _V1, 19, 200, 4, 4, note="printed as 200 epochs; the number is that of 100"),
-    PublishedRow("SACL-XD", _B0, 24, 200, 4, 4, note="the rule that gives the other rows gives 11 % more"),
-)
+def published_rows() -> list[PublishedRow]:
+    """Return the rows of the paper's training-cost column, which are data in published_costs.toml."""
+    file = Path(__file__).with_name("published_costs.toml")
+    tables = parse_toml(file.read_text(encoding="utf-8"), source=str(file), error=RecipeError)
+    return [PublishedRow.model_validate(row) for row in tables["rows"]]
 
 
 def cost_table() -> list[PublishedCost]:
@@ -406,7 +384,7 @@ def cost_table() -> list[PublishedCost]:
         return flops[arch, width]
 
     rows = []
-    for row in PUBLISHED:
+    for row in published_rows():
         per_image = row.epochs * row.slim_units * of(row.arch)
         if row.host_units:
             per_image += row.epochs * row.host_units * of(row.arch, 1.5)
