@@ -385,9 +385,9 @@ def test_a_model_is_counted_at_its_own_size(tmp_path):
     found = cost(tmp_path / "model")
     model = ModelDir(tmp_path / "model")
     assert found.to_json() == json.loads(model.cost_file.read_text(encoding="utf-8"))
-    assert found["macs"] == forward_cost(net, (1, 3, 32, 32)).macs
-    assert found["macs"] > 2 * forward_cost(create_backbone(SMALL, width=0.5), (1, 3, 32, 32)).macs
-    assert found["made_from"] == model.sha256
+    assert found.macs == forward_cost(net, (1, 3, 32, 32)).macs
+    assert found.macs > 2 * forward_cost(create_backbone(SMALL, width=0.5), (1, 3, 32, 32)).macs
+    assert found.made_from == model.sha256
     assert torch.is_grad_enabled()
 
 

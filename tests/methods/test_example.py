@@ -104,8 +104,8 @@ def test_the_example_trains_predictor_and_target_and_is_carved_priced_and_drawn(
     assert record.arm == "byol"
 
     recipe = read_recipe(str(tmp_path / "byol.toml"))
-    training = cost_of_recipe(recipe, recipe_name="byol", images=24)["training"]
-    assert (training["arm"], training["forward_units"]) == ("byol", 6.0)
+    training = cost_of_recipe(recipe, recipe_name="byol", images=24).training
+    assert (training.arm, training.forward_units) == ("byol", 6.0)
 
     page = report([run.path], out=tmp_path / "report")
     assert {"loss", "diagonal"} <= page["runs"][0]["curves"].keys()

@@ -78,7 +78,7 @@ def test_too_many_go_back_once_with_a_smaller_rate(tmp_path, make_recipe, pictur
     recipe = make_recipe("run.epochs=3", "run.max_skipped=1", "optim.warmup_epochs=0.0")
     # The 8th and 9th step; after going back to step 5 everything is finite.
     count = break_losses(monkeypatch, {8, 9})
-    assert train(recipe, out, pictures)["state"] == "done"
+    assert train(recipe, out, pictures).state == "done"
     assert count[0] == 15 + 4  # steps 6 to 9 were made twice
     assert "step 9: the loss or the net is not finite; back to step 5 with 0.5 of the learning rate" in (
         capsys.readouterr().err

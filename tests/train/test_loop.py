@@ -282,7 +282,7 @@ def test_a_run_stopped_before_its_first_checkpoint_starts_over(
 def test_resuming_a_run_that_is_done_changes_nothing(runs, tmp_path, make_recipe, labelled_pictures):
     copy = tmp_path / "run"
     shutil.copytree(runs / "SACL-XD", copy)
-    assert train(make_recipe(), copy, labelled_pictures, resume=True)["state"] == "done"
+    assert train(make_recipe(), copy, labelled_pictures, resume=True).state == "done"
     assert same_weights(runs / "SACL-XD", copy)
     assert read_metrics(copy / "metrics.jsonl") == read_metrics(runs / "SACL-XD" / "metrics.jsonl")
 
@@ -408,7 +408,7 @@ def test_images_are_counted_alike_whether_held_in_memory_or_not(tmp_path, make_r
     shutil.copytree(pictures, folder)
     (folder / "000.png").write_bytes(b"")
     recipe = make_recipe("data.max_bad_fraction=0.025", "run.epochs=1", "data.cache_mib=0")
-    assert train(recipe, tmp_path / "run", folder)["data"]["images"] == 39
+    assert train(recipe, tmp_path / "run", folder).data.images == 39
 
 
 def test_a_resumed_run_keeps_its_first_command_and_adds_its_time(
@@ -419,8 +419,8 @@ def test_a_resumed_run_keeps_its_first_command_and_adds_its_time(
     record = json.loads(record_file.read_text())
     record_file.write_text(json.dumps({**record, "command": "edgecl first", "wall_s": 1000.0}))
     resumed = train(make_recipe(), tmp_path / "run", labelled_pictures, resume=True)
-    assert resumed["command"] == "edgecl first"
-    assert resumed["wall_s"] > 1000
+    assert resumed.command == "edgecl first"
+    assert resumed.wall_s > 1000
 
 
 def test_bf16_trains(tmp_path, make_recipe, pictures):
