@@ -351,7 +351,7 @@ def train(run: Run, recipe: Recipe, out: Path) -> dict:
         "rate_flops": cost.rate_flops * cost.rate_share * cost.images * cost.epochs,
         "diagonal": statistics.mean(step["diagonal"] for step in ends),
         "off_diagonal_rms": statistics.mean(step["off_diagonal_rms"] for step in ends),
-        "plateau": (record.get("plateau") or {}).get("words"),
+        "plateau": record.plateau.words if record.plateau else None,
         "versions": record.versions,
     }
 

