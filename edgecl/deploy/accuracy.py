@@ -29,12 +29,12 @@ METRICS: dict[str | None, str] = {
     "mean_cosine": "mean cosine similarity with fp32",
 }
 BATCH = 32
-# Enough for an interval of half a point; more would take longer than they tell.
+# An interval of half a point at 95 %; more images are not worth the time.
 MOST_IMAGES = 10_000
 MOST_UNLABELLED = 512
 # Of a folder without a test split: the same fifth that `probe` and `finetune` hold out.
 HOLDOUT = 0.2
-# Any readable pictures will do here; the verbs that learn from images hold them to the recipe's limit.
+# Any readable pictures will do here; the verbs that learn from images apply the recipe's limit.
 MAX_BAD_FRACTION = 0.5
 
 

@@ -318,7 +318,7 @@ class _Rewriter:
             raise self._refusal(node, f"opset {opset} does not have it") from None
 
     def _refusal(self, node: onnx.NodeProto, reason: str) -> TargetError:
-        """Say that a node has no form in the target's opset."""
+        """Return the error for a node that has no form in the target's opset."""
         hint = "replace that layer of the net"
         if onnx.defs.has(node.op_type, self._source, ""):
             since = onnx.defs.get_schema(node.op_type, self._source, "").since_version

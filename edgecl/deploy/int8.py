@@ -26,7 +26,7 @@ from edgecl.deploy.decision import Say, search_int8, unevaluated
 from edgecl.deploy.fp16 import half
 from edgecl.deploy.graph import opset_of, portable
 from edgecl.deploy.graph_index import first_block, quantizable
-from edgecl.deploy.qdq import CpuDraft, Ranges, TensorrtDraft
+from edgecl.deploy.qdq import CpuWriter, Ranges, TensorrtWriter
 from edgecl.deploy.session import Run, session_of
 from edgecl.errors import DataError, TargetError, near_matches
 from edgecl.storage.records import Decision
@@ -204,10 +204,10 @@ def quantize(
         # Only HardSigmoid is known below.
         plain = portable(model, opset=opset_of(model), hard_swish="hard_sigmoid")
         kept = {*keep, *first_block(model)}
-        quantized = CpuDraft(plain, ranges, chosen=chosen, keep=kept).write()
+        quantized = CpuWriter(plain, ranges, chosen=chosen, keep=kept).write()
     else:
         source = _in_half(model, ranges, images) if form == "int8-trt-fp16" else model
-        quantized = TensorrtDraft(source, ranges, chosen=chosen, keep=set(keep)).write()
+        quantized = TensorrtWriter(source, ranges, chosen=chosen, keep=set(keep)).write()
     onnx.checker.check_model(quantized, full_check=True)
     return quantized
 

@@ -103,7 +103,7 @@ def run_here(
         report: called with each line of progress.
 
     Raises:
-        OnboardError: what the device code itself complains of.
+        OnboardError: an error of the device code.
         DeviceError: it ended without an answer, or was silent for too long.
     """
     listener = Listener(report, limit_s=limit_s)

@@ -124,7 +124,7 @@ class QdqWriter:
         )
 
 
-class TensorrtDraft(QdqWriter):
+class TensorrtWriter(QdqWriter):
     """Symmetric S8 on inputs only; the scales have the type of what they scale."""
 
     def write_node(self, node: onnx.NodeProto) -> None:
@@ -166,7 +166,7 @@ class TensorrtDraft(QdqWriter):
         return self.dequantized[key]
 
 
-class CpuDraft(QdqWriter):
+class CpuWriter(QdqWriter):
     """Asymmetric U8 activations on both sides of every operator that ONNX Runtime has an integer kernel for."""
 
     def __init__(self, model: onnx.ModelProto, ranges: Ranges, *, chosen: set[str], keep: set[str]) -> None:
@@ -231,7 +231,7 @@ class CpuDraft(QdqWriter):
         self._integer.add(tensor)
 
     def _read_by_nodes(self, node: onnx.NodeProto) -> bool:
-        """Tell whether anything but the end of the net reads a pool: features are not to be rounded twice."""
+        """Return whether anything but the end of the net reads a pool: features are not to be rounded twice."""
         readers = self.links.readers[node.output[0]]
         return any(reader.op_type != "Flatten" or self._read_by_chosen(reader) for reader in readers)
 
@@ -239,7 +239,7 @@ class CpuDraft(QdqWriter):
         return any(reader.name in self.chosen for reader in self.links.readers[node.output[0]])
 
     def _leads_to_chosen(self, node: onnx.NodeProto) -> bool:
-        """Tell whether one of the next weighted nodes is quantized."""
+        """Return whether one of the next weighted nodes is quantized."""
         seen: set[str] = set()
         ahead = list(node.output)
         while ahead:
@@ -335,7 +335,7 @@ class CpuDraft(QdqWriter):
         return changed
 
     def _write_hard_sigmoid(self, node: onnx.NodeProto) -> None:
-        """Say clip(alpha x + beta, 0, 1) as one integer sum.
+        """Write clip(alpha x + beta, 0, 1) as one integer sum.
 
         It is alpha clip(x + beta / alpha, 0, 1 / alpha): saturation does the clip, and coming back from integers with
         another scale than going there does the product with alpha.
@@ -367,7 +367,7 @@ def _channel_axis(node: onnx.NodeProto) -> int:
 
 
 def _is_depthwise(node: onnx.NodeProto, weights: Array) -> bool:
-    """Tell whether every channel is convolved alone, into one."""
+    """Return whether every channel is convolved alone, into one."""
     groups = int(attribute(node, "group", 1))
     return groups > 1 and weights.shape[:2] == (groups, 1)
 

@@ -1,7 +1,7 @@
 """Run the device code on a board over the system's OpenSSH: copy a bundle there, start, follow, bring the record back.
 
 The far side of ssh is always a shell. So what it is sent as a command is one of three fixed texts, in which only the
-run's name varies, that the board's mktemp chose and that is held to a pattern here; everything a user wrote travels
+run's name varies, which the board's mktemp chose and a pattern here checks; everything a user wrote travels
 as JSON or as bytes over stdin to `edgecl.onboard.remote`. The host key must be known, and nothing ever asks: what ssh
 would have asked is an error that says so. Everything else, such as names, keys and jump hosts, is ssh's own
 configuration; the environment variable EDGECL_SSH_OPTIONS adds arguments to every call.
@@ -124,7 +124,7 @@ def run_on_board(
         report: called with each line of progress.
 
     Raises:
-        OnboardError: what the device code on the board complains of, and a bundle that is not whole here.
+        OnboardError: an error of the device code on the board, or a bundle that is not whole here.
         DeviceError: the board cannot be reached, refuses, lacks something, or the run died there or hangs.
     """
     user, name, port = _address(host)
@@ -291,7 +291,7 @@ class _Board:
             connection.finish_sending()
             connection.hear(patience_s=15.0)
 
-    def start(self, command: str, complaints: Any) -> subprocess.Popen[bytes]:
+    def start(self, command: str, errors: Any) -> subprocess.Popen[bytes]:
         """Start ssh with one of the fixed commands."""
         try:
             # Not in the terminal's group: Ctrl-C is for edgecl, which then ends the run on the board.
@@ -299,7 +299,7 @@ class _Board:
                 ["ssh", *self._ssh, command],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=complaints,
+                stderr=errors,
                 start_new_session=True,
             )
         except FileNotFoundError as exc:
@@ -381,11 +381,11 @@ class _Connection:
 
     def __init__(self, board: _Board, command: str) -> None:
         self._board = board
-        self._complaints = tempfile.TemporaryFile()  # noqa: SIM115, closed by __exit__
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115, closed by __exit__
         try:
-            self._process = board.start(command, self._complaints)
+            self._process = board.start(command, self._errors)
         except BaseException:
-            self._complaints.close()
+            self._errors.close()
             raise
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -404,7 +404,7 @@ class _Connection:
             self._process.kill()
             self._process.wait()
         self._out.close()
-        self._complaints.close()
+        self._errors.close()
 
     def send(self, content: bytes) -> None:
         """Send bytes."""
@@ -414,7 +414,7 @@ class _Connection:
             self._into.flush()
 
     def finish_sending(self) -> None:
-        """Tell the board that nothing more comes."""
+        """Close the board's standard input."""
         with contextlib.suppress(BrokenPipeError):
             self._into.close()
 
@@ -446,8 +446,8 @@ class _Connection:
             status: int | None = self._process.wait(timeout=10.0)
         except subprocess.TimeoutExpired:
             status = None
-        self._complaints.seek(0)
-        return self._board.failure(status, self._complaints.read().decode("utf-8", "replace"))
+        self._errors.seek(0)
+        return self._board.failure(status, self._errors.read().decode("utf-8", "replace"))
 
 
 def _copy_id(login: str) -> str:

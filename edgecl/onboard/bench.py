@@ -75,7 +75,7 @@ def bench(
     in processes of its own, one after another, on images of its own.
 
     Args:
-        bundle: the directory; its files are held to their hashes first.
+        bundle: the directory; its files are checked against their hashes first.
         precisions: which to measure; the bundle's default one where None.
         runtime: to measure with, 'trtexec' for a bundle for TensorRT too; the manifest's where None.
         duration_s: seconds to sample each mode of each precision for, > 0; see `clock.measure_interleaved` for how
@@ -381,7 +381,7 @@ def _summary(seen: Dict[str, Any], batch: int) -> Dict[str, Any]:
 
 @contextlib.contextmanager
 def _looking(watch: ThrottleWatch) -> Iterator[None]:
-    """Look at the device once a second while another process measures."""
+    """Sample the watch once a second while another process measures."""
     done = threading.Event()
 
     def look() -> None:

@@ -239,7 +239,7 @@ class _Teller:
         self._last_s = 0.0
 
     def is_due(self, now: float, stage: str) -> bool:
-        """Say whether a second has passed since the last line, or since the stage began."""
+        """Return whether a second has passed since the last line, or since the stage began."""
         if stage != self._stage:
             self._stage, self._last_s = stage, now
         if self._report is None or now - self._last_s < REPORT_EVERY_S:

@@ -86,22 +86,22 @@ def import_runtime(runtime: str) -> "Trt":
 
 
 class Log:
-    """What TensorRT said, the newest of it, and where it says it."""
+    """The newest messages of TensorRT, and the logger that receives them."""
 
     def __init__(self, trt: "Trt") -> None:
         log = self
-        self.complaints: List[str] = []
+        self.errors: List[str] = []
         self.warnings: List[str] = []
         self.lists: List[str] = []
         severities = trt.ILogger.Severity
-        errors, warning = (severities.INTERNAL_ERROR, severities.ERROR), severities.WARNING
+        worst, warning = (severities.INTERNAL_ERROR, severities.ERROR), severities.WARNING
 
         def initialize(logger: Any) -> None:
             trt.ILogger.__init__(logger)
 
         def receive(logger: Any, severity: Any, message: str) -> None:
-            if severity in errors:
-                kept = log.complaints
+            if severity in worst:
+                kept = log.errors
             elif severity == warning:
                 kept = log.warnings
             elif message.startswith("Layers:"):
@@ -115,14 +115,11 @@ class Log:
 
     def forget(self) -> None:
         """Begin anew, before something whose messages matter."""
-        del self.complaints[:], self.warnings[:], self.lists[:]
+        del self.errors[:], self.warnings[:], self.lists[:]
 
     def last(self, count: int = 3) -> str:
         """Return the last errors in one line."""
-        return (
-            "; ".join(" ".join(message.split()) for message in self.complaints[-count:])
-            or "it says no reason"
-        )
+        return "; ".join(" ".join(message.split()) for message in self.errors[-count:]) or "it says no reason"
 
 
 _LOGS: Dict[str, Log] = {}
@@ -240,7 +237,7 @@ def _make(make: Callable[[], Any], what: str, title: str, log: Log) -> Any:
         RuntimeError,
     ) as exc:  # the bindings' way to say that a constructor returned nothing
         raise DeviceError(
-            "%s cannot make %s: %s" % (title, what, log.last() if log.complaints else exc),
+            "%s cannot make %s: %s" % (title, what, log.last() if log.errors else exc),
             "it needs a GPU and a driver that fits; `onboard.pyz doctor` looks at both",
         ) from exc
     if made is None:
@@ -293,7 +290,7 @@ def _node_of(error: Any, log: Log) -> str:
     operator = error.node_operator() if hasattr(error, "node_operator") else ""  # from 10 on
     name = error.node_name() if hasattr(error, "node_name") else ""
     if not operator:
-        for text in [error.desc()] + log.complaints:
+        for text in [error.desc()] + log.errors:
             match = _NODE_IN_TEXT.search(text)
             if match:
                 operator = match.group(1) or match.group(2)
@@ -345,7 +342,7 @@ def _check_io(asked: Dict[str, Any], file: Path, input_form: Dict[str, Any]) -> 
 
 
 def _check_asked(asked: Dict[str, Any], precision: str, file: str, *, weak: bool) -> None:
-    """Hold the graph itself to the precision: no engine can deliver what the graph does not say."""
+    """Check the precision of the graph itself: no engine can deliver what the graph does not ask for."""
     if precision == "fp32" or (precision == "fp16" and weak):
         return
     if asked["shares"].get(precision, 0.0) == 0:
@@ -491,7 +488,7 @@ def _timings(config: "tensorrt.IBuilderConfig") -> Optional[bytes]:
 
 
 def _hint_of_build(log: Log, build: Dict[str, Any]) -> str:
-    text = " ".join(log.complaints)
+    text = " ".join(log.errors)
     if _OUT_OF_MEMORY.search(text):
         return (
             "out of memory: lower build.workspace_mib in the target (it is %s), close the desktop and other programs, "

@@ -117,16 +117,16 @@ def precision_shares(layers: Sequence[Layer]) -> Dict[str, float]:
 def check_delivered(
     shares: Dict[str, float], asked: str, *, expected: float = 1.0, maker: str = "TensorRT"
 ) -> bool:
-    """Hold an engine to the precision that was asked for.
+    """Check that an engine computes in the precision that was asked for.
 
     Args:
-        shares: what `precision_shares` returned; where it is empty nothing can be said.
+        shares: what `precision_shares` returned; where it is empty nothing can be checked.
         asked: 'fp32', 'fp16' or 'int8'.
         expected: the share that the graph asks for, 0 to 1; for int8 that of the quantized layers.
         maker: who built the engine, for the error.
 
     Returns:
-        whether the layers said enough to tell.
+        whether the layers were enough to check it.
 
     Raises:
         DeviceError: not delivered: less than a quarter of the expected share, or none at all.

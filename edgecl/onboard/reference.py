@@ -15,7 +15,7 @@ _AGAIN = "export the bundle again"
 def read_reference(bundle: Union[str, Path], manifest: Dict[str, Any]) -> Tuple[np.ndarray, np.ndarray]:
     """Return the reference images after preprocessing, and torch's outputs for them.
 
-    What the arrays say of themselves is held to the manifest before they are unpacked: a file of a few megabytes can
+    The headers of the arrays are checked against the manifest before they are unpacked: a file of a few megabytes can
     unpack to as many gigabytes.
 
     Returns:
@@ -43,9 +43,7 @@ def read_reference(bundle: Union[str, Path], manifest: Dict[str, Any]) -> Tuple[
             _AGAIN,
         ) from exc
     if not np.isfinite(outputs).all():
-        raise BundleError(
-            "'%s' holds outputs that no net can be held to: some are not finite" % REFERENCE, _AGAIN
-        )
+        raise BundleError("'%s' has outputs that are not finite" % REFERENCE, _AGAIN)
     return inputs, outputs
 
 

@@ -1,4 +1,4 @@
-"""The board's end of `edgecl ... --host`: take a bundle's files, run a verb apart from the connection, tell of it.
+"""The board's end of `edgecl ... --host`: take a bundle's files, run a verb apart from the connection, report on it.
 
 The host starts `python3 RUN/onboard.pyz remote go` over ssh and speaks first, one JSON line: what to run, and the
 name, size and hash of each file. The board answers which files it lacks, takes them as bare bytes in that order,
@@ -86,7 +86,7 @@ class _RefusedError(Exception):
 
 
 def go(run: Path, source: BinaryIO, told: TextIO) -> int:
-    """Take what is lacking, start the run unless it has been, and tell of it until it ends.
+    """Take the missing files, start the run unless it was started, and report on it until it ends.
 
     Args:
         run: the directory of this run.
@@ -242,7 +242,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _follow(run: Path, offset: int, told: TextIO) -> None:
-    """Tell of the log from an offset on, and at last of the end: status, and the record where there is one."""
+    """Send the log from an offset on, and at last the exit status, with the record where there is one."""
     heard = 0.0
     while True:
         ended = (run / _STATUS).exists()

@@ -3,12 +3,12 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
-from .device_state import Check
-
 if TYPE_CHECKING:  # no Protocol before Python 3.8; and records are read where there is no NumPy
     from typing import Protocol
 
     import numpy as np
+
+    from .device_state import Check
 
     class Session(Protocol):
         """A loaded net."""
@@ -71,7 +71,7 @@ class Runtime(NamedTuple):
     """(content of a model for any batch, its form) -> a function that runs it, on one thread of the exporting machine."""
     fix_import: Optional[Callable[[Path, bool], str]] = None
     """(root, whether it is a Jetson) -> how to mend an import that failed."""
-    checks: Optional[Callable[[Path, Dict[str, Any]], List[Optional[Check]]]] = None
+    checks: Optional[Callable[[Path, Dict[str, Any]], "List[Optional[Check]]"]] = None
     """(root, target) -> more checks for `doctor`."""
 
     @property

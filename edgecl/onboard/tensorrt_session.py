@@ -73,7 +73,7 @@ class TensorrtSession:
         self._threads = threads
         self._form = manifest["input"]
         self._width = int(manifest["output"]["shape"][1])
-        # What is to be given back, the newest first; also where making the rest fails.
+        # What to free, the newest first; also where making the rest fails.
         self._held: List[Callable[[], None]] = []
         self._context: Any = None
         self._graphs: Dict[str, int] = {}
@@ -129,7 +129,7 @@ class TensorrtSession:
         return made
 
     def _cannot(self, what: str, exc: str = "") -> DeviceError:
-        said = self._log.last() if self._log.complaints or not exc else exc
+        said = self._log.last() if self._log.errors or not exc else exc
         return DeviceError(
             "%s cannot %s: %s" % (self._title, what, said),
             "free memory on the GPU, or look at `onboard.pyz doctor`",
@@ -297,7 +297,7 @@ class TensorrtSession:
         return names
 
     def _place(self, batch: int) -> None:
-        """Tell the context the batch and where its tensors lie."""
+        """Set the batch and the addresses of its tensors."""
         shape = (batch,) + tuple(self._form["shape"][1:])
         context: "tensorrt.IExecutionContext" = self._context
         if not self._by_name:
@@ -482,7 +482,7 @@ class TensorrtSession:
             self.cuda.free_executable(self._graphs.popitem()[1])
 
     def close(self) -> None:
-        """Give everything on the GPU back; a second call does nothing."""
+        """Free everything on the GPU; a second call does nothing."""
         self._held += [self._drop_graphs]
         # TensorRT wants its objects gone in this order, and the memory they use after them.
         self._context = None

@@ -1,4 +1,4 @@
-"""Did the device hold itself back while it was measured? By what changed from start to stop.
+"""Detect throttling of the device while it was measured, by what changed from start to stop.
 
     watch = ThrottleWatch(); watch.start()
     ...; watch.sample(); ...     between blocks, never while a run is timed
@@ -28,7 +28,7 @@ HARMLESS = re.compile(r"fan|lcd|backlight|tcc offset|wifi|charge", re.IGNORECASE
 
 
 class ThrottleWatch:
-    """Looks at the counters, alarms, clocks, temperatures and cooling devices that a system shows.
+    """Samples the counters, alarms, clocks, temperatures and cooling devices that a system shows.
 
     Args:
         root: where /sys lies.
@@ -84,7 +84,7 @@ class ThrottleWatch:
             read_number(path)  # reading clears what was latched before the run
 
     def sample(self) -> None:
-        """Look once."""
+        """Take one sample."""
         begin = time.perf_counter()
         self._looks += 1
         for name, path in self._alarms.items():
@@ -105,7 +105,7 @@ class ThrottleWatch:
         self._looked_s += time.perf_counter() - begin
 
     def stop(self) -> Dict[str, Any]:
-        """Look a last time and return the record.
+        """Take a last sample and return the record.
 
         Returns:
             counters: name -> events during the run, of the core with most; alarms: name -> looks that saw it;

@@ -198,7 +198,7 @@ def measure_with_trtexec(
     """Build an engine with trtexec, or take the one it built here before, and time it in each mode.
 
     Args:
-        bundle: the directory; its files are already held to their hashes.
+        bundle: the directory; its files checked by `check_files`.
         manifest: of the bundle.
         precision: the bundle's default where None.
         duration_s: seconds to sample for, rounded up to whole ones; 1,024 runs at least.
@@ -209,7 +209,7 @@ def measure_with_trtexec(
 
     Returns:
         describe: as a session's; engine holds file, sha256, build_s (None for one built before), layers and
-        precision_checked: whether they said enough to hold the engine to the precision; where they did not,
+        precision_checked: whether they were enough to check the precision; where not,
         every mode has the mark 'precision not checked'.
         modes: name -> samples_s (`array` of seconds per inference; None with the mark 'summary only', where
         latency_ms holds the summary's percentiles instead), throughput_per_s as trtexec counts it (inferences),
@@ -229,67 +229,119 @@ def measure_with_trtexec(
     net = Net(manifest["input"], manifest["target"]["build"], precision, about["form"], about["model"])
     say = report or (lambda line: None)
     marks = [] if version_fits(version, versions) else ["outside the target's versions"]
-    measured: Dict[str, Any] = {}
-    layers: List[Layer] = []
-    checked = False
     with tempfile.TemporaryDirectory(prefix="edgecl-trtexec-") as scratch:
-        home = bundle if os.access(str(bundle), os.W_OK) else Path(scratch)
-
-        def build() -> Tuple[Path, List[str], Optional[float]]:
-            return _engine(bundle, home, net, program=program, version=version, root=root, say=say)
-
-        plan, build_words, build_s = build()
-        for mode in modes:
-            say("%s, %s: timing with trtexec" % (precision, mode))
-            times, info = Path(scratch) / "times.json", Path(scratch) / "layers.json"
-            command = bench_command(
-                version, net, str(plan), mode=mode, duration_s=duration_s, times=str(times), layers=str(info)
-            )
-            try:
-                run = _run_whole([program] + command[1:], limit_s=RUN_LIMIT_S + duration_s)
-            except DeviceError:
-                if build_s is not None:
-                    raise
-                _forget(plan)  # one built before: a driver or a board may have changed under it
-                layers, checked = [], False
-                plan, build_words, build_s = build()
-                run = _run_whole([program] + command[1:], limit_s=RUN_LIMIT_S + duration_s)
-            if not checked:
-                layers = _layers_of(info)
-                checked = _check_precision(layers, precision, about, plan, maker="trtexec %s" % version)
-            words = [word.replace(str(plan), plan.name).replace(scratch + "/", "") for word in command]
-            measured[mode] = dict(_measured(run, times, mode), command=command_text(words))
-            measured[mode]["marks"] = marks + measured[mode]["marks"]
-            if times.exists():
-                times.unlink()
-        if not checked:
-            say("%s: the engine does not tell the precision of its layers" % precision)
-            for found in measured.values():
-                found["marks"].append(NOT_CHECKED)
-        engine = {
-            "file": plan.name,
-            "sha256": sha256_of_file(plan),
-            "build_s": build_s,
-            "layers": count_precisions(layers) if layers else None,
-            "precision_checked": checked,
-        }
-    return {
-        "describe": {
-            "runtime": "trtexec %s" % version,
-            "precision": precision,
-            "threads": None,
-            "versions": {"tensorrt": version},
-            "settings": {
-                "build": command_text(build_words),
-                "warmup_s": WARMUP_S,
-                "iterations": ITERATIONS,
-                "spin_wait": True,
-                "input": "random",
-            },
-            "engine": engine,
-        },
-        "modes": measured,
+        timed = _TimedEngine(
+            bundle, net, about, Path(scratch), program=program, version=version, root=root, say=say
+        )
+        measured = {mode: timed.measure(mode, duration_s) for mode in modes}
+        engine = timed.describe()
+    if not timed.checked:
+        say("%s: the engine does not tell the precision of its layers" % precision)
+    for found in measured.values():
+        found["marks"] = marks + found["marks"] + ([] if timed.checked else [NOT_CHECKED])
+    settings = {
+        "build": command_text(timed.build_words),
+        "warmup_s": WARMUP_S,
+        "iterations": ITERATIONS,
+        "spin_wait": True,
+        "input": "random",
     }
+    describe = {
+        "runtime": "trtexec %s" % version,
+        "precision": precision,
+        "threads": None,
+        "versions": {"tensorrt": version},
+        "settings": settings,
+        "engine": engine,
+    }
+    return {"describe": describe, "modes": measured}
+
+
+class _TimedEngine:
+    """The engine of one precision, and the files that timing it writes into a scratch folder."""
+
+    def __init__(
+        self,
+        bundle: Path,
+        net: Net,
+        about: Dict[str, Any],
+        scratch: Path,
+        *,
+        program: str,
+        version: str,
+        root: Union[str, Path],
+        say: Report,
+    ) -> None:
+        self._bundle, self._net, self._about, self._scratch = bundle, net, about, scratch
+        self._program, self._version, self._root, self._say = program, version, root, say
+        self._home = bundle if os.access(str(bundle), os.W_OK) else scratch
+        self._build()
+
+    def _build(self) -> None:
+        self._layers: List[Layer] = []
+        self.checked = False
+        self._plan, self.build_words, self._build_s = _engine(
+            self._bundle,
+            self._home,
+            self._net,
+            program=self._program,
+            version=self._version,
+            root=self._root,
+            say=self._say,
+        )
+
+    def measure(self, mode: str, duration_s: float) -> Dict[str, Any]:
+        """Time the engine in a mode, and check the precision of its layers the first time."""
+        self._say("%s, %s: timing with trtexec" % (self._net.precision, mode))
+        times, info = self._scratch / "times.json", self._scratch / "layers.json"
+
+        def run() -> Tuple[List[str], _Run]:
+            command = bench_command(
+                self._version,
+                self._net,
+                str(self._plan),
+                mode=mode,
+                duration_s=duration_s,
+                times=str(times),
+                layers=str(info),
+            )
+            return command, _run_whole([self._program] + command[1:], limit_s=RUN_LIMIT_S + duration_s)
+
+        try:
+            command, done = run()
+        except DeviceError:
+            if self._build_s is not None:
+                raise
+            _forget(self._plan)  # one built before: a driver or a board may have changed under it
+            self._build()
+            command, done = run()
+        if not self.checked:
+            self._layers = _layers_of(info)
+            self.checked = _check_precision(
+                self._layers,
+                self._net.precision,
+                self._about,
+                self._plan,
+                maker="trtexec %s" % self._version,
+            )
+        words = [
+            word.replace(str(self._plan), self._plan.name).replace("%s/" % self._scratch, "")
+            for word in command
+        ]
+        found = dict(_measured(done, times, mode), command=command_text(words))
+        if times.exists():
+            times.unlink()
+        return found
+
+    def describe(self) -> Dict[str, Any]:
+        """Return what the record says of the engine."""
+        return {
+            "file": self._plan.name,
+            "sha256": sha256_of_file(self._plan),
+            "build_s": self._build_s,
+            "layers": count_precisions(self._layers) if self._layers else None,
+            "precision_checked": self.checked,
+        }
 
 
 def command_text(command: Iterable[str]) -> str:
@@ -349,7 +401,7 @@ def _forget(plan: Path) -> None:
 def _check_precision(
     layers: Sequence[Layer], precision: str, about: Dict[str, Any], plan: Path, *, maker: str
 ) -> bool:
-    """Hold an engine to its precision, as `check_delivered` does; one that does not deliver it is deleted."""
+    """Check the precision of an engine, as `check_delivered` does, and delete one that does not deliver it."""
     expected = 1.0
     decision = about.get("decision") or {}
     if precision == "int8" and decision.get("candidates"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -19,7 +21,8 @@ PREPROCESSING = Preprocessing(image_size=8, resize_size=8, mean=[0.5, 0.5, 0.5],
 
 def model_of(classes):
     """All that is read of a model's record here."""
-    return ModelRecord.model_construct(classes=classes)
+    read: dict[str, Any] = {"classes": classes}
+    return ModelRecord.model_construct(**read)
 
 
 def test_classifier_is_evaluated_on_the_fifth_that_is_held_out(image_folder):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
@@ -176,9 +177,9 @@ def test_static_batch_counts_each_image_once(batch):
 def test_batches_are_as_small_as_memory_asks_for(monkeypatch):
     expected = calibrate(make_net(), make_images(), method="minmax")
     sizes = []
-    run = module.onnxruntime.InferenceSession.run
+    run = onnxruntime.InferenceSession.run
     monkeypatch.setattr(
-        module.onnxruntime.InferenceSession,
+        onnxruntime.InferenceSession,
         "run",
         lambda self, names, fed: sizes.append(len(fed["input"])) or run(self, names, fed),
     )

@@ -1,12 +1,13 @@
 """TensorRT on an NVIDIA GPU; the engine is built on the device that runs it."""
 
-import shutil
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import TYPE_CHECKING, Any, Dict, List, Optional
 
-from ..device_state import Check, check
 from ..runtime import Runtime, Session
+
+if TYPE_CHECKING:
+    from ..device_state import Check
 
 INSTALL = "pip install tensorrt"
 
@@ -40,8 +41,11 @@ def _fix_import(root: Path, jetson: bool) -> str:
     return "sudo apt install nvidia-jetpack" if jetson else INSTALL
 
 
-def _checks(root: Path, target: Dict[str, Any]) -> List[Optional[Check]]:
+def _checks(root: Path, target: Dict[str, Any]) -> "List[Optional[Check]]":
+    import shutil
+
     from ..cuda_checks import check_cuda
+    from ..device_state import check
 
     program = shutil.which("trtexec")
     usual = root / "usr/src/tensorrt/bin/trtexec"

@@ -1,10 +1,12 @@
 """TensorRT for RTX on a desktop GPU; engines are compiled when the bundle is exported, and carried in it."""
 
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import TYPE_CHECKING, Any, Dict, List, Optional
 
-from ..device_state import Check
 from ..runtime import Runtime, Session
+
+if TYPE_CHECKING:
+    from ..device_state import Check
 
 
 def _open(bundle: Path, manifest: Dict[str, Any], **options: Any) -> Session:
@@ -13,7 +15,7 @@ def _open(bundle: Path, manifest: Dict[str, Any], **options: Any) -> Session:
     return TensorrtSession(bundle, manifest, runtime="tensorrt_rtx", **options)
 
 
-def _checks(root: Path, target: Dict[str, Any]) -> List[Optional[Check]]:
+def _checks(root: Path, target: Dict[str, Any]) -> "List[Optional[Check]]":
     from ..cuda_checks import check_cuda
 
     return check_cuda(target)
