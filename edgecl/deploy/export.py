@@ -42,7 +42,7 @@ from edgecl.nets.model_dir import load_model
 from edgecl.onboard.bundle import onnx_name, sha256_of_file
 from edgecl.onboard.runtimes import RUNTIMES
 from edgecl.storage.directories import Bundle, ModelDir
-from edgecl.storage.reading import read_record
+from edgecl.storage.record_files import read_record
 from edgecl.storage.records import (
     BenchRecord,
     BundlePrecision,

@@ -16,15 +16,8 @@ from edgecl.errors import ArtifactError, counted, printable
 from edgecl.onboard.bundle import sha256_of_file
 from edgecl.reports.notation import finite
 from edgecl.storage.directories import PipelineDir, RunDir
-from edgecl.storage.reading import (
-    METRICS_BYTES,
-    RECORD_BYTES,
-    RECORD_FILES,
-    kind_of,
-    parse_json,
-    read_bytes,
-    read_record,
-)
+from edgecl.storage.reading import METRICS_BYTES, RECORD_BYTES, parse_json, read_bytes
+from edgecl.storage.record_files import RECORD_FILES, kind_of, read_record
 from edgecl.storage.records import (
     BenchRecord,
     ComparisonRecord,

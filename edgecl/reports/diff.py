@@ -16,7 +16,7 @@ from edgecl.reports.rows import Row, row_label
 from edgecl.reports.rules import METRICS, Metric, Rule, change_percent
 from edgecl.reports.tables import Column, Table
 from edgecl.storage.directories import ReportDir
-from edgecl.storage.reading import kind_of
+from edgecl.storage.record_files import kind_of
 from edgecl.storage.records import Interval, Record, command_line
 
 # A comparison goes on over a change of these, and names it.

@@ -8,7 +8,7 @@ from pathlib import Path
 from edgecl.errors import ArtifactError
 from edgecl.onboard import bundle as bundle_names
 from edgecl.onboard.bundle import sha256_of_file
-from edgecl.storage.reading import read_record
+from edgecl.storage.record_files import read_record
 from edgecl.storage.records import Manifest, ModelRecord, PipelineRecord, ReportRecord, RunRecord
 
 

@@ -1,4 +1,4 @@
-"""Read untrusted files: regular ones only, of a bounded size, JSON of a bounded depth, records of the expected types."""
+"""Read untrusted files: regular ones only, of a bounded size, JSON of a bounded depth."""
 
 from __future__ import annotations
 
@@ -10,19 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from edgecl.errors import ArtifactError, EdgeclError, first_line
-from edgecl.onboard.bundle import digest_of_record
-from edgecl.storage.records import (
-    Manifest,
-    ModelRecord,
-    PipelineRecord,
-    Record,
-    RecordT,
-    ReportRecord,
-    RunRecord,
-    SealedRecord,
-    parse_any_record,
-    parse_record,
-)
 
 # Far above what edgecl writes, far below what fills a machine.
 RECORD_BYTES = 64 << 20
@@ -31,15 +18,6 @@ METRICS_BYTES = 1 << 30
 DEEPEST = 50
 # A longer number does not fit into a float.
 _MOST_DIGITS = 300
-RECORD_FILES = {
-    kind.KIND: kind.FILE for kind in (RunRecord, ModelRecord, Manifest, ReportRecord, PipelineRecord)
-}
-"""Kind of directory -> the file of its record."""
-_HOW_TO_MAKE = {
-    RunRecord.KIND: "`edgecl pretrain` writes run directories",
-    ModelRecord.KIND: "`edgecl carve` and `edgecl finetune` write model directories",
-    Manifest.KIND: "`edgecl export` writes bundles",
-}
 # What Python and torch raise over content of another form.
 _CAUSES = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError)
 
@@ -89,65 +67,6 @@ def read_json(path: Path) -> Any:
             where={"file": path},
             hint="restore it from a copy, or make its directory anew in another --out",
         ) from exc
-
-
-def kind_of(path: Path) -> str | None:
-    """Return which kind of edgecl output a directory is, or None.
-
-    The record itself must say so: a user's own folder may well hold a model.json or a manifest.json.
-    """
-    for kind, name in RECORD_FILES.items():
-        try:
-            record = read_json(path / name)
-        except (FileNotFoundError, NotADirectoryError, ArtifactError):
-            continue
-        if isinstance(record, dict) and record.get("kind") == kind and "schema" in record:
-            return kind
-    return None
-
-
-def read_record(path: Path, kind: type[RecordT], *, missing_ok: bool = False) -> RecordT:
-    """Read a record and check its kind, schema, types, and hash if it is a sealed one.
-
-    Args:
-        path: the file.
-        kind: what it should be the record of.
-        missing_ok: whether entries may be missing, as in a record that is only reported on; see `parse_record`.
-
-    Raises:
-        ArtifactError: missing, no regular file, not JSON, of another kind or schema, changed since it was written, or an
-            entry is missing or of another type.
-    """
-    if not path.exists():
-        found = kind_of(path.parent) if path.parent.is_dir() else None
-        problem = f"'{path.parent}' is not a {kind.KIND} directory"
-        problem += f" but a {found} directory" if found else f": it has no {path.name}"
-        raise ArtifactError(problem, hint=_HOW_TO_MAKE.get(kind.KIND))
-    content = read_json(path)
-    record = parse_record(content, kind, path=path, missing_ok=missing_ok)
-    if isinstance(record, SealedRecord):
-        _check_seal(content, record, path, missing_ok=missing_ok)
-    return record
-
-
-def read_any_record(path: Path) -> Record:
-    """Read a record of whatever kind it says it is; entries may be missing.
-
-    Raises:
-        ArtifactError: no record, or as of `read_record`.
-    """
-    return parse_any_record(read_json(path), path=path)
-
-
-def _check_seal(content: dict[str, Any], record: SealedRecord, path: Path, *, missing_ok: bool) -> None:
-    if record.sha256 is None and missing_ok:
-        return
-    if record.sha256 != digest_of_record(content):
-        raise ArtifactError(
-            f"'{path.name}' does not match the hash of its own content",
-            where={"file": path},
-            hint="the file changed after it was written; make its directory anew",
-        )
 
 
 def parse_json(content: bytes) -> Any:

@@ -17,7 +17,7 @@ from typing import Any
 from edgecl.errors import ArtifactError, EdgeclError
 from edgecl.onboard.bundle import digest_of_record
 from edgecl.storage.directories import PipelineDir, ReportDir, RunDir
-from edgecl.storage.reading import RECORD_FILES, kind_of, read_record
+from edgecl.storage.record_files import RECORD_FILES, kind_of, read_record
 from edgecl.storage.records import RecordT, RunRecord, SealedRecord
 from edgecl.storage.redaction import record_without_secrets
 

@@ -19,7 +19,8 @@ from edgecl.evaluate.cost import cost
 from edgecl.nets.model_dir import load_model
 from edgecl.onboard.bundle import digest_of_record
 from edgecl.storage.directories import ModelDir, RunDir
-from edgecl.storage.reading import DEEPEST, kind_of, parse_json, read_bytes, read_record, reading
+from edgecl.storage.reading import DEEPEST, parse_json, read_bytes, reading
+from edgecl.storage.record_files import kind_of, read_record
 from edgecl.storage.records import KINDS
 from edgecl.train.carve import carve
 

@@ -14,7 +14,7 @@ import pytest
 from edgecl.errors import ArtifactError
 from edgecl.reports.content import Report
 from edgecl.reports.diff import Diff, diff
-from edgecl.storage.reading import kind_of, read_record
+from edgecl.storage.record_files import kind_of, read_record
 from edgecl.storage.records import SCHEMA, ReportDiffRecord, ReportRecord, parse_record
 from reports.conftest import report
 

@@ -17,7 +17,7 @@ from edgecl.onboard.bundle import read_manifest
 from edgecl.onboard.doctor import doctor
 from edgecl.onboard.errors import BundleError
 from edgecl.onboard.verify import verify
-from edgecl.storage.reading import read_record
+from edgecl.storage.record_files import read_record
 from edgecl.storage.records import (
     KINDS,
     SCHEMA,

@@ -19,7 +19,7 @@ from edgecl.errors import ArtifactError
 from edgecl.nets.backbone import create_backbone
 from edgecl.nets.model_dir import write_model
 from edgecl.storage.directories import Bundle, ModelDir, PipelineDir, ReportDir, RunDir
-from edgecl.storage.reading import RECORD_FILES, kind_of
+from edgecl.storage.record_files import RECORD_FILES, kind_of
 from edgecl.storage.records import MADE_BY, SCHEMA, Preprocessing, command_line
 from edgecl.storage.writing import new_directory, refuse_existing, write_bytes, write_json
 
