@@ -12,12 +12,10 @@ from edgecl.storage.records import (
     Manifest,
     ModelRecord,
     PipelineRecord,
-    Record,
     RecordT,
     ReportRecord,
     RunRecord,
     SealedRecord,
-    parse_any_record,
     parse_record,
 )
 
@@ -69,15 +67,6 @@ def read_record(path: Path, kind: type[RecordT], *, missing_ok: bool = False) ->
     if isinstance(record, SealedRecord):
         _check_seal(content, record, path, missing_ok=missing_ok)
     return record
-
-
-def read_any_record(path: Path) -> Record:
-    """Read a record of whatever kind it says it is; entries may be missing.
-
-    Raises:
-        ArtifactError: no record, or as of `read_record`.
-    """
-    return parse_any_record(read_json(path), path=path)
 
 
 def _check_seal(content: dict[str, Any], record: SealedRecord, path: Path, *, missing_ok: bool) -> None:

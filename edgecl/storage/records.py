@@ -1114,19 +1114,6 @@ def parse_record(content: object, kind: type[RecordT], *, path: Path, missing_ok
     return record
 
 
-def parse_any_record(content: object, *, path: Path) -> Record:
-    """Return a record of whatever kind it says it is, with entries missing where they are.
-
-    Raises:
-        ArtifactError: no record of edgecl's, or as of `parse_record`.
-    """
-    said = content.get("kind") if isinstance(content, dict) else None
-    for kind in KINDS:
-        if said == kind.KIND:
-            return parse_record(content, kind, path=path, missing_ok=True)
-    raise ArtifactError(f"'{path.name}' is not a record of edgecl", where={"file": path})
-
-
 def _check_schema(content: dict[str, Any], path: Path) -> None:
     schema = content.get("schema")
     if type(schema) is not int:
