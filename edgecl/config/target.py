@@ -110,7 +110,7 @@ class Target(Config):
 
     runtime: str
     """One of `edgecl ls runtimes`."""
-    versions: str = ""
+    versions: str = Field("", max_length=200)
     """Versions of the runtime it is for, such as '>=10.3,<10.8'; any where it is empty."""
     device: str = "cpu"
     """A kind of device; see `edgecl.onboard.devices`."""

@@ -16,6 +16,7 @@ from torch import nn
 from edgecl.errors import ArtifactError
 from edgecl.storage.checkpoint import has_checkpoint, read_best, read_newest
 from edgecl.storage.directories import RunDir
+from edgecl.storage.records import Quality
 from edgecl.train import saver as saver_module
 from edgecl.train.saver import Saver
 
@@ -113,8 +114,8 @@ def test_what_is_written_is_what_was_when_it_was_saved(run_dir, device):
         begin.set()
     found = read_newest(run_dir)
     assert (found.step, found.epoch) == (7, 1)
-    for key in ("state", "quality"):
-        assert getattr(found, key) == expected[key]
+    assert found.state == expected["state"]
+    assert found.quality == Quality(**expected["quality"])
     for name, tensor in expected["model"].items():
         assert same(found.model[name], tensor.cpu()), name
     for index, entries in expected["optimizer"]["state"].items():
