@@ -71,10 +71,10 @@ def _take(lock: FileLock, file: Path) -> None:
             file.parent.mkdir(parents=True, exist_ok=True)
             lock.acquire()
             break
-        except FileNotFoundError:
+        except (FileNotFoundError, FileExistsError):
             if tries == _MOST_TRIES:
                 raise
-            # Its last holder removed the directory in between.
+            # Its last holder removed the directory in between; mkdir calls that an existing file.
         except OSError as exc:
             if exc.errno not in _NO_LOCKS_HERE:
                 raise
