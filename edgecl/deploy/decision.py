@@ -97,7 +97,7 @@ def search_int8(
         tried.append(Attempt(kept_nodes=len(kept), loss_points=loss.points, mean_cosine=loss.cosine))
         return model, loss.excess(settings, features=features)
 
-    say("INT8: judging the net")
+    say("INT8: choosing the nodes to keep")
     model, excess = attempt(())
     kept: list[str] = []
     if excess > 0 and candidates:
