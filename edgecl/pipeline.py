@@ -14,10 +14,11 @@ from edgecl.errors import ArtifactError, RecipeError, TargetError
 from edgecl.storage.directories import Bundle, ModelDir, PipelineDir, RunDir
 from edgecl.storage.lock import NAME as LOCK
 from edgecl.storage.lock import hold
-from edgecl.storage.record_files import read_record
+from edgecl.storage.outputs import refuse_existing
+from edgecl.storage.record_files import read_record, write_record
 from edgecl.storage.records import Json, PipelineRecord, Stage
 from edgecl.storage.redaction import record_without_secrets
-from edgecl.storage.writing import clear_directory, disk_errors, refuse_existing, write_record
+from edgecl.storage.writing import clear_directory, disk_errors
 
 if TYPE_CHECKING:
     from edgecl.reports.content import Report

@@ -20,9 +20,8 @@ from edgecl.onboard.bundle import sha256_of_file
 from edgecl.pipeline import run
 from edgecl.reports.report import report
 from edgecl.storage.directories import Bundle, ModelDir, PipelineDir, ReportDir, RunDir
-from edgecl.storage.record_files import kind_of
+from edgecl.storage.record_files import kind_of, write_record
 from edgecl.storage.records import SCHEMA, BenchRecord, DeviceInfo, VerifyRecord
-from edgecl.storage.writing import write_record
 
 
 @pytest.fixture(scope="module")

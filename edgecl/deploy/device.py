@@ -19,6 +19,7 @@ from edgecl.onboard.device_info import available_cores
 from edgecl.onboard.errors import OnboardError
 from edgecl.onboard.runtimes import TRTEXEC
 from edgecl.storage.directories import Bundle
+from edgecl.storage.record_files import write_record
 from edgecl.storage.records import (
     MADE_BY,
     SCHEMA,
@@ -31,7 +32,6 @@ from edgecl.storage.records import (
     command_line,
     parse_record,
 )
-from edgecl.storage.writing import write_record
 
 Report = Callable[[str], None]
 

@@ -42,7 +42,8 @@ from edgecl.nets.model_dir import load_model
 from edgecl.onboard.bundle import onnx_name, sha256_of_file
 from edgecl.onboard.runtimes import RUNTIMES
 from edgecl.storage.directories import Bundle, ModelDir
-from edgecl.storage.record_files import read_record
+from edgecl.storage.outputs import new_directory, refuse_existing
+from edgecl.storage.record_files import read_record, write_record
 from edgecl.storage.records import (
     BenchRecord,
     BundlePrecision,
@@ -58,7 +59,7 @@ from edgecl.storage.records import (
     Speed,
     Tolerance,
 )
-from edgecl.storage.writing import new_directory, refuse_existing, write_bytes, write_record
+from edgecl.storage.writing import write_bytes
 
 LEAST_CALIBRATION_IMAGES = 64
 SPEED_S = 2.0

@@ -21,6 +21,7 @@ from edgecl.nets.backbone import count_parameters, create_backbone, feature_coun
 from edgecl.nets.heads import Projector
 from edgecl.storage.directories import ModelDir
 from edgecl.storage.reading import reading
+from edgecl.storage.record_files import write_record
 from edgecl.storage.records import (
     CostRecord,
     NetCost,
@@ -29,7 +30,6 @@ from edgecl.storage.records import (
     RecipeTraining,
     WidthCost,
 )
-from edgecl.storage.writing import write_record
 
 IMAGENET_IMAGES = 1_281_167
 

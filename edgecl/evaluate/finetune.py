@@ -24,8 +24,9 @@ from edgecl.metrics.intervals import proportion_interval
 from edgecl.nets.fake_quant import learning_scales, quantize_net
 from edgecl.nets.model_dir import create_blank, load_backbone, load_model, write_model
 from edgecl.storage.directories import ModelDir
+from edgecl.storage.outputs import refuse_existing, refuse_own_input
+from edgecl.storage.record_files import write_record
 from edgecl.storage.records import EvaluationRecord, FinetunedModel, ModelRecord, Preprocessing, Quantization
-from edgecl.storage.writing import refuse_existing, refuse_own_input, write_record
 
 DEFAULT_EPOCHS = 20
 DEFAULT_QUANTIZED_EPOCHS = 3

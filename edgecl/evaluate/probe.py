@@ -19,8 +19,8 @@ from edgecl.nets.backbone import count_parameters
 from edgecl.nets.model_dir import create_blank, load_model
 from edgecl.progress import Progress
 from edgecl.storage.directories import ModelDir
+from edgecl.storage.record_files import write_record
 from edgecl.storage.records import FewLabelAccuracy, ModelRecord, Preprocessing, ProbedNet, ProbeRecord
-from edgecl.storage.writing import write_record
 
 DEFAULT_LABELS_PER_CLASS = 10
 

@@ -15,9 +15,10 @@ from edgecl.nets.fake_quant import insert_fake_quant
 from edgecl.nets.folding import fold_batch_norm
 from edgecl.onboard.bundle import sha256_of_file
 from edgecl.storage.directories import ModelDir
+from edgecl.storage.outputs import new_directory
 from edgecl.storage.reading import reading
+from edgecl.storage.record_files import write_record
 from edgecl.storage.records import ModelRecord, Preprocessing, Quantization
-from edgecl.storage.writing import new_directory, write_record
 
 
 def write_model(

@@ -9,8 +9,10 @@ from edgecl.reports.collect import collect
 from edgecl.reports.content import Report, report_of
 from edgecl.reports.render import markdown, page
 from edgecl.storage.directories import ReportDir
+from edgecl.storage.outputs import new_directory, refuse_existing
+from edgecl.storage.record_files import write_record
 from edgecl.storage.records import RunRecord
-from edgecl.storage.writing import new_directory, refuse_existing, write_bytes, write_record
+from edgecl.storage.writing import write_bytes
 
 
 def report(dirs: Sequence[Path], *, out: Path, force: bool = False) -> Report:

@@ -21,10 +21,11 @@ from torch import Tensor
 from edgecl.errors import ArtifactError, first_line, tell
 from edgecl.onboard.bundle import sha256_of_file
 from edgecl.storage.directories import RunDir
+from edgecl.storage.outputs import new_directory
 from edgecl.storage.reading import read_bytes
-from edgecl.storage.record_files import read_record
+from edgecl.storage.record_files import read_record, write_record
 from edgecl.storage.records import CheckpointRecord, Json, Quality
-from edgecl.storage.writing import disk_errors, flush, new_directory, write_record
+from edgecl.storage.writing import disk_errors, flush
 
 KEEP = 2
 

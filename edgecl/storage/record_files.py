@@ -1,4 +1,4 @@
-"""Read records: the kind of a directory, its record as the model of that kind, held to its own hash."""
+"""Read and write records: the kind of a directory, its record as the model of that kind, checked against its own hash."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from edgecl.storage.records import (
     SealedRecord,
     parse_record,
 )
+from edgecl.storage.redaction import record_without_secrets
+from edgecl.storage.writing import write_json
 
 RECORD_FILES = {
     kind.KIND: kind.FILE for kind in (RunRecord, ModelRecord, Manifest, ReportRecord, PipelineRecord)
@@ -67,6 +69,19 @@ def read_record(path: Path, kind: type[RecordT], *, missing_ok: bool = False) ->
     if isinstance(record, SealedRecord):
         _check_seal(content, record, path, missing_ok=missing_ok)
     return record
+
+
+def write_record(path: Path, record: RecordT) -> RecordT:
+    """Write a record without secrets, a sealed one with the hash of its content, and return it as written.
+
+    Raises:
+        ArtifactError: the disk is full; nothing is left behind.
+    """
+    content = record_without_secrets(record.to_json())
+    if isinstance(record, SealedRecord):
+        content["sha256"] = digest_of_record(content)
+    write_json(path, content)
+    return record.model_validate(content)
 
 
 def _check_seal(content: dict[str, Any], record: SealedRecord, path: Path, *, missing_ok: bool) -> None:

@@ -1,4 +1,4 @@
-"""Write files and directories so that a partial one never looks whole: aside, flushed to the disk, then renamed."""
+"""Write files so that a partial one never looks whole: aside, flushed to the disk, then renamed."""
 
 from __future__ import annotations
 
@@ -8,18 +8,12 @@ import json
 import os
 import re
 import shutil
-import tempfile
 import threading
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 from edgecl.errors import ArtifactError, EdgeclError
-from edgecl.onboard.bundle import digest_of_record
-from edgecl.storage.directories import PipelineDir, ReportDir, RunDir
-from edgecl.storage.record_files import RECORD_FILES, kind_of, read_record
-from edgecl.storage.records import RecordT, RunRecord, SealedRecord
-from edgecl.storage.redaction import record_without_secrets
 
 # For a user a file size limit or a quota is the same as a full disk.
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -27,27 +21,13 @@ _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
 _NO_PLACE = {errno.EEXIST, errno.ENOTDIR, errno.ENOENT, errno.ENAMETOOLONG, errno.EISDIR}
 # safetensors, written in Rust, gives the system's error number only in its text.
 _ERRNO_IN_TEXT = re.compile(r"\(os error (\d+)\)")
-# As `write_bytes` and `new_directory` name what they write and set aside.
+# As `write_bytes` and `outputs.new_directory` name what they write and set aside.
 _LEFTOVER = re.compile(r"\..+\.(?P<pid>\d+)-\w+\.(part|old)")
 
 
-def write_record(path: Path, record: RecordT) -> RecordT:
-    """Write a record without secrets, a sealed one with the hash of its content, and return it as written.
-
-    Raises:
-        ArtifactError: the disk is full; nothing is left behind.
-    """
-    content = record_without_secrets(record.to_json())
-    if isinstance(record, SealedRecord):
-        content["sha256"] = digest_of_record(content)
-    write_json(path, content)
-    return record.model_validate(content)
-
-
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file without secrets; a reader sees the old file or the new one, never a part."""
-    tidy = record_without_secrets(content)
-    write_bytes(path, (json.dumps(tidy, indent=2, allow_nan=False) + "\n").encode())
+    """Write a JSON file; a reader sees the old file or the new one, never a part."""
+    write_bytes(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -132,97 +112,6 @@ def _errno_of(exc: Exception) -> int:
         return exc.errno or 0
     found = _ERRNO_IN_TEXT.search(str(exc))
     return int(found[1]) if found else 0
-
-
-def refuse_existing(path: Path, *, force: bool, kind: str) -> None:
-    """Check that an output may be written: nothing is there, or, with force, an earlier output of the same kind.
-
-    Raises:
-        ArtifactError: the output exists and may not be replaced.
-    """
-    with disk_errors(path):
-        if not path.exists():
-            return
-    if path.is_dir() and not any(path.iterdir()):
-        return
-    if not force:
-        go_on = "go on with --resume, " if _is_unfinished(path, kind) else ""
-        raise ArtifactError(
-            f"output '{path}' already exists",
-            hint=f"{go_on}choose another --out, or replace it with --force",
-        )
-    if not path.is_dir() or kind_of(path) != kind:
-        name = RECORD_FILES.get(kind)
-        why = f": its {name} is not the record of one" if name and (path / name).is_file() else ""
-        raise ArtifactError(
-            f"--force replaces only a {kind} directory, and '{path}' is not one{why}",
-            hint="remove it yourself, or choose another --out",
-        )
-
-
-def refuse_own_input(out: Path, made_from: Path) -> None:
-    """Check that an output neither is, holds, nor lies inside the directory that it is made from.
-
-    Raises:
-        ArtifactError: written there, it would replace or change its own input.
-    """
-    output, given = out.resolve(), made_from.resolve()
-    if output.is_relative_to(given) or given.is_relative_to(output):
-        how = "is" if output == given else "lies inside" if output.is_relative_to(given) else "holds"
-        raise ArtifactError(
-            f"the output '{out}' {how} the directory '{made_from}' that it is made from",
-            hint="choose another --out, outside of it",
-        )
-
-
-def _is_unfinished(path: Path, kind: str) -> bool:
-    """Return whether this is a run or a pipeline that `--resume` would take further."""
-    if kind_of(path) != kind:
-        return False
-    if kind == RunDir.KIND:
-        return read_record(RunDir(path).record_file, RunRecord, missing_ok=True).state != "done"
-    return kind == PipelineDir.KIND and not ReportDir(PipelineDir(path).report).record_file.exists()
-
-
-@contextlib.contextmanager
-def new_directory(path: Path, *, kind: str, force: bool = False) -> Iterator[Path]:
-    """Yield a directory to write into that appears under its name only once it is whole.
-
-    Args:
-        path: where the directory will be.
-        kind: which kind of directory it becomes, a key of RECORD_FILES.
-        force: replace an earlier directory of the same kind.
-
-    Raises:
-        ArtifactError: the output exists, or the disk is full; then nothing is left behind.
-    """
-    refuse_existing(path, force=force, kind=kind)
-    path = path.resolve()  # '.' and links have no name of their own to rename to
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = _mkdtemp_beside(path, suffix=".part")
-    try:
-        with disk_errors(path):
-            yield aside
-            aside.chmod(0o755)
-            for file in aside.rglob("*"):
-                if file.is_file() and not file.stat().st_mode & 0o044:
-                    file.chmod(0o644)  # safetensors writes for its owner alone
-            flush_tree(aside)
-            if path.exists():
-                old = _mkdtemp_beside(path, suffix=".old")
-                path.replace(old / path.name)
-                aside.replace(path)
-                shutil.rmtree(old)
-            else:
-                aside.replace(path)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _mkdtemp_beside(path: Path, *, suffix: str) -> Path:
-    """Make a directory whose name tells `remove_leftovers` which process made it."""
-    return Path(tempfile.mkdtemp(prefix=f".{path.name}.{os.getpid()}-", suffix=suffix, dir=path.parent))
 
 
 def clear_directory(directory: Path, *, keep: Collection[str]) -> None:

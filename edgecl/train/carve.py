@@ -17,9 +17,9 @@ from edgecl.nets.build import backbone_tensors, create_slimmable
 from edgecl.nets.model_dir import write_model
 from edgecl.storage.checkpoint import read_best, read_newest
 from edgecl.storage.directories import RunDir
+from edgecl.storage.outputs import refuse_own_input
 from edgecl.storage.reading import reading
 from edgecl.storage.records import ImagesRead, ModelRecord, Preprocessing
-from edgecl.storage.writing import refuse_own_input
 
 RECALIBRATION_IMAGES = 4096
 RECALIBRATION_BATCH = 64

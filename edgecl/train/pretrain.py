@@ -38,9 +38,11 @@ from edgecl.nets.build import create_slimmable
 from edgecl.storage.directories import RunDir
 from edgecl.storage.lock import NAME as LOCK
 from edgecl.storage.lock import hold
+from edgecl.storage.outputs import refuse_existing
+from edgecl.storage.record_files import write_record
 from edgecl.storage.records import RunRecord, command_line
 from edgecl.storage.redaction import record_without_secrets
-from edgecl.storage.writing import clear_directory, disk_errors, refuse_existing, write_record
+from edgecl.storage.writing import clear_directory, disk_errors
 from edgecl.train.allocator import keep_freed_memory
 from edgecl.train.loop import Training, create_training
 from edgecl.train.preemption import StopRequest

@@ -20,8 +20,8 @@ from edgecl.distributed import processes
 from edgecl.errors import ArtifactError
 from edgecl.nets.backbone import count_parameters
 from edgecl.nets.slimming import SlimmableNet
+from edgecl.storage.record_files import write_record
 from edgecl.storage.records import ImagesRead, RunRecord
-from edgecl.storage.writing import write_record
 from edgecl.train.loop import Training
 
 State = Literal["done", "stopped", "failed"]

@@ -13,7 +13,8 @@ from edgecl.cli import main
 from edgecl.errors import ArtifactError
 from edgecl.evaluate.finetune import finetune
 from edgecl.storage.lock import hold
-from edgecl.storage.writing import new_directory, remove_leftovers, write_bytes
+from edgecl.storage.outputs import new_directory
+from edgecl.storage.writing import remove_leftovers, write_bytes
 from edgecl.train.carve import carve
 
 
@@ -58,7 +59,8 @@ def test_export_never_replaces_or_changes_its_own_input(tmp_path, carved_model, 
 WRITER = """
 import os, signal, sys
 from pathlib import Path
-from edgecl.storage.writing import new_directory, write_bytes
+from edgecl.storage.outputs import new_directory
+from edgecl.storage.writing import write_bytes
 out = Path(sys.argv[1])
 (out / "bundles").mkdir(exist_ok=True)
 with new_directory(out / "bundles" / "ort-cpu", kind="bundle", force=True) as aside:

@@ -16,9 +16,8 @@ from edgecl.evaluate.probe import load_feature_net, probe, probe_all, probe_net,
 from edgecl.metrics.intervals import mean_interval, proportion_interval
 from edgecl.metrics.linear import fit_linear
 from edgecl.storage.directories import ModelDir
-from edgecl.storage.record_files import read_record
+from edgecl.storage.record_files import read_record, write_record
 from edgecl.storage.records import ProbeRecord
-from edgecl.storage.writing import write_record
 from edgecl.train.carve import carve
 
 

@@ -15,8 +15,8 @@ from edgecl.nets.catalogue import NETS
 from edgecl.nets.model_dir import load_model
 from edgecl.storage.checkpoint import write_checkpoint
 from edgecl.storage.directories import ModelDir, RunDir
+from edgecl.storage.record_files import write_record
 from edgecl.storage.records import ImagesRead, RunRecord
-from edgecl.storage.writing import write_record
 from edgecl.train.carve import carve, preprocessing_of
 
 SMALL = "mobilenetv3_small_100"

@@ -17,8 +17,8 @@ from edgecl.nets.model_dir import load_model
 from edgecl.nets.slimming import SlimmableNet, limit_skips
 from edgecl.storage.checkpoint import write_checkpoint
 from edgecl.storage.directories import RunDir
+from edgecl.storage.record_files import write_record
 from edgecl.storage.records import ImagesRead, RunRecord
-from edgecl.storage.writing import write_record
 from edgecl.train.carve import carve
 
 SMALL = "mobilenetv3_small_100"

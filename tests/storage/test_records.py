@@ -17,7 +17,7 @@ from edgecl.onboard.bundle import read_manifest
 from edgecl.onboard.doctor import doctor
 from edgecl.onboard.errors import BundleError
 from edgecl.onboard.verify import verify
-from edgecl.storage.record_files import read_record
+from edgecl.storage.record_files import read_record, write_record
 from edgecl.storage.records import (
     KINDS,
     SCHEMA,
@@ -32,7 +32,6 @@ from edgecl.storage.records import (
     parse_record,
 )
 from edgecl.storage.schemas import HEADER, SCHEMAS, write_schemas
-from edgecl.storage.writing import write_record
 
 DOCS = Path(__file__).parents[2] / "docs"
 PATH = Path("x.json")

@@ -19,9 +19,10 @@ from edgecl.errors import ArtifactError
 from edgecl.nets.backbone import create_backbone
 from edgecl.nets.model_dir import write_model
 from edgecl.storage.directories import Bundle, ModelDir, PipelineDir, ReportDir, RunDir
+from edgecl.storage.outputs import new_directory, refuse_existing
 from edgecl.storage.record_files import RECORD_FILES, kind_of
 from edgecl.storage.records import MADE_BY, SCHEMA, Preprocessing, command_line
-from edgecl.storage.writing import new_directory, refuse_existing, write_bytes, write_json
+from edgecl.storage.writing import write_bytes, write_json
 
 KINDS = (RunDir, ModelDir, Bundle, ReportDir, PipelineDir)
 REPOSITORY = Path(__file__).parents[2]
@@ -95,7 +96,7 @@ def test_kill_inside_leaves_nothing_under_the_final_name(tmp_path):
         """
         import sys, time
         from pathlib import Path
-        from edgecl.storage.writing import new_directory
+        from edgecl.storage.outputs import new_directory
         with new_directory(Path(sys.argv[1]), kind="model") as aside:
             (aside / "model.json").write_text("{}")
             print("writing", flush=True)
@@ -118,7 +119,7 @@ def test_kill_inside_a_replacement_leaves_the_earlier_directory(tmp_path):
         """
         import os, signal, sys
         from pathlib import Path
-        from edgecl.storage.writing import new_directory
+        from edgecl.storage.outputs import new_directory
         with new_directory(Path(sys.argv[1]), kind="model", force=True) as aside:
             (aside / "model.json").write_text("{}")
             os.kill(os.getpid(), signal.SIGKILL)
