@@ -101,6 +101,17 @@ def _training_rows(training: "RecipeTraining", widths: "list[WidthCost]") -> lis
         local = training.local_views_flops_per_image
         share = 100 * local / training.flops_per_image
         rows.append(("local views", f"{_flops(local)} per image", f"{share:.1f} % of the training"))
+    if training.teacher_total_flops:
+        teacher = training.teacher_total_flops
+        rows.append(("teacher's passes", _total(teacher), f"{100 * teacher / total:.1f} % of the training"))
+        own = training.teacher_training_flops
+        rows.append(
+            (
+                "teacher's training",
+                _total(own) if own else "not said",
+                "not in the total; set method.teacher.training_flops",
+            )
+        )
     if training.coding_rate_total_flops:
         rate = training.coding_rate_total_flops
         rows.append(("coding rate", _total(rate), f"{100 * rate / total:.1f} % on top"))

@@ -6,14 +6,14 @@ import typer
 
 from edgecl.cli.options import JsonOption
 
-ListName = Literal["recipes", "targets", "runtimes", "nets", "datasets"]
+ListName = Literal["recipes", "methods", "targets", "runtimes", "nets", "datasets"]
 
 
 def ls_command(
     list_: Annotated[ListName | None, typer.Argument(help="What to list [default: everything]")] = None,
     json_: JsonOption = False,
 ) -> None:
-    """List what there is: recipes, targets, runtimes, nets, datasets."""
+    """List what there is: recipes, methods, targets, runtimes, nets, datasets."""
     from edgecl.cli.output import print_json, print_rows
 
     names: list[ListName] = [list_] if list_ else list(get_args(ListName))
@@ -30,6 +30,10 @@ def _entries(name: ListName) -> list[dict[str, str]]:
         from edgecl.config.recipe import list_recipes
 
         return list_recipes()
+    if name == "methods":
+        from edgecl.config.recipe import describe_methods
+
+        return describe_methods()
     if name == "targets":
         from edgecl.config.target import list_targets
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import importlib
-import pkgutil
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -119,12 +119,21 @@ class ForwardPasses(NamedTuple):
         local: width -> passes of local views.
         coding_rates: sets of embeddings that the coding rate is taken of, in a step that takes it.
         coding_rate_share: of the steps that take it.
+        teacher: passes of the teacher, in every epoch.
+        teacher_once: passes of the teacher, once in the run.
     """
 
     whole: dict[float, float]
     local: dict[float, float]
     coding_rates: float = 0.0
     coding_rate_share: float = 1.0
+    teacher: float = 0.0
+    teacher_once: float = 0.0
+
+    def with_targets(self, count: int) -> ForwardPasses:
+        """Add passes without gradient of a net as large as the one encoder, such as a copy that follows it."""
+        ((width, passes),) = self.whole.items()
+        return self._replace(whole={width: passes + count})
 
 
 class MethodConfig(Config):
@@ -137,6 +146,10 @@ class MethodConfig(Config):
     """What the report draws of the method; the key "loss" is the total, the others are the terms of its loss."""
     has_host: ClassVar[bool] = False
     """Whether slim nets train inside a wider host; without, there is one encoder, and its width is that of both."""
+    needs_labels: ClassVar[bool] = False
+    """Whether it learns from the classes of the pictures."""
+    brings: ClassVar[dict[str, dict[str, Any]]] = {}
+    """Defaults of other tables than [method] that are part of the method; a recipe that names the method may set others."""
 
     name: str
     """Of the method: of its file, with hyphens."""
@@ -165,6 +178,13 @@ class MethodConfig(Config):
                 "other 'slim.widths' or 'slim.slow_start'"
             )
 
+    def prepare(self, recipe: Recipe) -> None:
+        """Load what is needed besides pictures; called before they are read, so that what is missing is said at once.
+
+        Raises:
+            EdgeclError: it is missing, or does not fit the recipe.
+        """
+
     def forward_passes(self, recipe: Recipe) -> ForwardPasses:
         """Return the cost of one image; here that of one encoder through which every view learns."""
         width = recipe.host.width
@@ -173,7 +193,7 @@ class MethodConfig(Config):
 
     def count_views(self, recipe: Recipe, *, local: bool) -> int:
         """Count the whole or the local views of each picture."""
-        return sum(spec.count for spec in self.view_specs(recipe) if spec.local == local)
+        return sum(spec.count for spec in self.view_specs(recipe) if spec.local == local and not spec.teacher)
 
     def has_idle_parameters(self, recipe: Recipe) -> bool:
         """Return whether some steps give some parameters no gradient, which many processes must know."""
@@ -326,16 +346,32 @@ class Recipe(Config):
         return self.method.view_specs(self)
 
 
-_SHARED = {"losses", "method"}
+_SHARED = {"losses", "method", "momentum", "pairs", "teacher"}
 """Files of edgecl/methods/ that are no method."""
 
 
+def _method_files() -> dict[str, Path]:
+    folders = importlib.import_module("edgecl.methods").__path__
+    files = [file for folder in folders for file in Path(folder).glob("[!_]*.py") if file.stem not in _SHARED]
+    return {file.stem.replace("_", "-"): file for file in sorted(files, key=lambda file: file.stem)}
+
+
 def list_methods() -> list[str]:
-    """List the methods that there are: the files of edgecl/methods/."""
-    folder = importlib.import_module("edgecl.methods").__path__
-    return sorted(
-        name.replace("_", "-") for _, name, _ in pkgutil.iter_modules(folder) if name not in _SHARED
-    )
+    """List the names of the methods that there are: the files of edgecl/methods/."""
+    return list(_method_files())
+
+
+def describe_methods() -> list[dict[str, str]]:
+    """List the methods: name and the first line of the file, of which nothing is run."""
+    return [
+        {
+            "name": name,
+            "summary": (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").partition("\n")[
+                0
+            ],
+        }
+        for name, file in _method_files().items()
+    ]
 
 
 def find_method(name: Any, *, where: dict[str, object] | None = None) -> Any:
@@ -376,8 +412,33 @@ def read_recipe(name: str, assignments: list[str] | None = None) -> Recipe:
     path = find_settings_file(name, folder="recipes", error=RecipeError, noun="recipe")
     tables = parse_toml(read_text(path, error=RecipeError), source=str(path), error=RecipeError)
     assignments = assignments or []
-    tables = override(tables, assignments, error=RecipeError)
-    return recipe_from_tables(tables, source=str(path), assignments=assignments)
+    chosen = override(tables, assignments, error=RecipeError)
+    if _method_name(chosen) != _method_name(tables):
+        with_method = _with_method(tables, _method_name(chosen), source=str(path))
+        chosen = override(with_method, assignments, error=RecipeError)
+    return recipe_from_tables(chosen, source=str(path), assignments=assignments)
+
+
+def _method_name(tables: Mapping[str, Any]) -> Any:
+    method = tables.get("method", {})
+    return method.get("name", DEFAULT_METHOD) if isinstance(method, Mapping) else DEFAULT_METHOD
+
+
+def _with_method(tables: Mapping[str, Any], name: Any, *, source: str) -> dict[str, Any]:
+    """Return a recipe's tables for another method: with its own defaults, and one net where it trains one."""
+    config = find_method(name, where={"file": source}).Config
+    brought: dict[str, Any] = {table: dict(own) for table, own in config.brings.items()}
+    brought["method"] = {"name": name}
+    changed = {key: table for key, table in tables.items() if key != "method"}
+    if not config.has_host:
+        slim = changed.pop("slim", {})
+        width = slim.get("width", 1.0) if isinstance(slim, Mapping) else 1.0
+        brought["slim"] = {"width": width}
+        brought["host"] = {"width": width, "nested_start": False}
+    for table, own in brought.items():
+        given = changed.get(table, {})
+        changed[table] = {**given, **own} if isinstance(given, Mapping) else given
+    return changed
 
 
 def recipe_from_tables(tables: dict[str, Any], *, source: str, assignments: Sequence[str] = ()) -> Recipe:
@@ -400,10 +461,14 @@ def recipe_from_tables(tables: dict[str, Any], *, source: str, assignments: Sequ
                 if source.endswith(".json")
                 else "[loss] name is [method] loss; [method] name is the method's, 'sacl-xd' unless said otherwise",
             )
-    method = tables.get("method", {})
-    name = method.get("name", DEFAULT_METHOD) if isinstance(method, dict) else DEFAULT_METHOD
-    model = _recipe_with(find_method(name, where={"file": source}).Config)
-    return validate(model, tables, source=source, error=RecipeError, assignments=assignments)
+    config = find_method(_method_name(tables), where={"file": source}).Config
+    brought = {
+        table: {**own, **given} if isinstance(given := tables.get(table, {}), Mapping) else given
+        for table, own in config.brings.items()
+    }
+    return validate(
+        _recipe_with(config), {**tables, **brought}, source=source, error=RecipeError, assignments=assignments
+    )
 
 
 def flatten(tables: Mapping[str, Any]) -> dict[str, Any]:

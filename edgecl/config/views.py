@@ -44,6 +44,8 @@ class ViewSpec:
     solarize: float = 0.0
     local: bool = False
     """A small crop, which leaves running statistics alone: those are for whole pictures."""
+    teacher: bool = False
+    """Seen by a frozen teacher alone, after all others."""
 
     @property
     def count(self) -> int:

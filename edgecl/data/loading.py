@@ -282,6 +282,19 @@ class TrainingImages:
         parts = order.reshape(steps, world_size, share)[start_step:, rank]
         return self._cached_batches(self._cache, parts) if self._cache else self._streamed_batches(parts)
 
+    def in_order(self, rows: Indices, *, batch_size: int) -> Iterator[Batch]:
+        """Go through pictures of one's choice, in their order; the last batch may be smaller.
+
+        Args:
+            rows: which of len(self).
+            batch_size: pictures at once.
+
+        Raises:
+            DataError: on the way, too many are unreadable.
+        """
+        parts = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+        return self._cached_batches(self._cache, parts) if self._cache else self._streamed_batches(parts)
+
     def _order(self, seed: int, epoch: int) -> Indices:
         if self.source.order is None:
             return permutation(seed, epoch, len(self))

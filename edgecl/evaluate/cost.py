@@ -17,6 +17,7 @@ from torch import nn
 from edgecl.config.recipe import Recipe
 from edgecl.config.settings import Config, parse_toml
 from edgecl.errors import RecipeError
+from edgecl.methods.teacher import TaughtConfig, load_teacher
 from edgecl.nets.backbone import count_parameters, create_backbone, feature_count
 from edgecl.nets.heads import Projector
 from edgecl.storage.directories import ModelDir
@@ -141,6 +142,9 @@ class TrainingCost:
         rate_flops: FLOPs of one image's share of the coding rate, backward included, in a step that takes it; not in
             flops_per_image, as the projector.
         rate_share: of the steps that take it.
+        teacher_flops: one forward pass of one image through the teacher, where there is one.
+        teacher_passes: of one image in an epoch.
+        teacher_passes_once: of one image in the run, where its features are kept.
     """
 
     host_flops: int
@@ -153,12 +157,16 @@ class TrainingCost:
     local_flops_per_image: float = 0.0
     rate_flops: float = 0.0
     rate_share: float = 0.0
+    teacher_flops: int = 0
+    teacher_passes: float = 0.0
+    teacher_passes_once: float = 0.0
 
     @property
     def flops_per_image(self) -> float:
         """FLOPs of all passes of one image, projector and losses apart."""
         pair = self.units["host"] * self.host_flops + self.units["slim"] * self.slim_flops
-        return pair + self.others_flops_per_image + self.local_flops_per_image
+        students = pair + self.others_flops_per_image + self.local_flops_per_image
+        return students + self.teacher_passes * self.teacher_flops
 
     @property
     def others_flops_per_image(self) -> float:
@@ -168,7 +176,15 @@ class TrainingCost:
     @property
     def total_flops(self) -> float:
         """FLOPs of the whole run, projector apart."""
-        return self.flops_per_image * self.images * self.epochs
+        once = self.teacher_passes_once * self.teacher_flops * self.images
+        return self.flops_per_image * self.images * self.epochs + once
+
+    @property
+    def teacher_total_flops(self) -> float:
+        """FLOPs of the teacher's passes in the whole run, a part of total_flops."""
+        return (
+            (self.teacher_passes * self.epochs + self.teacher_passes_once) * self.teacher_flops * self.images
+        )
 
     @property
     def forward_units(self) -> float:
@@ -219,7 +235,19 @@ def training_cost(recipe: Recipe, *, images: int) -> TrainingCost:
         local_flops_per_image=_local_flops(recipe, passes.local, backbones),
         rate_flops=passes.coding_rates * _coding_rate_flops(recipe),
         rate_share=passes.coding_rate_share,
+        teacher_flops=_teacher_flops(recipe, (1, 3, size, size)),
+        teacher_passes=passes.teacher,
+        teacher_passes_once=passes.teacher_once,
     )
+
+
+def _teacher_flops(recipe: Recipe, shape: tuple[int, ...]) -> int:
+    """Return the FLOPs of a forward pass of the method's teacher, 0 where it has none; its weights matter to no cost."""
+    if not isinstance(recipe.method, TaughtConfig):
+        return 0
+    settings = recipe.method.teacher
+    net = create_backbone(settings.arch) if settings.arch else load_teacher(settings).net
+    return forward_cost(net, shape).training_flops
 
 
 def _local_flops(recipe: Recipe, passes: dict[float, float], backbones: dict[float, nn.Module]) -> float:
@@ -319,6 +347,11 @@ def cost_of_recipe(recipe: Recipe, *, recipe_name: str, images: int | None = Non
             local_views_flops_per_image=round(priced.local_flops_per_image),
             coding_rate_flops_per_image=round(priced.rate_flops),
             coding_rate_total_flops=float(priced.rate_flops * priced.rate_share * images * priced.epochs),
+            teacher_forward_flops=priced.teacher_flops,
+            teacher_total_flops=float(priced.teacher_total_flops),
+            teacher_training_flops=recipe.method.teacher.training_flops
+            if isinstance(recipe.method, TaughtConfig)
+            else 0.0,
             images=images,
             epochs=priced.epochs,
             host_forward_flops=priced.host_flops,

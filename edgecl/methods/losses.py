@@ -50,14 +50,19 @@ def cross_correlation(z_a: Tensor, z_b: Tensor) -> Tensor:
 
     Source: Zbontar et al. 2021, arXiv:2103.03230, equation 2, with the biased variance and epsilon of batch norm.
     """
-    _check_pair(z_a, z_b)
+    check_pair(z_a, z_b)
     with torch.autocast(device_type=z_a.device.type, enabled=False):
-        a, count = _standardize(_wide(z_a))
-        b, _ = _standardize(_wide(z_b))
+        a, count = _standardize(wide(z_a))
+        b, _ = _standardize(wide(z_b))
         return _sum_of_matrices(a.T @ b) / count
 
 
-def _check_pair(z_a: Tensor, z_b: Tensor) -> None:
+def check_pair(z_a: Tensor, z_b: Tensor) -> None:
+    """Refuse projections that are not two (N, D) sets of 2 or more.
+
+    Raises:
+        ShapeError: they are not.
+    """
     if z_a.ndim != 2 or z_a.shape != z_b.shape:
         raise ShapeError(
             f"projections must be two (N, D) tensors, got {tuple(z_a.shape)} and {tuple(z_b.shape)}"
@@ -66,7 +71,8 @@ def _check_pair(z_a: Tensor, z_b: Tensor) -> None:
         raise ShapeError(f"a batch of projections needs at least 2 samples, got {z_a.shape[0]}")
 
 
-def _wide(z: Tensor) -> Tensor:
+def wide(z: Tensor) -> Tensor:
+    """Return a tensor as float32, or as it is where it has more digits."""
     return z.to(torch.promote_types(z.dtype, torch.float32))
 
 
@@ -126,6 +132,18 @@ def mean_of(terms: list[Tensor]) -> Tensor:
     return torch.stack(terms).mean()
 
 
+def mean_over_batch(values: Tensor) -> Tensor:
+    """Return the () mean of (n,) values, one a sample, over the samples of all processes."""
+    return sum_over_processes(values.sum()) / (len(values) * process_count())
+
+
+def global_covariance(z: Tensor) -> Tensor:
+    """Return the (D, D) unbiased covariance of (N, D) projections over the samples of all processes."""
+    count = z.shape[0] * process_count()
+    centered = z - sum_over_processes(z.sum(0)) / count
+    return _sum_of_matrices(centered.T @ centered) / (count - 1)
+
+
 def contrastive_loss(z_a: Tensor, z_b: Tensor, *, temperature: float) -> Tensor:
     """Tell each picture's other view from all other views of the batch (NT-Xent).
 
@@ -142,9 +160,9 @@ def contrastive_loss(z_a: Tensor, z_b: Tensor, *, temperature: float) -> Tensor:
 
     Source: Chen et al. 2020 (SimCLR), arXiv:2002.05709, equation 1.
     """
-    _check_pair(z_a, z_b)
+    check_pair(z_a, z_b)
     with torch.autocast(device_type=z_a.device.type, enabled=False):
-        views = torch.cat([_of_all_processes(functional.normalize(_wide(z), dim=1)) for z in (z_a, z_b)])
+        views = torch.cat([of_all_processes(functional.normalize(wide(z), dim=1)) for z in (z_a, z_b)])
         similarity = views @ views.T / temperature
         # A view is no candidate for itself.
         similarity = similarity.masked_fill(
@@ -152,6 +170,31 @@ def contrastive_loss(z_a: Tensor, z_b: Tensor, *, temperature: float) -> Tensor:
         )
         other_view = torch.arange(len(views), device=views.device).roll(len(views) // 2)
         return functional.cross_entropy(similarity, other_view)
+
+
+def queue_contrastive_loss(queries: Tensor, keys: Tensor, queue: Tensor, *, temperature: float) -> Tensor:
+    """Tell each picture's key from the keys of earlier pictures (InfoNCE).
+
+    Args:
+        queries: (N, D) projections; any scale.
+        keys: (N, D) of the same pictures, without gradient; any scale.
+        queue: (K, D) of other pictures; any scale.
+        temperature: of the softmax over cosines, > 0.
+
+    Returns:
+        () mean cross-entropy over the global batch, nats; float32 even under autocast.
+
+    Raises:
+        ShapeError: shapes differ, or N < 2.
+
+    Source: He et al. 2020 (MoCo), arXiv:1911.05722, equation 1.
+    """
+    check_pair(queries, keys)
+    with torch.autocast(device_type=queries.device.type, enabled=False):
+        q, k, others = (functional.normalize(wide(z), dim=1) for z in (queries, keys, queue))
+        same = (q * k).sum(1, keepdim=True)
+        chances = (torch.cat([same, q @ others.T], dim=1) / temperature).log_softmax(1)
+        return mean_over_batch(-chances[:, 0])
 
 
 def alignment_loss(z_a: Tensor, z_b: Tensor) -> Tensor:
@@ -171,12 +214,11 @@ def alignment_loss(z_a: Tensor, z_b: Tensor) -> Tensor:
 
     Source: Tong et al. 2023 (EMP-SSL), arXiv:2304.03977, the similarity term of equation 5.
     """
-    _check_pair(z_a, z_b)
+    check_pair(z_a, z_b)
     with torch.autocast(device_type=z_a.device.type, enabled=False):
         # Standardized as in the coding rate: a mean that all projections share would align them for nothing.
-        a, b = (_standardize(_wide(z))[0] for z in (z_a, z_b))
-        cosines = functional.cosine_similarity(a, b, dim=1)
-        return 2 - 2 * sum_over_processes(cosines.sum()) / (len(cosines) * process_count())
+        a, b = (_standardize(wide(z))[0] for z in (z_a, z_b))
+        return 2 - 2 * mean_over_batch(functional.cosine_similarity(a, b, dim=1))
 
 
 class CodingRate(Config):
@@ -247,9 +289,9 @@ def coding_rate(z: Tensor, *, epsilon: float) -> Tensor:
 
     Source: Yu et al. 2020 (MCR2), arXiv:2006.08558, equation 7; standardized as SACL-XD's projections are.
     """
-    _check_pair(z, z)
+    check_pair(z, z)
     with torch.autocast(device_type=z.device.type, enabled=False):
-        rows, count = _standardize(_wide(z))
+        rows, count = _standardize(wide(z))
         rows = functional.normalize(rows, dim=1)
         dimensions = rows.shape[1]
         # Both products give the same determinant (Sylvester). Only the D x D one is a sum over processes.
@@ -265,7 +307,7 @@ def coding_rate(z: Tensor, *, epsilon: float) -> Tensor:
         return rate.masked_fill(failed != 0, torch.nan)
 
 
-def _of_all_processes(x: Tensor) -> Tensor:
+def of_all_processes(x: Tensor) -> Tensor:
     """Join the rows of all processes, in the order of their ranks, with a gradient."""
     if process_count() == 1:
         return x

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from edgecl.config.recipe import MethodConfig, Recipe, find_method
+from edgecl.data.loading import TrainingImages
 from edgecl.nets.slimming import SlimmableNet
 from edgecl.storage.checkpoint import METHODS_OWN
 
@@ -117,6 +119,19 @@ class Method(nn.Module):
         """
         raise NotImplementedError
 
+    def look_up(self, images: TrainingImages, *, cache: Path) -> Tensor | None:
+        """Return what the method knows of each picture beside its views; called once, before the first step.
+
+        Args:
+            images: what is trained on.
+            cache: a folder beside the run, for what takes long to find.
+
+        Returns:
+            (len(images), ...) in the order of `Batch.indices`, of which the rows of a batch are given after its views;
+            None for nothing.
+        """
+        return None
+
     def after_step(self, step: int) -> None:
         """Do what follows an optimizer's step, e.g. move a target network; not called for a step left out.
 
@@ -147,4 +162,6 @@ def create_method(recipe: Recipe, net: SlimmableNet, *, steps_per_epoch: int) ->
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.run.seed)
         method: Method = find_method(recipe.method.name).METHOD(recipe, net, steps_per_epoch=steps_per_epoch)
-    return method
+    # The first is the net's, whose device and precision the method's own modules take.
+    like = next(method.parameters(), None)
+    return method if like is None else method.to(like.device, like.dtype)

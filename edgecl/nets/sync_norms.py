@@ -44,12 +44,34 @@ def synchronize_norms(
                 f"the norm '{name}' is a {type(norm).__name__}, which has no form with statistics over all processes",
                 hint="set run.sync_norms to 'projector' or 'none', or choose another net",
             )
-        if device.type == "cuda":
-            converted: nn.Module = cast(Any, convert_sync_batchnorm)(norm)
-            return converted
-        return GlobalBatchNorm(cast(_BatchNorm, norm))
+        return _synchronized(norm, device)
 
     net.map_norms(replace)
+
+
+def synchronize_heads(
+    method: nn.Module, *, which: Literal["none", "projector", "all"], device: torch.device
+) -> None:
+    """Replace the batch norms of a method's own nets, such as a predictor; copies of its `net` have what that has.
+
+    Args:
+        method: its `net` is left alone.
+        which: 'projector' leaves two-dimensional norms alone, 'none' all of them.
+        device: where it will run.
+    """
+    if which == "none" or process_count() == 1:
+        return
+    kinds = _KNOWN if which == "all" else (nn.BatchNorm1d,)
+    for name, module in list(method.named_modules()):
+        if type(module) in kinds and not name.startswith("net."):
+            method.set_submodule(name, _synchronized(module, device))
+
+
+def _synchronized(norm: nn.Module, device: torch.device) -> nn.Module:
+    if device.type == "cuda":
+        converted: nn.Module = cast(Any, convert_sync_batchnorm)(norm)
+        return converted
+    return GlobalBatchNorm(cast(_BatchNorm, norm))
 
 
 class GlobalBatchNorm(_BatchNorm):

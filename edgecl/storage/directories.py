@@ -24,6 +24,8 @@ class RunDir:
         self.metrics_file = self.path / "metrics.jsonl"
         self.views_file = self.path / "views.png"
         self.checkpoints = self.path / "checkpoints"
+        self.beside = self.path.absolute().parent / ".edgecl"
+        """Where what takes long to find is kept, for the next start and for neighboring runs."""
 
     def checkpoint_file(self, step: int) -> Path:
         """Return the directory of the checkpoint after so many steps."""

@@ -485,6 +485,12 @@ class RecipeTraining(Table):
     coding_rate_flops_per_image: Count
     coding_rate_total_flops: float
     """Not in total_flops."""
+    teacher_forward_flops: Count
+    """One image through the method's frozen teacher; 0 where it has none."""
+    teacher_total_flops: float
+    """The part of its passes."""
+    teacher_training_flops: float
+    """What its own training has cost, as [method.teacher] says; not in total_flops."""
     images: Count
     """Per epoch."""
     epochs: Count

@@ -47,6 +47,7 @@ class Training:
         specs: of the views that the method wants.
         data: batch size and the normalization of the images.
         run: how long, and how often to look.
+        known: what the method knows of each picture beside its views, (len(images), ...); None for nothing.
         fresh: builds the method anew, as it was before the first step.
         accelerator: device, precision and processes.
         run_dir: where the main process writes.
@@ -61,6 +62,7 @@ class Training:
         specs: Sequence[ViewSpec],
         data: Data,
         run: Run,
+        known: Tensor | None,
         fresh: Callable[[], Method],
         accelerator: Accelerator,
         run_dir: RunDir,
@@ -77,6 +79,7 @@ class Training:
         self._specs = specs
         self._data = data
         self._run = run
+        self._known = known
         self._fresh = fresh
         self.guard = Guard(max_skipped=run.max_skipped)
         self.alarm = CollapseAlarm(run=run_dir.path, warn=_warn)
@@ -188,9 +191,12 @@ class Training:
 
     def _views(self, batch: Batch, epoch: int) -> list[Tensor]:
         data = self._data
-        views = make_views(batch, self._specs, mean=data.mean, std=data.std, seed=self._run.seed, epoch=epoch)
+        specs = [spec for spec in self._specs if not spec.teacher or self._known is None]
+        views = make_views(batch, specs, mean=data.mean, std=data.std, seed=self._run.seed, epoch=epoch)
         if self.step == 0 and self.accelerator.is_main_process:
             write_views_grid(self.run_dir.views_file, batch, views, mean=data.mean, std=data.std)
+        if self._known is not None:
+            views.append(self._known[torch.from_numpy(batch.indices)].to(views[0].device))
         return views
 
     def _left_out(self, outcome: Outcome) -> bool:
@@ -383,8 +389,9 @@ def create_training(
         torch.manual_seed(recipe.run.seed)
         return create_method(recipe, create_slimmable(recipe), steps_per_epoch=steps_per_epoch)
 
+    step = create_step(recipe, net, accelerator=accelerator, steps_per_epoch=steps_per_epoch)
     return Training(
-        step=create_step(recipe, net, accelerator=accelerator, steps_per_epoch=steps_per_epoch),
+        step=step,
         images=images,
         quality=QualityWatch(
             source, images=len(images), data=recipe.data, host=recipe.host, accelerator=accelerator
@@ -392,6 +399,7 @@ def create_training(
         specs=recipe.view_specs,
         data=recipe.data,
         run=recipe.run,
+        known=step.method.look_up(images, cache=run_dir.beside),
         fresh=fresh,
         accelerator=accelerator,
         run_dir=run_dir,

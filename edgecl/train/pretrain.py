@@ -169,9 +169,15 @@ def _build(
     going_on = resume and accelerator.is_main_process
     # Before the images are read, which can take hours: what the recipe asks for may not be possible.
     _check_memory(recipe, accelerator.device)
+    recipe.method.prepare(recipe)
     torch.manual_seed(recipe.run.seed)
     net = create_slimmable(recipe)
-    source = open_source(uri, split="train", download=download, index_dir=_index_beside(run_dir))
+    source = open_source(uri, split="train", download=download, index_dir=run_dir.beside)
+    if recipe.method.needs_labels and source.labels is None:
+        raise DataError(
+            f"'method.name' {recipe.method.name} learns from classes, and '{source.uri}' has none",
+            hint="sort the images into one folder per class, or choose another method: `edgecl ls methods`",
+        )
     changes = check_source(run_dir, source, allowed=allow) if going_on else []
     left_out = left_out_before(run_dir) if going_on and not changes else []
     data = recipe.data
@@ -361,15 +367,10 @@ def create_accelerator(recipe: Recipe, *, device: str, out: Path) -> Accelerator
     )
 
 
-def _index_beside(run_dir: RunDir) -> Path:
-    """Return where a folder's index is kept: beside the run, for its next start and for its neighbors."""
-    return run_dir.path.absolute().parent / ".edgecl"
-
-
 @contextlib.contextmanager
 def _hold(run_dir: RunDir) -> Iterator[None]:
     """Hold the run directory; a start that is refused leaves none of the directories it made."""
-    index = _index_beside(run_dir)
+    index = run_dir.beside
     alone = not index.parent.exists()
     with hold(run_dir.path, what="run directory"):
         try:

@@ -18,7 +18,7 @@ from edgecl.data.randomness import random_uint64
 from edgecl.distributed import processes
 from edgecl.methods.method import Embeddings, Method, Terms, create_method
 from edgecl.nets.slimming import SlimmableNet
-from edgecl.nets.sync_norms import synchronize_norms
+from edgecl.nets.sync_norms import synchronize_heads, synchronize_norms
 from edgecl.train.monitor import gradient_norms
 from edgecl.train.optim import create_optimizer, create_schedule
 
@@ -100,7 +100,8 @@ class Step:
         """Take one step.
 
         Args:
-            views: (n, 3, size, size) for each view that the method asked for; this process's share of the batch.
+            views: (n, 3, size, size) for each view that the method asked for, and (n, ...) of what it knows of each
+                picture; this process's share of the batch.
             number: steps taken before this one.
             watch: also measure gradient norms, for which the host process waits.
             stop: the signal by which this process was asked to end; 0 when it was not.
@@ -108,7 +109,9 @@ class Step:
         if not self.passes.training:  # to set it takes a walk over all modules
             self.passes.train()
         self._statistics.remember()
-        views = [view.contiguous(memory_format=self._memory_format) for view in views]
+        views = [
+            view.contiguous(memory_format=self._memory_format) if view.ndim == 4 else view for view in views
+        ]
         self.net.watched = {} if watch else None
         learn = self._whole if self._parts == 1 else self._in_parts
         loss, terms, embeddings, vote = learn(views, number, stop)
@@ -219,12 +222,12 @@ def create_step(recipe: Recipe, net: SlimmableNet, *, accelerator: Accelerator, 
     run, optim, device = recipe.run, recipe.optim, accelerator.device
     memory_format = torch.channels_last if run.channels_last else torch.contiguous_format
     net.to(memory_format=memory_format)
-    if run.sync_norms != "none":
-        synchronize_norms(net, which=run.sync_norms, device=device)
+    synchronize_norms(net, which=run.sync_norms, device=device)
     net.to(device)
+    method = create_method(recipe, net, steps_per_epoch=steps_per_epoch)
+    synchronize_heads(method, which=run.sync_norms, device=device)
     if run.compile:
         net.compile_passes()
-    method = create_method(recipe, net, steps_per_epoch=steps_per_epoch).to(device)
     bare = create_optimizer(method, optim, batch_size=recipe.data.batch_size)
     passes, optimizer = accelerator.prepare(method, bare)
     schedule = create_schedule(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-import edgecl
+import edgecl.methods
 from edgecl.config.recipe import (
     Recipe,
     find_method,
@@ -386,12 +386,24 @@ def test_a_width_named_twice_is_refused(write):
 
 
 def test_methods_are_the_files_of_their_folder():
-    assert list_methods() == ["emp-ssl", "sacl-xd", "simclr"]
+    files = {file.stem for file in Path(edgecl.methods.__file__).parent.glob("[!_]*.py")}
+    shared = {"losses", "method", "momentum", "pairs", "teacher"}
+    assert list_methods() == sorted(name.replace("_", "-") for name in files - shared)
+    for name in list_methods():
+        assert find_method(name).Config.model_fields["name"].default == name
 
 
-@pytest.mark.parametrize("name", ["emp-ssl", "sacl-xd", "simclr"])
+TAUGHT = [name for name in list_methods() if "teacher" in find_method(name).Config.model_fields]
+
+
+def assignments_of(name):
+    taught = ["method.teacher.arch=resnet18", "method.teacher.weights=untrained"] if name in TAUGHT else []
+    return [f"method.name={name}", *taught]
+
+
+@pytest.mark.parametrize("name", list_methods())
 def test_a_method_brings_its_own_table(write, name):
-    recipe = read_recipe(write(MINIMAL), [f"method.name={name}", "host.width=1.0"])
+    recipe = read_recipe(write(MINIMAL), assignments_of(name))
     assert isinstance(recipe, Recipe)
     assert type(recipe.method) is find_method(name).Config
     assert recipe_from_tables(recipe.model_dump(mode="json"), source="run.json") == recipe
@@ -402,14 +414,14 @@ def test_a_recipe_without_a_method_trains_sacl_xd(write):
 
 
 def test_an_unknown_method_is_named_with_those_there_are(write):
-    with pytest.raises(RecipeError, match="'simclrr', not one of emp-ssl, sacl-xd, simclr") as caught:
+    with pytest.raises(RecipeError, match="'simclrr', not one of barlow-twins, byol,") as caught:
         read_recipe(write(MINIMAL), ["method.name=simclrr"])
     assert caught.value.hint == "did you mean 'simclr'?"
 
 
 def test_a_key_of_another_method_is_unknown(write):
     with pytest.raises(RecipeError, match=r"unknown key 'method\.alpha'"):
-        read_recipe(write(MINIMAL), ["method.name=simclr", "method.alpha=0.5", "host.width=1.0"])
+        read_recipe(write(MINIMAL), ["method.name=simclr", "method.alpha=0.5"])
 
 
 def test_a_key_in_a_table_of_the_method_is_suggested(write):
@@ -457,3 +469,59 @@ def test_settings_are_named_as_set_takes_them():
 @pytest.mark.parametrize("name", PACKAGED)
 def test_a_packaged_recipe_reads(name):
     read_recipe(name)
+
+
+@pytest.mark.parametrize("packaged", ["demo", "photos", "sacl-xd-mobilenetv3-large-200"])
+@pytest.mark.parametrize("name", list_methods())
+def test_any_recipe_takes_any_method_with_that_methods_defaults(packaged, name):
+    recipe = read_recipe(packaged, assignments_of(name))
+    own = find_method(name).Config
+    if name != "sacl-xd":  # whose settings these recipes have
+        default = {key: value for key, value in own().model_dump().items() if key != "teacher"}
+        assert {
+            key: value for key, value in recipe.method.model_dump().items() if key != "teacher"
+        } == default
+    if not own.has_host:
+        assert recipe.host.width == recipe.slim.width
+        assert not recipe.slim.widths
+    for table, settings in own.brings.items():
+        for key, value in settings.items():
+            assert getattr(getattr(recipe, table), key) == (
+                tuple(value) if isinstance(value, list) else value
+            )
+
+
+def test_what_a_method_brings_gives_way_to_what_is_said(write):
+    recipe = read_recipe(write(MINIMAL), ["method.name=dino", "views.local_count=1"])
+    assert (recipe.views.local_count, recipe.views.local_scale) == (1, (0.1, 0.4))
+    text = MINIMAL + '\n[method]\nname = "ssl-small"\n[projector]\nsizes = [64]\n'
+    recipe = read_recipe(write(text), ["host.width=1.0"])
+    assert (recipe.projector.sizes, recipe.views.jitter) == ((64,), 1.0)
+
+
+@pytest.mark.parametrize("name", TAUGHT)
+def test_a_missing_teacher_is_named(write, name):
+    with pytest.raises(RecipeError, match=rf"{name} learns from a teacher: set 'method\.teacher\.weights'"):
+        read_recipe(write(MINIMAL), [f"method.name={name}"])
+
+
+@pytest.mark.parametrize(
+    ("assignments", "words"),
+    [
+        (
+            ["method.name=rekd", "method.neighbors=9", "method.queue=8"],
+            "neighbors' 9 is above 'method.queue' 8",
+        ),
+        (["method.name=oss", "method.teacher.view=plain"], "teacher that learns"),
+        (["method.name=xd-teacher", "slim.widths=[0.5, 1.0]"], "trains one slim width"),
+        (["method.name=byol", "slim.widths=[0.5, 1.0]"], "trains one encoder"),
+        (["method.name=moco-v2", "method.queue=0"], "'method.queue' is 0"),
+        (["method.name=seed", "method.teacher.view=whole"], "'whole', not one of augmented, plain"),
+        (["method.name=byol", "method.teacher.arch=resnet18"], r"unknown key 'method\.teacher'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_wrong_table_of_a_method_is_named(write, assignments, words):
+    name = assignments[0].partition("=")[2]
+    with pytest.raises(RecipeError, match=words):
+        read_recipe(write(MINIMAL), [*assignments_of(name)[1:], *assignments])

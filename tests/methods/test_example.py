@@ -30,7 +30,7 @@ width = 0.5
 [projector]
 sizes = [16, 16]
 [method]
-name = "byol"
+name = "short-byol"
 momentum = 0.9
 [data]
 image_size = 32
@@ -57,7 +57,7 @@ def one_thread():
 def train(tmp_path, monkeypatch):
     """Train the example by its name, as if its file lay in edgecl/methods/."""
     monkeypatch.setattr(edgecl.methods, "__path__", [*edgecl.methods.__path__, str(EXAMPLE)])
-    (tmp_path / "byol.toml").write_text(RECIPE)
+    (tmp_path / "short-byol.toml").write_text(RECIPE)
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     draws = np.random.default_rng(0)
@@ -66,9 +66,9 @@ def train(tmp_path, monkeypatch):
         Image.fromarray(corners).resize((32, 32)).save(pictures / f"{number:02}.png")
 
     def run(name, *assignments, **settings):
-        recipe = read_recipe(str(tmp_path / "byol.toml"), list(assignments))
+        recipe = read_recipe(str(tmp_path / "short-byol.toml"), list(assignments))
         out = tmp_path / name
-        pretrain(recipe, recipe_name="byol", out=out, data=str(pictures), device="cpu", **settings)
+        pretrain(recipe, recipe_name="short-byol", out=out, data=str(pictures), device="cpu", **settings)
         return RunDir(out)
 
     return run
@@ -80,11 +80,11 @@ def losses(run):
 
 def test_the_docs_show_the_example_as_it_is():
     shown = (Path(__file__).parents[2] / "docs" / "method.md").read_text(encoding="utf-8")
-    assert f"```python\n{(EXAMPLE / 'byol.py').read_text(encoding='utf-8')}```" in shown
+    assert f"```python\n{(EXAMPLE / 'short_byol.py').read_text(encoding='utf-8')}```" in shown
 
 
 def test_the_example_is_found_by_its_file(train):
-    assert "byol" in list_methods()
+    assert "short-byol" in list_methods()
 
 
 def test_the_example_trains_predictor_and_target_and_is_carved_priced_and_drawn(train, tmp_path):
@@ -101,11 +101,11 @@ def test_the_example_trains_predictor_and_target_and_is_carved_priced_and_drawn(
     carve(run.path, out=tmp_path / "model", recalibrate_norms=False)
     net, record = load_model(tmp_path / "model")
     assert torch.equal(net.state_dict()["conv_stem.weight"], fast)
-    assert record.arm == "byol"
+    assert record.arm == "short-byol"
 
-    recipe = read_recipe(str(tmp_path / "byol.toml"))
-    training = cost_of_recipe(recipe, recipe_name="byol", images=24).training
-    assert (training.arm, training.forward_units) == ("byol", 6.0)
+    recipe = read_recipe(str(tmp_path / "short-byol.toml"))
+    training = cost_of_recipe(recipe, recipe_name="short-byol", images=24).training
+    assert (training.arm, training.forward_units) == ("short-byol", 6.0)
 
     page = report([run.path], out=tmp_path / "report")
     assert {"loss", "diagonal"} <= page["runs"][0]["curves"].keys()

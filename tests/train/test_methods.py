@@ -6,9 +6,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from edgecl.config.recipe import list_methods, recipe_from_tables
+from edgecl.config.recipe import find_method, list_methods, recipe_from_tables
+from edgecl.errors import DataError, Preempted, RecipeError
+from edgecl.methods.teacher import load_teacher
 from edgecl.nets.build import create_slimmable
+from edgecl.storage.checkpoint import read_newest
 from edgecl.storage.directories import RunDir
+from edgecl.train import loop
 from edgecl.train.monitor import read_metrics
 from edgecl.train.step import create_step
 
@@ -17,18 +21,36 @@ from .conftest import train
 COMMON = {"step", "epoch", "loss", "std", "grad_norm_host", "grad_norm_slim", "lr", "images_per_s"}
 
 
+TAUGHT = [name for name in list_methods() if "teacher" in find_method(name).Config.model_fields]
+SMALL = {
+    **{name: {"queue": 24} for name in list_methods() if "queue" in find_method(name).Config.model_fields},
+    "dino": {"prototypes": 32},
+}
+
+
 @pytest.fixture
 def recipe_of(tables):
-    def make(name, **changed):
-        own = {"method": {"name": name}, "host": {**tables["host"], "width": 0.5}}
+    def make(name, *, teacher=None, **changed):
+        method = {"name": name, **SMALL.get(name, {})}
+        if name in TAUGHT:
+            method["teacher"] = {"arch": "mobilenetv3_small_050", "weights": "untrained", **(teacher or {})}
+        own = {"method": method, "host": {**tables["host"], "width": 0.5}}
         return recipe_from_tables({**tables, **own, **changed}, source="test")
 
     return make
 
 
+@pytest.fixture
+def images_of(pictures, labelled_pictures):
+    def find(name):
+        return labelled_pictures if find_method(name).Config.needs_labels else pictures
+
+    return find
+
+
 @pytest.mark.parametrize("name", list_methods())
-def test_a_run_logs_what_its_panels_draw(tmp_path, recipe_of, pictures, name):
-    train(recipe_of(name, views={"local_count": 1}), tmp_path / "run", pictures)
+def test_a_run_logs_what_its_panels_draw(tmp_path, recipe_of, images_of, name):
+    train(recipe_of(name, views={"local_count": 1}), tmp_path / "run", images_of(name))
     run = RunDir(tmp_path / "run")
     records = [record for record in read_metrics(run.metrics_file) if "loss" in record]
     assert len(records) == 10
@@ -49,15 +71,16 @@ def test_parts_take_the_whole_batchs_gradient_for_every_method(recipe_of, tables
         torch.manual_seed(0)
         net = create_slimmable(recipe).double()
         step = create_step(recipe, net, accelerator=Accelerator(cpu=True), steps_per_epoch=5)
+        step.method.eval()
         step.passes.train = lambda mode=True: step.passes
-        step.net.eval()
         seen = {}
         step.optimizer.step = lambda: seen.update(
             {key: one.grad.clone() for key, one in step.method.named_parameters() if one.grad is not None}
         )
         generator = torch.Generator().manual_seed(1)
         whole = torch.randn(step.method.whole_views, 8, 3, 32, 32, generator=generator, dtype=torch.float64)
-        step([*whole, whole[0][..., :16, :16]], number=0)
+        known = [torch.arange(8) % 3] if recipe.method.needs_labels else []
+        step([*whole, whole[0][..., :16, :16], *known], number=0)
         return seen
 
     whole, parts = gradients(1), gradients(4)
@@ -66,3 +89,78 @@ def test_parts_take_the_whole_batchs_gradient_for_every_method(recipe_of, tables
     assert largest > 0
     for key, gradient in whole.items():
         torch.testing.assert_close(parts[key], gradient, rtol=1e-6, atol=1e-9 * largest, msg=key)
+
+
+def stop_after(steps, monkeypatch):
+    stepper = loop.Step.__call__
+
+    def stopped(self, given, *, number, watch=False, stop=0):
+        return stepper(self, given, number=number, watch=watch, stop=15 if number + 1 == steps else 0)
+
+    monkeypatch.setattr(loop.Step, "__call__", stopped)
+
+
+@pytest.mark.parametrize("name", list_methods())
+def test_a_stopped_run_of_every_method_goes_on_as_if_it_had_not_been(
+    tmp_path, monkeypatch, recipe_of, images_of, name
+):
+    recipe = recipe_of(name)
+    train(recipe, tmp_path / "whole", images_of(name))
+    with monkeypatch.context() as patch:
+        stop_after(3, patch)
+        with pytest.raises(Preempted):
+            train(recipe, tmp_path / "parts", images_of(name))
+    train(recipe, tmp_path / "parts", images_of(name), resume=True)
+    whole, parts = (read_newest(RunDir(tmp_path / run)) for run in ("whole", "parts"))
+    assert whole.model.keys() == parts.model.keys()
+    assert all(torch.equal(parts.model[key], tensor) for key, tensor in whole.model.items())
+    assert not [key for key in whole.model if "method.teacher." in key and name != "oss"]
+
+
+@pytest.mark.parametrize("name", [name for name in TAUGHT if name != "oss"])
+def test_features_of_plain_views_kept_on_the_disk_are_those_found_on_the_way(
+    tmp_path, recipe_of, pictures, name
+):
+    for run, cache in (("kept", True), ("found", False), ("again", True)):
+        train(recipe_of(name, teacher={"view": "plain", "cache": cache}), tmp_path / run, pictures)
+    kept, found, again = (read_newest(RunDir(tmp_path / run)).model for run in ("kept", "found", "again"))
+    assert len(list((tmp_path / ".edgecl").glob("teacher-*.npy"))) == 1
+    for key, tensor in found.items():
+        assert torch.equal(kept[key], tensor), key
+        assert torch.equal(again[key], tensor), key
+
+
+def test_a_damaged_file_of_features_is_made_anew(tmp_path, recipe_of, pictures):
+    recipe = recipe_of("seed", teacher={"view": "plain"})
+    train(recipe, tmp_path / "one", pictures)
+    (file,) = (tmp_path / ".edgecl").glob("teacher-*.npy")
+    whole = file.read_bytes()
+    for damaged in (whole[:200], b"", b"x" * 100):
+        file.write_bytes(damaged)
+        train(recipe, tmp_path / "one", pictures, force=True)
+        assert file.read_bytes() == whole
+
+
+def test_the_teacher_of_another_picture_size_is_named_before_pictures_are_read(tmp_path, recipe_of):
+    recipe = recipe_of("seed", teacher={"arch": "vit_tiny_patch16_224"})
+    with pytest.raises(RecipeError, match="'vit_tiny_patch16_224' does not take pictures of 32 x 32"):
+        train(recipe, tmp_path / "run", tmp_path / "no pictures")
+
+
+def test_a_method_that_learns_from_classes_refuses_pictures_without(tmp_path, recipe_of, pictures):
+    with pytest.raises(DataError, match="supcon learns from classes"):
+        train(recipe_of("supcon"), tmp_path / "run", pictures)
+
+
+def test_a_teacher_is_no_part_of_a_checkpoint_and_does_not_change(tmp_path, recipe_of, pictures):
+    recipe = recipe_of("disco")
+    before = {key: one.clone() for key, one in load_teacher(recipe.method.teacher).net.state_dict().items()}
+    train(recipe, tmp_path / "run", pictures)
+    after = load_teacher(recipe.method.teacher).net.state_dict()
+    assert all(torch.equal(after[key], one) for key, one in before.items())
+    tensors = read_newest(RunDir(tmp_path / "run")).model
+    assert {key.split(".")[1] for key in tensors if key.startswith("method.")} == {
+        "adapter",
+        "target",
+        "queue",
+    }

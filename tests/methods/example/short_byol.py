@@ -19,7 +19,7 @@ from edgecl.methods.method import Method
 class Config(MethodConfig):
     """The [method] table."""
 
-    name: Literal["byol"] = "byol"
+    name: Literal["short-byol"] = "short-byol"
     momentum: Fraction = 0.99
 
 

@@ -1,0 +1,148 @@
+"""DINO for convolutional nets: every view guesses to which prototypes a slowly moving copy assigns the whole views.
+
+Source: Caron et al., "Emerging Properties in Self-Supervised Vision Transformers", ICCV 2021, arXiv:2104.14294, algorithm
+1 and section 3.1. Small nets: Tan et al. 2023 (SSLight), arXiv:2210.02808.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional
+
+from edgecl.config.recipe import ForwardPasses, MethodConfig, Panel, Recipe
+from edgecl.config.settings import Fraction
+from edgecl.methods.losses import correlation_of, mean_of, mean_over_batch, wide
+from edgecl.methods.method import Embeddings, Method, Terms
+from edgecl.methods.momentum import Follower, rising_momentum
+from edgecl.nets.slimming import SlimmableNet
+from edgecl.nets.sync_norms import process_count, sum_over_processes
+
+
+class Config(MethodConfig):
+    """L = mean over whole views t and other views v of H(softmax((g_t - c) / tau_t), softmax(g_v / tau_s))."""
+
+    brings: ClassVar[dict[str, dict[str, Any]]] = {"views": {"local_count": 4, "local_scale": [0.1, 0.4]}}
+    panels: ClassVar[tuple[Panel, ...]] = (
+        Panel("Loss terms", {"loss": "cross-entropy", "target_entropy": "entropy of targets"}, unit="nats"),
+    )
+
+    name: Literal["dino"] = "dino"
+    prototypes: int = Field(1024, ge=2, le=65_536)
+    """Directions to which views are assigned; 65,536 in the paper, 4,096 in SSLight."""
+    student_temperature: float = Field(0.1, gt=0, le=100)
+    """tau_s."""
+    teacher_temperature: float = Field(0.04, gt=0, le=100)
+    """tau_t."""
+    center_momentum: Fraction = 0.9
+    """Of c, the mean of the targets' assignments, which keeps one prototype from taking everything."""
+    momentum: Fraction = 0.99
+    """Of the net that makes the targets, at the first step; it rises to 1. 0.996 in the paper, whose runs are longer."""
+
+    def arm(self, recipe: Recipe) -> str:
+        """Name the method."""
+        return "DINO"
+
+    def forward_passes(self, recipe: Recipe) -> ForwardPasses:
+        """Return those of the encoder, and one of the target net for each whole view."""
+        return super().forward_passes(recipe).with_targets(self.count_views(recipe, local=False))
+
+
+class Assigner(nn.Module):
+    """Compare projections with prototypes: both are directions.
+
+    Args:
+        dimensions: D, of a projection.
+        prototypes: K.
+    """
+
+    def __init__(self, dimensions: int, prototypes: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(prototypes, dimensions))
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Return (N, K) cosines of (N, D) projections and the prototypes."""
+        return functional.normalize(z, dim=1) @ functional.normalize(self.weight, dim=1).T
+
+
+class Dino(Method):
+    """Its embeddings: assignments "view_0", "view_1" and "local_0" and on; targets "target_0" and "target_1"."""
+
+    config: Config
+
+    def __init__(self, recipe: Recipe, net: SlimmableNet, *, steps_per_epoch: int):
+        super().__init__(recipe, net, steps_per_epoch=steps_per_epoch)
+        self.assigner = Assigner(recipe.projector.sizes[-1], self.config.prototypes)
+        self.target, self.target_assigner = Follower(net.host), Follower(self.assigner)
+        self.register_buffer("center", torch.zeros(self.config.prototypes))
+        self.center: Tensor
+        self._mean: Tensor | None = None
+
+    def embed(self, views: Sequence[Tensor], step: int) -> dict[str, Tensor]:
+        """Assign each view."""
+        return {name: self.assigner(z) for name, z in super().embed(views, step).items()}
+
+    def embed_targets(self, views: Sequence[Tensor], step: int) -> dict[str, Tensor]:
+        """Assign the whole views in the net that follows."""
+        return {
+            f"target_{number}": self.target_assigner(self.target(view))
+            for number, view in enumerate(views[: self.whole_views])
+        }
+
+    def loss(self, embeddings: Embeddings, step: int) -> tuple[Tensor, Terms]:
+        """Compute the loss of one step.
+
+        Its terms are "target_entropy", of the mean target: 0 where one prototype takes everything; and those of the
+        correlation of the two whole views.
+        """
+        config = self.config
+        guesses, targets = (list(part.values()) for part in embeddings)
+        with torch.autocast(device_type=self.center.device.type, enabled=False):
+            aims = [
+                ((wide(target) - self.center) / config.teacher_temperature).softmax(1) for target in targets
+            ]
+            total = mean_of(
+                [
+                    assignment_loss(guess, aim, temperature=config.student_temperature)
+                    for mine, guess in enumerate(guesses)
+                    for other, aim in enumerate(aims)
+                    if mine != other
+                ]
+            )
+            shares = _mean_of_rows(aims)
+            self._mean = _mean_of_rows([wide(target) for target in targets])
+        entropy = -(shares * shares.clamp(min=1e-12).log()).sum()
+        return total, {
+            "target_entropy": entropy,
+            "coding_rate": None,
+            **correlation_of(guesses[0], guesses[1]),
+        }
+
+    @torch.no_grad()
+    def after_step(self, step: int) -> None:
+        """Move the net that follows, its prototypes and the center."""
+        momentum = rising_momentum(self.config.momentum, step, total_steps=self.total_steps)
+        self.target.follow(self.net.host, momentum=momentum)
+        self.target_assigner.follow(self.assigner, momentum=momentum)
+        assert self._mean is not None
+        self.center.lerp_(self._mean.to(self.center.dtype), 1 - self.config.center_momentum)
+        self._mean = None
+
+
+METHOD = Dino
+
+
+def assignment_loss(guess: Tensor, aim: Tensor, *, temperature: float) -> Tensor:
+    """Return the () cross-entropy of (N, K) aims, which sum to 1, and guesses, before their softmax; global batch."""
+    return mean_over_batch(-(aim * (wide(guess) / temperature).log_softmax(1)).sum(1))
+
+
+@torch.no_grad()
+def _mean_of_rows(sets: Sequence[Tensor]) -> Tensor:
+    """Return the (K,) mean row of (N, K) tensors over the global batch."""
+    rows = torch.cat(list(sets))
+    return sum_over_processes(rows.sum(0)) / (len(rows) * process_count())

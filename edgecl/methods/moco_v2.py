@@ -1,0 +1,94 @@
+"""MoCo-v2: view A is told from the pictures of the last steps, as a slowly moving copy of the encoder sees them.
+
+Source: He et al. 2020 (MoCo), arXiv:1911.05722, equation 1; Chen et al. 2020 (MoCo-v2), arXiv:2003.04297. Batches are
+not shuffled between processes: `run.sync_norms` takes what a norm could tell of a share's positives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from edgecl.config.recipe import ForwardPasses, MethodConfig, Panel, Recipe
+from edgecl.config.settings import Fraction
+from edgecl.methods.losses import correlation_of, mean_of, queue_contrastive_loss
+from edgecl.methods.method import Embeddings, Method, Terms
+from edgecl.methods.momentum import Follower, Queue
+from edgecl.nets.slimming import SlimmableNet
+
+
+class Config(MethodConfig):
+    """L = mean of -log softmax over (key of the same picture, queue) of cos(query, .) / tau."""
+
+    panels: ClassVar[tuple[Panel, ...]] = (Panel("Loss", {"loss": "InfoNCE"}, unit="nats", log=True),)
+
+    name: Literal["moco-v2"] = "moco-v2"
+    temperature: float = Field(0.2, gt=0, le=100)
+    """tau, of the softmax over cosines; the paper's."""
+    momentum: Fraction = 0.99
+    """Of the net that makes the keys; solo-learn's for CIFAR-10, the paper's is 0.999 with 65,536 keys."""
+    queue: int = Field(4096, ge=1, le=1_000_000)
+    """Keys of earlier pictures; fewer than there are pictures, or a picture meets its own."""
+    symmetric: bool = False
+    """Each view asks once and answers once: twice the price."""
+
+    def arm(self, recipe: Recipe) -> str:
+        """Name the method."""
+        return "MoCo-v2"
+
+    def forward_passes(self, recipe: Recipe) -> ForwardPasses:
+        """Return those of the views that ask, and one for each that answers: 4 of one net, 8 where symmetric."""
+        passes = super().forward_passes(recipe)
+        asking = 2 if self.symmetric else 1
+        return passes._replace(whole={recipe.host.width: 3.0 * asking}).with_targets(asking)
+
+
+class MocoV2(Method):
+    """Its embeddings: queries "view_0", "view_1" where symmetric, "local_0" and on; targets "key_1", and "key_0"."""
+
+    config: Config
+
+    def __init__(self, recipe: Recipe, net: SlimmableNet, *, steps_per_epoch: int):
+        super().__init__(recipe, net, steps_per_epoch=steps_per_epoch)
+        self.target = Follower(net.host)
+        self.queue = Queue(self.config.queue, recipe.projector.sizes[-1])
+
+    def embed(self, views: Sequence[Tensor], step: int) -> dict[str, Tensor]:
+        """Run what asks."""
+        asking = 2 if self.config.symmetric else 1
+        whole = {f"view_{number}": self.net.forward_host(views[number]) for number in range(asking)}
+        return {**whole, **self.embed_local(views[self.whole_views :])}
+
+    def embed_targets(self, views: Sequence[Tensor], step: int) -> dict[str, Tensor]:
+        """Run what answers, in the net that follows."""
+        answering = (1, 0) if self.config.symmetric else (1,)
+        return {f"key_{number}": self.target(views[number]) for number in answering}
+
+    def loss(self, embeddings: Embeddings, step: int) -> tuple[Tensor, Terms]:
+        """Compute the loss of one step; its terms are those of the correlation of a query and its key."""
+        learnt, keys = embeddings
+        answers = {"view_0": "key_1", "view_1": "key_0"}
+        total = mean_of(
+            [
+                queue_contrastive_loss(
+                    query,
+                    keys[answers.get(name, "key_1")],
+                    self.queue.rows,
+                    temperature=self.config.temperature,
+                )
+                for name, query in learnt.items()
+            ]
+        )
+        self.queue.hold(keys["key_1"])
+        return total, {"coding_rate": None, **correlation_of(learnt["view_0"], keys["key_1"])}
+
+    def after_step(self, step: int) -> None:
+        """Move the net that answers, and put the keys into the queue."""
+        self.target.follow(self.net.host, momentum=self.config.momentum)
+        self.queue.push()
+
+
+METHOD = MocoV2

@@ -1,0 +1,39 @@
+"""SSL-Small: MoCo-v2 with what small nets need: a lower temperature, stronger views, a wide head.
+
+Source: Shi et al., "On the Efficacy of Small Self-Supervised Contrastive Models without Distillation Signals", AAAI 2022,
+arXiv:2107.14762, and the command in the authors' public README. The authors also begin with weights that were distilled
+from a larger net; without such weights this begins at random.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from edgecl.config.recipe import Recipe
+from edgecl.methods import moco_v2
+
+
+class Config(moco_v2.Config):
+    """As MoCo-v2."""
+
+    brings: ClassVar[dict[str, dict[str, Any]]] = {
+        "projector": {"sizes": [2048, 128]},
+        "views": {"jitter": 1.0, "grayscale": 0.5, "blur": [0.5, 0.5]},
+    }
+
+    name: Literal["ssl-small"] = "ssl-small"  # type: ignore[assignment]
+    temperature: float = Field(0.1, gt=0, le=100)
+    """tau, of the softmax over cosines; the paper's."""
+
+    def arm(self, recipe: Recipe) -> str:
+        """Name the method."""
+        return "SSL-Small"
+
+
+class SslSmall(moco_v2.MocoV2):
+    """MoCo-v2 by its own settings."""
+
+
+METHOD = SslSmall
