@@ -17,6 +17,7 @@ def method_of(
     tables = {
         "host": {"arch": "none", "width": net.host_width},
         "slim": {"width": net.slim_width, "widths": list(net.slim_widths), "slow_start": slow_start},
+        "projector": {"sizes": [6]},
         "data": {"batch_size": batch_size},
         "views": {"local_count": local_count},
         "run": {"epochs": 1},

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from edgecl.cli.options import Device, JsonOption
+from edgecl.config.recipe import DEFAULT_METHOD, list_methods
 
 if TYPE_CHECKING:
     from edgecl.storage.records import SelftestReport
@@ -24,8 +25,7 @@ ARMS = (
     "SACL-XD, symmetric",
     "SACL-XD, local views",
     "SimCLR",
-    "simclr, local views",
-    "emp-ssl, 3 views",
+    *(name for name in list_methods() if name != DEFAULT_METHOD),
 )
 
 selftest_app = typer.Typer(

@@ -44,7 +44,7 @@ class Config(TaughtConfig):
     """Of the teacher and of the student; 3,000 in SwAV, for a thousand classes."""
     temperature: float = Field(0.1, gt=0, le=100)
     """tau; SwAV's."""
-    evenness: float = Field(0.05, gt=0, le=100)
+    evenness: float = Field(0.05, ge=0.02, le=100)
     """SwAV's epsilon: the larger, the more evenly a picture's assignment is spread."""
     momentum: Fraction = 0.99
     """Of the teacher's slow copy."""
@@ -150,9 +150,8 @@ def even_codes(likeness: Tensor, *, epsilon: float, rounds: int = 3) -> Tensor:
     Source: SwAV, arXiv:2006.09882, equation 3 and appendix A.
     """
     with torch.autocast(device_type=likeness.device.type, enabled=False):
-        # Without the largest of each row, which its sum takes out again, nothing overflows.
-        shares = wide(likeness) / epsilon
-        shares = (shares - shares.max(1, keepdim=True).values).exp()
+        # No cosine is above 1, so nothing overflows; a common factor leaves in the first round.
+        shares = ((wide(likeness) - 1) / epsilon).exp()
         count, prototypes = len(shares) * process_count(), shares.shape[1]
         for _ in range(rounds):
             shares = shares / (sum_over_processes(shares.sum(0)) * prototypes)

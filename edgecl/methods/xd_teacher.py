@@ -45,7 +45,7 @@ class Config(TaughtConfig):
     def check(self, recipe: Recipe) -> None:
         """Refuse further widths, a slow start, and the coding rate of two images."""
         super().check(recipe)
-        if recipe.slim.widths or recipe.slim.slow_start:
+        if len(recipe.slim.all_widths) > 1 or recipe.slim.slow_start:
             raise ValueError(
                 "'method.name' xd-teacher trains one slim width: leave out 'slim.widths' and 'slim.slow_start'"
             )

@@ -962,7 +962,7 @@ class ArmDifferences(Table):
     loss: float | None
     gradients: float | None
     statistics: float | None
-    """Of the batch norms' running statistics."""
+    """Of what moves without a gradient: batch norms' running statistics, queues, copies that follow."""
     exact: bool
     """None is above the tolerance."""
 

@@ -29,7 +29,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 import edgecl
-from edgecl.config.recipe import Recipe, recipe_from_tables
+from edgecl.config.recipe import DEFAULT_METHOD, Recipe, find_method, list_methods, recipe_from_tables
 from edgecl.distributed import processes
 from edgecl.errors import DeviceError, ProcessError, RecipeError, near_matches
 from edgecl.nets.build import create_slimmable
@@ -61,6 +61,14 @@ class Arm(NamedTuple):
     settings: Mapping[str, Mapping[str, object]]
 
 
+def _arm_of_method(name: str) -> Arm:
+    """Return a method by its own settings, with a local view, and an untrained teacher where it has one."""
+    taught = "teacher" in find_method(name).Config.model_fields
+    teacher = {"teacher": {"arch": "mobilenetv3_small_050", "weights": "untrained"}} if taught else {}
+    tables = {"host": {"width": 1.0}, "views": {"local_count": 1}}
+    return Arm(name, {**tables, "method": {"name": name, **teacher}})
+
+
 ARMS = (
     Arm("Barlow Twins", {"host": {"width": 1.0}, "method": {"alpha": 1.0}}),
     Arm("XD only", {"host": {"width": 1.0}}),
@@ -74,11 +82,7 @@ ARMS = (
     Arm("SACL-XD, symmetric", {"method": {"symmetric": True, "learn_targets": True}}),
     Arm("SACL-XD, local views", {"views": {"local_count": 2}}),
     Arm("SimCLR", {"host": {"width": 1.0}, "method": {"loss": "simclr", "alpha": 1.0}}),
-    Arm(
-        "simclr, local views",
-        {"host": {"width": 1.0}, "method": {"name": "simclr"}, "views": {"local_count": 2}},
-    ),
-    Arm("emp-ssl, 3 views", {"host": {"width": 1.0}, "method": {"name": "emp-ssl", "views": 3}}),
+    *(_arm_of_method(name) for name in list_methods() if name != DEFAULT_METHOD),
 )
 
 
@@ -126,7 +130,7 @@ def run_arms(
 
     Returns:
         arm -> name -> tensor on the CPU: the loss, every parameter's gradient as the optimizer is given it with the norms
-        that training watches, and every buffer (batch norm statistics) afterwards.
+        that training watches; and afterwards what moves otherwise: batch norm statistics, queues, copies that follow.
     """
     results = {}
     for arm in arms:
@@ -165,7 +169,8 @@ def _views(recipe: Recipe) -> list[Tensor]:
     ramp = torch.linspace(0, 2, batch_size, dtype=torch.float64).view(-1, 1, 1, 1)
     view_a = view_a * (1 + ramp) + ramp
     sizes = [spec.size for spec in recipe.view_specs for _ in spec.names]
-    return [view_a, *(varied(view_a[..., :size, :size]) for size in sizes[1:])]
+    labels = [torch.arange(batch_size) % 3] if recipe.method.needs_labels else []
+    return [view_a, *(varied(view_a[..., :size, :size]) for size in sizes[1:]), *labels]
 
 
 def _laid_out(view: Tensor, *, shares: int, parts: int) -> Tensor:
@@ -177,9 +182,9 @@ def _take(step: Step, views: Sequence[Tensor]) -> Results:
     found: Results = {}
 
     def keep_gradients(*_: Any) -> None:
-        for name, parameter in step.net.named_parameters():
+        for name, parameter in step.method.named_parameters():
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            found[f"gradients/{name}"] = gradient.detach().cpu().clone()
+            found[f"gradients/{name.removeprefix('net.')}"] = gradient.detach().cpu().clone()
 
     step.optimizer.optimizer.register_step_pre_hook(keep_gradients)
     outcome = step(views, number=0, watch=True)
@@ -187,8 +192,9 @@ def _take(step: Step, views: Sequence[Tensor]) -> Results:
     for name, norm in outcome.gradient_norms.items():
         if norm is not None:
             found[f"gradients/{name}"] = torch.tensor(norm, dtype=torch.float64)
-    for name, buffer in step.net.named_buffers():
-        found[f"statistics/{name}"] = buffer.detach().cpu().double()
+    frozen = [(name, one) for name, one in step.method.named_parameters() if not one.requires_grad]
+    for name, tensor in [*step.method.named_buffers(), *frozen]:
+        found[f"statistics/{name.removeprefix('net.')}"] = tensor.detach().cpu().double()
     return found
 
 

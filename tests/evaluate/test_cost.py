@@ -394,3 +394,73 @@ def test_a_model_is_counted_at_its_own_size(tmp_path):
 def test_a_limit_on_the_images_is_priced_where_the_recipe_names_none():
     found = cost_of_recipe(recipe(data={"image_size": 32, "limit": 500}), recipe_name="test")
     assert found.training.images == 500
+
+
+# --- methods against the paper's column ---
+
+
+def priced(method, *assignments, recipe="demo"):
+    recipe = read_recipe(recipe, [f"method.name={method}", *assignments])
+    return cost_of_recipe(recipe, recipe_name="test", images=IMAGENET_IMAGES).training
+
+
+TAUGHT_BY = ["method.teacher.weights=untrained", "method.teacher.arch=resnet50"]
+# Forward passes of one image through ResNet-50, a picture of 224 pixels: SEED's teacher learnt for 800 epochs.
+TEACHERS_TRAINING = 800 * 6 * 8.24e9 * 1_281_167
+
+
+@pytest.mark.parametrize(
+    ("method", "assignments", "printed"),
+    [
+        ("moco-v2", [], 4.8e17),
+        ("xd", [], 7.2e17),
+        (
+            "seed",
+            [*TAUGHT_BY, "method.teacher.view=plain", f"method.teacher.training_flops={TEACHERS_TRAINING}"],
+            512e17,
+        ),
+    ],
+)
+def test_a_method_costs_what_the_paper_prints(method, assignments, printed):
+    training = priced(method, *assignments, recipe="xd-mobilenetv3-large-200")
+    assert training.total_flops + training.teacher_training_flops == pytest.approx(printed, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("method", "students", "teachers"),
+    [
+        ("barlow-twins", 6, 0),
+        ("vicreg", 6, 0),
+        ("simclr", 6, 0),
+        ("supcon", 6, 0),
+        ("emp-ssl", 12, 0),
+        ("byol", 8, 0),
+        ("ssl-small", 4, 0),
+        ("seed", 3, 1),
+        ("disco", 8, 2),
+        ("rekd", 4, 1),
+        ("crd", 3, 1),
+        ("xd-teacher", 6, 2),
+        ("oss", 6, 8),
+    ],
+)
+def test_a_method_is_priced_by_its_passes(method, students, teachers):
+    taught = [TAUGHT_BY[0], "method.teacher.arch=resnet18"] if teachers else []
+    training = priced(method, *taught)
+    slim, teacher = training.slim_forward_flops, training.teacher_forward_flops
+    assert training.flops_per_image == pytest.approx(students * slim + teachers * teacher, rel=1e-9)
+    images = training.images * training.epochs
+    assert training.teacher_total_flops == pytest.approx(teachers * teacher * images, rel=1e-9)
+    if teachers and method != "oss":
+        kept = priced(method, *taught, "method.teacher.view=plain")
+        assert kept.flops_per_image == students * slim
+        assert kept.teacher_total_flops == teacher * training.images
+        found = priced(method, *taught, "method.teacher.view=plain", "method.teacher.cache=false")
+        assert found.flops_per_image == students * slim + teacher
+
+
+def test_dino_is_priced_with_its_local_views():
+    training = priced("dino")
+    local = training.local_views_flops_per_image
+    assert training.flops_per_image == 8 * training.slim_forward_flops + local
+    assert 2 < local / training.slim_forward_flops < 4  # four of half the side, three passes each
