@@ -13,10 +13,11 @@ from torch import Tensor
 from edgecl.config.recipe import Panel, Recipe
 from edgecl.config.settings import Factor, Weight
 from edgecl.methods.losses import cross_correlation_loss
-from edgecl.methods.pairs import PairConfig, PairMethod
+from edgecl.methods.method import RatedConfig
+from edgecl.methods.pairs import PairMethod
 
 
-class Config(PairConfig):
+class Config(RatedConfig):
     """L = mean over the other views v of s (sum_i (1 - C_ii)^2 + lambda sum_{i != j} C_ij^2), C of z_A and z_v, less w R."""
 
     panels: ClassVar[tuple[Panel, ...]] = (

@@ -14,16 +14,16 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
-from edgecl.config.recipe import ForwardPasses, MethodConfig, Panel, Recipe
+from edgecl.config.recipe import ForwardPasses, Panel, Recipe
 from edgecl.config.settings import Fraction
 from edgecl.methods.losses import correlation_of, mean_of, mean_over_batch, wide
-from edgecl.methods.method import Embeddings, Method, Terms
+from edgecl.methods.method import Embeddings, Method, RatedConfig, Terms
 from edgecl.methods.momentum import Follower, rising_momentum
 from edgecl.nets.heads import Projector
 from edgecl.nets.slimming import SlimmableNet
 
 
-class Config(MethodConfig):
+class Config(RatedConfig):
     """L = mean over guesses q of one view and targets t of another whole view of 2 - 2 cos(q, t)."""
 
     panels: ClassVar[tuple[Panel, ...]] = (Panel("Loss", {"loss": "2 - 2 cos"}, log=True),)
@@ -75,7 +75,8 @@ class Byol(Method):
                 if mine != other
             ]
         )
-        return total, {"coding_rate": None, **correlation_of(guesses[0], guesses[1])}
+        total, rate = self.less_rate(total, guesses[:2], step)
+        return total, {"coding_rate": rate, **correlation_of(guesses[0], guesses[1])}
 
     def after_step(self, step: int) -> None:
         """Move the target net."""

@@ -81,9 +81,10 @@ class Crd(TaughtMethod):
                 for student in students.values()
             ]
         )
+        total, rate = self.less_rate(total, [students["view_0"]], step)
         self.students.hold(students["view_0"])
         self.teachers.hold(teacher)
-        return total, {"coding_rate": None, **correlation_of(students["view_0"], teacher)}
+        return total, {"coding_rate": rate, **correlation_of(students["view_0"], teacher)}
 
     def after_step(self, step: int) -> None:
         """Put both embeddings into their queues."""

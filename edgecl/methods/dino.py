@@ -14,16 +14,16 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from edgecl.config.recipe import ForwardPasses, MethodConfig, Panel, Recipe
+from edgecl.config.recipe import ForwardPasses, Panel, Recipe
 from edgecl.config.settings import Fraction
 from edgecl.methods.losses import correlation_of, mean_of, mean_over_batch, wide
-from edgecl.methods.method import Embeddings, Method, Terms
+from edgecl.methods.method import Embeddings, Method, RatedConfig, Terms
 from edgecl.methods.momentum import Follower, rising_momentum
 from edgecl.nets.slimming import SlimmableNet
 from edgecl.nets.sync_norms import process_count, sum_over_processes
 
 
-class Config(MethodConfig):
+class Config(RatedConfig):
     """L = mean over whole views t and other views v of H(softmax((g_t - c) / tau_t), softmax(g_v / tau_s))."""
 
     brings: ClassVar[dict[str, dict[str, Any]]] = {"views": {"local_count": 4, "local_scale": [0.1, 0.4]}}
@@ -115,10 +115,11 @@ class Dino(Method):
             )
             shares = _mean_of_rows(aims)
             self._mean = _mean_of_rows([wide(target) for target in targets])
+        total, rate = self.less_rate(total, guesses[: self.whole_views], step)
         entropy = -(shares * shares.clamp(min=1e-12).log()).sum()
         return total, {
             "target_entropy": entropy,
-            "coding_rate": None,
+            "coding_rate": rate,
             **correlation_of(guesses[0], guesses[1]),
         }
 

@@ -98,11 +98,14 @@ class Disco(TaughtMethod):
         distillation = mean_of(
             [prediction_loss(learnt[f"guess_{number}"], targets[f"teacher_{number}"]) for number in range(2)]
         )
+        total, rate = self.less_rate(
+            contrastive + self.config.weight * distillation, [learnt["view_0"], learnt["view_1"]], step
+        )
         self.queue.hold(targets["key_1"])
-        return contrastive + self.config.weight * distillation, {
+        return total, {
             "contrastive": contrastive.detach(),
             "distillation": distillation.detach(),
-            "coding_rate": None,
+            "coding_rate": rate,
             **correlation_of(learnt["view_0"], learnt["view_1"]),
         }
 

@@ -12,13 +12,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from edgecl.config.recipe import ForwardPasses, MethodConfig, Panel, Recipe
+from edgecl.config.recipe import Panel, Recipe
 from edgecl.config.views import ViewSpec
 from edgecl.methods.losses import CodingRate, alignment_loss, correlation_of, mean_of
-from edgecl.methods.method import Embeddings, Method, Terms
+from edgecl.methods.method import Embeddings, Method, RatedConfig, Terms
 
 
-class Config(MethodConfig):
+class Config(RatedConfig):
     """L = mean over the views v of (2 - 2 cos(z_v, mean of all z) - w R(z_v)), R of whole views alone."""
 
     panels: ClassVar[tuple[Panel, ...]] = (
@@ -46,12 +46,6 @@ class Config(MethodConfig):
             raise ValueError(
                 "'method.name' emp-ssl without 'method.coding_rate.weight' pulls every picture to one point"
             )
-        self.coding_rate.check(recipe)
-
-    def forward_passes(self, recipe: Recipe) -> ForwardPasses:
-        """Return those of one encoder; the coding rate is of every whole view."""
-        passes = super().forward_passes(recipe)
-        return passes._replace(coding_rates=self.views, coding_rate_share=self.coding_rate.until or 1.0)
 
 
 class EmpSsl(Method):
@@ -64,8 +58,7 @@ class EmpSsl(Method):
         views = list(embeddings.learnt.values())
         middle = torch.stack(views).mean(0)
         alignment = mean_of([alignment_loss(z, middle) for z in views])
-        whole = views[: self.whole_views]
-        total, rate = self.config.coding_rate.take_off(alignment, [whole], step, total_steps=self.total_steps)
+        total, rate = self.less_rate(alignment, views[: self.whole_views], step)
         return total, {
             "alignment": alignment.detach(),
             "coding_rate": rate,

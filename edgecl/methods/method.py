@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from edgecl.config.recipe import MethodConfig, Recipe, find_method
+from edgecl.config.recipe import ForwardPasses, MethodConfig, Recipe, find_method
 from edgecl.data.loading import TrainingImages
+from edgecl.methods.losses import CodingRate
 from edgecl.nets.slimming import SlimmableNet
 from edgecl.storage.checkpoint import METHODS_OWN
 
@@ -28,6 +29,32 @@ class Embeddings(NamedTuple):
 
     learnt: dict[str, Tensor]
     targets: dict[str, Tensor]
+
+
+class RatedConfig(MethodConfig):
+    """A method of one encoder, with the coding rate beside its loss: L less w R of the whole views that learn."""
+
+    coding_rate: CodingRate = CodingRate()
+
+    def check(self, recipe: Recipe) -> None:
+        """Refuse the coding rate of two images, and what a method of one encoder does not take."""
+        super().check(recipe)
+        self.coding_rate.check(recipe)
+
+    def rated_views(self, recipe: Recipe) -> int:
+        """Count the views of a picture that the coding rate is taken of."""
+        return self.count_views(recipe, local=False)
+
+    def forward_passes(self, recipe: Recipe) -> ForwardPasses:
+        """Return those of one encoder through which every view learns, and of the coding rate."""
+        return (
+            super()
+            .forward_passes(recipe)
+            ._replace(
+                coding_rates=self.rated_views(recipe) if self.coding_rate.weight else 0.0,
+                coding_rate_share=self.coding_rate.until or 1.0,
+            )
+        )
 
 
 class Method(nn.Module):
@@ -118,6 +145,11 @@ class Method(nn.Module):
             the () total, differentiable, and the terms.
         """
         raise NotImplementedError
+
+    def less_rate(self, total: Tensor, views: Sequence[Tensor], step: int) -> tuple[Tensor, Tensor | None]:
+        """Return a loss less the coding rate of (N, D) embeddings, and the rate, of a method whose config is rated."""
+        assert isinstance(self.config, RatedConfig)
+        return self.config.coding_rate.take_off(total, [views], step, total_steps=self.total_steps)
 
     def look_up(self, images: TrainingImages, *, cache: Path) -> Tensor | None:
         """Return what the method knows of each picture beside its views; called once, before the first step.

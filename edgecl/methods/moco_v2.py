@@ -12,15 +12,15 @@ from typing import ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
-from edgecl.config.recipe import ForwardPasses, MethodConfig, Panel, Recipe
+from edgecl.config.recipe import ForwardPasses, Panel, Recipe
 from edgecl.config.settings import Fraction
 from edgecl.methods.losses import correlation_of, mean_of, queue_contrastive_loss
-from edgecl.methods.method import Embeddings, Method, Terms
+from edgecl.methods.method import Embeddings, Method, RatedConfig, Terms
 from edgecl.methods.momentum import Follower, Queue
 from edgecl.nets.slimming import SlimmableNet
 
 
-class Config(MethodConfig):
+class Config(RatedConfig):
     """L = mean of -log softmax over (key of the same picture, queue) of cos(query, .) / tau."""
 
     panels: ClassVar[tuple[Panel, ...]] = (Panel("Loss", {"loss": "InfoNCE"}, unit="nats", log=True),)
@@ -39,10 +39,13 @@ class Config(MethodConfig):
         """Name the method."""
         return "MoCo-v2"
 
+    def rated_views(self, recipe: Recipe) -> int:
+        """Count the views that ask."""
+        return 2 if self.symmetric else 1
+
     def forward_passes(self, recipe: Recipe) -> ForwardPasses:
         """Return those of the views that ask, and one for each that answers: 4 of one net, 8 where symmetric."""
-        passes = super().forward_passes(recipe)
-        asking = 2 if self.symmetric else 1
+        passes, asking = super().forward_passes(recipe), self.rated_views(recipe)
         return passes._replace(whole={recipe.host.width: 3.0 * asking}).with_targets(asking)
 
 
@@ -82,8 +85,10 @@ class MocoV2(Method):
                 for name, query in learnt.items()
             ]
         )
+        asking = [query for name, query in learnt.items() if name.startswith("view")]
+        total, rate = self.less_rate(total, asking, step)
         self.queue.hold(keys["key_1"])
-        return total, {"coding_rate": None, **correlation_of(learnt["view_0"], keys["key_1"])}
+        return total, {"coding_rate": rate, **correlation_of(learnt["view_0"], keys["key_1"])}
 
     def after_step(self, step: int) -> None:
         """Move the net that answers, and put the keys into the queue."""

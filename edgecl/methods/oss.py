@@ -120,10 +120,11 @@ class Oss(Method):
                 if not name.startswith("teacher")
             ]
         )
-        return swav + distillation, {
+        total, rate = self.less_rate(swav + distillation, [learnt["view_0"], learnt["view_1"]], step)
+        return total, {
             "swav": swav.detach(),
             "distillation": distillation.detach(),
-            "coding_rate": None,
+            "coding_rate": rate,
             **correlation_of(learnt["view_0"], learnt["view_1"]),
         }
 

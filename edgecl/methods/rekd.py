@@ -61,6 +61,10 @@ class Config(TaughtConfig):
                 f"'method.neighbors' {self.neighbors} is above 'method.queue' {self.queue}, from which they come"
             )
 
+    def rated_views(self, recipe: Recipe) -> int:
+        """Return 1: view A asks."""
+        return 1
+
     def taught_views(self, recipe: Recipe) -> int:
         """Return 1: the teacher sees view A."""
         return 1
@@ -114,12 +118,13 @@ class Rekd(TaughtMethod):
                 strict=True,
             )
         )
+        total, rate = self.less_rate(contrastive + config.weight * relation, [learnt["view_0"]], step)
         self.queue.hold(targets["key_1"])
         self.taught.hold(targets["teacher_0"])
-        return contrastive + config.weight * relation, {
+        return total, {
             "contrastive": contrastive.detach(),
             "relation": relation.detach(),
-            "coding_rate": None,
+            "coding_rate": rate,
             **correlation_of(learnt["view_0"], targets["key_1"]),
         }
 

@@ -80,8 +80,10 @@ class Seed(TaughtMethod):
                 for name, guess in learnt.items()
             ]
         )
+        whole = [guess for name, guess in learnt.items() if name.startswith("view")]
+        total, rate = self.less_rate(total, whole, step)
         self.queue.hold(targets["teacher_0"])
-        return total, {"coding_rate": None, **correlation_of(learnt["view_0"], targets["teacher_0"])}
+        return total, {"coding_rate": rate, **correlation_of(learnt["view_0"], targets["teacher_0"])}
 
     def after_step(self, step: int) -> None:
         """Put the teacher's features into the queue."""

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from edgecl.config.recipe import Panel, Recipe
 from edgecl.methods.losses import contrastive_loss
-from edgecl.methods.pairs import PairConfig, PairMethod
+from edgecl.methods.method import RatedConfig
+from edgecl.methods.pairs import PairMethod
 
 
-class Config(PairConfig):
+class Config(RatedConfig):
     """L = mean over the other views v of NT-Xent(z_A, z_v), less w R."""
 
     panels: ClassVar[tuple[Panel, ...]] = (

@@ -14,13 +14,13 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
-from edgecl.config.recipe import MethodConfig, Panel, Recipe
+from edgecl.config.recipe import Panel, Recipe
 from edgecl.data.loading import TrainingImages
 from edgecl.methods.losses import correlation_of, of_all_processes, wide
-from edgecl.methods.method import Embeddings, Method, Terms
+from edgecl.methods.method import Embeddings, Method, RatedConfig, Terms
 
 
-class Config(MethodConfig):
+class Config(RatedConfig):
     """L = mean over views i of -mean over the other views p of its class of log softmax_a(z_i z_a / tau)_p."""
 
     needs_labels: ClassVar[bool] = True
@@ -58,7 +58,8 @@ class SupCon(Method):
         total = supervised_contrastive_loss(
             views, embeddings.targets["labels"], temperature=self.config.temperature
         )
-        return total, {"coding_rate": None, **correlation_of(views[0], views[1])}
+        total, rate = self.less_rate(total, views[: self.whole_views], step)
+        return total, {"coding_rate": rate, **correlation_of(views[0], views[1])}
 
 
 METHOD = SupCon

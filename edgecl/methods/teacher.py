@@ -16,14 +16,14 @@ from accelerate.utils import gather_object
 from pydantic import Field
 from torch import Tensor
 
-from edgecl.config.recipe import ForwardPasses, MethodConfig, Recipe
+from edgecl.config.recipe import ForwardPasses, Recipe
 from edgecl.config.settings import Config
 from edgecl.config.views import ViewSpec
 from edgecl.data.loading import TrainingImages
 from edgecl.data.views import make_views
 from edgecl.distributed import processes
 from edgecl.errors import RecipeError, first_line
-from edgecl.methods.method import Method
+from edgecl.methods.method import Method, RatedConfig
 from edgecl.nets.backbone import feature_count
 from edgecl.nets.given import GivenNet, load_given
 from edgecl.nets.heads import Projector
@@ -49,7 +49,7 @@ class TeacherConfig(Config):
     """What the teacher's own training has cost, for `edgecl cost`; nothing here can know it."""
 
 
-class TaughtConfig(MethodConfig):
+class TaughtConfig(RatedConfig):
     """A method with a frozen teacher."""
 
     teacher: TeacherConfig = TeacherConfig()

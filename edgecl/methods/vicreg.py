@@ -14,12 +14,13 @@ from torch import Tensor
 from edgecl.config.recipe import Panel, Recipe
 from edgecl.config.settings import Weight
 from edgecl.methods.losses import check_pair, global_covariance, mean_over_batch, wide
-from edgecl.methods.pairs import PairConfig, PairMethod
+from edgecl.methods.method import RatedConfig
+from edgecl.methods.pairs import PairMethod
 
 _EPSILON = 1e-4
 
 
-class Config(PairConfig):
+class Config(RatedConfig):
     """L = mean over the other views v of lambda s(z_A, z_v) + mu (v(z_A) + v(z_v)) / 2 + nu (c(z_A) + c(z_v)), less w R."""
 
     panels: ClassVar[tuple[Panel, ...]] = (

@@ -15,11 +15,11 @@ from torch import Tensor
 from edgecl.config.recipe import Panel, Recipe
 from edgecl.config.settings import Factor, Fraction, Weight
 from edgecl.methods.losses import cross_correlation_loss, mean_of
-from edgecl.methods.method import Embeddings, Terms
-from edgecl.methods.pairs import PairConfig, PairMethod
+from edgecl.methods.method import Embeddings, RatedConfig, Terms
+from edgecl.methods.pairs import PairMethod
 
 
-class Config(PairConfig):
+class Config(RatedConfig):
     """L = s (alpha BT(z_A, z_B) + (1 - alpha) (BT(z_A, [z_A]) + BT(z_B, [z_B])) / 2) - w R."""
 
     panels: ClassVar[tuple[Panel, ...]] = (
@@ -58,11 +58,8 @@ class Xd(PairMethod):
                 for view in (z, others[0])
             ]
         )
-        total, rate = config.coding_rate.take_off(
-            config.scale * (config.alpha * compared + (1 - config.alpha) * within),
-            [[z, others[0]]],
-            step,
-            total_steps=self.total_steps,
+        total, rate = self.less_rate(
+            config.scale * (config.alpha * compared + (1 - config.alpha) * within), [z, others[0]], step
         )
         return total, {
             "cross_correlation": compared.detach(),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from edgecl.config.recipe import ForwardPasses, Panel, Recipe
 from edgecl.config.settings import Factor, Fraction, Weight
-from edgecl.methods.losses import CodingRate, cross_correlation_loss, mean_of
+from edgecl.methods.losses import cross_correlation_loss, mean_of
 from edgecl.methods.method import Embeddings, Terms
 from edgecl.methods.teacher import TaughtConfig, TaughtMethod
 
@@ -36,20 +36,18 @@ class Config(TaughtConfig):
     """Barlow Twins: weight of the redundancy term."""
     scale: Factor = 0.1
     """s."""
-    coding_rate: CodingRate = CodingRate()
 
     def arm(self, recipe: Recipe) -> str:
         """Name the method."""
         return "XD with a teacher"
 
     def check(self, recipe: Recipe) -> None:
-        """Refuse further widths, a slow start, and the coding rate of two images."""
+        """Refuse further widths and a slow start."""
         super().check(recipe)
         if len(recipe.slim.all_widths) > 1 or recipe.slim.slow_start:
             raise ValueError(
                 "'method.name' xd-teacher trains one slim width: leave out 'slim.widths' and 'slim.slow_start'"
             )
-        self.coding_rate.check(recipe)
 
     def forward_passes(self, recipe: Recipe) -> ForwardPasses:
         """Return a learning pass of view A through the host, of view B through the slim net, and the teacher's."""
@@ -58,8 +56,6 @@ class Config(TaughtConfig):
         return passes._replace(
             whole=whole,
             local={host: 0.0, slim: 3.0 * self.count_views(recipe, local=True)},
-            coding_rates=2.0 if self.coding_rate.weight else 0.0,
-            coding_rate_share=self.coding_rate.until or 1.0,
         )
 
 
@@ -107,11 +103,10 @@ class XdTeacher(TaughtMethod):
             ).total
             for view in "ab"
         )
-        total, rate = config.coding_rate.take_off(
+        total, rate = self.less_rate(
             config.scale * (config.alpha * sacl + (1 - config.alpha) * (xd_host + xd_slim) / 2),
-            [[host_a], [slim_b]],
+            [host_a, slim_b],
             step,
-            total_steps=self.total_steps,
         )
         return total, {
             "sacl": sacl.detach(),

@@ -65,8 +65,8 @@ def _arm_of_method(name: str) -> Arm:
     """Return a method by its own settings, with a local view, and an untrained teacher where it has one."""
     taught = "teacher" in find_method(name).Config.model_fields
     teacher = {"teacher": {"arch": "mobilenetv3_small_050", "weights": "untrained"}} if taught else {}
-    tables = {"host": {"width": 1.0}, "views": {"local_count": 1}}
-    return Arm(name, {**tables, "method": {"name": name, **teacher}})
+    method = {"name": name, **teacher}
+    return Arm(name, {"host": {"width": 1.0}, "views": {"local_count": 1}, "method": method})
 
 
 ARMS = (
