@@ -6,27 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from edgecl.cli.options import Device, JsonOption
-from edgecl.config.recipe import DEFAULT_METHOD, list_methods
 
 if TYPE_CHECKING:
     from edgecl.storage.records import SelftestReport
-
-# Those of edgecl.train.selftest.ARMS, which loads torch.
-ARMS = (
-    "Barlow Twins",
-    "XD only",
-    "SACL only",
-    "SACL-XD",
-    "SACL-XD, slim_only",
-    "SACL-XD, slow start",
-    "SACL-XD, 4 widths",
-    "SACL-XD, 2 parts",
-    "SACL-XD, coding rate",
-    "SACL-XD, symmetric",
-    "SACL-XD, local views",
-    "SimCLR",
-    *(name for name in list_methods() if name != DEFAULT_METHOD),
-)
 
 selftest_app = typer.Typer(
     help="Try on this machine what a result rests on.", no_args_is_help=True, rich_markup_mode=None
@@ -56,7 +38,8 @@ def ddp_command(
         typer.Option(
             "--arm",
             metavar="NAME",
-            help=f"Only this way to train; one of: {'; '.join(ARMS)}. Repeatable. [default: all]",
+            help="Only this way to train: a method (`edgecl ls methods`), or an arm of SACL-XD as the table of all names "
+            "it. Repeatable. [default: all]",
         ),
     ] = None,
     json_: JsonOption = False,
@@ -67,14 +50,13 @@ def ddp_command(
     """
     from edgecl.cli.output import status_line
     from edgecl.distributed import processes
-    from edgecl.errors import near_matches
-    from edgecl.train.selftest import STATUS, compare, is_launched, launch
+    from edgecl.errors import RecipeError
+    from edgecl.train.selftest import STATUS, chosen_arms, compare, is_launched, launch
 
-    for name in arm or ():
-        if name not in ARMS:
-            raise typer.BadParameter(
-                f"there is no arm '{name}'; {near_matches(name, ARMS)}", param_hint="--arm"
-            )
+    try:
+        chosen_arms(arm or ())
+    except RecipeError as exc:
+        raise typer.BadParameter(f"{exc.problem}; {exc.hint}", param_hint="--arm") from exc
     if not is_launched():
         with status_line() as report:
             record = launch(count=count, device=device, report=report, names=arm or ())

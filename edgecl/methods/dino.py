@@ -127,8 +127,8 @@ class Dino(Method):
     def after_step(self, step: int) -> None:
         """Move the net that follows, its prototypes and the center."""
         momentum = rising_momentum(self.config.momentum, step, total_steps=self.total_steps)
-        self.target.follow(self.net.host, momentum=momentum)
-        self.target_assigner.follow(self.assigner, momentum=momentum)
+        self.target.follow(self.net.host, momentum=momentum, step=step)
+        self.target_assigner.follow(self.assigner, momentum=momentum, step=step)
         assert self._mean is not None
         self.center.lerp_(self._mean.to(self.center.dtype), 1 - self.config.center_momentum)
         self._mean = None

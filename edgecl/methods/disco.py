@@ -111,7 +111,7 @@ class Disco(TaughtMethod):
 
     def after_step(self, step: int) -> None:
         """Move the net that makes the keys, and put the keys into the queue."""
-        self.target.follow(self.net.host, momentum=self.config.momentum)
+        self.target.follow(self.net.host, momentum=self.config.momentum, step=step)
         self.queue.push()
 
 

@@ -92,7 +92,7 @@ class MocoV2(Method):
 
     def after_step(self, step: int) -> None:
         """Move the net that answers, and put the keys into the queue."""
-        self.target.follow(self.net.host, momentum=self.config.momentum)
+        self.target.follow(self.net.host, momentum=self.config.momentum, step=step)
         self.queue.push()
 
 

@@ -130,7 +130,7 @@ class Rekd(TaughtMethod):
 
     def after_step(self, step: int) -> None:
         """Move the net that makes the keys, and put keys and features into their queues, in the same order."""
-        self.target.follow(self.net.host, momentum=self.config.momentum)
+        self.target.follow(self.net.host, momentum=self.config.momentum, step=step)
         self.queue.push()
         self.taught.push()
 

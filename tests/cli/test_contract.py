@@ -227,7 +227,10 @@ def test_verify_bench_and_report_never_load_torch(tmp_path, exported_bundle):
 # --- what --json prints ---
 
 
-@pytest.mark.parametrize("shelf", ["recipes", "targets", "runtimes", "nets", "datasets"])
+SHELVES = ("recipes", "methods", "targets", "runtimes", "nets", "datasets")
+
+
+@pytest.mark.parametrize("shelf", SHELVES)
 def test_ls_of_a_shelf_is_a_list_of_names_and_summaries(edgecl, shelf):
     code, out, err = edgecl("ls", shelf, "--json")
     entries = one_json(out)
@@ -238,10 +241,7 @@ def test_ls_of_a_shelf_is_a_list_of_names_and_summaries(edgecl, shelf):
 
 def test_ls_without_a_shelf_is_all_of_them(edgecl):
     everything = one_json(edgecl("ls", "--json")[1])
-    shelves = [
-        one_json(edgecl("ls", shelf, "--json")[1])
-        for shelf in ("recipes", "targets", "runtimes", "nets", "datasets")
-    ]
+    shelves = [one_json(edgecl("ls", shelf, "--json")[1]) for shelf in SHELVES]
     assert everything == [entry for shelf in shelves for entry in shelf]
 
 

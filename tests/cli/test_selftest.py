@@ -11,7 +11,6 @@ from worlds import run_script
 
 from edgecl.cli import main
 from edgecl.cli.commands import app
-from edgecl.cli.selftest import ARMS as ARM_NAMES
 from edgecl.errors import RecipeError
 from edgecl.train.selftest import ARMS, _error_among, chosen_arms
 
@@ -227,14 +226,6 @@ def test_unknown_arm_is_wrong_usage_with_the_near_ones(refusal):
 def test_unknown_arm_is_a_named_error_from_python():
     with pytest.raises(RecipeError, match="there is no arm 'SACL XD'"):
         chosen_arms(["SACL-XD", "SACL XD"])
-
-
-def test_help_lists_the_arms_there_are(monkeypatch, capsys):
-    assert tuple(arm.name for arm in ARMS) == ARM_NAMES
-    monkeypatch.setattr(sys, "argv", ["edgecl", "selftest", "ddp", "--help"])
-    with pytest.raises(SystemExit):
-        main()
-    assert f"one of: {'; '.join(ARM_NAMES)}." in " ".join(capsys.readouterr().out.split())
 
 
 def test_wait_that_is_no_number_is_named_before_anything_is_started(refusal):

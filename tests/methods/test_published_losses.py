@@ -354,8 +354,10 @@ def test_a_follower_is_the_moving_average_of_its_leader():
     first = leader[0].weight.detach().clone()
     with torch.no_grad():
         leader[0].weight.add_(1)
-    follower.follow(leader, momentum=0.9)
+    follower.follow(leader, momentum=0.9, step=1000)
     torch.testing.assert_close(follower.net[0].weight, first + 0.1)
+    follower.follow(leader, momentum=0.9, step=0)  # a tenth of itself is left, whatever the momentum
+    torch.testing.assert_close(follower.net[0].weight, first + 0.91)
     before = follower.net[1].running_mean.clone()
     follower(torch.randn(8, 3))
     assert torch.equal(follower.net[1].running_mean, before)
