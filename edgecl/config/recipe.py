@@ -178,12 +178,16 @@ class MethodConfig(Config):
                 "other 'slim.widths' or 'slim.slow_start'"
             )
 
-    def prepare(self, recipe: Recipe) -> None:
+    def prepare(self, recipe: Recipe) -> dict[str, str]:
         """Load what is needed besides pictures; called before they are read, so that what is missing is said at once.
+
+        Returns:
+            what it is -> the sha256 of its content, the same in all processes and when the run is resumed.
 
         Raises:
             EdgeclError: it is missing, or does not fit the recipe.
         """
+        return {}
 
     def forward_passes(self, recipe: Recipe) -> ForwardPasses:
         """Return the cost of one image; here that of one encoder through which every view learns."""

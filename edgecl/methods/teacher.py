@@ -63,9 +63,10 @@ class TaughtConfig(RatedConfig):
                 "'method.teacher.arch' and 'method.teacher.weights' to timm's name and a file"
             )
 
-    def prepare(self, recipe: Recipe) -> None:
+    def prepare(self, recipe: Recipe) -> dict[str, str]:
         """Load the teacher, and refuse one that does not take the recipe's pictures."""
-        Teacher(load_teacher(self.teacher), recipe)
+        given = Teacher(load_teacher(self.teacher), recipe).given
+        return {"teacher": given.sha256}
 
     def taught_views(self, recipe: Recipe) -> int:
         """Count the whole views of a picture that the teacher sees where it sees the student's."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,14 +30,14 @@ class GivenNet(NamedTuple):
         arch: timm's name.
         mean: of each channel, in 0..1; None where nothing says so.
         std: of each channel, in 0..1; None where nothing says so.
-        sha256: of the file of its weights; None where there is none.
+        sha256: of its weights' file, or of the weights themselves where there is none.
     """
 
     net: nn.Module
     arch: str
     mean: Sequence[float] | None
     std: Sequence[float] | None
-    sha256: str | None
+    sha256: str
 
 
 def load_given(weights: str, *, arch: str | None) -> GivenNet:
@@ -65,7 +66,8 @@ def load_given(weights: str, *, arch: str | None) -> GivenNet:
     if weights == UNTRAINED:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            return GivenNet(create_backbone(arch).eval(), arch, None, None, None)
+            net = create_backbone(arch).eval()
+        return GivenNet(net, arch, None, None, _sha256_of_tensors(net))
     net = create_backbone(arch).eval()
     _put(net, _read_tensors(path), file=path, arch=arch)
     return GivenNet(net, arch, None, None, sha256_of_file(path))
@@ -93,7 +95,16 @@ def _of_hub(arch: str) -> GivenNet:
             hint="without a network, name a file of its weights",
         ) from exc
     settings = net.pretrained_cfg
-    return GivenNet(net.eval(), arch, tuple(settings["mean"]), tuple(settings["std"]), None)
+    return GivenNet(
+        net.eval(), arch, tuple(settings["mean"]), tuple(settings["std"]), _sha256_of_tensors(net)
+    )
+
+
+def _sha256_of_tensors(net: nn.Module) -> str:
+    found = hashlib.sha256()
+    for tensor in net.state_dict().values():
+        found.update(tensor.cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

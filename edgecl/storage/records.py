@@ -160,6 +160,8 @@ class RunRecord(Record):
     """Library -> version."""
     host_skips: dict[str, Count] = {}
     """Block of the host -> to how many channels a nested start adds its input."""
+    rests_on: dict[str, Text] = {}
+    """What the method rests on besides pictures, such as a teacher -> its sha256."""
     launch: Text | None = None
     """Which start of torchrun it was; a restart by the same one resumes."""
     plateau: Plateau | None = None

@@ -50,6 +50,7 @@ from edgecl.train.resume import (
     check_allowed,
     check_images,
     check_recipe,
+    check_rests_on,
     check_source,
     left_out_before,
     newest_checkpoint,
@@ -169,7 +170,10 @@ def _build(
     going_on = resume and accelerator.is_main_process
     # Before the images are read, which can take hours: what the recipe asks for may not be possible.
     _check_memory(recipe, accelerator.device)
-    recipe.method.prepare(recipe)
+    rests_on = recipe.method.prepare(recipe)
+    if going_on:
+        check_rests_on(run_dir, rests_on)
+    processes.agree(rests_on)
     torch.manual_seed(recipe.run.seed)
     net = create_slimmable(recipe)
     source = open_source(uri, split="train", download=download, index_dir=run_dir.beside)

@@ -122,6 +122,22 @@ def check_source(run_dir: RunDir, source: ImageSource, *, allowed: Sequence[str]
     )
 
 
+def check_rests_on(run_dir: RunDir, rests_on: dict[str, str]) -> None:
+    """Compare what the method rests on besides pictures with what the run was started with.
+
+    Raises:
+        RecipeError: it is something else.
+    """
+    before = run_dir.read().rests_on
+    for what, sha256 in rests_on.items():
+        if before.get(what) != sha256:
+            raise RecipeError(
+                f"cannot resume with another {what}",
+                where={"run": run_dir.path, "was": before.get(what), "now": sha256},
+                hint="bring its weights back as they were, or start a new run in another --out",
+            )
+
+
 def left_out_before(run_dir: RunDir) -> list[str]:
     """Name the images that the run could not read so far."""
     return run_dir.read().data.skipped

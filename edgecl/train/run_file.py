@@ -123,6 +123,7 @@ def describe_run(recipe: Recipe, training: Training, *, recipe_name: str, uri: s
             "numpy": numpy.__version__,
         },
         host_skips=net.host_skips,
+        rests_on=recipe.method.prepare(recipe),
         launch=processes.launch(),
         plateau=training.plateau.decision(),
         state="running",

@@ -5,10 +5,12 @@ import math
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import save_file
 
 from edgecl.config.recipe import find_method, list_methods, recipe_from_tables
 from edgecl.errors import DataError, Preempted, RecipeError
 from edgecl.methods.teacher import load_teacher
+from edgecl.nets.backbone import create_backbone
 from edgecl.nets.build import create_slimmable
 from edgecl.storage.checkpoint import read_newest
 from edgecl.storage.directories import RunDir
@@ -164,3 +166,21 @@ def test_a_teacher_is_no_part_of_a_checkpoint_and_does_not_change(tmp_path, reci
         "target",
         "queue",
     }
+
+
+def test_another_teacher_is_refused_when_a_run_is_resumed(tmp_path, monkeypatch, recipe_of, pictures):
+    weights = tmp_path / "teacher.safetensors"
+    net = create_backbone("mobilenetv3_small_050")
+    save_file(net.state_dict(), weights)
+    recipe = recipe_of("seed", teacher={"weights": str(weights)})
+    with monkeypatch.context() as patch:
+        stop_after(3, patch)
+        with pytest.raises(Preempted):
+            train(recipe, tmp_path / "run", pictures)
+    load_teacher.cache_clear()
+    save_file(create_backbone("mobilenetv3_small_050").state_dict(), weights)
+    with pytest.raises(RecipeError, match="another teacher"):
+        train(recipe, tmp_path / "run", pictures, resume=True)
+    load_teacher.cache_clear()
+    save_file(net.state_dict(), weights)
+    train(recipe, tmp_path / "run", pictures, resume=True)
