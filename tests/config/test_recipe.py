@@ -525,3 +525,10 @@ def test_a_wrong_table_of_a_method_is_named(write, assignments, words):
     name = assignments[0].partition("=")[2]
     with pytest.raises(RecipeError, match=words):
         read_recipe(write(MINIMAL), [*assignments_of(name)[1:], *assignments])
+
+
+@pytest.mark.parametrize("page", ["method.md", "settings.md"])
+def test_every_method_is_documented(page):
+    text = (Path(__file__).parents[2] / "docs" / page).read_text(encoding="utf-8")
+    for name in list_methods():
+        assert f"`{name}`" in text or f'name = "{name}"' in text, name
