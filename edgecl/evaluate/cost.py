@@ -242,11 +242,12 @@ def training_cost(recipe: Recipe, *, images: int) -> TrainingCost:
 
 
 def _teacher_flops(recipe: Recipe, shape: tuple[int, ...]) -> int:
-    """Return the FLOPs of a forward pass of the method's teacher, 0 where it has none; its weights matter to no cost."""
+    """Return the FLOPs of a forward pass of the method's teacher, 0 where it has none; its weights need not be there."""
     if not isinstance(recipe.method, TaughtConfig):
         return 0
     settings = recipe.method.teacher
-    net = create_backbone(settings.arch) if settings.arch else load_teacher(settings).net
+    known = settings.arch is None or Path(settings.weights or "").exists()
+    net = load_teacher(settings).net if known else create_backbone(str(settings.arch))
     return forward_cost(net, shape).training_flops
 
 

@@ -81,7 +81,7 @@ class Byol(Method):
     def after_step(self, step: int) -> None:
         """Move the target net."""
         momentum = rising_momentum(self.config.momentum, step, total_steps=self.total_steps)
-        self.target.follow(self.net.host, momentum=momentum, step=step)
+        self.target.follow(self.net.host, momentum=momentum)
 
 
 METHOD = Byol

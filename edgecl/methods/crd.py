@@ -33,8 +33,8 @@ class Config(TaughtConfig):
     name: Literal["crd"] = "crd"
     temperature: float = Field(0.07, gt=0, le=100)
     """tau; the public code's."""
-    queue: int = Field(4096, ge=1, le=1_000_000)
-    """N, the pictures of the last steps that stand for all others; 16,384 in the paper."""
+    queue_steps: int = Field(16, ge=1, le=100_000)
+    """The pictures of so many last steps stand for all others; 16,384 from a memory of all in the paper."""
     dimensions: int = Field(128, ge=1, le=32_768)
     """Of the space in which student and teacher are compared; the paper's."""
 
@@ -54,7 +54,7 @@ class Crd(TaughtMethod):
 
     def __init__(self, recipe: Recipe, net: SlimmableNet, *, steps_per_epoch: int):
         super().__init__(recipe, net, steps_per_epoch=steps_per_epoch)
-        dimensions, queue = self.config.dimensions, self.config.queue
+        dimensions, queue = self.config.dimensions, self.config.queue_steps * recipe.data.batch_size
         self.adapter = Projector(recipe.projector.sizes[-1], [dimensions])
         self.teachers_adapter = Projector(self.teacher.features, [dimensions])
         self.students, self.teachers = Queue(queue, dimensions), Queue(queue, dimensions)

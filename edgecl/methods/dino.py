@@ -53,7 +53,10 @@ class Config(RatedConfig):
 
 
 class Assigner(nn.Module):
-    """Compare projections with prototypes: both are directions.
+    """Compare projections with prototypes: both are directions, those of projections around the batch's mean.
+
+    Of a net that begins, all projections are almost one direction. Without the norm every picture's assignment is then the
+    same, and a small net does not get away from it (docs/results.md); SSLight has batch norms in its head, too.
 
     Args:
         dimensions: D, of a projection.
@@ -62,11 +65,12 @@ class Assigner(nn.Module):
 
     def __init__(self, dimensions: int, prototypes: int):
         super().__init__()
+        self.norm = nn.BatchNorm1d(dimensions, affine=False)
         self.weight = nn.Parameter(torch.randn(prototypes, dimensions))
 
     def forward(self, z: Tensor) -> Tensor:
         """Return (N, K) cosines of (N, D) projections and the prototypes."""
-        return functional.normalize(z, dim=1) @ functional.normalize(self.weight, dim=1).T
+        return functional.normalize(self.norm(z), dim=1) @ functional.normalize(self.weight, dim=1).T
 
 
 class Dino(Method):
@@ -127,8 +131,8 @@ class Dino(Method):
     def after_step(self, step: int) -> None:
         """Move the net that follows, its prototypes and the center."""
         momentum = rising_momentum(self.config.momentum, step, total_steps=self.total_steps)
-        self.target.follow(self.net.host, momentum=momentum, step=step)
-        self.target_assigner.follow(self.assigner, momentum=momentum, step=step)
+        self.target.follow(self.net.host, momentum=momentum)
+        self.target_assigner.follow(self.assigner, momentum=momentum)
         assert self._mean is not None
         self.center.lerp_(self._mean.to(self.center.dtype), 1 - self.config.center_momentum)
         self._mean = None

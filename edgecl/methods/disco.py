@@ -40,8 +40,8 @@ class Config(TaughtConfig):
     """Of the softmax over cosines; the paper's."""
     momentum: Fraction = 0.99
     """Of the net that makes the keys; 0.999 in the paper, with 65,536 keys."""
-    queue: int = Field(4096, ge=1, le=1_000_000)
-    """Keys of earlier pictures."""
+    queue_steps: int = Field(16, ge=1, le=100_000)
+    """Of so many last steps the keys are kept; see moco-v2."""
 
     def arm(self, recipe: Recipe) -> str:
         """Name the method."""
@@ -61,7 +61,7 @@ class Disco(TaughtMethod):
     def __init__(self, recipe: Recipe, net: SlimmableNet, *, steps_per_epoch: int):
         super().__init__(recipe, net, steps_per_epoch=steps_per_epoch)
         self.target = Follower(net.host)
-        self.queue = Queue(self.config.queue, recipe.projector.sizes[-1])
+        self.queue = Queue(self.config.queue_steps * recipe.data.batch_size, recipe.projector.sizes[-1])
 
     def embed(self, views: Sequence[Tensor], step: int) -> dict[str, Tensor]:
         """Run the student."""
@@ -111,7 +111,7 @@ class Disco(TaughtMethod):
 
     def after_step(self, step: int) -> None:
         """Move the net that makes the keys, and put the keys into the queue."""
-        self.target.follow(self.net.host, momentum=self.config.momentum, step=step)
+        self.target.follow(self.net.host, momentum=self.config.momentum)
         self.queue.push()
 
 

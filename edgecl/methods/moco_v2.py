@@ -30,8 +30,9 @@ class Config(RatedConfig):
     """tau, of the softmax over cosines; the paper's."""
     momentum: Fraction = 0.99
     """Of the net that makes the keys; solo-learn's for CIFAR-10, the paper's is 0.999 with 65,536 keys."""
-    queue: int = Field(4096, ge=1, le=1_000_000)
-    """Keys of earlier pictures; fewer than there are pictures, or a picture meets its own."""
+    queue_steps: int = Field(16, ge=1, le=100_000)
+    """Of so many last steps the keys are kept. The paper keeps 256, where weights change little in a step; keys that are
+    old for how fast the net changes are told from new ones by their age."""
     symmetric: bool = False
     """Each view asks once and answers once: twice the price."""
 
@@ -57,7 +58,7 @@ class MocoV2(Method):
     def __init__(self, recipe: Recipe, net: SlimmableNet, *, steps_per_epoch: int):
         super().__init__(recipe, net, steps_per_epoch=steps_per_epoch)
         self.target = Follower(net.host)
-        self.queue = Queue(self.config.queue, recipe.projector.sizes[-1])
+        self.queue = Queue(self.config.queue_steps * recipe.data.batch_size, recipe.projector.sizes[-1])
 
     def embed(self, views: Sequence[Tensor], step: int) -> dict[str, Tensor]:
         """Run what asks."""
@@ -92,7 +93,7 @@ class MocoV2(Method):
 
     def after_step(self, step: int) -> None:
         """Move the net that answers, and put the keys into the queue."""
-        self.target.follow(self.net.host, momentum=self.config.momentum, step=step)
+        self.target.follow(self.net.host, momentum=self.config.momentum)
         self.queue.push()
 
 

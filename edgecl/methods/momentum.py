@@ -36,13 +36,9 @@ class Follower(nn.Module):
         return outputs
 
     @torch.no_grad()
-    def follow(self, leader: nn.Module, *, momentum: float, step: int) -> None:
-        """Move every weight to `momentum` of itself and the rest of the leader's.
-
-        Less of itself in the first steps, (1 + step) / (10 + step): a short run's copy would long be of the random start.
-        """
-        share = 1 - min(momentum, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.net.parameters()), list(leader.parameters()), share)
+    def follow(self, leader: nn.Module, *, momentum: float) -> None:
+        """Move every weight to `momentum` of itself and the rest of the leader's."""
+        torch._foreach_lerp_(list(self.net.parameters()), list(leader.parameters()), 1 - momentum)
 
 
 def rising_momentum(first: float, step: int, *, total_steps: int) -> float:

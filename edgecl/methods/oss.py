@@ -130,7 +130,7 @@ class Oss(Method):
 
     def after_step(self, step: int) -> None:
         """Move the teacher's slow copy."""
-        self.target.follow(self.teacher, momentum=self.config.momentum, step=step)
+        self.target.follow(self.teacher, momentum=self.config.momentum)
 
 
 METHOD = Oss

@@ -46,8 +46,8 @@ class Config(TaughtConfig):
     """tau, of the softmax over cosines."""
     momentum: Fraction = 0.99
     """Of the net that makes the keys."""
-    queue: int = Field(4096, ge=1, le=1_000_000)
-    """Keys of earlier pictures, and the teacher's features of them."""
+    queue_steps: int = Field(16, ge=1, le=100_000)
+    """Of so many last steps the keys are kept, and the teacher's features of the same pictures; see moco-v2."""
 
     def arm(self, recipe: Recipe) -> str:
         """Name the method."""
@@ -56,9 +56,10 @@ class Config(TaughtConfig):
     def check(self, recipe: Recipe) -> None:
         """Refuse more neighbors than there are pictures to choose from."""
         super().check(recipe)
-        if self.neighbors > self.queue:
+        kept = self.queue_steps * recipe.data.batch_size
+        if self.neighbors > kept:
             raise ValueError(
-                f"'method.neighbors' {self.neighbors} is above 'method.queue' {self.queue}, from which they come"
+                f"'method.neighbors' {self.neighbors} is above the {kept} pictures that 'method.queue_steps' keeps"
             )
 
     def rated_views(self, recipe: Recipe) -> int:
@@ -84,8 +85,9 @@ class Rekd(TaughtMethod):
         super().__init__(recipe, net, steps_per_epoch=steps_per_epoch)
         del self.adapter  # nothing of the teacher's features is guessed
         self.target = Follower(net.host)
-        self.queue = Queue(self.config.queue, recipe.projector.sizes[-1])
-        self.taught = Queue(self.config.queue, self.teacher.features)
+        kept = self.config.queue_steps * recipe.data.batch_size
+        self.queue = Queue(kept, recipe.projector.sizes[-1])
+        self.taught = Queue(kept, self.teacher.features)
 
     def embed(self, views: Sequence[Tensor], step: int) -> dict[str, Tensor]:
         """Run the student."""
@@ -130,7 +132,7 @@ class Rekd(TaughtMethod):
 
     def after_step(self, step: int) -> None:
         """Move the net that makes the keys, and put keys and features into their queues, in the same order."""
-        self.target.follow(self.net.host, momentum=self.config.momentum, step=step)
+        self.target.follow(self.net.host, momentum=self.config.momentum)
         self.queue.push()
         self.taught.push()
 

@@ -515,7 +515,7 @@ def test_a_missing_teacher_is_named(write, name):
         (["method.name=oss", "method.teacher.view=plain"], "teacher that learns"),
         (["method.name=xd-teacher", "slim.widths=[0.5, 1.0]"], "trains one slim width"),
         (["method.name=byol", "slim.widths=[0.5, 1.0]"], "trains one encoder"),
-        (["method.name=moco-v2", "method.queue=0"], "'method.queue' is 0"),
+        (["method.name=moco-v2", "method.queue_steps=0"], "'method.queue_steps' is 0"),
         (["method.name=seed", "method.teacher.view=whole"], "'whole', not one of augmented, plain"),
         (["method.name=byol", "method.teacher.arch=resnet18"], r"unknown key 'method\.teacher'"),
     ],

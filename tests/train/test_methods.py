@@ -25,7 +25,7 @@ COMMON = {"step", "epoch", "loss", "std", "grad_norm_host", "grad_norm_slim", "l
 
 TAUGHT = [name for name in list_methods() if "teacher" in find_method(name).Config.model_fields]
 SMALL = {
-    **{name: {"queue": 24} for name in list_methods() if "queue" in find_method(name).Config.model_fields},
+    "seed": {"queue": 24},
     "dino": {"prototypes": 32},
 }
 
