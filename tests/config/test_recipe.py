@@ -509,8 +509,8 @@ def test_a_missing_teacher_is_named(write, name):
     ("assignments", "words"),
     [
         (
-            ["method.name=rekd", "method.neighbors=9", "method.queue=8"],
-            "neighbors' 9 is above 'method.queue' 8",
+            ["method.name=rekd", "method.neighbors=9000"],
+            "neighbors' 9000 is above the 4096 pictures",
         ),
         (["method.name=oss", "method.teacher.view=plain"], "teacher that learns"),
         (["method.name=xd-teacher", "slim.widths=[0.5, 1.0]"], "trains one slim width"),
