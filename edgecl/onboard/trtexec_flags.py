@@ -10,7 +10,7 @@ Source: NVIDIA/TensorRT, samples/common/sampleOptions.cpp of 8.2 to 11.1.
 import math
 import re
 import shlex
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
 
 from .bundle import engine_name
 from .errors import DeviceError
@@ -28,10 +28,8 @@ ON_JETSON = "/usr/src/tensorrt/bin/trtexec"
 
 # Versions from which a command line differs.
 _MEMORY_POOLS = (8, 4)  # before: --workspace
-_SKIP_INFERENCE = (
-    8,
-    6,
-)  # before: --buildOnly; also --infStreams, several percentiles, the optimization level
+# before: --buildOnly; also --infStreams, several percentiles, the optimization level
+_SKIP_INFERENCE = (8, 6)
 _STRONGLY_TYPED = (10, 12)  # weak typing is deprecated; precision flags conflict with --stronglyTyped
 _OPPOSITE = (11, 0)  # no precision flags, no --stronglyTyped, the opposite switches
 _FP16_SCALES = (10, 0)  # Q/DQ with fp16 scales: strongly typed from the start
@@ -79,39 +77,20 @@ class Net(NamedTuple):
     model: str
 
 
-def command_lines(
-    version: str,
-    *,
-    manifest_input: Dict[str, Any],
-    build: Dict[str, Any],
-    precision: str,
-    form: str,
-    model: str,
-    plan: str,
-) -> Dict[str, List[str]]:
-    """Return the commands that build an engine and time it in the headline mode.
+def command_lines(version: str, net: Net, plan: str) -> Dict[str, List[str]]:
+    """Return the commands, build and bench, that build an engine and time it in the headline mode.
 
     Args:
         version: '10.3.0', or a range such as '>=10.3,<10.8', of which the lowest version counts.
-        manifest_input: name, shape, dynamic_batch and max_batch.
-        build: workspace_mib, optimization_level, tf32 and dla_core of a target.
-        precision: fp32, fp16 or int8.
-        form: of the graph; the precision flags of weakly typed versions follow from it.
-        model: path of the ONNX file, as it is to stand in the command.
+        net: its model as the path is to stand in the command.
         plan: path of the engine.
-
-    Returns:
-        build and bench, each a program and its arguments.
 
     Raises:
         DeviceError: a version before 8.2, or one without DLA where DLA is asked for.
     """
-    net = Net(manifest_input, build, precision, form, model)
     times, layers = _beside(plan, "times"), _beside(plan, "layers")
-    return {
-        "build": build_command(version, net, plan),
-        "bench": bench_command(version, net, plan, times=times, layers=layers),
-    }
+    bench = bench_command(version, net, plan, mode=MODES[0], times=times, layers=layers)
+    return {"build": build_command(version, net, plan), "bench": bench}
 
 
 def build_command(version: str, net: Net, plan: str) -> List[str]:
@@ -154,21 +133,14 @@ def bench_command(
     net: Net,
     plan: str,
     *,
-    mode: str = MODES[0],
+    mode: str,
     duration_s: float = DURATION_S,
     times: str,
-    layers: Optional[str] = None,
+    layers: str,
 ) -> List[str]:
-    """Return the command that times an engine in one of MODES.
+    """Return the command that times an engine in one of MODES, and writes the JSON files `times` and `layers`.
 
-    Args:
-        version: as for `command_lines`.
-        net: what the engine was built from.
-        plan: the engine.
-        mode: one of MODES.
-        duration_s: rounded up to whole seconds.
-        times: JSON file to write, one entry per run.
-        layers: JSON file to write about the engine's layers, or None.
+    duration_s is rounded up to whole seconds.
     """
     number = _starts(version)[0]
     several = number >= _SKIP_INFERENCE
@@ -193,8 +165,7 @@ def bench_command(
         command.append("--noDataTransfers")
     elif number >= _OPPOSITE:
         command.append("--includeDataTransfers")
-    command += ["--separateProfileRun", "--exportTimes=" + times]
-    return command + (["--exportLayerInfo=" + layers] if layers is not None else [])
+    return command + ["--separateProfileRun", "--exportTimes=" + times, "--exportLayerInfo=" + layers]
 
 
 def _dla_flags(number: Version, net: Net) -> List[str]:
@@ -215,7 +186,7 @@ def _shape(net: Net, batch: int) -> str:
 
 
 def _beside(plan: str, what: str) -> str:
-    return "%s.%s.json" % (plan[: -len(".plan")] if plan.endswith(".plan") else plan, what)
+    return "%s.%s.json" % (plan.partition(".plan")[0], what)
 
 
 # --- the script of a bundle ---
@@ -251,6 +222,10 @@ refuse() {
 }
 """
 
+# What the shell asks of a version for each sign, and what the version is where that does not hold.
+_OLDER = {">=": "-ge", ">": "-gt", "==": "-ge"}
+_NEWER = {"<=": "-le", "<": "-lt", "==": "-le"}
+
 _SCRIPT_TAIL = """\
 *)
     echo "this bundle has no precision '$precision'; it has @NAMES@" >&2
@@ -280,9 +255,10 @@ def script(manifest: Dict[str, Any]) -> str:
     for word, text in filled.items():
         head, tail = (part.replace("@%s@" % word, text) for part in (head, tail))
     lines = [
-        '[ "$version" %s %d ] || refuse %s' % (sign, digits, word)
-        for bound in bounds_of(versions)
-        for sign, digits, word in _limits(*bound)
+        '[ "$version" %s %d ] || refuse %s' % (tests[sign], _digits(bound), word)
+        for sign, bound in bounds_of(versions)
+        for tests, word in ((_OLDER, "older"), (_NEWER, "newer"))
+        if sign in tests
     ]
     for place, (start, _) in enumerate(reversed(branches)):
         keyword = "elif" if place else "if"
@@ -302,10 +278,8 @@ def _script_body(version: str, manifest: Dict[str, Any], precision: str) -> List
         for mode in MODES:
             times = _beside(plan, "times-" + re.sub("[^a-z]+", "-", mode.lower()))
             lines.append("echo %s" % shlex.quote("== %s, %s" % (precision, mode)))
-            command = bench_command(
-                version, net, plan, mode=mode, times=times, layers=_beside(plan, "layers")
-            )
-            lines += _shell(command)
+            layers = _beside(plan, "layers")
+            lines += _shell(bench_command(version, net, plan, mode=mode, times=times, layers=layers))
         return lines
     except DeviceError as error:
         return ["echo %s >&2" % shlex.quote(error.problem), "exit 1"]
@@ -314,18 +288,6 @@ def _script_body(version: str, manifest: Dict[str, Any], precision: str) -> List
 def _shell(command: Sequence[str]) -> List[str]:
     words = ['"$TRTEXEC"'] + ["    " + shlex.quote(word) for word in command[1:]]
     return [word + " \\" for word in words[:-1]] + words[-1:]
-
-
-def _limits(sign: str, bound: Version) -> List[Tuple[str, int, str]]:
-    """Return what a bound asks of `_digits`: the shell's comparison, the number, and what a version is if not."""
-    digits = _digits(bound)
-    return {
-        "==": [("-ge", digits, "older"), ("-le", digits, "newer")],
-        ">=": [("-ge", digits, "older")],
-        "<=": [("-le", digits, "newer")],
-        ">": [("-gt", digits, "older")],
-        "<": [("-lt", digits, "newer")],
-    }[sign]
 
 
 def _digits(number: Version) -> int:

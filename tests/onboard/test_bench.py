@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import edgecl.onboard.bench
-from edgecl.onboard import clock, trtexec
+from edgecl.onboard import clock
 from edgecl.onboard.bench import _marks_of_conditions, bench
 from edgecl.onboard.errors import BundleError, DeviceError
 from edgecl.onboard.power import PowerMeter
@@ -285,9 +285,7 @@ def test_every_mode_of_tensorrt_is_measured_and_compared(tmp_path, monkeypatch):
 @pytest.fixture
 def trtexec_bundle(tmp_path, monkeypatch):
     """A bundle for TensorRT on a machine with a trtexec whose queries take 2 ms and a little."""
-    monkeypatch.setattr(
-        trtexec, "find_trtexec", lambda root="/": str(make_trtexec(tmp_path / "bin", "10.3.0"))
-    )
+    monkeypatch.setenv("TRTEXEC", str(make_trtexec(tmp_path / "bin", "10.3.0")))
     return make_engine_bundle(tmp_path / "b")
 
 
@@ -309,26 +307,6 @@ def test_trtexec_measures_every_mode_of_every_precision(trtexec_bundle):
     assert headline["command"].startswith("trtexec --loadEngine=")
     assert "--useCudaGraph" in headline["command"]
     assert len(headline["engine"]["sha256"]) == 64
-
-
-def test_trtexec_without_samples_gives_what_it_printed(tmp_path, trtexec_bundle, monkeypatch):
-    measure = trtexec.measure_with_trtexec
-
-    def without_samples(*words, **settings):
-        found = measure(*words, modes=MODES[:1], **settings)
-        printed = {"p50": 2.0, "p90": 2.2, "p99": 2.4, "mean": 2.1, "min": 1.9, "max": 3.0}
-        found["modes"][MODES[0]].update(
-            samples_s=None, latency_ms=printed, marks=["summary only"], window=None
-        )
-        return found
-
-    monkeypatch.setattr(trtexec, "measure_with_trtexec", without_samples)
-    record = bench(trtexec_bundle, runtime="trtexec", duration_s=1.0, power=False)
-    (measurement,) = record["measurements"]
-    latency = {"p50": 2.0, "p90": 2.2, "p99": 2.4, "mean": 2.1, "min": 1.9, "std": None}
-    assert measurement["latency_ms"] == {**latency, **dict.fromkeys(["ci95_p50", "ci95_p90", "ci95_p99"])}
-    assert measurement["marks"] == ["summary only"]
-    assert measurement["samples"] is measurement["drift"] is measurement["energy"] is None
 
 
 def test_trtexec_is_for_bundles_for_tensorrt(tmp_path):
