@@ -227,9 +227,9 @@ def _read_target(path: Optional[str]) -> Optional[Dict[str, Any]]:
     try:
         target = json.loads(Path(path).read_bytes().decode("utf-8"))
     except (OSError, ValueError) as exc:
-        raise BundleError("cannot read the target '%s': %s" % (path, exc)) from exc
+        raise BundleError("cannot read the target '%s': %s" % (path, exc), None) from exc
     if not isinstance(target, dict) or "runtime" not in target:
-        raise BundleError("'%s' is not a target as JSON: it has no runtime" % path)
+        raise BundleError("'%s' is not a target as JSON: it has no runtime" % path, None)
     return target
 
 

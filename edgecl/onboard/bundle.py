@@ -126,9 +126,7 @@ def plain_file(
     try:
         found = os.lstat(str(path))
     except (FileNotFoundError, NotADirectoryError) as exc:
-        raise if_missing or BundleError(
-            "'%s' is missing from the bundle '%s'" % (name, bundle), "export the bundle again"
-        ) from exc
+        raise if_missing or BundleError("'%s' is missing from the bundle '%s'" % (name, bundle)) from exc
     except (OSError, ValueError) as exc:
         raise BundleError(_unreadable(str(path), exc)) from exc
     if stat.S_ISLNK(found.st_mode):
@@ -190,16 +188,13 @@ def read_manifest(bundle: Union[str, Path]) -> Dict[str, Any]:
         manifest = json.loads(path.read_bytes().decode("utf-8"))
         too_deep = _is_deeper(manifest, _DEEPEST)
     except ValueError as exc:
-        raise BundleError("'%s' is not valid JSON: %s" % (path, exc), "export the bundle again") from exc
+        raise BundleError("'%s' is not valid JSON: %s" % (path, exc)) from exc
     except OSError as exc:
         raise BundleError(_unreadable(str(path), exc)) from exc
     except RecursionError:
         too_deep = True
     if too_deep:
-        raise BundleError(
-            "'%s' is nested more than %d deep, which no bundle is" % (path, _DEEPEST),
-            "export the bundle again",
-        )
+        raise BundleError("'%s' is nested more than %d deep, which no bundle is" % (path, _DEEPEST))
     if not isinstance(manifest, dict) or manifest.get("kind") != KIND:
         raise BundleError("'%s' is not the manifest of a bundle" % path, "`edgecl export` writes bundles")
     _check_manifest(path, manifest)
@@ -227,10 +222,7 @@ def _check_manifest(path: Path, manifest: Dict[str, Any]) -> None:
     for where, fits, expected in _RULES:
         for name, found in _values_at(manifest, where.split(".")):
             if not fits(found):
-                raise BundleError(
-                    "'%s': '%s' is %s, expected %s" % (path, name, _shown(found), expected),
-                    "export the bundle again",
-                )
+                raise BundleError("'%s': '%s' is %s, expected %s" % (path, name, _shown(found), expected))
         if where == "schema" and manifest["schema"] != SCHEMA:
             raise BundleError(
                 "'%s' has schema %s, this edgecl reads %s" % (path, manifest["schema"], SCHEMA),
@@ -239,8 +231,7 @@ def _check_manifest(path: Path, manifest: Dict[str, Any]) -> None:
     if manifest["precision"] not in manifest["precisions"]:
         raise BundleError(
             "'%s': 'precision' is '%s', expected one of its precisions, %s"
-            % (path, manifest["precision"], ", ".join(manifest["precisions"])),
-            "export the bundle again",
+            % (path, manifest["precision"], ", ".join(manifest["precisions"]))
         )
 
 
@@ -379,7 +370,7 @@ def check_files(bundle: Union[str, Path], manifest: Dict[str, Any]) -> None:
     models = [about["model"] for about in manifest["precisions"].values()]
     for name in [*models, REFERENCE]:
         if name not in manifest["files"]:
-            raise BundleError("the manifest holds no hash for '%s'" % name, "export the bundle again")
+            raise BundleError("the manifest holds no hash for '%s'" % name)
     for name, expected in sorted(manifest["files"].items()):
         if name in ("", ".", "..") or "/" in name or "\\" in name:
             raise BundleError(
@@ -410,7 +401,7 @@ def check_self_contained(path: Path) -> None:
     """
     with path.open("rb") as file:
         if file.read(1) != _ONNX_BEGINS:
-            raise BundleError("'%s' is no ONNX file" % path.name, "export the bundle again")
+            raise BundleError("'%s' is no ONNX file" % path.name)
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             outside = _LOCATION.search(content)
     if outside:

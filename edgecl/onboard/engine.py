@@ -270,7 +270,7 @@ def _check_platform(builder: "tensorrt.Builder", precision: str, title: str) -> 
 
 def _parse(trt: "Trt", network: "tensorrt.INetworkDefinition", file: Path, title: str, log: Log) -> None:
     if not file.is_file():
-        raise BundleError("'%s' is missing" % file, "export the bundle again")
+        raise BundleError("'%s' is missing" % file)
     parser = trt.OnnxParser(network, log.logger)
     parsed = parser.parse_from_file(str(file))
     if parsed and parser.num_errors == 0:
@@ -330,14 +330,12 @@ def _check_io(asked: Dict[str, Any], file: Path, input_form: Dict[str, Any]) -> 
     if list(asked["inputs"]) != [input_form["name"]] or len(asked["outputs"]) != 1:
         raise BundleError(
             "'%s' has the inputs %s and outputs %s, the manifest says the input '%s' and one output"
-            % (file.name, list(asked["inputs"]), list(asked["outputs"]), input_form["name"]),
-            "export the bundle again",
+            % (file.name, list(asked["inputs"]), list(asked["outputs"]), input_form["name"])
         )
     for name, kind in list(asked["inputs"].items()) + list(asked["outputs"].items()):
         if kind != "FLOAT":
             raise BundleError(
-                "'%s' of '%s' is %s, a bundle's inputs and outputs are FLOAT" % (name, file.name, kind),
-                "export the bundle again",
+                "'%s' of '%s' is %s, a bundle's inputs and outputs are FLOAT" % (name, file.name, kind)
             )
 
 

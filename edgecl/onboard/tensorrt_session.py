@@ -239,7 +239,7 @@ class TensorrtSession:
                 continue
             path = bundle / name
             if path.parent != bundle or not is_plain_file(path):
-                raise BundleError("'%s' is missing from the bundle" % name, "export the bundle again")
+                raise BundleError("'%s' is missing from the bundle" % name)
             plan = path.read_bytes()
             engine = self._deserialize(plan)
             if engine is None:
@@ -284,15 +284,13 @@ class TensorrtSession:
         if inputs != [self._form["name"]] or len(names) != 2:
             raise BundleError(
                 "the engine of '%s' has the inputs %s of the tensors %s, the manifest says '%s' and one output"
-                % (model, inputs, names, self._form["name"]),
-                "export the bundle again",
+                % (model, inputs, names, self._form["name"])
             )
         wrong = [kind for kind in kinds if kind.rpartition(".")[2] != "FLOAT"]
         if wrong:
             raise BundleError(
                 "the engine of '%s' has a tensor of type %s, a bundle's inputs and outputs are FLOAT"
-                % (model, wrong[0]),
-                "export the bundle again",
+                % (model, wrong[0])
             )
         return names
 
