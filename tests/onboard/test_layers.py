@@ -172,10 +172,6 @@ def test_one_layer_is_a_list_of_one():
     assert read_layers('"conv_a"') == ["conv_a"]
 
 
-def test_a_version_without_inspector_says_nothing():
-    assert layers_of_engine(TRT, SimpleNamespace()) == []
-
-
 # --- delivered or not ---
 
 

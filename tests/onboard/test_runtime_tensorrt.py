@@ -103,7 +103,7 @@ def test_timed_runs_compute_the_bound_images(monkeypatch, bundle):
         cudart.array_at(session._host_out, expected.shape)[...] = 0
         session.run_once(mode)
         session._download()
-        session.cuda.synchronize(session._stream)
+        session.cuda.call("cudaStreamSynchronize", session._stream)
         assert np.array_equal(session._outputs(), expected), mode
 
 
@@ -118,7 +118,7 @@ def test_transfers_really_move_the_images(monkeypatch, bundle):
         cudart.array_at(session._host_in, other.shape)[...] = other
         session.run_once(mode)
         session._download()
-        session.cuda.synchronize(session._stream)
+        session.cuda.call("cudaStreamSynchronize", session._stream)
         same = np.array_equal(session._outputs(), of_onnxruntime(bundle, "fp16", other))
         assert same == moved, mode
 
