@@ -4,6 +4,8 @@ import pytest
 
 from edgecl.onboard.device_info import add_state_after, read_clocks, read_device_info, read_temperatures
 
+from .recorded.boards import plant
+
 X86_CPU = """processor\t: {0}
 vendor_id\t: GenuineIntel
 cpu family\t: 6
@@ -24,14 +26,6 @@ CPU revision\t: 3
 """
 
 
-def tree(root, files):
-    for name, text in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    return root
-
-
 def read(root, machine="aarch64", cores=4):
     versions = {"onnxruntime": "1.20.0", "numpy": "1.26.0"}
     return read_device_info(threads=2, versions=versions, root=root, machine=machine, cores=cores)
@@ -39,7 +33,7 @@ def read(root, machine="aarch64", cores=4):
 
 @pytest.fixture
 def server(tmp_path):
-    return tree(
+    return plant(
         tmp_path,
         {
             "proc/cpuinfo": "".join(X86_CPU.format(i) for i in range(8)),
@@ -89,7 +83,7 @@ def test_server_is_named_after_its_processor(server):
 
 def test_raspberry_pi_is_named_after_its_board(tmp_path):
     cpus = "".join(ARM_CPU.format(i, "0x41", "0xd08") for i in range(4))
-    tree(
+    plant(
         tmp_path,
         {
             "proc/cpuinfo": cpus + "Hardware\t: BCM2835\nModel\t\t: Raspberry Pi 4 Model B Rev 1.4\n",
@@ -113,7 +107,7 @@ def test_jetson_orin_tells_its_release(tmp_path):
         )
         for i in range(6)
     )
-    tree(
+    plant(
         tmp_path,
         {
             "proc/cpuinfo": cpus,
@@ -129,13 +123,13 @@ def test_jetson_orin_tells_its_release(tmp_path):
 
 def test_cores_of_several_kinds_are_all_named(tmp_path):
     cpus = "".join(ARM_CPU.format(i, "0x41", part) for i, part in enumerate(["0xd0b", "0xd05", "0xd05"]))
-    device_info = read(tree(tmp_path, {"proc/cpuinfo": cpus + ARM_CPU.format(3, "0x61", "0x022")}))
+    device_info = read(plant(tmp_path, {"proc/cpuinfo": cpus + ARM_CPU.format(3, "0x61", "0x022")}))
     assert device_info["cpu_model"] == "Cortex-A76 + Cortex-A55 + Arm core 0x61/0x022"
 
 
 def test_old_control_groups_limit_cores_too(tmp_path):
     files = {"cpu.cfs_quota_us": "150000\n", "cpu.cfs_period_us": "100000\n"}
-    tree(tmp_path, {f"sys/fs/cgroup/cpu/{name}": text for name, text in files.items()})
+    plant(tmp_path, {f"sys/fs/cgroup/cpu/{name}": text for name, text in files.items()})
     assert read(tmp_path)["core_quota"] == 1.5
 
 
@@ -345,7 +339,7 @@ THOR = {
     ids=["nano", "xavier-nx", "orin-nano", "agx-orin", "thor"],
 )
 def test_board_tells_what_it_is_and_how_it_is_set(tmp_path, files, expected):
-    device_info = read(tree(tmp_path, files))
+    device_info = read(plant(tmp_path, files))
     assert {key: device_info[key] for key in expected} == expected
 
 
@@ -361,25 +355,25 @@ def test_board_tells_what_it_is_and_how_it_is_set(tmp_path, files, expected):
     ids=["nano", "xavier-nx", "orin-nano", "agx-orin", "thor"],
 )
 def test_board_tells_its_clocks(tmp_path, files, gpu, locked):
-    clocks = read_clocks(tree(tmp_path, files))
+    clocks = read_clocks(plant(tmp_path, files))
     assert clocks["gpu"] == gpu
     assert clocks["locked"] is locked
 
 
 def test_clocks_of_processor_and_memory_are_told(tmp_path):
-    clocks = read_clocks(tree(tmp_path, ORIN_NANO))
+    clocks = read_clocks(plant(tmp_path, ORIN_NANO))
     assert clocks["cpu"] == {"mhz": [1728.0] * 6, "min_mhz": 1728.0, "max_mhz": 1728.0, "locked": True}
     assert clocks["emc_mhz"] == 3199.0
 
 
 def test_one_core_whose_clock_may_change_is_not_locked(tmp_path):
     files = {**ORIN_NANO, "sys/devices/system/cpu/cpu3/cpufreq/scaling_min_freq": "729600\n"}
-    clocks = read_clocks(tree(tmp_path, files))
+    clocks = read_clocks(plant(tmp_path, files))
     assert (clocks["cpu"]["locked"], clocks["gpu"]["locked"], clocks["locked"]) == (False, True, False)
 
 
 def test_temperatures_leave_out_constants_and_zones_that_are_off(tmp_path):
-    nano, orin = tree(tmp_path / "nano", NANO), tree(tmp_path / "orin", ORIN_NANO)
+    nano, orin = plant(tmp_path / "nano", NANO), plant(tmp_path / "orin", ORIN_NANO)
     assert read_temperatures(nano) == {
         "AO-therm": 45.5,
         "CPU-therm": 38.0,
@@ -396,15 +390,15 @@ def test_temperatures_leave_out_constants_and_zones_that_are_off(tmp_path):
 
 def test_zones_of_the_same_name_are_both_told(tmp_path):
     files = {"type": "acpitz\n", "temp": "20000\n"}
-    tree(
+    plant(
         tmp_path, {f"sys/class/thermal/thermal_zone{n}/{name}": files[name] for n in (0, 1) for name in files}
     )
     assert read_temperatures(tmp_path) == {"acpitz": 20.0, "acpitz (thermal_zone1)": 20.0}
 
 
 def test_state_after_is_added_beside_the_state_before(tmp_path):
-    device_info = read(tree(tmp_path, NANO))
-    tree(tmp_path, {**zones(AO_therm=52000), **gpu_clocks("57000000.gpu", 614400000, 921600000, 921600000)})
+    device_info = read(plant(tmp_path, NANO))
+    plant(tmp_path, {**zones(AO_therm=52000), **gpu_clocks("57000000.gpu", 614400000, 921600000, 921600000)})
     add_state_after(device_info, tmp_path)
     assert device_info["temperatures_c"]["before"]["AO-therm"] == 45.5
     assert device_info["temperatures_c"]["after"]["AO-therm"] == 52.0
@@ -414,7 +408,7 @@ def test_state_after_is_added_beside_the_state_before(tmp_path):
 
 def test_the_table_of_this_board_may_be_a_link(tmp_path):
     files = {name: text for name, text in ORIN_NANO.items() if name != "etc/nvpmodel.conf"}
-    tree(
+    plant(
         tmp_path,
         {**files, "etc/nvpmodel/nvpmodel_p3767_0005_super.conf": nvpmodel("15W", "25W", "MAXN_SUPER")},
     )
@@ -424,15 +418,15 @@ def test_the_table_of_this_board_may_be_a_link(tmp_path):
 
 def test_a_mode_that_tables_of_several_boards_call_differently_has_no_name(tmp_path):
     tables = {"a": nvpmodel("MAXN", "10W"), "b": nvpmodel("15W", "10W")}
-    tree(tmp_path, {f"etc/nvpmodel/{name}.conf": text for name, text in tables.items()})
-    tree(tmp_path, {"var/lib/nvpmodel/status": "pmode:0000"})
+    plant(tmp_path, {f"etc/nvpmodel/{name}.conf": text for name, text in tables.items()})
+    plant(tmp_path, {"var/lib/nvpmodel/status": "pmode:0000"})
     assert read(tmp_path)["power_mode"] == {"id": 0, "name": None}
-    tree(tmp_path, {"var/lib/nvpmodel/status": "pmode:0001"})
+    plant(tmp_path, {"var/lib/nvpmodel/status": "pmode:0001"})
     assert read(tmp_path)["power_mode"] == {"id": 1, "name": "10W"}
 
 
 def test_pc_with_a_graphics_card_names_it_and_its_driver(tmp_path):
-    tree(
+    plant(
         tmp_path,
         {
             "proc/cpuinfo": X86_CPU.format(0),
@@ -452,5 +446,7 @@ def test_pc_with_a_graphics_card_names_it_and_its_driver(tmp_path):
 
 
 def test_the_runtimes_own_version_of_tensorrt_counts(tmp_path):
-    device_info = read_device_info(threads=1, versions={"tensorrt": "10.4.0"}, root=tree(tmp_path, ORIN_NANO))
+    device_info = read_device_info(
+        threads=1, versions={"tensorrt": "10.4.0"}, root=plant(tmp_path, ORIN_NANO)
+    )
     assert device_info["tensorrt"] == "10.4.0"

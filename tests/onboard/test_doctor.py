@@ -14,6 +14,7 @@ from edgecl.onboard.device_info import read_device_info
 from edgecl.onboard.device_state import check_conditions, highest_power_mode
 from edgecl.onboard.doctor import check_runtime, doctor, probe
 
+from .recorded.boards import plant
 from .tiny_bundle import flip_byte, make_bundle, read_manifest, write_manifest
 
 NANO_POWER = "< POWER_MODEL ID=0 NAME=MAXN >\n< POWER_MODEL ID=1 NAME=5W >\n< PM_CONFIG DEFAULT=0 >\n"
@@ -29,14 +30,6 @@ ORIN = {
     "precisions": ["fp16", "int8"],
 }
 NANO = {"runtime": "tensorrt", "versions": ">=8.2,<8.3", "device": "jetson-nano", "precisions": ["fp16"]}
-
-
-def tree(root, files):
-    for name, text in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    return root
 
 
 def orin_files(**changed):
@@ -74,7 +67,7 @@ def orin_files(**changed):
 
 @pytest.fixture
 def orin(tmp_path):
-    return tree(tmp_path / "orin", orin_files())
+    return plant(tmp_path / "orin", orin_files())
 
 
 @pytest.fixture
@@ -109,7 +102,7 @@ def nano(tmp_path):
         "sys/devices/pwm-fan/cur_pwm": "0",
         "usr/lib/aarch64-linux-gnu/libnvinfer.so.8": "",
     }
-    return tree(tmp_path / "nano", files)
+    return plant(tmp_path / "nano", files)
 
 
 def by_name(found):
@@ -186,7 +179,7 @@ def test_board_out_of_the_box_is_told_each_thing_to_do(nano):
     ],
 )
 def test_heat_near_the_trip_point_warns_and_at_it_fails(orin, degrees, status, found):
-    tree(orin, {"sys/class/thermal/thermal_zone0/temp": str(degrees)})
+    plant(orin, {"sys/class/thermal/thermal_zone0/temp": str(degrees)})
     checks = conditions(orin)
     assert (checks["temperature"]["status"], checks["temperature"]["found"]) == (status, found)
 
@@ -211,7 +204,7 @@ def test_no_table_of_power_modes_has_no_highest():
 
 
 def test_server_with_a_lazy_governor_and_a_limit_on_its_cores(tmp_path):
-    root = tree(
+    root = plant(
         tmp_path / "pc",
         {
             "proc/cpuinfo": "processor\t: 0\nmodel name\t: Some CPU @ 2.50GHz\n",
@@ -241,7 +234,7 @@ def test_server_with_a_lazy_governor_and_a_limit_on_its_cores(tmp_path):
     ],
 )
 def test_memory_is_held_to_the_workspace(orin, available_mib, status, found):
-    tree(orin, {"proc/meminfo": MEMORY.format(total=7800000, available=available_mib * 1024, swap=2000000)})
+    plant(orin, {"proc/meminfo": MEMORY.format(total=7800000, available=available_mib * 1024, swap=2000000)})
     checks = by_name(doctor(target={**ORIN, "build": {"workspace_mib": 1024}}, root=orin))
     assert (checks["memory"]["status"], checks["memory"]["found"]) == (status, found)
 
@@ -279,7 +272,7 @@ def test_dla_on_an_orin_nano_fails_and_on_an_agx_orin_does_not(orin):
     checks = by_name(doctor(target=dla, root=orin))
     assert checks["DLA"]["status"] == "fail"
     assert checks["DLA"]["found"] == "asked for core 1; Jetson Orin Nano has 0 DLA cores"
-    tree(orin, {"proc/device-tree/model": "NVIDIA Jetson AGX Orin Developer Kit\x00"})
+    plant(orin, {"proc/device-tree/model": "NVIDIA Jetson AGX Orin Developer Kit\x00"})
     assert by_name(doctor(target=dla, root=orin))["DLA"]["status"] == "ok"
 
 
@@ -313,7 +306,7 @@ def test_library_without_bindings_says_which_package_to_install(nano, no_tensorr
 
 
 def test_virtual_environment_that_hides_the_bindings_says_so(nano, no_tensorrt, monkeypatch):
-    tree(nano, {"usr/lib/python3.6/dist-packages/tensorrt/__init__.py": ""})
+    plant(nano, {"usr/lib/python3.6/dist-packages/tensorrt/__init__.py": ""})
     monkeypatch.setattr(sys, "base_prefix", "/usr")
     assert "--system-site-packages" in runtime_fix(nano, NANO, jetson=True)["tensorrt"]["fix"]
     monkeypatch.setattr(sys, "prefix", "/usr")
@@ -330,7 +323,7 @@ def test_trtexec_is_found_where_jetpack_puts_it(orin, monkeypatch):
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
     missing = runtime_fix(orin, ORIN, jetson=True)["trtexec"]
     assert (missing["status"], missing["fix"]) == ("warn", "sudo apt install libnvinfer-bin")
-    program = tree(orin, {"usr/src/tensorrt/bin/trtexec": ""}) / "usr/src/tensorrt/bin/trtexec"
+    program = plant(orin, {"usr/src/tensorrt/bin/trtexec": ""}) / "usr/src/tensorrt/bin/trtexec"
     assert runtime_fix(orin, ORIN, jetson=True)["trtexec"]["found"] == str(program)
 
 

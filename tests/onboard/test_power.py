@@ -18,15 +18,7 @@ import edgecl.onboard
 from edgecl.onboard import power
 from edgecl.onboard.power import PowerMeter, find_rails, integrate, module_rails, rails_of_tegrastats
 
-from .recorded.boards import BOARDS, hwmon
-
-
-def plant(root, files):
-    for name, text in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    return root
+from .recorded.boards import BOARDS, hwmon, plant
 
 
 def add_tegrastats(root, body):

@@ -6,6 +6,8 @@ import pytest
 
 from edgecl.onboard.throttle import ThrottleWatch
 
+from .recorded.boards import plant
+
 OC = "sys/class/hwmon/hwmon1/"
 RAIL = "sys/class/hwmon/hwmon2/"
 GPU = "sys/class/devfreq/17000000.gpu/"
@@ -48,10 +50,7 @@ class System:
         self.watch.start()
 
     def write(self, files):
-        for name, text in files.items():
-            path = self.root / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text + "\n")
+        plant(self.root, {name: text + "\n" for name, text in files.items()})
 
     def look(self, times=1):
         for _ in range(times):

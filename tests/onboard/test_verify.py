@@ -7,7 +7,7 @@ from edgecl.onboard.bundle import sha256_of_file
 from edgecl.onboard.errors import BundleError, DisagreementError
 from edgecl.onboard.verify import compare, verify
 
-from .tiny_bundle import flip_byte, make_bundle, read_manifest, write_manifest
+from .tiny_bundle import make_bundle, read_manifest, write_manifest
 
 
 def rehash(bundle):
@@ -44,19 +44,6 @@ def test_every_precision_is_held_to_its_own_tolerance(tmp_path):
     assert [found[name]["tolerance"]["max_relative_difference"] for name in found] == [0.02, 0.001, 0.5]
 
 
-def test_precisions_can_be_chosen(tmp_path):
-    bundle = make_bundle(tmp_path / "bundle", precisions=("fp16", "fp32", "int8"))
-    assert list(verify(bundle, precisions=["int8", "fp32"])["precisions"]) == ["int8", "fp32"]
-    with pytest.raises(BundleError, match="the bundle holds no int4 net; it has fp16, fp32, int8"):
-        verify(bundle, precisions=["int4"])
-
-
-def test_another_runtime_can_be_chosen(tmp_path):
-    record = verify(make_bundle(tmp_path / "bundle"), runtime="openvino")
-    assert record["runtime"].startswith("openvino ")
-    assert record["precisions"]["fp32"]["max_relative_difference"] < 1e-5
-
-
 def test_one_precision_out_of_several_that_disagrees_is_named_and_the_rest_is_kept(tmp_path):
     bundle = make_bundle(tmp_path / "bundle", precisions=("fp32", "int8"))
     manifest = read_manifest(bundle)
@@ -69,27 +56,6 @@ def test_one_precision_out_of_several_that_disagrees_is_named_and_the_rest_is_ke
     assert [record["precisions"][name]["ok"] for name in ("fp32", "int8")] == [True, False]
     assert "reference images: int8: the largest relative difference is " in caught.value.problem
     assert "fp32" not in caught.value.problem
-
-
-@pytest.mark.parametrize("name", ["model.onnx", "reference.npz"])
-def test_flipped_byte_is_found(tmp_path, name):
-    bundle = make_bundle(tmp_path / "bundle")
-    expected = read_manifest(bundle)["files"][name]
-    flip_byte(bundle / name)
-    with pytest.raises(BundleError) as caught:
-        verify(bundle)
-    assert caught.value.problem == (
-        f"'{name}' does not match its hash: the manifest says {expected[:12]}..., "
-        f"the file has {sha256_of_file(bundle / name)[:12]}..."
-    )
-    assert caught.value.hint == "the file changed after export; export the bundle again"
-
-
-def test_missing_file_is_named(tmp_path):
-    bundle = make_bundle(tmp_path / "bundle")
-    (bundle / "model.onnx").unlink()
-    with pytest.raises(BundleError, match=r"'model\.onnx' is missing from the bundle"):
-        verify(bundle)
 
 
 def test_outputs_of_another_net_are_an_error_with_numbers(tmp_path):
@@ -179,14 +145,6 @@ def test_a_flipped_bit_anywhere_in_the_manifest_is_found(tmp_path, place):
     content[int(place * len(content))] ^= 1
     path.write_bytes(content)
     with pytest.raises(BundleError):
-        verify(bundle)
-
-
-def test_an_edited_tolerance_is_no_way_round_the_check(tmp_path):
-    bundle = make_bundle(tmp_path / "bundle")
-    path = bundle / "manifest.json"
-    path.write_text(path.read_text().replace("0.001", "0.9"))
-    with pytest.raises(BundleError, match=r"'manifest\.json' does not match the hash of its own content"):
         verify(bundle)
 
 
