@@ -20,7 +20,7 @@ from edgecl.config.recipe import (
     recipe_from_tables,
     recipe_name,
 )
-from edgecl.config.settings import header_comment, override, packaged_files
+from edgecl.config.settings import header_comment, packaged_files
 from edgecl.errors import RecipeError
 
 PACKAGED = packaged_files("recipes")
@@ -442,18 +442,6 @@ def test_emp_ssl_without_the_coding_rate_is_refused(write):
         read_recipe(write(MINIMAL), assignments)
 
 
-def test_assignments_leave_the_tables_they_are_made_to_alone():
-    tables = {"method": {"coding_rate": {"weight": 0.1}}}
-    changed = override(tables, ["method.coding_rate.weight=0.2"], error=RecipeError)
-    assert changed["method"]["coding_rate"] == {"weight": 0.2}
-    assert tables["method"]["coding_rate"] == {"weight": 0.1}
-
-
 def test_settings_are_named_as_set_takes_them():
     tables = {"run": {"seed": 0}, "method": {"coding_rate": {"weight": 0.1}}}
     assert flatten(tables) == {"run.seed": 0, "method.coding_rate.weight": 0.1}
-
-
-@pytest.mark.parametrize("name", PACKAGED)
-def test_a_packaged_recipe_reads(name):
-    read_recipe(name)

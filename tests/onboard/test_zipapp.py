@@ -12,16 +12,8 @@ import pytest
 
 from edgecl.deploy.onboard_zip import write_onboard
 
+from .test_engine import python36
 from .tiny_bundle import flip_byte, make_bundle
-
-
-def has_onnxruntime(python):
-    return (
-        subprocess.run(
-            [python, "-c", "import numpy, onnxruntime"], capture_output=True, check=False
-        ).returncode
-        == 0
-    )
 
 
 @pytest.fixture(scope="session")
@@ -38,15 +30,6 @@ def bare_python(tmp_path_factory):
     done = subprocess.run([*pip, "-q", "numpy", "onnxruntime"], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         pytest.skip("cannot install NumPy and onnxruntime: " + done.stderr.strip()[-200:])
-    return python
-
-
-@pytest.fixture(scope="session")
-def python36():
-    """A Python 3.6 with NumPy and onnxruntime: what EDGECL_PYTHON36 names, or python3.6 on the PATH."""
-    python = os.environ.get("EDGECL_PYTHON36") or shutil.which("python3.6")
-    if python is None or not has_onnxruntime(python):
-        pytest.skip("no Python 3.6 with NumPy and onnxruntime here (EDGECL_PYTHON36 may name one)")
     return python
 
 
@@ -97,8 +80,8 @@ def test_every_verb_runs_with_numpy_and_onnxruntime_only(bare_python, bundle):
 
 
 @pytest.mark.slow
-def test_every_verb_runs_under_python_3_6(python36, bundle):
-    check_every_verb(python36, bundle)
+def test_every_verb_runs_under_python_3_6(bundle):
+    check_every_verb(python36(), bundle)
 
 
 def test_every_verb_runs_under_this_python(bundle):
