@@ -9,14 +9,12 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from edgecl.config.settings import (
+    LARGER_PICTURES,
     Config,
     Count,
     Factor,
-    find_settings_file,
-    header_comment,
-    packaged_files,
-    parse_toml,
-    read_text,
+    Fraction,
+    read_tables,
     validate,
 )
 from edgecl.errors import TargetError, near_matches
@@ -28,9 +26,6 @@ Precision = Literal["fp32", "fp16", "int8"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
 Int8Form = Literal["int8-trt", "int8-trt-fp16", "int8-cpu"]
 ComputeCapability = Literal["SM75", "SM80", "SM86", "SM89", "SM120", "SM121"]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-
-_LARGER_PICTURES = "larger pictures do not fit into memory by the batch"
 
 
 class Graph(Config):
@@ -41,7 +36,7 @@ class Graph(Config):
     """As one HardSwish node (opset 14 and later), as HardSigmoid and Mul, or as Add, Clip and Mul."""
     int8: Int8Form = "int8-trt"
     """Which form of explicit quantization the runtime takes."""
-    image_size: int | None = Field(None, ge=8, le=4096, description=_LARGER_PICTURES)
+    image_size: int | None = Field(None, ge=8, le=4096, description=LARGER_PICTURES)
     """Height and width of the input in pixels; the net's own where it is not said."""
     batch: int = Field(1, ge=1, le=65_536)
     """Images per inference when the batch is static, and the size that is measured."""
@@ -213,11 +208,7 @@ class Target(Config):
 
 
 def read_target(name: str, *, precisions: Sequence[str] | None = None) -> Target:
-    """Read a packaged target or a TOML file; an alias is followed.
-
-    Args:
-        name: of a packaged target, or a path.
-        precisions: in place of the target's, the preferred one first.
+    """Read a packaged target or a TOML file, with other precisions if asked; an alias is followed.
 
     Raises:
         TargetError: unknown name, key or value, every problem at once; or a precision the target's device lacks.
@@ -235,18 +226,9 @@ def target_name(name: str) -> str:
 
 
 def _read(name: str, *, from_alias: str | None = None) -> tuple[str, Target]:
-    path = find_settings_file(name, folder="export", error=TargetError, noun="target")
-    tables = parse_toml(read_text(path, error=TargetError), source=str(path), error=TargetError)
+    path, tables = read_tables(name, folder="export", error=TargetError, noun="target")
     if set(tables) == {"alias"} and isinstance(tables["alias"], str):
         if from_alias:
             raise TargetError(f"'{from_alias}' is an alias of '{name}', which is an alias itself")
         return _read(tables["alias"], from_alias=name)
     return path.stem, validate(Target, tables, source=str(path), error=TargetError)
-
-
-def list_targets() -> list[dict[str, str]]:
-    """List the packaged targets: name and the first line of the header."""
-    return [
-        {"name": name, "summary": header_comment(path.read_text(encoding="utf-8")).partition("\n")[0]}
-        for name, path in packaged_files("export").items()
-    ]
