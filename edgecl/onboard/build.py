@@ -17,11 +17,6 @@ def build(
 ) -> Dict[str, Any]:
     """Build the engines of a bundle on this device, to be found by whatever runs it afterwards.
 
-    Args:
-        bundle: the directory; its files are checked against their hashes first.
-        precisions: which to build; all that the bundle holds where None.
-        report: called with a line on how far it is.
-
     Returns:
         runtime; precisions, for each what the session says of its engine: file, sha256, layers, build_s, cached.
 

@@ -94,9 +94,9 @@ def measure_interleaved(
         max_warmup_s: seconds of warm-up per task at most, >= 0; one run is always made.
         min_samples: samples of each task to take even after `duration_s`.
         block_s: seconds of one block; shorter where `duration_s` would not hold ten rounds of several tasks.
-        timer: seconds from any start; it is called right before and right after each run.
-        report: called about once a second, between runs, with a line on how far it is.
-        between: called before every block and at the end, to look at the device while nothing is recorded.
+        timer: called right before and right after each run.
+        report: called about once a second, between runs.
+        between: called before every block and at the end, while nothing is recorded.
 
     Returns:
         name -> what was seen of it.
@@ -221,11 +221,9 @@ class _Series:
             count += len(window)
             medians.append(float(np.median(window)))
             last = medians[-2:]
-            if len(medians) >= WINDOWS and max(last) <= (1 + STEADY) * min(last):
-                self._warmup = (count, elapsed, True)
-                return
-            if elapsed >= max_warmup_s:
-                self._warmup = (count, elapsed, False)
+            steady = len(medians) >= WINDOWS and max(last) <= (1 + STEADY) * min(last)
+            if steady or elapsed >= max_warmup_s:
+                self._warmup = (count, elapsed, steady)
                 return
             full_s, full_samples = full_s * WINDOW_GROWTH, full_samples * WINDOW_GROWTH
 

@@ -11,28 +11,20 @@ from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Tuple, Union
 
 from .devices import device_of_module, jetpack_of_l4t
-from .sysfs import gpu_folder, memory_mib, read_number, read_text, thermal_zones
+from .sysfs import gpu_folder, memory_mib, power_modes, read_number, read_text, thermal_zones
+from .versions import numbers_of
 
 # Arm's numbers for its cores (the "CPU part" of /proc/cpuinfo), for implementer 0x41, and NVIDIA's own, 0x4e.
 _CORES = {
-    ("0x41", "0xb76"): "ARM1176",
-    ("0x41", "0xc07"): "Cortex-A7",
     ("0x41", "0xd03"): "Cortex-A53",
-    ("0x41", "0xd04"): "Cortex-A35",
     ("0x41", "0xd05"): "Cortex-A55",
     ("0x41", "0xd07"): "Cortex-A57",
     ("0x41", "0xd08"): "Cortex-A72",
-    ("0x41", "0xd09"): "Cortex-A73",
-    ("0x41", "0xd0a"): "Cortex-A75",
     ("0x41", "0xd0b"): "Cortex-A76",
     ("0x41", "0xd0c"): "Neoverse-N1",
-    ("0x41", "0xd0d"): "Cortex-A77",
     ("0x41", "0xd40"): "Neoverse-V1",
     ("0x41", "0xd41"): "Cortex-A78",
     ("0x41", "0xd42"): "Cortex-A78AE",
-    ("0x41", "0xd44"): "Cortex-X1",
-    ("0x41", "0xd46"): "Cortex-A510",
-    ("0x41", "0xd47"): "Cortex-A710",
     ("0x41", "0xd49"): "Neoverse-N2",
     ("0x41", "0xd4f"): "Neoverse-V2",
     ("0x41", "0xd83"): "Neoverse-V3AE",
@@ -69,9 +61,7 @@ def read_device_info(
     l4t = _l4t(root)
     jetpack = jetpack_of_l4t(l4t) if l4t else None
     cpuinfo = read_text(root / "proc/cpuinfo") or ""
-    board = read_text(root / "proc/device-tree/model") or read_text(
-        root / "sys/firmware/devicetree/base/model"
-    )
+    board = read_text(root / "proc/device-tree/model")
     cpu_model = _cpu_model(cpuinfo)
     machine = machine or platform.machine()
     return {
@@ -145,15 +135,12 @@ def _values(cpuinfo: str, key: str) -> List[str]:
 
 def _cpu_model(cpuinfo: str) -> Optional[str]:
     """Return the processor's name: the kinds of Arm cores where they are told, else the model name."""
-    kinds: List[str] = []
+    kinds: Dict[str, None] = {}  # in their order
     for processor in re.split(r"\n\s*\n", cpuinfo):
         implementer, part = _values(processor, "CPU implementer"), _values(processor, "CPU part")
-        if not implementer or not part:
-            continue
-        numbers = (implementer[-1].lower(), part[-1].lower())
-        kind = _CORES.get(numbers, "Arm core %s/%s" % numbers)
-        if kind not in kinds:
-            kinds.append(kind)
+        if implementer and part:
+            numbers = (implementer[-1].lower(), part[-1].lower())
+            kinds[_CORES.get(numbers, "Arm core %s/%s" % numbers)] = None
     if kinds:
         return " + ".join(kinds)
     names = _values(cpuinfo, "model name")
@@ -184,17 +171,12 @@ def _gpu_names(root: Path) -> Optional[List[str]]:
 def _tensorrt(root: Path) -> Optional[str]:
     """Return the version in the name of the installed library; loading it would take its memory too."""
     versions = []
-    for folder in (
-        "usr/lib/aarch64-linux-gnu",
-        "usr/lib/x86_64-linux-gnu",
-        "usr/lib64",
-        "usr/local/tensorrt/lib",
-    ):
-        for path in (root / folder).glob("libnvinfer.so.*"):
-            numbers = path.name[len("libnvinfer.so.") :].split(".")
-            if len(numbers) >= 3 and all(number.isdigit() for number in numbers):
-                versions.append(tuple(int(number) for number in numbers))
-    return ".".join(str(number) for number in max(versions)) if versions else None
+    for folder in ("lib/aarch64-linux-gnu", "lib/x86_64-linux-gnu", "lib64", "local/tensorrt/lib"):
+        for path in (root / "usr" / folder).glob("libnvinfer.so.*"):
+            numbers = numbers_of(path.name[len("libnvinfer.so.") :])
+            if len(numbers) >= 3:
+                versions.append(numbers)
+    return ".".join(map(str, max(versions))) if versions else None
 
 
 def _cuda(root: Path) -> Optional[str]:
@@ -226,12 +208,8 @@ def _power_mode(root: Path) -> Optional[Dict[str, Any]]:
     tables = [root / "etc/nvpmodel.conf"]
     if not tables[0].is_file():
         tables = sorted((root / "etc/nvpmodel").glob("*.conf"))
-    names = set()
-    for table in tables:
-        modes = re.findall(
-            r"^\s*<\s*POWER_MODEL\s+ID=(\d+)\s+NAME=(\S+)", read_text(table) or "", re.MULTILINE
-        )
-        names |= {name.rstrip(">") for mode, name in modes if int(mode) == number}
+    modes = [mode for table in tables for mode in power_modes(read_text(table) or "")]
+    names = {name for mode, name in modes if mode == number}
     return {"id": number, "name": names.pop() if len(names) == 1 else None}
 
 
@@ -259,12 +237,12 @@ def _gpu_clocks(root: Path) -> Optional[Dict[str, Any]]:
     if folder is None:
         return None
     current, least, most = (read_number(folder / ("%s_freq" % which)) for which in ("cur", "min", "max"))
-    return {
+    clocks: Dict[str, Any] = {
         "mhz": _mhz(current, 1e6),
         "min_mhz": _mhz(least, 1e6),
         "max_mhz": _mhz(most, 1e6),
-        "locked": least is not None and least == most,
     }
+    return dict(clocks, locked=least is not None and least == most)
 
 
 def _mhz(clock: Optional[int], unit: float) -> Optional[float]:

@@ -125,8 +125,7 @@ def check_delivered(
         expected: the share that the graph asks for, 0 to 1; for int8 that of the quantized layers.
         maker: who built the engine, for the error.
 
-    Returns:
-        whether the layers were enough to check it.
+    Returns whether the layers were enough to check it.
 
     Raises:
         DeviceError: not delivered: less than a quarter of the expected share, or none at all.

@@ -1,7 +1,7 @@
 """Percentiles of latencies, and how sure one may be of them."""
 
 import math
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
@@ -37,8 +37,6 @@ def percentile_interval(
     Args:
         samples: (N,) in order of time, N >= 1.
         fraction: which percentile, 0 < fraction < 1.
-        resamples: how many.
-        seed: of the draws.
 
     Source: Künsch 1989, Annals of Statistics 17(3), blocks that overlap; Politis & Romano 1992, circular blocks.
         Block length: Politis & White 2004, Econometric Reviews 23(1), corrected by Patton, Politis & White 2009,
@@ -109,12 +107,6 @@ def ratio_interval(
 
     What a round did to both cancels in the ratio of its two medians; whole rounds are drawn.
 
-    Args:
-        blocks_a: one series of latencies per round, each of one or more.
-        blocks_b: of the same rounds.
-        resamples: how many.
-        seed: of the draws.
-
     Returns:
         The median over the rounds of (p50 of A's block) / (p50 of B's block), and the interval; None for the
         interval under 4 rounds.
@@ -147,8 +139,7 @@ def _times_drawn(draws: np.ndarray, groups: int) -> np.ndarray:
     """Return how often each resample (R, B) drew each group, (R, groups)."""
     rows = np.arange(len(draws))[:, None] * groups
     counts = np.bincount((draws + rows).ravel(), minlength=len(draws) * groups).reshape(-1, groups)
-    found: np.ndarray = counts.astype(np.float64)
-    return found
+    return counts.astype(np.float64)
 
 
 def _percentiles_of_resamples(
@@ -196,13 +187,9 @@ def summarize(samples_s: Sequence[float], batch: int) -> Dict[str, Any]:
     for name, fraction in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99)):
         known = name != "p99" or len(values) >= P99_SAMPLES
         latency[name] = _rounded(np.percentile(values, 100 * fraction)) if known else None
-        interval: Optional[List[float]] = None
-        if known:
-            interval = [_rounded(end) for end in percentile_interval(values, fraction)]
-        latency["ci95_" + name] = interval
-    latency["mean"] = _rounded(values.mean())
-    latency["std"] = _rounded(values.std())
-    latency["min"] = _rounded(values.min())
+        interval = percentile_interval(values, fraction) if known else None
+        latency["ci95_" + name] = [_rounded(end) for end in interval] if interval else None
+    latency.update(mean=_rounded(values.mean()), std=_rounded(values.std()), min=_rounded(values.min()))
     mean_s = float(values.mean()) / 1e3
     return {
         "latency_ms": latency,

@@ -172,13 +172,8 @@ class TensorrtSession:
         if engine is None:
             raise self._cannot("load the engine it just built")
         layers = layers_of_engine(self._trt, engine) or built.layers
-        shares = precision_shares(layers)
-        checked = check_delivered(
-            shares,
-            self._precision,
-            expected=built.network["shares"].get(self._precision, 1.0),
-            maker=self._title,
-        )
+        shares, expected = precision_shares(layers), built.network["shares"].get(self._precision, 1.0)
+        checked = check_delivered(shares, self._precision, expected=expected, maker=self._title)
         if not checked:
             self._say("the engine does not tell the precision of its layers", report)
         record: Dict[str, Any] = {
@@ -193,7 +188,8 @@ class TensorrtSession:
         }
         record.update(summarize(layers))
         if report:
-            report("built in %.0f s: %s" % (built.seconds, _words(record["layers"])))
+            words = ["%d layers in %s" % (number, name) for name, number in record["layers"].items()]
+            report("built in %.0f s: %s" % (built.seconds, ", ".join(words)))
         try:
             plan_file.parent.mkdir(exist_ok=True)
             write_whole(plan_file, built.plan)
@@ -288,7 +284,7 @@ class TensorrtSession:
         wrong = [kind for kind in kinds if kind.rpartition(".")[2] != "FLOAT"]
         if wrong:
             raise BundleError(
-                "the engine of '%s' has a tensor of type %s, a bundle's inputs and outputs are FLOAT"
+                "the engine of '%s' has a tensor of type %s, not FLOAT as every bundle's are"
                 % (model, wrong[0])
             )
         return names
@@ -316,11 +312,12 @@ class TensorrtSession:
     def _enqueue(self) -> None:
         """Queue the net alone."""
         context: "tensorrt.IExecutionContext" = self._context
-        if self._by_name:
-            done = context.execute_async_v3(self._stream)
-        else:
-            old: Any = context
-            done = old.execute_async_v2([self._address(name) for name in self._names], self._stream)
+        old: Any = context
+        done = (
+            context.execute_async_v3(self._stream)
+            if self._by_name
+            else old.execute_async_v2([self._address(name) for name in self._names], self._stream)
+        )
         if not done:
             raise self._cannot("run the net")
 
@@ -487,7 +484,3 @@ class TensorrtSession:
             # After a failure on the GPU every call fails; what failed first is what counts.
             with contextlib.suppress(DeviceError):
                 self.cuda.call(*self._held.pop())
-
-
-def _words(layers: Dict[str, int]) -> str:
-    return ", ".join("%d layers in %s" % (number, name) for name, number in layers.items())

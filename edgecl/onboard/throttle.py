@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple, Union
 
-from .sysfs import gpu_folder, read_number, read_text, thermal_zones
+from .sysfs import gpu_folder, read_number, read_text, trips
 
 OVER_CURRENT = {"oc1": "under-voltage", "oc2": "average over-current", "oc3": "instantaneous over-current"}
 # A clock below its lock by more than rounding, in more than so many of the looks.
@@ -21,8 +21,6 @@ CLOCK_SLACK = 0.99
 CLOCK_LOOKS = 0.01
 # So near to a passive trip the kernel is about to slow the device down, or between two looks just did.
 NEAR_TRIP_C = 3.0
-# Some PCs state trips near room temperature that mean nothing.
-LEAST_TRIP_C = 45.0
 # Cooling that costs no speed, or whose state is a setting of the user and not an event.
 HARMLESS = re.compile(r"fan|lcd|backlight|tcc offset|wifi|charge", re.IGNORECASE)
 
@@ -69,12 +67,9 @@ class ThrottleWatch:
             kind = read_text(path / "type") or path.name
             if not HARMLESS.search(kind):
                 self._cooling["%s (%s)" % (kind, path.name)] = path / "cur_state"
-        for zone in thermal_zones(self._root):
-            name = read_text(zone / "type") or zone.name
-            for path in zone.glob("trip_point_*_type"):
-                trip = read_number(path.with_name(path.name.replace("_type", "_temp")))
-                if read_text(path) == "passive" and trip is not None and trip / 1000 >= LEAST_TRIP_C:
-                    self._trips.append((name, zone / "temp", trip / 1000))
+        self._trips = [
+            (name, file, limit / 1000) for name, file, kind, limit in trips(self._root) if kind == "passive"
+        ]
         self._gpu = gpu_folder(self._root)
         if self._gpu is not None:
             least, most = read_number(self._gpu / "min_freq"), read_number(self._gpu / "max_freq")
@@ -108,11 +103,8 @@ class ThrottleWatch:
         """Take a last sample and return the record.
 
         Returns:
-            counters: name -> events during the run, of the core with most; alarms: name -> looks that saw it;
-            cooling: device -> highest state; gpu_mhz: least and most seen, the clock it is locked to and the
-            share of looks below that; hottest_c: zone -> highest temperature and the passive trip; looks, and
-            look_ms, what one cost.
-            marks: 'throttled: ...', one for each kind of evidence.
+            counters, alarms, cooling, gpu_mhz and hottest_c; looks, how many, and look_ms, what one cost; marks:
+            'throttled: ...', one for each kind of evidence.
         """
         self.sample()
         counters = {}

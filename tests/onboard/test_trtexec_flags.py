@@ -9,7 +9,6 @@ from edgecl.onboard import trtexec_flags
 from edgecl.onboard.errors import DeviceError
 from edgecl.onboard.trtexec import read_times
 from edgecl.onboard.trtexec_flags import MODES, Net, bench_command, build_command
-from edgecl.onboard.versions import version_fits
 
 from .fake_trtexec import FLAGS, make_trtexec
 from .trtexec_bundle import BUILD, DYNAMIC, STATIC, bench, calls, lines, manifest_of, write_bundle
@@ -161,90 +160,23 @@ def run_script(bundle, manifest, program, *arguments):
 
 @pytest.mark.parametrize(
     ("version", "versions", "precision"),
-    [
-        ("8.2.1", ">=8.2,<8.3", "fp16"),
-        ("10.3.0", ">=10.0,<12", "int8"),
-        ("10.13.3", ">=10.13,<12", "fp16"),
-        ("11.1.0", ">=10.13,<12", "int8"),
-        ("8.6.2", "", "int8"),
-        ("11.4.1", "", "fp16"),
-    ],
+    [("8.2.1", ">=8.2,<8.3", "fp16"), ("10.3.0", ">=10.3,<10.8", "int8"), ("11.1.0", ">=11.1,<12", "fp16")],
 )
-def test_script_runs_the_commands_of_the_version_that_is_there(
-    tmp_path, bundle, version, versions, precision
-):
+def test_script_runs_the_commands_of_the_manifest(tmp_path, bundle, version, versions, precision):
     program = make_trtexec(tmp_path / "bin", version)
     manifest = manifest_of(versions=versions)
     done = run_script(bundle, manifest, program, *([] if precision == "fp16" else [precision]))
     assert done.returncode == 0, done.stdout + done.stderr
-    about = manifest["precisions"][precision]
-    net = Net(STATIC, BUILD, precision, about["form"], about["model"])
-    plan = f"engine-{precision}-trtexec.plan"
-    ran = calls(program)
-    assert ran[0] == ["--help"]
-    assert ran[1] == build_command(version, net, plan)[1:]
-    for mode, call in zip(MODES, ran[2:], strict=True):
-        times = next(word for word in call if word.startswith("--exportTimes="))[len("--exportTimes=") :]
-        layers = f"engine-{precision}-trtexec.layers.json"
-        assert call == bench_command(version, net, plan, mode=mode, times=times, layers=layers)[1:]
-        assert len(json.loads((bundle / layers).read_text())["Layers"]) == 3
-        assert len(read_times(bundle / times)["compute"]) == 1024
-    assert len({tuple(call) for call in ran[2:]}) == len(list(bundle.glob("*.times-*.json"))) == 4
-
-
-def test_script_of_one_version_has_one_branch():
-    assert trtexec_flags.script(manifest_of(">=10.3,<10.8")).count("--saveEngine") == 3
-    assert trtexec_flags.script(manifest_of(">=10.0,<12")).count("--saveEngine") == 9
-
-
-@pytest.mark.parametrize(
-    ("version", "versions", "word"),
-    [
-        ("8.2.1", ">=10.3,<10.8", "older"),
-        ("10.13.3", ">=10.3,<10.8", "newer"),
-        ("11.1.0", ">=10.3,<10.8", "newer"),
-        ("11.1.0", ">=10.13,<=10", "newer"),
-        ("10.13.3", "==10.3", "newer"),
-        ("8.6.2", "==10.3", "older"),
-        ("8.2.1", ">8.2.1", "older"),
-        ("8.6.2", ">8.2.1", None),
-        ("10.3.0", "==10.3", None),
-        ("10.13.3", ">=10.3,<=10.14", None),
-        ("10.13.3", ">=10.3,<=10.13.2", "newer"),
-        ("10.13.3", "<11", None),
-        ("11.1.0", "<11", "newer"),
-    ],
-)
-def test_script_refuses_a_version_outside_the_range_at_either_end(tmp_path, bundle, version, versions, word):
-    program = make_trtexec(tmp_path / "bin", version)
-    done = run_script(bundle, manifest_of(versions), program)
-    assert version_fits(version, versions) is (word is None)
-    if word is None:
-        assert done.returncode == 0, done.stdout + done.stderr
-        return
-    assert (done.returncode, done.stderr) == (
-        1,
-        f"this bundle is for TensorRT {versions}; {program} is {version}, which is {word}: export a bundle for it\n",
-    )
-    assert calls(program) == [["--help"]]
-
-
-def test_script_reads_a_version_that_is_written_with_dots(tmp_path, bundle):
-    program = make_trtexec(tmp_path / "bin", "11.1.0")
-    text = program.read_text()
-    program.write_text(
-        text.replace('print("&&&& RUNNING', 'BANNER = "[TensorRT v11.1.0.106] [b48]"\nprint("&&&& RUNNING')
-    )
-    assert "is 11.1.0, which is newer" in run_script(bundle, manifest_of(), program).stderr
-    assert run_script(bundle, manifest_of(">=10.13,<12"), program).returncode == 0
+    expected = manifest["precisions"][precision]["trtexec"]
+    assert calls(program) == [expected["build"][1:], expected["bench"][1:]]
+    assert len(json.loads((bundle / f"{precision}.layers.json").read_text())["Layers"]) == 3
+    assert len(read_times(bundle / f"{precision}.times.json")["compute"]) == 1024
 
 
 def test_script_refuses_an_unknown_precision_and_a_missing_trtexec(tmp_path, bundle):
     done = run_script(bundle, manifest_of(), make_trtexec(tmp_path / "b", "10.3.0"), "fp8")
-    assert (done.returncode, done.stderr) == (
-        2,
-        "this bundle has no precision 'fp8'; it has fp16, int8, fp32\n",
-    )
+    expected = "this bundle has no precision 'fp8'; it has fp16, int8, fp32\n"
+    assert (done.returncode, done.stderr) == (2, expected)
     done = run_script(bundle, manifest_of(), tmp_path / "no trtexec")
     assert done.returncode == 1
     assert "set TRTEXEC to where it is (package libnvinfer-bin)" in done.stderr
@@ -253,11 +185,4 @@ def test_script_refuses_an_unknown_precision_and_a_missing_trtexec(tmp_path, bun
 def test_script_stops_at_a_build_that_fails(tmp_path, bundle):
     program = make_trtexec(tmp_path / "bin", "10.3.0", fault="parse")
     assert run_script(bundle, manifest_of(), program).returncode == 1
-    assert len(calls(program)) == 2
-
-
-def test_script_says_where_a_version_has_no_dla(tmp_path, bundle):
-    manifest = manifest_of(">=10.3,<11", dla_core=0)
-    done = run_script(bundle, manifest, make_trtexec(tmp_path / "new", "10.13.3"))
-    assert (done.returncode, done.stderr.partition(";")[0]) == (1, "TensorRT 10.12 has no DLA")
-    assert run_script(bundle, manifest, make_trtexec(tmp_path / "old", "10.3.0")).returncode == 0
+    assert len(calls(program)) == 1

@@ -32,11 +32,16 @@ def write_bundle(folder):
 
 def manifest_of(versions=">=10.3,<10.8", int8="int8-trt", **build):
     forms = {"fp16": "fp16", "int8": int8, "fp32": "fp32"}
+    build = {**BUILD, **build}
+    precisions = {name: {"model": onnx_name(name), "form": form} for name, form in forms.items()}
+    for name, about in precisions.items():
+        net = Net(STATIC, build, name, about["form"], about["model"])
+        about["trtexec"] = trtexec_flags.command_lines(versions, net, f"{name}.plan")
     return {
         "precision": "fp16",
-        "precisions": {name: {"model": onnx_name(name), "form": form} for name, form in forms.items()},
+        "precisions": precisions,
         "input": STATIC,
-        "target": {"versions": versions, "build": {**BUILD, **build}},
+        "target": {"versions": versions, "build": build},
     }
 
 

@@ -57,15 +57,7 @@ def open_session(
     threads: int,
     report: Optional[Report] = None,
 ) -> Session:
-    """Load the net of a bundle in a precision.
-
-    Args:
-        bundle: the directory, its files checked by `check_files`.
-        manifest: of that bundle.
-        precision: the bundle's default where None.
-        runtime: a name or alias; the manifest's where None.
-        threads: to compute with, on a processor.
-        report: called with a line when an engine is built for this device, which takes minutes.
+    """Load the net of a bundle, whose files are checked, in a precision; the manifest's own and its runtime where None.
 
     Raises:
         DeviceError: no such runtime, it is not installed, or it cannot load the net.
