@@ -41,12 +41,7 @@ def available_cores() -> int:
 
 
 def read_device_info(
-    *,
-    threads: Optional[int],
-    versions: Mapping[str, str],
-    root: Union[str, Path] = "/",
-    machine: Optional[str] = None,
-    cores: Optional[int] = None,
+    *, threads: Optional[int], versions: Mapping[str, str], root: Union[str, Path] = "/"
 ) -> Dict[str, Any]:
     """Return what this device is; whatever it does not tell is None.
 
@@ -54,16 +49,13 @@ def read_device_info(
         threads: how many threads the session was given.
         versions: library -> version.
         root: where /proc, /sys and /etc lie.
-        machine: the instruction set, if not this machine's.
-        cores: how many cores the process may run on, if not this process.
     """
     root = Path(root)
     l4t = _l4t(root)
-    jetpack = jetpack_of_l4t(l4t) if l4t else None
     cpuinfo = read_text(root / "proc/cpuinfo") or ""
     board = read_text(root / "proc/device-tree/model")
     cpu_model = _cpu_model(cpuinfo)
-    machine = machine or platform.machine()
+    machine = platform.machine()
     return {
         "name": board or _short(cpu_model) or machine,
         "board": board,
@@ -72,7 +64,7 @@ def read_device_info(
         "gpu": _gpu_names(root),
         "cpu_model": cpu_model,
         "machine": machine,
-        "cores": cores or available_cores(),
+        "cores": available_cores(),
         "cores_present": len(re.findall(r"^processor\s*:", cpuinfo, re.MULTILINE)) or None,
         "core_quota": _core_quota(root),
         "threads": threads,
@@ -83,7 +75,7 @@ def read_device_info(
         "os": _os_name(root),
         "kernel": read_text(root / "proc/sys/kernel/osrelease"),
         "l4t": l4t,
-        "jetpack": jetpack.jetpack if jetpack else None,
+        "jetpack": jetpack_of_l4t(l4t) if l4t else None,
         "tensorrt": versions.get("tensorrt") or _tensorrt(root),
         "cuda": _cuda(root),
         "driver": _driver(root),

@@ -41,10 +41,11 @@ TOTALS: Tuple[Tuple[str, ...], ...] = (
     ("GPU", "CPU", "SOC", "CV", "VDDRQ", "SYS5V"),  # AGX Xavier
 )
 
-RATE_HZ = 20.0
+SOURCES = ("ina3221", "tegrastats", "jtop")
+"""In the order in which they are tried."""
+INTERVAL_S = 0.05
+"""Between two samples; tegrastats and jtop are asked for the same, and what came is in the record."""
 TEGRASTATS = "usr/bin/tegrastats"
-TEGRASTATS_MS = 50
-"""tegrastats and jtop are asked for the same rate; what came is in the record."""
 IDLE_S = 3.0
 FIRST_SAMPLE_S = 5.0
 """So long may a source take to its first sample before the next source is tried."""
@@ -109,8 +110,6 @@ class PowerMeter:
 
     Args:
         root: where /sys and /usr lie.
-        rate_hz: samples per second to ask for, >= 10 to be of use.
-        sources: which to try, in this order.
 
     `source` is 'ina3221', 'tegrastats', 'jtop', or None with the cause in `reason`; `rails` are those summed.
 
@@ -120,19 +119,11 @@ class PowerMeter:
             record["energy"] = meter.energy_of([(start, end)], inferences)
     """
 
-    def __init__(
-        self,
-        root: Union[str, Path] = "/",
-        *,
-        rate_hz: float = RATE_HZ,
-        sources: Sequence[str] = ("ina3221", "tegrastats", "jtop"),
-    ) -> None:
+    def __init__(self, root: Union[str, Path] = "/") -> None:
         self.source: Optional[str] = None
         self.rails: Tuple[str, ...] = ()
         self.reason: Optional[str] = "not started"
         self._root = Path(root)
-        self._interval_s = 1.0 / rate_hz
-        self._sources = tuple(sources)
         self._process: Optional["subprocess.Popen[bytes]"] = None
         self._samples_file: Any = None
         self._errors_file: Any = None
@@ -148,7 +139,7 @@ class PowerMeter:
     def start(self) -> bool:
         """Start to sample with the first source that gives a sample; return whether there is one."""
         reasons = []
-        for source in self._sources:
+        for source in SOURCES:
             reason = self._lacks(source)
             if reason is None:
                 self._start_sampler(source)
@@ -250,7 +241,6 @@ class PowerMeter:
         settings = {
             "source": source,
             "root": str(self._root),
-            "interval_s": self._interval_s,
             "longest_s": LONGEST_S,
             "parent": os.getpid(),
         }
@@ -349,7 +339,7 @@ def sample_until_closed(settings_json: str) -> Optional[str]:
     """Write 'seconds watts rails' to standard output until standard input closes; the sampler's whole life.
 
     Args:
-        settings_json: source, root, interval_s, longest_s, and parent, the number of the process that started it.
+        settings_json: source, root, longest_s, and parent, the number of the process that started it.
 
     Returns:
         why there are no samples, for `sys.exit`.
@@ -365,10 +355,10 @@ def sample_until_closed(settings_json: str) -> Optional[str]:
         return bool(readable) or os.getppid() != settings["parent"] or time.monotonic() > until
 
     sources = {"ina3221": _sample_files, "tegrastats": _sample_tegrastats, "jtop": _sample_jtop}
-    return sources[settings["source"]](Path(settings["root"]), settings["interval_s"], closed)
+    return sources[settings["source"]](Path(settings["root"]), closed)
 
 
-def _sample_files(root: Path, interval_s: float, closed: Callable[[float], bool]) -> Optional[str]:
+def _sample_files(root: Path, closed: Callable[[float], bool]) -> Optional[str]:
     rails = find_rails(root)
     names = [rail.name for rail in rails]
     total = module_rails(names)
@@ -382,14 +372,13 @@ def _sample_files(root: Path, interval_s: float, closed: Callable[[float], bool]
         known = [value for value in watts if value is not None]
         if len(known) == len(watts):  # a monitor that is busy fails now and then; a gap shows in the energy
             _write((begin + end) / 2, sum(known), total)
-        due = max(due + interval_s, end)
+        due = max(due + INTERVAL_S, end)
         if closed(due - end):
             return None
 
 
-def _sample_tegrastats(root: Path, interval_s: float, closed: Callable[[float], bool]) -> Optional[str]:
-    interval_ms = max(TEGRASTATS_MS, int(round(1000 * interval_s)))
-    program = [str(root / TEGRASTATS), "--interval", str(interval_ms)]
+def _sample_tegrastats(root: Path, closed: Callable[[float], bool]) -> Optional[str]:
+    program = [str(root / TEGRASTATS), "--interval", "%d" % (1000 * INTERVAL_S)]
     process = subprocess.Popen(program, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
     assert process.stdout is not None
     pending, total = b"", None
@@ -420,8 +409,8 @@ def _sample_tegrastats(root: Path, interval_s: float, closed: Callable[[float], 
             process.kill()
 
 
-def _sample_jtop(root: Path, interval_s: float, closed: Callable[[float], bool]) -> Optional[str]:
-    with importlib.import_module("jtop").jtop(interval=interval_s) as board:
+def _sample_jtop(root: Path, closed: Callable[[float], bool]) -> Optional[str]:
+    with importlib.import_module("jtop").jtop(interval=INTERVAL_S) as board:
         while not closed(0.0) and board.ok():
             _write(time.monotonic(), board.power["tot"]["power"] / 1e3, ("total of jtop",))
     return None

@@ -60,8 +60,6 @@ class Runtime(NamedTuple):
     """Patterns of the kinds of device it runs on; 'cpu' among them: also on the machine that exports."""
     alias: str = ""
     """A short name for `--runtime`."""
-    suffix: str = ".onnx"
-    """Of the files it loads."""
     needs: str = ""
     """What a bundle's README asks for beside Python and NumPy; the title where it is empty."""
     builds_engines: bool = False

@@ -26,7 +26,7 @@ LEAST_ROUNDS = 4
 
 
 def percentile_interval(
-    samples: Union[Sequence[float], np.ndarray], fraction: float, resamples: int = RESAMPLES, seed: int = 0
+    samples: Union[Sequence[float], np.ndarray], fraction: float, resamples: int = RESAMPLES
 ) -> Tuple[float, float]:
     """Return the 95 % block bootstrap interval of a percentile of a series.
 
@@ -56,7 +56,7 @@ def percentile_interval(
     parts = max(1, min(PARTS, count // blocks))
     groups = blocks * parts
     group_of = np.arange(count) * groups // count
-    starts = np.random.RandomState(seed).randint(groups, size=(resamples, blocks))
+    starts = np.random.RandomState(0).randint(groups, size=(resamples, blocks))
     drawn = _times_drawn(starts, groups)
     weights = np.sum([np.roll(drawn, shift, axis=1) for shift in range(parts)], axis=0)
     resampled = _percentiles_of_resamples(values, group_of, weights, fraction)
@@ -101,7 +101,6 @@ def ratio_interval(
     blocks_a: Sequence[Sequence[float]],
     blocks_b: Sequence[Sequence[float]],
     resamples: int = RESAMPLES,
-    seed: int = 0,
 ) -> Tuple[float, Optional[Tuple[float, float]]]:
     """Return by how much B is faster than A, with its 95 % interval, from series measured in turn.
 
@@ -121,7 +120,7 @@ def ratio_interval(
     ratio = float(np.median(ratios))
     if rounds < LEAST_ROUNDS:
         return ratio, None
-    drawn = np.random.RandomState(seed).randint(rounds, size=(resamples, rounds))
+    drawn = np.random.RandomState(0).randint(rounds, size=(resamples, rounds))
     low, high = np.percentile(np.median(ratios[drawn], axis=1), _tails(rounds))
     return ratio, (min(float(low), ratio), max(float(high), ratio))
 

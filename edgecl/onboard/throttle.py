@@ -10,6 +10,7 @@ of Tegra's soctherm, NVIDIA's Jetson Orin guide on over-current events.
 
 import re
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple, Union
 
@@ -38,7 +39,7 @@ class ThrottleWatch:
         self._counters: Dict[str, List[Path]] = {}
         self._counts: Dict[Path, Optional[int]] = {}
         self._alarms: Dict[str, Path] = {}
-        self._raised: Dict[str, int] = {}
+        self._raised: "Counter[str]" = Counter()
         self._cooling: Dict[str, Path] = {}
         self._cooled: Dict[str, int] = {}
         self._trips: List[Tuple[str, Path, float]] = []
@@ -82,13 +83,9 @@ class ThrottleWatch:
         """Take one sample."""
         begin = time.perf_counter()
         self._looks += 1
-        for name, path in self._alarms.items():
-            if read_number(path):
-                self._raised[name] = self._raised.get(name, 0) + 1
+        self._raised.update(name for name, path in self._alarms.items() if read_number(path))
         for name, path in self._cooling.items():
-            state = read_number(path)
-            if state is not None and state > 0:
-                self._cooled[name] = max(self._cooled.get(name, 0), state)
+            self._cooled[name] = max(self._cooled.get(name, 0), read_number(path) or 0)
         for name, path, trip_c in self._trips:
             temperature = read_number(path)
             if temperature is not None:
@@ -127,13 +124,12 @@ class ThrottleWatch:
             for (name, trip_c), hottest in sorted(self._hottest.items())
             if hottest >= trip_c - NEAR_TRIP_C
         ]
-        marks += [
-            "throttled: cooling device %s at state %d" % cooled for cooled in sorted(self._cooled.items())
-        ]
+        cooled = {name: state for name, state in sorted(self._cooled.items()) if state > 0}
+        marks += ["throttled: cooling device %s at state %d" % one for one in cooled.items()]
         return {
             "counters": counters,
-            "alarms": self._raised,
-            "cooling": self._cooled,
+            "alarms": dict(self._raised),
+            "cooling": cooled,
             "gpu_mhz": gpu,
             "hottest_c": {
                 name: {"seen": hottest, "passive_trip": trip_c}

@@ -2,6 +2,7 @@
 
 import pytest
 
+from edgecl.onboard import device_info
 from edgecl.onboard.device_info import add_state_after, read_clocks, read_device_info, read_temperatures
 
 from .recorded.boards import plant
@@ -26,9 +27,14 @@ CPU revision\t: 3
 """
 
 
-def read(root, machine="aarch64", cores=4):
-    versions = {"onnxruntime": "1.20.0", "numpy": "1.26.0"}
-    return read_device_info(threads=2, versions=versions, root=root, machine=machine, cores=cores)
+@pytest.fixture(autouse=True)
+def four_cores_of_arm(monkeypatch):
+    monkeypatch.setattr(device_info.platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr(device_info, "available_cores", lambda: 4)
+
+
+def read(root):
+    return read_device_info(threads=2, versions={"onnxruntime": "1.20.0", "numpy": "1.26.0"}, root=root)
 
 
 @pytest.fixture
@@ -48,16 +54,16 @@ def server(tmp_path):
 
 
 def test_server_is_named_after_its_processor(server):
-    device_info = read(server, machine="x86_64", cores=6)
-    assert device_info.pop("python")
+    found = read(server)
+    assert found.pop("python")
     clocks = {"cpu": None, "gpu": None, "emc_mhz": None, "locked": None}
     untold = "board module kind gpu l4t jetpack tensorrt cuda driver power_mode fan"
-    assert device_info == {
+    assert found == {
         **dict.fromkeys(untold.split()),
         "name": "Intel Xeon Gold 6248",
         "cpu_model": "Intel(R) Xeon(R) Gold 6248 CPU @ 2.50GHz",
-        "machine": "x86_64",
-        "cores": 6,
+        "machine": "aarch64",
+        "cores": 4,
         "cores_present": 8,
         "core_quota": 2.5,
         "threads": 2,
@@ -85,16 +91,16 @@ def test_raspberry_pi_is_named_after_its_board(tmp_path):
             "sys/fs/cgroup/cpu.max": "max 100000\n",
         },
     )
-    device_info = read(tmp_path)
-    assert device_info["name"] == device_info["board"] == "Raspberry Pi 4 Model B Rev 1.4"
-    assert (device_info["cpu_model"], device_info["cores_present"]) == ("Cortex-A72", 4)
-    assert device_info["core_quota"] is None
+    found = read(tmp_path)
+    assert found["name"] == found["board"] == "Raspberry Pi 4 Model B Rev 1.4"
+    assert (found["cpu_model"], found["cores_present"]) == ("Cortex-A72", 4)
+    assert found["core_quota"] is None
 
 
 def test_cores_of_several_kinds_are_all_named(tmp_path):
     cpus = "".join(ARM_CPU.format(i, "0x41", part) for i, part in enumerate(["0xd0b", "0xd05", "0xd05"]))
-    device_info = read(plant(tmp_path, {"proc/cpuinfo": cpus + ARM_CPU.format(3, "0x61", "0x022")}))
-    assert device_info["cpu_model"] == "Cortex-A76 + Cortex-A55 + Arm core 0x61/0x022"
+    found = read(plant(tmp_path, {"proc/cpuinfo": cpus + ARM_CPU.format(3, "0x61", "0x022")}))
+    assert found["cpu_model"] == "Cortex-A76 + Cortex-A55 + Arm core 0x61/0x022"
 
 
 def test_old_control_groups_limit_cores_too(tmp_path):
@@ -104,10 +110,10 @@ def test_old_control_groups_limit_cores_too(tmp_path):
 
 
 def test_a_device_that_tells_nothing_still_has_a_name(tmp_path):
-    device_info = read(tmp_path, machine="riscv64")
-    assert device_info["name"] == "riscv64"
+    found = read(tmp_path)
+    assert found["name"] == "aarch64"
     for key in ("cpu_model", "governor", "load_1m", "memory_mib"):
-        assert device_info[key] is None
+        assert found[key] is None
 
 
 # --- boards, as their systems show them ---
@@ -262,10 +268,10 @@ BOARDS = {
 
 @pytest.mark.parametrize(("files", "told", "mode", "fan"), BOARDS.values(), ids=BOARDS)
 def test_board_tells_what_it_is_and_how_it_is_set(tmp_path, files, told, mode, fan):
-    device_info = read(plant(tmp_path, files))
-    assert " ".join(str(device_info[key]) for key in TOLD.split()) == told
-    assert device_info["power_mode"] == dict(zip(("id", "name"), mode, strict=True))
-    assert device_info["fan"] == (fan and dict(zip(("pwm", "rpm"), fan, strict=True)))
+    found = read(plant(tmp_path, files))
+    assert " ".join(str(found[key]) for key in TOLD.split()) == told
+    assert found["power_mode"] == dict(zip(("id", "name"), mode, strict=True))
+    assert found["fan"] == (fan and dict(zip(("pwm", "rpm"), fan, strict=True)))
 
 
 @pytest.mark.parametrize(
@@ -312,13 +318,13 @@ def test_zones_of_the_same_name_are_both_told(tmp_path):
 
 
 def test_state_after_is_added_beside_the_state_before(tmp_path):
-    device_info = read(plant(tmp_path, NANO))
+    found = read(plant(tmp_path, NANO))
     plant(tmp_path, {**zones(AO_therm=52000), **gpu_clocks("57000000.gpu", 614400000, 921600000, 921600000)})
-    add_state_after(device_info, tmp_path)
-    assert device_info["temperatures_c"]["before"]["AO-therm"] == 45.5
-    assert device_info["temperatures_c"]["after"]["AO-therm"] == 52.0
-    assert device_info["clocks"]["before"]["gpu"]["mhz"] == 921.6
-    assert device_info["clocks"]["after"]["gpu"]["mhz"] == 614.4
+    add_state_after(found, tmp_path)
+    assert found["temperatures_c"]["before"]["AO-therm"] == 45.5
+    assert found["temperatures_c"]["after"]["AO-therm"] == 52.0
+    assert found["clocks"]["before"]["gpu"]["mhz"] == 921.6
+    assert found["clocks"]["after"]["gpu"]["mhz"] == 614.4
 
 
 def test_the_table_of_this_board_may_be_a_link_and_the_runtimes_own_version_counts(tmp_path):
@@ -352,9 +358,9 @@ def test_pc_with_a_graphics_card_names_it_and_its_driver(tmp_path):
             "usr/local/cuda/version.json": "not json",
         },
     )
-    device_info = read(tmp_path, machine="x86_64")
-    assert device_info["gpu"] == ["NVIDIA RTX A4000"]
-    assert device_info["driver"] == "535.183.01"
-    assert device_info["tensorrt"] == "10.13.0"
-    assert device_info["cuda"] is None
-    assert device_info["kind"] is device_info["jetpack"] is device_info["power_mode"] is None
+    found = read(tmp_path)
+    assert found["gpu"] == ["NVIDIA RTX A4000"]
+    assert found["driver"] == "535.183.01"
+    assert found["tensorrt"] == "10.13.0"
+    assert found["cuda"] is None
+    assert found["kind"] is found["jetpack"] is found["power_mode"] is None

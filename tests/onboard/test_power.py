@@ -400,16 +400,16 @@ def test_a_machine_without_a_meter_says_why_and_measures_on(tmp_path):
 def test_rails_that_edgecl_does_not_know_are_named(tmp_path):
     plant(tmp_path, hwmon("1-0040", 1, [("VDD_MOON", 5000, 1000), ("VDD_SUN", 5000, 100)]))
     add_tegrastats(tmp_path, LINES % "RAM 1/2MB GR3D_FREQ 3%")
-    with PowerMeter(tmp_path, sources=("ina3221", "tegrastats")) as meter:
+    with PowerMeter(tmp_path) as meter:
         pass
     assert meter.reason == (
         "ina3221: edgecl does not know which of the rails VDD_MOON, VDD_SUN make up the whole module; "
-        "tegrastats: it shows no power rails"
+        "tegrastats: it shows no power rails; jtop: jetson-stats is not installed"
     )
 
 
 def test_tegrastats_that_prints_nothing_is_not_waited_for(tmp_path, monkeypatch):
     monkeypatch.setattr(power, "FIRST_SAMPLE_S", 0.3)
-    with PowerMeter(add_tegrastats(tmp_path, "time.sleep(60)"), sources=("tegrastats",)) as meter:
+    with PowerMeter(add_tegrastats(tmp_path, "time.sleep(60)")) as meter:
         pass
-    assert meter.reason == "tegrastats: no sample within 0.3 s"
+    assert "tegrastats: no sample within 0.3 s" in meter.reason

@@ -70,10 +70,6 @@ def open_session(
             "use the onboard.pyz that came with the bundle, or a newer edgecl",
         )
     precision, about = choose_precision(manifest, precision)
-    if not about["model"].endswith(RUNTIMES[name].suffix):
-        raise BundleError(
-            "'%s' is no file for the runtime '%s', which loads *%s"
-            % (about["model"], name, RUNTIMES[name].suffix),
-            "export the bundle for this runtime",
-        )
+    if not about["model"].endswith(".onnx"):
+        raise BundleError("'%s' is no *.onnx file" % about["model"])
     return RUNTIMES[name].open(Path(bundle), manifest, precision=precision, threads=threads, report=report)
