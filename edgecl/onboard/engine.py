@@ -337,7 +337,7 @@ class _Build:
             )
 
     def set_precision(self) -> List[str]:
-        """Set the flags of a weakly typed build and see that they took effect; return their names."""
+        """Set the flags of a weakly typed build; return their names."""
         if self.typed or self.precision == "fp32":
             return []
         names = [self.precision.upper()]
@@ -345,15 +345,7 @@ class _Build:
         if self.precision == "int8" and getattr(self.builder, "platform_has_fast_fp16", True):
             names.append("FP16")
         for name in names:
-            flag = getattr(self.trt.BuilderFlag, name, None)
-            if flag is not None:
-                self.config.set_flag(flag)
-            if flag is None or not self.config.get_flag(flag):
-                raise DeviceError(
-                    "asked for %s, but %s has no builder flag %s, or does not keep it"
-                    % (self.precision, self.title, name),
-                    "export the bundle for this version of TensorRT",
-                )
+            self.config.set_flag(getattr(self.trt.BuilderFlag, name))
         return names
 
     def set_limits(self, free_bytes: Optional[int]) -> Dict[str, Any]:

@@ -71,7 +71,6 @@ class Behavior:
     def __init__(self):
         self.fast = {"fp16": True, "int8": True}
         self.dla_cores = 0
-        self.kept_flags = True  # builder flags are kept
         self.delivered = None  # what the engine computes in, if not what was asked
         self.failure = None  # what the builder says before it returns nothing
         self.unparsed = None  # (node, operator, text) that the parser complains of
@@ -204,15 +203,11 @@ class Profile(Strict):
 class Config(Strict):
     def set_flag(self, flag):
         self.calls.append("set_flag(%s)" % flag.name)
-        if self.module.behavior.kept_flags or flag.name == "TF32":
-            self.flags_set.add(flag.name)
+        self.flags_set.add(flag.name)
 
     def clear_flag(self, flag):
         self.calls.append("clear_flag(%s)" % flag.name)
         self.flags_set.discard(flag.name)
-
-    def get_flag(self, flag):
-        return flag.name in self.flags_set
 
     def add_optimization_profile(self, profile):
         self.__dict__["shapes"] = profile.shapes

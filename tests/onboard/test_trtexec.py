@@ -165,21 +165,12 @@ def test_the_window_of_the_timed_runs_lies_within_the_run(bundle, install):
 
 
 @pytest.mark.parametrize(
-    ("precision", "fault", "seen"),
-    [
-        ("fp16", "only float", "fp32 100 %"),
-        ("int8", "only float", "fp32 100 %"),
-        ("int8", "only half", "fp16 100 %"),
-    ],
+    ("precision", "fault", "seen"), [("fp16", "only float", "fp32"), ("int8", "only half", "fp16")]
 )
 def test_an_engine_in_another_precision_is_refused(bundle, install, precision, fault, seen):
     program = install("10.3.0", fault=fault)
-    with pytest.raises(DeviceError) as caught:
+    with pytest.raises(DeviceError, match=rf"^asked for {precision} and not delivered: .*\({seen} 100 %\)$"):
         measure(bundle, precision=precision)
-    assert caught.value.problem == (
-        f"asked for {precision} and not delivered: trtexec 10.3.0 computes 0 % of the convolutions and matrix "
-        f"products in it, the graph asks for 100 % ({seen})"
-    )
     assert len(calls(program)) == 3  # in the first mode: the others are not run
 
 
@@ -272,15 +263,16 @@ def bare(monkeypatch, tmp_path):
 
 
 @pytest.mark.usefixtures("bare")
-def test_trtexec_is_found_where_jetpack_puts_it(tmp_path):
+def test_trtexec_is_found_where_jetpack_puts_it_by_its_variable_and_on_the_path(tmp_path, monkeypatch):
+    with pytest.raises(DeviceError, match=r"^there is no trtexec on this device$") as caught:
+        trtexec.find_trtexec(tmp_path)
+    assert (
+        "on a Jetson it is /usr/src/tensorrt/bin/trtexec, from the package libnvinfer-bin"
+        in caught.value.hint
+    )
     program = make_trtexec(tmp_path / "usr/src/tensorrt/bin", "8.5.2")
     assert trtexec.find_trtexec(tmp_path) == str(program)
     assert trtexec.trtexec_version(str(program)) == "8.5.2"
-
-
-@pytest.mark.usefixtures("bare")
-def test_trtexec_is_found_by_its_variable_and_on_the_path(tmp_path, monkeypatch):
-    program = make_trtexec(tmp_path / "bin", "10.3.0")
     monkeypatch.setenv("PATH", str(program.parent))
     assert trtexec.find_trtexec() == str(program)
     monkeypatch.setenv("TRTEXEC", str(program))
@@ -288,16 +280,6 @@ def test_trtexec_is_found_by_its_variable_and_on_the_path(tmp_path, monkeypatch)
     monkeypatch.setenv("TRTEXEC", "/no/such/trtexec")
     with pytest.raises(DeviceError, match=r"^TRTEXEC is '/no/such/trtexec', which is no program$"):
         trtexec.find_trtexec()
-
-
-@pytest.mark.usefixtures("bare")
-def test_a_missing_trtexec_says_where_it_is_and_how_it_gets_there(tmp_path):
-    with pytest.raises(DeviceError, match=r"^there is no trtexec on this device$") as caught:
-        trtexec.find_trtexec(tmp_path)
-    assert caught.value.hint.startswith(
-        "on a Jetson it is /usr/src/tensorrt/bin/trtexec, from the package libnvinfer-bin "
-        "(`sudo apt install libnvinfer-bin`)"
-    )
 
 
 def test_a_program_that_is_no_trtexec_is_named(tmp_path):
