@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fnmatch import fnmatch
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -116,30 +116,18 @@ class Target(Config):
     quantization: Quantization = Quantization()
     tolerance: Tolerances = Tolerances()
 
-    @model_validator(mode="before")
-    @classmethod
-    def _device_has_precisions(cls, tables: Any) -> Any:
-        # Before pydantic compares with the precisions edgecl makes: what the device lacks matters more to the user.
-        name = tables.get("device", "cpu") if isinstance(tables, dict) else None
-        if not isinstance(name, str) or name not in DEVICES:
-            return tables
-        device = DEVICES[name]
-        asked = tables.get("precisions", ())
-        for precision in asked if isinstance(asked, list | tuple) else ():
-            if precision in ("int8", "fp8", "fp4", "int4") and precision not in device.precisions:
-                raise ValueError(
-                    f"'precisions' asks for {precision}, which {device.title} cannot compute; "
-                    f"it has {', '.join(device.precisions)}"
-                )
-            if precision == "fp8":
-                raise ValueError("'precisions' asks for fp8, which edgecl does not make; take int8 or fp16")
-        return tables
-
     @model_validator(mode="after")
     def _consistent(self) -> Target:
         graph = self.graph
         if self.device not in DEVICES:
             raise ValueError(f"'device' is '{self.device}'; there are {', '.join(DEVICES)}")
+        device = DEVICES[self.device]
+        for precision in self.precisions:
+            if precision not in device.precisions:
+                raise ValueError(
+                    f"'precisions' asks for {precision}, which {device.title} cannot compute; "
+                    f"it has {', '.join(device.precisions)}"
+                )
         if not self.precisions or len(set(self.precisions)) < len(self.precisions):
             raise ValueError("'precisions' must name one or more precisions, each once")
         if graph.dynamic_batch and graph.batch > graph.max_batch:

@@ -1,5 +1,6 @@
 """Build the engines of a bundle on this device."""
 
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Dict, Optional, Sequence, Union
 
@@ -35,11 +36,10 @@ def build(
     chosen = [choose_precision(manifest, name)[0] for name in precisions or list(manifest["precisions"])]
     record: Dict[str, Any] = {"ok": True, "precisions": {}}
     for precision in chosen:
-        session = open_session(bundle, manifest, precision=precision, threads=1, report=report)
-        try:
+        with closing(
+            open_session(bundle, manifest, precision=precision, threads=1, report=report)
+        ) as session:
             about = session.describe()
-        finally:
-            session.close()
         record["runtime"], record["versions"] = about["runtime"], about["versions"]
         record["precisions"][precision] = about["engine"]
     return record

@@ -209,9 +209,8 @@ class _Series:
                 end = timer()
                 window.append(end - start if seconds is None else seconds)
                 elapsed, window_s = end - begin, end - window_begin
-                if window_s >= full_s and len(window) >= full_samples:
-                    break
-                if window_s >= SLOW_WINDOW * full_s and len(window) >= SLOW_WINDOW_SAMPLES:
+                slow = window_s >= SLOW_WINDOW * full_s and len(window) >= SLOW_WINDOW_SAMPLES
+                if slow or (window_s >= full_s and len(window) >= full_samples):
                     break
                 if elapsed >= max_warmup_s:
                     self._warmup = (count + len(window), elapsed, False)
@@ -240,10 +239,10 @@ class _Teller:
         """Return whether a second has passed since the last line, or since the stage began."""
         if stage != self._stage:
             self._stage, self._last_s = stage, now
-        if self._report is None or now - self._last_s < REPORT_EVERY_S:
-            return False
-        self._last_s = now
-        return True
+        due = self._report is not None and now - self._last_s >= REPORT_EVERY_S
+        if due:
+            self._last_s = now
+        return due
 
     def line(self, runs: int, elapsed: float, expected: Optional[float] = None) -> None:
         assert self._report is not None

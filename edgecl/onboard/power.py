@@ -6,12 +6,10 @@ where the user has it. All read only, none needs root.
 The sampler is another Python process, not a thread: a thread would take the interpreter's lock from the
 measured loop, and a fork would carry a CUDA context that does not survive it. It is started with
 the folder or the archive that this module was loaded from on its path, and needs neither NumPy nor site-packages.
-It writes to a file that has no name, so nothing is left behind, the run never waits for it, and what a killed
-sampler saw is still there. It ends when its standard input closes, which the kernel does for it when the
-measuring process ends, however that happens.
+It writes to a file that has no name, so the run never waits for it, and what a killed sampler saw is still there. It
+ends when its standard input closes, which the kernel does for it when the measuring process ends, however that happens.
 
-Times are seconds of CLOCK_MONOTONIC (`time.monotonic()`; on Linux also `time.perf_counter()`), the one clock
-that two processes read alike.
+Times are seconds of CLOCK_MONOTONIC (`time.monotonic()`), the one clock that two processes read alike.
 """
 
 import importlib

@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Dict, List, NamedTuple, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Tuple
 
 import numpy as np
 
@@ -33,11 +33,8 @@ ENGINES = "engines"
 COMPUTE, TRANSFERS, GRAPH = "compute", "with transfers", ", CUDA graph"
 
 
-class Engine(NamedTuple):
-    """A loaded engine, and what the record says of it."""
-
-    engine: Any
-    about: Dict[str, Any]
+Engine = Tuple[Any, Dict[str, Any]]
+"""A loaded engine, and what the record says of it."""
 
 
 class TensorrtSession:
@@ -104,8 +101,7 @@ class TensorrtSession:
             loaded = self._carried_engine(bundle, about)
         else:
             loaded = self._engine_of_device(bundle, manifest, about, build, report)
-        self._engine: Any = loaded.engine
-        self._about_engine = loaded.about
+        self._engine, self._about_engine = loaded
         self._names = self._tensor_names(about["model"])
         self._context = self._made(self._engine.create_execution_context, "an execution context")
         most, pixels = self._most, self._pixels
@@ -199,7 +195,7 @@ class TensorrtSession:
         except OSError as exc:
             record["file"] = None
             self._say("the engine is not kept: %s" % exc, report)
-        return Engine(engine, dict(record, cached=False))
+        return engine, dict(record, cached=False)
 
     def _kept_engine(self, plan_file: Path) -> Tuple[Optional[Engine], str]:
         """Return the engine in a file, or None and what is wrong with it, which is nothing where there is none."""
@@ -216,7 +212,7 @@ class TensorrtSession:
         engine = self._deserialize(plan)
         if engine is None:
             return None, "%s does not load it: %s" % (self._title, self._log.last())
-        return Engine(engine, dict(record, cached=True)), ""
+        return (engine, dict(record, cached=True)), ""
 
     def _carried_engine(self, bundle: Path, about: Dict[str, Any]) -> Engine:
         """Return the engine that a bundle of TensorRT for RTX carries for this GPU."""
@@ -242,7 +238,7 @@ class TensorrtSession:
                 "cached": True,
                 "layers": (entry.get("engine") or {}).get("layers"),
             }
-            return Engine(engine, record)
+            return engine, record
         raise DeviceError(
             "the bundle carries no %s engine for %s on a GPU of compute capability %s; it has %s"
             % (self._precision, self._title, self._gpu.compute_capability, " and ".join(seen) or "none"),

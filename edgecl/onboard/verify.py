@@ -1,5 +1,6 @@
 """Check a bundle's hashes, and its outputs against the reference outputs."""
 
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
@@ -47,11 +48,9 @@ def verify(
         session = open_session(
             bundle, manifest, precision=name, runtime=runtime, threads=available_cores(), report=report
         )
-        try:
+        with closing(session):
             found = run_all(session, images, manifest["input"])
             record["runtime"] = session.describe()["runtime"]
-        finally:
-            session.close()
         record["precisions"][name], wrong = _check(found, expected, about["tolerance"])
         if wrong:
             problems.append("%s: %s" % (name, ", ".join(wrong)))

@@ -89,16 +89,6 @@ def test_ratios_are_of_a_higher_to_a_lower_precision_from_paired_rounds(measured
         assert one["ci95"][0] <= one["p50_ratio"] <= one["ci95"][1]
 
 
-def test_energy_that_cannot_be_measured_has_a_reason(measured, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        edgecl.onboard.bench, "PowerMeter", functools.partial(PowerMeter, root=tmp_path / "bare")
-    )
-    record = bench(make_bundle(tmp_path / "bundle"), duration_s=0.05, threads=1)
-    assert record["measurements"][0]["energy"] is None
-    assert record["power"]["source"] is None
-    assert "there is no" in record["power"]["reason"]
-
-
 @pytest.mark.parametrize(("asked", "measured"), [(None, ["fp16"]), (["int8", "int8"], ["int8"])])
 def test_one_precision_has_no_ratio_even_named_twice(tmp_path, asked, measured):
     bundle = make_bundle(tmp_path / "b", precisions=ALL)

@@ -20,6 +20,7 @@ from edgecl.onboard.cudart import (
 )
 from edgecl.onboard.errors import DeviceError
 from onboard.fake_cudart import FakeCudart
+from onboard.recorded.boards import plant
 
 
 def use(monkeypatch, *fakes):
@@ -197,8 +198,7 @@ def test_a_failure_names_function_number_and_text_and_for_memory_what_to_do(fake
 
 
 def test_page_cache_counts_as_available_on_a_jetson(fake, tmp_path):
-    (tmp_path / "proc").mkdir()
-    (tmp_path / "proc/meminfo").write_text("MemTotal: 8000000 kB\nMemAvailable:    5242880 kB\n")
+    plant(tmp_path, {"proc/meminfo": "MemTotal: 8000000 kB\nMemAvailable:    5242880 kB\n"})
     cuda = Cudart()
     orin, desktop = Gpu("Orin", "8.7", 8, True), Gpu("RTX", "8.9", 76, False)
     assert available_bytes(cuda, orin, str(tmp_path)) == 5 << 30

@@ -276,32 +276,25 @@ def runtime_fix(root, target, *, jetson):
     return {check["name"]: check for check in check_runtime(root, target, jetson=jetson) if check}
 
 
-@pytest.fixture
-def no_tensorrt(modules):
+def test_bindings_that_are_missing_or_hidden_say_what_to_install(nano, orin, tmp_path, modules, monkeypatch):
     (modules / "tensorrt.py").write_text(
         "raise ImportError('libnvinfer.so.10: cannot open shared object file')"
     )
 
+    def fix(root, target, jetson=True):
+        return runtime_fix(root, target, jetson=jetson)["tensorrt"]["fix"]
 
-def test_library_without_bindings_says_which_package_to_install(nano, no_tensorrt, monkeypatch):
     check = runtime_fix(nano, NANO, jetson=True)["tensorrt"]
     assert check["status"] == "fail"
     assert check["found"].endswith("libnvinfer.so.10: cannot open shared object file")
-    assert check["fix"].startswith("sudo apt install python3-libnvinfer")
-
-
-def test_virtual_environment_that_hides_the_bindings_says_so(nano, no_tensorrt, monkeypatch):
+    assert check["fix"].startswith("sudo apt install python3-libnvinfer")  # the library is there
+    assert fix(orin, ORIN) == "sudo apt install nvidia-jetpack"
+    assert fix(tmp_path, ORIN, jetson=False) == "pip install tensorrt"
     plant(nano, {"usr/lib/python3.6/dist-packages/tensorrt/__init__.py": ""})
     monkeypatch.setattr(sys, "base_prefix", "/usr")
-    assert "--system-site-packages" in runtime_fix(nano, NANO, jetson=True)["tensorrt"]["fix"]
+    assert "--system-site-packages" in fix(nano, NANO)
     monkeypatch.setattr(sys, "prefix", "/usr")
-    fix = runtime_fix(nano, NANO, jetson=True)["tensorrt"]["fix"]
-    assert fix == "the system's own python3 has it: use /usr/bin/python3"
-
-
-def test_nothing_installed_says_what_to_install(orin, no_tensorrt, tmp_path):
-    assert runtime_fix(orin, ORIN, jetson=True)["tensorrt"]["fix"] == "sudo apt install nvidia-jetpack"
-    assert runtime_fix(tmp_path, ORIN, jetson=False)["tensorrt"]["fix"] == "pip install tensorrt"
+    assert fix(nano, NANO) == "the system's own python3 has it: use /usr/bin/python3"
 
 
 def test_trtexec_is_found_where_jetpack_puts_it(orin, monkeypatch):
@@ -330,16 +323,13 @@ def test_gpu_that_the_engines_are_not_compiled_for_fails():
 
 
 def test_module_that_kills_python_is_told_from_one_that_is_missing(modules):
-    (modules / "numpy.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGILL)")
-    assert probe("numpy") == {"error": "importing it was ended by SIGILL", "crashed": True}
-    checks = by_name(doctor())
-    assert checks["NumPy"]["status"] == "fail"
-    assert checks["NumPy"]["fix"].startswith("export OPENBLAS_CORETYPE=ARMV8")
-
-
-def test_empty_folder_of_the_right_name_is_no_runtime(modules):
     (modules / "tensorrt_rtx_leftover").mkdir()
     assert "but no module in it" in probe("tensorrt_rtx_leftover")["error"]
+    (modules / "numpy.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGILL)")
+    assert probe("numpy") == {"error": "importing it was ended by SIGILL", "crashed": True}
+    check = by_name(doctor())["NumPy"]
+    assert check["status"] == "fail"
+    assert check["fix"].startswith("export OPENBLAS_CORETYPE=ARMV8")
 
 
 def test_real_runtime_is_seen():
@@ -351,14 +341,11 @@ def test_real_runtime_is_seen():
 # --- the bundle ---
 
 
-def test_whole_bundle_is_ok_here(tmp_path):
-    found = doctor(make_bundle(tmp_path / "bundle"))
+def test_whole_bundle_is_ok_here_and_a_flipped_byte_fails(tmp_path):
+    bundle = make_bundle(tmp_path / "bundle")
+    found = doctor(bundle)
     assert found["ok"] is True
     assert by_name(found)["bundle"]["found"] == "2 files match their hashes"
-
-
-def test_a_flipped_byte_fails(tmp_path):
-    bundle = make_bundle(tmp_path / "bundle")
     flip_byte(bundle / "model.onnx")
     found = doctor(bundle)
     assert found["ok"] is False

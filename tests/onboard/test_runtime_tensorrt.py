@@ -49,11 +49,13 @@ def open_(bundle, precision="fp16", **options):
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_runs_what_the_file_computes(monkeypatch, bundle, version, precision):
-    _, cuda = install(monkeypatch, version)
-    images = draw(3)
+    fake, cuda = install(monkeypatch, version)
     session = open_(bundle, precision)
-    for image in images[:, None]:  # another input must give another output
+    for image in draw(3)[:, None]:  # another input must give another output
         assert np.array_equal(session.run(image), of_onnxruntime(bundle, precision, image))
+    name = "execute_async_v2" if version.startswith("8.2") else "execute_async_v3"
+    assert [call for call in fake.calls if call.startswith("execute")] == [name] * 3
+    assert session.describe()["settings"]["enqueue"] == name
     session.close()
     assert cuda.live() == 0
 
@@ -69,16 +71,6 @@ def test_dynamic_batch_runs_any_number_of_images(monkeypatch, tmp_path, version)
     shapes = [call for call in fake.calls if call.startswith(("set_input_shape", "set_binding_shape"))]
     prefix = "set_binding_shape(0" if version.startswith("8.2") else "set_input_shape(input"
     assert shapes == [f"{prefix}, ({batch}, 3, 8, 8))" for batch in (2, 1, 2)]
-
-
-@pytest.mark.parametrize("version", VERSIONS)
-def test_which_calls_enqueue(monkeypatch, bundle, version):
-    fake, _ = install(monkeypatch, version)
-    session = open_(bundle)
-    session.run(draw(1))
-    name = "execute_async_v2" if version.startswith("8.2") else "execute_async_v3"
-    assert [call for call in fake.calls if call.startswith("execute")] == [name]
-    assert session.describe()["settings"]["enqueue"] == name
 
 
 # --- timing ---
@@ -268,12 +260,9 @@ def test_timing_cache_of_one_precision_serves_the_next(monkeypatch, bundle):
 def test_a_precision_that_is_not_delivered_is_an_error(monkeypatch, bundle, version, asked, got):
     fake, cuda = install(monkeypatch, version)
     fake.behavior.delivered = got
-    with pytest.raises(DeviceError) as caught:
+    words = rf"^asked for {asked} and not delivered: TensorRT {version} computes 0 % .* \({got} 100 %\)$"
+    with pytest.raises(DeviceError, match=words):
         open_(bundle, asked)
-    assert caught.value.problem == (
-        f"asked for {asked} and not delivered: TensorRT {version} computes 0 % of the convolutions and matrix products "
-        f"in it, the graph asks for 100 % ({got} 100 %)"
-    )
     assert not (bundle / ENGINES).exists()
     assert cuda.live() == 0
 
@@ -337,15 +326,10 @@ def test_the_net_does_not_run(monkeypatch, bundle):
 def test_verify_runs_a_bundle_with_tensorrt(monkeypatch, bundle):
     _, cuda = install(monkeypatch, "10.3.0.30")
     record = verify(bundle, precisions=["fp32", "fp16"])
-    assert record["ok"] is True
-    assert record["runtime"] == "tensorrt 10.3.0.30"
+    assert (record["ok"], record["runtime"]) == (True, "tensorrt 10.3.0.30")
     assert cuda.live() == 0
-
-
-def test_open_session_finds_it(monkeypatch, bundle):
-    install(monkeypatch, "11.4.1.9")
     about = open_session(bundle, read_manifest(bundle), precision="int8", threads=2).describe()
-    assert (about["runtime"], about["precision"], about["threads"]) == ("tensorrt 11.4.1.9", "int8", 2)
+    assert (about["precision"], about["threads"]) == ("int8", 2)
     assert about["versions"]["cuda_runtime"] == "12.6"
     assert json.loads(json.dumps(about)) == about
 
@@ -395,36 +379,27 @@ def test_carried_engine_runs(rtx):
 @pytest.mark.parametrize("change", ["version", "gpu", "precision"])
 def test_carried_engine_for_something_else(rtx, change):
     bundle, fake, cuda = rtx
-    precision = "fp16"
     if change == "version":
         fake.__version__ = "11.0.1.0"
     elif change == "gpu":
         cuda.capability = (9, 0)
-    else:
-        precision = "int8"
+    precision = "int8" if change == "precision" else "fp16"
+    has = "none" if change == "precision" else "'engine-fp16.plan' (11.0.0.0 for SM86, SM89)"
     with pytest.raises(DeviceError) as caught:
         open_(bundle, precision, runtime="tensorrt_rtx")
-    version, capability = fake.__version__, "9.0" if change == "gpu" else "8.9"
-    has = "none" if change == "precision" else "'engine-fp16.plan' (11.0.0.0 for SM86, SM89)"
     assert caught.value.problem == (
-        f"the bundle carries no {precision} engine for TensorRT for RTX {version} on a GPU of compute capability "
-        f"{capability}; it has {has}"
+        f"the bundle carries no {precision} engine for TensorRT for RTX {fake.__version__} on a GPU of compute "
+        f"capability {'9.0' if change == 'gpu' else '8.9'}; it has {has}"
     )
 
 
-def test_carried_engine_that_is_missing(rtx):
+@pytest.mark.parametrize("name", ["engine-fp16.plan", "../other.plan"])
+def test_carried_engine_that_is_missing_or_outside_the_bundle_is_not_read(rtx, tmp_path, name):
     bundle, _, _ = rtx
-    (bundle / "engine-fp16.plan").unlink()
-    with pytest.raises(BundleError, match=r"'engine-fp16\.plan' is missing from the bundle"):
-        open_(bundle, runtime="tensorrt_rtx")
-
-
-def test_carried_engine_outside_the_bundle_is_not_read(rtx, tmp_path):
-    bundle, _, _ = rtx
-    (tmp_path / "other.plan").write_bytes((bundle / "engine-fp16.plan").read_bytes())
+    (bundle / "engine-fp16.plan").rename(tmp_path / "other.plan")
     manifest = read_manifest(bundle)
     engines = manifest["precisions"]["fp16"]["engines"]
-    engines["../other.plan"] = engines.pop("engine-fp16.plan")
+    engines[name] = engines.pop("engine-fp16.plan")
     write_manifest(bundle, manifest)
-    with pytest.raises(BundleError, match=r"'\.\./other\.plan' is missing from the bundle"):
+    with pytest.raises(BundleError, match=re.escape(f"'{name}' is missing from the bundle")):
         open_(bundle, runtime="tensorrt_rtx")

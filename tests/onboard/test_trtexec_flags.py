@@ -81,20 +81,13 @@ def test_the_lowest_version_of_a_range_counts():
     assert lines(">=8.0,<8.3") == lines("8.2.1")
 
 
-def test_shapes_are_said_only_where_the_batch_is_dynamic():
-    static, dynamic = lines("10.3"), lines("10.3", manifest_input=DYNAMIC)
-    assert not [word for command in static.values() for word in command if "hapes" in word]
-    assert [word for word in dynamic["build"] if "hapes" in word] == [
-        "--minShapes=input:1x3x96x96",
-        "--optShapes=input:16x3x96x96",
-        "--maxShapes=input:64x3x96x96",
-    ]
+def test_shapes_are_said_only_where_the_batch_is_dynamic_and_tf32_only_where_it_is_off():
+    static, dynamic = lines("10.3"), lines("10.3", build={**BUILD, "tf32": False}, manifest_input=DYNAMIC)
+    assert not [word for command in static.values() for word in command if "hapes" in word or "TF32" in word]
+    shapes = ["--minShapes=input:1x3x96x96", "--optShapes=input:16x3x96x96", "--maxShapes=input:64x3x96x96"]
+    assert [word for word in dynamic["build"] if "hapes" in word] == shapes
     assert [word for word in dynamic["bench"] if "hapes" in word] == ["--shapes=input:16x3x96x96"]
-
-
-def test_tf32_is_switched_off_where_the_target_says_so():
-    assert "--noTF32" in lines("10.3", "fp32", build={**BUILD, "tf32": False})["build"]
-    assert "--noTF32" not in lines("10.3", "fp32")["build"]
+    assert "--noTF32" in dynamic["build"]
 
 
 def test_dla_gets_its_core_its_memory_and_the_gpu_for_the_rest():

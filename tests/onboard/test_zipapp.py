@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import venv
@@ -14,23 +13,6 @@ from edgecl.deploy.onboard_zip import write_onboard
 
 from .test_engine import python36
 from .tiny_bundle import flip_byte, make_bundle
-
-
-@pytest.fixture(scope="session")
-def bare_python(tmp_path_factory):
-    """A virtual environment that holds only NumPy and onnxruntime, freshly installed."""
-    folder = tmp_path_factory.mktemp("bare") / "env"
-    venv.create(folder, with_pip=False, symlinks=True)
-    python = folder / "bin/python"
-    pip = [sys.executable, "-m", "pip", "--python", str(python)]
-    if shutil.which("uv"):
-        pip = ["uv", "pip", "install", "--python", str(python)]
-    else:
-        pip += ["install"]
-    done = subprocess.run([*pip, "-q", "numpy", "onnxruntime"], capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        pytest.skip("cannot install NumPy and onnxruntime: " + done.stderr.strip()[-200:])
-    return python
 
 
 @pytest.fixture
@@ -70,13 +52,6 @@ def check_every_verb(python, bundle):
     assert "ok    Python" in done.stderr
     checks = {check["name"]: check["status"] for check in json.loads(done.stdout)["checks"]}
     assert (checks["Python"], checks["NumPy"], checks["onnxruntime"], checks["bundle"]) == ("ok",) * 4
-
-
-@pytest.mark.slow
-def test_every_verb_runs_with_numpy_and_onnxruntime_only(bare_python, bundle):
-    done = subprocess.run([bare_python, "-c", "import edgecl"], capture_output=True, text=True, cwd=bundle)
-    assert "No module named 'edgecl'" in done.stderr
-    check_every_verb(bare_python, bundle)
 
 
 @pytest.mark.slow
