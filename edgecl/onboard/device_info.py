@@ -3,7 +3,6 @@
 All of it is read from files that anybody may read; nothing is started, and no library is loaded for it.
 """
 
-import json
 import os
 import platform
 import re
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Tuple, Union
 
 from .devices import device_of_module, jetpack_of_l4t
-from .sysfs import gpu_folder, memory_mib, power_modes, read_number, read_text, thermal_zones
+from .sysfs import found_in, gpu_folder, memory_mib, power_modes, read_number, read_text, thermal_zones
 from .versions import numbers_of
 
 # Arm's numbers for its cores (the "CPU part" of /proc/cpuinfo), for implementer 0x41, and NVIDIA's own, 0x4e.
@@ -56,10 +55,13 @@ def read_device_info(
     board = read_text(root / "proc/device-tree/model")
     cpu_model = _cpu_model(cpuinfo)
     machine = platform.machine()
+    load = found_in(root / "proc/loadavg", r"^(\S+)")
+    driver = found_in(root / "proc/driver/nvidia/version", r"^NVRM version:.*?\s(\d+\.\d+(?:\.\d+)?)\s")
     return {
         "name": board or _short(cpu_model) or machine,
         "board": board,
-        "module": _module(root),
+        # The part number, which the board's name may not tell: of carrier board + module.
+        "module": found_in(root / "proc/device-tree/compatible", r"\+(p\d{4}-\d{4})"),
         "kind": device_of_module(board) if board else None,
         "gpu": _gpu_names(root),
         "cpu_model": cpu_model,
@@ -69,16 +71,16 @@ def read_device_info(
         "core_quota": _core_quota(root),
         "threads": threads,
         "governor": read_text(root / "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
-        "load_1m": _load(root),
+        "load_1m": float(load) if load else None,
         "memory_mib": memory_mib(root, "MemTotal"),
         "memory_available_mib": memory_mib(root, "MemAvailable"),
-        "os": _os_name(root),
+        "os": found_in(root / "etc/os-release", r'^PRETTY_NAME="?([^"\n]*)"?'),
         "kernel": read_text(root / "proc/sys/kernel/osrelease"),
         "l4t": l4t,
         "jetpack": jetpack_of_l4t(l4t) if l4t else None,
         "tensorrt": versions.get("tensorrt") or _tensorrt(root),
         "cuda": _cuda(root),
-        "driver": _driver(root),
+        "driver": driver or read_text(root / "sys/module/nvidia/version"),
         "power_mode": _power_mode(root),
         "clocks": {"before": read_clocks(root), "after": None},
         "temperatures_c": {"before": read_temperatures(root), "after": None},
@@ -145,19 +147,11 @@ def _short(cpu_model: Optional[str]) -> Optional[str]:
     return " ".join(name.split()) or None
 
 
-def _module(root: Path) -> Optional[str]:
-    """Return the part number of a Jetson's module, such as 'p3767-0005', which its board's name may not tell."""
-    text = read_text(root / "proc/device-tree/compatible", "\n")
-    found = re.search(r"\+(p\d{4}-\d{4})", text or "")  # carrier board + module
-    return found.group(1) if found else None
-
-
 def _gpu_names(root: Path) -> Optional[List[str]]:
     """Return the names of the GPUs of NVIDIA's driver for PCs and servers."""
-    names = []
-    for path in sorted((root / "proc/driver/nvidia/gpus").glob("*/information")):
-        names += re.findall(r"^Model:\s*(.+?)\s*$", read_text(path) or "", re.MULTILINE)
-    return names or None
+    files = sorted((root / "proc/driver/nvidia/gpus").glob("*/information"))
+    names = [found_in(path, r"^Model:\s*(.+?)\s*$") for path in files]
+    return [name for name in names if name] or None
 
 
 def _tensorrt(root: Path) -> Optional[str]:
@@ -172,36 +166,24 @@ def _tensorrt(root: Path) -> Optional[str]:
 
 
 def _cuda(root: Path) -> Optional[str]:
-    try:
-        about = json.loads(read_text(root / "usr/local/cuda/version.json") or "{}")
-        version = about.get("cuda", {}).get("version")
-    except (ValueError, AttributeError):
-        version = None
-    if version:
-        return str(version)
-    found = re.search(r"CUDA Version (\S+)", read_text(root / "usr/local/cuda/version.txt") or "")  # CUDA 10
-    return found.group(1) if found else None
-
-
-def _driver(root: Path) -> Optional[str]:
-    text = read_text(root / "proc/driver/nvidia/version") or ""
-    found = re.search(r"^NVRM version:.*?\s(\d+\.\d+(?:\.\d+)?)\s", text, re.MULTILINE)
-    return found.group(1) if found else read_text(root / "sys/module/nvidia/version")
+    folder = root / "usr/local/cuda"
+    version = found_in(folder / "version.json", r'"cuda"\s*:\s*\{[^{}]*"version"\s*:\s*"([^"]*)"')
+    return version or found_in(folder / "version.txt", r"CUDA Version (\S+)")  # CUDA 10
 
 
 def _power_mode(root: Path) -> Optional[Dict[str, Any]]:
     """Return the power mode of a Jetson: its id, and its name as the board's own table has it."""
-    found = re.search(r"pmode:(\d+)", read_text(root / "var/lib/nvpmodel/status") or "")
-    if not found:
+    mode = found_in(root / "var/lib/nvpmodel/status", r"pmode:(\d+)")
+    if not mode:
         return None
-    number = int(found.group(1))
+    number = int(mode)
     # The number means another mode on another board: only this board's table names it. Where none is chosen, the
     # tables of all boards must agree.
     tables = [root / "etc/nvpmodel.conf"]
     if not tables[0].is_file():
         tables = sorted((root / "etc/nvpmodel").glob("*.conf"))
     modes = [mode for table in tables for mode in power_modes(read_text(table) or "")]
-    names = {name for mode, name in modes if mode == number}
+    names = {name for one, name in modes if one == number}
     return {"id": number, "name": names.pop() if len(names) == 1 else None}
 
 
@@ -261,16 +243,6 @@ def _fan(root: Path) -> Optional[Dict[str, Optional[int]]]:
         numbers = [number for number in (read_number(path) for path in paths) if number is not None]
         found[key] = numbers[0] if numbers else None
     return found if any(number is not None for number in found.values()) else None
-
-
-def _load(root: Path) -> Optional[float]:
-    text = read_text(root / "proc/loadavg")
-    return float(text.split()[0]) if text else None
-
-
-def _os_name(root: Path) -> Optional[str]:
-    found = re.search(r'^PRETTY_NAME="?([^"\n]*)"?', read_text(root / "etc/os-release") or "", re.MULTILINE)
-    return found.group(1) if found else None
 
 
 def _l4t(root: Path) -> Optional[str]:

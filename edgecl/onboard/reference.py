@@ -33,9 +33,8 @@ def read_reference(bundle: Union[str, Path], manifest: Dict[str, Any]) -> Tuple[
             outputs = np.ascontiguousarray(arrays["outputs.npy"], dtype=np.float32)
     except BundleError:
         raise
-    except (
-        Exception
-    ) as exc:  # of damaged bytes zipfile and NumPy complain in a dozen classes, some not documented
+    # Of damaged bytes zipfile and NumPy complain in a dozen classes, some not documented.
+    except Exception as exc:
         raise BundleError(
             "'%s' holds no reference inputs and outputs: %s" % (path, str(exc) or type(exc).__name__)
         ) from exc

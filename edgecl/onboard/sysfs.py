@@ -22,10 +22,16 @@ def read_number(path: Union[str, Path]) -> Optional[int]:
     return int(text) if text and re.match(r"-?\d+$", text) else None
 
 
+def found_in(path: Union[str, Path], pattern: str) -> Optional[str]:
+    """Return the first group of a pattern, line by line, where a file first has it."""
+    found = re.search(pattern, read_text(path, "\n") or "", re.MULTILINE)
+    return found.group(1) if found else None
+
+
 def memory_mib(root: Union[str, Path], key: str) -> Optional[int]:
     """Return a row of /proc/meminfo, such as MemAvailable, in MiB."""
-    found = re.search(r"^%s:\s*(\d+) kB" % key, read_text(Path(root) / "proc/meminfo") or "", re.MULTILINE)
-    return int(found.group(1)) // 1024 if found else None
+    kib = found_in(Path(root) / "proc/meminfo", r"^%s:\s*(\d+) kB" % key)
+    return int(kib) // 1024 if kib else None
 
 
 def thermal_zones(root: Union[str, Path]) -> List[Path]:

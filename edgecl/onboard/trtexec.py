@@ -28,7 +28,6 @@ from .runtime import Report
 from .trtexec_flags import ITERATIONS, MODES, ON_JETSON, WARMUP_S, Net, bench_command, build_command
 from .versions import version_fits
 
-_PLACES = ("usr/src/tensorrt/bin/trtexec", "opt/tensorrt/bin/trtexec", "usr/local/tensorrt/bin/trtexec")
 _INSTALL = (
     "on a Jetson it is %s, from the package libnvinfer-bin (`sudo apt install libnvinfer-bin`); no pip package "
     "holds it; elsewhere set TRTEXEC to its path" % ON_JETSON
@@ -112,7 +111,7 @@ def marks_of(text: str, times: Times) -> List[str]:
 
 
 def find_trtexec(root: Union[str, Path] = "/") -> str:
-    """Return the path of trtexec: TRTEXEC where it is set, NVIDIA's folders under `root`, then the PATH.
+    """Return the path of trtexec: TRTEXEC where it is set, JetPack's place under `root`, then the PATH.
 
     Raises:
         DeviceError: it is in none of them.
@@ -123,10 +122,9 @@ def find_trtexec(root: Union[str, Path] = "/") -> str:
         if found:
             return str(Path(found).resolve())
         raise DeviceError("TRTEXEC is '%s', which is no program" % named, _INSTALL)
-    for place in _PLACES:
-        path = Path(root) / place
-        if os.access(str(path), os.X_OK):
-            return str(path)
+    usual = str(root).rstrip("/") + ON_JETSON
+    if os.access(usual, os.X_OK):
+        return usual
     found = shutil.which("trtexec")
     if found:
         return found
