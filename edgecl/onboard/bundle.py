@@ -134,16 +134,14 @@ def plain_file(
             "'%s' of the bundle '%s' is a link, which may lead out of it" % (name, bundle),
             "copy the bundle with `cp -rL` if you trust where its links lead",
         )
+    wrong = ""
     if not stat.S_ISREG(found.st_mode):
+        wrong = "is no plain file"
+    elif found.st_size > most_bytes:
+        wrong = "has %d bytes, edgecl writes %d at most" % (found.st_size, most_bytes)
+    if wrong:
         raise BundleError(
-            "'%s' of the bundle '%s' is no plain file" % (name, bundle),
-            "do not use this bundle; export it again",
-        )
-    if found.st_size > most_bytes:
-        raise BundleError(
-            "'%s' of the bundle '%s' has %d bytes, edgecl writes %d at most"
-            % (name, bundle, found.st_size, most_bytes),
-            "do not use this bundle; export it again",
+            "'%s' of the bundle '%s' %s" % (name, bundle, wrong), "do not use this bundle; export it again"
         )
     return path
 
@@ -204,12 +202,8 @@ def read_manifest(bundle: Union[str, Path]) -> Dict[str, Any]:
 def _is_deeper(value: Any, limit: int) -> bool:
     level = [value]
     for _ in range(limit + 1):
-        level = [
-            inner
-            for outer in level
-            if isinstance(outer, (dict, list))
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-        ]
+        objects = [list(one.values()) if isinstance(one, dict) else one for one in level]
+        level = [inner for one in objects if isinstance(one, list) for inner in one]
     return bool(level)
 
 

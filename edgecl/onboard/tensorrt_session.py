@@ -78,30 +78,29 @@ class TensorrtSession:
         self._context: Any = None
         self._graphs: Dict[str, int] = {}
         self._notes: List[str] = []
+        self._report = report or (lambda line: None)
         self._bound: Optional[int] = None
         self.cuda = cudart.Cudart()
         self._gpu = self.cuda.gpu()
         try:
-            self._load(Path(bundle), manifest, about, report)
+            self._load(Path(bundle), manifest, about)
         except BaseException:
             self.close()
             raise
 
     # --- loading ---
 
-    def _load(
-        self, bundle: Path, manifest: Dict[str, Any], about: Dict[str, Any], report: Optional[Report]
-    ) -> None:
+    def _load(self, bundle: Path, manifest: Dict[str, Any], about: Dict[str, Any]) -> None:
         self._loader: Any = self._made(lambda: self._trt.Runtime(self._log.logger), "a runtime")
         build = (manifest.get("target") or {}).get("build") or {}
         core = build.get("dla_core")
         if core is not None and self._precision != "fp32" and self._runtime_name == "tensorrt":
             self._loader.DLA_core = core
-        if self._runtime_name == "tensorrt_rtx":
-            loaded = self._carried_engine(bundle, about)
-        else:
-            loaded = self._engine_of_device(bundle, manifest, about, build, report)
-        self._engine, self._about_engine = loaded
+        self._engine, self._about_engine = (
+            self._carried_engine(bundle, about)
+            if self._runtime_name == "tensorrt_rtx"
+            else self._engine_of_device(bundle, about, build)
+        )
         self._names = self._tensor_names(about["model"])
         self._context = self._made(self._engine.create_execution_context, "an execution context")
         most, pixels = self._most, self._pixels
@@ -127,14 +126,7 @@ class TensorrtSession:
             "free memory on the GPU, or look at `onboard.pyz doctor`",
         )
 
-    def _engine_of_device(
-        self,
-        bundle: Path,
-        manifest: Dict[str, Any],
-        about: Dict[str, Any],
-        build: Dict[str, Any],
-        report: Optional[Report],
-    ) -> Engine:
+    def _engine_of_device(self, bundle: Path, about: Dict[str, Any], build: Dict[str, Any]) -> Engine:
         """Return the engine kept for this device and version, or build it and keep it."""
         model = bundle / about["model"]
         # Whatever decides the plan is in its name: the device, the version, the graph, how it is built.
@@ -151,7 +143,7 @@ class TensorrtSession:
         if kept is not None:
             return kept
         if problem:
-            self._say("building '%s' again: %s" % (plan_file.name, problem), report)
+            self._say("building '%s' again: %s" % (plan_file.name, problem))
         cache_file = plan_file.parent / ("timing-%s.cache" % slug(made_for.rpartition(" ")[0]))
         built = build_plan(
             model,
@@ -162,7 +154,7 @@ class TensorrtSession:
             input_form=self._form,
             free_bytes=cudart.available_bytes(self.cuda, self._gpu),
             timing_cache=cache_file.read_bytes() if is_plain_file(cache_file) else None,
-            report=report,
+            report=self._report,
         )
         engine = self._deserialize(built.plan)
         if engine is None:
@@ -171,7 +163,7 @@ class TensorrtSession:
         shares, expected = precision_shares(layers), built.network["shares"].get(self._precision, 1.0)
         checked = check_delivered(shares, self._precision, expected=expected, maker=self._title)
         if not checked:
-            self._say("the engine does not tell the precision of its layers", report)
+            self._say("the engine does not tell the precision of its layers")
         record: Dict[str, Any] = {
             "file": "%s/%s" % (ENGINES, plan_file.name),
             "sha256": hashlib.sha256(built.plan).hexdigest(),
@@ -183,9 +175,8 @@ class TensorrtSession:
             "warnings": built.warnings,
         }
         record.update(summarize(layers))
-        if report:
-            words = ["%d layers in %s" % (number, name) for name, number in record["layers"].items()]
-            report("built in %.0f s: %s" % (built.seconds, ", ".join(words)))
+        words = ["%d layers in %s" % (number, name) for name, number in record["layers"].items()]
+        self._report("built in %.0f s: %s" % (built.seconds, ", ".join(words)))
         try:
             plan_file.parent.mkdir(exist_ok=True)
             write_whole(plan_file, built.plan)
@@ -194,7 +185,7 @@ class TensorrtSession:
                 write_whole(cache_file, built.timing_cache)
         except OSError as exc:
             record["file"] = None
-            self._say("the engine is not kept: %s" % exc, report)
+            self._say("the engine is not kept: %s" % exc)
         return engine, dict(record, cached=False)
 
     def _kept_engine(self, plan_file: Path) -> Tuple[Optional[Engine], str]:
@@ -250,10 +241,9 @@ class TensorrtSession:
         self._log.forget()
         return self._loader.deserialize_cuda_engine(plan)
 
-    def _say(self, note: str, report: Optional[Report]) -> None:
+    def _say(self, note: str) -> None:
         self._notes.append(note)
-        if report:
-            report(note)
+        self._report(note)
 
     # --- tensors ---
 

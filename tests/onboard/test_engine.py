@@ -312,7 +312,9 @@ def python36():
 
 
 ON_A_NANO = """
-import json, sys
+import json, sys, types
+sys.modules["edgecl"] = types.ModuleType("edgecl")  # the host's own file there is not of Python 3.6
+sys.modules["edgecl"].__path__ = [sys.argv[2] + "/edgecl"]
 from onboard.fake_cudart import FakeCudart
 from onboard.fake_tensorrt import FakeTensorrt
 from edgecl.onboard import cudart
@@ -350,7 +352,7 @@ def test_tensorrt_8_2_under_python_3_6(tmp_path):
     write_manifest(bundle, manifest)
     repository = Path(__file__).parents[2]
     done = subprocess.run(
-        [python, "-c", ON_A_NANO, str(bundle)],
+        [python, "-c", ON_A_NANO, str(bundle), str(repository)],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": f"{repository}{os.pathsep}{repository / 'tests'}"},
