@@ -21,7 +21,6 @@ _MARKS = {
     "enqueue bound": "the processor could hardly start work as fast as the GPU did it",
     "no CUDA graph": "without a CUDA graph, which this trtexec did not make",
     "precision not checked": "the engine does not tell what its layers compute in",
-    "summary only": "from trtexec's summary, since it wrote no times",
 }
 
 

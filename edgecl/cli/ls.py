@@ -27,17 +27,17 @@ def ls_command(
 
 def _entries(name: ListName) -> list[dict[str, str]]:
     if name == "recipes":
-        from edgecl.config.recipe import list_recipes
+        from edgecl.config.settings import list_packaged
 
-        return list_recipes()
+        return list_packaged("recipes")
     if name == "methods":
         from edgecl.config.recipe import describe_methods
 
         return describe_methods()
     if name == "targets":
-        from edgecl.config.target import list_targets
+        from edgecl.config.settings import list_packaged
 
-        return list_targets()
+        return list_packaged("export")
     if name == "runtimes":
         from edgecl.onboard.runtimes import list_runtimes
 

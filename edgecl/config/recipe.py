@@ -22,12 +22,8 @@ from edgecl.config.settings import (
     Rate,
     Seed,
     Side,
-    find_settings_file,
-    header_comment,
     override,
-    packaged_files,
-    parse_toml,
-    read_text,
+    read_tables,
     validate,
 )
 from edgecl.config.views import Views, ViewSpec
@@ -35,16 +31,8 @@ from edgecl.errors import RecipeError, bounded, near_matches
 
 DEFAULT_METHOD = "sacl-xd"
 """Of a recipe that names none."""
-PerChannel = tuple[
-    Annotated[float, Field(ge=-10, le=10)],
-    Annotated[float, Field(ge=-10, le=10)],
-    Annotated[float, Field(ge=-10, le=10)],
-]
-PerChannelSpread = tuple[
-    Annotated[float, Field(ge=0.001, le=10)],
-    Annotated[float, Field(ge=0.001, le=10)],
-    Annotated[float, Field(ge=0.001, le=10)],
-]
+_Mean = Annotated[float, Field(ge=-10, le=10)]
+_Std = Annotated[float, Field(ge=0.001, le=10)]
 _A_LAYER = "a layer between two of 32,768 has 4 GiB of weights"
 _A_WEEK = "a picture that takes over a week will not come"
 _THREADS = "a process cannot start that many threads"
@@ -79,9 +67,8 @@ class Slim(Config):
     @classmethod
     def _widest(cls, values: Any) -> Any:
         if isinstance(values, dict) and "width" not in values:
-            with contextlib.suppress(
-                TypeError, ValueError
-            ):  # no list, an empty one, no numbers: said by their own checks
+            # No list, an empty one, no numbers: said by their own checks.
+            with contextlib.suppress(TypeError, ValueError):
                 return {**values, "width": max(values.get("widths") or ())}
         return values
 
@@ -227,8 +214,8 @@ class Data(Config):
     """Where JPEGs that do not fit into memory are decoded; cuda uses nvJPEG through torchvision."""
     read_timeout_s: float = Field(300.0, gt=0, le=604_800, description=_A_WEEK)
     """Longest wait for a batch of pictures before the run stops."""
-    mean: PerChannel = (0.485, 0.456, 0.406)
-    std: PerChannelSpread = (0.229, 0.224, 0.225)
+    mean: tuple[_Mean, _Mean, _Mean] = (0.485, 0.456, 0.406)
+    std: tuple[_Std, _Std, _Std] = (0.229, 0.224, 0.225)
     limit: int | None = Field(None, ge=2, le=10**12)
     """Use only so many images, an even choice per class where there are classes; None means all."""
 
@@ -314,18 +301,19 @@ class Recipe(Config):
 
     @model_validator(mode="after")
     def _slim_fits_into_host(self) -> Recipe:
-        if self.slim.width > self.host.width:
+        width, widths = self.slim.width, self.slim.widths
+        if width > self.host.width:
             raise ValueError(
-                f"slim width {width_as_given(self.slim.width)} is above the host's {width_as_given(self.host.width)}; "
+                f"slim width {width_as_given(width)} is above the host's {width_as_given(self.host.width)}; "
                 "the slim net is a part of the host: widen [host] width or narrow [slim] width"
             )
-        if self.slim.widths and max(self.slim.widths) != self.slim.width:
+        if widths and max(widths) != width:
             raise ValueError(
-                f"'slim.widths' must have 'slim.width' {width_as_given(self.slim.width)} as its widest, not "
-                f"{width_as_given(max(self.slim.widths))}; set 'slim.width' to that, or leave it out of the recipe"
+                f"'slim.widths' must have 'slim.width' {width_as_given(width)} as its widest, not "
+                f"{width_as_given(max(widths))}; set 'slim.width' to that, or leave it out of the recipe"
             )
-        if len(set(self.slim.widths)) < len(self.slim.widths):
-            raise ValueError(f"'slim.widths' names a width twice: {list(self.slim.widths)}")
+        if len(set(widths)) < len(widths):
+            raise ValueError(f"'slim.widths' names a width twice: {list(widths)}")
         for name in ("crop_scale", "crop_ratio", "blur_sigma", "local_scale"):
             low, high = getattr(self.views, name)
             if low > high:
@@ -413,8 +401,7 @@ def read_recipe(name: str, assignments: list[str] | None = None) -> Recipe:
     Raises:
         RecipeError: unknown name, key or value; every problem at once.
     """
-    path = find_settings_file(name, folder="recipes", error=RecipeError, noun="recipe")
-    tables = parse_toml(read_text(path, error=RecipeError), source=str(path), error=RecipeError)
+    path, tables = read_tables(name, folder="recipes", error=RecipeError, noun="recipe")
     assignments = assignments or []
     chosen = override(tables, assignments, error=RecipeError)
     if _method_name(chosen) != _method_name(tables):
@@ -447,11 +434,6 @@ def _with_method(tables: Mapping[str, Any], name: Any, *, source: str) -> dict[s
 
 def recipe_from_tables(tables: dict[str, Any], *, source: str, assignments: Sequence[str] = ()) -> Recipe:
     """Validate parsed tables, for example those of a run directory.
-
-    Args:
-        tables: with the assignments applied.
-        source: the file they were read from.
-        assignments: of `--set`, for errors.
 
     Raises:
         RecipeError: unknown method, key or wrong value.
@@ -489,11 +471,3 @@ def flatten(tables: Mapping[str, Any]) -> dict[str, Any]:
 def recipe_name(name: str) -> str:
     """Return the short name of a packaged recipe or of a file."""
     return Path(name).stem if name.endswith(".toml") or "/" in name else name
-
-
-def list_recipes() -> list[dict[str, str]]:
-    """List the packaged recipes: name and the first line of the header."""
-    return [
-        {"name": name, "summary": header_comment(path.read_text(encoding="utf-8")).partition("\n")[0]}
-        for name, path in packaged_files("recipes").items()
-    ]

@@ -97,6 +97,26 @@ def parse_toml(text: str, *, source: str, error: type[EdgeclError]) -> dict[str,
         raise error("nested too deep to be read", where={"file": source}) from None
 
 
+def read_tables(
+    name: str, *, folder: str, error: type[EdgeclError], noun: str
+) -> tuple[Path, dict[str, Any]]:
+    """Return the file that a name or a path stands for, and its tables.
+
+    Raises:
+        EdgeclError: of the given class, when there is none or it is no TOML.
+    """
+    path = find_settings_file(name, folder=folder, error=error, noun=noun)
+    return path, parse_toml(read_text(path, error=error), source=str(path), error=error)
+
+
+def list_packaged(folder: str) -> list[dict[str, str]]:
+    """List the packaged TOML files: name and the first line of the header."""
+    return [
+        {"name": name, "summary": header_comment(path.read_text(encoding="utf-8")).partition("\n")[0]}
+        for name, path in packaged_files(folder).items()
+    ]
+
+
 def header_comment(text: str) -> str:
     """Return the comment lines a file begins with, without their marks."""
     lines = []
@@ -150,12 +170,7 @@ def validate(
 ) -> ConfigT:
     """Validate tables against a model and report every problem at once, unknown keys with their near matches.
 
-    Args:
-        model: what the tables should be.
-        tables: with the assignments applied.
-        source: the file they were read from.
-        error: which class to raise.
-        assignments: what `override` applied; they answer for the keys they set.
+    `source` is the file they were read from; the assignments that `override` applied answer for the keys they set.
 
     Raises:
         EdgeclError: of the given class, with one line per problem.

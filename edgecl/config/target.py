@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fnmatch import fnmatch
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from edgecl.config.settings import (
+    LARGER_PICTURES,
     Config,
     Count,
     Factor,
-    find_settings_file,
-    header_comment,
-    packaged_files,
-    parse_toml,
-    read_text,
+    Fraction,
+    read_tables,
     validate,
 )
 from edgecl.errors import TargetError, near_matches
@@ -28,9 +26,6 @@ Precision = Literal["fp32", "fp16", "int8"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
 Int8Form = Literal["int8-trt", "int8-trt-fp16", "int8-cpu"]
 ComputeCapability = Literal["SM75", "SM80", "SM86", "SM89", "SM120", "SM121"]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-
-_LARGER_PICTURES = "larger pictures do not fit into memory by the batch"
 
 
 class Graph(Config):
@@ -41,7 +36,7 @@ class Graph(Config):
     """As one HardSwish node (opset 14 and later), as HardSigmoid and Mul, or as Add, Clip and Mul."""
     int8: Int8Form = "int8-trt"
     """Which form of explicit quantization the runtime takes."""
-    image_size: int | None = Field(None, ge=8, le=4096, description=_LARGER_PICTURES)
+    image_size: int | None = Field(None, ge=8, le=4096, description=LARGER_PICTURES)
     """Height and width of the input in pixels; the net's own where it is not said."""
     batch: int = Field(1, ge=1, le=65_536)
     """Images per inference when the batch is static, and the size that is measured."""
@@ -121,30 +116,18 @@ class Target(Config):
     quantization: Quantization = Quantization()
     tolerance: Tolerances = Tolerances()
 
-    @model_validator(mode="before")
-    @classmethod
-    def _device_has_precisions(cls, tables: Any) -> Any:
-        # Before pydantic compares with the precisions edgecl makes: what the device lacks matters more to the user.
-        name = tables.get("device", "cpu") if isinstance(tables, dict) else None
-        if not isinstance(name, str) or name not in DEVICES:
-            return tables
-        device = DEVICES[name]
-        asked = tables.get("precisions", ())
-        for precision in asked if isinstance(asked, list | tuple) else ():
-            if precision in ("int8", "fp8", "fp4", "int4") and precision not in device.precisions:
-                raise ValueError(
-                    f"'precisions' asks for {precision}, which {device.title} cannot compute; "
-                    f"it has {', '.join(device.precisions)}"
-                )
-            if precision == "fp8":
-                raise ValueError("'precisions' asks for fp8, which edgecl does not make; take int8 or fp16")
-        return tables
-
     @model_validator(mode="after")
     def _consistent(self) -> Target:
         graph = self.graph
         if self.device not in DEVICES:
             raise ValueError(f"'device' is '{self.device}'; there are {', '.join(DEVICES)}")
+        device = DEVICES[self.device]
+        for precision in self.precisions:
+            if precision not in device.precisions:
+                raise ValueError(
+                    f"'precisions' asks for {precision}, which {device.title} cannot compute; "
+                    f"it has {', '.join(device.precisions)}"
+                )
         if not self.precisions or len(set(self.precisions)) < len(self.precisions):
             raise ValueError("'precisions' must name one or more precisions, each once")
         if graph.dynamic_batch and graph.batch > graph.max_batch:
@@ -213,11 +196,7 @@ class Target(Config):
 
 
 def read_target(name: str, *, precisions: Sequence[str] | None = None) -> Target:
-    """Read a packaged target or a TOML file; an alias is followed.
-
-    Args:
-        name: of a packaged target, or a path.
-        precisions: in place of the target's, the preferred one first.
+    """Read a packaged target or a TOML file, with other precisions if asked; an alias is followed.
 
     Raises:
         TargetError: unknown name, key or value, every problem at once; or a precision the target's device lacks.
@@ -235,18 +214,9 @@ def target_name(name: str) -> str:
 
 
 def _read(name: str, *, from_alias: str | None = None) -> tuple[str, Target]:
-    path = find_settings_file(name, folder="export", error=TargetError, noun="target")
-    tables = parse_toml(read_text(path, error=TargetError), source=str(path), error=TargetError)
+    path, tables = read_tables(name, folder="export", error=TargetError, noun="target")
     if set(tables) == {"alias"} and isinstance(tables["alias"], str):
         if from_alias:
             raise TargetError(f"'{from_alias}' is an alias of '{name}', which is an alias itself")
         return _read(tables["alias"], from_alias=name)
     return path.stem, validate(Target, tables, source=str(path), error=TargetError)
-
-
-def list_targets() -> list[dict[str, str]]:
-    """List the packaged targets: name and the first line of the header."""
-    return [
-        {"name": name, "summary": header_comment(path.read_text(encoding="utf-8")).partition("\n")[0]}
-        for name, path in packaged_files("export").items()
-    ]

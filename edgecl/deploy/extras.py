@@ -17,17 +17,10 @@ from edgecl.storage.writing import write_bytes
 
 
 def _trtexec_commands(file: Path, precision: str, manifest: Manifest, target: Target) -> None:
-    about = manifest.precisions[precision]
+    about, build = manifest.precisions[precision], target.build.model_dump(mode="json")
+    net = trtexec_flags.Net(manifest.input.to_json(), build, precision, about.form, file.name)
     try:
-        about.trtexec = trtexec_flags.command_lines(
-            target.versions,
-            manifest_input=manifest.input.to_json(),
-            build=target.build.model_dump(mode="json"),
-            precision=precision,
-            form=about.form,
-            model=file.name,
-            plan=engine_name(precision, "trtexec"),
-        )
+        about.trtexec = trtexec_flags.command_lines(target.versions, net, engine_name(precision, "trtexec"))
     except OnboardError as error:
         raise TargetError(error.problem, hint=error.hint) from error
 

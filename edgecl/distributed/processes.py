@@ -82,10 +82,9 @@ def wait_s() -> float:
 def launch() -> str | None:
     """Return the name of this launch, drawn by chance, the same in all its processes and all its attempts; see `join`.
 
-    A launch lives as long as the agent of torchrun that holds its store, the one of the first machine. Where that agent
-    is replaced, or none holds a store (processes started without torchrun, or TORCH_DISABLE_SHARE_RDZV_TCP_STORE), every
-    attempt is a launch of its own. None before `join`, without a launcher, where one process under torchrun cannot reach
-    its agent, and where the caller has set up torch.distributed itself.
+    A launch lives as long as the agent of torchrun that holds its store; where none does, every attempt is a launch of
+    its own. None before `join`, where one process under torchrun cannot reach its agent, and where the caller has set
+    up torch.distributed itself.
     """
     return _launch
 
@@ -237,22 +236,25 @@ def explain_lost_peers() -> Iterator[None]:
             # A launcher that saw the same may already be ending the others: report what is known first.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         _wait_for_a_report()
-        silent = re.search("timed? ?out", first, re.IGNORECASE)
+        problem, hint = (
+            "ended without a word",
+            "a process that the system killed was most often out of memory (see `dmesg`): lower [data] batch_size or "
+            "cache_mib, or start fewer processes per machine; then go on with --resume",
+        )
+        if re.search("timed? ?out", first, re.IGNORECASE):
+            problem, hint = (
+                f"did not answer for {wait_s():g} s",
+                "it was stopped, its machine swaps or hangs, or the network between is dead: look at the run's "
+                f"machines, then go on with --resume. {WAIT_VARIABLE} sets the wait",
+            )
         raise ProcessError(
-            "another process of the run "
-            + (f"did not answer for {wait_s():g} s" if silent else "ended without a word"),
+            f"another process of the run {problem}",
             where={
                 "this process": f"{rank()} of {world_size()} on {os.uname().nodename}",
                 "memory": memory_figures(),
                 "seen": first,
             },
-            hint=(
-                "it was stopped, its machine swaps or hangs, or the network between is dead: look at the run's "
-                f"machines, then go on with --resume. {WAIT_VARIABLE} sets the wait"
-                if silent
-                else "a process that the system killed was most often out of memory (see `dmesg`): lower [data] batch_size "
-                "or cache_mib, or start fewer processes per machine; then go on with --resume"
-            ),
+            hint=hint,
         ) from exc
 
 

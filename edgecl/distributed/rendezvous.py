@@ -21,19 +21,12 @@ _POLL_S = 0.02
 def meet(store: Any, number: int, count: int, *, limit_s: float) -> tuple[str, str]:
     """Agree with the living processes on a name for this attempt that no dead process has used.
 
-    The store of torchrun's agent outlives an attempt, and with it the addresses of processes that are gone. Its count of
-    restarts is no name: every agent counts its own. So process 0 draws one and tells it to whoever answers:
+    The count of restarts is no name: every agent counts its own. So process 0 draws one and tells it to whoever answers:
 
     - process r leaves a nonce under hello/r and waits for welcome/NONCE, which holds the name;
     - process 0 answers every nonce it has not yet answered, until each process has acknowledged the name.
 
     The hello of a dead process is answered too, and never acknowledged.
-
-    Args:
-        store: the one all processes see, of this attempt or of all attempts of the launch.
-        number: of this process, from 0.
-        count: of all processes.
-        limit_s: the longest wait.
 
     Returns:
         The names of this attempt and of the first attempt that met in this store, which is the name of the launch.

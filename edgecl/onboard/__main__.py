@@ -13,6 +13,16 @@ from .bundle import MANIFEST, PRECISIONS, write_whole
 from .errors import BundleError, DeviceError, OnboardError, bounded, cannot_import, printable
 from .runtimes import TRTEXEC, option_names
 
+_UNFORESEEN = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+
 
 def main(arguments: Optional[List[str]] = None) -> int:
     """Run one verb and return its exit status: 0 done, 1 a named error or a failed check, 2 usage.
@@ -155,27 +165,14 @@ def _run_named(options: argparse.Namespace) -> Dict[str, Any]:
     """
     try:
         return _run(options)
-    except (
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        MemoryError,
-        RecursionError,
-        TypeError,
-        ValueError,
-    ) as exc:
+    except _UNFORESEEN as exc:
         if options.bundle is None:
             raise
         place = traceback.extract_tb(sys.exc_info()[2])[-1]
+        where = "%s:%d" % (Path(place.filename).name, place.lineno or 0)
         raise BundleError(
-            "'%s' is not what edgecl writes (%s: %s, at %s:%d)"
-            % (
-                options.bundle,
-                type(exc).__name__,
-                exc,
-                Path(place.filename).name,
-                place.lineno or 0,
-            ),
+            "'%s' is not what edgecl writes (%s: %s, at %s)"
+            % (options.bundle, type(exc).__name__, exc, where),
             "do not use this bundle if a stranger made it; else export it again, and report this if it stays",
         ) from exc
     except OSError as exc:
@@ -195,23 +192,17 @@ def _run(options: argparse.Namespace) -> Dict[str, Any]:
     def report(line: str) -> None:
         _say(PROGRESS + line)
 
+    bundle, common = options.bundle, {"precisions": options.precision, "report": report}
     if options.verb == "verify":
         from .verify import verify
 
-        return verify(options.bundle, precisions=options.precision, runtime=options.runtime, report=report)
+        return verify(bundle, runtime=options.runtime, **common)
     if options.verb == "build":
         from .build import build
 
-        return build(options.bundle, precisions=options.precision, report=report)
-    return bench(
-        options.bundle,
-        precisions=options.precision,
-        runtime=options.runtime,
-        duration_s=options.duration_s,
-        threads=options.threads,
-        power=not options.no_power,
-        report=report,
-    )
+        return build(bundle, **common)
+    seconds, threads, power = options.duration_s, options.threads, not options.no_power
+    return bench(bundle, runtime=options.runtime, duration_s=seconds, threads=threads, power=power, **common)
 
 
 def _need_numpy() -> None:
@@ -227,9 +218,9 @@ def _read_target(path: Optional[str]) -> Optional[Dict[str, Any]]:
     try:
         target = json.loads(Path(path).read_bytes().decode("utf-8"))
     except (OSError, ValueError) as exc:
-        raise BundleError("cannot read the target '%s': %s" % (path, exc)) from exc
+        raise BundleError("cannot read the target '%s': %s" % (path, exc), None) from exc
     if not isinstance(target, dict) or "runtime" not in target:
-        raise BundleError("'%s' is not a target as JSON: it has no runtime" % path)
+        raise BundleError("'%s' is not a target as JSON: it has no runtime" % path, None)
     return target
 
 

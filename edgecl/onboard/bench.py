@@ -7,8 +7,9 @@ import shlex
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Union
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Union
 
 import numpy as np
 
@@ -50,7 +51,25 @@ class _Task(NamedTuple):
         return "%s, %s" % self
 
 
-class _Session(NamedTuple):
+class _Job(NamedTuple):
+    """What is to be measured, and what looks on."""
+
+    bundle: Path
+    manifest: Dict[str, Any]
+    precisions: Sequence[str]
+    runtime: str
+    duration_s: float
+    threads: int
+    watch: ThrottleWatch
+    meter: PowerMeter
+    report: Report
+
+    @property
+    def batch(self) -> int:
+        return int(self.manifest["input"]["shape"][0])
+
+
+class _Measured(NamedTuple):
     """What one way of measuring hands to the record."""
 
     runtime: str
@@ -78,21 +97,16 @@ def bench(
         bundle: the directory; its files are checked against their hashes first.
         precisions: which to measure; the bundle's default one where None.
         runtime: to measure with, 'trtexec' for a bundle for TensorRT too; the manifest's where None.
-        duration_s: seconds to sample each mode of each precision for, > 0; see `clock.measure_interleaved` for how
-            warm-up and sampling end.
+        duration_s: seconds to sample each mode of each precision for, > 0.
         threads: how many to compute with, >= 1; every core this process may run on where None.
         power: sample the power of the module beside the run, where it tells it.
         report: called about once a second with a line on how far it is.
 
     Returns:
-        The record without its header: runtime, batch, threads, device (the device_info), measurements, ratios,
-        throttle, power, marks and the conditions. Each measurement has precision, form, mode, headline (the first
-        mode of its session), latency_ms, cov, throughput_per_s (images), samples, warmup_samples, warmup_s,
-        steady, duration_s, drift, marks, settings, engine and energy. Its marks name what casts doubt:
-        'unsteady' (warm-up never settled), 'noisy' (p90 over 1.25 times p50), 'drift' (the last quarter of the
-        samples over 3 % slower than the first). The marks of the session are those of `throttle`, and a busy
-        machine, more threads than cores, a runtime the target is not for. Where energy is None, power's
-        reason says why.
+        The record without its header, as `BenchRecord` in edgecl/storage/records.py describes it. The marks of a
+        measurement are 'unsteady' (warm-up never settled), 'noisy' (p90 over 1.25 times p50) and 'drift' (the last
+        quarter of the samples over 3 % slower than the first); those of the session come from `throttle` and the
+        conditions. Where energy is None, power's reason says why.
 
     Raises:
         BundleError: a file is missing or changed, not what the manifest says, or no such precision.
@@ -117,39 +131,25 @@ def bench(
     started_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     watch = ThrottleWatch()
     with _metered(power, say) as meter:
-        if runtime == TRTEXEC:
-            session = _measure_with_trtexec(
-                bundle, manifest, chosen, duration_s=duration_s, watch=watch, meter=meter, say=say
-            )
-        else:
-            session = _measure_here(
-                bundle,
-                manifest,
-                chosen,
-                runtime=runtime,
-                duration_s=duration_s,
-                threads=threads,
-                watch=watch,
-                meter=meter,
-                say=say,
-            )
+        job = _Job(Path(bundle), manifest, chosen, runtime, duration_s, threads, watch, meter, say)
+        found = _measure_with_trtexec(job) if runtime == TRTEXEC else _measure_here(job)
         throttle = watch.stop()
         source = {"source": meter.source, "rails": list(meter.rails), "reason": meter.reason}
-    add_state_after(session.device)
+    add_state_after(found.device)
     return {
-        "runtime": session.runtime,
-        "batch": manifest["input"]["shape"][0],
+        "runtime": found.runtime,
+        "batch": job.batch,
         "threads": threads,
-        "device": session.device,
+        "device": found.device,
         "started_at": started_at,
         "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
         "duration_asked_s": duration_s,
         "command": _command(),
-        "measurements": session.measurements,
-        "ratios": session.ratios,
+        "measurements": found.measurements,
+        "ratios": found.ratios,
         "throttle": throttle,
         "power": source,
-        "marks": throttle["marks"] + _marks_of_conditions(session.device, manifest, runtime, threads),
+        "marks": throttle["marks"] + _marks_of_conditions(found.device, manifest, runtime, threads),
     }
 
 
@@ -192,77 +192,60 @@ def _metered(power: bool, say: Report) -> Iterator[PowerMeter]:
         yield meter
 
 
-def _measure_here(
-    bundle: Union[str, Path],
-    manifest: Dict[str, Any],
-    precisions: Sequence[str],
-    *,
-    runtime: str,
-    duration_s: float,
-    threads: int,
-    watch: ThrottleWatch,
-    meter: PowerMeter,
-    say: Report,
-) -> _Session:
+def _measure_here(job: _Job) -> _Measured:
     """Measure every mode of every precision in turn, in this process."""
-    images, _ = read_reference(bundle, manifest)
-    batch = manifest["input"]["shape"][0]
-    bound = images[np.arange(batch) % len(images)]
+    images, _ = read_reference(job.bundle, job.manifest)
+    bound = images[np.arange(job.batch) % len(images)]
     with contextlib.ExitStack() as opened:
         sessions: Dict[str, Session] = {}
-        for precision in precisions:
-            say("loading %s" % precision)
-            session = open_session(
-                bundle, manifest, precision=precision, runtime=runtime, threads=threads, report=say
+        for name in job.precisions:
+            job.report("loading %s" % name)
+            sessions[name] = open_session(
+                job.bundle,
+                job.manifest,
+                precision=name,
+                runtime=job.runtime,
+                threads=job.threads,
+                report=job.report,
             )
-            opened.callback(session.close)
-            session.bind(bound)
-            sessions[precision] = session
-        abouts = {precision: session.describe() for precision, session in sessions.items()}
-        about = abouts[precisions[0]]
-        device = read_device_info(threads=threads, versions=_versions(about))  # the load before ours
-        headlines = {precision: session.modes()[0] for precision, session in sessions.items()}
+            opened.callback(sessions[name].close)
+            sessions[name].bind(bound)
+        abouts = {name: session.describe() for name, session in sessions.items()}
+        about = abouts[job.precisions[0]]
+        device = read_device_info(threads=job.threads, versions=_versions(about))  # the load before ours
+        timed = {name: session.modes() for name, session in sessions.items()}
         # The precisions of one mode side by side: these are compared.
-        modes = list(dict.fromkeys(mode for session in sessions.values() for mode in session.modes()))
-        tasks = [_Task(name, mode) for mode in modes for name in sessions if mode in sessions[name].modes()]
-        watch.start()
+        modes = list(dict.fromkeys(mode for each in timed.values() for mode in each))
+        tasks = [_Task(name, mode) for mode in modes for name in sessions if mode in timed[name]]
+        job.watch.start()
         seen = measure_interleaved(
-            [(str(task), _run_once(sessions[task.precision], task.mode)) for task in tasks],
-            duration_s=duration_s,
-            max_warmup_s=min(max(3 * duration_s, 5.0), 60.0),
-            block_s=METERED_BLOCK_S if meter.source else BLOCK_S,
-            report=say,
-            between=watch.sample,
+            [(str(task), partial(sessions[task.precision].run_once, task.mode)) for task in tasks],
+            duration_s=job.duration_s,
+            max_warmup_s=min(max(3 * job.duration_s, 5.0), 60.0),
+            block_s=METERED_BLOCK_S if job.meter.source else BLOCK_S,
+            report=job.report,
+            between=job.watch.sample,
         )
     measurements = []
     for task in tasks:
-        measured = seen[str(task)]
-        measurement = _measurement(manifest, task, abouts[task.precision], batch)
+        found = seen[str(task)]
+        measurement = _measurement(job, task, abouts[task.precision], found.samples_s)
+        windows = [(block.begin_s, block.end_s) for block in found.blocks]
         measurement.update(
-            headline=task.mode == headlines[task.precision],
-            **summarize(measured.samples_s, batch),
-            warmup_samples=measured.warmup_samples,
-            warmup_s=round(measured.warmup_s, 3),
-            steady=measured.steady,
-            duration_s=round(measured.duration_s, 3),
-            energy=meter.energy_of(
-                [(block.begin_s, block.end_s) for block in measured.blocks], len(measured.samples_s)
-            ),
+            headline=task.mode == timed[task.precision][0],
+            warmup_samples=found.warmup_samples,
+            warmup_s=round(found.warmup_s, 3),
+            steady=found.steady,
+            duration_s=round(found.duration_s, 3),
+            energy=job.meter.energy_of(windows, len(found.samples_s)),
+            marks=([] if found.steady else ["unsteady"]) + measurement["marks"],
         )
-        _mark_drift_and_noise(measurement, measured.samples_s)
-        if not measured.steady:
-            measurement["marks"].insert(0, "unsteady")
         measurements.append(measurement)
-    return _Session(about["runtime"], device, measurements, _ratios(tasks, seen))
+    return _Measured(about["runtime"], device, measurements, _ratios(tasks, seen))
 
 
 def _versions(about: Dict[str, Any]) -> Dict[str, str]:
     return dict(about["versions"], numpy=str(np.__version__))
-
-
-def _run_once(session: Session, mode: str) -> Callable[[], Optional[float]]:
-    run_once = session.run_once
-    return lambda: run_once(mode)
 
 
 def _ratios(tasks: Sequence[_Task], seen: Dict[str, Measurement]) -> List[Dict[str, Any]]:
@@ -292,91 +275,52 @@ def _samples_of_blocks(seen: Measurement) -> List[Sequence[float]]:
     return [seen.samples_s[block.first : block.first + block.runs] for block in seen.blocks]
 
 
-def _measurement(manifest: Dict[str, Any], task: _Task, about: Dict[str, Any], batch: int) -> Dict[str, Any]:
-    """Return what a measurement's record says before there are numbers."""
-    return {
-        "precision": task.precision,
-        "form": manifest["precisions"][task.precision]["form"],
-        "mode": task.mode,
-        "marks": list(about.get("marks", ())),
-        "settings": about["settings"],
-        "engine": about.get("engine"),
-    }
+def _measurement(job: _Job, task: _Task, about: Dict[str, Any], samples_s: Sequence[float]) -> Dict[str, Any]:
+    """Return what a measurement's record says in both ways of measuring."""
+    numbers, change = summarize(samples_s, job.batch), drift(samples_s)
+    noisy = numbers["latency_ms"]["p90"] > NOISE * numbers["latency_ms"]["p50"]
+    drifted = change is not None and change > DRIFT
+    return dict(
+        numbers,
+        precision=task.precision,
+        form=job.manifest["precisions"][task.precision]["form"],
+        mode=task.mode,
+        drift=change,
+        marks=["noisy"] * noisy + ["drift"] * drifted,
+        settings=about["settings"],
+        engine=about["engine"],
+    )
 
 
-def _mark_drift_and_noise(measurement: Dict[str, Any], samples_s: Sequence[float]) -> None:
-    latency = measurement["latency_ms"]
-    if latency["p90"] > NOISE * latency["p50"]:
-        measurement["marks"].append("noisy")
-    change = drift(samples_s)
-    measurement["drift"] = change
-    if change is not None and change > DRIFT:
-        measurement["marks"].append("drift")
-
-
-def _measure_with_trtexec(
-    bundle: Union[str, Path],
-    manifest: Dict[str, Any],
-    precisions: Sequence[str],
-    *,
-    duration_s: float,
-    watch: ThrottleWatch,
-    meter: PowerMeter,
-    say: Report,
-) -> _Session:
+def _measure_with_trtexec(job: _Job) -> _Measured:
     """Measure one precision after another with trtexec, which keeps no sample of one beside one of another."""
     from .trtexec import measure_with_trtexec
 
-    batch = manifest["input"]["shape"][0]
     measurements: List[Dict[str, Any]] = []
-    device: Optional[Dict[str, Any]] = None
-    runtime = ""
-    watch.start()
-    for precision in precisions:
-        with _looking(watch):
-            found = measure_with_trtexec(
-                bundle, manifest, precision=precision, duration_s=duration_s, report=say
+    device: Dict[str, Any] = {}
+    job.watch.start()
+    for precision in job.precisions:
+        with _looking(job.watch):
+            about, modes = measure_with_trtexec(
+                job.bundle, job.manifest, precision=precision, duration_s=job.duration_s, report=job.report
             )
-        about = found["describe"]
-        runtime = about["runtime"]
-        if device is None:
-            device = read_device_info(threads=None, versions=_versions(about))
-        for place, (mode, seen) in enumerate(found["modes"].items()):
-            measurement = _measurement(manifest, _Task(precision, mode), about, batch)
-            measurement.update(headline=place == 0, **_summary(seen, batch))
-            _mark_drift_and_noise(measurement, seen["samples_s"] or ())
-            measurement["marks"] += seen["marks"]
+        device = device or read_device_info(threads=None, versions=_versions(about))
+        for mode, seen in modes.items():
+            measurement = _measurement(job, _Task(precision, mode), about, seen["samples_s"])
+            per_s, window = seen["throughput_per_s"], seen["window"]
+            measurement.update(
+                headline=mode == next(iter(modes)),
+                # trtexec keeps the queue full: more than one over the latency.
+                throughput_per_s=None if per_s is None else round(job.batch * per_s, 3),
+                warmup_samples=None,
+                warmup_s=None,
+                steady=None,
+                energy=job.meter.energy_of([window], len(seen["samples_s"])) if window else None,
+                marks=measurement["marks"] + seen["marks"],
+            )
+            measurement.update((name, seen[name]) for name in ("duration_s", "enqueue_p50_ms", "command"))
             measurements.append(measurement)
-            window = seen["window"]
-            runs = measurement["samples"]
-            measurement["energy"] = meter.energy_of([window], runs) if window and runs else None
-    assert device is not None
-    return _Session(runtime, device, measurements, [])
-
-
-def _summary(seen: Dict[str, Any], batch: int) -> Dict[str, Any]:
-    """Return the numbers of one run of trtexec, as `summarize` names them; what it does not tell is None."""
-    samples_s = seen["samples_s"]
-    if samples_s is not None:
-        numbers = summarize(samples_s, batch)
-    else:
-        latency = dict.fromkeys(
-            ("p50", "ci95_p50", "p90", "ci95_p90", "p99", "ci95_p99", "mean", "std", "min")
-        )
-        latency.update((name, value) for name, value in seen["latency_ms"].items() if name in latency)
-        numbers = {"latency_ms": latency, "cov": None, "samples": None}
-    per_s = seen["throughput_per_s"]
-    return dict(
-        numbers,
-        # trtexec keeps the queue full: more than one over the latency.
-        throughput_per_s=round(batch * per_s, 3) if per_s is not None else None,
-        warmup_samples=None,
-        warmup_s=None,
-        steady=None,
-        duration_s=seen["duration_s"],
-        enqueue_p50_ms=seen["enqueue_p50_ms"],
-        command=seen["command"],
-    )
+    return _Measured(about["runtime"], device, measurements, [])
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """Build the engines of a bundle on this device."""
 
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Dict, Optional, Sequence, Union
 
@@ -16,11 +17,6 @@ def build(
     report: Optional[Report] = None,
 ) -> Dict[str, Any]:
     """Build the engines of a bundle on this device, to be found by whatever runs it afterwards.
-
-    Args:
-        bundle: the directory; its files are checked against their hashes first.
-        precisions: which to build; all that the bundle holds where None.
-        report: called with a line on how far it is.
 
     Returns:
         runtime; precisions, for each what the session says of its engine: file, sha256, layers, build_s, cached.
@@ -40,11 +36,10 @@ def build(
     chosen = [choose_precision(manifest, name)[0] for name in precisions or list(manifest["precisions"])]
     record: Dict[str, Any] = {"ok": True, "precisions": {}}
     for precision in chosen:
-        session = open_session(bundle, manifest, precision=precision, threads=1, report=report)
-        try:
+        with closing(
+            open_session(bundle, manifest, precision=precision, threads=1, report=report)
+        ) as session:
             about = session.describe()
-        finally:
-            session.close()
         record["runtime"], record["versions"] = about["runtime"], about["versions"]
         record["precisions"][precision] = about["engine"]
     return record

@@ -126,9 +126,7 @@ def plain_file(
     try:
         found = os.lstat(str(path))
     except (FileNotFoundError, NotADirectoryError) as exc:
-        raise if_missing or BundleError(
-            "'%s' is missing from the bundle '%s'" % (name, bundle), "export the bundle again"
-        ) from exc
+        raise if_missing or BundleError("'%s' is missing from the bundle '%s'" % (name, bundle)) from exc
     except (OSError, ValueError) as exc:
         raise BundleError(_unreadable(str(path), exc)) from exc
     if stat.S_ISLNK(found.st_mode):
@@ -136,16 +134,14 @@ def plain_file(
             "'%s' of the bundle '%s' is a link, which may lead out of it" % (name, bundle),
             "copy the bundle with `cp -rL` if you trust where its links lead",
         )
+    wrong = ""
     if not stat.S_ISREG(found.st_mode):
+        wrong = "is no plain file"
+    elif found.st_size > most_bytes:
+        wrong = "has %d bytes, edgecl writes %d at most" % (found.st_size, most_bytes)
+    if wrong:
         raise BundleError(
-            "'%s' of the bundle '%s' is no plain file" % (name, bundle),
-            "do not use this bundle; export it again",
-        )
-    if found.st_size > most_bytes:
-        raise BundleError(
-            "'%s' of the bundle '%s' has %d bytes, edgecl writes %d at most"
-            % (name, bundle, found.st_size, most_bytes),
-            "do not use this bundle; export it again",
+            "'%s' of the bundle '%s' %s" % (name, bundle, wrong), "do not use this bundle; export it again"
         )
     return path
 
@@ -190,16 +186,13 @@ def read_manifest(bundle: Union[str, Path]) -> Dict[str, Any]:
         manifest = json.loads(path.read_bytes().decode("utf-8"))
         too_deep = _is_deeper(manifest, _DEEPEST)
     except ValueError as exc:
-        raise BundleError("'%s' is not valid JSON: %s" % (path, exc), "export the bundle again") from exc
+        raise BundleError("'%s' is not valid JSON: %s" % (path, exc)) from exc
     except OSError as exc:
         raise BundleError(_unreadable(str(path), exc)) from exc
     except RecursionError:
         too_deep = True
     if too_deep:
-        raise BundleError(
-            "'%s' is nested more than %d deep, which no bundle is" % (path, _DEEPEST),
-            "export the bundle again",
-        )
+        raise BundleError("'%s' is nested more than %d deep, which no bundle is" % (path, _DEEPEST))
     if not isinstance(manifest, dict) or manifest.get("kind") != KIND:
         raise BundleError("'%s' is not the manifest of a bundle" % path, "`edgecl export` writes bundles")
     _check_manifest(path, manifest)
@@ -209,12 +202,8 @@ def read_manifest(bundle: Union[str, Path]) -> Dict[str, Any]:
 def _is_deeper(value: Any, limit: int) -> bool:
     level = [value]
     for _ in range(limit + 1):
-        level = [
-            inner
-            for outer in level
-            if isinstance(outer, (dict, list))
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-        ]
+        objects = [list(one.values()) if isinstance(one, dict) else one for one in level]
+        level = [inner for one in objects if isinstance(one, list) for inner in one]
     return bool(level)
 
 
@@ -227,10 +216,7 @@ def _check_manifest(path: Path, manifest: Dict[str, Any]) -> None:
     for where, fits, expected in _RULES:
         for name, found in _values_at(manifest, where.split(".")):
             if not fits(found):
-                raise BundleError(
-                    "'%s': '%s' is %s, expected %s" % (path, name, _shown(found), expected),
-                    "export the bundle again",
-                )
+                raise BundleError("'%s': '%s' is %s, expected %s" % (path, name, _shown(found), expected))
         if where == "schema" and manifest["schema"] != SCHEMA:
             raise BundleError(
                 "'%s' has schema %s, this edgecl reads %s" % (path, manifest["schema"], SCHEMA),
@@ -239,8 +225,7 @@ def _check_manifest(path: Path, manifest: Dict[str, Any]) -> None:
     if manifest["precision"] not in manifest["precisions"]:
         raise BundleError(
             "'%s': 'precision' is '%s', expected one of its precisions, %s"
-            % (path, manifest["precision"], ", ".join(manifest["precisions"])),
-            "export the bundle again",
+            % (path, manifest["precision"], ", ".join(manifest["precisions"]))
         )
 
 
@@ -379,7 +364,7 @@ def check_files(bundle: Union[str, Path], manifest: Dict[str, Any]) -> None:
     models = [about["model"] for about in manifest["precisions"].values()]
     for name in [*models, REFERENCE]:
         if name not in manifest["files"]:
-            raise BundleError("the manifest holds no hash for '%s'" % name, "export the bundle again")
+            raise BundleError("the manifest holds no hash for '%s'" % name)
     for name, expected in sorted(manifest["files"].items()):
         if name in ("", ".", "..") or "/" in name or "\\" in name:
             raise BundleError(
@@ -410,7 +395,7 @@ def check_self_contained(path: Path) -> None:
     """
     with path.open("rb") as file:
         if file.read(1) != _ONNX_BEGINS:
-            raise BundleError("'%s' is no ONNX file" % path.name, "export the bundle again")
+            raise BundleError("'%s' is no ONNX file" % path.name)
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             outside = _LOCATION.search(content)
     if outside:

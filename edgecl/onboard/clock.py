@@ -94,9 +94,9 @@ def measure_interleaved(
         max_warmup_s: seconds of warm-up per task at most, >= 0; one run is always made.
         min_samples: samples of each task to take even after `duration_s`.
         block_s: seconds of one block; shorter where `duration_s` would not hold ten rounds of several tasks.
-        timer: seconds from any start; it is called right before and right after each run.
-        report: called about once a second, between runs, with a line on how far it is.
-        between: called before every block and at the end, to look at the device while nothing is recorded.
+        timer: called right before and right after each run.
+        report: called about once a second, between runs.
+        between: called before every block and at the end, while nothing is recorded.
 
     Returns:
         name -> what was seen of it.
@@ -209,9 +209,8 @@ class _Series:
                 end = timer()
                 window.append(end - start if seconds is None else seconds)
                 elapsed, window_s = end - begin, end - window_begin
-                if window_s >= full_s and len(window) >= full_samples:
-                    break
-                if window_s >= SLOW_WINDOW * full_s and len(window) >= SLOW_WINDOW_SAMPLES:
+                slow = window_s >= SLOW_WINDOW * full_s and len(window) >= SLOW_WINDOW_SAMPLES
+                if slow or (window_s >= full_s and len(window) >= full_samples):
                     break
                 if elapsed >= max_warmup_s:
                     self._warmup = (count + len(window), elapsed, False)
@@ -221,11 +220,9 @@ class _Series:
             count += len(window)
             medians.append(float(np.median(window)))
             last = medians[-2:]
-            if len(medians) >= WINDOWS and max(last) <= (1 + STEADY) * min(last):
-                self._warmup = (count, elapsed, True)
-                return
-            if elapsed >= max_warmup_s:
-                self._warmup = (count, elapsed, False)
+            steady = len(medians) >= WINDOWS and max(last) <= (1 + STEADY) * min(last)
+            if steady or elapsed >= max_warmup_s:
+                self._warmup = (count, elapsed, steady)
                 return
             full_s, full_samples = full_s * WINDOW_GROWTH, full_samples * WINDOW_GROWTH
 
@@ -242,10 +239,10 @@ class _Teller:
         """Return whether a second has passed since the last line, or since the stage began."""
         if stage != self._stage:
             self._stage, self._last_s = stage, now
-        if self._report is None or now - self._last_s < REPORT_EVERY_S:
-            return False
-        self._last_s = now
-        return True
+        due = self._report is not None and now - self._last_s >= REPORT_EVERY_S
+        if due:
+            self._last_s = now
+        return due
 
     def line(self, runs: int, elapsed: float, expected: Optional[float] = None) -> None:
         assert self._report is not None

@@ -4,7 +4,7 @@ import ctypes
 import glob
 import sys
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Sequence, Tuple
 
 import numpy as np
 
@@ -21,11 +21,38 @@ DRIVER_TOO_OLD, NO_DEVICE = 35, 100
 HOST_TO_DEVICE, DEVICE_TO_HOST = 1, 2
 # Only this thread's calls may disturb a capture, and an unsafe one of them fails it.
 CAPTURE_THREAD_LOCAL = 1
+# A stream that does not wait for the default one.
 NON_BLOCKING = 1
+
+_POINTER, _SIZE, _INT, _UINT = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_uint
+# The C types of what a call takes, beside the place for what it returns: ctypes would cut a bare pointer to 32 bits.
+_TYPES: Dict[str, Tuple[Any, ...]] = {
+    "cudaMalloc": (_SIZE,),
+    "cudaHostAlloc": (_SIZE, _UINT),  # memory of the host that the GPU reads without a copy in between
+    "cudaFree": (_POINTER,),
+    "cudaFreeHost": (_POINTER,),
+    "cudaMemcpyAsync": (_POINTER, _POINTER, _SIZE, _INT, _POINTER),  # to, from, bytes, direction, stream
+    "cudaMemsetAsync": (_POINTER, _INT, _SIZE, _POINTER),
+    "cudaStreamCreateWithFlags": (_UINT,),
+    "cudaStreamDestroy": (_POINTER,),
+    "cudaStreamSynchronize": (_POINTER,),
+    "cudaStreamBeginCapture": (_POINTER, _INT),
+    "cudaEventCreate": (),
+    "cudaEventDestroy": (_POINTER,),
+    "cudaEventRecord": (_POINTER, _POINTER),  # event, stream
+    "cudaEventSynchronize": (_POINTER,),
+    "cudaGraphLaunch": (_POINTER, _POINTER),  # executable, stream
+    "cudaGraphDestroy": (_POINTER,),
+    "cudaGraphExecDestroy": (_POINTER,),
+}
 
 _MULTIPROCESSORS, _INTEGRATED, _MAJOR, _MINOR = 16, 18, 75, 76
 # `cudaDeviceProp` begins with the name, 256 characters; it has grown from 0.7 to 1.1 kB over the versions.
 _NAME_BYTES, _PROPERTIES_BYTES = 256, 16384
+
+
+def _typed(function: str, arguments: Sequence[int]) -> List[Any]:
+    return [kind(value) for kind, value in zip(_TYPES[function], arguments)]  # noqa: B905
 
 
 class Gpu(NamedTuple):
@@ -41,14 +68,9 @@ class Gpu(NamedTuple):
 def library_paths() -> List[str]:
     """Return where to look for the CUDA runtime: what the loader finds by itself, then the usual folders."""
     paths = list(NAMES)
+    wheels = [Path(entry) / folder for entry in sys.path if entry for folder in WHEEL_FOLDERS]
     patterns = [Path(folder) / name for name in NAMES for folder in FOLDERS]
-    patterns += [
-        Path(entry) / folder / name
-        for name in NAMES
-        for entry in sys.path
-        if entry
-        for folder in WHEEL_FOLDERS
-    ]
+    patterns += [folder / name for name in NAMES for folder in wheels]
     for pattern in patterns:
         found = sorted(glob.glob(str(pattern)), reverse=True)  # noqa: PTH207  # Path.glob needs a fixed beginning
         paths += [path for path in found if path not in paths]
@@ -77,7 +99,7 @@ class Cudart:
             self._library = library
             self.path = path
             self._library.cudaGetErrorString.restype = ctypes.c_char_p
-            count = ctypes.c_int(0)
+            count = _INT(0)
             status = int(self._library.cudaGetDeviceCount(ctypes.byref(count)))
             if status == 0 and count.value > 0:
                 return
@@ -88,22 +110,33 @@ class Cudart:
                 % (", ".join(NAMES), " or ".join(FOLDERS)),
                 "on a Jetson: sudo apt install nvidia-jetpack; elsewhere: pip install nvidia-cuda-runtime",
             )
+        seen = [
+            paths[0] + (" and %d more" % (len(paths) - 1) if len(paths) > 1 else "") + ": " + words
+            for words, paths in tried.items()
+        ]
         raise DeviceError(
-            "no GPU that CUDA can use: "
-            + "; ".join(
-                paths[0] + (" and %d more" % (len(paths) - 1) if len(paths) > 1 else "") + ": " + words
-                for words, paths in tried.items()
-            ),
+            "no GPU that CUDA can use: " + "; ".join(seen),
             "on a Jetson add yourself to the group 'video'; in a container start it with --runtime nvidia; "
             "elsewhere update the GPU driver",
         )
 
     def _words(self, status: int) -> str:
-        text = self._library.cudaGetErrorString(ctypes.c_int(status))
+        text = self._library.cudaGetErrorString(_INT(status))
         return "error %d, %s" % (status, text.decode("utf-8", "replace") if text else "which has no text")
 
+    def call(self, function: str, *arguments: int) -> None:
+        """Call a function of _TYPES that returns nothing.
+
+        Raises:
+            DeviceError: it fails.
+        """
+        self._call(function, *_typed(function, arguments))
+
+    def make(self, function: str, *arguments: int) -> int:
+        """Return the handle or address that a function of _TYPES makes."""
+        return self._out(_POINTER, lambda place: self._call(function, place, *_typed(function, arguments)))
+
     def _call(self, function: str, *arguments: Any) -> None:
-        # Every argument is a ctypes value of the C type: without it ctypes would cut a pointer to 32 bits.
         status = int(getattr(self._library, function)(*arguments))
         if status != 0:
             hint = "see what else runs on this GPU"
@@ -111,15 +144,14 @@ class Cudart:
                 hint = "free memory: close the desktop and other programs, or add swap; then try again"
             raise DeviceError("%s failed with %s" % (function, self._words(status)), hint)
 
-    def _handle(self, function: str, *arguments: Any) -> int:
-        handle = ctypes.c_void_p(None)
-        self._call(function, ctypes.byref(handle), *arguments)
-        return int(handle.value or 0)
+    def _out(self, kind: Any, call: Callable[[Any], None]) -> int:
+        """Return the number that a call writes to a place."""
+        number = kind()
+        call(ctypes.byref(number))
+        return int(number.value or 0)
 
     def _number(self, function: str) -> int:
-        number = ctypes.c_int(0)
-        self._call(function, ctypes.byref(number))
-        return int(number.value)
+        return self._out(_INT, lambda place: self._call(function, place))
 
     # --- what is there ---
 
@@ -131,7 +163,7 @@ class Cudart:
     def gpu(self) -> Gpu:
         """Return what the first GPU is."""
         properties = ctypes.create_string_buffer(_PROPERTIES_BYTES)
-        self._call("cudaGetDeviceProperties", properties, ctypes.c_int(0))
+        self._call("cudaGetDeviceProperties", properties, _INT(0))
         name = properties.raw[:_NAME_BYTES].partition(b"\0")[0].decode("utf-8", "replace")
         return Gpu(
             name or "gpu",
@@ -141,130 +173,41 @@ class Cudart:
         )
 
     def _attribute(self, attribute: int) -> int:
-        value = ctypes.c_int(0)
-        self._call("cudaDeviceGetAttribute", ctypes.byref(value), ctypes.c_int(attribute), ctypes.c_int(0))
-        return int(value.value)
+        return self._out(
+            _INT, lambda place: self._call("cudaDeviceGetAttribute", place, _INT(attribute), _INT(0))
+        )
 
-    def memory(self) -> Tuple[int, int]:
-        """Return the free and the whole memory of the GPU in bytes."""
-        free, total = ctypes.c_size_t(0), ctypes.c_size_t(0)
+    def free_bytes(self) -> int:
+        """Return the free memory of the GPU."""
+        free, total = _SIZE(0), _SIZE(0)
         self._call("cudaMemGetInfo", ctypes.byref(free), ctypes.byref(total))
-        return int(free.value), int(total.value)
-
-    # --- memory ---
-
-    def malloc(self, size: int) -> int:
-        """Return the address of new device memory of this many bytes."""
-        return self._handle("cudaMalloc", ctypes.c_size_t(size))
-
-    def free(self, address: int) -> None:
-        """Give device memory back."""
-        self._call("cudaFree", ctypes.c_void_p(address))
-
-    def pinned(self, size: int) -> int:
-        """Return the address of new host memory that the GPU reads without a copy in between."""
-        return self._handle("cudaHostAlloc", ctypes.c_size_t(size), ctypes.c_uint(0))
-
-    def free_pinned(self, address: int) -> None:
-        """Give pinned memory back; arrays on it must not be used any more."""
-        self._call("cudaFreeHost", ctypes.c_void_p(address))
-
-    def copy(self, to: int, source: int, size: int, kind: int, stream: int) -> None:
-        """Queue a copy of bytes, HOST_TO_DEVICE or DEVICE_TO_HOST."""
-        self._call(
-            "cudaMemcpyAsync",
-            ctypes.c_void_p(to),
-            ctypes.c_void_p(source),
-            ctypes.c_size_t(size),
-            ctypes.c_int(kind),
-            ctypes.c_void_p(stream),
-        )
-
-    def fill(self, address: int, value: int, size: int, stream: int) -> None:
-        """Queue the filling of device memory with one byte value."""
-        self._call(
-            "cudaMemsetAsync",
-            ctypes.c_void_p(address),
-            ctypes.c_int(value),
-            ctypes.c_size_t(size),
-            ctypes.c_void_p(stream),
-        )
-
-    # --- streams and events ---
-
-    def stream(self) -> int:
-        """Return a new stream that does not wait for the default one."""
-        return self._handle("cudaStreamCreateWithFlags", ctypes.c_uint(NON_BLOCKING))
-
-    def free_stream(self, stream: int) -> None:
-        """Destroy a stream."""
-        self._call("cudaStreamDestroy", ctypes.c_void_p(stream))
-
-    def synchronize(self, stream: int) -> None:
-        """Wait until everything queued on a stream is done."""
-        self._call("cudaStreamSynchronize", ctypes.c_void_p(stream))
-
-    def event(self) -> int:
-        """Return a new event that takes the time."""
-        return self._handle("cudaEventCreate")
-
-    def free_event(self, event: int) -> None:
-        """Destroy an event."""
-        self._call("cudaEventDestroy", ctypes.c_void_p(event))
-
-    def record(self, event: int, stream: int) -> None:
-        """Queue the taking of the time."""
-        self._call("cudaEventRecord", ctypes.c_void_p(event), ctypes.c_void_p(stream))
+        return int(free.value)
 
     def elapsed_s(self, start: int, end: int) -> float:
         """Wait for the end and return the seconds between two events."""
-        self._call("cudaEventSynchronize", ctypes.c_void_p(end))
+        self.call("cudaEventSynchronize", end)
         milliseconds = ctypes.c_float(0)
-        self._call(
-            "cudaEventElapsedTime", ctypes.byref(milliseconds), ctypes.c_void_p(start), ctypes.c_void_p(end)
-        )
+        self._call("cudaEventElapsedTime", ctypes.byref(milliseconds), _POINTER(start), _POINTER(end))
         return float(milliseconds.value) / 1000
 
-    # --- graphs ---
-
-    def begin_capture(self, stream: int) -> None:
-        """Record what is queued on a stream from here on, instead of doing it."""
-        self._call("cudaStreamBeginCapture", ctypes.c_void_p(stream), ctypes.c_int(CAPTURE_THREAD_LOCAL))
-
     def end_capture(self, stream: int) -> int:
-        """Return the graph of what was queued since `begin_capture`."""
-        return self._handle_after("cudaStreamEndCapture", stream)
-
-    def _handle_after(self, function: str, stream: int) -> int:
-        handle = ctypes.c_void_p(None)
-        self._call(function, ctypes.c_void_p(stream), ctypes.byref(handle))
-        return int(handle.value or 0)
+        """Return the graph of what was queued on a stream since its capture began."""
+        try:
+            return self._out(
+                _POINTER, lambda place: self._call("cudaStreamEndCapture", _POINTER(stream), place)
+            )
+        except DeviceError:
+            self._library.cudaGetLastError()  # later calls would report it once more
+            raise
 
     def instantiate(self, graph: int) -> int:
         """Return a graph ready to be launched."""
         # The signature changed with CUDA 12: no error node and log any more, flags instead.
-        if self._number("cudaRuntimeGetVersion") >= 12000:
-            return self._handle("cudaGraphInstantiate", ctypes.c_void_p(graph), ctypes.c_ulonglong(0))
-        nothing = ctypes.c_void_p(None)
-        return self._handle(
-            "cudaGraphInstantiate", ctypes.c_void_p(graph), nothing, nothing, ctypes.c_size_t(0)
+        new = self._number("cudaRuntimeGetVersion") >= 12000
+        rest = (ctypes.c_ulonglong(0),) if new else (_POINTER(None), _POINTER(None), _SIZE(0))
+        return self._out(
+            _POINTER, lambda place: self._call("cudaGraphInstantiate", place, _POINTER(graph), *rest)
         )
-
-    def launch(self, executable: int, stream: int) -> None:
-        """Queue a graph."""
-        self._call("cudaGraphLaunch", ctypes.c_void_p(executable), ctypes.c_void_p(stream))
-
-    def free_graph(self, graph: int) -> None:
-        """Destroy a graph that `end_capture` returned."""
-        self._call("cudaGraphDestroy", ctypes.c_void_p(graph))
-
-    def free_executable(self, executable: int) -> None:
-        """Destroy a graph that `instantiate` returned."""
-        self._call("cudaGraphExecDestroy", ctypes.c_void_p(executable))
-
-    def clear_error(self) -> None:
-        """Forget the last error, as after a capture that failed: later calls would report it once more."""
-        self._library.cudaGetLastError()
 
 
 def array_at(address: int, shape: Tuple[int, ...]) -> np.ndarray:
@@ -280,10 +223,8 @@ def available_bytes(cuda: Cudart, gpu: Gpu, root: str = "/") -> int:
 
     On a Jetson it is the processor's: there CUDA counts the page cache as taken, which Linux gives up when asked.
     """
-    free, _ = cuda.memory()
-    if not gpu.integrated:
-        return free
-    return max(free, (memory_mib(root, "MemAvailable") or 0) << 20)
+    free = cuda.free_bytes()
+    return max(free, (memory_mib(root, "MemAvailable") or 0) << 20) if gpu.integrated else free
 
 
 def _version(number: int) -> str:

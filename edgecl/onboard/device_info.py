@@ -3,7 +3,6 @@
 All of it is read from files that anybody may read; nothing is started, and no library is loaded for it.
 """
 
-import json
 import os
 import platform
 import re
@@ -11,28 +10,20 @@ from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Tuple, Union
 
 from .devices import device_of_module, jetpack_of_l4t
-from .sysfs import gpu_folder, memory_mib, read_number, read_text, thermal_zones
+from .sysfs import found_in, gpu_folder, memory_mib, power_modes, read_number, read_text, thermal_zones
+from .versions import numbers_of
 
 # Arm's numbers for its cores (the "CPU part" of /proc/cpuinfo), for implementer 0x41, and NVIDIA's own, 0x4e.
 _CORES = {
-    ("0x41", "0xb76"): "ARM1176",
-    ("0x41", "0xc07"): "Cortex-A7",
     ("0x41", "0xd03"): "Cortex-A53",
-    ("0x41", "0xd04"): "Cortex-A35",
     ("0x41", "0xd05"): "Cortex-A55",
     ("0x41", "0xd07"): "Cortex-A57",
     ("0x41", "0xd08"): "Cortex-A72",
-    ("0x41", "0xd09"): "Cortex-A73",
-    ("0x41", "0xd0a"): "Cortex-A75",
     ("0x41", "0xd0b"): "Cortex-A76",
     ("0x41", "0xd0c"): "Neoverse-N1",
-    ("0x41", "0xd0d"): "Cortex-A77",
     ("0x41", "0xd40"): "Neoverse-V1",
     ("0x41", "0xd41"): "Cortex-A78",
     ("0x41", "0xd42"): "Cortex-A78AE",
-    ("0x41", "0xd44"): "Cortex-X1",
-    ("0x41", "0xd46"): "Cortex-A510",
-    ("0x41", "0xd47"): "Cortex-A710",
     ("0x41", "0xd49"): "Neoverse-N2",
     ("0x41", "0xd4f"): "Neoverse-V2",
     ("0x41", "0xd83"): "Neoverse-V3AE",
@@ -49,12 +40,7 @@ def available_cores() -> int:
 
 
 def read_device_info(
-    *,
-    threads: Optional[int],
-    versions: Mapping[str, str],
-    root: Union[str, Path] = "/",
-    machine: Optional[str] = None,
-    cores: Optional[int] = None,
+    *, threads: Optional[int], versions: Mapping[str, str], root: Union[str, Path] = "/"
 ) -> Dict[str, Any]:
     """Return what this device is; whatever it does not tell is None.
 
@@ -62,41 +48,39 @@ def read_device_info(
         threads: how many threads the session was given.
         versions: library -> version.
         root: where /proc, /sys and /etc lie.
-        machine: the instruction set, if not this machine's.
-        cores: how many cores the process may run on, if not this process.
     """
     root = Path(root)
     l4t = _l4t(root)
-    jetpack = jetpack_of_l4t(l4t) if l4t else None
     cpuinfo = read_text(root / "proc/cpuinfo") or ""
-    board = read_text(root / "proc/device-tree/model") or read_text(
-        root / "sys/firmware/devicetree/base/model"
-    )
+    board = read_text(root / "proc/device-tree/model")
     cpu_model = _cpu_model(cpuinfo)
-    machine = machine or platform.machine()
+    machine = platform.machine()
+    load = found_in(root / "proc/loadavg", r"^(\S+)")
+    driver = found_in(root / "proc/driver/nvidia/version", r"^NVRM version:.*?\s(\d+\.\d+(?:\.\d+)?)\s")
     return {
         "name": board or _short(cpu_model) or machine,
         "board": board,
-        "module": _module(root),
+        # The part number, which the board's name may not tell: of carrier board + module.
+        "module": found_in(root / "proc/device-tree/compatible", r"\+(p\d{4}-\d{4})"),
         "kind": device_of_module(board) if board else None,
         "gpu": _gpu_names(root),
         "cpu_model": cpu_model,
         "machine": machine,
-        "cores": cores or available_cores(),
+        "cores": available_cores(),
         "cores_present": len(re.findall(r"^processor\s*:", cpuinfo, re.MULTILINE)) or None,
         "core_quota": _core_quota(root),
         "threads": threads,
         "governor": read_text(root / "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
-        "load_1m": _load(root),
+        "load_1m": float(load) if load else None,
         "memory_mib": memory_mib(root, "MemTotal"),
         "memory_available_mib": memory_mib(root, "MemAvailable"),
-        "os": _os_name(root),
+        "os": found_in(root / "etc/os-release", r'^PRETTY_NAME="?([^"\n]*)"?'),
         "kernel": read_text(root / "proc/sys/kernel/osrelease"),
         "l4t": l4t,
-        "jetpack": jetpack.jetpack if jetpack else None,
+        "jetpack": jetpack_of_l4t(l4t) if l4t else None,
         "tensorrt": versions.get("tensorrt") or _tensorrt(root),
         "cuda": _cuda(root),
-        "driver": _driver(root),
+        "driver": driver or read_text(root / "sys/module/nvidia/version"),
         "power_mode": _power_mode(root),
         "clocks": {"before": read_clocks(root), "after": None},
         "temperatures_c": {"before": read_temperatures(root), "after": None},
@@ -145,15 +129,12 @@ def _values(cpuinfo: str, key: str) -> List[str]:
 
 def _cpu_model(cpuinfo: str) -> Optional[str]:
     """Return the processor's name: the kinds of Arm cores where they are told, else the model name."""
-    kinds: List[str] = []
+    kinds: Dict[str, None] = {}  # in their order
     for processor in re.split(r"\n\s*\n", cpuinfo):
         implementer, part = _values(processor, "CPU implementer"), _values(processor, "CPU part")
-        if not implementer or not part:
-            continue
-        numbers = (implementer[-1].lower(), part[-1].lower())
-        kind = _CORES.get(numbers, "Arm core %s/%s" % numbers)
-        if kind not in kinds:
-            kinds.append(kind)
+        if implementer and part:
+            numbers = (implementer[-1].lower(), part[-1].lower())
+            kinds[_CORES.get(numbers, "Arm core %s/%s" % numbers)] = None
     if kinds:
         return " + ".join(kinds)
     names = _values(cpuinfo, "model name")
@@ -166,72 +147,43 @@ def _short(cpu_model: Optional[str]) -> Optional[str]:
     return " ".join(name.split()) or None
 
 
-def _module(root: Path) -> Optional[str]:
-    """Return the part number of a Jetson's module, such as 'p3767-0005', which its board's name may not tell."""
-    text = read_text(root / "proc/device-tree/compatible", "\n")
-    found = re.search(r"\+(p\d{4}-\d{4})", text or "")  # carrier board + module
-    return found.group(1) if found else None
-
-
 def _gpu_names(root: Path) -> Optional[List[str]]:
     """Return the names of the GPUs of NVIDIA's driver for PCs and servers."""
-    names = []
-    for path in sorted((root / "proc/driver/nvidia/gpus").glob("*/information")):
-        names += re.findall(r"^Model:\s*(.+?)\s*$", read_text(path) or "", re.MULTILINE)
-    return names or None
+    files = sorted((root / "proc/driver/nvidia/gpus").glob("*/information"))
+    names = [found_in(path, r"^Model:\s*(.+?)\s*$") for path in files]
+    return [name for name in names if name] or None
 
 
 def _tensorrt(root: Path) -> Optional[str]:
     """Return the version in the name of the installed library; loading it would take its memory too."""
     versions = []
-    for folder in (
-        "usr/lib/aarch64-linux-gnu",
-        "usr/lib/x86_64-linux-gnu",
-        "usr/lib64",
-        "usr/local/tensorrt/lib",
-    ):
-        for path in (root / folder).glob("libnvinfer.so.*"):
-            numbers = path.name[len("libnvinfer.so.") :].split(".")
-            if len(numbers) >= 3 and all(number.isdigit() for number in numbers):
-                versions.append(tuple(int(number) for number in numbers))
-    return ".".join(str(number) for number in max(versions)) if versions else None
+    for folder in ("lib/aarch64-linux-gnu", "lib/x86_64-linux-gnu", "lib64", "local/tensorrt/lib"):
+        for path in (root / "usr" / folder).glob("libnvinfer.so.*"):
+            numbers = numbers_of(path.name[len("libnvinfer.so.") :])
+            if len(numbers) >= 3:
+                versions.append(numbers)
+    return ".".join(map(str, max(versions))) if versions else None
 
 
 def _cuda(root: Path) -> Optional[str]:
-    try:
-        about = json.loads(read_text(root / "usr/local/cuda/version.json") or "{}")
-        version = about.get("cuda", {}).get("version")
-    except (ValueError, AttributeError):
-        version = None
-    if version:
-        return str(version)
-    found = re.search(r"CUDA Version (\S+)", read_text(root / "usr/local/cuda/version.txt") or "")  # CUDA 10
-    return found.group(1) if found else None
-
-
-def _driver(root: Path) -> Optional[str]:
-    text = read_text(root / "proc/driver/nvidia/version") or ""
-    found = re.search(r"^NVRM version:.*?\s(\d+\.\d+(?:\.\d+)?)\s", text, re.MULTILINE)
-    return found.group(1) if found else read_text(root / "sys/module/nvidia/version")
+    folder = root / "usr/local/cuda"
+    version = found_in(folder / "version.json", r'"cuda"\s*:\s*\{[^{}]*"version"\s*:\s*"([^"]*)"')
+    return version or found_in(folder / "version.txt", r"CUDA Version (\S+)")  # CUDA 10
 
 
 def _power_mode(root: Path) -> Optional[Dict[str, Any]]:
     """Return the power mode of a Jetson: its id, and its name as the board's own table has it."""
-    found = re.search(r"pmode:(\d+)", read_text(root / "var/lib/nvpmodel/status") or "")
-    if not found:
+    mode = found_in(root / "var/lib/nvpmodel/status", r"pmode:(\d+)")
+    if not mode:
         return None
-    number = int(found.group(1))
+    number = int(mode)
     # The number means another mode on another board: only this board's table names it. Where none is chosen, the
     # tables of all boards must agree.
     tables = [root / "etc/nvpmodel.conf"]
     if not tables[0].is_file():
         tables = sorted((root / "etc/nvpmodel").glob("*.conf"))
-    names = set()
-    for table in tables:
-        modes = re.findall(
-            r"^\s*<\s*POWER_MODEL\s+ID=(\d+)\s+NAME=(\S+)", read_text(table) or "", re.MULTILINE
-        )
-        names |= {name.rstrip(">") for mode, name in modes if int(mode) == number}
+    modes = [mode for table in tables for mode in power_modes(read_text(table) or "")]
+    names = {name for one, name in modes if one == number}
     return {"id": number, "name": names.pop() if len(names) == 1 else None}
 
 
@@ -259,12 +211,12 @@ def _gpu_clocks(root: Path) -> Optional[Dict[str, Any]]:
     if folder is None:
         return None
     current, least, most = (read_number(folder / ("%s_freq" % which)) for which in ("cur", "min", "max"))
-    return {
+    clocks: Dict[str, Any] = {
         "mhz": _mhz(current, 1e6),
         "min_mhz": _mhz(least, 1e6),
         "max_mhz": _mhz(most, 1e6),
-        "locked": least is not None and least == most,
     }
+    return dict(clocks, locked=least is not None and least == most)
 
 
 def _mhz(clock: Optional[int], unit: float) -> Optional[float]:
@@ -291,16 +243,6 @@ def _fan(root: Path) -> Optional[Dict[str, Optional[int]]]:
         numbers = [number for number in (read_number(path) for path in paths) if number is not None]
         found[key] = numbers[0] if numbers else None
     return found if any(number is not None for number in found.values()) else None
-
-
-def _load(root: Path) -> Optional[float]:
-    text = read_text(root / "proc/loadavg")
-    return float(text.split()[0]) if text else None
-
-
-def _os_name(root: Path) -> Optional[str]:
-    found = re.search(r'^PRETTY_NAME="?([^"\n]*)"?', read_text(root / "etc/os-release") or "", re.MULTILINE)
-    return found.group(1) if found else None
 
 
 def _l4t(root: Path) -> Optional[str]:

@@ -6,10 +6,9 @@ Every check reads files below a root and gives `{"name", "status", "found", "fix
 
 import re
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
-from .sysfs import memory_mib, read_number, read_text, thermal_zones
-from .throttle import LEAST_TRIP_C
+from .sysfs import memory_mib, power_modes, read_number, read_text, trips
 
 Check = Dict[str, Any]
 DeviceInfo = Dict[str, Any]
@@ -29,13 +28,6 @@ def check(name: str, status: str, found: str, fix: Optional[str] = None) -> Chec
     return {"name": name, "status": status, "found": found, "fix": fix}
 
 
-class PowerMode(NamedTuple):
-    """One mode of `nvpmodel`."""
-
-    number: int
-    name: str
-
-
 def check_conditions(root: Path, device_info: DeviceInfo) -> List[Check]:
     """Return every check of the device's state that applies to it."""
     jetson = device_info["kind"] is not None
@@ -53,21 +45,17 @@ def check_conditions(root: Path, device_info: DeviceInfo) -> List[Check]:
     return [one for one in found if one]
 
 
-def highest_power_mode(table: str) -> Optional[PowerMode]:
-    """Return the mode of an nvpmodel.conf with the most power by its name: MAXN_SUPER, MAXN, else the most watts."""
-    modes = [
-        PowerMode(int(number), name.rstrip(">"))
-        for number, name in re.findall(r"^\s*<\s*POWER_MODEL\s+ID=(\d+)\s+NAME=(\S+)", table, re.MULTILINE)
-    ]
+def highest_power_mode(table: str) -> Optional[Tuple[int, str]]:
+    """Return number and name of the mode of an nvpmodel.conf with the most power: MAXN_SUPER, MAXN, else the most watts."""
 
-    def rank(mode: PowerMode) -> Tuple[int, float]:
-        name = mode.name.upper()
+    def rank(mode: Tuple[int, str]) -> Tuple[int, float]:
+        name = mode[1].upper()
         watts = re.search(r"(\d+(?:\.\d+)?)W", name)
         if "MAXN" in name:
             return (2 if "SUPER" in name else 1), 0.0
         return 0, float(watts.group(1)) if watts else -1.0
 
-    return max(modes, key=rank) if modes else None
+    return max(power_modes(table), key=rank, default=None)
 
 
 def check_power_mode(root: Path, device_info: DeviceInfo) -> Optional[Check]:
@@ -76,13 +64,13 @@ def check_power_mode(root: Path, device_info: DeviceInfo) -> Optional[Check]:
     if highest is None:
         return None
     current = device_info["power_mode"]
-    fix = "sudo nvpmodel -m %d  # %s" % (highest.number, highest.name)
+    fix = "sudo nvpmodel -m %d  # %s" % highest
     if current is None:
         return check("power mode", "warn", "not told; see `nvpmodel -q`", fix)
     name = current["name"] or "number %d" % current["id"]
-    if current["id"] == highest.number:
+    if current["id"] == highest[0]:
         return check("power mode", "ok", name)
-    return check("power mode", "warn", "%s, the highest is %s" % (name, highest.name), fix)
+    return check("power mode", "warn", "%s, the highest is %s" % (name, highest[1]), fix)
 
 
 def check_gpu_clock(device_info: DeviceInfo) -> Optional[Check]:
@@ -111,16 +99,13 @@ def check_cpu_clock(device_info: DeviceInfo) -> Optional[Check]:
 
 def check_temperature(root: Path, device_info: DeviceInfo) -> Optional[Check]:
     """Warn of a zone close to where it makes the clocks fall, fail at it."""
-    nearest: Optional[Tuple[float, str, float, float]] = None
-    for zone in thermal_zones(root):
-        name, now = read_text(zone / "type") or zone.name, read_number(zone / "temp")
-        for trip in zone.glob("trip_point_*_type"):
-            limit = read_number(trip.with_name(trip.name.replace("_type", "_temp")))
-            if now is None or limit is None or limit < LEAST_TRIP_C * 1000:
-                continue
-            if read_text(trip) in ("passive", "hot", "critical") and not name.startswith("PMIC"):
-                here = ((limit - now) / 1000, name, now / 1000, limit / 1000)
-                nearest = min(nearest, here) if nearest else here
+    zones = [
+        ((limit - now) / 1000, name, now / 1000, limit / 1000)
+        for name, file, kind, limit in trips(root)
+        for now in [read_number(file)]
+        if kind in ("passive", "hot", "critical") and now is not None and not name.startswith("PMIC")
+    ]
+    nearest = min(zones, default=None)
     if nearest is not None and nearest[0] < NEAR_TRIP_C:
         status = "fail" if nearest[0] <= 0 else "warn"
         found = "%s is at %.0f C, clocks fall at %.0f C" % nearest[1:]
@@ -147,25 +132,22 @@ def check_swap(root: Path) -> Optional[Check]:
     total, free = memory_mib(root, "SwapTotal"), memory_mib(root, "SwapFree")
     if total is None or free is None:
         return None
-    used = total - free
-    if used > SWAPPED_MIB:
-        return check("swap", "warn", "%d of %d MiB in use" % (used, total), "close other programs, or reboot")
-    return check("swap", "ok", "%d of %d MiB in use" % (used, total))
+    used = "%d of %d MiB in use" % (total - free, total)
+    if total - free > SWAPPED_MIB:
+        return check("swap", "warn", used, "close other programs, or reboot")
+    return check("swap", "ok", used)
 
 
 def check_desktop(root: Path) -> Optional[Check]:
     """Warn of a desktop, which takes memory and GPU time."""
-    running = set()
-    for process in (root / "proc").glob("[0-9]*/comm"):
-        name = read_text(process)
-        if name in DESKTOPS:
-            running.add(name)
+    names = {read_text(process) or "" for process in (root / "proc").glob("[0-9]*/comm")}
+    running = sorted(names.intersection(DESKTOPS))
     if not running:
         return check("desktop", "ok", "none")
     return check(
         "desktop",
         "warn",
-        "%s: it takes memory and GPU time" % ", ".join(sorted(running)),
+        "%s: it takes memory and GPU time" % ", ".join(running),
         "sudo systemctl isolate multi-user.target  # back: graphical.target",
     )
 
@@ -175,9 +157,9 @@ def check_load(device_info: DeviceInfo) -> Optional[Check]:
     load, cores = device_info["load_1m"], device_info["cores"]
     if load is None:
         return None
-    if load > max(0.5 * cores, 1.0):
-        return check("load", "warn", "%.2f on %d cores" % (load, cores), "stop other programs")
-    return check("load", "ok", "%.2f on %d cores" % (load, cores))
+    busy = load > max(0.5 * cores, 1.0)
+    fix = "stop other programs" if busy else None
+    return check("load", "warn" if busy else "ok", "%.2f on %d cores" % (load, cores), fix)
 
 
 def check_quota(device_info: DeviceInfo) -> Optional[Check]:

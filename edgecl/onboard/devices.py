@@ -1,9 +1,11 @@
-"""What kinds of device there are: their precisions, DLA cores and the software of each JetPack.
+"""What kinds of device there are: their precisions, DLA cores and JetPacks.
 
 Sources: NVIDIA's TensorRT support matrices and `jetson_stats`; the DLA cores of each module are general knowledge.
 """
 
 from typing import Dict, NamedTuple, Optional, Tuple
+
+from .versions import numbers_of
 
 
 class Device(NamedTuple):
@@ -34,25 +36,16 @@ DEVICES: Dict[str, Device] = {
 }
 
 
-class Jetpack(NamedTuple):
-    """The software of one JetPack release; `tensorrt` is what came with it."""
-
-    jetpack: str
-    tensorrt: str
-    cuda: str
-    python: str
-
-
 # L4T release and revision -> JetPack. A revision that is not listed belongs to the newest one below it.
-JETPACKS: Dict[Tuple[int, int], Jetpack] = {
-    (32, 6): Jetpack("4.6", "8.0", "10.2", "3.6"),
-    (32, 7): Jetpack("4.6.1", "8.2", "10.2", "3.6"),
-    (35, 1): Jetpack("5.0.2", "8.4", "11.4", "3.8"),
-    (35, 2): Jetpack("5.1", "8.5", "11.4", "3.8"),
-    (36, 3): Jetpack("6.0", "8.6", "12.2", "3.10"),
-    (36, 4): Jetpack("6.1", "10.3", "12.6", "3.10"),
-    (38, 2): Jetpack("7.0", "10.13", "13.0", "3.12"),
-    (39, 2): Jetpack("7.2", "10.16", "13.2", "3.12"),
+JETPACKS: Dict[Tuple[int, int], str] = {
+    (32, 6): "4.6",
+    (32, 7): "4.6.1",
+    (35, 1): "5.0.2",
+    (35, 2): "5.1",
+    (36, 3): "6.0",
+    (36, 4): "6.1",
+    (38, 2): "7.0",
+    (39, 2): "7.2",
 }
 
 
@@ -66,12 +59,8 @@ def device_of_module(module: str) -> Optional[str]:
     return best
 
 
-def jetpack_of_l4t(l4t: str) -> Optional[Jetpack]:
+def jetpack_of_l4t(l4t: str) -> Optional[str]:
     """Return the JetPack of an L4T release such as '36.4.3', or None for one before those listed."""
-    parts = l4t.split(".")
-    try:
-        release, revision = int(parts[0]), int(parts[1])
-    except (IndexError, ValueError):
-        return None
+    release, revision = (numbers_of(l4t) + (0, 0))[:2]
     fitting = [key for key in JETPACKS if key[0] == release and key[1] <= revision]
     return JETPACKS[max(fitting)] if fitting else None

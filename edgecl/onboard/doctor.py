@@ -68,14 +68,12 @@ def doctor(
         except OnboardError as error:
             checks.append(check("bundle", "fail", error.problem, error.hint))
     if target is None:
-        checks.append(_check_any_runtime())
+        checks += [_check_any_runtime(), check_memory(root, 0)]
     else:
         checks.append(_check_device(kind, target))
         checks += _check_precisions(kind, target, manifest)
         checks += check_runtime(root, target, jetson=kind is not None)
         checks.append(check_memory(root, _workspace_mib(target)))
-    if target is None:
-        checks.append(check_memory(root, 0))
     checks.append(_check_disk(bundle, manifest))
     checks += check_conditions(root, device_info)
     checks.append(_check_rails(root, jetson=kind is not None))
@@ -96,14 +94,9 @@ def probe(module: str, hidden: Sequence[str] = ()) -> Dict[str, Any]:
     error is what was printed, crashed whether the process was killed while importing, by an illegal instruction say.
     """
     command = [sys.executable, "-c", _PROBE, module, *hidden]
+    pipe, nothing = subprocess.PIPE, subprocess.DEVNULL
     try:
-        done = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            timeout=_PROBE_S,
-        )
+        done = subprocess.run(command, stdin=nothing, stdout=pipe, stderr=pipe, timeout=_PROBE_S)
     except subprocess.TimeoutExpired:
         return {"error": "importing it took over %.0f s" % _PROBE_S, "crashed": False}
     lines = done.stdout.decode("utf-8", "replace").splitlines()
@@ -132,12 +125,8 @@ def _check_any_runtime() -> Check:
     found = ["%s %s" % (name, about["version"]) for name, about in seen.items() if "error" not in about]
     if found:
         return check("runtimes", "ok", ", ".join(found))
-    return check(
-        "runtimes",
-        "warn",
-        "none of %s" % ", ".join(RUNTIMES),
-        "install one, such as: " + RUNTIMES["onnxruntime"].install,
-    )
+    install = "install one, such as: " + RUNTIMES["onnxruntime"].install
+    return check("runtimes", "warn", "none of %s" % ", ".join(RUNTIMES), install)
 
 
 def _check_device(kind: Optional[str], target: Dict[str, Any]) -> Optional[Check]:
@@ -152,24 +141,15 @@ def _check_device(kind: Optional[str], target: Dict[str, Any]) -> Optional[Check
         fix = "export with a target for this board, such as --target jetson (`edgecl ls targets`)"
         return check("device", "fail", "%s; the target is for %s" % (DEVICES[kind].title, title), fix)
     if kind is None:
-        return check(
-            "device",
-            "fail",
-            "this is no Jetson; the target is for %s" % title,
-            "run it on the board: --host USER@BOARD",
-        )
+        found = "this is no Jetson; the target is for %s" % title
+        return check("device", "fail", found, "run it on the board: --host USER@BOARD")
     here = DEVICES[kind]
-    if kind == wanted or (
-        DEVICES[wanted].dla_cores is None and here.compute_capability == DEVICES[wanted].compute_capability
-    ):
-        return check("device", "ok", here.title)
     same = here.compute_capability == DEVICES[wanted].compute_capability
-    return check(
-        "device",
-        "warn" if same else "fail",
-        "%s; the target is for %s" % (here.title, title),
-        "export with a target for this board (`edgecl ls targets`)",
-    )
+    if kind == wanted or (DEVICES[wanted].dla_cores is None and same):
+        return check("device", "ok", here.title)
+    found = "%s; the target is for %s" % (here.title, title)
+    fix = "export with a target for this board (`edgecl ls targets`)"
+    return check("device", "warn" if same else "fail", found, fix)
 
 
 def _check_precisions(
@@ -186,29 +166,18 @@ def _check_precisions(
     checks: List[Optional[Check]] = []
     if lacking:
         able = [precision for precision in asked if precision in here.precisions]
-        checks.append(
-            check(
-                "precision",
-                "fail" if default in lacking or not able else "warn",
-                "%s does not compute %s; it has %s"
-                % (here.title, ", ".join(lacking), ", ".join(here.precisions)),
-                "run it with --precision %s" % able[0] if able else "export again with --precision fp16",
-            )
-        )
+        status = "fail" if default in lacking or not able else "warn"
+        found = "%s does not compute %s" % (here.title, ", ".join(lacking))
+        fix = "run it with --precision %s" % able[0] if able else "export again with --precision fp16"
+        checks.append(check("precision", status, "%s; it has %s" % (found, ", ".join(here.precisions)), fix))
     elif asked:
         checks.append(check("precision", "ok", "%s of %s" % (", ".join(asked), ", ".join(here.precisions))))
-    core = (target.get("build") or {}).get("dla_core")
-    if core is not None:
-        cores = here.dla_cores
-        if cores is not None and core >= cores:
-            fix = "export with a target that has no build.dla_core"
-            checks.append(
-                check(
-                    "DLA", "fail", "asked for core %d; %s has %d DLA cores" % (core, here.title, cores), fix
-                )
-            )
-        else:
-            checks.append(check("DLA", "ok", "core %d" % core))
+    core, cores = (target.get("build") or {}).get("dla_core"), here.dla_cores
+    if core is not None and cores is not None and core >= cores:
+        found = "asked for core %d; %s has %d DLA cores" % (core, here.title, cores)
+        checks.append(check("DLA", "fail", found, "export with a target that has no build.dla_core"))
+    elif core is not None:
+        checks.append(check("DLA", "ok", "core %d" % core))
     return checks
 
 
@@ -223,13 +192,9 @@ def check_runtime(root: Path, target: Dict[str, Any], *, jetson: bool) -> List[O
         fix = runtime.fix_import(root, jetson) if runtime.fix_import else runtime.install
         found = check(name, "fail", "cannot be imported: %s" % seen["error"], fix)
     elif seen["version"] and not version_fits(seen["version"], versions):
-        found = check(
-            name,
-            "fail",
-            "%s; the target is for %s" % (seen["version"], versions),
-            "export with a target for %s (`edgecl ls targets`), or install a version it is for"
-            % seen["version"],
-        )
+        words = "%s; the target is for %s" % (seen["version"], versions)
+        fix = "export with a target for %s (`edgecl ls targets`), or install a version it is for"
+        found = check(name, "fail", words, fix % seen["version"])
     else:
         found = check(name, "ok", "%s%s" % (seen["version"], ", for %s" % versions if versions else ""))
     return [found, *(runtime.checks(root, target) if runtime.checks else ())]
@@ -247,12 +212,8 @@ def _check_disk(bundle: Union[str, Path, None], manifest: Optional[Dict[str, Any
     place = Path(bundle) if bundle is not None and Path(bundle).is_dir() else Path.home()
     needed_mib = SPARE_MIB
     if manifest is not None and bundle is not None:
-        sizes = [
-            (place / about["model"]).stat().st_size
-            for about in manifest["precisions"].values()
-            if is_plain_file(place / about["model"])
-        ]
-        needed_mib += 2 * sum(sizes) >> 20
+        models = [place / about["model"] for about in manifest["precisions"].values()]
+        needed_mib += 2 * sum(path.stat().st_size for path in models if is_plain_file(path)) >> 20
     try:
         free_mib = shutil.disk_usage(str(place)).free >> 20
     except OSError:
@@ -261,9 +222,8 @@ def _check_disk(bundle: Union[str, Path, None], manifest: Optional[Dict[str, Any
     if free_mib < needed_mib:
         return check("disk", "fail", found, "free some space in %s" % place)
     if not os.access(str(place), os.W_OK):
-        return check(
-            "disk", "warn", "%s cannot be written: engines are not kept" % place, "copy the bundle elsewhere"
-        )
+        found = "%s cannot be written: engines are not kept" % place
+        return check("disk", "warn", found, "copy the bundle elsewhere")
     return check("disk", "ok", found)
 
 

@@ -17,6 +17,7 @@ from .layers import (
     layers_of_log,
     layers_of_network,
     precision_shares,
+    shares_in_words,
 )
 from .runtime import Report
 from .runtimes import RUNTIMES
@@ -49,7 +50,7 @@ FP16_SCALES_FROM = (10, 0)
 
 _KEPT_MESSAGES = 2000
 _OUT_OF_MEMORY = re.compile(
-    r"out ?of ?memory|insufficient memory|requested amount of gpu memory|alloc\w* fail", re.I
+    r"out ?of ?memory|insufficient memory|requested amount of gpu memory|alloc\w* fail", re.IGNORECASE
 )
 _NODE_IN_TEXT = re.compile(r"node (?:number )?\d+[^:\[]*\[([\w.]+)|for op(?:erator)?:? (\w+)", re.I)
 
@@ -141,6 +142,25 @@ def is_strongly_typed(runtime: str, version: Version, form: str) -> bool:
     return form == "int8-trt-fp16" and version >= FP16_SCALES_FROM
 
 
+def made(make: Callable[[], Any], what: str, title: str, log: Log) -> Any:
+    """Return what a call of the bindings makes.
+
+    Raises:
+        DeviceError: it returned nothing, or raised, which is how the bindings say that a constructor did.
+    """
+    cause: Optional[Exception] = None
+    try:
+        thing = make()
+    except (TypeError, RuntimeError) as exc:
+        thing, cause = None, exc
+    if thing is None:
+        raise DeviceError(
+            "%s cannot make %s: %s" % (title, what, log.last() if log.errors or not cause else cause),
+            "it needs a GPU with free memory, and a driver that fits; `onboard.pyz doctor` looks at both",
+        ) from cause
+    return thing
+
+
 def build_plan(
     onnx_file: Union[str, Path],
     *,
@@ -166,137 +186,243 @@ def build_plan(
         timing_cache: of an earlier build on this device.
         report: called with a line on what is going on.
 
-    Returns:
-        the plan, and what the network asks for.
-
     Raises:
         DeviceError: the runtime is not there, cannot do what was asked, refuses the graph, or fails to build it.
         BundleError: the graph has other inputs or outputs than the manifest says.
     """
-    trt = import_runtime(runtime)
-    version = numbers_of(trt.__version__)[:3]
-    title = "%s %s" % (RUNTIMES[runtime].title, trt.__version__)
-    file = Path(onnx_file)
-    typed = is_strongly_typed(runtime, version, form)
-    if form == "int8-cpu" or (
-        form == "int8-trt-fp16" and version < FP16_SCALES_FROM and runtime == "tensorrt"
-    ):
-        raise DeviceError(
-            "%s takes no graph of the form '%s'" % (title, form),
-            "export the bundle with [graph] int8 = 'int8-trt' in the target",
-        )
-    log = log_of(trt)
-    log.forget()
-    builder = _make(lambda: trt.Builder(log.logger), "a builder", title, log)
-    _check_platform(builder, precision, title)
-    network = _make(lambda: builder.create_network(_network_flags(trt, typed)), "a network", title, log)
-    _parse(trt, network, file, title, log)
-    asked = _describe(network)
-    _check_io(asked, file, input_form)
-    _check_asked(asked, precision, file.name, weak=not typed)
-    config = _make(builder.create_builder_config, "a configuration", title, log)
-    settings = {
-        "strongly_typed": typed,
-        "flags": _set_precision(trt, builder, config, precision, typed, title),
-    }
-    settings.update(_set_limits(trt, config, build, free_bytes, version))
-    settings.update(_set_device(trt, builder, config, precision, build, runtime, title))
-    _set_shapes(trt, builder, config, input_form)
+    one = _Build(Path(onnx_file), runtime, precision, form, build, input_form)
+    log, title, network, config = one.log, one.title, one.network, one.config
+    one.parse()
+    asked = one.describe()
+    one.check_io(asked)
+    one.check_asked(asked)
+    settings: Dict[str, Any] = {"strongly_typed": one.typed, "flags": one.set_precision()}
+    settings.update(one.set_limits(free_bytes))
+    settings.update(one.set_device())
+    one.set_shapes()
     if runtime == "tensorrt":  # TensorRT for RTX times nothing
-        _set_timing_cache(config, timing_cache)
+        one.set_timing_cache(timing_cache)
     if report:
         report("building an %s engine with %s; on a small board this takes minutes" % (precision, title))
     started = time.perf_counter()
-    plan = builder.build_serialized_network(network, config)
+    plan = one.builder.build_serialized_network(network, config)
     seconds = time.perf_counter() - started
     if plan is None:
         raise DeviceError(
-            "%s cannot build an %s engine from '%s': %s" % (title, precision, file.name, log.last()),
+            "%s cannot build an %s engine from '%s': %s" % (title, precision, one.file.name, log.last()),
             _hint_of_build(log, build),
         )
     layers = layers_of_log(log.lists)
-    check_delivered(
-        precision_shares(layers), precision, expected=asked["shares"].get(precision, 1.0), maker=title
-    )
+    expected = asked["shares"].get(precision, 1.0)
+    check_delivered(precision_shares(layers), precision, expected=expected, maker=title)
+    cache: Any = config.get_timing_cache() if runtime == "tensorrt" else None
     return Built(
         plan=bytes(memoryview(plan)),
         seconds=seconds,
         settings=settings,
         network=asked,
         layers=layers,
-        timing_cache=_timings(config) if runtime == "tensorrt" else None,
+        timing_cache=None if cache is None else bytes(memoryview(cache.serialize())),
         warnings=[" ".join(message.split()) for message in log.warnings[-20:]],
     )
 
 
-def _make(make: Callable[[], Any], what: str, title: str, log: Log) -> Any:
-    try:
-        made = make()
-    except (
-        TypeError,
-        RuntimeError,
-    ) as exc:  # the bindings' way to say that a constructor returned nothing
-        raise DeviceError(
-            "%s cannot make %s: %s" % (title, what, log.last() if log.errors else exc),
-            "it needs a GPU and a driver that fits; `onboard.pyz doctor` looks at both",
-        ) from exc
-    if made is None:
-        raise DeviceError(
-            "%s cannot make %s: %s" % (title, what, log.last()),
-            "it needs a GPU and a driver that fits; `onboard.pyz doctor` looks at both",
+class _Build:
+    """One build: TensorRT's objects, and what is asked of them."""
+
+    def __init__(
+        self,
+        file: Path,
+        runtime: str,
+        precision: str,
+        form: str,
+        build: Dict[str, Any],
+        input_form: Dict[str, Any],
+    ) -> None:
+        self.file, self.runtime, self.precision, self.build = file, runtime, precision, build
+        self.input_form = input_form
+        self.trt = trt = import_runtime(runtime)
+        version = numbers_of(trt.__version__)[:3]
+        self.title = "%s %s" % (RUNTIMES[runtime].title, trt.__version__)
+        self.typed = is_strongly_typed(runtime, version, form)
+        if form == "int8-cpu" or (form == "int8-trt-fp16" and not self.typed):
+            raise DeviceError(
+                "%s takes no graph of the form '%s'" % (self.title, form),
+                "export the bundle with [graph] int8 = 'int8-trt' in the target",
+            )
+        self.log = log_of(trt)
+        self.log.forget()
+        self.builder: "tensorrt.Builder" = self._made(lambda: trt.Builder(self.log.logger), "a builder")
+        # Gone in 11, where every GPU that it still runs on has both.
+        if precision != "fp32" and getattr(self.builder, "platform_has_fast_%s" % precision, True) is False:
+            raise DeviceError(
+                "asked for %s, but this GPU cannot compute it fast: %s says so" % (precision, self.title),
+                "take another precision of the bundle, such as --precision %s"
+                % ("fp16" if precision == "int8" else "fp32"),
+            )
+        kinds = trt.NetworkDefinitionCreationFlag
+        # Explicit batches are the default from 10 on, and the flag is then gone.
+        flag = kinds.STRONGLY_TYPED if self.typed else getattr(kinds, "EXPLICIT_BATCH", None)
+        flags = 0 if flag is None else 1 << int(flag)
+        self.network: "tensorrt.INetworkDefinition" = self._made(
+            lambda: self.builder.create_network(flags), "a network"
         )
-    return made
-
-
-def _network_flags(trt: "Trt", typed: bool) -> int:
-    flags = trt.NetworkDefinitionCreationFlag
-    if typed:
-        return 1 << int(flags.STRONGLY_TYPED)
-    explicit = getattr(flags, "EXPLICIT_BATCH", None)  # the default, and then gone, from 10 on
-    return 0 if explicit is None else 1 << int(explicit)
-
-
-def _check_platform(builder: "tensorrt.Builder", precision: str, title: str) -> None:
-    if precision == "fp32":
-        return
-    # Gone in 11, where every GPU that it still runs on has both.
-    if getattr(builder, "platform_has_fast_%s" % precision, True) is False:
-        raise DeviceError(
-            "asked for %s, but this GPU cannot compute it fast: %s says so" % (precision, title),
-            "take another precision of the bundle, such as --precision %s"
-            % ("fp16" if precision == "int8" else "fp32"),
+        self.config: "tensorrt.IBuilderConfig" = self._made(
+            self.builder.create_builder_config, "a configuration"
         )
 
+    def _made(self, make: Callable[[], Any], what: str) -> Any:
+        return made(make, what, self.title, self.log)
 
-def _parse(trt: "Trt", network: "tensorrt.INetworkDefinition", file: Path, title: str, log: Log) -> None:
-    if not file.is_file():
-        raise BundleError("'%s' is missing" % file, "export the bundle again")
-    parser = trt.OnnxParser(network, log.logger)
-    parsed = parser.parse_from_file(str(file))
-    if parsed and parser.num_errors == 0:
-        return
-    problems, text = [], log.last() if parser.num_errors == 0 else ""
-    for index in range(parser.num_errors):
-        error = parser.get_error(index)
-        text += " " + error.desc()
-        problems.append("%s: %s" % (_node_of(error, log), " ".join(error.desc().split())))
-    raise DeviceError(
-        "%s cannot read '%s': %s" % (title, file.name, "; ".join(problems[:3]) or text),
-        _hint_of_parser(text + " ".join(problems)),
-    )
+    def parse(self) -> None:
+        """Read the ONNX file."""
+        if not self.file.is_file():
+            raise BundleError("'%s' is missing" % self.file)
+        parser = self.trt.OnnxParser(self.network, self.log.logger)
+        if parser.parse_from_file(str(self.file)) and parser.num_errors == 0:
+            return
+        errors: List[Any] = [parser.get_error(index) for index in range(parser.num_errors)]
+        text = " ".join(error.desc() for error in errors) or self.log.last()
+        problems = ["%s: %s" % (self._node_of(error), " ".join(error.desc().split())) for error in errors]
+        raise DeviceError(
+            "%s cannot read '%s': %s" % (self.title, self.file.name, "; ".join(problems[:3]) or text),
+            _hint_of_parser(text + " ".join(problems)),
+        )
 
+    def _node_of(self, error: Any) -> str:
+        operator = error.node_operator() if hasattr(error, "node_operator") else ""  # from 10 on
+        name = error.node_name() if hasattr(error, "node_name") else ""
+        found = filter(None, (_NODE_IN_TEXT.search(text) for text in [error.desc()] + self.log.errors))
+        operator = operator or next((match.group(1) or match.group(2) for match in found), "")
+        where = "node %d" % error.node() if error.node() >= 0 else "the file"
+        return where + (" '%s'" % name if name else "") + (" (%s)" % operator if operator else "")
 
-def _node_of(error: Any, log: Log) -> str:
-    operator = error.node_operator() if hasattr(error, "node_operator") else ""  # from 10 on
-    name = error.node_name() if hasattr(error, "node_name") else ""
-    if not operator:
-        for text in [error.desc()] + log.errors:
-            match = _NODE_IN_TEXT.search(text)
-            if match:
-                operator = match.group(1) or match.group(2)
-                break
-    where = "node %d" % error.node() if error.node() >= 0 else "the file"
-    return where + (" '%s'" % name if name else "") + (" (%s)" % operator if operator else "")
+    def describe(self) -> Dict[str, Any]:
+        """Return what the network asks for."""
+        layers, network = layers_of_network(self.network), self.network
+        inputs = [network.get_input(index) for index in range(network.num_inputs)]
+        outputs = [network.get_output(index) for index in range(network.num_outputs)]
+        return {
+            "layers": histogram(layers),
+            "inputs": {tensor.name: str(tensor.dtype).rpartition(".")[2] for tensor in inputs},
+            "outputs": {tensor.name: str(tensor.dtype).rpartition(".")[2] for tensor in outputs},
+            "shares": precision_shares(layers),
+        }
+
+    def check_io(self, asked: Dict[str, Any]) -> None:
+        """Check the graph's ends against the manifest's."""
+        inputs, outputs, name = list(asked["inputs"]), list(asked["outputs"]), self.input_form["name"]
+        if inputs != [name] or len(outputs) != 1:
+            raise BundleError(
+                "'%s' has the inputs %s and outputs %s, the manifest says the input '%s' and one output"
+                % (self.file.name, inputs, outputs, name)
+            )
+        for name, kind in dict(asked["inputs"], **asked["outputs"]).items():
+            if kind != "FLOAT":
+                raise BundleError(
+                    "'%s' of '%s' is %s, a bundle's inputs and outputs are FLOAT"
+                    % (name, self.file.name, kind)
+                )
+
+    def check_asked(self, asked: Dict[str, Any]) -> None:
+        """Check the precision of the graph itself: no engine can deliver what the graph does not ask for."""
+        precision = self.precision
+        if precision == "fp32" or (precision == "fp16" and not self.typed):
+            return
+        if asked["shares"].get(precision, 0.0) == 0:
+            raise DeviceError(
+                "asked for %s and not delivered: no convolution or matrix product of '%s' is %s (%s)"
+                % (precision, self.file.name, precision, shares_in_words(asked["shares"]) or "it has none"),
+                "export the bundle again with --precision %s" % precision,
+            )
+
+    def set_precision(self) -> List[str]:
+        """Set the flags of a weakly typed build; return their names."""
+        if self.typed or self.precision == "fp32":
+            return []
+        names = [self.precision.upper()]
+        # What is not quantized shall be fp16, where the GPU has it.
+        if self.precision == "int8" and getattr(self.builder, "platform_has_fast_fp16", True):
+            names.append("FP16")
+        for name in names:
+            self.config.set_flag(getattr(self.trt.BuilderFlag, name))
+        return names
+
+    def set_limits(self, free_bytes: Optional[int]) -> Dict[str, Any]:
+        """Set memory, effort and TF32; return them for the record."""
+        trt, config = self.trt, self.config
+        workspace = int(self.build.get("workspace_mib", 1024)) << 20
+        if free_bytes is not None:
+            workspace = min(workspace, free_bytes // 2)
+        if hasattr(config, "set_memory_pool_limit"):  # from 8.4 on
+            config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
+        else:
+            setattr(config, "max_workspace_size", workspace)  # noqa: B010  # the stubs do not know it any more
+        tf32 = bool(self.build.get("tf32", True))
+        settings: Dict[str, Any] = {"workspace_bytes": workspace, "tf32": tf32}
+        if hasattr(config, "builder_optimization_level"):  # from 8.6 on
+            level = int(self.build.get("optimization_level", 3))
+            config.builder_optimization_level = settings["optimization_level"] = level
+        (config.set_flag if tf32 else config.clear_flag)(trt.BuilderFlag.TF32)
+        # Without it the inspector and the log say names only, and no precision could be checked.
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+        return settings
+
+    def set_device(self) -> Dict[str, Any]:
+        """Choose the DLA core, or what TensorRT for RTX compiles for."""
+        if self.runtime == "tensorrt_rtx":
+            return {"compute_capabilities": self._set_compute_capabilities()}
+        core = self.build.get("dla_core")
+        if core is None or self.precision == "fp32":  # DLA computes no fp32: that precision stays on the GPU
+            return {"dla_core": None}
+        cores = int(getattr(self.builder, "num_DLA_cores", 0))
+        if core >= cores:
+            raise DeviceError(
+                "asked for DLA core %d, but %s finds %d DLA cores on this device" % (core, self.title, cores),
+                "Orin Nano and Thor have none, and TensorRT 10.8 to 11.3 uses none; "
+                "export the bundle without build.dla_core",
+            )
+        self.config.default_device_type = self.trt.DeviceType.DLA
+        self.config.DLA_core = core
+        self.config.set_flag(self.trt.BuilderFlag.GPU_FALLBACK)
+        return {"dla_core": core}
+
+    def _set_compute_capabilities(self) -> List[str]:
+        names = list(self.build.get("compute_capabilities") or [])
+        members = getattr(getattr(self.trt, "ComputeCapability", None), "__members__", {})
+        chosen: Any = self.config
+        chosen.num_compute_capabilities = len(names)
+        refused = [
+            name
+            for index, name in enumerate(names)
+            if name not in members or not chosen.set_compute_capability(members[name], index)
+        ]
+        if refused or not names:
+            known = ", ".join(name for name in members if name.startswith("SM"))
+            raise DeviceError(
+                "%s cannot compile for %s; it knows %s"
+                % (self.title, ", ".join(refused) or "nothing named", known),
+                "change [build] compute_capabilities in the target",
+            )
+        return names
+
+    def set_shapes(self) -> None:
+        """Say which batches a net with a dynamic one takes."""
+        form = self.input_form
+        if not form["dynamic_batch"]:
+            return
+        batches, rest = (1, int(form["shape"][0]), int(form["max_batch"])), list(form["shape"][1:])
+        least, best, most = [self.trt.Dims4([batch] + rest) for batch in batches]
+        profile = self.builder.create_optimization_profile()
+        profile.set_shape(form["name"], least, best, most)
+        self.config.add_optimization_profile(profile)
+
+    def set_timing_cache(self, earlier: Optional[bytes]) -> None:
+        """Use the timings of an earlier build, unless it was of another device or version."""
+        for content in (earlier or b"", b""):
+            taken: Any = self.config.set_timing_cache(self.config.create_timing_cache(content), False)
+            if taken:
+                return
 
 
 def _hint_of_parser(text: str) -> str:
@@ -314,192 +440,17 @@ def _hint_of_parser(text: str) -> str:
     )
 
 
-def _describe(network: "tensorrt.INetworkDefinition") -> Dict[str, Any]:
-    layers = layers_of_network(network)
-    inputs = [network.get_input(index) for index in range(network.num_inputs)]
-    outputs = [network.get_output(index) for index in range(network.num_outputs)]
-    return {
-        "layers": histogram(layers),
-        "inputs": {tensor.name: str(tensor.dtype).rpartition(".")[2] for tensor in inputs},
-        "outputs": {tensor.name: str(tensor.dtype).rpartition(".")[2] for tensor in outputs},
-        "shares": precision_shares(layers),
-    }
-
-
-def _check_io(asked: Dict[str, Any], file: Path, input_form: Dict[str, Any]) -> None:
-    if list(asked["inputs"]) != [input_form["name"]] or len(asked["outputs"]) != 1:
-        raise BundleError(
-            "'%s' has the inputs %s and outputs %s, the manifest says the input '%s' and one output"
-            % (file.name, list(asked["inputs"]), list(asked["outputs"]), input_form["name"]),
-            "export the bundle again",
-        )
-    for name, kind in list(asked["inputs"].items()) + list(asked["outputs"].items()):
-        if kind != "FLOAT":
-            raise BundleError(
-                "'%s' of '%s' is %s, a bundle's inputs and outputs are FLOAT" % (name, file.name, kind),
-                "export the bundle again",
-            )
-
-
-def _check_asked(asked: Dict[str, Any], precision: str, file: str, *, weak: bool) -> None:
-    """Check the precision of the graph itself: no engine can deliver what the graph does not ask for."""
-    if precision == "fp32" or (precision == "fp16" and weak):
-        return
-    if asked["shares"].get(precision, 0.0) == 0:
-        seen = ", ".join("%s %.0f %%" % (name, 100 * share) for name, share in asked["shares"].items())
-        raise DeviceError(
-            "asked for %s and not delivered: no convolution or matrix product of '%s' is %s (%s)"
-            % (precision, file, precision, seen or "it has none"),
-            "export the bundle again with --precision %s" % precision,
-        )
-
-
-def _set_precision(
-    trt: "Trt",
-    builder: "tensorrt.Builder",
-    config: "tensorrt.IBuilderConfig",
-    precision: str,
-    typed: bool,
-    title: str,
-) -> List[str]:
-    """Set the flags of a weakly typed build and see that they took effect; return their names."""
-    if typed or precision == "fp32":
-        return []
-    names = ["FP16"] if precision == "fp16" else ["INT8"]
-    # What is not quantized shall be fp16, where the GPU has it.
-    if precision == "int8" and getattr(builder, "platform_has_fast_fp16", True):
-        names.append("FP16")
-    for name in names:
-        flag = getattr(trt.BuilderFlag, name, None)
-        if flag is not None:
-            config.set_flag(flag)
-        if flag is None or not config.get_flag(flag):
-            raise DeviceError(
-                "asked for %s, but %s has no builder flag %s, or does not keep it" % (precision, title, name),
-                "export the bundle for this version of TensorRT",
-            )
-    return names
-
-
-def _set_limits(
-    trt: "Trt",
-    config: "tensorrt.IBuilderConfig",
-    build: Dict[str, Any],
-    free_bytes: Optional[int],
-    version: Version,
-) -> Dict[str, Any]:
-    workspace = int(build.get("workspace_mib", 1024)) << 20
-    if free_bytes is not None:
-        workspace = min(workspace, free_bytes // 2)
-    if hasattr(config, "set_memory_pool_limit"):  # from 8.4 on
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
-    else:
-        setattr(config, "max_workspace_size", workspace)  # noqa: B010  # the stubs do not know it any more
-    settings: Dict[str, Any] = {"workspace_bytes": workspace}
-    if hasattr(config, "builder_optimization_level"):  # from 8.6 on
-        level = int(build.get("optimization_level", 3))
-        config.builder_optimization_level = level
-        settings["optimization_level"] = level
-    tf32 = bool(build.get("tf32", True))
-    (config.set_flag if tf32 else config.clear_flag)(trt.BuilderFlag.TF32)
-    settings["tf32"] = tf32
-    # Without it the inspector and the log say names only, and no precision could be checked.
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    return settings
-
-
-def _set_device(
-    trt: "Trt",
-    builder: "tensorrt.Builder",
-    config: "tensorrt.IBuilderConfig",
-    precision: str,
-    build: Dict[str, Any],
-    runtime: str,
-    title: str,
-) -> Dict[str, Any]:
-    """Choose the DLA core, or what TensorRT for RTX compiles for."""
-    core = build.get("dla_core")
-    if runtime == "tensorrt_rtx":
-        return {"compute_capabilities": _set_compute_capabilities(trt, config, build, title)}
-    if core is None or precision == "fp32":  # DLA computes no fp32: that precision stays on the GPU
-        return {"dla_core": None}
-    cores = int(getattr(builder, "num_DLA_cores", 0))
-    if core >= cores:
-        raise DeviceError(
-            "asked for DLA core %d, but %s finds %d DLA cores on this device" % (core, title, cores),
-            "Orin Nano and Thor have none, and TensorRT 10.8 to 11.3 uses none; "
-            "export the bundle without build.dla_core",
-        )
-    config.default_device_type = trt.DeviceType.DLA
-    config.DLA_core = core
-    config.set_flag(trt.BuilderFlag.GPU_FALLBACK)
-    return {"dla_core": core}
-
-
-def _set_compute_capabilities(
-    trt: "Trt", config: "tensorrt.IBuilderConfig", build: Dict[str, Any], title: str
-) -> List[str]:
-    names = list(build.get("compute_capabilities") or [])
-    known: Any = getattr(trt, "ComputeCapability", None)
-    members = {} if known is None else known.__members__
-    unknown = [name for name in names if name not in members]
-    if unknown or not names:
-        raise DeviceError(
-            "%s cannot compile for %s; it knows %s"
-            % (
-                title,
-                ", ".join(unknown) or "nothing named",
-                ", ".join(name for name in members if name.startswith("SM")),
-            ),
-            "change [build] compute_capabilities in the target",
-        )
-    chosen: Any = config
-    chosen.num_compute_capabilities = len(names)
-    for index, name in enumerate(names):
-        if not chosen.set_compute_capability(members[name], index):
-            raise DeviceError(
-                "%s refuses to compile for %s" % (title, name),
-                "change [build] compute_capabilities in the target",
-            )
-    return names
-
-
-def _set_shapes(
-    trt: "Trt", builder: "tensorrt.Builder", config: "tensorrt.IBuilderConfig", input_form: Dict[str, Any]
-) -> None:
-    if not input_form["dynamic_batch"]:
-        return
-    batch, rest = int(input_form["shape"][0]), list(input_form["shape"][1:])
-    profile = builder.create_optimization_profile()
-    least, best, most = [trt.Dims4([size] + rest) for size in (1, batch, int(input_form["max_batch"]))]
-    profile.set_shape(input_form["name"], least, best, most)
-    config.add_optimization_profile(profile)
-
-
-def _set_timing_cache(config: "tensorrt.IBuilderConfig", earlier: Optional[bytes]) -> None:
-    taken: Any = config.set_timing_cache(config.create_timing_cache(earlier or b""), False)
-    if not taken:  # of another device or version
-        config.set_timing_cache(config.create_timing_cache(b""), False)
-
-
-def _timings(config: "tensorrt.IBuilderConfig") -> Optional[bytes]:
-    cache: Any = config.get_timing_cache()
-    return None if cache is None else bytes(memoryview(cache.serialize()))
-
-
 def _hint_of_build(log: Log, build: Dict[str, Any]) -> str:
-    text = " ".join(log.errors)
+    text, workspace = " ".join(log.errors), build.get("workspace_mib", 1024)
     if _OUT_OF_MEMORY.search(text):
         return (
             "out of memory: lower build.workspace_mib in the target (it is %s), close the desktop and other programs, "
-            "or add swap" % build.get("workspace_mib", 1024)
+            "or add swap" % workspace
         )
     if "int8 is not configured" in text:
         return "the graph is quantized: ask for --precision int8"
     if "DLA" in text:
         return "export the bundle without build.dla_core, or for a net without squeeze-and-excitation"
     if "could not find any implementation" in text.lower():
-        return "raise build.workspace_mib in the target (it is %s), or take another precision" % build.get(
-            "workspace_mib", 1024
-        )
+        return "raise build.workspace_mib in the target (it is %s), or take another precision" % workspace
     return "take another precision of the bundle, or export it for this version of TensorRT"

@@ -60,6 +60,9 @@ class BundleError(OnboardError):
 
     name = "bundle"
 
+    def __init__(self, problem: str, hint: Optional[str] = "export the bundle again") -> None:
+        super().__init__(problem, hint)
+
 
 class DisagreementError(OnboardError):
     """Outputs further from torch than the manifest allows; `record` holds the numbers seen."""

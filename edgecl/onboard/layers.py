@@ -19,13 +19,8 @@ LOG_BEGINS = "Layers:\n"
 # takes whatever kernel is fastest, and for single layers that may be a wider one.
 LEAST_PART = 0.25
 
-_NARROWNESS = (
-    "int8",
-    "fp8",
-    "fp16",
-    "bf16",
-    "fp32",
-)  # the narrowest of a layer's inputs says what it computes in
+# The narrowest of a layer's inputs says what it computes in.
+_NARROWNESS = ("int8", "fp8", "fp16", "bf16", "fp32")
 # Layers that move or rename values: their precision says nothing about how the net is computed.
 _MOVING = frozenset(
     "reformat noop nooplayer constant shuffle shape signal wait cast identity copy transpose slice "
@@ -114,6 +109,11 @@ def precision_shares(layers: Sequence[Layer]) -> Dict[str, float]:
     return {precision: count / total for precision, count in sorted(counts.items())}
 
 
+def shares_in_words(shares: Dict[str, float]) -> str:
+    """Return what `precision_shares` returned as 'fp16 95 %, int8 5 %'."""
+    return ", ".join("%s %.0f %%" % (name, 100 * share) for name, share in shares.items())
+
+
 def check_delivered(
     shares: Dict[str, float], asked: str, *, expected: float = 1.0, maker: str = "TensorRT"
 ) -> bool:
@@ -125,8 +125,7 @@ def check_delivered(
         expected: the share that the graph asks for, 0 to 1; for int8 that of the quantized layers.
         maker: who built the engine, for the error.
 
-    Returns:
-        whether the layers were enough to check it.
+    Returns whether the layers were enough to check it.
 
     Raises:
         DeviceError: not delivered: less than a quarter of the expected share, or none at all.
@@ -138,10 +137,9 @@ def check_delivered(
     found = shares.get(asked, 0.0)
     if found > 0 and found >= LEAST_PART * expected:
         return True
-    seen = ", ".join("%s %.0f %%" % (name, 100 * share) for name, share in shares.items())
     raise DeviceError(
         "asked for %s and not delivered: %s computes %.0f %% of the convolutions and matrix products in it, the graph "
-        "asks for %.0f %% (%s)" % (asked, maker, 100 * found, 100 * expected, seen),
+        "asks for %.0f %% (%s)" % (asked, maker, 100 * found, 100 * expected, shares_in_words(shares)),
         "this device or version has no faster %s layers for this net; take another precision, such as %s"
         % (asked, "fp16" if asked == "int8" else "fp32"),
     )
@@ -160,9 +158,7 @@ def read_layers(text: str) -> List[Layer]:
 
 
 def layers_of_engine(trt: Any, engine: Any) -> List[Layer]:
-    """Return the layers of a deserialized engine, or none where this version has no inspector."""
-    if not hasattr(engine, "create_engine_inspector"):
-        return []
+    """Return the layers of a deserialized engine."""
     inspector = engine.create_engine_inspector()
     form = trt.LayerInformationFormat.JSON
     try:
@@ -193,19 +189,11 @@ def layers_of_log(messages: Sequence[str]) -> List[Layer]:
             if match:
                 inputs, _, rest = match.group(3).partition(", Constants: ")
                 outputs = rest.partition(", Outputs: ")[2].partition(", TacticName: ")[0]
-                layers.append(
-                    {
-                        "Name": match.group(1),
-                        "LayerType": match.group(2),
-                        "Inputs": _tensors(inputs),
-                        "Outputs": _tensors(outputs),
-                    }
-                )
+                layer: Dict[str, Any] = {"Name": match.group(1), "LayerType": match.group(2)}
+                for end, text in (("Inputs", inputs), ("Outputs", outputs)):
+                    layer[end] = [{"Datatype": name} for name in re.findall(r"Datatype: (\w[^,}]*)", text)]
+                layers.append(layer)
     return layers
-
-
-def _tensors(text: str) -> List[Dict[str, str]]:
-    return [{"Datatype": name} for name in re.findall(r"Datatype: (\w[^,}]*)", text)]
 
 
 def layers_of_network(network: Any) -> List[Layer]:

@@ -4,15 +4,12 @@ Three sources, in this order: the INA3221 monitors that Linux shows under /sys, 
 where the user has it. All read only, none needs root.
 
 The sampler is another Python process, not a thread: a thread would take the interpreter's lock from the
-measured loop, and a fork would carry a CUDA context that does not survive it. It is started as
-`python -c "import this module"` with the folder or the archive that this module was loaded from on its path,
-so it needs no file of the package unpacked, no verb of the command line, and neither NumPy nor site-packages.
-It writes to a file that has no name, so nothing is left behind, the run never waits for it, and what a killed
-sampler saw is still there. It ends when its standard input closes, which the kernel does for it when the
-measuring process ends, however that happens.
+measured loop, and a fork would carry a CUDA context that does not survive it. It is started with
+the folder or the archive that this module was loaded from on its path, and needs neither NumPy nor site-packages.
+It writes to a file that has no name, so the run never waits for it, and what a killed sampler saw is still there. It
+ends when its standard input closes, which the kernel does for it when the measuring process ends, however that happens.
 
-Times are seconds of CLOCK_MONOTONIC (`time.monotonic()`; on Linux also `time.perf_counter()`), the one clock
-that two processes read alike.
+Times are seconds of CLOCK_MONOTONIC (`time.monotonic()`), the one clock that two processes read alike.
 """
 
 import importlib
@@ -42,9 +39,11 @@ TOTALS: Tuple[Tuple[str, ...], ...] = (
     ("GPU", "CPU", "SOC", "CV", "VDDRQ", "SYS5V"),  # AGX Xavier
 )
 
-RATE_HZ = 20.0
-TEGRASTATS_MS = 50
-"""tegrastats and jtop are asked for the same rate; what came is in the record."""
+SOURCES = ("ina3221", "tegrastats", "jtop")
+"""In the order in which they are tried."""
+INTERVAL_S = 0.05
+"""Between two samples; tegrastats and jtop are asked for the same, and what came is in the record."""
+TEGRASTATS = "usr/bin/tegrastats"
 IDLE_S = 3.0
 FIRST_SAMPLE_S = 5.0
 """So long may a source take to its first sample before the next source is tried."""
@@ -109,8 +108,6 @@ class PowerMeter:
 
     Args:
         root: where /sys and /usr lie.
-        rate_hz: samples per second to ask for, >= 10 to be of use.
-        sources: which to try, in this order.
 
     `source` is 'ina3221', 'tegrastats', 'jtop', or None with the cause in `reason`; `rails` are those summed.
 
@@ -120,19 +117,11 @@ class PowerMeter:
             record["energy"] = meter.energy_of([(start, end)], inferences)
     """
 
-    def __init__(
-        self,
-        root: Union[str, Path] = "/",
-        *,
-        rate_hz: float = RATE_HZ,
-        sources: Sequence[str] = ("ina3221", "tegrastats", "jtop"),
-    ) -> None:
+    def __init__(self, root: Union[str, Path] = "/") -> None:
         self.source: Optional[str] = None
         self.rails: Tuple[str, ...] = ()
         self.reason: Optional[str] = "not started"
         self._root = Path(root)
-        self._interval_s = 1.0 / rate_hz
-        self._sources = tuple(sources)
         self._process: Optional["subprocess.Popen[bytes]"] = None
         self._samples_file: Any = None
         self._errors_file: Any = None
@@ -148,21 +137,16 @@ class PowerMeter:
     def start(self) -> bool:
         """Start to sample with the first source that gives a sample; return whether there is one."""
         reasons = []
-        finders: Dict[str, Callable[[], Dict[str, Any]]] = {
-            "ina3221": self._find_ina3221,
-            "tegrastats": self._find_tegrastats,
-            "jtop": self._find_jtop,
-        }
-        for source in self._sources:
-            found = finders[source]()
-            if "reason" not in found:
-                self._start_sampler(dict(found, source=source))
-                found = self._wait_for_first()
-            if "reason" not in found:
-                self.source, self.rails, self.reason = source, self._rails_found, None
+        for source in SOURCES:
+            reason = self._lacks(source)
+            if reason is None:
+                self._start_sampler(source)
+                reason = self._wait_for_first()
+            if reason is None:
+                self.source, self.reason = source, None
                 return True
             self.stop()
-            reasons.append("%s: %s" % (source, found["reason"]))
+            reasons.append("%s: %s" % (source, reason))
         self.reason = "; ".join(reasons)
         return False
 
@@ -199,22 +183,22 @@ class PowerMeter:
         if count < SAMPLES:
             self.reason = "%d samples within %.2f s are too few" % (count, seconds)
             return None
-        idle_w = None
-        if self._idle is not None:
-            idle_j = self._integrate(samples, self._idle)
-            idle_w = None if idle_j is None else idle_j / (self._idle[1] - self._idle[0])
-        return {
+        energy = {
             "rails": list(self.rails),
-            "idle_w": None if idle_w is None else round(idle_w, 4),
+            "idle_w": None,
             "load_w": round(joules / seconds, 4),
             "j_per_inference": _significant(joules / inferences),
-            "j_per_inference_above_idle": (
-                None if idle_w is None else _significant((joules - idle_w * seconds) / inferences)
-            ),
+            "j_per_inference_above_idle": None,
             "samples": count,
             "rate_hz": round(count / seconds, 2),
             "source": self.source,
         }
+        idle_j = self._integrate(samples, self._idle) if self._idle else None
+        if self._idle and idle_j is not None:
+            idle_w = idle_j / (self._idle[1] - self._idle[0])
+            above = _significant((joules - idle_w * seconds) / inferences)
+            energy.update(idle_w=round(idle_w, 4), j_per_inference_above_idle=above)
+        return energy
 
     def stop(self) -> None:
         """End the sampler, within seconds, and forget its samples."""
@@ -232,51 +216,32 @@ class PowerMeter:
                 file.close()
         self._samples_file = self._errors_file = None
 
-    # --- sources: settings for the sampler, or {"reason"} ---
-
-    def _find_ina3221(self) -> Dict[str, Any]:
-        rails = find_rails(self._root)
-        if not rails:
-            return {"reason": "no power monitor under %s" % (self._root / "sys/bus/i2c/drivers")}
-        total = module_rails([rail.name for rail in rails])
-        if total is None:
-            return {"reason": _unknown([rail.name for rail in rails])}
-        self._rails_found = total
-        files = {rail.name: rail.files for rail in rails}
-        return {"rails": [files[name] for name in total], "interval_s": self._interval_s}
-
-    def _find_tegrastats(self) -> Dict[str, Any]:
-        program = str(self._root / "usr/bin/tegrastats")
-        if not os.access(program, os.X_OK):
-            return {"reason": "there is no %s" % program}
-        line = _first_line([program, "--interval", "100"])
-        if line is None:
-            return {"reason": "%s printed nothing within %g s" % (program, FIRST_SAMPLE_S)}
-        names = list(rails_of_tegrastats(line))
-        total = module_rails(names)
-        if total is None:
-            return {"reason": _unknown(names)}
-        self._rails_found = total
-        interval_ms = max(TEGRASTATS_MS, int(round(1000 * self._interval_s)))
-        return {"program": [program, "--interval", str(interval_ms)], "rails": total}
-
-    def _find_jtop(self) -> Dict[str, Any]:
-        if importlib.util.find_spec("jtop") is None:
-            return {"reason": "jetson-stats is not installed"}
-        self._rails_found = ("total of jtop",)
-        return {"interval_s": self._interval_s}
-
     # --- the sampler ---
 
-    def _start_sampler(self, settings: Dict[str, Any]) -> None:
+    def _lacks(self, source: str) -> Optional[str]:
+        """Return what a source lacks that no sampler needs to be started for."""
+        if source == "ina3221" and not find_rails(self._root):
+            return "no power monitor under %s" % (self._root / "sys/bus/i2c/drivers")
+        if source == "tegrastats" and not os.access(str(self._root / TEGRASTATS), os.X_OK):
+            return "there is no %s" % (self._root / TEGRASTATS)
+        if source == "jtop" and importlib.util.find_spec("jtop") is None:
+            return "jetson-stats is not installed"
+        return None
+
+    def _start_sampler(self, source: str) -> None:
         # The folder or archive that holds the outermost package: as many steps up as the name has parts.
         home = Path(os.path.abspath(__file__)).parents[__name__.count(".")]  # noqa: PTH100 (a link stays)
         code = "import sys; sys.path.insert(0, sys.argv[1]); import importlib; " + (
             "sys.exit(importlib.import_module(sys.argv[2]).sample_until_closed(sys.argv[3]))"
         )
         # jtop is a package the user installed; the other sources need the standard library only.
-        flags = [] if settings["source"] == "jtop" else ["-I", "-S"]
-        settings = dict(settings, longest_s=LONGEST_S, parent=os.getpid())
+        flags = [] if source == "jtop" else ["-I", "-S"]
+        settings = {
+            "source": source,
+            "root": str(self._root),
+            "longest_s": LONGEST_S,
+            "parent": os.getpid(),
+        }
         self._samples_file = tempfile.TemporaryFile()
         self._errors_file = tempfile.TemporaryFile()
         self._process = subprocess.Popen(
@@ -286,23 +251,28 @@ class PowerMeter:
             stderr=self._errors_file,
         )
 
-    def _wait_for_first(self) -> Dict[str, Any]:
+    def _wait_for_first(self) -> Optional[str]:
+        """Return why there is no first sample, or take the rails that it names."""
         assert self._process is not None
         until = time.monotonic() + FIRST_SAMPLE_S
         while time.monotonic() < until:
-            if self._samples():
-                return {}
+            lines = self._lines()
+            if lines:
+                self.rails = tuple(lines[0].split(" ", 2)[2].split("+"))
+                return None
             if self._process.poll() is not None:
-                return {"reason": "the sampler ended: %s" % self._last_words()}
+                return self._last_words()
             time.sleep(0.02)
-        return {"reason": "no sample within %g s" % FIRST_SAMPLE_S}
+        return "no sample within %g s" % FIRST_SAMPLE_S
 
-    def _samples(self) -> List[Sample]:
-        """Return the samples so far; a line that is being written is left out."""
+    def _lines(self) -> List[str]:
+        """Return the sampler's lines so far; one that is being written is left out."""
         file = self._samples_file.fileno()
         text = os.pread(file, os.fstat(file).st_size, 0).decode("ascii", "replace")  # moves no position
-        lines = text[: text.rfind("\n") + 1].splitlines()
-        return [(float(line.split()[0]), float(line.split()[1])) for line in lines]
+        return text[: text.rfind("\n") + 1].splitlines()
+
+    def _samples(self) -> List[Sample]:
+        return [(float(line.split()[0]), float(line.split()[1])) for line in self._lines()]
 
     def _samples_until(self, end: float) -> List[Sample]:
         """Return the samples so far, after waiting a little for one behind `end`."""
@@ -343,6 +313,8 @@ def integrate(samples: Sequence[Sample], window: Window) -> Union[float, str]:
     At the ends the nearest sample within the window holds: a sample beyond them may belong to another load, such
     as the next precision's. A window with fewer than SAMPLES takes straight lines from those around it.
     """
+    import numpy as np  # which the sampler does without
+
     start, end = window
     if not end > start:
         return "the window of %.3f s is empty" % (end - start)
@@ -354,26 +326,21 @@ def integrate(samples: Sequence[Sample], window: Window) -> Union[float, str]:
     longest, at = max(gaps)
     if longest > GAP_S:
         return "no sample for %.2f s, from %.2f s after the window began" % (longest, at - start)
-    if len(points) < SAMPLES:
-        points = around
-    if points[0][0] > start:
-        points = [(start, points[0][1])] + points
-    if points[-1][0] < end:
-        points = points + [(end, points[-1][1])]
-    joules = 0.0
-    for i in range(1, len(points)):
-        (t_0, w_0), (t_1, w_1) = points[i - 1], points[i]
-        left, right = max(t_0, start), min(t_1, end)
-        slope = (w_1 - w_0) / (t_1 - t_0) if t_1 > t_0 else 0.0
-        joules += (right - left) * (w_0 + slope * ((left + right) / 2 - t_0))
-    return joules
+    seen = points if len(points) >= SAMPLES else around
+    edges = [start] + [at for at, _ in seen if start < at < end] + [end]
+    # Constant beyond the first and the last one.
+    levels = np.interp(edges, [at for at, _ in seen], [watts for _, watts in seen])
+    return float(np.sum(np.diff(edges) * (levels[1:] + levels[:-1]) / 2))
 
 
-def sample_until_closed(settings_json: str) -> int:
-    """Write 'seconds watts' to standard output until standard input closes; the sampler's whole life.
+def sample_until_closed(settings_json: str) -> Optional[str]:
+    """Write 'seconds watts rails' to standard output until standard input closes; the sampler's whole life.
 
     Args:
-        settings_json: source; rails, files to multiply or names to sum; interval_s or program; longest_s; parent.
+        settings_json: source, root, longest_s, and parent, the number of the process that started it.
+
+    Returns:
+        why there are no samples, for `sys.exit`.
     """
     settings = json.loads(settings_json)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the measuring process, which then closes us
@@ -385,33 +352,34 @@ def sample_until_closed(settings_json: str) -> int:
         # after the parent is gone, so the parent itself is looked at too.
         return bool(readable) or os.getppid() != settings["parent"] or time.monotonic() > until
 
-    if settings["source"] == "ina3221":
-        _sample_files(settings["rails"], settings["interval_s"], closed)
-    elif settings["source"] == "tegrastats":
-        return _sample_tegrastats(settings["program"], settings["rails"], closed)
-    else:
-        _sample_jtop(settings["interval_s"], closed)
-    return 0
+    sources = {"ina3221": _sample_files, "tegrastats": _sample_tegrastats, "jtop": _sample_jtop}
+    return sources[settings["source"]](Path(settings["root"]), closed)
 
 
-def _sample_files(rails: List[List[str]], interval_s: float, closed: Callable[[float], bool]) -> None:
+def _sample_files(root: Path, closed: Callable[[float], bool]) -> Optional[str]:
+    rails = find_rails(root)
+    names = [rail.name for rail in rails]
+    total = module_rails(names)
+    if total is None:
+        return _unknown(names)
     due = time.monotonic()
     while True:
         begin = time.monotonic()
-        watts = [_watts(files) for files in rails]
+        watts = [_watts(rail.files) for rail in rails if rail.name in total]
         end = time.monotonic()
         known = [value for value in watts if value is not None]
         if len(known) == len(watts):  # a monitor that is busy fails now and then; a gap shows in the energy
-            _write((begin + end) / 2, sum(known))
-        due = max(due + interval_s, end)
+            _write((begin + end) / 2, sum(known), total)
+        due = max(due + INTERVAL_S, end)
         if closed(due - end):
-            return
+            return None
 
 
-def _sample_tegrastats(program: List[str], rails: List[str], closed: Callable[[float], bool]) -> int:
+def _sample_tegrastats(root: Path, closed: Callable[[float], bool]) -> Optional[str]:
+    program = [str(root / TEGRASTATS), "--interval", "%d" % (1000 * INTERVAL_S)]
     process = subprocess.Popen(program, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
     assert process.stdout is not None
-    pending = b""
+    pending, total = b"", None
     try:
         while not closed(0.0):
             ready = select.select([process.stdout.fileno(), sys.stdin.fileno()], [], [], 0.5)[0]
@@ -420,15 +388,17 @@ def _sample_tegrastats(program: List[str], rails: List[str], closed: Callable[[f
             block = os.read(process.stdout.fileno(), 65536)
             now = time.monotonic()
             if not block:
-                print("%s ended" % program[0], file=sys.stderr)
-                return 1
+                return "%s ended" % program[0]
             lines = (pending + block).split(b"\n")
             pending = lines.pop()
             for line in lines[-1:]:  # lines that came together cannot be told apart in time
                 found = rails_of_tegrastats(line.decode("ascii", "replace"))
-                if all(name in found for name in rails):
-                    _write(now, sum(found[name] for name in rails))
-        return 0
+                total = total or module_rails(list(found))
+                if total is None:
+                    return _unknown(list(found))
+                if all(name in found for name in total):
+                    _write(now, sum(found[name] for name in total), total)
+        return None
     finally:
         process.terminate()
         try:
@@ -437,15 +407,17 @@ def _sample_tegrastats(program: List[str], rails: List[str], closed: Callable[[f
             process.kill()
 
 
-def _sample_jtop(interval_s: float, closed: Callable[[float], bool]) -> None:
-    jtop = importlib.import_module("jtop").jtop
-    with jtop(interval=interval_s) as board:
+def _sample_jtop(root: Path, closed: Callable[[float], bool]) -> Optional[str]:
+    with importlib.import_module("jtop").jtop(interval=INTERVAL_S) as board:
         while not closed(0.0) and board.ok():
-            _write(time.monotonic(), board.power["tot"]["power"] / 1e3)
+            _write(time.monotonic(), board.power["tot"]["power"] / 1e3, ("total of jtop",))
+    return None
 
 
-def _write(at: float, watts: float) -> None:
-    os.write(1, ("%.6f %.4f\n" % (at, watts)).encode("ascii"))  # whole lines, at once
+def _write(at: float, watts: float, rails: Sequence[str]) -> None:
+    os.write(
+        1, ("%.6f %.4f %s\n" % (at, watts, "+".join(rails))).encode("ascii", "replace")
+    )  # whole lines, at once
 
 
 def _watts(files: Sequence[str]) -> Optional[float]:
@@ -459,35 +431,11 @@ def _watts(files: Sequence[str]) -> Optional[float]:
     return product / (1e6 if len(files) == 2 else 1e3)
 
 
-def _first_line(program: List[str]) -> Optional[str]:
-    """Return the first line a program prints, within a few seconds, and end it."""
-    try:
-        process = subprocess.Popen(program, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
-    except OSError:
-        return None
-    assert process.stdout is not None
-    text, until = b"", time.monotonic() + FIRST_SAMPLE_S
-    try:
-        while b"\n" not in text and time.monotonic() < until:
-            if not select.select([process.stdout.fileno()], [], [], 0.2)[0]:
-                continue
-            block = os.read(process.stdout.fileno(), 65536)
-            if not block:
-                break
-            text += block
-    finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()
-    return text.split(b"\n")[0].decode("ascii", "replace") if b"\n" in text else None
-
-
 def _unknown(names: Sequence[str]) -> str:
     if not names:
         return "it shows no power rails"
-    return "edgecl does not know which of the rails %s make up the whole module" % ", ".join(
-        sorted(set(names))
-    )
+    known = ", ".join(sorted(set(names)))
+    return "edgecl does not know which of the rails %s make up the whole module" % known
 
 
 def _significant(value: float) -> float:

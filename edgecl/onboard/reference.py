@@ -9,8 +9,6 @@ import numpy as np
 from .bundle import ARRAY_BYTES, REFERENCE, plain_file, prod
 from .errors import BundleError
 
-_AGAIN = "export the bundle again"
-
 
 def read_reference(bundle: Union[str, Path], manifest: Dict[str, Any]) -> Tuple[np.ndarray, np.ndarray]:
     """Return the reference images after preprocessing, and torch's outputs for them.
@@ -35,15 +33,13 @@ def read_reference(bundle: Union[str, Path], manifest: Dict[str, Any]) -> Tuple[
             outputs = np.ascontiguousarray(arrays["outputs.npy"], dtype=np.float32)
     except BundleError:
         raise
-    except (
-        Exception
-    ) as exc:  # of damaged bytes zipfile and NumPy complain in a dozen classes, some not documented
+    # Of damaged bytes zipfile and NumPy complain in a dozen classes, some not documented.
+    except Exception as exc:
         raise BundleError(
-            "'%s' holds no reference inputs and outputs: %s" % (path, str(exc) or type(exc).__name__),
-            _AGAIN,
+            "'%s' holds no reference inputs and outputs: %s" % (path, str(exc) or type(exc).__name__)
         ) from exc
     if not np.isfinite(outputs).all():
-        raise BundleError("'%s' has outputs that are not finite" % REFERENCE, _AGAIN)
+        raise BundleError("'%s' has outputs that are not finite" % REFERENCE)
     return inputs, outputs
 
 
@@ -64,9 +60,8 @@ def _check_shapes(inputs: Tuple[int, ...], outputs: Tuple[int, ...], manifest: D
     if inputs[1:] != image or not 1 <= inputs[0] or outputs != (inputs[0], features):
         raise BundleError(
             "'%s' has inputs %s and outputs %s; the manifest asks for inputs (N, %s) and outputs (N, %d)"
-            % (REFERENCE, inputs, outputs, ", ".join(str(side) for side in image), features),
-            _AGAIN,
+            % (REFERENCE, inputs, outputs, ", ".join(str(side) for side in image), features)
         )
     # In float64, the widest, which is what it takes while it is being read.
     if 8 * (prod(inputs) + prod(outputs)) > ARRAY_BYTES:
-        raise BundleError("'%s' states %d images, more than edgecl reads" % (REFERENCE, inputs[0]), _AGAIN)
+        raise BundleError("'%s' states %d images, more than edgecl reads" % (REFERENCE, inputs[0]))

@@ -23,8 +23,9 @@ import time
 from pathlib import Path
 from typing import Any, BinaryIO, Dict, List, Optional, TextIO
 
-from .bundle import sha256_of_file
+from .bundle import sha256_of_file, write_whole
 from .device_info import available_cores
+from .errors import DeviceError
 
 MARK = "@edgecl "
 """Begins every line that is meant for the host: what a login script prints has no such mark."""
@@ -33,14 +34,8 @@ BUNDLE_NAME = re.compile(r"bundle-[0-9a-f]{12}")
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]*")
 
 # Files of one run.
-_LOCK, _STARTED, _STATUS, _RECORD, _LOG, _TARGET = (
-    "lock",
-    "started",
-    "status",
-    "record.json",
-    "log",
-    "target.json",
-)
+_LOCK, _STARTED, _STATUS = "lock", "started", "status"
+_RECORD, _LOG, _TARGET = "record.json", "log", "target.json"
 
 _POLL_S = 0.25
 _ALIVE_EVERY_S = 2.0
@@ -53,10 +48,8 @@ _SPARE_BYTES = 16 << 20
 
 def pinned(threads: int) -> Dict[str, str]:
     """Return the environment of a process that computes with a number of threads."""
-    count = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": "1"}
-    environment = dict(os.environ)
-    environment.update(count)
-    return environment
+    count = str(threads)
+    return dict(os.environ, OMP_NUM_THREADS=count, MKL_NUM_THREADS=count, OPENBLAS_NUM_THREADS="1")
 
 
 def serve(arguments: List[str]) -> int:
@@ -76,32 +69,17 @@ def serve(arguments: List[str]) -> int:
     return 2
 
 
-class _RefusedError(Exception):
-    """What keeps this board from running a request."""
-
-    def __init__(self, problem: str, hint: Optional[str] = None) -> None:
-        super().__init__(problem)
-        self.problem = problem
-        self.hint = hint
-
-
 def go(run: Path, source: BinaryIO, told: TextIO) -> int:
     """Take the missing files, start the run unless it was started, and report on it until it ends.
 
-    Args:
-        run: the directory of this run.
-        source: what the host says: a line of JSON, then files.
-        told: what the host hears: lines of JSON.
-
-    Returns:
-        0 once the end was told, 1 for a request this board refuses.
+    What the host says comes from `source`: a line of JSON, then files. 1 is for a request this board refuses.
     """
     try:
         request = json.loads(source.readline().decode("utf-8"))
         if not (run / _STARTED).exists():
             bundle = _take_bundle(run.parent, request, source, told)
             _start(run, bundle, request)
-    except _RefusedError as refusal:
+    except DeviceError as refusal:
         _tell(told, {"refused": {"problem": refusal.problem, "hint": refusal.hint}})
         return 1
     except OSError as exc:
@@ -128,7 +106,7 @@ def _take_bundle(cache: Path, request: Dict[str, Any], source: BinaryIO, told: T
     if not BUNDLE_NAME.fullmatch(request["bundle"]) or not all(
         FILE_NAME.fullmatch(entry["name"]) for entry in files
     ):
-        raise _RefusedError("the board does not take files of such names")
+        raise DeviceError("the board does not take files of such names")
     bundle = cache / str(request["bundle"])
     bundle.mkdir(exist_ok=True)
     for part in bundle.glob(".*.part"):
@@ -141,7 +119,7 @@ def _take_bundle(cache: Path, request: Dict[str, Any], source: BinaryIO, told: T
     ]
     free, wanted = shutil.disk_usage(str(cache)).free, sum(entry["size"] for entry in need) + _SPARE_BYTES
     if free < wanted:
-        raise _RefusedError(
+        raise DeviceError(
             "no room on the board's disk: the bundle needs %.0f MiB, %.0f MiB are free"
             % (wanted / 2.0**20, free / 2.0**20),
             "free some space there; %s holds the bundles of earlier runs and may be removed" % cache,
@@ -167,7 +145,7 @@ def _take_file(bundle: Path, entry: Dict[str, Any], source: BinaryIO) -> None:
             file.flush()
             os.fsync(file.fileno())
         if digest.hexdigest() != entry["sha256"]:
-            raise _RefusedError("'%s' arrived changed: its hash is another" % entry["name"], "try again")
+            raise DeviceError("'%s' arrived changed: its hash is another" % entry["name"], "try again")
         aside.replace(bundle / entry["name"])
     finally:
         if aside.exists():
@@ -223,7 +201,7 @@ def _sweep(cache: Path) -> None:
 def supervise(run: Path) -> int:
     """Run the verb, and keep how it ended."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    _write(run / _STARTED, str(os.getpid()))
+    write_whole(run / _STARTED, b"%d" % os.getpid())
     asked = json.loads((run / "command").read_text())
     threads = asked["threads"] or available_cores()
     try:
@@ -231,14 +209,8 @@ def supervise(run: Path) -> int:
     except OSError as exc:
         sys.stderr.write("%s\n" % exc)
         status = 127
-    _write(run / _STATUS, str(status))
+    write_whole(run / _STATUS, b"%d" % status)
     return 0
-
-
-def _write(path: Path, text: str) -> None:
-    aside = path.with_name(path.name + ".part")
-    aside.write_text(text)
-    aside.replace(path)
 
 
 def _follow(run: Path, offset: int, told: TextIO) -> None:

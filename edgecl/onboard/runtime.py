@@ -1,7 +1,10 @@
 """What edgecl knows of a runtime: its record, and the session that it opens."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Dict, List, NamedTuple, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, NamedTuple, Optional, Tuple, Type
+
+from .bundle import choose_precision
+from .errors import BundleError, DeviceError
 
 if TYPE_CHECKING:  # no Protocol before Python 3.8; and records are read where there is no NumPy
     from typing import Protocol
@@ -57,8 +60,6 @@ class Runtime(NamedTuple):
     """Patterns of the kinds of device it runs on; 'cpu' among them: also on the machine that exports."""
     alias: str = ""
     """A short name for `--runtime`."""
-    suffix: str = ".onnx"
-    """Of the files it loads."""
     needs: str = ""
     """What a bundle's README asks for beside Python and NumPy; the title where it is empty."""
     builds_engines: bool = False
@@ -78,3 +79,117 @@ class Runtime(NamedTuple):
     def on_host(self) -> bool:
         """Whether a processor runs it, so that the exporting machine can too."""
         return "cpu" in self.devices
+
+
+class Loaded(NamedTuple):
+    """A net that a runtime has loaded: where it would run, and the names that each input and output goes by."""
+
+    devices: List[str]
+    inputs: List[List[str]]
+    outputs: List[List[str]]
+
+
+class ProcessorSession:
+    """A net on a given number of threads of a processor; `Session` has the methods.
+
+    Args:
+        bundle: the directory.
+        manifest: of that bundle.
+        precision: one that the bundle holds.
+        threads: to compute with.
+        report: not used.
+
+    Raises:
+        DeviceError: the runtime is not installed, cannot load the file, or would run it elsewhere than asked.
+        BundleError: the file's input or output is not the one of the manifest.
+    """
+
+    MODES = ("inference",)
+    module: str
+    device: str
+    failures: Tuple[Type[BaseException], ...]
+    """What the runtime raises."""
+
+    def __init__(
+        self,
+        bundle: Path,
+        manifest: Dict[str, Any],
+        *,
+        precision: str,
+        threads: int,
+        report: Optional[Report] = None,
+    ) -> None:
+        self._precision, about = choose_precision(manifest, precision)
+        self._threads = threads
+        self._input, self._output = manifest["input"]["name"], manifest["output"]["name"]
+        self._title = "%s %s" % (self.module, self._import())
+        file = bundle / about["model"]
+        try:
+            loaded = self._load(str(file), about["form"])
+        except self.failures as exc:
+            raise self._cannot("load '%s'" % file.name, exc) from exc
+        if loaded.devices != [self.device]:
+            raise DeviceError(
+                "%s would run '%s' on %s, asked for was %s"
+                % (self._title, file.name, ", ".join(loaded.devices) or "nothing", self.device),
+                "install an %s that has %s" % (self.module, self.device),
+            )
+        for kind, name, found in (
+            ("input", self._input, loaded.inputs),
+            ("output", self._output, loaded.outputs),
+        ):
+            if len(found) != 1 or name not in found[0]:
+                names = ", ".join("'%s'" % "'/'".join(sorted(one)) for one in found)
+                raise BundleError(
+                    "'%s' has the %ss [%s], the manifest says '%s'" % (file.name, kind, names, name)
+                )
+
+    def _import(self) -> str:
+        """Import the runtime and return its version."""
+        raise NotImplementedError
+
+    def _load(self, file: str, form: str) -> Loaded:
+        raise NotImplementedError
+
+    def _compute(self, images: "np.ndarray") -> "np.ndarray":
+        raise NotImplementedError
+
+    def _place(self, images: "np.ndarray") -> None:
+        """Keep float32 images in place, so that a timed run neither converts nor copies them."""
+        raise NotImplementedError
+
+    def _settings(self) -> Dict[str, Any]:
+        raise NotImplementedError
+
+    def _cannot(self, what: str, exc: BaseException) -> DeviceError:
+        return DeviceError(
+            "%s cannot %s: %s" % (self._title, what, exc),
+            "install a newer %s, or export the bundle for this one" % self.module,
+        )
+
+    def run(self, images: "np.ndarray") -> "np.ndarray":
+        """Return the outputs; a batch of a shape that the net does not take is a DeviceError."""
+        try:
+            return self._compute(images)
+        except self.failures as exc:
+            raise self._cannot("run the net on inputs %s" % (images.shape,), exc) from exc
+
+    def bind(self, images: "np.ndarray") -> None:
+        """Keep a batch in place to be timed."""
+        self.run(images)  # a shape the net refuses is named here
+        self._place(images.astype("float32", order="C", copy=False))
+
+    def modes(self) -> List[str]:
+        """Return what can be timed."""
+        return list(self.MODES)
+
+    def describe(self) -> Dict[str, Any]:
+        """Return what runs, for the record."""
+        return {
+            "runtime": "%s %s" % (self._title, self.device),
+            "precision": self._precision,
+            "threads": self._threads,
+            "versions": {self.module: self._title.partition(" ")[2]},
+            "settings": dict(self._settings(), input="bound"),
+            "engine": None,
+        }

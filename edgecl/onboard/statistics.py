@@ -1,7 +1,7 @@
 """Percentiles of latencies, and how sure one may be of them."""
 
 import math
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
@@ -26,7 +26,7 @@ LEAST_ROUNDS = 4
 
 
 def percentile_interval(
-    samples: Union[Sequence[float], np.ndarray], fraction: float, resamples: int = RESAMPLES, seed: int = 0
+    samples: Union[Sequence[float], np.ndarray], fraction: float, resamples: int = RESAMPLES
 ) -> Tuple[float, float]:
     """Return the 95 % block bootstrap interval of a percentile of a series.
 
@@ -37,8 +37,6 @@ def percentile_interval(
     Args:
         samples: (N,) in order of time, N >= 1.
         fraction: which percentile, 0 < fraction < 1.
-        resamples: how many.
-        seed: of the draws.
 
     Source: Künsch 1989, Annals of Statistics 17(3), blocks that overlap; Politis & Romano 1992, circular blocks.
         Block length: Politis & White 2004, Econometric Reviews 23(1), corrected by Patton, Politis & White 2009,
@@ -58,7 +56,7 @@ def percentile_interval(
     parts = max(1, min(PARTS, count // blocks))
     groups = blocks * parts
     group_of = np.arange(count) * groups // count
-    starts = np.random.RandomState(seed).randint(groups, size=(resamples, blocks))
+    starts = np.random.RandomState(0).randint(groups, size=(resamples, blocks))
     drawn = _times_drawn(starts, groups)
     weights = np.sum([np.roll(drawn, shift, axis=1) for shift in range(parts)], axis=0)
     resampled = _percentiles_of_resamples(values, group_of, weights, fraction)
@@ -103,17 +101,10 @@ def ratio_interval(
     blocks_a: Sequence[Sequence[float]],
     blocks_b: Sequence[Sequence[float]],
     resamples: int = RESAMPLES,
-    seed: int = 0,
 ) -> Tuple[float, Optional[Tuple[float, float]]]:
     """Return by how much B is faster than A, with its 95 % interval, from series measured in turn.
 
     What a round did to both cancels in the ratio of its two medians; whole rounds are drawn.
-
-    Args:
-        blocks_a: one series of latencies per round, each of one or more.
-        blocks_b: of the same rounds.
-        resamples: how many.
-        seed: of the draws.
 
     Returns:
         The median over the rounds of (p50 of A's block) / (p50 of B's block), and the interval; None for the
@@ -129,7 +120,7 @@ def ratio_interval(
     ratio = float(np.median(ratios))
     if rounds < LEAST_ROUNDS:
         return ratio, None
-    drawn = np.random.RandomState(seed).randint(rounds, size=(resamples, rounds))
+    drawn = np.random.RandomState(0).randint(rounds, size=(resamples, rounds))
     low, high = np.percentile(np.median(ratios[drawn], axis=1), _tails(rounds))
     return ratio, (min(float(low), ratio), max(float(high), ratio))
 
@@ -147,8 +138,7 @@ def _times_drawn(draws: np.ndarray, groups: int) -> np.ndarray:
     """Return how often each resample (R, B) drew each group, (R, groups)."""
     rows = np.arange(len(draws))[:, None] * groups
     counts = np.bincount((draws + rows).ravel(), minlength=len(draws) * groups).reshape(-1, groups)
-    found: np.ndarray = counts.astype(np.float64)
-    return found
+    return counts.astype(np.float64)
 
 
 def _percentiles_of_resamples(
@@ -196,13 +186,9 @@ def summarize(samples_s: Sequence[float], batch: int) -> Dict[str, Any]:
     for name, fraction in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99)):
         known = name != "p99" or len(values) >= P99_SAMPLES
         latency[name] = _rounded(np.percentile(values, 100 * fraction)) if known else None
-        interval: Optional[List[float]] = None
-        if known:
-            interval = [_rounded(end) for end in percentile_interval(values, fraction)]
-        latency["ci95_" + name] = interval
-    latency["mean"] = _rounded(values.mean())
-    latency["std"] = _rounded(values.std())
-    latency["min"] = _rounded(values.min())
+        interval = percentile_interval(values, fraction) if known else None
+        latency["ci95_" + name] = [_rounded(end) for end in interval] if interval else None
+    latency.update(mean=_rounded(values.mean()), std=_rounded(values.std()), min=_rounded(values.min()))
     mean_s = float(values.mean()) / 1e3
     return {
         "latency_ms": latency,

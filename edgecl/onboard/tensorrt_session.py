@@ -1,9 +1,10 @@
 """A session of TensorRT or TensorRT for RTX on the first GPU; an engine that is built here is kept in the bundle."""
 
+import contextlib
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Dict, List, NamedTuple, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Tuple
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from .bundle import (
     slug,
     write_whole,
 )
-from .engine import build_plan, import_runtime, log_of
+from .engine import build_plan, import_runtime, log_of, made
 from .errors import BundleError, DeviceError
 from .layers import check_delivered, layers_of_engine, precision_shares, summarize
 from .runtime import Report
@@ -32,11 +33,8 @@ ENGINES = "engines"
 COMPUTE, TRANSFERS, GRAPH = "compute", "with transfers", ", CUDA graph"
 
 
-class Engine(NamedTuple):
-    """A loaded engine, and what the record says of it."""
-
-    engine: Any
-    about: Dict[str, Any]
+Engine = Tuple[Any, Dict[str, Any]]
+"""A loaded engine, and what the record says of it."""
 
 
 class TensorrtSession:
@@ -72,77 +70,63 @@ class TensorrtSession:
         self._precision, about = choose_precision(manifest, precision)
         self._threads = threads
         self._form = manifest["input"]
+        self._most = int(self._form["max_batch"] if self._form["dynamic_batch"] else self._form["shape"][0])
+        self._pixels = int(np.prod(self._form["shape"][1:]))
         self._width = int(manifest["output"]["shape"][1])
-        # What to free, the newest first; also where making the rest fails.
-        self._held: List[Callable[[], None]] = []
+        # What to free, the newest first, and by which function; also where making the rest fails.
+        self._held: List[Tuple[str, int]] = []
         self._context: Any = None
         self._graphs: Dict[str, int] = {}
         self._notes: List[str] = []
+        self._report = report or (lambda line: None)
         self._bound: Optional[int] = None
         self.cuda = cudart.Cudart()
         self._gpu = self.cuda.gpu()
         try:
-            self._load(Path(bundle), manifest, about, report)
+            self._load(Path(bundle), manifest, about)
         except BaseException:
             self.close()
             raise
 
     # --- loading ---
 
-    def _load(
-        self, bundle: Path, manifest: Dict[str, Any], about: Dict[str, Any], report: Optional[Report]
-    ) -> None:
-        self._loader: Any = self._make(lambda: self._trt.Runtime(self._log.logger), "a runtime")
+    def _load(self, bundle: Path, manifest: Dict[str, Any], about: Dict[str, Any]) -> None:
+        self._loader: Any = self._made(lambda: self._trt.Runtime(self._log.logger), "a runtime")
         build = (manifest.get("target") or {}).get("build") or {}
         core = build.get("dla_core")
         if core is not None and self._precision != "fp32" and self._runtime_name == "tensorrt":
             self._loader.DLA_core = core
-        if self._runtime_name == "tensorrt_rtx":
-            loaded = self._carried_engine(bundle, about)
-        else:
-            loaded = self._engine_of_device(bundle, manifest, about, build, report)
-        self._engine: Any = loaded.engine
-        self._about_engine = loaded.about
+        self._engine, self._about_engine = (
+            self._carried_engine(bundle, about)
+            if self._runtime_name == "tensorrt_rtx"
+            else self._engine_of_device(bundle, about, build)
+        )
         self._names = self._tensor_names(about["model"])
-        self._context = self._make(self._engine.create_execution_context, "an execution context")
-        most = int(self._form["max_batch"] if self._form["dynamic_batch"] else self._form["shape"][0])
-        pixels = int(np.prod(self._form["shape"][1:]))
-        self._stream = self._hold(self.cuda.stream(), self.cuda.free_stream)
-        self._events = [self._hold(self.cuda.event(), self.cuda.free_event) for _ in range(2)]
-        self._device_in = self._hold(self.cuda.malloc(4 * most * pixels), self.cuda.free)
-        self._device_out = self._hold(self.cuda.malloc(4 * most * self._width), self.cuda.free)
-        self._host_in = self._hold(self.cuda.pinned(4 * most * pixels), self.cuda.free_pinned)
-        self._host_out = self._hold(self.cuda.pinned(4 * most * self._width), self.cuda.free_pinned)
+        self._context = self._made(self._engine.create_execution_context, "an execution context")
+        most, pixels = self._most, self._pixels
+        self._stream = self._hold("cudaStreamDestroy", "cudaStreamCreateWithFlags", cudart.NON_BLOCKING)
+        self._events = [self._hold("cudaEventDestroy", "cudaEventCreate") for _ in range(2)]
+        self._device_in = self._hold("cudaFree", "cudaMalloc", 4 * most * pixels)
+        self._device_out = self._hold("cudaFree", "cudaMalloc", 4 * most * self._width)
+        self._host_in = self._hold("cudaFreeHost", "cudaHostAlloc", 4 * most * pixels, 0)
+        self._host_out = self._hold("cudaFreeHost", "cudaHostAlloc", 4 * most * self._width, 0)
 
-    def _hold(self, handle: int, free: Callable[[int], None]) -> int:
-        self._held.append(lambda: free(handle))
+    def _hold(self, free: str, make: str, *arguments: int) -> int:
+        handle = self.cuda.make(make, *arguments)
+        self._held.append((free, handle))
         return handle
 
-    def _make(self, make: Callable[[], Any], what: str) -> Any:
+    def _made(self, make: Callable[[], Any], what: str) -> Any:
         self._log.forget()
-        try:
-            made = make()
-        except (TypeError, RuntimeError) as exc:  # how the bindings say that nothing was returned
-            raise self._cannot("make %s" % what, str(exc)) from exc
-        if made is None:
-            raise self._cannot("make %s" % what)
-        return made
+        return made(make, what, self._title, self._log)
 
-    def _cannot(self, what: str, exc: str = "") -> DeviceError:
-        said = self._log.last() if self._log.errors or not exc else exc
+    def _cannot(self, what: str) -> DeviceError:
         return DeviceError(
-            "%s cannot %s: %s" % (self._title, what, said),
+            "%s cannot %s: %s" % (self._title, what, self._log.last()),
             "free memory on the GPU, or look at `onboard.pyz doctor`",
         )
 
-    def _engine_of_device(
-        self,
-        bundle: Path,
-        manifest: Dict[str, Any],
-        about: Dict[str, Any],
-        build: Dict[str, Any],
-        report: Optional[Report],
-    ) -> Engine:
+    def _engine_of_device(self, bundle: Path, about: Dict[str, Any], build: Dict[str, Any]) -> Engine:
         """Return the engine kept for this device and version, or build it and keep it."""
         model = bundle / about["model"]
         # Whatever decides the plan is in its name: the device, the version, the graph, how it is built.
@@ -159,7 +143,7 @@ class TensorrtSession:
         if kept is not None:
             return kept
         if problem:
-            self._say("building '%s' again: %s" % (plan_file.name, problem), report)
+            self._say("building '%s' again: %s" % (plan_file.name, problem))
         cache_file = plan_file.parent / ("timing-%s.cache" % slug(made_for.rpartition(" ")[0]))
         built = build_plan(
             model,
@@ -170,21 +154,16 @@ class TensorrtSession:
             input_form=self._form,
             free_bytes=cudart.available_bytes(self.cuda, self._gpu),
             timing_cache=cache_file.read_bytes() if is_plain_file(cache_file) else None,
-            report=report,
+            report=self._report,
         )
         engine = self._deserialize(built.plan)
         if engine is None:
             raise self._cannot("load the engine it just built")
         layers = layers_of_engine(self._trt, engine) or built.layers
-        shares = precision_shares(layers)
-        checked = check_delivered(
-            shares,
-            self._precision,
-            expected=built.network["shares"].get(self._precision, 1.0),
-            maker=self._title,
-        )
+        shares, expected = precision_shares(layers), built.network["shares"].get(self._precision, 1.0)
+        checked = check_delivered(shares, self._precision, expected=expected, maker=self._title)
         if not checked:
-            self._say("the engine does not tell the precision of its layers", report)
+            self._say("the engine does not tell the precision of its layers")
         record: Dict[str, Any] = {
             "file": "%s/%s" % (ENGINES, plan_file.name),
             "sha256": hashlib.sha256(built.plan).hexdigest(),
@@ -196,8 +175,8 @@ class TensorrtSession:
             "warnings": built.warnings,
         }
         record.update(summarize(layers))
-        if report:
-            report("built in %.0f s: %s" % (built.seconds, _words(record["layers"])))
+        words = ["%d layers in %s" % (number, name) for name, number in record["layers"].items()]
+        self._report("built in %.0f s: %s" % (built.seconds, ", ".join(words)))
         try:
             plan_file.parent.mkdir(exist_ok=True)
             write_whole(plan_file, built.plan)
@@ -206,8 +185,8 @@ class TensorrtSession:
                 write_whole(cache_file, built.timing_cache)
         except OSError as exc:
             record["file"] = None
-            self._say("the engine is not kept: %s" % exc, report)
-        return Engine(engine, dict(record, cached=False))
+            self._say("the engine is not kept: %s" % exc)
+        return engine, dict(record, cached=False)
 
     def _kept_engine(self, plan_file: Path) -> Tuple[Optional[Engine], str]:
         """Return the engine in a file, or None and what is wrong with it, which is nothing where there is none."""
@@ -224,30 +203,33 @@ class TensorrtSession:
         engine = self._deserialize(plan)
         if engine is None:
             return None, "%s does not load it: %s" % (self._title, self._log.last())
-        return Engine(engine, dict(record, cached=True)), ""
+        return (engine, dict(record, cached=True)), ""
 
     def _carried_engine(self, bundle: Path, about: Dict[str, Any]) -> Engine:
         """Return the engine that a bundle of TensorRT for RTX carries for this GPU."""
         capability = "SM%s" % self._gpu.compute_capability.replace(".", "")
         seen = []
         for name, entry in sorted((about.get("engines") or {}).items()):
-            made_for = "%s for %s" % (entry.get("version"), ", ".join(entry.get("compute_capabilities", [])))
-            seen.append("'%s' (%s)" % (name, made_for))
-            if entry.get("version") != self._trt.__version__ or capability not in entry.get(
-                "compute_capabilities", []
-            ):
+            compiled_for = entry.get("compute_capabilities", [])
+            seen.append("'%s' (%s for %s)" % (name, entry.get("version"), ", ".join(compiled_for)))
+            if entry.get("version") != self._trt.__version__ or capability not in compiled_for:
                 continue
             path = bundle / name
             if path.parent != bundle or not is_plain_file(path):
-                raise BundleError("'%s' is missing from the bundle" % name, "export the bundle again")
+                raise BundleError("'%s' is missing from the bundle" % name)
             plan = path.read_bytes()
             engine = self._deserialize(plan)
             if engine is None:
                 raise self._cannot("load '%s'" % name)
-            record = {"file": name, "sha256": hashlib.sha256(plan).hexdigest(), "size_bytes": len(plan)}
-            compiled = entry.get("engine") or {}
-            record.update(build_s=entry.get("compile_s"), cached=True, layers=compiled.get("layers"))
-            return Engine(engine, record)
+            record = {
+                "file": name,
+                "sha256": hashlib.sha256(plan).hexdigest(),
+                "size_bytes": len(plan),
+                "build_s": entry.get("compile_s"),
+                "cached": True,
+                "layers": (entry.get("engine") or {}).get("layers"),
+            }
+            return engine, record
         raise DeviceError(
             "the bundle carries no %s engine for %s on a GPU of compute capability %s; it has %s"
             % (self._precision, self._title, self._gpu.compute_capability, " and ".join(seen) or "none"),
@@ -259,10 +241,9 @@ class TensorrtSession:
         self._log.forget()
         return self._loader.deserialize_cuda_engine(plan)
 
-    def _say(self, note: str, report: Optional[Report]) -> None:
+    def _say(self, note: str) -> None:
         self._notes.append(note)
-        if report:
-            report(note)
+        self._report(note)
 
     # --- tensors ---
 
@@ -284,15 +265,13 @@ class TensorrtSession:
         if inputs != [self._form["name"]] or len(names) != 2:
             raise BundleError(
                 "the engine of '%s' has the inputs %s of the tensors %s, the manifest says '%s' and one output"
-                % (model, inputs, names, self._form["name"]),
-                "export the bundle again",
+                % (model, inputs, names, self._form["name"])
             )
         wrong = [kind for kind in kinds if kind.rpartition(".")[2] != "FLOAT"]
         if wrong:
             raise BundleError(
-                "the engine of '%s' has a tensor of type %s, a bundle's inputs and outputs are FLOAT"
-                % (model, wrong[0]),
-                "export the bundle again",
+                "the engine of '%s' has a tensor of type %s, not FLOAT as every bundle's are"
+                % (model, wrong[0])
             )
         return names
 
@@ -300,15 +279,17 @@ class TensorrtSession:
         """Set the batch and the addresses of its tensors."""
         shape = (batch,) + tuple(self._form["shape"][1:])
         context: "tensorrt.IExecutionContext" = self._context
-        if not self._by_name:
-            old: Any = context
-            index = self._names.index(self._form["name"])
-            if self._form["dynamic_batch"] and not old.set_binding_shape(index, shape):
+        old: Any = context
+        if self._form["dynamic_batch"]:
+            name = self._form["name"]
+            taken = (
+                context.set_input_shape(name, shape)
+                if self._by_name
+                else old.set_binding_shape(self._names.index(name), shape)
+            )
+            if not taken:
                 raise self._cannot("take a batch of shape %s" % (shape,))
-            return
-        if self._form["dynamic_batch"] and not context.set_input_shape(self._form["name"], shape):
-            raise self._cannot("take a batch of shape %s" % (shape,))
-        for name in self._names:
+        for name in self._names if self._by_name else ():
             context.set_tensor_address(name, self._address(name))
 
     def _address(self, name: str) -> int:
@@ -317,21 +298,26 @@ class TensorrtSession:
     def _enqueue(self) -> None:
         """Queue the net alone."""
         context: "tensorrt.IExecutionContext" = self._context
-        if self._by_name:
-            done = context.execute_async_v3(self._stream)
-        else:
-            old: Any = context
-            done = old.execute_async_v2([self._address(name) for name in self._names], self._stream)
+        old: Any = context
+        done = (
+            context.execute_async_v3(self._stream)
+            if self._by_name
+            else old.execute_async_v2([self._address(name) for name in self._names], self._stream)
+        )
         if not done:
             raise self._cannot("run the net")
 
     def _upload(self) -> None:
-        size = 4 * (self._bound or 0) * int(np.prod(self._form["shape"][1:]))
-        self.cuda.copy(self._device_in, self._host_in, size, cudart.HOST_TO_DEVICE, self._stream)
+        size = 4 * (self._bound or 0) * self._pixels
+        self.cuda.call(
+            "cudaMemcpyAsync", self._device_in, self._host_in, size, cudart.HOST_TO_DEVICE, self._stream
+        )
 
     def _download(self) -> None:
         size = 4 * (self._bound or 0) * self._width
-        self.cuda.copy(self._host_out, self._device_out, size, cudart.DEVICE_TO_HOST, self._stream)
+        self.cuda.call(
+            "cudaMemcpyAsync", self._host_out, self._device_out, size, cudart.DEVICE_TO_HOST, self._stream
+        )
 
     # --- running ---
 
@@ -346,27 +332,22 @@ class TensorrtSession:
         self._upload()
         self._enqueue()
         self._download()
-        self.cuda.synchronize(self._stream)
+        self.cuda.call("cudaStreamSynchronize", self._stream)
         return self._outputs()
 
     def _outputs(self) -> np.ndarray:
-        outputs: np.ndarray = cudart.array_at(self._host_out, (self._bound or 0, self._width)).copy()
-        return outputs
+        return cudart.array_at(self._host_out, (self._bound or 0, self._width)).copy()
 
     def _set_batch(self, images: np.ndarray) -> None:
         if self._context is None:
             raise DeviceError("the session is closed", "open another one")
-        rest, batch = tuple(self._form["shape"][1:]), len(images)
-        most = int(self._form["max_batch"] if self._form["dynamic_batch"] else self._form["shape"][0])
+        rest, batch, most = tuple(self._form["shape"][1:]), len(images), self._most
         fits = 1 <= batch <= most if self._form["dynamic_batch"] else batch == most
         if images.ndim != 4 or images.shape[1:] != rest or not fits:
+            batches = "1 to %d" % most if self._form["dynamic_batch"] else most
             raise DeviceError(
                 "the net takes inputs of shape (%s, %s), not %s"
-                % (
-                    "1 to %d" % most if self._form["dynamic_batch"] else most,
-                    ", ".join(map(str, rest)),
-                    images.shape,
-                ),
+                % (batches, ", ".join(map(str, rest)), images.shape),
                 "give it batches of that shape",
             )
         if self._bound != batch:
@@ -389,13 +370,15 @@ class TensorrtSession:
                 self._notes.append("no CUDA graph of '%s': %s" % (mode, error.problem))
                 continue
             self._graphs[mode + GRAPH] = executable
-            self.cuda.fill(self._device_out, 0xFF, 4 * len(images) * self._width, self._stream)
-            self.cuda.launch(executable, self._stream)
+            self.cuda.call(
+                "cudaMemsetAsync", self._device_out, 0xFF, 4 * len(images) * self._width, self._stream
+            )
+            self.cuda.call("cudaGraphLaunch", executable, self._stream)
             self._download()
-            self.cuda.synchronize(self._stream)
+            self.cuda.call("cudaStreamSynchronize", self._stream)
             # NaN, which 0xFF bytes are, equals nothing. Tactics may sum in another order from run to run.
             if not np.allclose(self._outputs(), expected, rtol=1e-2, atol=1e-2 * np.abs(expected).max()):
-                self.cuda.free_executable(self._graphs.pop(mode + GRAPH))
+                self.cuda.call("cudaGraphExecDestroy", self._graphs.pop(mode + GRAPH))
                 self._notes.append("no CUDA graph of '%s': launched, it computes something else" % mode)
 
     def _queue_all(self) -> None:
@@ -404,24 +387,18 @@ class TensorrtSession:
         self._download()
 
     def _capture(self, queue: Callable[[], None]) -> int:
-        self.cuda.begin_capture(self._stream)
+        self.cuda.call("cudaStreamBeginCapture", self._stream, cudart.CAPTURE_THREAD_LOCAL)
         try:
             queue()
         except DeviceError:
-            try:
-                self.cuda.free_graph(self.cuda.end_capture(self._stream))  # the stream must leave capturing
-            except DeviceError:
-                self.cuda.clear_error()
+            with contextlib.suppress(DeviceError):  # the stream must leave capturing
+                self.cuda.call("cudaGraphDestroy", self.cuda.end_capture(self._stream))
             raise
-        try:
-            graph = self.cuda.end_capture(self._stream)
-        except DeviceError:
-            self.cuda.clear_error()
-            raise
+        graph = self.cuda.end_capture(self._stream)
         try:
             return self.cuda.instantiate(graph)
         finally:
-            self.cuda.free_graph(graph)
+            self.cuda.call("cudaGraphDestroy", graph)
 
     def modes(self) -> List[str]:
         """Return what can be timed, the headline first."""
@@ -439,14 +416,14 @@ class TensorrtSession:
                 "cannot time '%s'; there are %s" % (mode, ", ".join(self.modes())), "bind a batch first"
             )
         start, end = self._events
-        self.cuda.record(start, self._stream)
+        self.cuda.call("cudaEventRecord", start, self._stream)
         if mode in self._graphs:
-            self.cuda.launch(self._graphs[mode], self._stream)
+            self.cuda.call("cudaGraphLaunch", self._graphs[mode], self._stream)
         elif mode == COMPUTE:
             self._enqueue()
         else:
             self._queue_all()
-        self.cuda.record(end, self._stream)
+        self.cuda.call("cudaEventRecord", end, self._stream)
         return self.cuda.elapsed_s(start, end)
 
     # --- the record ---
@@ -479,23 +456,17 @@ class TensorrtSession:
 
     def _drop_graphs(self) -> None:
         while self._graphs:
-            self.cuda.free_executable(self._graphs.popitem()[1])
+            self.cuda.call("cudaGraphExecDestroy", self._graphs.popitem()[1])
 
     def close(self) -> None:
         """Free everything on the GPU; a second call does nothing."""
-        self._held += [self._drop_graphs]
+        self._held += [("cudaGraphExecDestroy", graph) for graph in self._graphs.values()]
+        self._graphs = {}
         # TensorRT wants its objects gone in this order, and the memory they use after them.
         self._context = None
         self._engine = None
         self._loader = None
         while self._held:
-            try:
-                self._held.pop()()
-            except (
-                DeviceError
-            ):  # after a failure on the GPU every call fails; what failed first is what counts
-                continue
-
-
-def _words(layers: Dict[str, int]) -> str:
-    return ", ".join("%d layers in %s" % (number, name) for name, number in layers.items())
+            # After a failure on the GPU every call fails; what failed first is what counts.
+            with contextlib.suppress(DeviceError):
+                self.cuda.call(*self._held.pop())

@@ -10,10 +10,11 @@ of Tegra's soctherm, NVIDIA's Jetson Orin guide on over-current events.
 
 import re
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple, Union
 
-from .sysfs import gpu_folder, read_number, read_text, thermal_zones
+from .sysfs import gpu_folder, read_number, read_text, trips
 
 OVER_CURRENT = {"oc1": "under-voltage", "oc2": "average over-current", "oc3": "instantaneous over-current"}
 # A clock below its lock by more than rounding, in more than so many of the looks.
@@ -21,8 +22,6 @@ CLOCK_SLACK = 0.99
 CLOCK_LOOKS = 0.01
 # So near to a passive trip the kernel is about to slow the device down, or between two looks just did.
 NEAR_TRIP_C = 3.0
-# Some PCs state trips near room temperature that mean nothing.
-LEAST_TRIP_C = 45.0
 # Cooling that costs no speed, or whose state is a setting of the user and not an event.
 HARMLESS = re.compile(r"fan|lcd|backlight|tcc offset|wifi|charge", re.IGNORECASE)
 
@@ -40,7 +39,7 @@ class ThrottleWatch:
         self._counters: Dict[str, List[Path]] = {}
         self._counts: Dict[Path, Optional[int]] = {}
         self._alarms: Dict[str, Path] = {}
-        self._raised: Dict[str, int] = {}
+        self._raised: "Counter[str]" = Counter()
         self._cooling: Dict[str, Path] = {}
         self._cooled: Dict[str, int] = {}
         self._trips: List[Tuple[str, Path, float]] = []
@@ -69,12 +68,9 @@ class ThrottleWatch:
             kind = read_text(path / "type") or path.name
             if not HARMLESS.search(kind):
                 self._cooling["%s (%s)" % (kind, path.name)] = path / "cur_state"
-        for zone in thermal_zones(self._root):
-            name = read_text(zone / "type") or zone.name
-            for path in zone.glob("trip_point_*_type"):
-                trip = read_number(path.with_name(path.name.replace("_type", "_temp")))
-                if read_text(path) == "passive" and trip is not None and trip / 1000 >= LEAST_TRIP_C:
-                    self._trips.append((name, zone / "temp", trip / 1000))
+        self._trips = [
+            (name, file, limit / 1000) for name, file, kind, limit in trips(self._root) if kind == "passive"
+        ]
         self._gpu = gpu_folder(self._root)
         if self._gpu is not None:
             least, most = read_number(self._gpu / "min_freq"), read_number(self._gpu / "max_freq")
@@ -87,13 +83,9 @@ class ThrottleWatch:
         """Take one sample."""
         begin = time.perf_counter()
         self._looks += 1
-        for name, path in self._alarms.items():
-            if read_number(path):
-                self._raised[name] = self._raised.get(name, 0) + 1
+        self._raised.update(name for name, path in self._alarms.items() if read_number(path))
         for name, path in self._cooling.items():
-            state = read_number(path)
-            if state is not None and state > 0:
-                self._cooled[name] = max(self._cooled.get(name, 0), state)
+            self._cooled[name] = max(self._cooled.get(name, 0), read_number(path) or 0)
         for name, path, trip_c in self._trips:
             temperature = read_number(path)
             if temperature is not None:
@@ -108,11 +100,8 @@ class ThrottleWatch:
         """Take a last sample and return the record.
 
         Returns:
-            counters: name -> events during the run, of the core with most; alarms: name -> looks that saw it;
-            cooling: device -> highest state; gpu_mhz: least and most seen, the clock it is locked to and the
-            share of looks below that; hottest_c: zone -> highest temperature and the passive trip; looks, and
-            look_ms, what one cost.
-            marks: 'throttled: ...', one for each kind of evidence.
+            counters, alarms, cooling, gpu_mhz and hottest_c; looks, how many, and look_ms, what one cost; marks:
+            'throttled: ...', one for each kind of evidence.
         """
         self.sample()
         counters = {}
@@ -135,13 +124,12 @@ class ThrottleWatch:
             for (name, trip_c), hottest in sorted(self._hottest.items())
             if hottest >= trip_c - NEAR_TRIP_C
         ]
-        marks += [
-            "throttled: cooling device %s at state %d" % cooled for cooled in sorted(self._cooled.items())
-        ]
+        cooled = {name: state for name, state in sorted(self._cooled.items()) if state > 0}
+        marks += ["throttled: cooling device %s at state %d" % one for one in cooled.items()]
         return {
             "counters": counters,
-            "alarms": self._raised,
-            "cooling": self._cooled,
+            "alarms": dict(self._raised),
+            "cooling": cooled,
             "gpu_mhz": gpu,
             "hottest_c": {
                 name: {"seen": hottest, "passive_trip": trip_c}

@@ -8,11 +8,9 @@ Source: NVIDIA/TensorRT, samples/common/sampleOptions.cpp of 8.2 to 11.1.
 """
 
 import math
-import re
 import shlex
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, List, NamedTuple
 
-from .bundle import engine_name
 from .errors import DeviceError
 from .versions import Version, bounds_of, holds
 
@@ -28,38 +26,31 @@ ON_JETSON = "/usr/src/tensorrt/bin/trtexec"
 
 # Versions from which a command line differs.
 _MEMORY_POOLS = (8, 4)  # before: --workspace
-_SKIP_INFERENCE = (
-    8,
-    6,
-)  # before: --buildOnly; also --infStreams, several percentiles, the optimization level
+# before: --buildOnly; also --infStreams, several percentiles, the optimization level
+_SKIP_INFERENCE = (8, 6)
 _STRONGLY_TYPED = (10, 12)  # weak typing is deprecated; precision flags conflict with --stronglyTyped
 _OPPOSITE = (11, 0)  # no precision flags, no --stronglyTyped, the opposite switches
 _FP16_SCALES = (10, 0)  # Q/DQ with fp16 scales: strongly typed from the start
 _NO_DLA = (10, 8)  # until 11.4
 _DLA_AGAIN = (11, 4)
-_CHANGES = (_MEMORY_POOLS, _SKIP_INFERENCE, _FP16_SCALES, _NO_DLA, _STRONGLY_TYPED, _OPPOSITE, _DLA_AGAIN)
 
 
-def _starts(versions: str) -> List[Version]:
-    """Return the lowest version of a range, and every version in it from which command lines may differ.
+def _lowest(versions: str) -> Version:
+    """Return the lowest version of a range, from 8.2 on.
 
     Raises:
-        DeviceError: the whole range is older than 8.2.
+        DeviceError: the whole range is older.
     """
     bounds = bounds_of(versions if versions[:1] in "<>=" else "==" + versions)
-
-    def held(version: Version) -> bool:
-        return all(holds(version, sign, bound) for sign, bound in bounds)
-
     lowest = max([bound for sign, bound in bounds if sign in ("==", ">=", ">")] or [OLDEST])
-    if lowest <= OLDEST:
-        if not held(OLDEST):
-            raise DeviceError(
-                "edgecl knows trtexec from TensorRT 8.2 on, not %s" % versions,
-                "JetPack 4.6.1 and later have 8.2: update the board",
-            )
-        lowest = OLDEST
-    return [lowest] + [at for at in _CHANGES if at > lowest and held(at)]
+    if lowest > OLDEST:
+        return lowest
+    if not all(holds(OLDEST, sign, bound) for sign, bound in bounds):
+        raise DeviceError(
+            "edgecl knows trtexec from TensorRT 8.2 on, not %s" % versions,
+            "JetPack 4.6.1 and later have 8.2: update the board",
+        )
+    return OLDEST
 
 
 # --- command lines ---
@@ -79,44 +70,25 @@ class Net(NamedTuple):
     model: str
 
 
-def command_lines(
-    version: str,
-    *,
-    manifest_input: Dict[str, Any],
-    build: Dict[str, Any],
-    precision: str,
-    form: str,
-    model: str,
-    plan: str,
-) -> Dict[str, List[str]]:
-    """Return the commands that build an engine and time it in the headline mode.
+def command_lines(version: str, net: Net, plan: str) -> Dict[str, List[str]]:
+    """Return the commands, build and bench, that build an engine and time it in the headline mode.
 
     Args:
         version: '10.3.0', or a range such as '>=10.3,<10.8', of which the lowest version counts.
-        manifest_input: name, shape, dynamic_batch and max_batch.
-        build: workspace_mib, optimization_level, tf32 and dla_core of a target.
-        precision: fp32, fp16 or int8.
-        form: of the graph; the precision flags of weakly typed versions follow from it.
-        model: path of the ONNX file, as it is to stand in the command.
+        net: its model as the path is to stand in the command.
         plan: path of the engine.
-
-    Returns:
-        build and bench, each a program and its arguments.
 
     Raises:
         DeviceError: a version before 8.2, or one without DLA where DLA is asked for.
     """
-    net = Net(manifest_input, build, precision, form, model)
     times, layers = _beside(plan, "times"), _beside(plan, "layers")
-    return {
-        "build": build_command(version, net, plan),
-        "bench": bench_command(version, net, plan, times=times, layers=layers),
-    }
+    bench = bench_command(version, net, plan, mode=MODES[0], times=times, layers=layers)
+    return {"build": build_command(version, net, plan), "bench": bench}
 
 
 def build_command(version: str, net: Net, plan: str) -> List[str]:
     """Return the command that builds an engine; see `command_lines`."""
-    number = _starts(version)[0]
+    number = _lowest(version)
     command = ["trtexec", "--onnx=" + net.model, "--saveEngine=" + plan]
     if number >= _OPPOSITE:
         pass  # the types of the graph decide
@@ -154,23 +126,16 @@ def bench_command(
     net: Net,
     plan: str,
     *,
-    mode: str = MODES[0],
+    mode: str,
     duration_s: float = DURATION_S,
     times: str,
-    layers: Optional[str] = None,
+    layers: str,
 ) -> List[str]:
-    """Return the command that times an engine in one of MODES.
+    """Return the command that times an engine in one of MODES, and writes the JSON files `times` and `layers`.
 
-    Args:
-        version: as for `command_lines`.
-        net: what the engine was built from.
-        plan: the engine.
-        mode: one of MODES.
-        duration_s: rounded up to whole seconds.
-        times: JSON file to write, one entry per run.
-        layers: JSON file to write about the engine's layers, or None.
+    duration_s is rounded up to whole seconds.
     """
-    number = _starts(version)[0]
+    number = _lowest(version)
     several = number >= _SKIP_INFERENCE
     command = ["trtexec", "--loadEngine=" + plan] + _dla_flags(number, net)
     if net.input["dynamic_batch"]:  # a static net refuses to be told its shape
@@ -193,8 +158,7 @@ def bench_command(
         command.append("--noDataTransfers")
     elif number >= _OPPOSITE:
         command.append("--includeDataTransfers")
-    command += ["--separateProfileRun", "--exportTimes=" + times]
-    return command + (["--exportLayerInfo=" + layers] if layers is not None else [])
+    return command + ["--separateProfileRun", "--exportTimes=" + times, "--exportLayerInfo=" + layers]
 
 
 def _dla_flags(number: Version, net: Net) -> List[str]:
@@ -215,15 +179,16 @@ def _shape(net: Net, batch: int) -> str:
 
 
 def _beside(plan: str, what: str) -> str:
-    return "%s.%s.json" % (plan[: -len(".plan")] if plan.endswith(".plan") else plan, what)
+    return "%s.%s.json" % (plan.partition(".plan")[0], what)
 
 
 # --- the script of a bundle ---
 
 # The words between @ are filled in.
 _SCRIPT_HEAD = r"""#!/bin/sh
-# Build an engine of this bundle with NVIDIA's trtexec, and time it in @MODES@ ways, @SECONDS@ s each.
-# For TensorRT @VERSIONS@. Every flag that decides a number is said: defaults differ between versions.
+# Build an engine of this bundle with NVIDIA's trtexec, and time it for @SECONDS@ s: @MODE@.
+# Every flag that decides a number is said, as TensorRT @VERSION@ takes it. For other versions and modes:
+#   python3 onboard.pyz bench . --runtime trtexec
 #
 #   sh trtexec.sh                 @DEFAULT@, the bundle's default
 #   sh trtexec.sh PRECISION       one of @NAMES@
@@ -231,29 +196,16 @@ _SCRIPT_HEAD = r"""#!/bin/sh
 set -e
 cd "$(dirname "$0")"
 TRTEXEC="${TRTEXEC:-@TRTEXEC@}"
-precision="${1:-@DEFAULT@}"
 if ! command -v "$TRTEXEC" >/dev/null; then
     echo "there is no $TRTEXEC; set TRTEXEC to where it is (package libnvinfer-bin)" >&2
     exit 1
 fi
-
-# It calls 8.2.1 'TensorRT v8201' and 10.3.0 'TensorRT v100300'.
-version="$("$TRTEXEC" --help 2>&1 | sed -n 's/.*\[TensorRT v\([0-9.]*\)\].*/\1/p' | head -n 1)"
-case "$version" in
-    *.*) version="$(echo "$version" | awk -F. '{ print 10000 * $1 + 100 * $2 + $3 }')" ;;
-    ????) version="${version%???}0${version#?}" ;;
-    "") echo "$TRTEXEC does not say its version" >&2; exit 1 ;;
-esac
-refuse() {
-    found="$((version / 10000)).$((version / 100 % 100)).$((version % 100))"
-    echo "this bundle is for TensorRT @VERSIONS@; $TRTEXEC is $found, which is $1: export a bundle for it" >&2
-    exit 1
-}
+case "${1:-@DEFAULT@}" in
 """
 
 _SCRIPT_TAIL = """\
 *)
-    echo "this bundle has no precision '$precision'; it has @NAMES@" >&2
+    echo "this bundle has no precision '$1'; it has @NAMES@" >&2
     exit 2
     ;;
 esac
@@ -261,76 +213,28 @@ esac
 
 
 def script(manifest: Dict[str, Any]) -> str:
-    """Return a shell script that builds and times each precision of a bundle, for every version of its target."""
-    versions, names = manifest["target"]["versions"], list(manifest["precisions"])
-    branches: List[Tuple[Version, Dict[str, List[str]]]] = []
-    for start in _starts(versions):
-        bodies = {name: _script_body(_dotted(start), manifest, name) for name in names}
-        if not branches or bodies != branches[-1][1]:
-            branches.append((start, bodies))
+    """Return a shell script that runs the commands which a manifest holds for each precision."""
+    precisions = manifest["precisions"]
+    text = _SCRIPT_HEAD
+    for name, about in precisions.items():
+        text += "%s)\n" % name
+        for command in (about["trtexec"]["build"], about["trtexec"]["bench"]):
+            text += '    "$TRTEXEC"%s\n' % "".join(
+                " \\\n        " + shlex.quote(word) for word in command[1:]
+            )
+        text += "    ;;\n"
     filled = {
         "TRTEXEC": ON_JETSON,
         "DEFAULT": manifest["precision"],
-        "VERSIONS": versions or "8.2 and later",
-        "NAMES": ", ".join(names),
-        "MODES": str(len(MODES)),
+        "VERSION": _dotted(_lowest(manifest["target"]["versions"])),
+        "NAMES": ", ".join(precisions),
+        "MODE": MODES[0],
         "SECONDS": "%g" % DURATION_S,
     }
-    head, tail = _SCRIPT_HEAD, _SCRIPT_TAIL
-    for word, text in filled.items():
-        head, tail = (part.replace("@%s@" % word, text) for part in (head, tail))
-    lines = [
-        '[ "$version" %s %d ] || refuse %s' % (sign, digits, word)
-        for bound in bounds_of(versions)
-        for sign, digits, word in _limits(*bound)
-    ]
-    for place, (start, _) in enumerate(reversed(branches)):
-        keyword = "elif" if place else "if"
-        lines.append('%s [ "$version" -ge %d ]; then since=%s' % (keyword, _digits(start), _dotted(start)))
-    lines += ["else", "    refuse older", "fi", "", 'case "$since $precision" in']
-    for start, bodies in branches:
-        for name, body in bodies.items():
-            lines += ['"%s %s")' % (_dotted(start), name)] + ["    " + line for line in body] + ["    ;;"]
-    return head + "\n".join(lines) + "\n" + tail
-
-
-def _script_body(version: str, manifest: Dict[str, Any], precision: str) -> List[str]:
-    about, plan = manifest["precisions"][precision], engine_name(precision, "trtexec")
-    net = Net(manifest["input"], manifest["target"]["build"], precision, about["form"], about["model"])
-    try:
-        lines = _shell(build_command(version, net, plan))
-        for mode in MODES:
-            times = _beside(plan, "times-" + re.sub("[^a-z]+", "-", mode.lower()))
-            lines.append("echo %s" % shlex.quote("== %s, %s" % (precision, mode)))
-            command = bench_command(
-                version, net, plan, mode=mode, times=times, layers=_beside(plan, "layers")
-            )
-            lines += _shell(command)
-        return lines
-    except DeviceError as error:
-        return ["echo %s >&2" % shlex.quote(error.problem), "exit 1"]
-
-
-def _shell(command: Sequence[str]) -> List[str]:
-    words = ['"$TRTEXEC"'] + ["    " + shlex.quote(word) for word in command[1:]]
-    return [word + " \\" for word in words[:-1]] + words[-1:]
-
-
-def _limits(sign: str, bound: Version) -> List[Tuple[str, int, str]]:
-    """Return what a bound asks of `_digits`: the shell's comparison, the number, and what a version is if not."""
-    digits = _digits(bound)
-    return {
-        "==": [("-ge", digits, "older"), ("-le", digits, "newer")],
-        ">=": [("-ge", digits, "older")],
-        "<=": [("-le", digits, "newer")],
-        ">": [("-gt", digits, "older")],
-        "<": [("-lt", digits, "newer")],
-    }[sign]
-
-
-def _digits(number: Version) -> int:
-    major, minor, patch = (tuple(number) + (0, 0))[:3]
-    return 10000 * major + 100 * minor + patch
+    text += _SCRIPT_TAIL
+    for word, value in filled.items():
+        text = text.replace("@%s@" % word, value)
+    return text
 
 
 def _dotted(number: Version) -> str:

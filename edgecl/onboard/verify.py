@@ -1,5 +1,6 @@
 """Check a bundle's hashes, and its outputs against the reference outputs."""
 
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
@@ -29,10 +30,7 @@ def verify(
         report: called with a line when an engine is built for this device, which takes minutes.
 
     Returns:
-        ok and files_ok, both True; runtime; images, how many; precisions: for each its ok, max_abs_difference and
-        mean_abs_difference in units of the output, max_relative_difference, the largest absolute difference
-        over torch's largest absolute output, top1_agreement, the fraction of images with the same largest
-        output, mean_cosine, the mean cosine similarity of the outputs, and the tolerance.
+        The record without its header, as `VerifyRecord` in edgecl/storage/records.py describes it.
 
     Raises:
         BundleError: a file is missing or changed, or not what the manifest says.
@@ -50,11 +48,9 @@ def verify(
         session = open_session(
             bundle, manifest, precision=name, runtime=runtime, threads=available_cores(), report=report
         )
-        try:
+        with closing(session):
             found = run_all(session, images, manifest["input"])
             record["runtime"] = session.describe()["runtime"]
-        finally:
-            session.close()
         record["precisions"][name], wrong = _check(found, expected, about["tolerance"])
         if wrong:
             problems.append("%s: %s" % (name, ", ".join(wrong)))
@@ -90,14 +86,15 @@ def breaches(numbers: Dict[str, Any], tolerance: Dict[str, float]) -> List[str]:
     difference, allowed = numbers["max_relative_difference"], tolerance["max_relative_difference"]
     agreement, required = numbers["top1_agreement"], tolerance["top1_agreement"]
     cosine, least = numbers["mean_cosine"], tolerance.get("mean_cosine") or 0.0
-    problems = []
-    if not difference <= allowed:
-        problems.append("the largest relative difference is %.3g, allowed is %.3g" % (difference, allowed))
-    if not agreement >= required:
-        problems.append("the top-1 agreement is %.4g, required is %.4g" % (agreement, required))
-    if not cosine >= least:
-        problems.append("the mean cosine similarity is %.4g, required is %.4g" % (cosine, least))
-    return problems
+    found = (
+        (
+            difference <= allowed,
+            "the largest relative difference is %.3g, allowed is %.3g" % (difference, allowed),
+        ),
+        (agreement >= required, "the top-1 agreement is %.4g, required is %.4g" % (agreement, required)),
+        (cosine >= least, "the mean cosine similarity is %.4g, required is %.4g" % (cosine, least)),
+    )
+    return [words for holds, words in found if not holds]
 
 
 def compare(found: np.ndarray, expected: np.ndarray) -> Dict[str, float]:

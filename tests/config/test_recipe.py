@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 
 import pytest
-from pydantic import ValidationError
 
 import edgecl.methods
 from edgecl.config.recipe import (
@@ -15,12 +14,11 @@ from edgecl.config.recipe import (
     find_method,
     flatten,
     list_methods,
-    list_recipes,
     read_recipe,
     recipe_from_tables,
     recipe_name,
 )
-from edgecl.config.settings import header_comment, override, packaged_files
+from edgecl.config.settings import header_comment, packaged_files
 from edgecl.errors import RecipeError
 
 PACKAGED = packaged_files("recipes")
@@ -55,23 +53,10 @@ def test_recipes_of_the_issue_are_packaged():
 
 
 @pytest.mark.parametrize("name", PACKAGED)
-def test_packaged_recipe_parses(name):
+def test_packaged_recipe_says_what_it_reproduces_costs_and_its_command(name):
     assert isinstance(read_recipe(name), Recipe)
-
-
-@pytest.mark.parametrize("name", PACKAGED)
-def test_packaged_recipe_has_a_summary_of_one_sentence(name):
-    assert len(header_of(name).partition("\n")[0]) > 20
-
-
-@pytest.mark.parametrize("name", PACKAGED)
-@pytest.mark.parametrize("word", ["Reproduces:", "Cost:", "Command:"])
-def test_packaged_recipe_says_what_it_reproduces_costs_and_its_command(name, word):
-    assert re.search(rf"^{word} \S", header_of(name), re.MULTILINE)
-
-
-@pytest.mark.parametrize("name", PACKAGED)
-def test_command_of_a_packaged_recipe_names_that_recipe(name):
+    for word in ("Reproduces:", "Cost:"):
+        assert re.search(rf"^{word} \S", header_of(name), re.MULTILINE)
     command = re.search(r"^Command: (.*)", header_of(name), re.MULTILINE)[1]
     assert re.match(rf"edgecl (demo$|demo |(run|pretrain) {re.escape(name)}( |$))", command)
 
@@ -81,12 +66,6 @@ def test_name_of_a_packaged_recipe_says_its_arm(name):
     for prefix, arm in (("sacl-xd-", "SACL-XD"), ("xd-", "XD only")):
         if name.startswith(prefix):
             assert read_recipe(name).arm == arm
-
-
-def test_list_gives_name_and_summary_of_each():
-    listed = list_recipes()
-    assert [entry["name"] for entry in listed] == sorted(PACKAGED)
-    assert all(entry.keys() == {"name", "summary"} and entry["summary"] for entry in listed)
 
 
 def test_unknown_name_suggests_a_near_one():
@@ -119,15 +98,8 @@ def test_text_that_is_no_toml_names_the_file(write):
 
 
 def test_assignments_are_applied_over_the_file(write):
-    recipe = read_recipe(
-        write(MINIMAL), ["optim.lr=0.2", "data.batch_size=8", "method.xd_direction=slim_only"]
-    )
-    assert (recipe.optim.lr, recipe.data.batch_size, recipe.method.xd_direction) == (0.2, 8, "slim_only")
-
-
-def test_assignment_of_an_unknown_key_suggests_a_near_one(write):
-    with pytest.raises(RecipeError, match=r"unknown key 'optim\.lrr' \(did you mean 'lr"):
-        read_recipe(write(MINIMAL), ["optim.lrr=0.2"])
+    recipe = read_recipe(write(MINIMAL), ["optim.lr=0.2", "method.xd_direction=slim_only"])
+    assert (recipe.optim.lr, recipe.method.name, recipe.method.xd_direction) == (0.2, "sacl-xd", "slim_only")
 
 
 def test_settings_that_only_together_are_wrong_are_blamed_on_file_and_assignment(write):
@@ -152,58 +124,39 @@ def test_single_value_where_a_list_belongs_is_refused_with_a_list(write, assignm
     assert caught.value.where == {"--set": assignment}
 
 
-def test_recipe_without_an_architecture_says_so(write):
-    with pytest.raises(RecipeError, match=r"missing key 'host\.arch'"):
-        read_recipe(write("[host]\nwidth = 1.5\n"))
-
-
-def test_slim_net_wider_than_its_host_is_refused_with_both_widths(write):
-    with pytest.raises(RecipeError, match=r"slim width 2 is above the host's 1\.5; .*widen \[host\] width"):
-        read_recipe(write(MINIMAL + "[slim]\nwidth = 2.0\n"))
-
-
-def test_slim_net_a_little_wider_than_its_host_is_shown_with_all_its_digits(write):
-    with pytest.raises(RecipeError, match=r"slim width 1\.50000001 is above the host's 1\.5"):
-        read_recipe(write(MINIMAL + "[slim]\nwidth = 1.50000001\n"))
-
-
-def test_range_written_backwards_is_refused(write):
-    with pytest.raises(RecipeError, match=r"'views\.crop_scale' runs from 0\.9 down to 0\.2"):
-        read_recipe(write(MINIMAL + "[views]\ncrop_scale = [0.9, 0.2]\n"))
-
-
-def test_resize_below_the_crop_is_refused(write):
-    with pytest.raises(RecipeError, match=r"'data\.resize_size' 32 is below 'data\.image_size' 64"):
-        read_recipe(write(MINIMAL + "[data]\nresize_size = 32\nimage_size = 64\n"))
-
-
 @pytest.mark.parametrize(
-    ("assignment", "key"),
+    ("assignments", "problem"),
     [
-        ("method.alpha=1.5", "method.alpha"),
-        ("host.width=4.5", "host.width"),
-        ("data.batch_size=1", "data.batch_size"),
-        ("optim.lr=0", "optim.lr"),
-        ("run.epochs=0", "run.epochs"),
-        ("projector.sizes=[]", "projector.sizes"),
-        ("probe.draws=1", "probe.draws"),
-        ("views.hue=0.6", "views.hue"),
-    ],
-)
-def test_value_out_of_range_is_refused_by_key(write, assignment, key):
-    with pytest.raises(RecipeError, match=re.escape(f"'{key}' is")):
-        read_recipe(write(MINIMAL), [assignment])
-
-
-@pytest.mark.parametrize(
-    ("assignments", "key"),
-    [
+        (["method.alpha=1.5"], "'method.alpha' is"),
+        (["host.width=4.5"], "'host.width' is"),
+        (["data.batch_size=1"], "'data.batch_size' is"),
+        (["optim.lr=0"], "'optim.lr' is"),
+        (["run.epochs=0"], "'run.epochs' is"),
+        (["projector.sizes=[]"], "'projector.sizes' is"),
+        (["probe.draws=1"], "'probe.draws' is"),
+        (["views.hue=0.6"], "'views.hue' is"),
+        (["optim.lrr=0.2"], "unknown key 'optim.lrr' (did you mean 'lr"),
+        (
+            ["slim.width=2.0"],
+            "slim width 2 is above the host's 1.5; the slim net is a part of the host: widen [host] width",
+        ),
+        (["slim.width=1.50000001"], "slim width 1.50000001 is above the host's 1.5"),
+        (["slim.widths=[0.5, 0.5, 1.0]"], "'slim.widths' names a width twice: [0.5, 0.5, 1.0]"),
+        (["views.crop_scale=[0.9, 0.2]"], "'views.crop_scale' runs from 0.9 down to 0.2"),
+        (
+            ["data.resize_size=32", "data.image_size=64"],
+            "'data.resize_size' 32 is below 'data.image_size' 64",
+        ),
+        (["optim.name=adam"], "'optim.name' is 'adam', not one of lars, adamw, sgd (did you mean 'adamw'?)"),
+        (["method.name=simclr", "method.alpha=0.5", "host.width=1.0"], "unknown key 'method.alpha'"),
+        (["method.coding_rate.wieght=0.5"], "unknown key 'method.coding_rate.wieght' (did you mean 'weight'"),
+        (
+            ["method.name=emp-ssl", "host.width=1.0", "method.coding_rate.weight=0.0"],
+            "method.coding_rate.weight",
+        ),
         (["method.coding_rate.weight=-0.1"], "method.coding_rate.weight"),
         (["method.coding_rate.weight=nan"], "method.coding_rate.weight"),
-        (["method.coding_rate.weight=inf"], "method.coding_rate.weight"),
         (["method.coding_rate.epsilon=0.001"], "method.coding_rate.epsilon"),
-        (["method.coding_rate.epsilon=nan"], "method.coding_rate.epsilon"),
-        (["method.coding_rate.until=0.0"], "method.coding_rate.until"),
         (["method.coding_rate.until=1.5"], "method.coding_rate.until"),
         (["method.coding_rate.weight=0.1", "data.batch_size=2"], "data.batch_size"),
         (["method.loss='cosine'"], "method.coding_rate.weight"),
@@ -213,8 +166,8 @@ def test_value_out_of_range_is_refused_by_key(write, assignment, key):
         (["views.local_scale=[0.4, 0.1]"], "local_scale"),
     ],
 )
-def test_coding_rate_losses_and_local_views_out_of_range_are_refused_by_key(write, assignments, key):
-    with pytest.raises(RecipeError, match=re.escape(key)):
+def test_a_wrong_key_or_value_is_refused_by_name(write, assignments, problem):
+    with pytest.raises(RecipeError, match=re.escape(problem)):
         read_recipe(write(MINIMAL), assignments)
 
 
@@ -270,36 +223,21 @@ def test_another_loss_is_in_the_arms_name(write, loss, alpha, host, arm):
     assert read_recipe(write(MINIMAL), assignments).arm == arm
 
 
-def test_mistyped_optimizer_suggests_the_near_one(write):
-    with pytest.raises(
-        RecipeError, match=r"'optim\.name' is 'adam', not one of lars, adamw, sgd \(did you mean 'adamw'\?\)"
-    ):
-        read_recipe(write(MINIMAL), ["optim.name=adam"])
-
-
-def test_recipe_is_frozen(write):
-    with pytest.raises(ValidationError, match="frozen"):
-        read_recipe(write(MINIMAL)).run.seed = 3
-
-
-@pytest.mark.parametrize(
-    ("host", "alpha", "arm"),
-    [(1.0, 1.0, "Barlow Twins"), (1.0, 0.95, "XD only"), (1.5, 1.0, "SACL only"), (1.5, 0.95, "SACL-XD")],
-)
-def test_widths_and_alpha_name_the_arm(write, host, alpha, arm):
-    assert read_recipe(write(MINIMAL), [f"host.width={host}", f"method.alpha={alpha}"]).arm == arm
-
-
 @pytest.mark.parametrize(
     ("host", "widths", "alpha", "arm"),
     [
+        (1.0, [], 1.0, "Barlow Twins"),
+        (1.0, [], 0.95, "XD only"),
+        (1.5, [], 1.0, "SACL only"),
+        (1.5, [], 0.95, "SACL-XD"),
+        # Narrower nets inside a slim net as wide as the host are slimmed, too.
         (1.0, [0.5, 1.0], 1.0, "SACL only"),
         (1.0, [0.5, 1.0], 0.95, "SACL-XD"),
         (1.0, [1.0], 0.95, "XD only"),
         (1.5, [0.5, 1.0], 0.95, "SACL-XD"),
     ],
 )
-def test_narrower_nets_inside_a_slim_net_as_wide_as_the_host_are_slimmed(write, host, widths, alpha, arm):
+def test_widths_and_alpha_name_the_arm(write, host, widths, alpha, arm):
     settings = [f"host.width={host}", f"slim.widths={widths}", f"method.alpha={alpha}"]
     assert read_recipe(write(MINIMAL), settings).arm == arm
 
@@ -377,11 +315,6 @@ def test_widths_that_are_no_numbers_decide_no_width(write, widths):
         assert (widths, slim.width) == ("[]", 1.0)
 
 
-def test_a_width_named_twice_is_refused(write):
-    with pytest.raises(RecipeError, match=r"'slim.widths' names a width twice: \[0.5, 0.5, 1.0\]"):
-        read_recipe(write(MINIMAL), ["slim.widths=[0.5, 0.5, 1.0]"])
-
-
 # --- the method ---
 
 
@@ -409,26 +342,10 @@ def test_a_method_brings_its_own_table(write, name):
     assert recipe_from_tables(recipe.model_dump(mode="json"), source="run.json") == recipe
 
 
-def test_a_recipe_without_a_method_trains_sacl_xd(write):
-    assert read_recipe(write(MINIMAL)).method.name == "sacl-xd"
-
-
 def test_an_unknown_method_is_named_with_those_there_are(write):
     with pytest.raises(RecipeError, match="'simclrr', not one of barlow-twins, byol,") as caught:
         read_recipe(write(MINIMAL), ["method.name=simclrr"])
     assert caught.value.hint == "did you mean 'simclr'?"
-
-
-def test_a_key_of_another_method_is_unknown(write):
-    with pytest.raises(RecipeError, match=r"unknown key 'method\.alpha'"):
-        read_recipe(write(MINIMAL), ["method.name=simclr", "method.alpha=0.5"])
-
-
-def test_a_key_in_a_table_of_the_method_is_suggested(write):
-    with pytest.raises(
-        RecipeError, match=r"unknown key 'method\.coding_rate\.wieght' \(did you mean 'weight'"
-    ):
-        read_recipe(write(MINIMAL), ["method.coding_rate.wieght=0.5"])
 
 
 @pytest.mark.parametrize("table", ["loss", "coding_rate"])
@@ -448,27 +365,9 @@ def test_a_method_of_one_encoder_refuses_a_second_width(write, name, settings):
         read_recipe(write(MINIMAL), [f"method.name={name}", "host.width=1.0", *settings])
 
 
-def test_emp_ssl_without_the_coding_rate_is_refused(write):
-    assignments = ["method.name=emp-ssl", "host.width=1.0", "method.coding_rate.weight=0.0"]
-    with pytest.raises(RecipeError, match=r"method\.coding_rate\.weight"):
-        read_recipe(write(MINIMAL), assignments)
-
-
-def test_assignments_leave_the_tables_they_are_made_to_alone():
-    tables = {"method": {"coding_rate": {"weight": 0.1}}}
-    changed = override(tables, ["method.coding_rate.weight=0.2"], error=RecipeError)
-    assert changed["method"]["coding_rate"] == {"weight": 0.2}
-    assert tables["method"]["coding_rate"] == {"weight": 0.1}
-
-
 def test_settings_are_named_as_set_takes_them():
     tables = {"run": {"seed": 0}, "method": {"coding_rate": {"weight": 0.1}}}
     assert flatten(tables) == {"run.seed": 0, "method.coding_rate.weight": 0.1}
-
-
-@pytest.mark.parametrize("name", PACKAGED)
-def test_a_packaged_recipe_reads(name):
-    read_recipe(name)
 
 
 @pytest.mark.parametrize("packaged", ["demo", "photos", "sacl-xd-mobilenetv3-large-200"])

@@ -20,6 +20,13 @@ TEXTS = {
 }
 
 
+def destroyer(table):
+    def destroy(self, handle):
+        del getattr(self, table)[handle.value]
+
+    return destroy
+
+
 class Stream:
     def __init__(self):
         self.queue = []
@@ -101,9 +108,8 @@ class FakeCudart:
         if size > self.free_bytes:
             return OUT_OF_MEMORY
         buffer = ctypes.create_string_buffer(size)
-        address = ctypes.addressof(buffer)
-        self.memory[address] = buffer
-        out._obj.value = address
+        out._obj.value = ctypes.addressof(buffer)
+        self.memory[out._obj.value] = buffer
         return 0
 
     def cudaMalloc(self, out, size):
@@ -146,9 +152,6 @@ class FakeCudart:
         assert flags.value == 1
         self._new(self.streams, Stream(), out)
 
-    def cudaStreamDestroy(self, stream):
-        del self.streams[stream.value]
-
     def cudaStreamSynchronize(self, stream):
         self._drain(self.streams[stream.value])
 
@@ -161,9 +164,6 @@ class FakeCudart:
     def cudaEventCreate(self, out):
         self._new(self.events, {"ms": None}, out)
 
-    def cudaEventDestroy(self, event):
-        del self.events[event.value]
-
     def cudaEventRecord(self, event, stream):
         taken = self.events[event.value]
         self.streams[stream.value].add("event", lambda: taken.update(ms=self.clock_ms))
@@ -175,6 +175,9 @@ class FakeCudart:
 
     def cudaEventElapsedTime(self, out, start, end):
         out._obj.value = self.events[end.value]["ms"] - self.events[start.value]["ms"]
+
+    cudaStreamDestroy, cudaEventDestroy = destroyer("streams"), destroyer("events")
+    cudaGraphDestroy, cudaGraphExecDestroy = destroyer("graphs"), destroyer("executables")
 
     # --- graphs ---
 
@@ -198,12 +201,6 @@ class FakeCudart:
         else:
             assert [type(value) for value in rest] == [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
         self._new(self.executables, list(self.graphs[graph.value]), out)
-
-    def cudaGraphDestroy(self, graph):
-        del self.graphs[graph.value]
-
-    def cudaGraphExecDestroy(self, executable):
-        del self.executables[executable.value]
 
     def cudaGraphLaunch(self, executable, stream):
         for kind, work in self.executables[executable.value]:

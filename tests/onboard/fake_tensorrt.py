@@ -1,4 +1,4 @@
-# ruff: noqa: UP031, B905, RUF005, PTH123
+# ruff: noqa: UP031, RUF005, PTH123
 """A `tensorrt` module of a chosen version, without a GPU: the attributes that version has, and no others.
 
 A plan of it is the ONNX file; running it runs ONNX Runtime, on the memory of fake_cudart, when the stream gets there.
@@ -19,7 +19,6 @@ import onnxruntime
 MAGIC = b"FAKEPLAN"
 LAYER_TYPES = {
     "Conv": "CONVOLUTION",
-    "Gemm": "MATRIX_MULTIPLY",
     "QuantizeLinear": "QUANTIZE",
     "DequantizeLinear": "DEQUANTIZE",
     "Cast": "CAST",
@@ -48,11 +47,8 @@ class Value:
         return self.number
 
 
-def enum(kind, names, numbers=None):
-    values = {
-        name: Value(kind, name, number)
-        for number, name in zip(numbers if numbers is not None else range(len(names)), names)
-    }
+def enum(kind, names):
+    values = {name: Value(kind, name, number) for number, name in enumerate(names)}
     return type(kind, (), dict(values, __members__=values))
 
 
@@ -75,11 +71,9 @@ class Behavior:
     def __init__(self):
         self.fast = {"fp16": True, "int8": True}
         self.dla_cores = 0
-        self.kept_flags = True  # builder flags are kept
         self.delivered = None  # what the engine computes in, if not what was asked
         self.failure = None  # what the builder says before it returns nothing
         self.unparsed = None  # (node, operator, text) that the parser complains of
-        self.garbled = False  # the inspector writes JSON that is none
         self.names_only = False  # the inspector knows names only
         self.capturable = True
         self.context = True
@@ -96,15 +90,12 @@ def nodes_of(content):
     graph = model.graph
     types_of = {value.name: value.type.tensor_type.elem_type for value in [*graph.input, *graph.value_info]}
     types_of.update({value.name: value.data_type for value in graph.initializer})
-    names = {1: "FLOAT", 3: "INT8", 10: "HALF"}
+
+    def kind_of(node):
+        return {3: "INT8", 10: "HALF"}.get(types_of.get(node.input[0]), "FLOAT")
+
     return [
-        (
-            node.op_type,
-            list(node.input),
-            list(node.output),
-            names.get(types_of.get(node.input[0]), "FLOAT"),
-            node.name or node.output[0],
-        )
+        (node.op_type, list(node.input), list(node.output), kind_of(node), node.name or node.output[0])
         for node in graph.node
     ]
 
@@ -127,13 +118,9 @@ class FakeTensorrt(types.ModuleType):
         self.loggers = []
         flags = ["TF32", "GPU_FALLBACK"] + (["FP16", "INT8"] if number < (11, 0) else [])
         self.BuilderFlag = enum("BuilderFlag", flags)
-        if number < (10, 0):
-            self.NetworkDefinitionCreationFlag = enum("NetworkDefinitionCreationFlag", ["EXPLICIT_BATCH"])
-        elif number < (11, 0):
-            names = ["EXPLICIT_BATCH", "STRONGLY_TYPED"]
-            self.NetworkDefinitionCreationFlag = enum("NetworkDefinitionCreationFlag", names)
-        else:
-            self.NetworkDefinitionCreationFlag = enum("NetworkDefinitionCreationFlag", ["STRONGLY_TYPED"])
+        kinds = ["EXPLICIT_BATCH"] if number < (11, 0) else []
+        kinds += ["STRONGLY_TYPED"] if number >= (10, 0) else []
+        self.NetworkDefinitionCreationFlag = enum("NetworkDefinitionCreationFlag", kinds)
         self.DataType = enum("DataType", ["FLOAT", "HALF", "INT8"])
         self.LayerType = enum("LayerType", sorted(set(LAYER_TYPES.values())) + ["ELEMENTWISE"])
         self.DeviceType = enum("DeviceType", ["GPU", "DLA"])
@@ -216,15 +203,11 @@ class Profile(Strict):
 class Config(Strict):
     def set_flag(self, flag):
         self.calls.append("set_flag(%s)" % flag.name)
-        if self.module.behavior.kept_flags or flag.name == "TF32":
-            self.flags_set.add(flag.name)
+        self.flags_set.add(flag.name)
 
     def clear_flag(self, flag):
         self.calls.append("clear_flag(%s)" % flag.name)
         self.flags_set.discard(flag.name)
-
-    def get_flag(self, flag):
-        return flag.name in self.flags_set
 
     def add_optimization_profile(self, profile):
         self.__dict__["shapes"] = profile.shapes
@@ -256,16 +239,8 @@ class Cache(Strict):
 
 
 def _config(module):
-    attributes = {
-        "module": module,
-        "calls": module.calls,
-        "flags_set": {"TF32"},
-        "shapes": None,
-        "cache": None,
-        "profiling_verbosity": None,
-        "default_device_type": None,
-        "DLA_core": -1,
-    }
+    attributes = {"module": module, "calls": module.calls, "flags_set": {"TF32"}, "DLA_core": -1}
+    attributes.update(dict.fromkeys(("shapes", "cache", "profiling_verbosity", "default_device_type")))
     if module.number < (10, 0):
         attributes["max_workspace_size"] = 0
     if module.number >= (8, 6):
@@ -373,17 +348,12 @@ class Loader:
             )
             return None
         self.module.calls.append("deserialize_cuda_engine")
-        kind = (
-            OldEngine
-            if self.module.number < (8, 5)
-            else Engine
-            if self.module.number >= (10, 0)
-            else BothEngine
-        )
-        return kind(self.module, about, content)
+        return (OldEngine if self.module.number < (8, 5) else Engine)(self.module, about, content)
 
 
 class PlainEngine:
+    """Found by number or, from 8.5 on, by name; both in between, where the code takes the later."""
+
     def __init__(self, module, about, content):
         self.module, self.about = module, about
         options = onnxruntime.SessionOptions()
@@ -397,16 +367,13 @@ class PlainEngine:
         if not self.module.behavior.context:
             self.module.say("ERROR", "Requested amount of GPU memory (1024 bytes) could not be allocated.")
             return None
-        number = self.module.number
-        return (OldContext if number < (8, 5) else Context if number >= (10, 0) else BothContext)(self)
+        return (OldContext if self.module.number < (8, 5) else Context)(self)
 
     def create_engine_inspector(self):
         return Inspector(self)
 
 
-class ByNumber:
-    """Bindings, until 10."""
-
+class OldEngine(PlainEngine):
     num_bindings = 2
 
     def get_binding_name(self, index):
@@ -419,9 +386,7 @@ class ByNumber:
         return self.module.DataType.FLOAT
 
 
-class ByName:
-    """Tensors, from 8.5 on."""
-
+class Engine(PlainEngine):
     num_io_tensors = 2
 
     def get_tensor_name(self, index):
@@ -435,18 +400,6 @@ class ByName:
         return self.module.DataType.FLOAT
 
 
-class OldEngine(ByNumber, PlainEngine):
-    pass
-
-
-class BothEngine(ByNumber, ByName, PlainEngine):
-    pass
-
-
-class Engine(ByName, PlainEngine):
-    pass
-
-
 class Inspector:
     """Writes what versions 8, 10 and 11 write, as public examples show it."""
 
@@ -458,9 +411,6 @@ class Inspector:
 
     def get_engine_information(self, form):
         assert form.name == "JSON"
-        module = self.engine.module
-        if module.behavior.garbled:
-            return '{"Layers": [{"Name": "a "quoted" name"}]}'
         return json.dumps({"Layers": self._layers(), "Bindings": self.engine.names})
 
     def _layers(self):
@@ -537,7 +487,7 @@ def floats_at(address, shape):
     return np.ctypeslib.as_array((ctypes.c_float * count).from_address(address)).reshape(shape)
 
 
-class AsyncV2:
+class OldContext(PlainContext):
     def set_binding_shape(self, index, shape):
         self.module.calls.append("set_binding_shape(%d, %s)" % (index, tuple(shape)))
         self.shape = tuple(shape)
@@ -548,7 +498,7 @@ class AsyncV2:
         return self._queue(stream_handle, bindings)
 
 
-class AsyncV3:
+class Context(PlainContext):
     def set_input_shape(self, name, shape):
         self.module.calls.append("set_input_shape(%s, %s)" % (name, tuple(shape)))
         self.shape = tuple(shape)
@@ -562,15 +512,3 @@ class AsyncV3:
     def execute_async_v3(self, stream_handle):
         self.module.calls.append("execute_async_v3")
         return self._queue(stream_handle, [self.addresses[name] for name in self.engine.names])
-
-
-class OldContext(AsyncV2, PlainContext):
-    pass
-
-
-class BothContext(AsyncV2, AsyncV3, PlainContext):
-    pass
-
-
-class Context(AsyncV3, PlainContext):
-    pass

@@ -2,7 +2,10 @@
 
 import pytest
 
+from edgecl.onboard import device_info
 from edgecl.onboard.device_info import add_state_after, read_clocks, read_device_info, read_temperatures
+
+from .recorded.boards import plant
 
 X86_CPU = """processor\t: {0}
 vendor_id\t: GenuineIntel
@@ -24,22 +27,19 @@ CPU revision\t: 3
 """
 
 
-def tree(root, files):
-    for name, text in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    return root
+@pytest.fixture(autouse=True)
+def four_cores_of_arm(monkeypatch):
+    monkeypatch.setattr(device_info.platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr(device_info, "available_cores", lambda: 4)
 
 
-def read(root, machine="aarch64", cores=4):
-    versions = {"onnxruntime": "1.20.0", "numpy": "1.26.0"}
-    return read_device_info(threads=2, versions=versions, root=root, machine=machine, cores=cores)
+def read(root):
+    return read_device_info(threads=2, versions={"onnxruntime": "1.20.0", "numpy": "1.26.0"}, root=root)
 
 
 @pytest.fixture
 def server(tmp_path):
-    return tree(
+    return plant(
         tmp_path,
         {
             "proc/cpuinfo": "".join(X86_CPU.format(i) for i in range(8)),
@@ -54,17 +54,16 @@ def server(tmp_path):
 
 
 def test_server_is_named_after_its_processor(server):
-    device_info = read(server, machine="x86_64", cores=6)
-    assert device_info.pop("python")
-    assert device_info == {
+    found = read(server)
+    assert found.pop("python")
+    clocks = {"cpu": None, "gpu": None, "emc_mhz": None, "locked": None}
+    untold = "board module kind gpu l4t jetpack tensorrt cuda driver power_mode fan"
+    assert found == {
+        **dict.fromkeys(untold.split()),
         "name": "Intel Xeon Gold 6248",
-        "board": None,
-        "module": None,
-        "kind": None,
-        "gpu": None,
         "cpu_model": "Intel(R) Xeon(R) Gold 6248 CPU @ 2.50GHz",
-        "machine": "x86_64",
-        "cores": 6,
+        "machine": "aarch64",
+        "cores": 4,
         "cores_present": 8,
         "core_quota": 2.5,
         "threads": 2,
@@ -74,103 +73,57 @@ def test_server_is_named_after_its_processor(server):
         "memory_available_mib": 32000,
         "os": "Debian GNU/Linux 12 (bookworm)",
         "kernel": "6.1.0-18-amd64",
-        "l4t": None,
-        "jetpack": None,
-        "tensorrt": None,
-        "cuda": None,
-        "driver": None,
-        "power_mode": None,
-        "clocks": {"before": {"cpu": None, "gpu": None, "emc_mhz": None, "locked": None}, "after": None},
+        "clocks": {"before": clocks, "after": None},
         "temperatures_c": {"before": {}, "after": None},
-        "fan": None,
         "versions": {"onnxruntime": "1.20.0", "numpy": "1.26.0"},
     }
 
 
 def test_raspberry_pi_is_named_after_its_board(tmp_path):
-    cpus = "".join(ARM_CPU.format(i, "0x41", "0xd08") for i in range(4))
-    tree(
-        tmp_path,
-        {
-            "proc/cpuinfo": cpus + "Hardware\t: BCM2835\nModel\t\t: Raspberry Pi 4 Model B Rev 1.4\n",
-            "proc/device-tree/model": "Raspberry Pi 4 Model B Rev 1.4\x00",
-            "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor": "ondemand\n",
-            "sys/fs/cgroup/cpu.max": "max 100000\n",
-        },
+    cpus = (
+        arm(4, "0xd08")["proc/cpuinfo"] + "Hardware\t: BCM2835\nModel\t\t: Raspberry Pi 4 Model B Rev 1.4\n"
     )
-    device_info = read(tmp_path)
-    assert device_info["name"] == device_info["board"] == "Raspberry Pi 4 Model B Rev 1.4"
-    assert device_info["cpu_model"] == "Cortex-A72"
-    assert device_info["cores_present"] == 4
-    assert device_info["governor"] == "ondemand"
-    assert device_info["core_quota"] is None
-
-
-def test_jetson_orin_tells_its_release(tmp_path):
-    cpus = "".join(
-        ARM_CPU.format(i, "0x41", "0xd42").replace(
-            "BogoMIPS", "model name\t: ARMv8 Processor rev 1 (v8l)\nBogoMIPS"
-        )
-        for i in range(6)
-    )
-    tree(
+    plant(
         tmp_path,
         {
             "proc/cpuinfo": cpus,
-            "proc/device-tree/model": "NVIDIA Jetson Orin Nano Developer Kit\x00",
-            "etc/nv_tegra_release": "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic\n",
+            "proc/device-tree/model": "Raspberry Pi 4 Model B Rev 1.4\x00",
+            "sys/fs/cgroup/cpu.max": "max 100000\n",
         },
     )
-    device_info = read(tmp_path)
-    assert device_info["name"] == "NVIDIA Jetson Orin Nano Developer Kit"
-    assert device_info["cpu_model"] == "Cortex-A78AE"
-    assert device_info["l4t"] == "36.4.3"
+    found = read(tmp_path)
+    assert found["name"] == found["board"] == "Raspberry Pi 4 Model B Rev 1.4"
+    assert (found["cpu_model"], found["cores_present"]) == ("Cortex-A72", 4)
+    assert found["core_quota"] is None
 
 
 def test_cores_of_several_kinds_are_all_named(tmp_path):
     cpus = "".join(ARM_CPU.format(i, "0x41", part) for i, part in enumerate(["0xd0b", "0xd05", "0xd05"]))
-    device_info = read(tree(tmp_path, {"proc/cpuinfo": cpus + ARM_CPU.format(3, "0x61", "0x022")}))
-    assert device_info["cpu_model"] == "Cortex-A76 + Cortex-A55 + Arm core 0x61/0x022"
+    found = read(plant(tmp_path, {"proc/cpuinfo": cpus + ARM_CPU.format(3, "0x61", "0x022")}))
+    assert found["cpu_model"] == "Cortex-A76 + Cortex-A55 + Arm core 0x61/0x022"
 
 
 def test_old_control_groups_limit_cores_too(tmp_path):
     files = {"cpu.cfs_quota_us": "150000\n", "cpu.cfs_period_us": "100000\n"}
-    tree(tmp_path, {f"sys/fs/cgroup/cpu/{name}": text for name, text in files.items()})
+    plant(tmp_path, {f"sys/fs/cgroup/cpu/{name}": text for name, text in files.items()})
     assert read(tmp_path)["core_quota"] == 1.5
 
 
 def test_a_device_that_tells_nothing_still_has_a_name(tmp_path):
-    device_info = read(tmp_path, machine="riscv64")
-    assert device_info["name"] == "riscv64"
-    assert (
-        device_info["cpu_model"]
-        is device_info["governor"]
-        is device_info["load_1m"]
-        is device_info["memory_mib"]
-        is None
-    )
-
-
-def test_this_machine_has_a_device_info():
-    device_info = read_device_info(threads=1, versions={})
-    assert device_info["name"]
-    assert device_info["cores"] >= 1
+    found = read(tmp_path)
+    assert found["name"] == "aarch64"
+    for key in ("cpu_model", "governor", "load_1m", "memory_mib"):
+        assert found[key] is None
 
 
 # --- boards, as their systems show them ---
 
-NVPMODEL = """< PARAM TYPE=FILE NAME=CPU_ONLINE >
-CORE_0 /sys/devices/system/cpu/cpu0/online
-{modes}
-< PM_CONFIG DEFAULT={default} >
-"""
 
-
-def nvpmodel(*names, default=0):
-    modes = "".join(
+def nvpmodel(*names):
+    modes = [
         f"< POWER_MODEL ID={number} NAME={name} >\nCPU_ONLINE CORE_0 1\n" for number, name in enumerate(names)
-    )
-    return NVPMODEL.format(modes=modes, default=default)
+    ]
+    return "< PARAM TYPE=FILE NAME=CPU_ONLINE >\n" + "".join(modes) + "< PM_CONFIG DEFAULT=0 >\n"
 
 
 def cpu_clocks(count, current, least, most):
@@ -191,14 +144,15 @@ def gpu_clocks(folder, current, least, most):
 def zones(**temperatures):
     found = {}
     for number, (name, degrees) in enumerate(temperatures.items()):
-        found[f"sys/class/thermal/thermal_zone{number}/type"] = name.replace("_", "-") + "\n"
+        zone = f"sys/class/thermal/thermal_zone{number}"
+        found[f"{zone}/type"] = name.replace("_", "-") + "\n"
         if degrees is not None:
-            found[f"sys/class/thermal/thermal_zone{number}/temp"] = f"{degrees}\n"
+            found[f"{zone}/temp"] = f"{degrees}\n"
     return found
 
 
-def arm(count, part):
-    return {"proc/cpuinfo": "".join(ARM_CPU.format(i, "0x41", part) for i in range(count))}
+def arm(count, part, implementer="0x41"):
+    return {"proc/cpuinfo": "".join(ARM_CPU.format(i, implementer, part) for i in range(count))}
 
 
 NANO = {
@@ -218,7 +172,7 @@ NANO = {
     **zones(AO_therm=45500, CPU_therm=38000, GPU_therm=36500, PLL_therm=36000, PMIC_Die=100000),
 }
 XAVIER_NX = {
-    **arm(6, "0x004"),
+    **arm(6, "0x004", "0x4e"),
     "proc/device-tree/model": "NVIDIA Jetson Xavier NX Developer Kit\0",
     "proc/device-tree/compatible": "nvidia,p3509-0000+p3668-0001\0nvidia,tegra194\0",
     "etc/nv_tegra_release": "# R35 (release), REVISION: 4.1, GCID: 33958178, BOARD: t186ref, EABI: aarch64\n",
@@ -277,162 +231,123 @@ THOR = {
 }
 
 
-@pytest.mark.parametrize(
-    ("files", "expected"),
-    [
-        (
-            NANO,
-            {
-                "kind": "jetson-nano",
-                "module": "p3448-0000",
-                "l4t": "32.7.1",
-                "jetpack": "4.6.1",
-                "tensorrt": "8.2.1",
-                "cuda": "10.2.300",
-                "driver": None,
-                "power_mode": {"id": 0, "name": "MAXN"},
-                "fan": {"pwm": 120, "rpm": 2400},
-            },
-        ),
-        (
-            XAVIER_NX,
-            {
-                "kind": "jetson-xavier",
-                "module": "p3668-0001",
-                "jetpack": "5.1",
-                "tensorrt": "8.5.2",
-                "cuda": "11.4.19",
-                "power_mode": {"id": 8, "name": "MODE_20W_6CORE"},
-                "fan": {"pwm": 77, "rpm": None},
-            },
-        ),
-        (
-            ORIN_NANO,
-            {
-                "kind": "jetson-orin-nano",
-                "module": "p3767-0005",
-                "jetpack": "6.1",
-                "tensorrt": "10.3.0",
-                "cuda": "12.6.68",
-                "driver": "540.4.0",
-                "power_mode": {"id": 2, "name": "MAXN_SUPER"},
-                "fan": {"pwm": 255, "rpm": 5120},
-            },
-        ),
-        (
-            AGX_ORIN,
-            {
-                "kind": "jetson-agx-orin",
-                "module": "p3701-0005",
-                "jetpack": "5.1",
-                "power_mode": {"id": 3, "name": "MODE_50W"},
-                "fan": None,
-            },
-        ),
-        (
-            THOR,
-            {
-                "kind": "jetson-thor",
-                "module": "p3834-0008",
-                "cpu_model": "Neoverse-V3AE",
-                "jetpack": "7.0",
-                "tensorrt": "10.13.3",
-                "driver": "580.00",
-                "power_mode": {"id": 1, "name": "120W"},
-            },
-        ),
-    ],
-    ids=["nano", "xavier-nx", "orin-nano", "agx-orin", "thor"],
-)
-def test_board_tells_what_it_is_and_how_it_is_set(tmp_path, files, expected):
-    device_info = read(tree(tmp_path, files))
-    assert {key: device_info[key] for key in expected} == expected
+TOLD = "kind module l4t jetpack tensorrt cuda driver cpu_model"
+BOARDS = {
+    "nano": (
+        NANO,
+        "jetson-nano p3448-0000 32.7.1 4.6.1 8.2.1 10.2.300 None Cortex-A57",
+        (0, "MAXN"),
+        (120, 2400),
+    ),
+    "xavier-nx": (
+        XAVIER_NX,
+        "jetson-xavier p3668-0001 35.4.1 5.1 8.5.2 11.4.19 None Carmel",
+        (8, "MODE_20W_6CORE"),
+        (77, None),
+    ),
+    "orin-nano": (
+        ORIN_NANO,
+        "jetson-orin-nano p3767-0005 36.4.3 6.1 10.3.0 12.6.68 540.4.0 Cortex-A78AE",
+        (2, "MAXN_SUPER"),
+        (255, 5120),
+    ),
+    "agx-orin": (
+        AGX_ORIN,
+        "jetson-agx-orin p3701-0005 35.2.1 5.1 None None None Cortex-A78AE",
+        (3, "MODE_50W"),
+        None,
+    ),
+    "thor": (
+        THOR,
+        "jetson-thor p3834-0008 38.2.0 7.0 10.13.3 13.0.48 580.00 Neoverse-V3AE",
+        (1, "120W"),
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize(("files", "told", "mode", "fan"), BOARDS.values(), ids=BOARDS)
+def test_board_tells_what_it_is_and_how_it_is_set(tmp_path, files, told, mode, fan):
+    found = read(plant(tmp_path, files))
+    assert " ".join(str(found[key]) for key in TOLD.split()) == told
+    assert found["power_mode"] == dict(zip(("id", "name"), mode, strict=True))
+    assert found["fan"] == (fan and dict(zip(("pwm", "rpm"), fan, strict=True)))
 
 
 @pytest.mark.parametrize(
-    ("files", "gpu", "locked"),
+    ("board", "mhz"),
     [
-        (NANO, {"mhz": 921.6, "min_mhz": 921.6, "max_mhz": 921.6, "locked": True}, True),
-        (XAVIER_NX, {"mhz": 114.75, "min_mhz": 114.75, "max_mhz": 1109.25, "locked": False}, False),
-        (ORIN_NANO, {"mhz": 1020.0, "min_mhz": 1020.0, "max_mhz": 1020.0, "locked": True}, True),
-        (AGX_ORIN, {"mhz": 305.25, "min_mhz": 305.25, "max_mhz": 1300.5, "locked": False}, False),
-        (THOR, {"mhz": 1575.0, "min_mhz": 1575.0, "max_mhz": 1575.0, "locked": True}, True),
+        ("nano", (921.6, 921.6, 921.6)),
+        ("xavier-nx", (114.75, 114.75, 1109.25)),
+        ("orin-nano", (1020.0, 1020.0, 1020.0)),
+        ("agx-orin", (305.25, 305.25, 1300.5)),
+        ("thor", (1575.0, 1575.0, 1575.0)),
     ],
-    ids=["nano", "xavier-nx", "orin-nano", "agx-orin", "thor"],
 )
-def test_board_tells_its_clocks(tmp_path, files, gpu, locked):
-    clocks = read_clocks(tree(tmp_path, files))
-    assert clocks["gpu"] == gpu
+def test_board_tells_its_clocks(tmp_path, board, mhz):
+    clocks, locked = read_clocks(plant(tmp_path, BOARDS[board][0])), mhz[1] == mhz[2]
+    assert clocks["gpu"] == dict(zip(("mhz", "min_mhz", "max_mhz", "locked"), (*mhz, locked), strict=True))
     assert clocks["locked"] is locked
 
 
 def test_clocks_of_processor_and_memory_are_told(tmp_path):
-    clocks = read_clocks(tree(tmp_path, ORIN_NANO))
+    clocks = read_clocks(plant(tmp_path, ORIN_NANO))
     assert clocks["cpu"] == {"mhz": [1728.0] * 6, "min_mhz": 1728.0, "max_mhz": 1728.0, "locked": True}
     assert clocks["emc_mhz"] == 3199.0
 
 
 def test_one_core_whose_clock_may_change_is_not_locked(tmp_path):
     files = {**ORIN_NANO, "sys/devices/system/cpu/cpu3/cpufreq/scaling_min_freq": "729600\n"}
-    clocks = read_clocks(tree(tmp_path, files))
+    clocks = read_clocks(plant(tmp_path, files))
     assert (clocks["cpu"]["locked"], clocks["gpu"]["locked"], clocks["locked"]) == (False, True, False)
 
 
 def test_temperatures_leave_out_constants_and_zones_that_are_off(tmp_path):
-    nano, orin = tree(tmp_path / "nano", NANO), tree(tmp_path / "orin", ORIN_NANO)
-    assert read_temperatures(nano) == {
-        "AO-therm": 45.5,
-        "CPU-therm": 38.0,
-        "GPU-therm": 36.5,
-        "PLL-therm": 36.0,
-    }
-    assert read_temperatures(orin) == {
-        "cpu-thermal": 50.1,
-        "gpu-thermal": 49.9,
-        "soc0-thermal": 48.0,
-        "tj-thermal": 50.1,
-    }
+    nano = read_temperatures(plant(tmp_path / "nano", NANO))
+    assert nano == {"AO-therm": 45.5, "CPU-therm": 38.0, "GPU-therm": 36.5, "PLL-therm": 36.0}
+    orin = read_temperatures(plant(tmp_path / "orin", ORIN_NANO))
+    assert orin == {"cpu-thermal": 50.1, "gpu-thermal": 49.9, "soc0-thermal": 48.0, "tj-thermal": 50.1}
 
 
 def test_zones_of_the_same_name_are_both_told(tmp_path):
     files = {"type": "acpitz\n", "temp": "20000\n"}
-    tree(
+    plant(
         tmp_path, {f"sys/class/thermal/thermal_zone{n}/{name}": files[name] for n in (0, 1) for name in files}
     )
     assert read_temperatures(tmp_path) == {"acpitz": 20.0, "acpitz (thermal_zone1)": 20.0}
 
 
 def test_state_after_is_added_beside_the_state_before(tmp_path):
-    device_info = read(tree(tmp_path, NANO))
-    tree(tmp_path, {**zones(AO_therm=52000), **gpu_clocks("57000000.gpu", 614400000, 921600000, 921600000)})
-    add_state_after(device_info, tmp_path)
-    assert device_info["temperatures_c"]["before"]["AO-therm"] == 45.5
-    assert device_info["temperatures_c"]["after"]["AO-therm"] == 52.0
-    assert device_info["clocks"]["before"]["gpu"]["mhz"] == 921.6
-    assert device_info["clocks"]["after"]["gpu"]["mhz"] == 614.4
+    found = read(plant(tmp_path, NANO))
+    plant(tmp_path, {**zones(AO_therm=52000), **gpu_clocks("57000000.gpu", 614400000, 921600000, 921600000)})
+    add_state_after(found, tmp_path)
+    assert found["temperatures_c"]["before"]["AO-therm"] == 45.5
+    assert found["temperatures_c"]["after"]["AO-therm"] == 52.0
+    assert found["clocks"]["before"]["gpu"]["mhz"] == 921.6
+    assert found["clocks"]["after"]["gpu"]["mhz"] == 614.4
 
 
-def test_the_table_of_this_board_may_be_a_link(tmp_path):
-    files = {name: text for name, text in ORIN_NANO.items() if name != "etc/nvpmodel.conf"}
-    tree(
-        tmp_path,
-        {**files, "etc/nvpmodel/nvpmodel_p3767_0005_super.conf": nvpmodel("15W", "25W", "MAXN_SUPER")},
-    )
-    (tmp_path / "etc/nvpmodel.conf").symlink_to("nvpmodel/nvpmodel_p3767_0005_super.conf")
-    assert read(tmp_path)["power_mode"] == {"id": 2, "name": "MAXN_SUPER"}
+def test_the_table_of_this_board_may_be_a_link_and_the_runtimes_own_version_counts(tmp_path):
+    table = "nvpmodel/nvpmodel_p3767_0005_super.conf"
+    plant(tmp_path, {**ORIN_NANO, f"etc/{table}": nvpmodel("15W", "25W", "MAXN_SUPER")})
+    (tmp_path / "etc/nvpmodel.conf").unlink()
+    (tmp_path / "etc/nvpmodel.conf").symlink_to(table)
+    found = read_device_info(threads=1, versions={"tensorrt": "10.4.0"}, root=tmp_path)
+    assert found["power_mode"] == {"id": 2, "name": "MAXN_SUPER"}
+    assert found["tensorrt"] == "10.4.0"
 
 
 def test_a_mode_that_tables_of_several_boards_call_differently_has_no_name(tmp_path):
     tables = {"a": nvpmodel("MAXN", "10W"), "b": nvpmodel("15W", "10W")}
-    tree(tmp_path, {f"etc/nvpmodel/{name}.conf": text for name, text in tables.items()})
-    tree(tmp_path, {"var/lib/nvpmodel/status": "pmode:0000"})
+    plant(tmp_path, {f"etc/nvpmodel/{name}.conf": text for name, text in tables.items()})
+    plant(tmp_path, {"var/lib/nvpmodel/status": "pmode:0000"})
     assert read(tmp_path)["power_mode"] == {"id": 0, "name": None}
-    tree(tmp_path, {"var/lib/nvpmodel/status": "pmode:0001"})
+    plant(tmp_path, {"var/lib/nvpmodel/status": "pmode:0001"})
     assert read(tmp_path)["power_mode"] == {"id": 1, "name": "10W"}
 
 
 def test_pc_with_a_graphics_card_names_it_and_its_driver(tmp_path):
-    tree(
+    plant(
         tmp_path,
         {
             "proc/cpuinfo": X86_CPU.format(0),
@@ -443,14 +358,9 @@ def test_pc_with_a_graphics_card_names_it_and_its_driver(tmp_path):
             "usr/local/cuda/version.json": "not json",
         },
     )
-    device_info = read(tmp_path, machine="x86_64")
-    assert device_info["gpu"] == ["NVIDIA RTX A4000"]
-    assert device_info["driver"] == "535.183.01"
-    assert device_info["tensorrt"] == "10.13.0"
-    assert device_info["cuda"] is None
-    assert device_info["kind"] is device_info["jetpack"] is device_info["power_mode"] is None
-
-
-def test_the_runtimes_own_version_of_tensorrt_counts(tmp_path):
-    device_info = read_device_info(threads=1, versions={"tensorrt": "10.4.0"}, root=tree(tmp_path, ORIN_NANO))
-    assert device_info["tensorrt"] == "10.4.0"
+    found = read(tmp_path)
+    assert found["gpu"] == ["NVIDIA RTX A4000"]
+    assert found["driver"] == "535.183.01"
+    assert found["tensorrt"] == "10.13.0"
+    assert found["cuda"] is None
+    assert found["kind"] is found["jetpack"] is found["power_mode"] is None

@@ -20,7 +20,7 @@ from edgecl.onboard.bundle import sha256_of_file
 from edgecl.onboard.engine import build_plan, import_runtime, is_strongly_typed
 from edgecl.onboard.errors import BundleError, DeviceError
 from onboard.engine_bundle import install, make_engine_bundle, net
-from onboard.tiny_bundle import flip_byte, make_bundle, read_manifest, write_manifest
+from onboard.tiny_bundle import read_manifest, write_manifest
 
 VERSIONS = ["8.2.1.8", "8.5.2.2", "8.6.2.3", "10.3.0.30", "10.16.2.10", "11.4.1.9"]
 MIB = 1 << 20
@@ -51,68 +51,56 @@ def make(tmp_path):
 
 # --- the calls of each version, whole ---
 
+OF_8_2 = [
+    "create_network(1)",
+    "parse_from_file",
+    "set_flag(FP16)",
+    f"max_workspace_size = {150 * MIB}",
+    "set_flag(TF32)",
+    "profiling_verbosity = ProfilingVerbosity.DETAILED",
+    "set_timing_cache(0 bytes, False) -> True",
+    "build_serialized_network",
+]
+
 
 def test_calls_of_8_2(monkeypatch, make):
     fake, _ = install(monkeypatch, "8.2.1.8")
     make("fp16", free_bytes=300 * MIB)
-    assert fake.calls == [
-        "create_network(1)",
-        "parse_from_file",
-        "set_flag(FP16)",
-        f"max_workspace_size = {150 * MIB}",
-        "set_flag(TF32)",
-        "profiling_verbosity = ProfilingVerbosity.DETAILED",
-        "set_timing_cache(0 bytes, False) -> True",
-        "build_serialized_network",
-    ]
+    assert fake.calls == OF_8_2
 
 
-def test_calls_of_8_6_int8(monkeypatch, make):
-    fake, _ = install(monkeypatch, "8.6.2.3")
-    make("int8", timing_cache=b"old")
+@pytest.mark.parametrize(
+    ("version", "kind", "precision", "flags"),
+    [
+        ("8.6.2.3", 1, "int8", ["set_flag(INT8)", "set_flag(FP16)"]),
+        # Strongly typed: the graph decides.
+        ("10.16.2.10", 2, "fp16", []),
+        ("10.16.2.10", 2, "int8", []),
+        ("11.4.1.9", 1, "fp32", []),
+        ("11.4.1.9", 1, "int8", []),
+    ],
+)
+def test_calls_of_later_versions(monkeypatch, make, version, kind, precision, flags):
+    fake, _ = install(monkeypatch, version)
+    make(precision, build={**BUILD, "tf32": False}, timing_cache=b"old")
     assert fake.calls == [
-        "create_network(1)",
+        f"create_network({kind})",
         "parse_from_file",
-        "set_flag(INT8)",
-        "set_flag(FP16)",
+        *flags,
         f"set_memory_pool_limit(WORKSPACE, {256 * MIB})",
         "builder_optimization_level = 5",
-        "set_flag(TF32)",
+        "clear_flag(TF32)",
         "profiling_verbosity = ProfilingVerbosity.DETAILED",
         "set_timing_cache(3 bytes, False) -> True",
         "build_serialized_network",
     ]
 
 
-@pytest.mark.parametrize(("version", "flag"), [("10.16.2.10", 2), ("11.4.1.9", 1)])
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
-def test_calls_of_a_strongly_typed_build(monkeypatch, make, version, flag, precision):
-    fake, _ = install(monkeypatch, version)
-    make(precision, build={**BUILD, "tf32": False})
-    assert fake.calls == [
-        f"create_network({flag})",
-        "parse_from_file",
-        f"set_memory_pool_limit(WORKSPACE, {256 * MIB})",
-        "builder_optimization_level = 5",
-        "clear_flag(TF32)",
-        "profiling_verbosity = ProfilingVerbosity.DETAILED",
-        "set_timing_cache(0 bytes, False) -> True",
-        "build_serialized_network",
-    ]
-
-
 @pytest.mark.parametrize("version", ["8.2.1.8", "8.5.2.2", "8.6.2.3", "10.3.0.30"])
 def test_weakly_typed_versions_get_builder_flags(monkeypatch, make, version):
-    install(monkeypatch, version)
-    assert [make(name).settings["flags"] for name in ("fp32", "fp16", "int8")] == [
-        [],
-        ["FP16"],
-        ["INT8", "FP16"],
-    ]
-
-
-def test_int8_without_fast_fp16_gets_the_int8_flag_alone(monkeypatch, make):
-    fake, _ = install(monkeypatch, "8.6.2.3")
+    fake, _ = install(monkeypatch, version)
+    flags = [make(name).settings["flags"] for name in ("fp32", "fp16", "int8")]
+    assert flags == [[], ["FP16"], ["INT8", "FP16"]]
     fake.behavior.fast["fp16"] = False
     assert make("int8").settings["flags"] == ["INT8"]
 
@@ -140,9 +128,8 @@ def test_dynamic_batch_gets_a_profile(monkeypatch, make, version):
     assert "set_shape(input, [1, 3, 8, 8], [4, 3, 8, 8], [16, 3, 8, 8])" in fake.calls
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-def test_one_logger_serves_all_builds(monkeypatch, make, version):
-    fake, _ = install(monkeypatch, version)
+def test_one_logger_serves_all_builds(monkeypatch, make):
+    fake, _ = install(monkeypatch, "10.3.0.30")
     make("fp32")
     make("fp16")
     assert len(fake.loggers) == 1
@@ -159,12 +146,16 @@ def test_timing_cache_of_another_device_is_replaced(monkeypatch, make):
 # --- DLA ---
 
 
-def test_dla_core_is_chosen_with_the_gpu_as_fallback(monkeypatch, make):
+def test_dla_core_is_chosen_with_the_gpu_as_fallback_but_for_fp32(monkeypatch, make):
     fake, _ = install(monkeypatch, "8.5.2.2")
     fake.behavior.dla_cores = 2
-    assert make("fp16", build={**BUILD, "dla_core": 1}).settings["dla_core"] == 1
-    for call in ("default_device_type = DeviceType.DLA", "DLA_core = 1", "set_flag(GPU_FALLBACK)"):
-        assert call in fake.calls
+    build = {**BUILD, "dla_core": 1}
+    assert make("fp32", build=build).settings["dla_core"] is None
+    assert not [call for call in fake.calls if "DLA" in call]
+    assert make("fp16", build=build).settings["dla_core"] == 1
+    assert {"default_device_type = DeviceType.DLA", "DLA_core = 1", "set_flag(GPU_FALLBACK)"} <= set(
+        fake.calls
+    )
 
 
 def test_dla_core_that_is_not_there(monkeypatch, make):
@@ -177,13 +168,6 @@ def test_dla_core_that_is_not_there(monkeypatch, make):
     assert "Orin Nano and Thor have none" in caught.value.hint
 
 
-def test_fp32_of_a_bundle_for_dla_runs_on_the_gpu(monkeypatch, make):
-    fake, _ = install(monkeypatch, "8.5.2.2")
-    fake.behavior.dla_cores = 1
-    assert make("fp32", build={**BUILD, "dla_core": 0}).settings["dla_core"] is None
-    assert not [call for call in fake.calls if "DLA" in call]
-
-
 # --- asked for and not to be had ---
 
 
@@ -191,11 +175,10 @@ def test_fp32_of_a_bundle_for_dla_runs_on_the_gpu(monkeypatch, make):
 def test_a_gpu_without_a_fast_precision(monkeypatch, make, precision, other):
     fake, _ = install(monkeypatch, "8.2.1.8")
     fake.behavior.fast[precision] = False
-    with pytest.raises(DeviceError) as caught:
+    with pytest.raises(
+        DeviceError, match=f"asked for {precision}, but this GPU cannot compute it fast: Ten"
+    ) as caught:
         make(precision)
-    assert caught.value.problem == (
-        f"asked for {precision}, but this GPU cannot compute it fast: TensorRT 8.2.1.8 says so"
-    )
     assert caught.value.hint.endswith(f"--precision {other}")
     assert "build_serialized_network" not in fake.calls
 
@@ -212,21 +195,6 @@ def test_a_graph_in_another_precision(monkeypatch, make, version, precision):
     )
 
 
-def test_int8_of_a_graph_without_quantization_is_refused_on_old_versions_too(monkeypatch, make):
-    install(monkeypatch, "8.2.1.8")
-    with pytest.raises(DeviceError, match="asked for int8 and not delivered: no convolution"):
-        make("int8", form="fp32")
-
-
-def test_a_builder_flag_that_is_not_kept(monkeypatch, make):
-    fake, _ = install(monkeypatch, "8.5.2.2")
-    fake.behavior.kept_flags = False
-    with pytest.raises(
-        DeviceError, match=r"TensorRT 8\.5\.2\.2 has no builder flag FP16, or does not keep it"
-    ):
-        make("fp16")
-
-
 @pytest.mark.parametrize(("version", "form"), [("8.6.2.3", "int8-trt-fp16"), ("11.4.1.9", "int8-cpu")])
 def test_a_form_that_the_version_does_not_take(monkeypatch, make, version, form):
     install(monkeypatch, version)
@@ -237,35 +205,31 @@ def test_a_form_that_the_version_does_not_take(monkeypatch, make, version, form)
     assert "int8 = 'int8-trt'" in caught.value.hint
 
 
-def test_fp16_scales_build_in_10_3_strongly_typed(monkeypatch, make):
-    fake, _ = install(monkeypatch, "10.3.0.30")
-    assert make("int8", form="int8-trt-fp16").settings["flags"] == []
-    assert fake.calls[0] == "create_network(2)"
-
-
 # --- parsing and building that fail ---
 
 
-def test_node_that_an_old_version_does_not_know_is_named(monkeypatch, make):
-    fake, _ = install(monkeypatch, "8.2.1.8")
-    text = "In node 4 (importModel): UNSUPPORTED_NODE: No importer registered for op: HardSwish"
-    fake.behavior.unparsed = (4, "", "", text)
+IMPORT = "In node 4 (importModel): UNSUPPORTED_NODE: No importer registered for op: HardSwish"
+
+
+@pytest.mark.parametrize(
+    ("version", "unparsed", "problem", "hint"),
+    [
+        ("8.2.1.8", (4, "", "", IMPORT), f"node 4 (HardSwish): {IMPORT}", "hard_swish = 'hard_sigmoid'"),
+        (
+            "10.3.0.30",
+            (7, "conv_q", "QuantizeLinear", "Non-zero zero point is not supported."),
+            "node 7 'conv_q' (QuantizeLinear): Non-zero zero point is not supported.",
+            "symmetric INT8",
+        ),
+    ],
+)
+def test_a_node_that_a_version_does_not_take_is_named(monkeypatch, make, version, unparsed, problem, hint):
+    fake, _ = install(monkeypatch, version)
+    fake.behavior.unparsed = unparsed
     with pytest.raises(DeviceError) as caught:
         make("fp16")
-    assert caught.value.problem == f"TensorRT 8.2.1.8 cannot read 'fp16.onnx': node 4 (HardSwish): {text}"
-    assert caught.value.hint == (
-        "this version has no HardSwish: export with [graph] hard_swish = 'hard_sigmoid' in the target"
-    )
-
-
-def test_node_that_a_later_version_refuses_is_named(monkeypatch, make):
-    fake, _ = install(monkeypatch, "10.3.0.30")
-    fake.behavior.unparsed = (7, "conv_q", "QuantizeLinear", "Non-zero zero point is not supported.")
-    with pytest.raises(
-        DeviceError, match=r"node 7 'conv_q' \(QuantizeLinear\): Non-zero zero point"
-    ) as caught:
-        make("int8")
-    assert "symmetric INT8" in caught.value.hint
+    assert caught.value.problem == f"TensorRT {version} cannot read 'fp16.onnx': {problem}"
+    assert hint in caught.value.hint
 
 
 @pytest.mark.parametrize(
@@ -280,21 +244,12 @@ def test_node_that_a_later_version_refuses_is_named(monkeypatch, make):
 )  # fmt: skip
 def test_build_that_fails_says_what_tensorrt_said_and_what_to_do(monkeypatch, make, said, hint):
     fake, _ = install(monkeypatch, "10.3.0.30")
-    fake.behavior.failure = said
-    with pytest.raises(DeviceError) as caught:
-        make("fp16")
+    for failure in ("of an earlier build", said):
+        fake.behavior.failure = failure
+        with pytest.raises(DeviceError) as caught:
+            make("fp16")
     assert caught.value.problem == f"TensorRT 10.3.0.30 cannot build an fp16 engine from 'fp16.onnx': {said}"
     assert hint in caught.value.hint
-
-
-def test_messages_of_an_earlier_failure_are_not_told_again(monkeypatch, make):
-    fake, _ = install(monkeypatch, "10.3.0.30")
-    fake.behavior.failure = "the first"
-    with pytest.raises(DeviceError, match="the first"):
-        make("fp16")
-    fake.behavior.failure = "the second"
-    with pytest.raises(DeviceError, match=r"'fp16\.onnx': the second$"):
-        make("fp16")
 
 
 def test_builder_that_cannot_be_made_without_a_gpu(monkeypatch, make):
@@ -344,35 +299,22 @@ def test_build_builds_every_precision_and_says_what_came_out(monkeypatch, tmp_pa
     assert {about["cached"] for about in build(bundle)["precisions"].values()} == {True}
 
 
-def test_build_refuses_a_bundle_without_engines(tmp_path):
-    with pytest.raises(BundleError, match="the bundle is for 'onnxruntime': there is no engine to build"):
-        build(make_bundle(tmp_path / "bundle"))
-
-
-def test_build_checks_the_files_first(monkeypatch, tmp_path):
-    fake, _ = install(monkeypatch, "10.3.0.30")
-    bundle = make_engine_bundle(tmp_path / "bundle")
-    flip_byte(bundle / "model.fp16.onnx")
-    with pytest.raises(BundleError, match=r"'model\.fp16\.onnx' does not match its hash"):
-        build(bundle)
-    assert fake.calls == []
-
-
 # --- Python 3.6, as on a Nano ---
 
 
 def python36():
-    """Return a Python 3.6 that has NumPy and onnxruntime, or None."""
-    candidates = [os.environ.get("EDGECL_PYTHON36"), shutil.which("python3.6")]
-    for python in filter(None, candidates):
+    """Return a Python 3.6 that has NumPy and onnxruntime, or skip."""
+    for python in filter(None, (os.environ.get("EDGECL_PYTHON36"), shutil.which("python3.6"))):
         words = [python, "-c", "import numpy, onnxruntime, sys; sys.exit(sys.version_info[:2] != (3, 6))"]
         if subprocess.run(words, capture_output=True).returncode == 0:
             return python
-    return None
+    pytest.skip("no Python 3.6 with NumPy and onnxruntime; name one in EDGECL_PYTHON36")
 
 
 ON_A_NANO = """
-import json, sys
+import json, sys, types
+sys.modules["edgecl"] = types.ModuleType("edgecl")  # the host's own file there is not of Python 3.6
+sys.modules["edgecl"].__path__ = [sys.argv[2] + "/edgecl"]
 from onboard.fake_cudart import FakeCudart
 from onboard.fake_tensorrt import FakeTensorrt
 from edgecl.onboard import cudart
@@ -400,8 +342,6 @@ print(json.dumps({"calls": fake.calls, "difference": difference, "seconds": seco
 
 def test_tensorrt_8_2_under_python_3_6(tmp_path):
     python = python36()
-    if python is None:
-        pytest.skip("no Python 3.6 with NumPy and onnxruntime; name one in EDGECL_PYTHON36")
     bundle = make_engine_bundle(tmp_path / "bundle")
     # onnxruntime of that age reads file versions up to 8.
     model = net("fp32", batch=1)
@@ -412,7 +352,7 @@ def test_tensorrt_8_2_under_python_3_6(tmp_path):
     write_manifest(bundle, manifest)
     repository = Path(__file__).parents[2]
     done = subprocess.run(
-        [python, "-c", ON_A_NANO, str(bundle)],
+        [python, "-c", ON_A_NANO, str(bundle), str(repository)],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": f"{repository}{os.pathsep}{repository / 'tests'}"},
@@ -421,14 +361,8 @@ def test_tensorrt_8_2_under_python_3_6(tmp_path):
     seen = json.loads(done.stdout.splitlines()[-1])
     assert seen["difference"] < 1e-3
     assert seen["calls"][:8] == [
-        "create_network(1)",
-        "parse_from_file",
-        "set_flag(FP16)",
-        f"max_workspace_size = {256 * MIB}",
-        "clear_flag(TF32)",
-        "profiling_verbosity = ProfilingVerbosity.DETAILED",
-        "set_timing_cache(0 bytes, False) -> True",
-        "build_serialized_network",
+        {"set_flag(TF32)": "clear_flag(TF32)"}.get(call, call.replace(str(150 * MIB), str(256 * MIB)))
+        for call in OF_8_2
     ]
     assert "execute_async_v2" in seen["calls"]
     assert "execute_async_v3" not in seen["calls"]

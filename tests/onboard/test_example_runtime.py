@@ -67,10 +67,13 @@ def test_it_verifies_and_measures_a_bundle(run, bundle):
     assert list(bundle.glob("bench-*-onnx-reference-fp32-1t-b1.json"))
 
 
-def test_its_short_name_stands_for_it(run, tmp_path):
+def test_its_short_name_stands_for_it_and_ls_has_it(run, tmp_path):
     bundle = make_bundle(tmp_path / "other")
     verified = json.loads(run("edgecl", "verify", bundle, "--runtime", "reference", "--json"))
     assert verified["runtime"].startswith("onnx_reference ")
+    names = [entry["name"] for entry in json.loads(run("edgecl", "ls", "runtimes", "--json"))]
+    assert len(names) == len(RUNTIMES) + 1
+    assert "onnx_reference (reference)" in names
 
 
 def test_doctor_lists_and_diagnoses_it(run, bundle):
@@ -78,12 +81,6 @@ def test_doctor_lists_and_diagnoses_it(run, bundle):
     assert checks["onnx_reference"]["status"] == "ok"
     checks = {one["name"]: one for one in json.loads(run("edgecl", "doctor", "--json"))["checks"]}
     assert "onnx_reference " in checks["runtimes"]["found"]
-
-
-def test_ls_has_it(run):
-    names = [entry["name"] for entry in json.loads(run("edgecl", "ls", "runtimes", "--json"))]
-    assert len(names) == len(RUNTIMES) + 1
-    assert "onnx_reference (reference)" in names
 
 
 def test_a_target_for_it_is_checked_against_its_record(run, tmp_path):

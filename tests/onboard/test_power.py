@@ -16,17 +16,9 @@ import pytest
 
 import edgecl.onboard
 from edgecl.onboard import power
-from edgecl.onboard.power import PowerMeter, find_rails, integrate, module_rails, rails_of_tegrastats
+from edgecl.onboard.power import PowerMeter, integrate, module_rails, rails_of_tegrastats
 
-from .recorded.boards import BOARDS, hwmon
-
-
-def plant(root, files):
-    for name, text in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    return root
+from .recorded.boards import BOARDS, hwmon, plant
 
 
 def add_tegrastats(root, body):
@@ -57,12 +49,16 @@ def gone(pid, within_s=5.0):
 def test_rails_of_the_module_are_found_and_add_up(tmp_path, board):
     expected = BOARDS[board]
     with PowerMeter(plant(tmp_path, expected.files)) as meter:
+        pid = meter._process.pid
         assert (meter.source, meter.rails, meter.reason) == ("ina3221", expected.rails, None)
         start = time.monotonic()
         time.sleep(0.4)
         energy = meter.energy_of([(start, time.monotonic())], 10)
+    assert gone(pid)
     assert energy["rails"] == list(expected.rails)
     assert energy["load_w"] == pytest.approx(expected.sysfs_w, abs=1e-3)
+    assert meter.energy_of([(start, time.monotonic())], 1) is None
+    meter.stop()  # a second time does nothing
 
 
 @pytest.mark.parametrize("board", BOARDS)
@@ -74,48 +70,36 @@ def test_lines_of_tegrastats_give_the_module_at_that_moment(board):
 
 
 def test_nothing_but_rails_is_read_from_a_line():
-    assert rails_of_tegrastats(BOARDS["xavier-nx"].line) == {
-        "VDD_IN": 7.102,
-        "VDD_CPU_GPU_CV": 2.380,
-        "VDD_SOC": 1.448,
-    }
-    assert rails_of_tegrastats("VDD_GPU -392mW/-392mW VDD_IN 5765mW VIC_FREQ 115 RAM 3/9MB (cached 0MB)") == {
-        "VDD_GPU": -0.392,
-        "VDD_IN": 5.765,
-    }
+    line = "VDD_GPU -392mW/-392mW VDD_IN 5765mW VIC_FREQ 115 RAM 3/9MB (cached 0MB)"
+    assert rails_of_tegrastats(line) == {"VDD_GPU": -0.392, "VDD_IN": 5.765}
     assert rails_of_tegrastats("") == {}
-
-
-def test_a_channel_that_gives_no_number_is_left_out(tmp_path):
-    plant(tmp_path, hwmon("1-0040", 1, [("VDD_IN", 5000, 1000), ("VDD_SOC", 5000, 100)]))
-    (tmp_path / "sys/bus/i2c/drivers/ina3221/1-0040/hwmon/hwmon1/curr2_input").write_text("")
-    assert [rail.name for rail in find_rails(tmp_path)] == ["VDD_IN"]
-
-
-def test_rails_twice_under_one_name_are_not_guessed_at():
-    assert module_rails(["VDD_IN", "VDD_IN"]) is None
+    assert module_rails(["VDD_IN", "VDD_IN"]) is None  # which of them is not guessed at
     assert module_rails(["VDD_GPU_SOC", "VDD_CPU_CV"]) is None  # the third is missing
 
 
 # --- the integral ---
 
 
-def test_the_integral_of_a_straight_line_is_exact_between_samples():
-    samples = [(i / 8, 2.0 + 3.0 * i / 8) for i in range(20)]
-    assert integrate(samples, (0.25, 1.75)) == pytest.approx(1.5 * (2 + 3 * (0.25 + 1.75) / 2), rel=1e-12)
+LINE = [(i / 8, 2.0 + 3.0 * i / 8) for i in range(20)]
+LOADS = [(0.1 * i, 4.0 if 10 <= i < 20 else 90.0) for i in range(30)]
+SLOPE = [(0.1 * i, 10.0 * i) for i in range(9)]
 
 
-def test_the_ends_of_a_window_hold_its_own_samples_and_not_the_next_load():
-    samples = [(0.1 * i, 4.0 if 10 <= i < 20 else 90.0) for i in range(30)]
-    assert integrate(samples, (0.95, 1.95)) == pytest.approx(4.0)
-    assert integrate([(1.0, 4.0), (1.2, 4.0), (1.4, 4.0)], (0.9, 1.6)) == pytest.approx(0.7 * 4)
-
-
-def test_a_short_window_takes_straight_lines_from_the_samples_around_it():
-    samples = [(0.1 * i, 10.0 * i) for i in range(9)]
-    assert integrate(samples, (0.32, 0.38)) == pytest.approx(0.06 * 35)  # between two samples
-    assert integrate(samples, (0.35, 0.45)) == pytest.approx(0.1 * 40)  # around one
-    assert integrate(samples, (0.75, 0.85)) == pytest.approx(0.05 * 77.5 + 0.05 * 80)  # up to the last one
+@pytest.mark.parametrize(
+    ("samples", "window", "joules"),
+    [
+        (LINE, (0.25, 1.75), 1.5 * (2 + 3 * (0.25 + 1.75) / 2)),
+        # The ends hold the window's own samples and not the next load.
+        (LOADS, (0.95, 1.95), 4.0),
+        ([(1.0, 4.0), (1.2, 4.0), (1.4, 4.0)], (0.9, 1.6), 0.7 * 4),
+        # A short window takes straight lines between two samples, around one, up to the last one.
+        (SLOPE, (0.32, 0.38), 0.06 * 35),
+        (SLOPE, (0.35, 0.45), 0.1 * 40),
+        (SLOPE, (0.75, 0.85), 0.05 * 77.5 + 0.05 * 80),
+    ],
+)
+def test_the_integral_is_exact(samples, window, joules):
+    assert integrate(samples, window) == pytest.approx(joules, rel=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -131,10 +115,6 @@ def test_a_short_window_takes_straight_lines_from_the_samples_around_it():
 def test_a_window_that_was_not_seen_whole_has_no_energy(window, reason):
     samples = [(0.1 * i, 1.0) for i in range(10)] + [(2.0 + 0.1 * i, 1.0) for i in range(10)]
     assert integrate(samples, window) == reason
-
-
-def test_without_any_sample_there_is_no_energy():
-    assert integrate([], (5.0, 7.0)) == "no sample for 2.00 s, from 0.00 s after the window began"
 
 
 # --- a sampler on a tree that changes ---
@@ -243,16 +223,6 @@ def steady(tmp_path):
     return plant(tmp_path, BOARDS["orin-nano"].files)
 
 
-def test_the_sampler_ends_when_the_meter_stops(steady):
-    meter = PowerMeter(steady)
-    assert meter.start()
-    pid = meter._process.pid
-    meter.stop()
-    assert gone(pid)
-    assert meter.energy_of([(time.monotonic() - 1, time.monotonic())], 1) is None
-    meter.stop()  # a second time does nothing
-
-
 def test_a_killed_sampler_leaves_what_it_saw_and_a_reason(steady):
     with PowerMeter(steady) as meter:
         start = time.monotonic()
@@ -273,8 +243,6 @@ def test_a_sampler_that_stands_still_does_not_hold_up_the_end(steady):
     with PowerMeter(steady) as meter:
         pid = meter._process.pid
         meter._process.send_signal(signal.SIGSTOP)
-        start = time.monotonic()
-        assert meter.energy_of([(start, start + 0.01)], 1) is None
     assert gone(pid)
 
 
@@ -336,13 +304,6 @@ def test_the_sampler_starts_from_within_an_archive(steady, tmp_path):
     assert done.stdout == "['VDD_IN'] None\n", done.stderr
 
 
-def test_the_module_needs_neither_numpy_nor_site_packages():
-    code = "import sys; sys.path.insert(0, sys.argv[1]); import edgecl.onboard.power; print('numpy' in sys.modules)"
-    home = str(Path(edgecl.__file__).parents[1])
-    done = subprocess.run([sys.executable, "-I", "-S", "-c", code, home], capture_output=True, text=True)
-    assert done.stdout == "False\n", done.stderr
-
-
 def test_a_window_of_a_few_samples_is_too_short(steady):
     with PowerMeter(steady) as meter:
         start = time.monotonic()
@@ -362,9 +323,8 @@ for i in range(1000):
 """
 
 
-@pytest.mark.parametrize("board", ["nano", "agx-orin"])
-def test_tegrastats_is_read_where_the_kernel_shows_no_monitor(tmp_path, board):
-    expected = BOARDS[board]
+def test_tegrastats_is_read_where_the_kernel_shows_no_monitor(tmp_path):
+    expected = BOARDS["agx-orin"]
     with PowerMeter(add_tegrastats(tmp_path, LINES % expected.line)) as meter:
         assert (meter.source, meter.rails) == ("tegrastats", expected.rails)
         start = time.monotonic()
@@ -383,7 +343,7 @@ def test_tegrastats_ends_with_the_sampler_even_a_killed_one(tmp_path):
                 meter._process.kill()
         pids = (tmp_path / "usr/bin/tegrastats.pids").read_text().split()
         assert all(gone(int(pid)) for pid in pids)
-    assert len(pids) == 4  # each time one that was asked for its rails, and one that was sampled
+    assert len(pids) == 2
 
 
 def test_tegrastats_that_ends_is_a_reason(tmp_path):
@@ -433,16 +393,16 @@ def test_a_machine_without_a_meter_says_why_and_measures_on(tmp_path):
 def test_rails_that_edgecl_does_not_know_are_named(tmp_path):
     plant(tmp_path, hwmon("1-0040", 1, [("VDD_MOON", 5000, 1000), ("VDD_SUN", 5000, 100)]))
     add_tegrastats(tmp_path, LINES % "RAM 1/2MB GR3D_FREQ 3%")
-    with PowerMeter(tmp_path, sources=("ina3221", "tegrastats")) as meter:
+    with PowerMeter(tmp_path) as meter:
         pass
     assert meter.reason == (
         "ina3221: edgecl does not know which of the rails VDD_MOON, VDD_SUN make up the whole module; "
-        "tegrastats: it shows no power rails"
+        "tegrastats: it shows no power rails; jtop: jetson-stats is not installed"
     )
 
 
 def test_tegrastats_that_prints_nothing_is_not_waited_for(tmp_path, monkeypatch):
     monkeypatch.setattr(power, "FIRST_SAMPLE_S", 0.3)
-    with PowerMeter(add_tegrastats(tmp_path, "time.sleep(60)"), sources=("tegrastats",)) as meter:
+    with PowerMeter(add_tegrastats(tmp_path, "time.sleep(60)")) as meter:
         pass
-    assert meter.reason == f"tegrastats: {tmp_path}/usr/bin/tegrastats printed nothing within 0.3 s"
+    assert "tegrastats: no sample within 0.3 s" in meter.reason

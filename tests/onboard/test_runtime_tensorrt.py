@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 
 import numpy as np
 import onnxruntime
@@ -48,11 +49,13 @@ def open_(bundle, precision="fp16", **options):
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_runs_what_the_file_computes(monkeypatch, bundle, version, precision):
-    _, cuda = install(monkeypatch, version)
-    images = draw(3)
+    fake, cuda = install(monkeypatch, version)
     session = open_(bundle, precision)
-    for image in images[:, None]:  # another input must give another output
+    for image in draw(3)[:, None]:  # another input must give another output
         assert np.array_equal(session.run(image), of_onnxruntime(bundle, precision, image))
+    name = "execute_async_v2" if version.startswith("8.2") else "execute_async_v3"
+    assert [call for call in fake.calls if call.startswith("execute")] == [name] * 3
+    assert session.describe()["settings"]["enqueue"] == name
     session.close()
     assert cuda.live() == 0
 
@@ -68,16 +71,6 @@ def test_dynamic_batch_runs_any_number_of_images(monkeypatch, tmp_path, version)
     shapes = [call for call in fake.calls if call.startswith(("set_input_shape", "set_binding_shape"))]
     prefix = "set_binding_shape(0" if version.startswith("8.2") else "set_input_shape(input"
     assert shapes == [f"{prefix}, ({batch}, 3, 8, 8))" for batch in (2, 1, 2)]
-
-
-@pytest.mark.parametrize("version", VERSIONS)
-def test_which_calls_enqueue(monkeypatch, bundle, version):
-    fake, _ = install(monkeypatch, version)
-    session = open_(bundle)
-    session.run(draw(1))
-    name = "execute_async_v2" if version.startswith("8.2") else "execute_async_v3"
-    assert [call for call in fake.calls if call.startswith("execute")] == [name]
-    assert session.describe()["settings"]["enqueue"] == name
 
 
 # --- timing ---
@@ -103,52 +96,44 @@ def test_timed_runs_compute_the_bound_images(monkeypatch, bundle):
         cudart.array_at(session._host_out, expected.shape)[...] = 0
         session.run_once(mode)
         session._download()
-        session.cuda.synchronize(session._stream)
+        session.cuda.call("cudaStreamSynchronize", session._stream)
         assert np.array_equal(session._outputs(), expected), mode
 
 
-def test_transfers_really_move_the_images(monkeypatch, bundle):
+@pytest.mark.parametrize(
+    ("mode", "moved"), [("compute", False), ("with transfers", True), ("with transfers, CUDA graph", True)]
+)
+def test_transfers_really_move_the_images(monkeypatch, bundle, mode, moved):
     install(monkeypatch, "10.3.0.30")
     session = open_(bundle)
-    session.bind(draw(1))
     other = draw(2)[1:]
+    session.bind(draw(1))
     cudart.array_at(session._host_in, other.shape)[...] = other
-    for mode, moved in (("compute", False), ("with transfers", True), ("with transfers, CUDA graph", True)):
-        session.bind(draw(1))
-        cudart.array_at(session._host_in, other.shape)[...] = other
-        session.run_once(mode)
-        session._download()
-        session.cuda.synchronize(session._stream)
-        same = np.array_equal(session._outputs(), of_onnxruntime(bundle, "fp16", other))
-        assert same == moved, mode
+    session.run_once(mode)
+    session._download()
+    session.cuda.call("cudaStreamSynchronize", session._stream)
+    assert np.array_equal(session._outputs(), of_onnxruntime(bundle, "fp16", other)) == moved
 
 
-def test_without_capture_the_graph_modes_are_left_out_and_said_so(monkeypatch, bundle):
+@pytest.mark.parametrize(
+    ("lost", "note"),
+    [
+        (
+            False,
+            "cudaStreamEndCapture failed with error 901, operation failed due to a previous error during capture",
+        ),
+        (True, "launched, it computes something else"),
+    ],
+)
+def test_without_a_graph_that_computes_the_same_its_modes_are_left_out(monkeypatch, bundle, lost, note):
     fake, cuda = install(monkeypatch, "10.3.0.30")
-    fake.behavior.capturable = False
+    fake.behavior.capturable, cuda.empty_graphs = lost, lost
     session = open_(bundle)
     session.bind(draw(1))
     assert session.modes() == ["compute", "with transfers"]
     assert session.run_once("compute") == pytest.approx(0.004)
-    assert session.describe()["settings"]["notes"] == [
-        f"no CUDA graph of '{mode}': cudaStreamEndCapture failed with error 901, operation failed due to a previous "
-        "error during capture"
-        for mode in ("compute", "with transfers")
-    ]
-    session.close()
-    assert cuda.live() == 0
-
-
-def test_a_graph_that_computes_nothing_is_not_timed(monkeypatch, bundle):
-    _, cuda = install(monkeypatch, "10.3.0.30")
-    cuda.empty_graphs = True
-    session = open_(bundle)
-    session.bind(draw(1))
-    assert session.modes() == ["compute", "with transfers"]
-    assert (
-        "no CUDA graph of 'compute': launched, it computes something else"
-        in (session.describe()["settings"]["notes"])
-    )
+    notes = [f"no CUDA graph of '{mode}': {note}" for mode in ("compute", "with transfers")]
+    assert session.describe()["settings"]["notes"] == notes
     session.close()
     assert cuda.live() == 0
 
@@ -191,14 +176,10 @@ def test_second_session_loads_the_kept_engine(monkeypatch, bundle):
     assert fake.calls.count("build_serialized_network") == 1
     assert first["sha256"] == hashlib.sha256((bundle / first["file"]).read_bytes()).hexdigest()
     assert first["layers"] == {"fp16": 6}
-
-
-def test_file_name_says_device_version_and_graph(monkeypatch, bundle):
-    install(monkeypatch, "10.3.0.30")
-    file = open_(bundle).describe()["engine"]["file"]
-    beginning = f"{ENGINES}/engine-fp16-orin-sm87-8mp-tensorrt-10-3-0-30-"
-    assert file.startswith(beginning)
-    assert len(file) == len(beginning) + 12 + len(".plan")
+    assert re.fullmatch(
+        rf"{ENGINES}/engine-fp16-orin-sm87-8mp-tensorrt-10-3-0-30-\w{{12}}\.plan", first["file"]
+    )
+    assert sorted(path.suffix for path in (bundle / ENGINES).iterdir()) == [".cache", ".json", ".plan"]
 
 
 @pytest.mark.parametrize("change", ["version", "device", "build"])
@@ -263,12 +244,6 @@ def test_a_bundle_that_cannot_be_written_to_still_runs(monkeypatch, bundle):
     assert session.describe()["settings"]["notes"][0].startswith("the engine is not kept: ")
 
 
-def test_nothing_but_whole_files_is_left(monkeypatch, bundle):
-    install(monkeypatch, "10.3.0.30")
-    open_(bundle)
-    assert sorted(path.suffix for path in (bundle / ENGINES).iterdir()) == [".cache", ".json", ".plan"]
-
-
 def test_timing_cache_of_one_precision_serves_the_next(monkeypatch, bundle):
     fake, _ = install(monkeypatch, "10.3.0.30")
     for precision in PRECISIONS:
@@ -285,12 +260,9 @@ def test_timing_cache_of_one_precision_serves_the_next(monkeypatch, bundle):
 def test_a_precision_that_is_not_delivered_is_an_error(monkeypatch, bundle, version, asked, got):
     fake, cuda = install(monkeypatch, version)
     fake.behavior.delivered = got
-    with pytest.raises(DeviceError) as caught:
+    words = rf"^asked for {asked} and not delivered: TensorRT {version} computes 0 % .* \({got} 100 %\)$"
+    with pytest.raises(DeviceError, match=words):
         open_(bundle, asked)
-    assert caught.value.problem == (
-        f"asked for {asked} and not delivered: TensorRT {version} computes 0 % of the convolutions and matrix products "
-        f"in it, the graph asks for 100 % ({got} 100 %)"
-    )
     assert not (bundle / ENGINES).exists()
     assert cuda.live() == 0
 
@@ -304,56 +276,33 @@ def test_an_engine_that_tells_nothing_is_noted(monkeypatch, bundle):
     assert about["settings"]["notes"] == ["the engine does not tell the precision of its layers"]
 
 
-def test_garbled_layer_list_is_read_layer_by_layer(monkeypatch, bundle):
-    fake, _ = install(monkeypatch, "10.3.0.30")
-    fake.behavior.garbled = True
-    assert open_(bundle).describe()["engine"]["shares"] == {"fp16": 1.0}
-
-
 # --- failures give everything back ---
 
 
 @pytest.mark.parametrize("version", ["8.2.1.8", "10.3.0.30"])
-def test_no_memory_for_a_context(monkeypatch, bundle, version):
+def test_no_memory_for_a_context_or_halfway_through_the_buffers(monkeypatch, bundle, version):
     fake, cuda = install(monkeypatch, version)
+    cuda.fail["cudaHostAlloc"] = 2
+    with pytest.raises(DeviceError, match="cudaHostAlloc failed with error 2, out of memory"):
+        open_(bundle)
     fake.behavior.context = False
     with pytest.raises(DeviceError, match="cannot make an execution context: Requested amount of GPU memory"):
         open_(bundle)
     assert cuda.live() == 0
 
 
-def test_failure_halfway_through_the_buffers(monkeypatch, bundle):
-    _, cuda = install(monkeypatch, "10.3.0.30")
-    cuda.fail["cudaHostAlloc"] = 2
-    with pytest.raises(DeviceError, match="cudaHostAlloc failed with error 2, out of memory"):
-        open_(bundle)
-    assert cuda.live() == 0
-
-
-def test_closing_twice_and_running_afterwards(monkeypatch, bundle):
-    install(monkeypatch, "10.3.0.30")
-    session = open_(bundle)
-    session.close()
-    session.close()
-    with pytest.raises(DeviceError, match="the session is closed"):
-        session.run(draw(1))
-
-
 def test_after_a_failure_on_the_gpu_closing_does_not_hide_it(monkeypatch, bundle):
     _, cuda = install(monkeypatch, "10.3.0.30")
     session = open_(bundle)
     session.bind(draw(1))
-    for function in (
-        "cudaStreamSynchronize",
-        "cudaFree",
-        "cudaFreeHost",
-        "cudaGraphExecDestroy",
-        "cudaStreamDestroy",
-    ):
-        cuda.fail[function] = 700
+    free = ("cudaFree", "cudaFreeHost", "cudaGraphExecDestroy", "cudaStreamDestroy")
+    cuda.fail = dict.fromkeys(("cudaStreamSynchronize", *free), 700)
     with pytest.raises(DeviceError, match="cudaStreamSynchronize failed with error 700"):
         session.run(draw(1))
     session.close()
+    session.close()
+    with pytest.raises(DeviceError, match="the session is closed"):
+        session.run(draw(1))
 
 
 def test_the_net_does_not_run(monkeypatch, bundle):
@@ -377,15 +326,10 @@ def test_the_net_does_not_run(monkeypatch, bundle):
 def test_verify_runs_a_bundle_with_tensorrt(monkeypatch, bundle):
     _, cuda = install(monkeypatch, "10.3.0.30")
     record = verify(bundle, precisions=["fp32", "fp16"])
-    assert record["ok"] is True
-    assert record["runtime"] == "tensorrt 10.3.0.30"
+    assert (record["ok"], record["runtime"]) == (True, "tensorrt 10.3.0.30")
     assert cuda.live() == 0
-
-
-def test_open_session_finds_it(monkeypatch, bundle):
-    install(monkeypatch, "11.4.1.9")
     about = open_session(bundle, read_manifest(bundle), precision="int8", threads=2).describe()
-    assert (about["runtime"], about["precision"], about["threads"]) == ("tensorrt 11.4.1.9", "int8", 2)
+    assert (about["precision"], about["threads"]) == ("int8", 2)
     assert about["versions"]["cuda_runtime"] == "12.6"
     assert json.loads(json.dumps(about)) == about
 
@@ -435,36 +379,27 @@ def test_carried_engine_runs(rtx):
 @pytest.mark.parametrize("change", ["version", "gpu", "precision"])
 def test_carried_engine_for_something_else(rtx, change):
     bundle, fake, cuda = rtx
-    precision = "fp16"
     if change == "version":
         fake.__version__ = "11.0.1.0"
     elif change == "gpu":
         cuda.capability = (9, 0)
-    else:
-        precision = "int8"
+    precision = "int8" if change == "precision" else "fp16"
+    has = "none" if change == "precision" else "'engine-fp16.plan' (11.0.0.0 for SM86, SM89)"
     with pytest.raises(DeviceError) as caught:
         open_(bundle, precision, runtime="tensorrt_rtx")
-    version, capability = fake.__version__, "9.0" if change == "gpu" else "8.9"
-    has = "none" if change == "precision" else "'engine-fp16.plan' (11.0.0.0 for SM86, SM89)"
     assert caught.value.problem == (
-        f"the bundle carries no {precision} engine for TensorRT for RTX {version} on a GPU of compute capability "
-        f"{capability}; it has {has}"
+        f"the bundle carries no {precision} engine for TensorRT for RTX {fake.__version__} on a GPU of compute "
+        f"capability {'9.0' if change == 'gpu' else '8.9'}; it has {has}"
     )
 
 
-def test_carried_engine_that_is_missing(rtx):
+@pytest.mark.parametrize("name", ["engine-fp16.plan", "../other.plan"])
+def test_carried_engine_that_is_missing_or_outside_the_bundle_is_not_read(rtx, tmp_path, name):
     bundle, _, _ = rtx
-    (bundle / "engine-fp16.plan").unlink()
-    with pytest.raises(BundleError, match=r"'engine-fp16\.plan' is missing from the bundle"):
-        open_(bundle, runtime="tensorrt_rtx")
-
-
-def test_carried_engine_outside_the_bundle_is_not_read(rtx, tmp_path):
-    bundle, _, _ = rtx
-    (tmp_path / "other.plan").write_bytes((bundle / "engine-fp16.plan").read_bytes())
+    (bundle / "engine-fp16.plan").rename(tmp_path / "other.plan")
     manifest = read_manifest(bundle)
     engines = manifest["precisions"]["fp16"]["engines"]
-    engines["../other.plan"] = engines.pop("engine-fp16.plan")
+    engines[name] = engines.pop("engine-fp16.plan")
     write_manifest(bundle, manifest)
-    with pytest.raises(BundleError, match=r"'\.\./other\.plan' is missing from the bundle"):
+    with pytest.raises(BundleError, match=re.escape(f"'{name}' is missing from the bundle")):
         open_(bundle, runtime="tensorrt_rtx")

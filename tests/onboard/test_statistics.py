@@ -55,10 +55,6 @@ def test_p99_needs_a_thousand_samples(count, known):
     assert latency["p90"] == 1.0
 
 
-def test_throughput_counts_images():
-    assert summarize([0.004] * 10, 16)["throughput_per_s"] == 4000.0
-
-
 @pytest.mark.parametrize("count", [1, 2, 3, 8])
 def test_few_samples_have_an_ordered_interval_within_them(count):
     samples = np.linspace(0.001, 0.002, count)
@@ -157,16 +153,6 @@ def test_ratio_of_paired_rounds_has_a_narrow_interval_that_holds_the_truth():
     assert np.mean(held) >= 0.9
 
 
-def test_ratio_of_unpaired_rounds_would_be_less_sure():
-    draws = np.random.default_rng(10)
-    rounds = 1 + 0.5 * draws.random(20)
-    blocks_a = [2.0 * speed * np.exp(0.02 * draws.normal(size=60)) for speed in rounds]
-    blocks_b = [speed * np.exp(0.02 * draws.normal(size=60)) for speed in rounds]
-    _, paired = ratio_interval(blocks_a, blocks_b)
-    _, shuffled = ratio_interval(blocks_a, blocks_b[7:] + blocks_b[:7])
-    assert paired[1] - paired[0] < 0.2 * (shuffled[1] - shuffled[0])
-
-
 def test_one_disturbed_round_does_not_move_the_ratio():
     blocks = [[2.0, 2.1, 2.2]] * 11
     ratio, interval = ratio_interval([*blocks, [9.0, 9.0, 9.0]], [[1.0, 1.05, 1.1]] * 12)
@@ -182,14 +168,10 @@ def test_ratio_of_few_rounds_has_no_interval():
 
 def test_spread_is_reported_and_not_clipped():
     samples = [0.001] * 99 + [0.101]
-    found = summarize(samples, 1)
+    found = summarize(samples, 16)
+    assert found["throughput_per_s"] == 8000.0
     assert found["cov"] == pytest.approx(np.std(samples) / np.mean(samples), rel=1e-4)
     assert found["latency_ms"]["mean"] == 2.0
-
-
-def test_interval_is_the_same_for_the_same_samples():
-    values = np.sort(np.random.default_rng(4).normal(size=500))
-    assert percentile_interval(values, 0.5) == percentile_interval(values, 0.5)
 
 
 def test_drift_is_the_last_quarter_over_the_first():

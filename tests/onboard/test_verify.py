@@ -7,7 +7,9 @@ from edgecl.onboard.bundle import sha256_of_file
 from edgecl.onboard.errors import BundleError, DisagreementError
 from edgecl.onboard.verify import compare, verify
 
-from .tiny_bundle import flip_byte, make_bundle, read_manifest, write_manifest
+from .tiny_bundle import make_bundle, read_manifest, write_manifest
+
+NPY = b"\x93NUMPY\x01\x00"
 
 
 def rehash(bundle):
@@ -44,19 +46,6 @@ def test_every_precision_is_held_to_its_own_tolerance(tmp_path):
     assert [found[name]["tolerance"]["max_relative_difference"] for name in found] == [0.02, 0.001, 0.5]
 
 
-def test_precisions_can_be_chosen(tmp_path):
-    bundle = make_bundle(tmp_path / "bundle", precisions=("fp16", "fp32", "int8"))
-    assert list(verify(bundle, precisions=["int8", "fp32"])["precisions"]) == ["int8", "fp32"]
-    with pytest.raises(BundleError, match="the bundle holds no int4 net; it has fp16, fp32, int8"):
-        verify(bundle, precisions=["int4"])
-
-
-def test_another_runtime_can_be_chosen(tmp_path):
-    record = verify(make_bundle(tmp_path / "bundle"), runtime="openvino")
-    assert record["runtime"].startswith("openvino ")
-    assert record["precisions"]["fp32"]["max_relative_difference"] < 1e-5
-
-
 def test_one_precision_out_of_several_that_disagrees_is_named_and_the_rest_is_kept(tmp_path):
     bundle = make_bundle(tmp_path / "bundle", precisions=("fp32", "int8"))
     manifest = read_manifest(bundle)
@@ -71,35 +60,12 @@ def test_one_precision_out_of_several_that_disagrees_is_named_and_the_rest_is_ke
     assert "fp32" not in caught.value.problem
 
 
-@pytest.mark.parametrize("name", ["model.onnx", "reference.npz"])
-def test_flipped_byte_is_found(tmp_path, name):
-    bundle = make_bundle(tmp_path / "bundle")
-    expected = read_manifest(bundle)["files"][name]
-    flip_byte(bundle / name)
-    with pytest.raises(BundleError) as caught:
-        verify(bundle)
-    assert caught.value.problem == (
-        f"'{name}' does not match its hash: the manifest says {expected[:12]}..., "
-        f"the file has {sha256_of_file(bundle / name)[:12]}..."
-    )
-    assert caught.value.hint == "the file changed after export; export the bundle again"
-
-
-def test_missing_file_is_named(tmp_path):
-    bundle = make_bundle(tmp_path / "bundle")
-    (bundle / "model.onnx").unlink()
-    with pytest.raises(BundleError, match=r"'model\.onnx' is missing from the bundle"):
-        verify(bundle)
-
-
 def test_outputs_of_another_net_are_an_error_with_numbers(tmp_path):
-    bundle = make_bundle(tmp_path / "bundle", shift=100.0)
     with pytest.raises(DisagreementError) as caught:
-        verify(bundle)
+        verify(make_bundle(tmp_path / "bundle", shift=100.0))
     record = caught.value.record
-    assert not record["ok"]
     numbers = record["precisions"]["fp32"]
-    assert not numbers["ok"]
+    assert (record["ok"], numbers["ok"]) == (False, False)
     assert numbers["max_abs_difference"] == pytest.approx(100.0, rel=1e-5)
     assert caught.value.problem == (
         f"{record['runtime']} disagrees with torch on 5 reference images: fp32: the largest relative difference "
@@ -182,21 +148,10 @@ def test_a_flipped_bit_anywhere_in_the_manifest_is_found(tmp_path, place):
         verify(bundle)
 
 
-def test_an_edited_tolerance_is_no_way_round_the_check(tmp_path):
+@pytest.mark.parametrize("content", [b"", NPY], ids=["empty", "bare array"])
+def test_reference_that_is_no_archive_is_refused(tmp_path, content):
     bundle = make_bundle(tmp_path / "bundle")
-    path = bundle / "manifest.json"
-    path.write_text(path.read_text().replace("0.001", "0.9"))
-    with pytest.raises(BundleError, match=r"'manifest\.json' does not match the hash of its own content"):
-        verify(bundle)
-
-
-@pytest.mark.parametrize("kind", ["empty", "bare array"])
-def test_reference_that_is_no_archive_is_refused(tmp_path, kind):
-    bundle = make_bundle(tmp_path / "bundle")
-    (bundle / "reference.npz").write_bytes(b"")
-    if kind == "bare array":
-        with (bundle / "reference.npz").open("wb") as file:
-            np.save(file, np.zeros((2, 3, 8, 8), np.float32))
+    (bundle / "reference.npz").write_bytes(content)
     rehash(bundle)
     with pytest.raises(BundleError, match=r"holds no reference inputs and outputs: .*zip"):
         verify(bundle)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import venv
@@ -12,42 +11,8 @@ import pytest
 
 from edgecl.deploy.onboard_zip import write_onboard
 
+from .test_engine import python36
 from .tiny_bundle import flip_byte, make_bundle
-
-
-def has_onnxruntime(python):
-    return (
-        subprocess.run(
-            [python, "-c", "import numpy, onnxruntime"], capture_output=True, check=False
-        ).returncode
-        == 0
-    )
-
-
-@pytest.fixture(scope="session")
-def bare_python(tmp_path_factory):
-    """A virtual environment that holds only NumPy and onnxruntime, freshly installed."""
-    folder = tmp_path_factory.mktemp("bare") / "env"
-    venv.create(folder, with_pip=False, symlinks=True)
-    python = folder / "bin/python"
-    pip = [sys.executable, "-m", "pip", "--python", str(python)]
-    if shutil.which("uv"):
-        pip = ["uv", "pip", "install", "--python", str(python)]
-    else:
-        pip += ["install"]
-    done = subprocess.run([*pip, "-q", "numpy", "onnxruntime"], capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        pytest.skip("cannot install NumPy and onnxruntime: " + done.stderr.strip()[-200:])
-    return python
-
-
-@pytest.fixture(scope="session")
-def python36():
-    """A Python 3.6 with NumPy and onnxruntime: what EDGECL_PYTHON36 names, or python3.6 on the PATH."""
-    python = os.environ.get("EDGECL_PYTHON36") or shutil.which("python3.6")
-    if python is None or not has_onnxruntime(python):
-        pytest.skip("no Python 3.6 with NumPy and onnxruntime here (EDGECL_PYTHON36 may name one)")
-    return python
 
 
 @pytest.fixture
@@ -90,15 +55,8 @@ def check_every_verb(python, bundle):
 
 
 @pytest.mark.slow
-def test_every_verb_runs_with_numpy_and_onnxruntime_only(bare_python, bundle):
-    done = subprocess.run([bare_python, "-c", "import edgecl"], capture_output=True, text=True, cwd=bundle)
-    assert "No module named 'edgecl'" in done.stderr
-    check_every_verb(bare_python, bundle)
-
-
-@pytest.mark.slow
-def test_every_verb_runs_under_python_3_6(python36, bundle):
-    check_every_verb(python36, bundle)
+def test_every_verb_runs_under_python_3_6(bundle):
+    check_every_verb(python36(), bundle)
 
 
 def test_every_verb_runs_under_this_python(bundle):

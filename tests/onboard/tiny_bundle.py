@@ -67,15 +67,8 @@ def make_bundle(
 ) -> Path:
     """Write a bundle.
 
-    Args:
-        path: the directory to make.
-        batch: images per inference.
-        dynamic: take any batch up to 2.
-        images: how many reference images.
-        shift: added to the first reference output, so that the net disagrees with it.
-        precisions: the files it holds, the default one first. All are float32 nets of nearly the same weights.
-        runtime: what its manifest names.
-        target_name: what its manifest names.
+    A dynamic batch is any up to 2. `shift` is added to the first reference output, so that the net disagrees with it.
+    The precisions, the default one first, are all float32 nets of nearly the same weights.
     """
     path.mkdir(parents=True)
     draw = np.random.default_rng(0)
@@ -89,6 +82,7 @@ def make_bundle(
     outputs[0, 0] += shift
     np.savez(path / "reference.npz", inputs=inputs, outputs=outputs)
     names = [onnx_name(precision) for precision in precisions] + ["reference.npz"]
+    untold = {"opset": 13, "decision": None, "accuracy": None}
     manifest = {
         "schema": SCHEMA,
         "kind": "bundle",
@@ -100,15 +94,8 @@ def make_bundle(
         "runtime": runtime,
         "precision": precisions[0],
         "precisions": {
-            precision: {
-                "model": onnx_name(precision),
-                "form": FORMS[precision],
-                "opset": 13,
-                "tolerance": TOLERANCES[precision],
-                "decision": None,
-                "accuracy": None,
-            }
-            for precision in precisions
+            name: {"model": onnx_name(name), "form": FORMS[name], "tolerance": TOLERANCES[name], **untold}
+            for name in precisions
         },
         "input": {
             "name": "input",

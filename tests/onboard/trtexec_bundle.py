@@ -3,6 +3,7 @@
 import json
 
 from edgecl.onboard import trtexec_flags
+from edgecl.onboard.bundle import onnx_name
 from edgecl.onboard.trtexec_flags import Net, bench_command
 
 STATIC = {"name": "input", "shape": [1, 3, 224, 224], "dynamic_batch": False, "max_batch": 1}
@@ -11,20 +12,14 @@ BUILD = {"workspace_mib": 1024, "optimization_level": 5, "tf32": True, "dla_core
 
 
 def lines(version, precision="fp16", form=None, build=BUILD, manifest_input=STATIC):
-    return trtexec_flags.command_lines(
-        version,
-        manifest_input=manifest_input,
-        build=build,
-        precision=precision,
-        form=form or precision,
-        model=f"model.{precision}.onnx",
-        plan="e.plan",
-    )
+    net = Net(manifest_input, build, precision, form or precision, f"model.{precision}.onnx")
+    return trtexec_flags.command_lines(version, net, "e.plan")
 
 
-def bench(version, mode, manifest_input=STATIC):
-    net = Net(manifest_input, BUILD, "fp16", "fp16", "model.onnx")
-    return bench_command(version, net, "e.plan", mode=mode, duration_s=59.5, times="t.json")
+def bench(version, mode):
+    net = Net(STATIC, BUILD, "fp16", "fp16", "model.onnx")
+    names = {"times": "t.json", "layers": "l.json"}
+    return bench_command(version, net, "e.plan", mode=mode, duration_s=59.5, **names)
 
 
 def write_bundle(folder):
@@ -36,16 +31,17 @@ def write_bundle(folder):
 
 
 def manifest_of(versions=">=10.3,<10.8", int8="int8-trt", **build):
-    forms = {
-        "fp16": ("model.fp16.onnx", "fp16"),
-        "int8": ("model.int8.onnx", int8),
-        "fp32": ("model.onnx", "fp32"),
-    }
+    forms = {"fp16": "fp16", "int8": int8, "fp32": "fp32"}
+    build = {**BUILD, **build}
+    precisions = {name: {"model": onnx_name(name), "form": form} for name, form in forms.items()}
+    for name, about in precisions.items():
+        net = Net(STATIC, build, name, about["form"], about["model"])
+        about["trtexec"] = trtexec_flags.command_lines(versions, net, f"{name}.plan")
     return {
         "precision": "fp16",
-        "precisions": {name: {"model": model, "form": form} for name, (model, form) in forms.items()},
+        "precisions": precisions,
         "input": STATIC,
-        "target": {"versions": versions, "build": {**BUILD, **build}},
+        "target": {"versions": versions, "build": build},
     }
 
 

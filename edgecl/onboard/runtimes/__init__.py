@@ -57,15 +57,7 @@ def open_session(
     threads: int,
     report: Optional[Report] = None,
 ) -> Session:
-    """Load the net of a bundle in a precision.
-
-    Args:
-        bundle: the directory, its files checked by `check_files`.
-        manifest: of that bundle.
-        precision: the bundle's default where None.
-        runtime: a name or alias; the manifest's where None.
-        threads: to compute with, on a processor.
-        report: called with a line when an engine is built for this device, which takes minutes.
+    """Load the net of a bundle, whose files are checked, in a precision; the manifest's own and its runtime where None.
 
     Raises:
         DeviceError: no such runtime, it is not installed, or it cannot load the net.
@@ -78,10 +70,6 @@ def open_session(
             "use the onboard.pyz that came with the bundle, or a newer edgecl",
         )
     precision, about = choose_precision(manifest, precision)
-    if not about["model"].endswith(RUNTIMES[name].suffix):
-        raise BundleError(
-            "'%s' is no file for the runtime '%s', which loads *%s"
-            % (about["model"], name, RUNTIMES[name].suffix),
-            "export the bundle for this runtime",
-        )
+    if not about["model"].endswith(".onnx"):
+        raise BundleError("'%s' is no *.onnx file" % about["model"])
     return RUNTIMES[name].open(Path(bundle), manifest, precision=precision, threads=threads, report=report)

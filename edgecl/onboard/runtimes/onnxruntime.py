@@ -1,11 +1,9 @@
 """ONNX Runtime on the processor."""
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, List, Optional, Union
+from typing import TYPE_CHECKING, Any, Dict, Optional, Union
 
-from ..bundle import choose_precision
-from ..errors import BundleError, DeviceError, cannot_import
-from ..runtime import Report, Run, Runtime
+from ..errors import cannot_import
+from ..runtime import Loaded, ProcessorSession, Run, Runtime
 
 if TYPE_CHECKING:
     import numpy as np
@@ -62,111 +60,45 @@ def _optimization(form: str) -> str:
     return "NONE" if form.startswith("int8-trt") else "ALL"
 
 
-class OrtSession:
-    """A session on a given number of threads; see `edgecl.onboard.runtime.Session`.
+class OrtSession(ProcessorSession):
+    """A session of ONNX Runtime."""
 
-    Args:
-        bundle: the directory.
-        manifest: of that bundle.
-        precision: one that the bundle holds.
-        threads: to compute one operator with.
-        report: not used.
+    module = "onnxruntime"
+    device = PROVIDER
+    failures = (Exception,)  # its own classes share no other base
 
-    Raises:
-        DeviceError: onnxruntime is not installed, cannot load the file, or would run it elsewhere than asked.
-        BundleError: the file's input or output is not the one of the manifest.
-    """
+    def _import(self) -> str:
+        return str(import_onnxruntime().__version__)
 
-    MODES = ("inference",)
-
-    def __init__(
-        self,
-        bundle: Path,
-        manifest: Dict[str, Any],
-        *,
-        precision: str,
-        threads: int,
-        report: Optional[Report] = None,
-    ) -> None:
-        self._precision, about = choose_precision(manifest, precision)
-        self._threads = threads
-        self._input, self._output = manifest["input"]["name"], manifest["output"]["name"]
+    def _load(self, file: str, form: str) -> Loaded:
+        self._optimization = _optimization(form)
         self._binding: Any = None
-        self._optimization = _optimization(about["form"])
-        self._version = str(import_onnxruntime().__version__)
-        file = bundle / about["model"]
-        try:
-            self._session: Any = open_model(str(file), threads=threads, optimization=self._optimization)
-        except Exception as exc:  # onnxruntime's own classes share no other base
-            raise DeviceError(
-                "onnxruntime %s cannot load '%s': %s" % (self._version, file.name, exc),
-                "install a newer onnxruntime, or export the bundle for this one",
-            ) from exc
-        found = self._session.get_providers()
-        if found != [PROVIDER]:
-            raise DeviceError(
-                "onnxruntime %s would run '%s' on %s, asked for was %s"
-                % (self._version, file.name, ", ".join(found) or "nothing", PROVIDER),
-                "install an onnxruntime that has %s" % PROVIDER,
-            )
-        for kind, name, values in (
-            ("input", self._input, self._session.get_inputs()),
-            ("output", self._output, self._session.get_outputs()),
-        ):
-            names = [value.name for value in values]
-            if names != [name]:
-                raise BundleError(
-                    "'%s' has the %ss %s, the manifest says '%s'" % (file.name, kind, names, name),
-                    "export the bundle again",
-                )
+        self._session: Any = open_model(file, threads=self._threads, optimization=self._optimization)
+        inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
+        names = [[[value.name] for value in values] for values in (inputs, outputs)]
+        return Loaded(list(self._session.get_providers()), *names)
 
-    def run(self, images: "np.ndarray") -> "np.ndarray":
-        """Return the outputs (N, F) for images (N, C, H, W) float32.
-
-        Raises:
-            DeviceError: onnxruntime does not take a batch of this shape, or fails to compute it.
-        """
-        try:
-            outputs: "np.ndarray" = self._session.run([self._output], {self._input: images})[0]
-        except Exception as exc:  # onnxruntime's own classes share no other base
-            raise DeviceError(
-                "onnxruntime %s cannot run the net on inputs %s: %s" % (self._version, images.shape, exc),
-                "install a newer onnxruntime, or export the bundle for this one",
-            ) from exc
+    def _compute(self, images: "np.ndarray") -> "np.ndarray":
+        outputs: "np.ndarray" = self._session.run([self._output], {self._input: images})[0]
         return outputs
 
-    def bind(self, images: "np.ndarray") -> None:
-        """Keep a batch in place, so that a timed run neither converts nor copies it."""
-        self.run(images)  # a shape the net refuses is named here
+    def _place(self, images: "np.ndarray") -> None:
         self._binding = self._session.io_binding()
-        self._binding.bind_cpu_input(self._input, images.astype("float32", order="C", copy=False))
+        self._binding.bind_cpu_input(self._input, images)
         self._binding.bind_output(self._output)
 
-    def modes(self) -> List[str]:
-        """Return what can be timed."""
-        return list(self.MODES)
-
-    def run_once(self, mode: str = MODES[0]) -> Optional[float]:
+    def run_once(self, mode: str = "inference") -> Optional[float]:
         """Run the bound batch; the outputs are complete when this returns."""
         self._session.run_with_iobinding(self._binding)
         return None  # the clock times the call
 
-    def describe(self) -> Dict[str, Any]:
-        """Return what runs, for the record."""
+    def _settings(self) -> Dict[str, Any]:
         return {
-            "runtime": "onnxruntime %s %s" % (self._version, ",".join(self._session.get_providers())),
-            "precision": self._precision,
-            "threads": self._threads,
-            "versions": {"onnxruntime": self._version},
-            "settings": {
-                "intra_op_num_threads": self._threads,
-                "inter_op_num_threads": 1,
-                "execution_mode": "sequential",
-                "graph_optimization": self._optimization.lower(),
-                "intra_op_spinning": True,
-                "input": "bound",
-            },
-            "engine": None,
+            "intra_op_num_threads": self._threads,
+            "inter_op_num_threads": 1,
+            "execution_mode": "sequential",
+            "graph_optimization": self._optimization.lower(),
+            "intra_op_spinning": True,
         }
 
     def close(self) -> None:

@@ -20,12 +20,11 @@ def _open(bundle: Path, manifest: Dict[str, Any], **options: Any) -> Session:
 
 def _fix_import(root: Path, jetson: bool) -> str:
     """Return how to get the Python bindings, which JetPack installs for the system's own Python only."""
-    folders = (
-        "usr/lib/python3*/dist-packages",
-        "usr/lib/python3/dist-packages",
-        "usr/local/lib/python3*/dist-packages",
-    )
-    bindings = [path for folder in folders for path in root.glob(folder + "/tensorrt/__init__.py")]
+    bindings = [
+        path
+        for folder in ("usr/lib", "usr/local/lib")
+        for path in root.glob(folder + "/python3*/dist-packages/tensorrt/__init__.py")
+    ]
     if bindings and sys.prefix != getattr(sys, "base_prefix", sys.prefix):
         return (
             "the system's python3 has it, this virtual environment does not see it: make it with "
@@ -33,9 +32,7 @@ def _fix_import(root: Path, jetson: bool) -> str:
         )
     if bindings:
         return "the system's own python3 has it: use /usr/bin/python3"
-    libraries = [
-        path for folder in ("usr/lib/*", "usr/local/lib") for path in root.glob(folder + "/libnvinfer.so*")
-    ]
+    libraries = [*root.glob("usr/lib/*/libnvinfer.so*"), *root.glob("usr/local/lib/libnvinfer.so*")]
     if libraries:
         return "sudo apt install python3-libnvinfer  # the library is there, Python's part is not"
     return "sudo apt install nvidia-jetpack" if jetson else INSTALL

@@ -3,6 +3,7 @@
 Each monitor file is 'mV' and 'mA' of a channel (INA3221 under hwmon) or 'mW' (under iio, JetPack 4).
 """
 
+from pathlib import Path
 from typing import NamedTuple
 
 
@@ -12,6 +13,15 @@ class Board(NamedTuple):
     rails: tuple[str, ...]  # that make up the module
     sysfs_w: float
     line_w: float
+
+
+def plant(root: Path, files: dict[str, str]) -> Path:
+    """Write files below a root, and return it."""
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
 
 
 def hwmon(device: str, number: int, channels: list[tuple[str, int, int]]) -> dict[str, str]:
