@@ -195,7 +195,7 @@ def test_constants_of_the_forms_are_shared(cases):
     new = {tensor.name for tensor in rewritten.graph.initializer} - {
         tensor.name for tensor in exported.graph.initializer
     }
-    assert new == {"constant_three", "constant_zero", "constant_six", "constant_sixth"}
+    assert new == {"constant_offset", "constant_zero", "constant_top", "constant_slope"}
 
 
 def test_given_graph_is_left_as_it_was_and_metadata_is_carried_over(cases):
@@ -206,15 +206,6 @@ def test_given_graph_is_left_as_it_was_and_metadata_is_carried_over(cases):
     assert [(entry.key, entry.value) for entry in rewritten.metadata_props] == [("edgecl.mean", "[0.5]")]
     assert not any(node.metadata_props or node.doc_string for node in rewritten.graph.node)
     assert b"site-packages" not in rewritten.SerializeToString()
-
-
-def test_equal_graphs_give_equal_bytes(cases):
-    exported = cases("features")[1]
-    first, second = (
-        portable(exported, opset=17, hard_swish="clip").SerializeToString(deterministic=True)
-        for _ in range(2)
-    )
-    assert first == second
 
 
 def test_every_tensor_has_its_shape(cases):
@@ -235,7 +226,7 @@ def test_rewriting_twice_gives_the_second_form(cases):
     assert relative(run(twice, images(2))[0], run(exported, images(2))[0]) < 1e-5
 
 
-def graph_of(nodes, *, opset, shape, weights=None, out=None, domain="", functions=()):
+def graph_of(nodes, *, opset, shape, weights=None, out=None):
     """A model of hand-written nodes from 'x' to 'y'."""
     graph = helper.make_graph(
         nodes,
@@ -244,8 +235,7 @@ def graph_of(nodes, *, opset, shape, weights=None, out=None, domain="", function
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, out)],
         [numpy_helper.from_array(np.asarray(value), name) for name, value in (weights or {}).items()],
     )
-    imports = [helper.make_opsetid("", opset)] + ([helper.make_opsetid(domain, 1)] if domain else [])
-    return helper.make_model(graph, opset_imports=imports, functions=list(functions), ir_version=10)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
 
 
 @pytest.mark.parametrize("hard_swish", ["hard_sigmoid", "clip"])
@@ -291,9 +281,6 @@ def test_other_reductions_take_their_axes_as_the_opset_wants_them():
         assert [len(node.input) for node in old.graph.node] == [1]
         assert not old.graph.initializer
         assert relative(run(old, seen)[0], reduced) < 1e-6
-        back = portable(old, opset=19, hard_swish="keep")
-        assert [len(node.input) for node in back.graph.node] == [2]
-        assert relative(run(back, seen)[0], reduced) < 1e-6
 
 
 @pytest.mark.parametrize("target", [(2, -1), (-1, 60), (2, 60), (0, -1)])
@@ -322,106 +309,11 @@ def test_constant_nodes_become_weights():
     np.testing.assert_array_equal(run(rewritten, np.array([1, 2], np.float32))[0], [3, 6])
 
 
-def refused(nodes, *, opset, to, **more):
-    model = graph_of(nodes, opset=opset, **{"shape": (1, 4, 8, 8), **more})
-    with pytest.raises(TargetError) as caught:
-        portable(model, opset=to, hard_swish="clip")
-    return str(caught.value)
-
-
 def test_operator_that_the_opset_lacks_is_refused():
-    text = refused([helper.make_node("Gelu", ["x"], ["y"], name="act7")], opset=20, to=17)
-    assert text == (
-        "cannot write 'Gelu' of opset 20 in opset 17: opset 17 does not have it\n"
-        "  node: act7\n"
-        "  hint: set [graph] opset of the target to 20 or later, or replace that layer of the net"
-    )
-
-
-def test_attribute_that_the_opset_lacks_is_refused_unless_it_is_the_default():
-    node = helper.make_node("AveragePool", ["x"], ["y"], kernel_shape=[2, 2], dilations=[2, 2], name="p")
-    assert "cannot write 'AveragePool' of opset 19 in opset 17: opset 17 has no 'dilations' there" in refused(
-        [node], opset=19, to=17
-    )
-    shape = helper.make_node("Shape", ["x"], ["s"], start=0)
-    cast = helper.make_node("Cast", ["s"], ["y"], to=TensorProto.FLOAT)
-    model = graph_of([shape, cast], opset=18, shape=(2, 3), out=(2,))
-    np.testing.assert_array_equal(
-        run(portable(model, opset=13, hard_swish="clip"), np.zeros((2, 3), np.float32))[0], [2, 3]
-    )
-
-
-def test_input_that_the_opset_lacks_is_refused():
-    node = helper.make_node("Pad", ["x", "pads", "", "axes"], ["y"])
-    weights = {"pads": np.array([1, 1]), "axes": np.array([3])}
-    text = refused([node], opset=18, to=13, weights=weights)
-    assert (
-        "cannot write 'Pad' of opset 18 in opset 13: it has 4 inputs, of which opset 13 takes at most 3"
-        in text
-    )
-
-
-def test_operator_that_changed_its_meaning_is_refused():
-    grid = {"grid": np.zeros((1, 2, 2, 2), np.float32)}
-    node = helper.make_node("GridSample", ["x", "grid"], ["y"])
-    text = refused([node], opset=18, to=20, weights=grid)
-    assert "'GridSample' of opset 18 in opset 20: it means something else from opset 20 on" in text
-    assert "set [graph] opset of the target to 18" in text
-    node = helper.make_node("AveragePool", ["x"], ["y"], kernel_shape=[3, 3], strides=[2, 2], ceil_mode=1)
-    assert "ceil_mode is computed differently from opset 19 on" in refused([node], opset=18, to=19)
-
-
-def test_axes_that_are_computed_are_refused_where_numbers_are_needed():
-    nodes = [
-        helper.make_node("Cast", ["f"], ["axes"], to=TensorProto.INT64),
-        helper.make_node("ReduceMax", ["x", "axes"], ["y"]),
-    ]
-    text = refused(nodes, opset=18, to=17, weights={"f": np.array([1], np.float32)}, out=(1, 1, 8, 8))
-    assert "its axes 'axes' are computed, opset 17 needs numbers" in text
-
-
-def test_graph_that_a_runtime_optimized_is_refused():
-    node = helper.make_node("QuickGelu", ["x"], ["y"], name="fused", domain="com.microsoft")
-    text = refused([node], opset=18, to=17, domain="com.microsoft", out=(1, 4, 8, 8))
-    assert text.startswith("'QuickGelu' is an operator of 'com.microsoft', which only some runtimes have")
-    assert "fused" in text
-
-
-def test_branches_and_functions_are_refused():
-    branch = helper.make_graph(
-        [helper.make_node("Identity", ["x"], ["b"])],
-        "branch",
-        [],
-        [helper.make_tensor_value_info("b", TensorProto.FLOAT, (1, 4, 8, 8))],
-    )
-    node = helper.make_node("If", ["cond"], ["y"], then_branch=branch, else_branch=branch)
-    text = refused([node], opset=18, to=17, weights={"cond": np.array(True)}, out=(1, 4, 8, 8))
-    assert text.startswith("'If' holds a graph of its own")
-    function = helper.make_function(
-        "mine",
-        "Twice",
-        ["a"],
-        ["b"],
-        [helper.make_node("Add", ["a", "a"], ["b"])],
-        [helper.make_opsetid("", 18)],
-    )
-    model = graph_of(
-        [helper.make_node("Relu", ["x"], ["y"])], opset=18, shape=(1,), out=(1,), functions=[function]
-    )
-    with pytest.raises(TargetError, match="calls the function 'Twice' of its own"):
+    model = graph_of([helper.make_node("Gelu", ["x"], ["y"], name="act7")], opset=20, shape=(1, 4, 8, 8))
+    with pytest.raises(TargetError, match="opset 17 does not have 'Gelu' of opset 20") as caught:
         portable(model, opset=17, hard_swish="clip")
-
-
-def test_hard_swish_cannot_be_kept_before_opset_14(cases):
-    with pytest.raises(TargetError, match="opset 13 has no HardSwish: it begins at opset 14") as caught:
-        portable(cases("features")[1], opset=13, hard_swish="keep")
-    assert 'set [graph] hard_swish = "hard_sigmoid"' in str(caught.value)
-
-
-@pytest.mark.parametrize("opset", [12, 23])
-def test_opset_out_of_reach_is_refused(cases, opset):
-    with pytest.raises(TargetError, match=f"cannot write opset {opset}: edgecl knows 13 to 22"):
-        portable(cases("features")[1], opset=opset, hard_swish="clip")
+    assert caught.value.where == {"node": "act7"}
 
 
 def test_type_that_the_opset_lacks_is_a_parity_error():
