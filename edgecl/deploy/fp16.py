@@ -6,7 +6,7 @@ stand behind the nodes that read them, and ONNX's check refuses the graph.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import defaultdict
 from typing import Any
 
 import numpy as np
@@ -15,10 +15,9 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from edgecl.deploy.graph import Names, name_nodes, opset_of, with_shapes
-from edgecl.deploy.session import open_ort
-from edgecl.errors import ShapeError
+from edgecl.deploy.session import open_tensors
 
-# Images at a time where any batch is taken; all intermediate tensors of a batch are in memory at once.
+# Images at a time; all intermediate tensors of a batch are in memory at once.
 _BATCH = 4
 
 
@@ -40,16 +39,12 @@ def half(
         the names of the nodes that stay in float32}.
 
     Raises:
-        ShapeError: no image.
         ParityError: the converted graph does not pass ONNX's own check.
     """
-    assert limit <= np.finfo(np.float16).max
-    if not len(images):
-        raise ShapeError("cannot look for tensors that overflow float16 without an image")
     converted = onnx.ModelProto()
     converted.CopyFrom(onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True))
     name_nodes(converted.graph)
-    peaks = largest_magnitudes(converted, images)
+    peaks = _largest_magnitudes(converted, images)
     for tensor in _floats(converted.graph):
         values = numpy_helper.to_array(tensor)
         peaks[tensor.name] = float(np.abs(values).max()) if values.size else 0.0
@@ -70,45 +65,17 @@ def half(
     return converted, {"largest": largest, "kept_fp32": kept}
 
 
-def largest_magnitudes(model: onnx.ModelProto, images: NDArray[np.float32]) -> dict[str, float]:
-    """Run a net and return the largest magnitude of every tensor.
-
-    Args:
-        model: a float32 graph with inferred types.
-        images: (N, 3, H, W) preprocessed images.
-
-    Returns:
-        name of each float32 tensor, input and outputs included -> largest magnitude over the images, inf where a
-        value is not finite.
-    """
-    graph = model.graph
-    watched = onnx.ModelProto()
-    watched.CopyFrom(model)
-    outputs = {value.name for value in graph.output}
-    watched.graph.output.extend(
-        value
-        for value in graph.value_info
-        if value.type.tensor_type.elem_type == TensorProto.FLOAT and value.name not in outputs
-    )
+def _largest_magnitudes(model: onnx.ModelProto, images: NDArray[np.float32]) -> dict[str, float]:
+    """Return the largest magnitude of every float32 tensor of a net over the images, inf where a value is not finite."""
+    values = [*model.graph.value_info, *model.graph.output]
+    names = [value.name for value in values if value.type.tensor_type.elem_type == TensorProto.FLOAT]
     # Optimized graphs lack the tensors that were fused away, and TensorRT may compute them all.
-    session = open_ort(watched, optimization="NONE")
-    names = [value.name for value in watched.graph.output]
-    peaks = dict.fromkeys(names, 0.0)
-    for batch in _batches(images, graph.input[0].type.tensor_type.shape.dim[0].dim_value):
-        fed = {graph.input[0].name: batch}
-        for name, values in (*fed.items(), *zip(names, session.run(names, fed), strict=True)):
-            peak = float(np.abs(values).max()) if np.isfinite(values).all() else np.inf
-            peaks[name] = max(peaks.get(name, 0.0), peak)
+    run = open_tensors(model, names, optimization="NONE")
+    peaks: dict[str, float] = defaultdict(float)
+    for name, found in run(images, _BATCH):
+        peak = float(np.abs(found).max()) if np.isfinite(found).all() else np.inf
+        peaks[name] = max(peaks[name], peak)
     return peaks
-
-
-def _batches(images: NDArray[np.float32], static: int) -> Iterator[NDArray[np.float32]]:
-    """Yield all images in batches that the net takes; the last image fills up a static batch."""
-    size = static or _BATCH
-    for start in range(0, len(images), size):
-        batch = images[start : start + size]
-        missing = static - len(batch) if static else 0
-        yield np.ascontiguousarray(np.concatenate([batch, np.repeat(batch[-1:], missing, axis=0)]))
 
 
 def _floats(graph: onnx.GraphProto) -> list[TensorProto]:

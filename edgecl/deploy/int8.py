@@ -21,19 +21,17 @@ from torch import Tensor
 
 from edgecl.config.target import Int8Form, Target
 from edgecl.deploy.accuracy import Evaluator, cosines
-from edgecl.deploy.calibrate import calibrate_all
+from edgecl.deploy.calibrate import calibrate
 from edgecl.deploy.decision import Say, search_int8, unevaluated
 from edgecl.deploy.fp16 import half
 from edgecl.deploy.graph import opset_of, portable
 from edgecl.deploy.graph_index import first_block, quantizable
 from edgecl.deploy.qdq import CpuWriter, Ranges, TensorrtWriter
 from edgecl.deploy.session import Run, session_of
-from edgecl.errors import DataError, TargetError, near_matches
 from edgecl.storage.records import Decision
 
 Array = NDArray[numpy.float32]
 
-_HALF_LIMIT = 6e4
 # On which what overflows fp16 is looked for, each time a graph is quantized.
 FP16_IMAGES = 16
 # Half of them to search on, half to report on; with fewer, a point of accuracy is less than one image.
@@ -71,7 +69,7 @@ def make_int8(
     """
     settings, form = target.quantization, target.graph.int8
     say(f"INT8: calibrating on {len(calibration)} images")
-    ranges = calibrate_all(fp32, calibration, settings.methods)
+    ranges = calibrate(fp32, calibration, settings.methods)
 
     def open_run(model: onnx.ModelProto) -> Run:
         return session_of(model, runtime=target.runtime, form=form)
@@ -168,7 +166,7 @@ def quantize(
     form: Int8Form,
     ranges: Ranges,
     keep: Collection[str] = (),
-    images: NDArray[numpy.float32] | None = None,
+    images: Array | None = None,
 ) -> onnx.ModelProto:
     """Quantize a portable float32 graph.
 
@@ -177,28 +175,14 @@ def quantize(
         form: which runtime it is for.
         ranges: tensor -> (least, largest), as `calibrate` measures them on this very graph.
         keep: names of nodes to keep in higher precision, beyond those of `baseline_keep`, which always are.
-        images: (N, 3, H, W) after preprocessing; only "int8-trt-fp16" reads them, to find what overflows fp16, and
-            needs them only where the ranges come near its limit.
+        images: (N, 3, H, W) after preprocessing; "int8-trt-fp16" needs them, to find what overflows fp16.
 
     Returns:
         a model that onnx's full check passes, with float32 input and output, and the same bytes each time.
 
     Raises:
         DataError: a tensor to quantize has no range, or one that is not finite.
-        TargetError: a name to keep is not in the graph, or the opset is too old for the form.
     """
-    names = {node.name for node in model.graph.node}
-    for name in keep:
-        if name not in names:
-            raise TargetError(
-                f"there is no node '{name}' to keep in higher precision", hint=near_matches(name, names)
-            )
-    least = 19 if form == "int8-trt-fp16" else 13
-    if opset_of(model) < least:
-        raise TargetError(
-            f"'{form}' needs opset {least}, the graph has {opset_of(model)}",
-            hint=f"set [graph] opset = {least} or later in the target",
-        )
     chosen = set(quantizable(model, form)) - set(keep)
     if form == "int8-cpu":
         # Only HardSigmoid is known below.
@@ -206,24 +190,9 @@ def quantize(
         kept = {*keep, *first_block(model)}
         quantized = CpuWriter(plain, ranges, chosen=chosen, keep=kept).write()
     else:
-        source = _in_half(model, ranges, images) if form == "int8-trt-fp16" else model
-        quantized = TensorrtWriter(source, ranges, chosen=chosen, keep=set(keep)).write()
+        if form == "int8-trt-fp16":
+            assert images is not None
+            model = half(model, images=images)[0]
+        quantized = TensorrtWriter(model, ranges, chosen=chosen, keep=set(keep)).write()
     onnx.checker.check_model(quantized, full_check=True)
     return quantized
-
-
-def _in_half(
-    model: onnx.ModelProto, ranges: Ranges, images: NDArray[numpy.float32] | None
-) -> onnx.ModelProto:
-    """Convert a graph to fp16, with what overflows there in fp32."""
-    if images is None:
-        for name, ends in ranges.items():
-            if max(map(abs, ends)) > _HALF_LIMIT:
-                raise DataError(
-                    f"tensor '{name}' reaches {max(map(abs, ends)):.3g}, which fp16 may not hold",
-                    hint="give images, so that the nodes around it can be kept in fp32",
-                )
-        # No activation comes near the limit; what is left to look at are the weights.
-        sides = [side.dim_value or 1 for side in model.graph.input[0].type.tensor_type.shape.dim]
-        images = numpy.zeros(sides, numpy.float32)
-    return half(model, images=images, limit=_HALF_LIMIT)[0]

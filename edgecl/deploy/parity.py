@@ -14,7 +14,7 @@ from torch.func import functional_call
 
 from edgecl.config.recipe import recipe_from_tables
 from edgecl.config.target import Tolerance
-from edgecl.deploy.session import open_ort, with_any_batch
+from edgecl.deploy.session import open_tensors
 from edgecl.errors import ArtifactError, ParityError
 from edgecl.nets.build import create_slimmable
 from edgecl.nets.folding import fold_batch_norm
@@ -122,16 +122,13 @@ def onnx_layers(model: onnx.ModelProto, images: Array, *, names: list[str]) -> L
         images: (N, 3, H, W).
         names: of the layers in the order they run; where their number differs, ONNX's own names are used.
     """
-    shown = with_any_batch(model)
     tensors = [node.output[0] for node in model.graph.node if node.op_type in ("Conv", "Gemm", "MatMul")]
-    outputs = {value.name for value in shown.graph.output}
-    shown.graph.output.extend(onnx.ValueInfoProto(name=name) for name in tensors if name not in outputs)
-    session = open_ort(shown, optimization="ALL")
-    values = session.run(tensors, {session.get_inputs()[0].name: images})
+    values = dict(open_tensors(model, tensors, optimization="ALL")(images, len(images)))
     if len(names) != len(tensors):
         names = tensors
     return {
-        name: numpy.asarray(value, dtype=numpy.float32) for name, value in zip(names, values, strict=True)
+        name: values[tensor].astype(numpy.float32, copy=False)
+        for name, tensor in zip(names, tensors, strict=True)
     }
 
 

@@ -15,10 +15,9 @@ from conftest import write_folder
 from onnx import helper
 
 from edgecl.deploy.export import export
-from edgecl.deploy.int8 import quantize
 from edgecl.deploy.qdq import weight_scales
 
-from .sketch import Sketch, images_of, quantize_net, ranges_of, run
+from .sketch import Sketch, images_of, quantize, quantize_net, ranges_of, run
 
 QEMU = shutil.which("qemu-x86_64-static") or shutil.which("qemu-x86_64")
 pytestmark = [

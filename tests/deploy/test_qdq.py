@@ -11,7 +11,6 @@ import pytest
 from onnx import helper
 
 from edgecl.deploy.graph import portable
-from edgecl.deploy.int8 import quantize
 
 from .sketch import (
     TENSORRT_FORMS,
@@ -23,6 +22,7 @@ from .sketch import (
     named,
     optimized_kinds,
     pair_of,
+    quantize,
     quantize_net,
     ranges_of,
     run,

@@ -53,7 +53,7 @@ def made():
                 net, graph=Graph(opset=19, hard_swish="hard_sigmoid"), shape=(3, SIDE, SIDE), metadata={}
             )
             images = np.random.default_rng(0).normal(size=(4, 3, SIDE, SIDE)).astype(np.float32)
-            ranges = calibrate(fp32, images, method="minmax")
+            ranges = calibrate(fp32, images, ["minmax"])["minmax"]
             kept[name] = net, {
                 "fp32": fp32,
                 "fp16": half(fp32, images=images)[0],
