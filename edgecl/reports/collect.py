@@ -192,13 +192,13 @@ def _inside(path: Path, notes: list[str]) -> Iterator[Source[Record]]:
 
 
 def read_cleaned(file: Path, kind: type[R]) -> R:
-    """Return a record whose text any output may show; entries may be missing.
+    """Return a record whose text any output may show.
 
     Raises:
         ArtifactError: as of `read_record`.
     """
-    record = read_record(file, kind, missing_ok=True)
-    return parse_record(_cleaned(content_of(record)), kind, path=file, missing_ok=True)
+    record = read_record(file, kind)
+    return parse_record(_cleaned(content_of(record)), kind, path=file)
 
 
 _KINDS: dict[str | None, type[Record]] = {kind.KIND: kind for kind in (RunRecord, ModelRecord, Manifest)}

@@ -17,7 +17,7 @@ from edgecl.reports.rules import METRICS, Metric, Rule, change_percent
 from edgecl.reports.tables import Column, Table
 from edgecl.storage.directories import ReportDir
 from edgecl.storage.record_files import kind_of
-from edgecl.storage.records import Interval, Record, command_line
+from edgecl.storage.records import Count, Interval, Record, Text, command_line
 
 # A comparison goes on over a change of these, and names it.
 _NAMED = {
@@ -81,20 +81,22 @@ class ComparedRow(Part):
 
 
 class Diff(Record):
-    """What `edgecl report diff --json` prints."""
+    """What `report diff --json` prints: two reports compared."""
 
     KIND = "report-diff"
     FILE = "report-diff.json"
 
     kind: Literal["report-diff"] = "report-diff"
-    old: str
-    new: str
-    rules: list[str]
+    old: Text
+    new: Text
+    rules: list[Text]
     rows: list[ComparedRow]
-    checked: int
-    broken: int
+    """Each with its checks, and the conditions that differ."""
+    checked: Count
+    broken: Count
+    """How many checks fail."""
     regression: bool
-    summary: str
+    summary: Text
 
     @property
     def lines(self) -> list[str]:
@@ -217,7 +219,7 @@ def _rows_of_side(path: Path) -> list[Row]:
     if not path.exists():
         raise ArtifactError(f"there is no directory '{path}'")
     file = ReportDir(path).record_file if path.is_dir() else path
-    return read_cleaned(file, Report).rows or []
+    return read_cleaned(file, Report).rows
 
 
 def _library(row: Row) -> str:

@@ -9,7 +9,7 @@ from edgecl.errors import ArtifactError
 from edgecl.onboard import bundle as bundle_names
 from edgecl.onboard.bundle import sha256_of_file
 from edgecl.storage.record_files import read_record
-from edgecl.storage.records import Manifest, ModelRecord, PipelineRecord, ReportRecord, RunRecord
+from edgecl.storage.records import Manifest, ModelRecord, PipelineRecord, RunRecord
 
 
 class RunDir:
@@ -115,8 +115,8 @@ class Bundle:
 class ReportDir:
     """The directory of one report: a page, a text and the numbers behind them."""
 
-    KIND = ReportRecord.KIND
-    RECORD = ReportRecord.FILE
+    KIND = "report"
+    RECORD = "report.json"
 
     def __init__(self, path: Path | str):
         self.path = Path(path)

@@ -62,7 +62,7 @@ def _is_unfinished(path: Path, kind: str) -> bool:
     if kind_of(path) != kind:
         return False
     if kind == RunDir.KIND:
-        return read_record(RunDir(path).record_file, RunRecord, missing_ok=True).state != "done"
+        return read_record(RunDir(path).record_file, RunRecord).state != "done"
     return kind == PipelineDir.KIND and not ReportDir(PipelineDir(path).report).record_file.exists()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import hashlib
 import json
 import os
@@ -18,6 +17,7 @@ from edgecl.errors import ArtifactError, EdgeclError
 from edgecl.evaluate.cost import cost
 from edgecl.nets.model_dir import load_model
 from edgecl.onboard.bundle import digest_of_record
+from edgecl.reports.content import Report
 from edgecl.storage.directories import ModelDir, RunDir
 from edgecl.storage.reading import DEEPEST, parse_json, read_bytes, reading
 from edgecl.storage.record_files import kind_of, read_record
@@ -176,7 +176,7 @@ def test_a_record_that_is_no_regular_file_is_named_and_not_opened(tmp_path, name
     else:
         with path.open("wb") as file:
             file.truncate(1 << 40)
-    (record,) = (record for record in KINDS if name == record.FILE)
+    (record,) = (record for record in (*KINDS, Report) if name == record.FILE)
     with pytest.raises(ArtifactError, match=r"regular file|larger than"):
         read_record(path, record)
     assert kind_of(tmp_path) is None
@@ -249,10 +249,8 @@ def test_a_panel_with_a_name_longer_than_a_chart_is_drawn(tmp_path):
 def test_a_report_names_or_survives_a_record_of_other_types(tmp_path, key):
     model = Maker().model(tmp_path / "net")
     record = json.loads((model / "model.json").read_text(encoding="utf-8"))
-    record.pop("sha256", None)
     for number, value in enumerate(ODD):
-        changed = {**copy.deepcopy(record), key: value}
-        (model / "model.json").write_text(json.dumps(changed), encoding="utf-8")
+        write_sealed(model / "model.json", {**record, key: value})
         with contextlib.suppress(EdgeclError):
             report([model], out=tmp_path / str(number))
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sealed import write_sealed
 
 from edgecl.onboard.bundle import SCHEMA, sha256_of_file
 from edgecl.reports.report import report as report_on
@@ -31,7 +32,10 @@ def header(kind: str, made_from: str | None, command: str) -> dict[str, Any]:
 
 def write(path: Path, record: dict[str, Any]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    if record["kind"] in ("model", "bundle"):
+        write_sealed(path, record)
+    else:
+        path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return path
 
 
@@ -196,6 +200,7 @@ class Maker:
                 "recalibrated": True,
                 "recipe_name": "demo",
                 "arm": "SACL-XD",
+                "data": None,
                 "weights_sha256": sha256(f"{path} {origin}".encode("utf-8", "surrogateescape")).hexdigest(),
                 **more,
             },
@@ -238,8 +243,11 @@ class Maker:
                     "top1": top1,
                     "top1_ci95": [top1 - 1.5, top1 + 1.5],
                     "n_test": 2000,
+                    "n_train": 8192,
                     "data": "demo",
                     "test": "demo (test split)",
+                    "epochs": 3,
+                    "settings": {},
                 },
             )
         return path
@@ -259,6 +267,8 @@ class Maker:
             "opset": 18,
             "tolerance": {"max_relative_difference": 1e-3, "top1_agreement": 0.99},
             "parity": {
+                "from": "carved torch net",
+                "to": f"ONNX {name}",
                 "images": 16,
                 "max_abs_difference": 2.1e-6 * scale,
                 "mean_abs_difference": 3.4e-7 * scale,
@@ -568,7 +578,9 @@ class Maker:
                 "labels_per_class": 5,
                 "draws": 5,
                 "n_test": 2000,
+                "data": "demo",
                 "test": "demo (test split)",
+                "scratch": {"steps": 100, "lr": 0.05, "seed": 0},
                 "rows": [
                     {
                         "name": name,
@@ -595,6 +607,7 @@ class Maker:
             {
                 **header("pipeline", None, f"edgecl demo --out {path}"),
                 "recipe_name": "demo",
+                "recipe": {},
                 "stages": {"pretrain": {"wall_s": 151.3}, "probe": {"wall_s": 21.0}},
             },
         )

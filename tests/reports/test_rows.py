@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import json
-import operator
 
 import pytest
 
 from edgecl.errors import ArtifactError
-from edgecl.reports.collect import collect
-from edgecl.reports.content import report_of
-from edgecl.reports.render import markdown
 from reports.conftest import report
 
 
@@ -180,34 +174,3 @@ def test_nonsense_in_a_measurement_is_named(make, tmp_path, key, nonsense):
     (bundle / "bench-build-box.json").write_text(json.dumps(bench))
     with pytest.raises(ArtifactError, match=rf"bench-build-box\.json.*{key}"):
         report([bundle], out=tmp_path / "report")
-
-
-def places(value, path=()):
-    """The way to every entry of a record, in lists that of the first element alone."""
-    for key in list(value) if isinstance(value, dict) else [0] if isinstance(value, list) and value else []:
-        yield (*path, key)
-        yield from places(value[key], (*path, key))
-
-
-def test_any_entry_of_a_record_may_be_missing(make, tmp_path):
-    """The report is written without it, or a named error raised."""
-    run, net, bundle = make.run(tmp_path / "run", steps=2), make.model(tmp_path / "net"), tmp_path / "bundle"
-    make.compiled(bundle, model=net)
-    make.comparison(tmp_path / "demo")
-    files = {run: ["run"], net: ["model", "probe", "cost"], tmp_path / "demo": ["comparison"]}
-    files[bundle] = ["manifest", "verify", "bench-Orin Nano"]
-    tried = 0
-    for folder, file in [
-        (folder, folder / f"{name}.json") for folder, names in files.items() for name in names
-    ]:
-        text = file.read_text()
-        for path in places(json.loads(text)):
-            record = json.loads(text)
-            *parents, leaf = path
-            del functools.reduce(operator.getitem, parents, record)[leaf]
-            file.write_text(json.dumps(record))
-            with contextlib.suppress(ArtifactError):
-                assert markdown(report_of(collect([folder])))
-            tried += 1
-        file.write_text(text)
-    assert tried > 300

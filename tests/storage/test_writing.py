@@ -33,9 +33,10 @@ def header(kind):
 
 
 def make(path, kind, **more):
-    """Write the smallest directory of a kind."""
+    """Write the smallest directory of a kind; of a run alone more than the kind is read."""
     path.mkdir(parents=True)
-    write_json(path / kind.RECORD, {**header(kind.KIND), **more})
+    run = {"recipe_name": None, "recipe": {}, "data": {"uri": "x", "fingerprint": "x"}}
+    write_json(path / kind.RECORD, {**header(kind.KIND), **(run if kind is RunDir else {}), **more})
     return path
 
 
