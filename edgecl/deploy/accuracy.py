@@ -40,12 +40,7 @@ MAX_BAD_FRACTION = 0.5
 
 @dataclass(frozen=True)
 class Outputs:
-    """What one form of a net gives.
-
-    Attributes:
-        queries: (N, F) outputs for the evaluated images.
-        bank: (M, F) outputs for the images whose labels are known, of a net without classifier.
-    """
+    """What one form of a net gives: (N, F) for the evaluated images, (M, F) for those of a bank of known labels."""
 
     queries: Tensor
     bank: Tensor | None

@@ -83,9 +83,6 @@ def search_int8(
         settings: the budget.
         features: the net has no classifier, so that its outputs themselves matter.
         say: told how far it is.
-
-    Returns:
-        the model, and the decision; its "kept" is whether the loss is within the budget.
     """
     search, report = evaluator.halves()
     fp32_search, fp32_report = search.outputs(fp32), report.outputs(fp32)
@@ -159,11 +156,8 @@ def _rank(
 def conclude(decision: Decision, *, speed: Speed | None, higher: str) -> Decision:
     """Decide whether INT8 is kept, in words and numbers.
 
-    Args:
-        decision: of `search_int8`.
-        speed: how many times as fast as another precision INT8 is on this machine, or None where it cannot be measured
-            here.
-        higher: the precision that kept nodes have.
+    The speed is against another precision on this machine, None where it cannot be measured here; kept nodes are in the
+    precision `higher`.
     """
     budget = decision.budget
     if budget is None:  # of `unevaluated`

@@ -45,26 +45,10 @@ def verify(
     ssh_options: Sequence[str] = (),
     report: Report | None = None,
 ) -> VerifyRecord:
-    """Check a bundle's files and outputs with the code that runs on devices, and keep the result beside it.
+    """Check a bundle with the code that runs on devices, and keep the result beside it, also of a failed check.
 
     The net runs in a process of its own: one that loops for ever, crashes or fills the memory takes only that along.
-
-    Args:
-        bundle: the directory; `verify.json` is written into it, for a failed check too, where that can be written.
-        precisions: which to run; all that the bundle holds where None.
-        runtime: to run them with; the bundle's own where None.
-        host: USER@BOARD[:PORT] to verify on, by `edgecl.deploy.remote`; this machine where None.
-        ssh_options: further arguments for `ssh`.
-        report: called with a line on how far it is, and where the result could not be kept.
-
-    Returns:
-        The record; see `edgecl.onboard.verify.verify` for its numbers.
-
-    Raises:
-        ArtifactError: not a bundle, or a file is missing or changed.
-        ParityError: outputs further from torch's than the manifest allows.
-        DeviceError: the runtime is not installed or cannot load the net, the net's process died or was silent for too
-            long, or the board cannot be reached or used.
+    `edgecl.verify` tells arguments, result and errors; besides these, ssh_options are further arguments for `ssh`.
     """
     directory = Bundle(bundle)
     directory.read()
@@ -115,26 +99,8 @@ def bench(
     """Time the nets of a bundle and keep the record in it; see `edgecl.onboard.bundle.bench_name` for its name.
 
     The process that measures imports NumPy and the runtime, nothing else that is heavy, and runs one session, in
-    which several precisions take turns.
-
-    Args:
-        bundle: the directory.
-        precisions: which to measure; the bundle's default alone where None.
-        runtime: a name of `edgecl ls runtimes`, or "trtexec"; the bundle's own where None.
-        duration_s: seconds to sample for, > 0; sampling goes on to a least number of samples, within limits.
-        threads: how many to compute with, >= 1; every core the process may run on where None.
-        power: read the board's power rails, where it has any.
-        host: USER@BOARD[:PORT] to measure on, by `edgecl.deploy.remote`; this machine where None.
-        ssh_options: further arguments for `ssh`.
-        report: called about once a second with a line on how far it is.
-
-    Returns:
-        The record; see `edgecl.onboard.bench.bench` for its numbers. `onboard_command` is what ran on the device.
-
-    Raises:
-        ArtifactError: not a bundle, it lacks a precision, or a file is missing or changed.
-        DeviceError: the runtime is not installed or cannot load the net, the measuring process died or
-            was silent for too long, or the board cannot be reached or used.
+    which several precisions take turns. `edgecl.bench` tells arguments, result and errors; besides these, ssh_options are
+    further arguments for `ssh`, and the record's `onboard_command` is what ran on the device.
     """
     directory = Bundle(bundle)
     manifest = directory.read()
@@ -190,12 +156,9 @@ def doctor(
     Args:
         bundle: a directory, whose own target then counts.
         target: name or file of a target, where there is no bundle.
-        host: USER@BOARD[:PORT] to check, by `edgecl.deploy.remote`; this machine where None.
+        host: USER@BOARD[:PORT] to check; this machine where None.
         ssh_options: further arguments for `ssh`.
         report: called with a line on how far a board is.
-
-    Returns:
-        ok, device and checks; see `edgecl.onboard.doctor.doctor`.
 
     Raises:
         TargetError: no such target, or one that cannot be read.

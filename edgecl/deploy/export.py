@@ -80,29 +80,7 @@ def export(
 ) -> Manifest:
     """Export a model directory for a target and prove that every variant computes what torch computes.
 
-    Args:
-        model: a model directory.
-        target: a packaged target or the path of a TOML file.
-        out: the bundle to write.
-        precisions: in place of the target's, the preferred one first.
-        calibration: a data URI of real images to calibrate INT8 and to compare on; None takes the images the
-            net was made from.
-        eval_uri: a data URI of labelled images on which the precisions are evaluated; None takes the held-out part
-            of the images the net was made from.
-        run: the run directory the model was carved from; its slim view is then the first parity check.
-        force: replace an earlier bundle.
-        download: let torchvision fetch what is not on the disk.
-        say: called with a line on how far it is.
-
-    Returns:
-        the manifest.
-
-    Raises:
-        ArtifactError: not a model directory, the output exists, or the disk is full.
-        TargetError: unknown target, or a precision the target's device lacks.
-        DataError: no images to compare on, too few to calibrate on, or images to evaluate on that do not fit.
-        ParityError: a variant outside the target's tolerance; no bundle is left.
-        DeviceError: the target needs a compiler that is not installed.
+    `edgecl.export` tells arguments, result and errors.
     """
     chosen = read_target(target, precisions=precisions)
     refuse_existing(out, force=force, kind=Bundle.KIND)

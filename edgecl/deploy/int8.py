@@ -49,7 +49,7 @@ def make_int8(
     features: bool,
     say: Say,
 ) -> tuple[onnx.ModelProto, Decision]:
-    """Quantize a net after training and find what must stay in higher precision.
+    """Quantize a net after training, by the best of the target's methods, and find what must stay in higher precision.
 
     Args:
         fp32: the portable net.
@@ -60,12 +60,6 @@ def make_int8(
         evaluator: the images of the decision, or None where nothing can be evaluated.
         features: the net has no classifier.
         say: told how far it is.
-
-    Returns:
-        the net, and the decision with the method that was chosen.
-
-    Raises:
-        DataError: activations that are not finite.
     """
     settings, form = target.quantization, target.graph.int8
     say(f"INT8: calibrating on {len(calibration)} images")

@@ -32,13 +32,7 @@ LAYER_IMAGES = 4
 
 
 def check_parity(source: str, variant: str, found: Array, expected: Array) -> ParityCheck:
-    """Compare the outputs of one variant of a net with those of what it was made from.
-
-    Args:
-        source: what the variant was made from.
-        variant: what is compared.
-        found: (N, F) outputs of the variant.
-        expected: (N, F) outputs of its source.
+    """Compare the (N, F) outputs of one variant of a net with those of what it was made from.
 
     Raises:
         ParityError: another shape, or values that are not finite.

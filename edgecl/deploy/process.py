@@ -46,12 +46,7 @@ _ERRORS: dict[str, type[EdgeclError]] = {
 
 
 class Listener:
-    """Takes what the device code says on stderr: progress is passed on, the last other lines are kept.
-
-    Args:
-        report: called with each line of progress.
-        limit_s: the longest silence.
-    """
+    """Takes what the device code says on stderr: progress is passed on, the last other lines are kept."""
 
     def __init__(self, report: Report | None, *, limit_s: float) -> None:
         self._report = report
@@ -153,11 +148,7 @@ def record_of(
 ) -> dict[str, Any]:
     """Return the record of a process that ended, or raise what became of it.
 
-    Args:
-        status: its exit status, negative for a signal, None where nobody saw it end.
-        record: the JSON it gave, if any.
-        words: its last words.
-        where: of the error, label -> place.
+    Its exit status is negative for a signal, None where nobody saw it end.
 
     Raises:
         OnboardError: the JSON is an error of the device code.

@@ -21,14 +21,7 @@ _BIAS_STEPS = 2.0**30
 
 
 class QdqWriter:
-    """A quantized graph while it is written, node after node.
-
-    Args:
-        model: the graph it is made from.
-        ranges: tensor -> (least, largest).
-        chosen: names of weighted nodes to quantize.
-        keep: names of nodes that must not be.
-    """
+    """A quantized graph while it is written, node after node: the chosen nodes in integers, those to keep not."""
 
     def __init__(self, model: onnx.ModelProto, ranges: Ranges, *, chosen: set[str], keep: set[str]) -> None:
         self.model, self.ranges, self.chosen, self.keep = model, ranges, chosen, keep
@@ -99,14 +92,7 @@ class QdqWriter:
     def pair(
         self, tensor: str, scale: str, zero: str, *, axis: int | None = None, back: str | None = None
     ) -> str:
-        """Append QuantizeLinear and DequantizeLinear behind a tensor.
-
-        Args:
-            tensor: what is quantized.
-            scale, zero: names of constants.
-            axis: of the channels that have a scale each.
-            back: the scale to come back with, where it is another one.
-        """
+        """Append QuantizeLinear and DequantizeLinear behind a tensor; it may come back with another scale."""
         attributes = {} if axis is None else {"axis": axis}
         codes = self.append(
             "QuantizeLinear",
