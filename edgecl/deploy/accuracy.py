@@ -143,12 +143,7 @@ def open_evaluator(
 ) -> Evaluator:
     """Gather the images on which precisions are evaluated.
 
-    Args:
-        record: of the model.
-        uri: labelled images as the user named them, or None: then the held-out part of `fallback`.
-        fallback: the images the net was made from.
-        preprocessing: of the net, at the size it is exported for.
-        download: let torchvision fetch what is not on the disk.
+    They are labelled images as the user named them, or else the held-out part of those the net was made from.
 
     Raises:
         DataError: other classes than the net's, no labels where the user named images for their labels, or too

@@ -28,10 +28,8 @@ SENSITIVITY_IMAGES = 32
 class Loss:
     """What a form of the net loses against fp32.
 
-    Attributes:
-        points: of accuracy, positive where it is worse; None for an evaluator without labels.
-        ci95: of the points, from the paired differences per image.
-        cosine: mean similarity with the fp32 outputs.
+    The points of accuracy are positive where it is worse, None without labels; their interval is that of the paired
+    differences per image, the cosine the mean similarity with the fp32 outputs.
     """
 
     points: float | None

@@ -42,13 +42,12 @@ def verify(
     precisions: Sequence[str] | None = None,
     runtime: str | None = None,
     host: str | None = None,
-    ssh_options: Sequence[str] = (),
     report: Report | None = None,
 ) -> VerifyRecord:
     """Check a bundle with the code that runs on devices, and keep the result beside it, also of a failed check.
 
     The net runs in a process of its own: one that loops for ever, crashes or fills the memory takes only that along.
-    `edgecl.verify` tells arguments, result and errors; besides these, ssh_options are further arguments for `ssh`.
+    `edgecl.verify` tells arguments, result and errors.
     """
     directory = Bundle(bundle)
     directory.read()
@@ -61,7 +60,6 @@ def verify(
             precisions=precisions,
             runtime=runtime,
             host=host,
-            ssh_options=ssh_options,
             report=report,
         )
     except OnboardError as error:
@@ -93,14 +91,13 @@ def bench(
     threads: int | None = None,
     power: bool = True,
     host: str | None = None,
-    ssh_options: Sequence[str] = (),
     report: Report | None = None,
 ) -> BenchRecord:
     """Time the nets of a bundle and keep the record in it; see `edgecl.onboard.bundle.bench_name` for its name.
 
     The process that measures imports NumPy and the runtime, nothing else that is heavy, and runs one session, in
-    which several precisions take turns. `edgecl.bench` tells arguments, result and errors; besides these, ssh_options are
-    further arguments for `ssh`, and the record's `onboard_command` is what ran on the device.
+    which several precisions take turns. `edgecl.bench` tells arguments, result and errors; the record's
+    `onboard_command` is what ran on the device.
     """
     directory = Bundle(bundle)
     manifest = directory.read()
@@ -118,7 +115,6 @@ def bench(
             runtime=runtime,
             threads=threads,
             host=host,
-            ssh_options=ssh_options,
             report=report,
         )
     except OnboardError as error:
@@ -148,7 +144,6 @@ def doctor(
     *,
     target: str | None = None,
     host: str | None = None,
-    ssh_options: Sequence[str] = (),
     report: Report | None = None,
 ) -> DoctorReport:
     """Check a device for a bundle, for a target, or as such.
@@ -157,7 +152,6 @@ def doctor(
         bundle: a directory, whose own target then counts.
         target: name or file of a target, where there is no bundle.
         host: USER@BOARD[:PORT] to check; this machine where None.
-        ssh_options: further arguments for `ssh`.
         report: called with a line on how far a board is.
 
     Raises:
@@ -174,9 +168,7 @@ def doctor(
         found = doctor_onboard(bundle, target=asked)
     else:
         try:
-            found = run_on_board(
-                host, "doctor", [], bundle=bundle, target=asked, ssh_options=ssh_options, report=report
-            )
+            found = run_on_board(host, "doctor", [], bundle=bundle, target=asked, report=report)
         except OnboardError as error:
             raise error_from_onboard(error, where=_where(bundle, host)) from error
     try:
@@ -223,7 +215,6 @@ def _run(
     precisions: Sequence[str] | None,
     runtime: str | None,
     host: str | None,
-    ssh_options: Sequence[str],
     report: Report | None,
     threads: int | None = None,
 ) -> Json:
@@ -246,9 +237,7 @@ def _run(
             limit_s=silence_s(runtime or manifest["runtime"]),
             report=report,
         )
-    return run_on_board(
-        host, verb, arguments, bundle=bundle, threads=threads, ssh_options=ssh_options, report=report
-    )
+    return run_on_board(host, verb, arguments, bundle=bundle, threads=threads, report=report)
 
 
 def _where(bundle: Path | None, host: str | None) -> Mapping[str, object]:

@@ -173,9 +173,6 @@ def quantize(
 
     Returns:
         a model that onnx's full check passes, with float32 input and output, and the same bytes each time.
-
-    Raises:
-        DataError: a tensor to quantize has no range, or one that is not finite.
     """
     chosen = set(quantizable(model, form)) - set(keep)
     if form == "int8-cpu":

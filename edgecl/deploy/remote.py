@@ -70,6 +70,34 @@ _INSTALL = (
 _GO = 'python3 -S "$HOME/.cache/edgecl/{run}/onboard.pyz" remote go'
 _END = 'python3 -S "$HOME/.cache/edgecl/{run}/onboard.pyz" remote end'
 
+# What a part of ssh's words means, where a second try mends nothing.
+_REFUSALS = {
+    "IDENTIFICATION HAS CHANGED": (
+        "the host key of '{host}' is not the one that ssh knows: another machine may pose as the board",
+        "if the board was set up anew, remove the old key as ssh says in `{login}`, and connect once",
+    ),
+    "host key is known for|Host key verification failed": (
+        "the host key of '{host}' is unknown to ssh",
+        "run `{login}` once and compare the key's fingerprint with the board's",
+    ),
+    "Permission denied|Too many authentication failures": (
+        "'{host}' does not let you in without a password",
+        "see that the user is right, and copy your key there with `{copy_id}`",
+    ),
+    "command-line|[Bb]ad configuration option|no argument after keyword|Can't open user config": (
+        "ssh does not take its options",
+        None,
+    ),
+}
+_HINTS = {
+    "Could not resolve hostname": "no machine of that name: check it, or give the board's address",
+    "Connection refused": "the board is up but no ssh server listens there: check the port, and on the board "
+    "`sudo systemctl enable --now ssh`",
+    "No route to host": "check that the board is on, and its network",
+    "Network is unreachable": "check this machine's network",
+    "timed out": "check that the board is on, its address, and firewalls between",
+}
+
 # A board says something every two seconds.
 _SILENCE_S = 60.0
 _PATIENCE_S = 120.0
@@ -103,8 +131,6 @@ def run_on_board(
     bundle: Path | None,
     target: dict[str, Any] | None = None,
     threads: int | None = None,
-    ssh_options: Sequence[str] = (),
-    patience_s: float = _PATIENCE_S,
     report: Report | None = None,
 ) -> dict[str, Any]:
     """Run a verb of the device code on a board and return its record.
@@ -119,8 +145,6 @@ def run_on_board(
         bundle: the directory to copy; None where the verb needs none.
         target: a target, for a doctor without a bundle.
         threads: how many its libraries shall compute with; every core of the board where None.
-        ssh_options: further arguments for `ssh`.
-        patience_s: for how long a dropped connection is sought again.
         report: called with each line of progress.
 
     Raises:
@@ -139,10 +163,10 @@ def run_on_board(
         files = _files_of(bundle)
         manifest = next(entry for entry in files if entry["name"] == MANIFEST)
         request.update(bundle=f"bundle-{manifest['sha256'][:12]}", files=files)
-    ssh = [*_OURS, *ssh_options, *_options_of_environment()]
+    ssh = [*_OURS, *_options_of_environment()]
     ssh += [*(["-l", user] if user else []), *(["-p", port] if port else []), "--", name]
     login = " ".join(["ssh", *(["-p", port] if port else []), f"{user}@{name}" if user else name])
-    board = _Board(host, ssh, login=login, patience_s=patience_s, report=report)
+    board = _Board(host, ssh, login=login, report=report)
     run = board.insist(board.install)
     listener = Listener(report, limit_s=BUILDING_SILENCE_S)
     try:
@@ -199,13 +223,10 @@ def _files_of(bundle: Path) -> list[_File]:
 class _Board:
     """A board under an address, and the three things asked of it."""
 
-    def __init__(
-        self, host: str, ssh: list[str], *, login: str, patience_s: float, report: Report | None
-    ) -> None:
+    def __init__(self, host: str, ssh: list[str], *, login: str, report: Report | None) -> None:
         self._host = host
         self._ssh = ssh
         self._login = login
-        self._patience_s = patience_s
         self._report = report or (lambda line: None)
         self._heard_at: float | None = None
 
@@ -219,17 +240,17 @@ class _Board:
             except _LostConnectionError as lost:
                 if self._heard_at is None:
                     raise self._unreachable(str(lost)) from lost
-                if time.monotonic() - self._heard_at > self._patience_s:
+                if time.monotonic() - self._heard_at > _PATIENCE_S:
                     raise _GoneError(
                         f"the connection to '{self._host}' was lost and did not come back within "
-                        f"{self._patience_s:g} s",
+                        f"{_PATIENCE_S:g} s",
                         where={"ssh said": str(lost)},
                         hint="the run goes on there and ends by itself, nothing was written here; see that the "
                         "board is up and reachable, then run this again",
                     ) from lost
                 self._report(f"connection to {self._host} lost, trying again: {lost}")
                 tries = 0 if self._heard_at > started_at else tries + 1
-                time.sleep(min(_PAUSES_S[min(tries, len(_PAUSES_S) - 1)], self._patience_s))
+                time.sleep(min(_PAUSES_S[min(tries, len(_PAUSES_S) - 1)], _PATIENCE_S))
 
     def install(self) -> str:
         """Copy the device code into a new directory on the board and return that directory's name."""
@@ -238,10 +259,7 @@ class _Board:
             connection.finish_sending()
             answer = connection.hear()
         if "lacks" in answer:
-            raise DeviceError(
-                f"there is no python3 on '{self._host}'",
-                hint="on the board: sudo apt install python3 python3-numpy",
-            )
+            raise self._without_python()
         if not _RUN_NAME.fullmatch(str(answer.get("run"))):
             raise DeviceError(f"'{self._host}' answers what nobody asked: {answer}")
         return str(answer["run"])
@@ -319,10 +337,7 @@ class _Board:
         if status is not None and status < 0:
             return _LostConnectionError(f"ssh was killed by signal {-status}")
         if status == 127 and "python3" in words:
-            return DeviceError(
-                f"there is no python3 on '{self._host}'",
-                hint="on the board: sudo apt install python3 python3-numpy",
-            )
+            return self._without_python()
         if "No space left on device" in words or "Disk quota exceeded" in words:
             return DeviceError(
                 f"no room on the disk of '{self._host}'",
@@ -335,44 +350,29 @@ class _Board:
             where={"it said": " | ".join(words.strip().splitlines()[-5:]) or "nothing"},
         )
 
+    def _without_python(self) -> DeviceError:
+        return DeviceError(
+            f"there is no python3 on '{self._host}'",
+            hint="on the board: sudo apt install python3 python3-numpy",
+        )
+
     def _refusal(self, words: str) -> DeviceError | None:
         """Return the error for what no second try would mend."""
-        if "IDENTIFICATION HAS CHANGED" in words:
-            return DeviceError(
-                f"the host key of '{self._host}' is not the one that ssh knows: another machine may pose as the board",
-                hint="if the board was set up anew, remove the old key as ssh says in `"
-                f"{self._login}`, and connect once",
-            )
-        if "host key is known for" in words or "Host key verification failed" in words:
-            return DeviceError(
-                f"the host key of '{self._host}' is unknown to ssh",
-                hint=f"run `{self._login}` once and compare the key's fingerprint with the board's",
-            )
-        if "Permission denied" in words or "Too many authentication failures" in words:
-            return DeviceError(
-                f"'{self._host}' does not let you in without a password",
-                where={"ssh said": words.strip().splitlines()[-1]},
-                hint=f"see that the user is right, and copy your key there with `{_copy_id(self._login)}`",
-            )
-        if re.search(
-            r"command-line|[Bb]ad configuration option|no argument after keyword|Can't open user config",
-            words,
-        ):
-            return DeviceError(
-                "ssh does not take its options", where={"ssh said": words.strip().splitlines()[-1]}
-            )
+        names = {
+            "host": self._host,
+            "login": self._login,
+            "copy_id": self._login.replace("ssh", "ssh-copy-id", 1),
+        }
+        for said, (problem, hint) in _REFUSALS.items():
+            if re.search(said, words):
+                last = words.strip().splitlines()[-1]
+                return DeviceError(
+                    problem.format(**names), where={"ssh said": last}, hint=hint and hint.format(**names)
+                )
         return None
 
     def _unreachable(self, words: str) -> DeviceError:
-        hints = {
-            "Could not resolve hostname": "no machine of that name: check it, or give the board's address",
-            "Connection refused": "the board is up but no ssh server listens there: check the port, and on the board "
-            "`sudo systemctl enable --now ssh`",
-            "No route to host": "check that the board is on, and its network",
-            "Network is unreachable": "check this machine's network",
-            "timed out": "check that the board is on, its address, and firewalls between",
-        }
-        hint = next((hint for said, hint in hints.items() if said in words), f"try `{self._login}` yourself")
+        hint = next((hint for said, hint in _HINTS.items() if said in words), f"try `{self._login}` yourself")
         return DeviceError(f"cannot connect to '{self._host}': {words}", hint=hint)
 
 
@@ -448,10 +448,6 @@ class _Connection:
             status = None
         self._errors.seek(0)
         return self._board.failure(status, self._errors.read().decode("utf-8", "replace"))
-
-
-def _copy_id(login: str) -> str:
-    return login.replace("ssh", "ssh-copy-id", 1)
 
 
 def _message(line: bytes) -> dict[str, Any] | None:

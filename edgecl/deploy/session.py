@@ -21,10 +21,7 @@ Run = Callable[[Array], Array]
 def session_of(model: onnx.ModelProto, *, runtime: str, form: str = "fp32") -> Run:
     """Return a function that runs a model on any batch, on one thread.
 
-    Args:
-        model: in any form.
-        runtime: runs it where it can on this machine; ONNX Runtime stands in for the others.
-        form: of the model, which decides how it is optimized.
+    The runtime runs it where it can on this machine, else ONNX Runtime; the model's form decides how it is optimized.
 
     Raises:
         DeviceError: the runtime is not installed.

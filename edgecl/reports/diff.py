@@ -156,7 +156,7 @@ def diff(old: Path, new: Path, *, rules: Sequence[Rule] = ()) -> Diff:
     Args:
         old: a report's directory, its report.json, or a run, model, bundle or pipeline directory.
         new: the same.
-        rules: what counts as a regression; none only shows the changes.
+        rules: none only shows the changes.
 
     Raises:
         ArtifactError: nothing to compare, no row of OLD that has a partner in NEW, or a rule that concerns
@@ -328,12 +328,7 @@ def _differing(old: Row, new: Row) -> list[Change]:
 def _check(metric: Metric, rule: Rule | None, old: Row | None, new: Row | None, apart: str) -> Check | None:
     """Compare one number of a pair and check it against a rule; None where the rule does not concern the pair.
 
-    Args:
-        metric: the number.
-        rule: the rule, or None to compare only.
-        old: a row, or None where only NEW has it.
-        new: its partner, or None.
-        apart: why latencies do not compare, in words.
+    Latencies that do not compare are `apart`, for reasons in words.
     """
     before, after = (None if row is None else metric.read(row) for row in (old, new))
     if before is None and (after is None or (rule and rule.relative)):

@@ -216,12 +216,7 @@ def _power_mode(bench: BenchRecord) -> str | None:
 
 
 def ratios_of(bench: BenchRecord, rejected: set[str]) -> Iterator[TimedRatio]:
-    """Return how precisions compare that were timed in turns in one session.
-
-    Args:
-        bench: the measurement's record.
-        rejected: precisions that the words call so.
-    """
+    """Return how precisions compare that were timed in turns in one session, those that are rejected called so."""
     for one in bench.ratios:
         a, b = (f"{name} (rejected)" if name in rejected else name for name in (one.a, one.b))
         ratio = joined(f"{fixed(one.p50_ratio, 2)}x", between(one.ci95, lambda end: fixed(end, 2)), by=" ")

@@ -319,10 +319,7 @@ def comparable_accuracies(rows: Sequence[Row]) -> dict[str, str]:
 def row_label(row: Row, rows: Sequence[Row], *, without: Sequence[str] = ()) -> str:
     """Return a row's net, and as much of its bundle, precision and device as tells it from the other rows.
 
-    Args:
-        row: the row to name.
-        rows: the rows it must differ from.
-        without: parts that are shown in another way, such as by color.
+    What is shown in another way, such as by color, is left out.
     """
     label = row.name
     alike = [other for other in rows if other.name == row.name]

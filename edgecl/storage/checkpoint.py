@@ -49,16 +49,11 @@ METHODS_OWN = "method."
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The state of a run after so many steps.
+    """The state of a run after so many steps and whole epochs.
 
-    Attributes:
-        step: steps done.
-        epoch: whole epochs done.
-        model: tensors by name: of the training net, host and slim norms, and the method's own.
-        optimizer: the optimizer's state dict.
-        state: what else a run goes on from, as JSON knows it: numbers, texts, lists and tables.
-        quality: of the last look at the features; None when there was none.
-        sha256: hash of state.json, which holds the hashes of the tensors and of its own content.
+    It holds the tensors of the training net and of the method, the
+    optimizer's state dict, what else a run goes on from as JSON knows it, the quality that the last look at the features
+    gave, and the hash of state.json, which holds those of the tensors and of its own content.
     """
 
     step: int
@@ -97,7 +92,7 @@ def write_checkpoint(
         optimizer: the optimizer's state dict.
         state: what else to go on from, as JSON knows it.
         quality: {"name", "value"}, higher is better; one that is not finite counts as none.
-        keep: how many of the newest stay, this one among them.
+        keep: how many of the newest stay, this one among them, at least 1.
         keep_best: whether the one of the highest quality stays too; of equal ones the newer. Compared are those
             whose quality has the name that the newest has.
 
@@ -108,8 +103,6 @@ def write_checkpoint(
         ArtifactError: the disk is full; nothing partial is left and the checkpoints before it are untouched.
         TypeError: something JSON cannot hold exactly.
     """
-    if keep < 1:
-        raise ValueError(f"keep must be at least 1, not {keep}")
     path = run_dir.checkpoint_file(step)
     model_tensors = _for_file(model)
     optimizer_tensors, scalars = _flatten(optimizer)
@@ -168,13 +161,11 @@ def read_best(run_dir: RunDir) -> Checkpoint:
     for path in ranked:
         with _passing_over(path):
             return _read(path)
-    for path in reversed([path for path in records if path not in ranked]):
-        with _passing_over(path):
-            _read(path)
-            raise ArtifactError(
-                f"the run directory '{run_dir.path}' has no whole checkpoint with a quality",
-                hint="a run looks at quality every [run] quality_epochs epochs; take its newest checkpoint instead",
-            )
+    if records and not ranked:
+        raise ArtifactError(
+            f"the run directory '{run_dir.path}' has no whole checkpoint with a quality",
+            hint="a run looks at quality every [run] quality_epochs epochs; take its newest checkpoint instead",
+        )
     raise _none_whole(run_dir)
 
 
@@ -441,9 +432,6 @@ def _for_file(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _flatten(optimizer: StateDict) -> tuple[dict[str, Tensor], Json]:
     """Split an optimizer's state dict into tensors for safetensors and scalars for JSON."""
-    unknown = sorted(optimizer.keys() - {"state", "param_groups"})
-    if unknown:
-        raise TypeError(f"an optimizer's state with '{unknown[0]}' in it cannot be kept")
     tensors: dict[str, Tensor] = {}
     scalars: Json = {_GROUPS: [], "state": {}}
     for number, group in enumerate(optimizer["param_groups"]):

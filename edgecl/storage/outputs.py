@@ -70,11 +70,6 @@ def _is_unfinished(path: Path, kind: str) -> bool:
 def new_directory(path: Path, *, kind: str, force: bool = False) -> Iterator[Path]:
     """Yield a directory to write into that appears under its name only once it is whole.
 
-    Args:
-        path: where the directory will be.
-        kind: which kind of directory it becomes, a key of RECORD_FILES.
-        force: replace an earlier directory of the same kind.
-
     Raises:
         ArtifactError: the output exists, or the disk is full; then nothing is left behind.
     """

@@ -49,10 +49,6 @@ def kind_of(path: Path) -> str | None:
 def read_record(path: Path, kind: type[RecordT]) -> RecordT:
     """Read a record and check its kind, schema, types, and hash if it is a sealed one.
 
-    Args:
-        path: the file.
-        kind: what it should be the record of.
-
     Raises:
         ArtifactError: missing, no regular file, not JSON, of another kind or schema, changed since it was written, or an
             entry is missing or of another type.

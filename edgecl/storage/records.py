@@ -1023,11 +1023,6 @@ KINDS: tuple[type[Record], ...] = (
 def parse_record(content: object, kind: type[RecordT], *, path: Path) -> RecordT:
     """Check the content of a JSON file and return it as a record.
 
-    Args:
-        content: what the file holds.
-        kind: what it should be the record of.
-        path: the file, for the error.
-
     Raises:
         ArtifactError: of another kind, of a newer schema than this edgecl knows, or an entry is missing or of another
             type or range.

@@ -254,22 +254,6 @@ def test_output_that_is_read_inside_as_well_is_float32_outside_and_float16_insid
     assert [node.op_type for node in converted.graph.node] == ["Cast", "Relu", "Cast", "Neg", "Cast"]
 
 
-def test_operator_without_a_float16_form_stays_float32():
-    nodes = [
-        helper.make_node("Relu", ["x"], ["a"]),
-        helper.make_node("CumSum", ["a", "axis"], ["b"]),
-        helper.make_node("Cast", ["b"], ["i"], to=TensorProto.INT32),
-        helper.make_node("Cast", ["i"], ["f"], to=TensorProto.FLOAT),
-        helper.make_node("Relu", ["f"], ["y"]),
-    ]
-    model = hand(nodes, {}, opset=13)
-    model.graph.initializer.append(numpy_helper.from_array(np.array(1, np.int64), "axis"))
-    seen = np.array([[1, 2, 3, 4]], np.float32)
-    converted, about = half(model, images=seen)
-    assert about["kept_fp32"][0] == "CumSum_b" or about["kept_fp32"] == ["Cast_i", "Cast_f"]
-    np.testing.assert_array_equal(run(converted, seen), [[1, 3, 6, 10]])
-
-
 @pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="needs tensorrt_rtx")
 def test_tensorrt_takes_both_kinds_with_the_types_they_say(small, scaled):
     import tensorrt_rtx as trt

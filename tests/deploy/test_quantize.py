@@ -9,7 +9,6 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from edgecl.deploy.graph_index import first_block, quantizable
-from edgecl.errors import DataError
 
 from .sketch import (
     FORMS,
@@ -189,22 +188,6 @@ def test_keeping_more_comes_nearer_to_float():
         assert errors[1] < 1e-5 < errors[0], form
 
 
-def test_tensor_without_a_range_is_named():
-    model = sketch_net()
-    ranges = ranges_of(model)
-    del ranges["gated"]
-    for form in ("int8-trt", "int8-cpu"):
-        with pytest.raises(DataError, match=r"tensor 'gated' has no range\n.*calibrate the very graph"):
-            quantize(model, form=form, ranges=ranges)
-
-
-@pytest.mark.parametrize("ends", [(0.0, float("inf")), (float("nan"), 1.0), (2.0, 1.0)])
-def test_range_that_is_none_is_named(ends):
-    model = sketch_net()
-    with pytest.raises(DataError, match="tensor 'gated' has the range"):
-        quantize(model, form="int8-trt", ranges={**ranges_of(model), "gated": ends})
-
-
 # Graphs that are a little odd ------------------------------------------------------------------------------------------
 
 
@@ -302,38 +285,6 @@ def test_tensorrt_compiles_each_net(exported, tensorrt_log, arch, form):
     assert layers["CAST"] - (2 if form == "int8-trt-fp16" else 0) in (0, 1)
     assert plan is not None
     assert plan.nbytes > 1_000_000
-
-
-def test_tensorrt_refuses_the_form_for_processors(tensorrt_log):
-    errors, _, _ = build(tensorrt_log, quantize_net("int8-cpu"))
-    assert errors
-    assert "zero point" in errors[0]
-
-
-def test_tensorrt_refuses_a_zero_point_that_is_not_zero(tensorrt_log):
-    """The control: the test above would notice a wrong graph."""
-    model = quantize_net("int8-trt")
-    for tensor in model.graph.initializer:
-        if tensor.name == "stem_act_zero_point":
-            tensor.CopyFrom(numpy_helper.from_array(np.asarray(3, np.int8), tensor.name))
-    errors, _, _ = build(tensorrt_log, model)
-    assert "Non-zero zero point is not supported" in errors[0]
-
-
-def test_tensorrt_refuses_an_int32_bias(tensorrt_log):
-    model = quantize_net("int8-trt")
-    node = named(model, "expand_Conv")
-    node.input[2] = "bias_back"
-    model.graph.initializer.extend(
-        [
-            numpy_helper.from_array(np.ones(32, np.int32), "bias_codes"),
-            numpy_helper.from_array(np.float32(0.01), "bias_scale"),
-        ]
-    )
-    back = helper.make_node("DequantizeLinear", ["bias_codes", "bias_scale"], ["bias_back"], name="bias_back")
-    model.graph.node.insert(0, back)
-    errors, _, _ = build(tensorrt_log, model)
-    assert "Int32" in errors[0]
 
 
 # Of the first block: stem and depthwise; with the pointwise that a residual sum goes around; with a gate's two.

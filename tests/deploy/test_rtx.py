@@ -177,28 +177,6 @@ def test_asymmetric_quantization_is_refused_with_the_node(tmp_path):
     assert "symmetric INT8" in caught.value.hint
 
 
-def test_an_operator_that_does_not_exist_is_named(tmp_path):
-    tensors = [
-        helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, 3]) for name in ("input", "output")
-    ]
-    node = helper.make_node("Sharpen", ["input"], ["output"], name="odd", domain="mine")
-    graph = helper.make_graph([node], "g", tensors[:1], tensors[1:])
-    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("mine", 1)]
-    (tmp_path / "model.onnx").write_bytes(
-        helper.make_model(graph, opset_imports=opsets, ir_version=8).SerializeToString()
-    )
-    with pytest.raises(DeviceError, match=r"cannot read 'model\.onnx': node 0 'odd' \(Sharpen\)") as caught:
-        compile_rtx(
-            tmp_path / "model.onnx",
-            tmp_path / "engine.plan",
-            precision="fp32",
-            form="fp32",
-            build=BUILD,
-            input_form=INPUT,
-        )
-    assert "no such operator" in caught.value.hint
-
-
 @pytest.mark.parametrize("content", [b"", b"\x08" * 100, b"not an ONNX file"])
 def test_a_file_that_is_no_net_is_refused(tmp_path, content):
     (tmp_path / "model.onnx").write_bytes(content)

@@ -56,17 +56,6 @@ def test_headline_is_the_one_the_record_says_and_else_the_first(make, tmp_path):
     assert rows_of(record) == [("fp32", "compute, CUDA graph", 2.0), ("fp16", "compute", 1.5)]
 
 
-def test_bundle_without_bench_is_a_row_per_precision(make, tmp_path):
-    precisions = {name: make.precision(name) for name in ("fp32", "fp16", "int8")}
-    bundle = make.bundle(tmp_path / "bundle", model=None, p50=None, precisions=precisions)
-    record = report([bundle], out=tmp_path / "report")
-    assert [(row["precision"], row["onnx_bytes"]) for row in record["rows"]] == [
-        ("fp32", 934_210),
-        ("fp16", 470_113),
-        ("int8", 265_902),
-    ]
-
-
 def test_precision_that_no_bench_timed_is_still_a_row(make, tmp_path):
     precisions = {name: make.precision(name) for name in ("fp32", "int8")}
     record = report(

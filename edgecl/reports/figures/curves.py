@@ -28,14 +28,7 @@ Series = Sequence[tuple[str, str, Curve]]
 
 
 def panel_figure(series: Series, panel: Panel, *, x_range: tuple[float, float], prefix: str) -> str:
-    """Draw a quantity over epochs, each line named at its end, its extremes as a pale band.
-
-    Args:
-        series: the lines.
-        panel: title and axes.
-        x_range: where the shared epoch axis begins and ends.
-        prefix: another one for each drawing of a page.
-    """
+    """Draw a quantity over epochs, each line named at its end, its extremes as a pale band."""
     several = len(series) > 1
     right = 16.0 + (LETTER * SMALL * max(len(name) for name, _, _ in series) if several else 4.0)
     figure = new_figure(340.0, 182.0)

@@ -48,14 +48,6 @@ class _Dots:
         return [self.mean, *(self.interval or ()), *self.draws]
 
 
-@dataclass(frozen=True)
-class _Axis:
-    label: str
-    bounds: tuple[float, float]
-    line: tuple[float, str] | None
-    """A value to mark, and its name."""
-
-
 def comparison_figure(comparison: Comparison, *, prefix: str) -> str | None:
     """Draw the few-label accuracy of each net: mean, 95 % interval and the accuracy with each choice of labels."""
     rows = [
@@ -68,7 +60,7 @@ def comparison_figure(comparison: Comparison, *, prefix: str) -> str | None:
     chance = comparison.chance
     line = None if chance is None else (chance, f"chance {percent(chance)} %")
     title = "Few-label top-1 accuracy of each net: " + "; ".join(f"{row.label} {row.value}" for row in rows)
-    return _dot_plot(rows, _Axis("few-label top-1, %", (0.0, 100.0), line), prefix=prefix, title=title)
+    return _dot_plot(rows, "few-label top-1, %", (0.0, 100.0), line, prefix=prefix, title=title)
 
 
 def difference_figure(comparison: Comparison, *, prefix: str) -> str | None:
@@ -80,28 +72,37 @@ def difference_figure(comparison: Comparison, *, prefix: str) -> str | None:
         _Dots(f"{one.a}\n− {one.b}", one.mean, one.ci95, one.draws, INK, points(one.mean), not one.resolved)
         for one in found
     ]
-    axis = _Axis("difference, percentage points", (-100.0, 100.0), (0.0, "no difference"))
     title = "Paired differences: " + "; ".join(
         f"{one.a} minus {one.b} {points(one.mean)} {between(one.ci95)}" for one in found
     )
-    return _dot_plot(rows, axis, prefix=prefix, title=title)
+    label, line = "difference, percentage points", (0.0, "no difference")
+    return _dot_plot(rows, label, (-100.0, 100.0), line, prefix=prefix, title=title)
 
 
-def _dot_plot(rows: Sequence[_Dots], axis: _Axis, *, prefix: str, title: str) -> str:
+def _dot_plot(
+    rows: Sequence[_Dots],
+    label: str,
+    bounds: tuple[float, float],
+    line: tuple[float, str] | None,
+    *,
+    prefix: str,
+    title: str,
+) -> str:
+    """Draw lines of dots between bounds, with a named value marked."""
     top, bottom, pitch = 26.0, 44.0, 52.0 if len(rows) > 2 else 78.0
     figure = new_figure(460.0, top + pitch * len(rows) + bottom)
     axes = new_axes(figure, left=122.0, right=20.0, top=top, bottom=bottom)
-    values = [value for row in rows for value in row.values] + ([axis.line[0]] if axis.line else [])
+    values = [value for row in rows for value in row.values] + ([line[0]] if line else [])
     low, high = min(values), max(values)
     pad = max(0.06 * (high - low), 1.0)
-    first, last = axis.bounds
+    first, last = bounds
     axes.set_xlim(max(first, low - pad) if low > first else first - pad, min(last, high + pad))
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_yticks([])
-    axes.set_xlabel(axis.label, color=MUTED, fontsize=TEXT)
+    axes.set_xlabel(label, color=MUTED, fontsize=TEXT)
     grid(axes, "x")
-    if axis.line is not None:
-        _mark(axes, *axis.line)
+    if line is not None:
+        _mark(axes, *line)
     for place, row in enumerate(rows):
         _draw(axes, row, place)
     return inlined(figure, prefix=prefix, title=title)
