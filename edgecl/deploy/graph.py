@@ -61,7 +61,7 @@ def opset_of(model: onnx.ModelProto) -> int:
     return next((int(entry.version) for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
 
 
-def shapes_of(model: onnx.ModelProto) -> dict[str, Shape]:
+def _shapes_of(model: onnx.ModelProto) -> dict[str, Shape]:
     """Return the shape of every tensor of a graph that ONNX can infer; a dimension is a number or a name."""
     graph = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True).graph
     shapes: dict[str, Shape] = {
@@ -119,7 +119,7 @@ class _Rewriter:
         self._source = opset_of(model)
         self._target = opset
         self._hard_swish = hard_swish
-        self._shapes = shapes_of(model)
+        self._shapes = _shapes_of(model)
         self._names = Names(model.graph)
         self._scalars: dict[tuple[str, float], str] = {}
         self.constants = {tensor.name: tensor for tensor in model.graph.initializer}

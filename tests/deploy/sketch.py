@@ -125,7 +125,12 @@ def run(model, images, *, plain=False):
     session = onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
-    return session.run(None, {"input": images})[0]
+    return session.run(None, {session.get_inputs()[0].name: images})[0]
+
+
+def relative(found, expected):
+    assert found.shape == expected.shape
+    return np.abs(found - expected).max() / max(np.abs(expected).max(), 1e-6)
 
 
 def optimized_kinds(model, path):

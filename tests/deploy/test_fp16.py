@@ -7,7 +7,6 @@ from collections import Counter
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
@@ -19,11 +18,19 @@ from edgecl.deploy.fp16 import half
 from edgecl.deploy.onnx import onnx_from_net
 from edgecl.nets.backbone import create_backbone
 
+from . import sketch
+from .sketch import kinds, relative
+
 SIDE = 32
 
 
 def to_onnx(net, **graph):
     return onnx_from_net(net, graph=Graph(**graph), shape=(3, SIDE, SIDE), metadata={"mean": [0.5]})
+
+
+def run(model, seen):
+    # Otherwise ONNX Runtime may drop a pair of Casts that TensorRT would carry out.
+    return sketch.run(model, seen, plain=True)
 
 
 class Scaled(nn.Module):
@@ -57,26 +64,6 @@ def scaled():
 
 def images(count):
     return np.random.default_rng(count).normal(size=(count, 3, SIDE, SIDE)).astype(np.float32)
-
-
-def run(model, seen):
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    # Otherwise ONNX Runtime may drop a pair of Casts that TensorRT would carry out.
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    return session.run(None, {model.graph.input[0].name: seen})[0]
-
-
-def relative(found, expected):
-    assert found.shape == expected.shape
-    return np.abs(found - expected).max() / np.abs(expected).max()
-
-
-def kinds(model):
-    return Counter(node.op_type for node in model.graph.node)
 
 
 def plain(model):
