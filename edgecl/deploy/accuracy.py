@@ -12,7 +12,7 @@ from torch import Tensor
 
 from edgecl.data.loading import load_eval_images, normalize, split_holdout
 from edgecl.data.randomness import permutation
-from edgecl.data.source import Split
+from edgecl.data.source import ImageSource, Split
 from edgecl.data.sources import has_test_split, open_source
 from edgecl.data.unreadable import say_skipped
 from edgecl.deploy.session import Run
@@ -133,6 +133,21 @@ def cosines(found: Tensor, expected: Tensor) -> Tensor:
     return torch.where(both_zero, 1.0, torch.nn.functional.cosine_similarity(found, expected, dim=1))
 
 
+def read_images(
+    source: ImageSource, named: str, preprocessing: Preprocessing, *, limit: int
+) -> tuple[Tensor, Tensor | None]:
+    """Read up to so many images, (N, 3, H, W) uint8 at the net's size, and their (N,) labels; say what was skipped."""
+    loaded = load_eval_images(
+        source,
+        resize_size=preprocessing.resize_size,
+        image_size=preprocessing.image_size,
+        max_bad_fraction=MAX_BAD_FRACTION,
+        limit=limit,
+    )
+    say_skipped(loaded.skipped, named)
+    return loaded.images, loaded.labels
+
+
 def open_evaluator(
     record: ModelRecord,
     *,
@@ -164,15 +179,9 @@ def open_evaluator(
         )
     if source.labels is not None and not uri and split == "train":
         source = source.take(split_holdout(source.labels, HOLDOUT, seed=0)[1])
-    loaded = load_eval_images(
-        source,
-        resize_size=preprocessing.resize_size,
-        image_size=preprocessing.image_size,
-        max_bad_fraction=MAX_BAD_FRACTION,
-        limit=MOST_IMAGES if usable else MOST_UNLABELLED,
-    )
-    say_skipped(loaded.skipped, named)
-    images, labels = loaded.images, loaded.labels if usable else None
+    limit = MOST_IMAGES if usable else MOST_UNLABELLED
+    images, labels = read_images(source, named, preprocessing, limit=limit)
+    labels = labels if usable else None
     held_out = "" if uri or split == "test" else " (held out)" if source.labels is not None else ""
     bank = bank_labels = None
     metric: Metric = "mean_cosine" if labels is None else "top1" if classes else "knn_top1"

@@ -54,14 +54,7 @@ def verify(
     made_from = sha256_of_file(directory.record_file)
     where = _where(bundle, host)
     try:
-        found = _run(
-            "verify",
-            bundle,
-            precisions=precisions,
-            runtime=runtime,
-            host=host,
-            report=report,
-        )
+        found = _run("verify", bundle, precisions=precisions, runtime=runtime, host=host, report=report)
     except OnboardError as error:
         if error.name != onboard_errors.DeviceError.name:  # without a runtime nothing was found out
             failed = {

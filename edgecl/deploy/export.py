@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from edgecl.config.target import Target, read_target, target_name
-from edgecl.data.loading import load_eval_images, normalize, split_holdout
+from edgecl.data.loading import normalize, split_holdout
 from edgecl.data.randomness import permutation
 from edgecl.data.sources import has_test_split, open_source
-from edgecl.data.unreadable import say_skipped
 from edgecl.deploy import extras
-from edgecl.deploy.accuracy import HOLDOUT, MAX_BAD_FRACTION, Evaluator, open_evaluator
+from edgecl.deploy.accuracy import HOLDOUT, Evaluator, open_evaluator, read_images
 from edgecl.deploy.decision import conclude
 from edgecl.deploy.device import verify
 from edgecl.deploy.graph import opset_of
@@ -182,43 +181,30 @@ def _read_images(
     if hold_out and source.labels is not None and not has_test_split(uri):
         stay = split_holdout(source.labels, HOLDOUT, seed=0)[0]
         source = source.take(stay)
-    loaded = load_eval_images(
-        source,
-        resize_size=preprocessing.resize_size,
-        image_size=preprocessing.image_size,
-        max_bad_fraction=MAX_BAD_FRACTION,
-        limit=wanted,
-    )
-    say_skipped(loaded.skipped, uri)
+    images, labels = read_images(source, uri, preprocessing, limit=wanted)
     aside = " beside the fifth that is held out" if hold_out and len(source) < source_length else ""
-    if len(loaded.images) < REFERENCE_IMAGES:
+    if len(images) < REFERENCE_IMAGES:
         raise DataError(
-            f"a bundle needs {REFERENCE_IMAGES} real images, there are {len(loaded.images)}{aside}",
+            f"a bundle needs {REFERENCE_IMAGES} real images, there are {len(images)}{aside}",
             where={"data": uri},
             hint="name more with --calibration URI; they need no labels",
         )
-    if "int8" in target.precisions and len(loaded.images) < LEAST_CALIBRATION_IMAGES:
+    if "int8" in target.precisions and len(images) < LEAST_CALIBRATION_IMAGES:
         raise DataError(
             f"INT8 needs at least {LEAST_CALIBRATION_IMAGES} images to calibrate on, "
-            f"there are {len(loaded.images)}{aside}",
+            f"there are {len(images)}{aside}",
             where={"data": uri},
             hint="name more with --calibration URI, or leave INT8 out, e.g. --precision "
             + (",".join(name for name in target.precisions if name != "int8") or "fp32"),
         )
-    order = torch.from_numpy(permutation(0, 0, len(loaded.images), stream="calibration"))
-    images = normalize(loaded.images[order], preprocessing.mean, preprocessing.std)
+    order = torch.from_numpy(permutation(0, 0, len(images), stream="calibration"))
+    images = normalize(images[order], preprocessing.mean, preprocessing.std)
     fits = record.classes is not None and list(source.classes or ()) == record.classes
-    return images, loaded.labels[order] if loaded.labels is not None and fits else None
+    return images, labels[order] if labels is not None and fits else None
 
 
 def _manifest(
-    source: Source,
-    parity: list[ParityCheck],
-    *,
-    target: str,
-    model: ModelDir,
-    outputs: int,
-    uri: str,
+    source: Source, parity: list[ParityCheck], *, target: str, model: ModelDir, outputs: int, uri: str
 ) -> Manifest:
     """Return the manifest as far as it is known before the files are written."""
     record, graph = source.record, source.target.graph

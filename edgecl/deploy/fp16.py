@@ -19,11 +19,11 @@ from edgecl.deploy.session import open_tensors
 
 # Images at a time; all intermediate tensors of a batch are in memory at once.
 _BATCH = 4
+# The largest magnitude to convert; float16 ends at 65504.
+_LIMIT = 6e4
 
 
-def half(
-    model: onnx.ModelProto, *, images: NDArray[np.float32], limit: float = 6e4
-) -> tuple[onnx.ModelProto, dict[str, Any]]:
+def half(model: onnx.ModelProto, *, images: NDArray[np.float32]) -> tuple[onnx.ModelProto, dict[str, Any]]:
     """Convert a net to float16, its inputs and outputs apart, which stay float32.
 
     The net runs on the images in float32 first. Nodes that write or read a tensor beyond the limit, or a weight beyond
@@ -32,7 +32,6 @@ def half(
     Args:
         model: a float32 graph as `edgecl.deploy.graph.portable` writes it; it is left as it is.
         images: (N, 3, H, W) preprocessed images, N >= 1.
-        limit: the largest magnitude to convert, at most the end of float16, 65504.
 
     Returns:
         a new model, checked, and {"largest": the largest finite magnitude of any tensor on the images, "kept_fp32":
@@ -49,7 +48,7 @@ def half(
         values = numpy_helper.to_array(tensor)
         peaks[tensor.name] = float(np.abs(values).max()) if values.size else 0.0
     # A tensor that is not a number compares as False, and must not pass.
-    beyond = {name for name, peak in peaks.items() if not peak <= limit}
+    beyond = {name for name, peak in peaks.items() if not peak <= _LIMIT}
     kept = [node.name for node in converted.graph.node if beyond.intersection((*node.input, *node.output))]
     _convert(converted, set(kept))
     converted = with_shapes(

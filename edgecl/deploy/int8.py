@@ -11,7 +11,7 @@ fuses nothing in a graph without quantized outputs.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import numpy
 import onnx
@@ -22,13 +22,13 @@ from torch import Tensor
 from edgecl.config.target import Int8Form, Target
 from edgecl.deploy.accuracy import Evaluator, cosines
 from edgecl.deploy.calibrate import calibrate
-from edgecl.deploy.decision import Say, search_int8, unevaluated
+from edgecl.deploy.decision import Quantize, Say, search_int8, unevaluated
 from edgecl.deploy.fp16 import half
 from edgecl.deploy.graph import opset_of, portable
 from edgecl.deploy.graph_index import first_block, quantizable
 from edgecl.deploy.qdq import CpuWriter, Ranges, TensorrtWriter
 from edgecl.deploy.session import Run, session_of
-from edgecl.storage.records import Decision
+from edgecl.storage.records import Decision, Json
 
 Array = NDArray[numpy.float32]
 
@@ -64,17 +64,13 @@ def make_int8(
     settings, form = target.quantization, target.graph.int8
     say(f"INT8: calibrating on {len(calibration)} images")
     ranges = calibrate(fp32, calibration, settings.methods)
-
-    def open_run(model: onnx.ModelProto) -> Run:
-        return session_of(model, runtime=target.runtime, form=form)
-
     few = calibration[:FP16_IMAGES]
     run_fp32 = session_of(fp32, runtime=target.runtime)
     expected = _outputs(run_fp32, holdout)
     compared: dict[str, dict[str, float]] = {}
     for method in settings.methods:
         model = quantize(fp32, form=form, ranges=ranges[method], images=few)
-        found = _outputs(open_run(model), holdout)
+        found = _outputs(session_of(model, runtime=target.runtime, form=form), holdout)
         compared[method] = {"mean_cosine": float(cosines(found, expected).mean())}
         if holdout_labels is not None:
             compared[method]["top1"] = 100 * float((found.argmax(1) == holdout_labels).double().mean())
@@ -93,16 +89,40 @@ def make_int8(
     def keep(kept: Collection[str]) -> onnx.ModelProto:
         return quantize(fp32, form=form, ranges=ranges[method], keep=kept, images=few)
 
-    obstacle = obstacle_to_evaluation(evaluator, features=features)
-    if evaluator is None or obstacle:
-        return keep(()), unevaluated(obstacle or "").model_copy(update=chosen)
-    model, decision = search_int8(
+    return _decide(
         keep,
         quantizable(fp32, form),
-        evaluator=evaluator,
+        chosen=chosen,
         fp32=run_fp32,
-        open_run=open_run,
-        settings=settings,
+        target=target,
+        evaluator=evaluator,
+        features=features,
+        say=say,
+    )
+
+
+def _decide(
+    quantize: Quantize,
+    candidates: Sequence[str],
+    *,
+    chosen: Json,
+    fp32: Run,
+    target: Target,
+    evaluator: Evaluator | None,
+    features: bool,
+    say: Say,
+) -> tuple[onnx.ModelProto, Decision]:
+    """Search the nodes to keep where there are images for it, and return the net and the decision with what was chosen."""
+    obstacle = obstacle_to_evaluation(evaluator, features=features)
+    if evaluator is None or obstacle:
+        return quantize(()), unevaluated(obstacle or "").model_copy(update=chosen)
+    model, decision = search_int8(
+        quantize,
+        candidates,
+        evaluator=evaluator,
+        fp32=fp32,
+        open_run=lambda found: session_of(found, runtime=target.runtime, form=target.graph.int8),
+        settings=target.quantization,
         features=features,
         say=say,
     )
@@ -130,21 +150,16 @@ def evaluate_trained(
     say: Say,
 ) -> Decision:
     """Return the decision of a net whose scales were trained: there is nothing to choose and nothing to search."""
-    chosen = {"form": target.graph.int8, "method": "trained", "trained_for_int8": True}
-    obstacle = obstacle_to_evaluation(evaluator, features=features)
-    if evaluator is None or obstacle:
-        return unevaluated(obstacle or "").model_copy(update=chosen)
-    decision = search_int8(
+    return _decide(
         lambda kept: model,
         [],
-        evaluator=evaluator,
+        chosen={"form": target.graph.int8, "method": "trained", "trained_for_int8": True},
         fp32=session_of(fp32, runtime=target.runtime),
-        open_run=lambda found: session_of(found, runtime=target.runtime, form=target.graph.int8),
-        settings=target.quantization,
+        target=target,
+        evaluator=evaluator,
         features=features,
         say=say,
     )[1]
-    return decision.model_copy(update=chosen)
 
 
 def _outputs(run: Run, images: Array) -> Tensor:

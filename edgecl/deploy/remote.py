@@ -26,8 +26,7 @@ from edgecl.deploy.onboard_zip import onboard_bytes
 from edgecl.deploy.process import BUILDING_SILENCE_S, Listener, Report, record_of
 from edgecl.errors import DeviceError
 from edgecl.onboard.bundle import MANIFEST, check_files, read_manifest, sha256_of_file
-from edgecl.onboard.errors import BundleError
-from edgecl.onboard.remote import FILE_NAME, MARK
+from edgecl.onboard.remote import MARK
 
 SSH_OPTIONS = "EDGECL_SSH_OPTIONS"
 """Environment variable: more arguments for ssh, split as a shell would, such as '-F FILE' or '-i KEY'."""
@@ -42,20 +41,11 @@ _HOST = re.compile(
 _RUN_NAME = re.compile(r"run\.[A-Za-z0-9]{8,}")
 
 # The first value of an option wins in ssh, so these stand before the user's own.
-_OURS = [
-    "-T",
-    *("-o", "BatchMode=yes"),
-    *("-o", "StrictHostKeyChecking=yes"),
-    *("-o", "ConnectTimeout=15"),
-    *("-o", "ServerAliveInterval=5"),
-    *("-o", "ServerAliveCountMax=3"),
-    *("-o", "LogLevel=INFO"),
-    *("-o", "ForwardAgent=no"),
-    *("-o", "ForwardX11=no"),
-    *("-o", "ClearAllForwardings=yes"),
-    *("-o", "PermitLocalCommand=no"),
-    *("-o", "RemoteCommand=none"),
-]
+_OPTIONS = (
+    "BatchMode=yes StrictHostKeyChecking=yes ConnectTimeout=15 ServerAliveInterval=5 ServerAliveCountMax=3 LogLevel=INFO "
+    "ForwardAgent=no ForwardX11=no ClearAllForwardings=yes PermitLocalCommand=no RemoteCommand=none"
+)
+_OURS = ["-T", *(word for option in _OPTIONS.split() for word in ("-o", option))]
 
 # In single quotes for whatever shell the account has: no quote, newline or exclamation mark within.
 _INSTALL = (
@@ -208,12 +198,6 @@ def _files_of(bundle: Path) -> list[_File]:
     manifest = read_manifest(bundle)
     check_files(bundle, manifest)
     hashes = {MANIFEST: sha256_of_file(bundle / MANIFEST), **manifest["files"]}
-    for name in hashes:
-        if not FILE_NAME.fullmatch(name):
-            raise BundleError(
-                f"the manifest names '{name}', which is no plain file name",
-                "do not run this bundle; export it again",
-            )
     return [
         {"name": name, "size": (bundle / name).stat().st_size, "sha256": digest}
         for name, digest in sorted(hashes.items())
@@ -228,7 +212,8 @@ class _Board:
         self._ssh = ssh
         self._login = login
         self._report = report or (lambda line: None)
-        self._heard_at: float | None = None
+        self.heard_at: float | None = None
+        """When the board spoke last; once it did, a lost connection is sought again."""
 
     def insist(self, step: Callable[[], _Result]) -> _Result:
         """Do a step again, after growing pauses, as long as the connection gets lost; it must be one that goes on."""
@@ -238,9 +223,9 @@ class _Board:
             try:
                 return step()
             except _LostConnectionError as lost:
-                if self._heard_at is None:
+                if self.heard_at is None:
                     raise self._unreachable(str(lost)) from lost
-                if time.monotonic() - self._heard_at > _PATIENCE_S:
+                if time.monotonic() - self.heard_at > _PATIENCE_S:
                     raise _GoneError(
                         f"the connection to '{self._host}' was lost and did not come back within "
                         f"{_PATIENCE_S:g} s",
@@ -249,7 +234,7 @@ class _Board:
                         "board is up and reachable, then run this again",
                     ) from lost
                 self._report(f"connection to {self._host} lost, trying again: {lost}")
-                tries = 0 if self._heard_at > started_at else tries + 1
+                tries = 0 if self.heard_at > started_at else tries + 1
                 time.sleep(min(_PAUSES_S[min(tries, len(_PAUSES_S) - 1)], _PATIENCE_S))
 
     def install(self) -> str:
@@ -324,10 +309,6 @@ class _Board:
             raise DeviceError(
                 "the program 'ssh' is not on the PATH", hint="sudo apt install openssh-client"
             ) from exc
-
-    def reached(self) -> None:
-        """Note that the board spoke: from now on a lost connection is sought again."""
-        self._heard_at = time.monotonic()
 
     def failure(self, status: int | None, words: str) -> Exception:
         """Return what an ssh that ended early means."""
@@ -431,7 +412,7 @@ class _Connection:
                 self._text = rest
                 message = _message(line)
                 if message is not None:
-                    self._board.reached()
+                    self._board.heard_at = time.monotonic()
                     return message
                 continue
             if not select.select([self._out], [], [], patience_s)[0]:

@@ -178,10 +178,7 @@ def check_variants(variants: Variants, source: Source) -> list[ParityCheck]:
     layers = onnx_layers(fp32, few.numpy(), names=list(in_torch))
     outputs = source.outputs(fp32, "fp32")
     step = check_parity(
-        "carved torch net",
-        "ONNX fp32",
-        outputs,
-        torch_outputs(source.plain, source.images[:PARITY_IMAGES]),
+        "carved torch net", "ONNX fp32", outputs, torch_outputs(source.plain, source.images[:PARITY_IMAGES])
     )
     step.first_diverging_layer = first_outside(layers, in_torch, source.tolerance("fp32"))
     check_tolerance(step, source.tolerance("fp32"))

@@ -67,12 +67,7 @@ _OF_EVERY_RUN = (
         high=1.0,
         reference=1.0,
     ),
-    Panel(
-        title="Off-diagonal of C",
-        lines={"off_diagonal_rms": "off-diagonal"},
-        unit="RMS, goal 0",
-        low=0.0,
-    ),
+    Panel(title="Off-diagonal of C", lines={"off_diagonal_rms": "off-diagonal"}, unit="RMS, goal 0", low=0.0),
     Panel(
         title="RankMe",
         lines={"rankme_host": "host", "rankme_slim": "slim"},

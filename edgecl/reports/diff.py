@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Literal
 
-from edgecl.errors import ArtifactError, printable
+from edgecl.errors import ArtifactError, counted, printable
 from edgecl.reports.collect import collect, read_cleaned
 from edgecl.reports.content import Report, report_of
 from edgecl.reports.notation import MINUS, MISSING, between, fixed
@@ -205,9 +205,9 @@ def diff(old: Path, new: Path, *, rules: Sequence[Rule] = ()) -> Diff:
 
 
 def _summary(rules: Sequence[Rule], checked: int, broken: int, pairs: int) -> str:
-    checks = "1 check" if checked == 1 else f"{checked} checks"
+    checks = counted(checked, "check")
     if not rules:
-        return f"no rule was given: {'1 row' if pairs == 1 else f'{pairs} rows'} compared, nothing evaluated"
+        return f"no rule was given: {counted(pairs, 'row')} compared, nothing evaluated"
     if broken:
         return f"regression: {broken} of {checks} {'fails' if broken == 1 else 'fail'}"
     return f"no regression: {checks} {'holds' if checked == 1 else 'hold'}"

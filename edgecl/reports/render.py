@@ -25,13 +25,7 @@ from edgecl.reports.notation import MISSING
 from edgecl.reports.pareto import SIZES, TradeOff
 from edgecl.reports.precisions import joined
 from edgecl.reports.rows import Comparison, Row
-from edgecl.reports.tables import (
-    comparison_table,
-    mode_tables,
-    parity_table,
-    precision_table,
-    report_tables,
-)
+from edgecl.reports.tables import comparison_table, mode_tables, parity_table, precision_table, report_tables
 
 
 @dataclass(frozen=True)

@@ -117,11 +117,7 @@ def write_checkpoint(
         size_bytes={},
     )
     _sweep(run_dir)
-    with (
-        _hint_to_resume(path),
-        _same_step_aside(path),
-        new_directory(path, kind="checkpoint") as aside,
-    ):
+    with _hint_to_resume(path), _same_step_aside(path), new_directory(path, kind="checkpoint") as aside:
         for name, tensors in ((_MODEL, model_tensors), (_OPTIMIZER, optimizer_tensors)):
             save_file(tensors, aside / name)
             record.files[name] = sha256_of_file(aside / name)

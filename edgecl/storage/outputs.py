@@ -30,8 +30,7 @@ def refuse_existing(path: Path, *, force: bool, kind: str) -> None:
     if not force:
         go_on = "go on with --resume, " if _is_unfinished(path, kind) else ""
         raise ArtifactError(
-            f"output '{path}' already exists",
-            hint=f"{go_on}choose another --out, or replace it with --force",
+            f"output '{path}' already exists", hint=f"{go_on}choose another --out, or replace it with --force"
         )
     if not path.is_dir() or kind_of(path) != kind:
         name = RECORD_FILES.get(kind)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from onboard.tiny_bundle import flip_byte, make_bundle
 from typer.testing import CliRunner
 
 import edgecl.deploy.device
@@ -17,9 +18,6 @@ from edgecl.deploy.device import bench
 from edgecl.errors import ArtifactError, DeviceError
 from edgecl.onboard.bundle import sha256_of_file, slug
 from edgecl.storage.records import BenchRecord
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from onboard.tiny_bundle import flip_byte, make_bundle
 
 
 @pytest.fixture(scope="module")

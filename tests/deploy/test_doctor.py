@@ -1,18 +1,13 @@
 """The host's `doctor`: this machine, a bundle, a target, and what the command prints."""
 
-import sys
-from pathlib import Path
-
 import typer
+from onboard.tiny_bundle import flip_byte, make_bundle
 from typer.testing import CliRunner
 
 import edgecl.deploy.device
 from edgecl.cli.doctor import doctor_command
 from edgecl.deploy.device import doctor
 from edgecl.storage.records import DoctorReport
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from onboard.tiny_bundle import flip_byte, make_bundle
 
 
 def by_name(found):

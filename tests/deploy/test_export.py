@@ -48,7 +48,7 @@ def quick_onnx(monkeypatch, exported_bundle):
     """Stand in for torch's exporter, which takes seconds: the model it wrote for the same net."""
 
     def read(net, *, graph, shape, metadata):
-        return onnx.load(Bundle(exported_bundle).onnx_file())
+        return onnx.load(exported_bundle / "model.onnx")
 
     monkeypatch.setattr(edgecl.deploy.variants, "onnx_from_net", read)
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-from collections import Counter
-
 import numpy as np
 import onnx
 import pytest
@@ -158,14 +155,6 @@ def test_just_the_nodes_around_the_large_tensor_stay_float32(scaled):
     onnx.checker.check_model(converted, full_check=True)
 
 
-def test_limit_decides(scaled, small):
-    _, about = half(scaled, images=images(2) / 1000)
-    assert about["kept_fp32"] == []
-    assert len(half(scaled, images=images(2) / 1000, limit=about["largest"] / 2)[1]["kept_fp32"]) == 2
-    _, about = half(small, images=images(2), limit=1e-9)
-    assert len(about["kept_fp32"]) == len(small.graph.node)
-
-
 def test_largest_magnitude_is_that_of_any_image(scaled):
     seen = images(6)
     seen[5] *= 100
@@ -239,33 +228,3 @@ def test_output_that_is_read_inside_as_well_is_float32_outside_and_float16_insid
     converted, _ = half(model, images=seen)
     np.testing.assert_array_equal(run(converted, seen), [[1, 2, 0, 0]])
     assert [node.op_type for node in converted.graph.node] == ["Cast", "Relu", "Cast", "Neg", "Cast"]
-
-
-@pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="needs tensorrt_rtx")
-def test_tensorrt_takes_both_kinds_with_the_types_they_say(small, scaled):
-    import tensorrt_rtx as trt
-
-    logger = trt.Logger(trt.Logger.ERROR)
-    for model, seen in ((small, images(2)), (scaled, 10 * images(3))):
-        converted, _ = half(model, images=seen)
-        builder = trt.Builder(logger)
-        network = builder.create_network(0)
-        parser = trt.OnnxParser(network, logger)
-        read = parser.parse(converted.SerializeToString())
-        assert read, [parser.get_error(index).desc() for index in range(parser.num_errors)]
-        assert network.get_input(0).dtype == network.get_output(0).dtype == trt.float32
-        convolutions = [
-            network.get_layer(index).get_output(0).dtype
-            for index in range(network.num_layers)
-            if network.get_layer(index).type == trt.LayerType.CONVOLUTION
-        ]
-        wide = 2 if model is scaled else 0
-        assert Counter(convolutions) == Counter(
-            {trt.float16: kinds(model)["Conv"] - wide, **({trt.float32: wide} if wide else {})}
-        )
-        settings = builder.create_builder_config()
-        if network.get_input(0).shape[0] == -1:
-            profile = builder.create_optimization_profile()
-            profile.set_shape("input", (1, 3, SIDE, SIDE), (2, 3, SIDE, SIDE), (4, 3, SIDE, SIDE))
-            settings.add_optimization_profile(profile)
-        assert builder.build_serialized_network(network, settings) is not None

@@ -63,10 +63,7 @@ def opset_of(model):
     return {entry.domain: entry.version for entry in model.opset_import}
 
 
-CASES = {
-    "small-any-batch": ("mobilenetv3_small_100", 5, True),
-    "features": ("mobilenetv1_100", 0, False),
-}
+CASES = {"small-any-batch": ("mobilenetv3_small_100", 5, True), "features": ("mobilenetv1_100", 0, False)}
 
 
 @pytest.fixture(scope="module")

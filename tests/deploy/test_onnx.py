@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from edgecl.nets.model_dir import load_model
-from edgecl.storage.directories import Bundle
 
 
 def shape_of(value):
@@ -24,7 +23,7 @@ def opset_of(model):
 
 @pytest.fixture(scope="module")
 def static(exported_bundle):
-    return onnx.load(Bundle(exported_bundle).onnx_file())
+    return onnx.load(exported_bundle / "model.onnx")
 
 
 def session(path):
@@ -74,7 +73,7 @@ def test_file_says_that_edgecl_made_it(static):
 
 
 def test_file_holds_no_path_of_this_machine(exported_bundle, dynamic_file):
-    for path in (Bundle(exported_bundle).onnx_file(), dynamic_file):
+    for path in (exported_bundle / "model.onnx", dynamic_file):
         content = path.read_bytes()
         for trace in (b"/work", b"site-packages", b".py", b"/home", b"/tmp", b"/root", b"stack_trace"):
             assert trace not in content

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
@@ -13,7 +11,6 @@ from edgecl.deploy.graph_index import first_block, quantizable
 from .sketch import (
     FORMS,
     SIDE,
-    TENSORRT_FORMS,
     Sketch,
     constants,
     cosine,
@@ -240,51 +237,6 @@ def test_same_bytes_each_time_and_the_source_untouched(form):
 
 
 # Real nets, and the runtimes -------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def tensorrt_log():
-    """The one logger a process can have: TensorRT ignores any later one."""
-    trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
-    return trt, trt.Logger(trt.Logger.ERROR)
-
-
-def build(tensorrt_log, model):
-    """Parse and compile; return the parser's errors, the kinds of layers and the plan."""
-    trt, log = tensorrt_log
-    builder = trt.Builder(log)
-    network = builder.create_network(0)
-    parser = trt.OnnxParser(network, log)
-    parser.parse(model.SerializeToString())
-    errors = [parser.get_error(place).desc() for place in range(parser.num_errors)]
-    if errors:
-        return errors, None, None
-    settings = builder.create_builder_config()
-    settings.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, 1 << 28)
-    source = network.get_input(0)
-    sides = list(source.shape)[1:]
-    if source.shape[0] == -1:
-        profile = builder.create_optimization_profile()
-        profile.set_shape(source.name, [1, *sides], [1, *sides], [4, *sides])
-        settings.add_optimization_profile(profile)
-    layers = Counter(network.get_layer(place).type.name for place in range(network.num_layers))
-    return errors, layers, builder.build_serialized_network(network, settings)
-
-
-@pytest.mark.parametrize("form", TENSORRT_FORMS)
-@pytest.mark.parametrize("arch", NETS)
-def test_tensorrt_compiles_each_net(exported, tensorrt_log, arch, form):
-    model, ranges = exported(arch)
-    quantized = quantize(model, form=form, ranges=ranges)
-    errors, layers, plan = build(tensorrt_log, quantized)
-    assert errors == []
-    found = kinds(quantized)
-    assert layers["CONVOLUTION"] == kinds(model)["Conv"]
-    assert layers["QUANTIZE"] == layers["DEQUANTIZE"] == found["QuantizeLinear"]
-    # A dynamic batch brings one along.
-    assert layers["CAST"] - (2 if form == "int8-trt-fp16" else 0) in (0, 1)
-    assert plan is not None
-    assert plan.nbytes > 1_000_000
 
 
 # Of the first block: stem and depthwise; with the pointwise that a residual sum goes around; with a gate's two.

@@ -13,14 +13,12 @@ import venv
 from pathlib import Path
 
 import pytest
+from onboard.tiny_bundle import flip_byte, make_bundle
 
 from edgecl.deploy.device import bench, doctor, verify
 from edgecl.deploy.remote import run_on_board
 from edgecl.errors import ArtifactError, DeviceError, ParityError
 from edgecl.onboard.bundle import sha256_of_file
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from onboard.tiny_bundle import flip_byte, make_bundle
 
 SSHD = shutil.which("sshd") or shutil.which("sshd", path="/usr/sbin:/usr/local/sbin")
 NEEDED = ("sh", "bash", "mkdir", "mktemp", "cat", "rm")
@@ -168,12 +166,7 @@ def names_in(folder):
 def test_bench_brings_the_record_into_the_bundle(board, bundle):
     lines = []
     record = bench(
-        bundle,
-        duration_s=0.2,
-        threads=1,
-        host=board.host,
-        precisions=["fp16"],
-        report=lines.append,
+        bundle, duration_s=0.2, threads=1, host=board.host, precisions=["fp16"], report=lines.append
     )
     (file,) = bundle.glob("bench-*.json")
     assert json.loads(file.read_text()) == record.to_json()
@@ -263,13 +256,7 @@ def test_board_that_does_not_come_back_leaves_no_half_record(board, bundle, monk
     with pytest.raises(
         DeviceError, match=r"the connection to .* was lost and did not come back within 1 s"
     ) as caught:
-        run_on_board(
-            board.host,
-            "bench",
-            ["--duration-s", "0.2"],
-            bundle=bundle,
-            report=pull_the_plug,
-        )
+        run_on_board(board.host, "bench", ["--duration-s", "0.2"], bundle=bundle, report=pull_the_plug)
     assert "the run goes on there and ends by itself, nothing was written here" in caught.value.hint
     assert names_in(bundle) == before
     (run,) = board.left_of_runs()

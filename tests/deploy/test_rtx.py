@@ -7,11 +7,9 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
 import timm
 import torch
-from onnx import helper
 from torch import nn
 
 from edgecl.config.target import Build, Graph, read_target
@@ -154,27 +152,6 @@ def test_a_graph_in_another_precision_is_refused(made, tmp_path, form):
         f"{FORMS[form]} (fp32 100 %)"
     )
     assert not (tmp_path / "engine.plan").exists()
-
-
-def test_asymmetric_quantization_is_refused_with_the_node(tmp_path):
-    weight = helper.make_tensor("w", onnx.TensorProto.FLOAT, [1, 3, 1, 1], [1.0, 2.0, 3.0])
-    scale = helper.make_tensor("s", onnx.TensorProto.FLOAT, [], [0.1])
-    zero = helper.make_tensor("z", onnx.TensorProto.INT8, [], [3])
-    nodes = [
-        helper.make_node("QuantizeLinear", ["input", "s", "z"], ["q"], name="uneven"),
-        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["dq"]),
-        helper.make_node("Conv", ["dq", "w"], ["maps"]),
-        helper.make_node("Flatten", ["maps"], ["output"]),
-    ]
-    tensors = [
-        helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
-        for name, shape in (("input", [1, 3, SIDE, SIDE]), ("output", [1, SIDE * SIDE]))
-    ]
-    graph = helper.make_graph(nodes, "g", tensors[:1], tensors[1:], [weight, scale, zero])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    with pytest.raises(DeviceError, match=r"'uneven' \(QuantizeLinear\): .*[zZ]ero.?point") as caught:
-        compile_(model, tmp_path, form="int8-trt")
-    assert "symmetric INT8" in caught.value.hint
 
 
 @pytest.mark.parametrize("content", [b"", b"\x08" * 100, b"not an ONNX file"])

@@ -3,19 +3,16 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import typer
+from onboard.tiny_bundle import flip_byte, make_bundle
 from typer.testing import CliRunner
 
 from edgecl.cli.verify import verify_command
 from edgecl.deploy.device import verify
 from edgecl.errors import ArtifactError, DeviceError, ParityError
 from edgecl.onboard.bundle import sha256_of_file
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from onboard.tiny_bundle import flip_byte, make_bundle
 
 
 @pytest.fixture

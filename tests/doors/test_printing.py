@@ -122,12 +122,7 @@ def test_no_name_in_a_record_reaches_the_report_raw(tmp_path, monkeypatch, capsy
 
 
 @pytest.mark.parametrize(
-    "words",
-    [
-        ["verify", "a", "b\x1b[2J\u202ec"],
-        ["\u2066verify"],
-        ["verify", "--\u202ejson"],
-    ],
+    "words", [["verify", "a", "b\x1b[2J\u202ec"], ["\u2066verify"], ["verify", "--\u202ejson"]]
 )
 def test_wrong_usage_is_printable(words, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["edgecl", *words])

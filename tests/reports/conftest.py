@@ -239,11 +239,7 @@ class Maker:
         return path
 
     def precision(
-        self,
-        name: str,
-        *,
-        accuracy: dict[str, Any] | None = None,
-        decision: dict[str, Any] | None = None,
+        self, name: str, *, accuracy: dict[str, Any] | None = None, decision: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         """One entry of a manifest's precisions."""
         scale = {"fp32": 1.0, "fp16": 700.0, "int8": 40_000.0}[name]

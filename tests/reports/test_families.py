@@ -13,7 +13,6 @@ from edgecl.reports.families import families_of, family_tables
 from edgecl.reports.report import report as report_on
 from edgecl.reports.rows import rows_of
 from reports.conftest import report
-from reports.test_browser import CHROMIUM, probed
 
 CHECKPOINT = "abc1234567" + "0" * 54
 # Width -> p50 ms, params, MACs, and the few-label draws' shift.
@@ -157,10 +156,7 @@ def test_precisions_have_lines_of_their_own_and_a_rejected_one_none(make, tmp_pa
             tmp_path / f"b{width:g}",
             model=model,
             p50=None,
-            precisions={
-                "fp32": make.precision("fp32"),
-                "fp16": make.precision("fp16", decision=rejected),
-            },
+            precisions={"fp32": make.precision("fp32"), "fp16": make.precision("fp16", decision=rejected)},
         )
         make.bench(
             bundle,
@@ -293,14 +289,3 @@ def test_a_family_without_an_accuracy_has_no_chart(make, tmp_path):
     record = report(dirs, out=tmp_path / "report")
     assert record["families"]
     assert record["size_trade_off"] is None
-
-
-@pytest.mark.browser
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH")
-@pytest.mark.parametrize("timed", [True, False])
-@pytest.mark.parametrize("width", [1200, 500])
-def test_the_family_fits_the_page(make, tmp_path, width, timed):
-    report(write_family(make, tmp_path / "nets", timed=timed), out=tmp_path / "report")
-    dom = probed(tmp_path / "report", tmp_path, width)
-    assert 'data-wide="0"' in dom
-    assert 'data-texts="[]"' in dom

@@ -86,11 +86,7 @@ def test_accuracy_of_the_net_stands_in_for_fp16_but_never_for_int8(make, tmp_pat
     record = report([net, bundle], out=tmp_path / "report")
     assert [
         row["accuracy"] and (row["accuracy"]["value"], row["accuracy"]["metric"]) for row in record["rows"]
-    ] == [
-        (77.0, "net_top1"),
-        (77.0, "net_top1"),
-        None,
-    ]
+    ] == [(77.0, "net_top1"), (77.0, "net_top1"), None]
     assert any("no accuracy of the int8 file is known" in note for note in record["notes"])
 
 

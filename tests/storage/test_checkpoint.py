@@ -163,10 +163,7 @@ def test_what_a_run_keeps_besides_comes_back_exactly(run_dir):
     ("state", "text"),
     [
         ({"guard": {"seen": {1, 2}}}, "state.guard.seen is a set, which JSON cannot hold exactly"),
-        (
-            {"guard": [0, torch.zeros(2)]},
-            "state.guard[1] is a Tensor, which JSON cannot hold exactly",
-        ),
+        ({"guard": [0, torch.zeros(2)]}, "state.guard[1] is a Tensor, which JSON cannot hold exactly"),
         ({"guard": {3: "a"}}, "state.guard has the key 3, and JSON knows only texts"),
         ({"size": np.zeros(2)}, "state.size is a ndarray, which JSON cannot hold exactly"),
     ],

@@ -267,10 +267,7 @@ def test_full_disk_leaves_the_earlier_file(tmp_path):
 def test_export_onto_a_full_disk_leaves_no_bundle(tmp_path, carved_model):
     from edgecl.deploy.export import export
 
-    with (
-        largest_file(200_000),
-        pytest.raises(ArtifactError, match="no room on the disk to write 'bundle'"),
-    ):
+    with largest_file(200_000), pytest.raises(ArtifactError, match="no room on the disk to write 'bundle'"):
         export(carved_model, target="ort-cpu", out=tmp_path / "bundle")
     assert names(tmp_path) == []
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from edgecl.reports.figures.drawing import (
     BLUE,
@@ -13,13 +13,11 @@ from edgecl.reports.figures.drawing import (
     ORANGE,
     PAPER,
     PURPLE,
-    SMALL,
     TEXT,
     beside,
     grid,
     inlined,
     new_axes,
-    new_figure,
 )
 from edgecl.reports.notation import between, percent, points, shortened
 from edgecl.reports.rows import Comparison
@@ -90,8 +88,8 @@ def _dot_plot(
 ) -> str:
     """Draw lines of dots between bounds, with a named value marked."""
     top, bottom, pitch = 26.0, 44.0, 52.0 if len(rows) > 2 else 78.0
-    figure = new_figure(460.0, top + pitch * len(rows) + bottom)
-    axes = new_axes(figure, left=122.0, right=20.0, top=top, bottom=bottom)
+    height = top + pitch * len(rows) + bottom
+    figure, axes = new_axes(460.0, height, left=122.0, right=20.0, top=top, bottom=bottom)
     values = [value for row in rows for value in row.values] + ([line[0]] if line else [])
     low, high = min(values), max(values)
     pad = max(0.06 * (high - low), 1.0)
@@ -114,41 +112,22 @@ def _mark(axes: Axes, value: float, name: str) -> None:
     low, high = axes.get_xlim()
     share = (value - low) / (high - low)
     shift, align = (1, "left") if share < 0.2 else (-1, "right") if share > 0.8 else (0, "center")
-    coordinates = ("data", "axes fraction")
-    beside(
-        axes,
-        name,
-        (value, 1),
-        (shift, 7),
-        xycoords=coordinates,
-        ha=align,
-        va="baseline",
-        color=MUTED,
-        fontsize=SMALL,
-    )
+    across = ("data", "axes fraction")
+    beside(axes, name, (value, 1), (shift, 7), xycoords=across, ha=align, va="baseline")
 
 
 def _draw(axes: Axes, row: _Dots, place: int) -> None:
     label = "\n".join(shortened(part, 18) for part in row.label.split("\n"))
-    coordinates = ("axes fraction", "data")
-    beside(
-        axes,
-        label,
-        (0, place),
-        (-10, 0),
-        xycoords=coordinates,
-        ha="right",
-        color=INK,
-        fontsize=TEXT,
-        linespacing=1.25,
-    )
+    look: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "ha": "right", "linespacing": 1.25}
+    beside(axes, label, (0, place), (-10, 0), color=INK, fontsize=TEXT, **look)
     # Single values lie under their interval, stepped a little so that equal ones stay countable.
+    heights = [place + 0.22 + 0.07 * (index % 3) for index in range(len(row.draws))]
+    dot: dict[str, Any] = {"color": row.color, "marker": "o"}
     axes.plot(
         row.draws,
-        [place + 0.22 + 0.07 * (index % 3) for index in range(len(row.draws))],
-        color=row.color,
+        heights,
+        **dot,
         linestyle="none",
-        marker="o",
         markersize=5,
         markeredgecolor="none",
         alpha=0.35,
@@ -158,15 +137,7 @@ def _draw(axes: Axes, row: _Dots, place: int) -> None:
         axes.plot(
             row.interval, [place, place], color=row.color, linewidth=2.6, solid_capstyle="butt", zorder=3
         )
-    axes.plot(
-        [row.mean],
-        [place],
-        color=row.color,
-        marker="o",
-        markersize=9,
-        markerfacecolor=PAPER if row.hollow else row.color,
-        markeredgewidth=2.2,
-        zorder=4,
-    )
+    face = PAPER if row.hollow else row.color
+    axes.plot([row.mean], [place], **dot, markersize=9, markerfacecolor=face, markeredgewidth=2.2, zorder=4)
     about = {"color": INK, "fontsize": TEXT + 1, "fontweight": "bold", "zorder": 5}
     beside(axes, row.value, (row.mean, place), (0, 8), ha="center", va="bottom", **about)
