@@ -98,7 +98,7 @@ def write_variants(arch: str, folder: Path) -> None:
     from edgecl.deploy.calibrate import calibrate
     from edgecl.deploy.fp16 import half
     from edgecl.deploy.int8 import quantize
-    from edgecl.deploy.onnx import onnx_from_net, save_onnx
+    from edgecl.deploy.onnx import onnx_from_net
     from edgecl.nets.backbone import create_backbone, is_norm
 
     torch.manual_seed(0)
@@ -129,7 +129,7 @@ def write_variants(arch: str, folder: Path) -> None:
     for form in ("int8-trt", "int8-trt-fp16"):
         forms[f"rtx-{form}"] = quantize(typed, form=form, ranges=typed_ranges, images=images[:4])
     for name, model in forms.items():
-        save_onnx(model, folder / f"{name}.onnx")
+        (folder / f"{name}.onnx").write_bytes(model.SerializeToString())
 
 
 def serve(runtime: str, file: str, *, core: int) -> None:

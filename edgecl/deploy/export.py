@@ -22,7 +22,7 @@ from edgecl.deploy.decision import conclude
 from edgecl.deploy.device import verify
 from edgecl.deploy.graph import opset_of
 from edgecl.deploy.onboard_zip import write_onboard
-from edgecl.deploy.onnx import INPUT, OUTPUT, save_onnx
+from edgecl.deploy.onnx import INPUT, OUTPUT
 from edgecl.deploy.parity import slim_view_check
 from edgecl.deploy.process import run_here
 from edgecl.deploy.readme import bundle_readme
@@ -243,7 +243,7 @@ def _write_variants(bundle: Bundle, manifest: Manifest, variants: Variants, sour
             manifest.left_out[precision] = LeftOut(decision=variant.decision, parity=variant.parity)
             continue
         file = bundle.path / onnx_name(precision)
-        save_onnx(variant.model, file)
+        file.write_bytes(variant.model.SerializeToString())
         manifest.precisions[precision] = BundlePrecision(
             model=file.name,
             form=variant.form,

@@ -14,7 +14,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from edgecl.deploy.graph import Names, name_nodes, with_shapes
+from edgecl.deploy.graph import Names, with_shapes
 from edgecl.deploy.session import open_tensors
 
 # Images at a time; all intermediate tensors of a batch are in memory at once.
@@ -42,7 +42,6 @@ def half(model: onnx.ModelProto, *, images: NDArray[np.float32]) -> tuple[onnx.M
     """
     converted = onnx.ModelProto()
     converted.CopyFrom(onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True))
-    name_nodes(converted.graph)
     peaks = _largest_magnitudes(converted, images)
     for tensor in _floats(converted.graph):
         values = numpy_helper.to_array(tensor)

@@ -77,15 +77,6 @@ def _shapes_of(model: onnx.ModelProto) -> dict[str, Shape]:
     return shapes
 
 
-def name_nodes(graph: onnx.GraphProto) -> None:
-    """Give every node that has no name, or that of an earlier node, a name of its own."""
-    names, seen = Names(graph), set()
-    for node in graph.node:
-        if not node.name or node.name in seen:
-            node.name = names.node(node.name or f"{node.op_type}_{node.output[0]}")
-        seen.add(node.name)
-
-
 class Names:
     """Names that a graph does not use yet."""
 
@@ -250,7 +241,6 @@ def _assemble(
             initializers.append(tensor)
     del graph.node[:], graph.initializer[:], graph.value_info[:]
     graph.node.extend(nodes)
-    name_nodes(graph)
     graph.initializer.extend(initializers)
     for field in _WITHOUT_METADATA:
         for entry in getattr(graph, field):

@@ -125,7 +125,6 @@ class GraphIndex:
     def __init__(self, graph: onnx.GraphProto) -> None:
         self.graph = graph
         self.constants = {tensor.name: tensor for tensor in graph.initializer}
-        self.inputs = {value.name for value in graph.input} - set(self.constants)
         self.outputs = {value.name for value in graph.output}
         self.maker = {name: node for node in graph.node for name in node.output}
         self.readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)

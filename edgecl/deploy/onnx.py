@@ -8,7 +8,6 @@ import json
 import logging
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import onnx
@@ -61,12 +60,6 @@ def onnx_from_net(
         entry = model.metadata_props.add()
         entry.key, entry.value = f"edgecl.{key}", json.dumps(value)
     return model
-
-
-def save_onnx(model: onnx.ModelProto, path: Path) -> None:
-    """Check a model in full and write it to one file."""
-    onnx.checker.check_model(model, full_check=True)
-    path.write_bytes(model.SerializeToString())
 
 
 @contextlib.contextmanager

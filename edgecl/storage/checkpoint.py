@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-from edgecl.errors import ArtifactError, first_line, tell
+from edgecl.errors import ArtifactError, counted, first_line, tell
 from edgecl.onboard.bundle import sha256_of_file
 from edgecl.storage.directories import RunDir
 from edgecl.storage.outputs import new_directory
@@ -172,11 +172,8 @@ def _none_whole(run_dir: RunDir) -> ArtifactError:
             f"the run directory '{run_dir.path}' has no checkpoint",
             hint="a run writes its first checkpoint after [run] checkpoint_epochs epochs; start it again with --force",
         )
-    count = (
-        f"{len(names)} checkpoints, and none is whole" if len(names) > 1 else "one checkpoint, and it is torn"
-    )
     return ArtifactError(
-        f"the run directory '{run_dir.path}' has {count}",
+        f"the run directory '{run_dir.path}' has {counted(len(names), 'checkpoint')}, and none is whole",
         where={"torn": ", ".join(names)},
         hint="restore one from a copy, or start the run again with --force",
     )

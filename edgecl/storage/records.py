@@ -1046,14 +1046,10 @@ def parse_record(content: object, kind: type[RecordT], *, path: Path) -> RecordT
 
 def _check_schema(content: dict[str, Any], path: Path) -> None:
     schema = content.get("schema")
-    if type(schema) is not int:
+    if type(schema) is not int or schema != SCHEMA:
+        newer = isinstance(schema, int) and schema > SCHEMA
         raise ArtifactError(
-            f"'{path.name}' has the schema {bounded(repr(schema), 100)}, not a number", where={"file": path}
-        )
-    if schema != SCHEMA:
-        newer = schema > SCHEMA
-        raise ArtifactError(
-            f"'{path.name}' has schema {bounded(str(schema), 100)}, this edgecl reads {SCHEMA}",
+            f"'{path.name}' has schema {bounded(repr(schema), 100)}, this edgecl reads {SCHEMA}",
             where={"file": path, "made by": content.get("made_by")},
             hint="upgrade edgecl" if newer else "make its directory anew with this edgecl",
         )

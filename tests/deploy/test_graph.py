@@ -188,6 +188,8 @@ def test_rewriting_twice_gives_the_second_form(cases):
 
 def graph_of(nodes, *, opset, shape, weights=None, out=None):
     """A model of hand-written nodes from 'x' to 'y'."""
+    for node in nodes:
+        node.name = node.name or f"{node.op_type}_{node.output[0]}"
     graph = helper.make_graph(
         nodes,
         "hand",

@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import timm
 import torch
@@ -16,7 +17,7 @@ from edgecl.config.target import Build, Graph, read_target
 from edgecl.deploy.calibrate import calibrate
 from edgecl.deploy.fp16 import half
 from edgecl.deploy.int8 import quantize
-from edgecl.deploy.onnx import onnx_from_net, save_onnx
+from edgecl.deploy.onnx import onnx_from_net
 from edgecl.deploy.rtx import compile_rtx
 from edgecl.errors import DeviceError
 from edgecl.nets.catalogue import NETS
@@ -63,7 +64,7 @@ def made():
 
 
 def compile_(model, tmp_path, *, form, build=BUILD, input_form=INPUT):
-    save_onnx(model, tmp_path / "model.onnx")
+    onnx.save(model, tmp_path / "model.onnx")
     return compile_rtx(
         tmp_path / "model.onnx",
         tmp_path / "engine.plan",
