@@ -178,8 +178,6 @@ def entropy_threshold(counts: NDArray[numpy.float64]) -> int:
 def _divergence(reference: NDArray[numpy.float64], other: NDArray[numpy.float64]) -> float:
     """Return the Kullback-Leibler divergence of two histograms."""
     there = reference > 0
-    if not there.any():
-        return math.inf
     share = reference[there] / reference.sum()
     # A threshold in the sparse tail often ends on an empty bin, which must not rule it out.
     filled = numpy.maximum(other[there], _EMPTY)

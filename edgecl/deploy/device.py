@@ -185,11 +185,7 @@ def _check_ssh() -> DoctorCheck:
 
 
 def _record(kind: type[RecordT], made_from: str, found: Json) -> RecordT:
-    """Return what a device found as a record; a board's words are checked as a file's are.
-
-    Raises:
-        ArtifactError: they are not those of such a record.
-    """
+    """Return what a device found as a record; a board's words are checked as a file's are."""
     own = {
         "schema": SCHEMA,
         "kind": kind.KIND,
@@ -211,12 +207,7 @@ def _run(
     report: Report | None,
     threads: int | None = None,
 ) -> Json:
-    """Run a verb on a bundle where it was asked for; its manifest is checked before anything is copied or started.
-
-    Raises:
-        OnboardError: an error of the device code.
-        DeviceError: the process died or was silent, or the board cannot be used.
-    """
+    """Run a verb on a bundle where it was asked for; its manifest is checked before anything is copied or started."""
     manifest = read_manifest(bundle)
     arguments = [] if runtime is None else ["--runtime", runtime]
     for precision in precisions or ():

@@ -91,7 +91,7 @@ def _convert(model: onnx.ModelProto, kept: set[str]) -> None:
     nodes: list[onnx.NodeProto] = []
 
     def cast(tensor: str, *, to: int, name: str) -> None:
-        nodes.append(helper.make_node("Cast", [tensor], [name], to=to, name=names.node(f"Cast_{name}")))
+        nodes.append(helper.make_node("Cast", [tensor], [name], to=to, name=names.new(f"Cast_{name}")))
 
     for node in graph.node:
         in_fp32 = node.name in kept
@@ -104,14 +104,14 @@ def _convert(model: onnx.ModelProto, kept: set[str]) -> None:
                 node.input[index] = renamed.get(tensor, tensor)
             else:
                 if tensor not in casts:
-                    casts[tensor] = names.tensor(f"{tensor}_{'fp32' if in_fp32 else 'fp16'}")
+                    casts[tensor] = names.new(f"{tensor}_{'fp32' if in_fp32 else 'fp16'}")
                     to = TensorProto.FLOAT if in_fp32 else TensorProto.FLOAT16
                     cast(renamed.get(tensor, tensor), to=to, name=casts[tensor])
                 node.input[index] = casts[tensor]
         nodes.append(node)
         for index, tensor in enumerate(node.output):
             if tensor in outputs and not in_fp32:
-                renamed[tensor] = names.tensor(f"{tensor}_fp16")
+                renamed[tensor] = names.new(f"{tensor}_fp16")
                 node.output[index] = renamed[tensor]
                 cast(renamed[tensor], to=TensorProto.FLOAT, name=tensor)
     copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
@@ -129,7 +129,7 @@ def _narrow_weights(graph: onnx.GraphProto, kept: set[str], names: Names) -> dic
         if tensor.name not in readers[False]:
             continue
         shared = tensor.name in readers[True]
-        narrow[tensor.name] = names.tensor(f"{tensor.name}_fp16") if shared else tensor.name
+        narrow[tensor.name] = names.new(f"{tensor.name}_fp16") if shared else tensor.name
         values = numpy_helper.to_array(tensor).astype(np.float16)
         target = graph.initializer.add() if shared else tensor
         target.CopyFrom(numpy_helper.from_array(values, narrow[tensor.name]))

@@ -78,29 +78,21 @@ def _shapes_of(model: onnx.ModelProto) -> dict[str, Shape]:
 
 
 class Names:
-    """Names that a graph does not use yet."""
+    """Names that neither a tensor nor a node of a graph has yet."""
 
     def __init__(self, graph: onnx.GraphProto):
-        self._tensors = {tensor.name for values in (graph.input, graph.initializer) for tensor in values}
-        self._tensors.update(name for node in graph.node for name in (*node.input, *node.output))
-        self._nodes = {node.name for node in graph.node}
+        self._used = {tensor.name for values in (graph.input, graph.initializer) for tensor in values}
+        for node in graph.node:
+            self._used.update((node.name, *node.input, *node.output))
 
-    def tensor(self, wish: str) -> str:
-        """Return the wish, or the wish with the first number that makes it a new tensor."""
-        return _unused(wish, self._tensors)
-
-    def node(self, wish: str) -> str:
-        """Return the wish, or the wish with the first number that makes it a new node."""
-        return _unused(wish, self._nodes)
-
-
-def _unused(wish: str, used: set[str]) -> str:
-    name, number = wish, 1
-    while name in used:
-        number += 1
-        name = f"{wish}_{number}"
-    used.add(name)
-    return name
+    def new(self, wish: str) -> str:
+        """Return the wish, or the wish with the first number that makes it new."""
+        name, number = wish, 1
+        while name in self._used:
+            number += 1
+            name = f"{wish}_{number}"
+        self._used.add(name)
+        return name
 
 
 class _Rewriter:
@@ -144,7 +136,7 @@ class _Rewriter:
         if attribute(node, "keepdims", 1):
             yield self._node("GlobalAveragePool", [node.input[0]], node.output[0], name=node.name)
             return
-        pooled = self._names.tensor(f"{node.output[0]}_pooled")
+        pooled = self._names.new(f"{node.output[0]}_pooled")
         yield self._node("GlobalAveragePool", [node.input[0]], pooled, name=node.name)
         yield self._node("Flatten", [pooled], node.output[0], axis=1)
 
@@ -158,7 +150,7 @@ class _Rewriter:
 
     def _write_hard_swish(self, node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
         source, result = node.input[0], node.output[0]
-        gate = self._names.tensor(f"{result}_gate")
+        gate = self._names.new(f"{result}_gate")
         if self._hard_swish == "hard_sigmoid":
             yield self._node("HardSigmoid", [source], gate, alpha=1 / 6, beta=0.5)
         else:
@@ -170,7 +162,7 @@ class _Rewriter:
     ) -> Iterator[onnx.NodeProto]:
         """Yield clip(alpha x + beta, 0, 1) as alpha clip(x + beta / alpha, 0, 1 / alpha): 3 and 6 for the usual gate."""
         offset, top = (float(f"{value:.6g}") for value in (beta / alpha, 1 / alpha))
-        lifted, clipped = (self._names.tensor(f"{result}_{part}") for part in ("lifted", "clipped"))
+        lifted, clipped = (self._names.new(f"{result}_{part}") for part in ("lifted", "clipped"))
         yield self._node("Add", [source, self._scalar("offset", offset)], lifted)
         yield self._node("Clip", [lifted, self._scalar("zero", 0.0), self._scalar("top", top)], clipped)
         yield self._node("Mul", [clipped, self._scalar("slope", 1 / top)], result, name=name)
@@ -205,7 +197,7 @@ class _Rewriter:
         self, op_type: str, inputs: list[str], output: str, *, name: str = "", **attributes: int | float
     ) -> onnx.NodeProto:
         node = helper.make_node(
-            op_type, inputs, [output], name=name or self._names.node(f"{op_type}_{output}")
+            op_type, inputs, [output], name=name or self._names.new(f"{op_type}_{output}")
         )
         node.attribute.extend(helper.make_attribute(key, value) for key, value in attributes.items())
         return node
@@ -213,7 +205,7 @@ class _Rewriter:
     def _scalar(self, wish: str, value: float) -> str:
         """Return the name of a constant of this value; equal ones wished for by one name are one."""
         if (wish, value) not in self._scalars:
-            name = self._scalars[wish, value] = self._names.tensor(f"constant_{wish}")
+            name = self._scalars[wish, value] = self._names.new(f"constant_{wish}")
             self.constants[name] = numpy_helper.from_array(np.array(value, dtype=np.float32), name)
         return self._scalars[wish, value]
 

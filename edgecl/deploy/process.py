@@ -146,9 +146,7 @@ def _hear_out(pipe: IO[bytes], listener: Listener) -> None:
 def record_of(
     status: int | None, record: object, words: Iterable[str], *, where: Mapping[str, object]
 ) -> dict[str, Any]:
-    """Return the record of a process that ended, or raise what became of it.
-
-    Its exit status is negative for a signal, None where nobody saw it end.
+    """Return the record of a process; its status is negative for a signal, None where nobody saw it end.
 
     Raises:
         OnboardError: the JSON is an error of the device code.

@@ -53,7 +53,7 @@ class QdqWriter:
     def append(self, kind: str, inputs: Sequence[str], output: str, *, name: str, **attributes: Any) -> str:
         """Append a node of a kind, and return its output."""
         self.nodes.append(
-            helper.make_node(kind, list(inputs), [output], name=self.names.node(name), **attributes)
+            helper.make_node(kind, list(inputs), [output], name=self.names.new(name), **attributes)
         )
         return output
 
@@ -68,7 +68,7 @@ class QdqWriter:
 
     def constant(self, wish: str, values: Array) -> str:
         """Add a constant under a new name."""
-        name = self.names.tensor(wish)
+        name = self.names.new(wish)
         self.constants[name] = numpy_helper.from_array(numpy.asarray(values), name)
         return name
 
@@ -88,14 +88,14 @@ class QdqWriter:
         codes = self.append(
             "QuantizeLinear",
             [tensor, *names],
-            self.names.tensor(f"{tensor}_quantized"),
+            self.names.new(f"{tensor}_quantized"),
             name=f"{tensor}_QuantizeLinear",
             **attributes,
         )
         return self.append(
             "DequantizeLinear",
             [codes, back or names[0], names[1]],
-            self.names.tensor(f"{tensor}_dequantized"),
+            self.names.new(f"{tensor}_dequantized"),
             name=f"{tensor}_DequantizeLinear",
             **attributes,
         )
@@ -275,7 +275,7 @@ class CpuWriter(QdqWriter):
                 self.constant(f"{wish}_scale", scale),
                 self.constant(f"{wish}_zero_point", zero),
             ],
-            self.names.tensor(f"{wish}_dequantized"),
+            self.names.new(f"{wish}_dequantized"),
             name=f"{wish}_DequantizeLinear",
             **attributes,
         )
@@ -289,7 +289,7 @@ class CpuWriter(QdqWriter):
                 continue
             scale, zero = asymmetric_scale(float(self.values(name).min()), float(self.values(name).max()))
             codes = numpy.clip(numpy.rint(self.values(name) / scale) + zero, 0, 255).astype(numpy.uint8)
-            wish = self.names.tensor(f"{node.output[0]}_operand")
+            wish = self.names.new(f"{node.output[0]}_operand")
             changed[place] = self._constant_codes(wish, codes, scale, zero)
         return changed
 
@@ -307,7 +307,7 @@ class CpuWriter(QdqWriter):
         lifted = self.append(
             "Add",
             [self._activation(node.input[0]), offset],
-            self.names.tensor(f"{tensor}_lifted"),
+            self.names.new(f"{tensor}_lifted"),
             name=node.name,
         )
         self.dequantized[tensor] = self.pair(

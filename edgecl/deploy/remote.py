@@ -170,11 +170,7 @@ def run_on_board(
 
 
 def _address(host: str) -> tuple[str | None, str, str | None]:
-    """Return user, name and port of a host that someone named.
-
-    Raises:
-        DeviceError: it is not of the form USER@BOARD[:PORT].
-    """
+    """Return user, name and port of a host that someone named."""
     found = _HOST.fullmatch(host)
     if not found or (found["port"] and not 1 <= int(found["port"]) <= 65535):
         raise DeviceError(

@@ -335,11 +335,7 @@ def _by_quality(records: dict[Path, CheckpointRecord]) -> list[Path]:
 
 
 def _record_of(path: Path) -> CheckpointRecord:
-    """Read a checkpoint's state.json, and check that its files have their sizes.
-
-    Raises:
-        _NotWholeError: torn or changed.
-    """
+    """Read a checkpoint's state.json, and check that its files have their sizes."""
     with _unreadable():
         (path / _STATE).stat()  # an unreadable disk raises OSError here, and is not taken for a missing file
         record = read_record(path / _STATE, CheckpointRecord)
@@ -351,11 +347,7 @@ def _record_of(path: Path) -> CheckpointRecord:
 
 
 def _read(path: Path) -> Checkpoint:
-    """Read a checkpoint and compare its files with their hashes.
-
-    Raises:
-        _NotWholeError: torn or changed.
-    """
+    """Read a checkpoint and compare its files with their hashes."""
     record = _record_of(path)
     tensors = {}
     with _unreadable():

@@ -175,17 +175,6 @@ def test_given_graph_is_left_as_it_was_and_metadata_is_carried_over(cases):
     assert b"site-packages" not in rewritten.SerializeToString()
 
 
-def test_rewriting_twice_gives_the_second_form(cases):
-    """The CPU's integer form is made from a graph that is portable already."""
-    exported = cases("small-any-batch")[1]
-    once = portable(exported, opset=17, hard_swish="hard_sigmoid")
-    twice = portable(once, opset=13, hard_swish="clip")
-    assert kinds(twice) == kinds(portable(exported, opset=13, hard_swish="clip"))
-    again = portable(twice, opset=13, hard_swish="clip")
-    assert kinds(again) == kinds(twice)
-    assert relative(run(twice, images(2)), run(exported, images(2))) < 1e-5
-
-
 def graph_of(nodes, *, opset, shape, weights=None, out=None):
     """A model of hand-written nodes from 'x' to 'y'."""
     for node in nodes:

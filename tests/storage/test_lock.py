@@ -85,13 +85,6 @@ def test_a_clean_end_frees_it(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit, ValueError])
-def test_an_exception_frees_it(tmp_path, kind):
-    with pytest.raises(kind), lock.hold(tmp_path, what="run directory"):
-        raise kind
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_killed_holder_frees_it_at_once(tmp_path):
     with process(HOLDER, tmp_path) as holder:
         holder.send_signal(signal.SIGKILL)
