@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,6 @@ from typing import Any, Generic, TypeVar, cast
 
 from edgecl.errors import ArtifactError, counted, printable
 from edgecl.onboard.bundle import sha256_of_file
-from edgecl.reports.notation import finite
 from edgecl.storage.directories import PipelineDir, RunDir
 from edgecl.storage.reading import METRICS_BYTES, RECORD_BYTES, parse_json, read_bytes
 from edgecl.storage.record_files import RECORD_FILES, kind_of, read_record
@@ -287,7 +287,11 @@ def read_metrics(path: Path) -> tuple[list[Line], list[Line], int]:
 
 
 def _numbers(entry: Json) -> Line:
-    return {key: number for key, value in entry.items() if (number := finite(value)) is not None}
+    return {
+        key: float(value)
+        for key, value in entry.items()
+        if type(value) in (int, float) and math.isfinite(value)
+    }
 
 
 def _name(sources: Sequence[Source[Record]]) -> None:
