@@ -50,14 +50,8 @@ class Outputs:
 class Evaluator:
     """Images on which the forms of one net are compared.
 
-    Attributes:
-        metric: top1 for a classifier, knn_top1 for features where images have labels, else mean_cosine.
-        images: (N, 3, H, W) uint8.
-        labels: (N,) int64, or None.
-        bank: (M, 3, H, W) uint8 with known labels for kNN, or None.
-        bank_labels: (M,) int64, or None.
-        preprocessing: of the net.
-        data: where the images come from.
+    The (N, 3, H, W) uint8 images have (N,) labels for the metrics top1, of a classifier, and knn_top1, of features, where
+    the bank holds others with known labels; without labels it is mean_cosine.
     """
 
     metric: Metric

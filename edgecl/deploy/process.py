@@ -87,15 +87,9 @@ def silence_s(runtime: str) -> float:
 def run_here(
     verb: Sequence[str], *, threads: int, limit_s: float = SILENCE_S, report: Report | None
 ) -> dict[str, Any]:
-    """Run a verb of the device code in a process of its own and return its JSON object.
+    """Run a verb of the device code, as it would follow `python3 onboard.pyz`, in a process of its own; return its JSON.
 
     The process ends with the call, whatever ends that: a record, an error, Ctrl-C or the limit.
-
-    Args:
-        verb: what would follow `python3 onboard.pyz`.
-        threads: how many its libraries shall compute with.
-        limit_s: the longest silence.
-        report: called with each line of progress.
 
     Raises:
         OnboardError: an error of the device code.
