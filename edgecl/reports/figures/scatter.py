@@ -42,8 +42,6 @@ _UNITS = ((1e9, "billions", "G"), (1e6, "millions", "M"), (1e3, "thousands", "k"
 
 
 class _Range(NamedTuple):
-    """A value with the ends of its interval."""
-
     value: float
     low: float
     high: float
@@ -194,6 +192,7 @@ def _draw_point(axes: Axes, plot: _Plot, index: int, color: str, *, on_front: bo
     axes.plot([cost.value, cost.value], [gain.low, gain.high], color=color, linewidth=bar, zorder=3)
     axes.plot(
         *([cost.value], [gain.value]),
+        color=color,
         marker="X" if row.is_rejected else _MARKERS.get(row.precision or "", "o"),
         markersize=12 if row.is_rejected else 8 if row.precision == "int8" else 9,
         markerfacecolor=color if row.is_rejected or on_front else PAPER,
