@@ -97,9 +97,8 @@ def write_variants(arch: str, folder: Path) -> None:
     from edgecl.config.target import read_target
     from edgecl.deploy.calibrate import calibrate
     from edgecl.deploy.fp16 import half
-    from edgecl.deploy.graph import portable
     from edgecl.deploy.int8 import quantize
-    from edgecl.deploy.onnx import onnx_from_net, save_onnx
+    from edgecl.deploy.onnx import onnx_from_net
     from edgecl.nets.backbone import create_backbone, is_norm
 
     torch.manual_seed(0)
@@ -114,22 +113,23 @@ def write_variants(arch: str, folder: Path) -> None:
         onnx_export(net, str(folder / "timm.onnx"), batch_size=1, input_size=(3, SIDE, SIDE))
     cpu, openvino, rtx = (read_target(name).graph for name in ("ort-cpu", "openvino-cpu", "rtx"))
     images = np.random.default_rng(0).normal(size=(16, 3, SIDE, SIDE)).astype(np.float32)
-    fp32 = onnx_from_net(net, graph=cpu, shape=(3, SIDE, SIDE), metadata={})
-    plain = portable(fp32, opset=openvino.opset, hard_swish=openvino.hard_swish)
-    typed = portable(fp32, opset=rtx.opset, hard_swish=rtx.hard_swish)
-    ranges = calibrate(fp32, images, method="minmax")
+    fp32, plain, typed = (
+        onnx_from_net(net, graph=graph, shape=(3, SIDE, SIDE), metadata={}) for graph in (cpu, openvino, rtx)
+    )
+    cpu_ranges, plain_ranges, typed_ranges = (
+        calibrate(model, images, ["minmax"])["minmax"] for model in (fp32, plain, typed)
+    )
     forms = {
         FP32: fp32,
-        "int8-cpu": quantize(fp32, form="int8-cpu", ranges=ranges),
-        "int8-trt": quantize(plain, form="int8-trt", ranges=calibrate(plain, images, method="minmax")),
+        "int8-cpu": quantize(fp32, form="int8-cpu", ranges=cpu_ranges),
+        "int8-trt": quantize(plain, form="int8-trt", ranges=plain_ranges),
         "rtx-fp32": typed,
         "rtx-fp16": half(typed, images=images[:4])[0],
     }
-    ranges = calibrate(typed, images, method="minmax")
     for form in ("int8-trt", "int8-trt-fp16"):
-        forms[f"rtx-{form}"] = quantize(typed, form=form, ranges=ranges)
+        forms[f"rtx-{form}"] = quantize(typed, form=form, ranges=typed_ranges, images=images[:4])
     for name, model in forms.items():
-        save_onnx(model, folder / f"{name}.onnx")
+        (folder / f"{name}.onnx").write_bytes(model.SerializeToString())
 
 
 def serve(runtime: str, file: str, *, core: int) -> None:

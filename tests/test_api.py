@@ -23,8 +23,8 @@ BENEATH = {
     "probe": ("edgecl.evaluate.probe", set()),
     "finetune": ("edgecl.evaluate.finetune", {"assignments"}),
     "export": ("edgecl.deploy.export", set()),
-    "verify": ("edgecl.deploy.device", {"report", "ssh_options"}),
-    "bench": ("edgecl.deploy.device", {"report", "ssh_options"}),
+    "verify": ("edgecl.deploy.device", {"report"}),
+    "bench": ("edgecl.deploy.device", {"report"}),
     "report": ("edgecl.reports.report", set()),
 }
 

@@ -56,7 +56,7 @@ def quick(monkeypatch, exported_bundle):
     monkeypatch.setattr(
         edgecl.deploy.variants,
         "onnx_from_net",
-        lambda net, *, graph, shape, metadata: onnx.load(Bundle(exported_bundle).onnx_file()),
+        lambda net, *, graph, shape, metadata: onnx.load(exported_bundle / "model.onnx"),
     )
     monkeypatch.setattr("edgecl.deploy.device.bench", bench)
     # The net of another run is another net: this file is not about parity.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from edgecl.data.loading import load_eval_images, normalize, split_holdout
 from edgecl.data.randomness import permutation
-from edgecl.data.source import Split
+from edgecl.data.source import ImageSource, Split
 from edgecl.data.sources import has_test_split, open_source
 from edgecl.data.unreadable import say_skipped
 from edgecl.deploy.session import Run
@@ -40,12 +40,7 @@ MAX_BAD_FRACTION = 0.5
 
 @dataclass(frozen=True)
 class Outputs:
-    """What one form of a net gives.
-
-    Attributes:
-        queries: (N, F) outputs for the evaluated images.
-        bank: (M, F) outputs for the images whose labels are known, of a net without classifier.
-    """
+    """What one form of a net gives: (N, F) for the evaluated images, (M, F) for those of a bank of known labels."""
 
     queries: Tensor
     bank: Tensor | None
@@ -55,14 +50,8 @@ class Outputs:
 class Evaluator:
     """Images on which the forms of one net are compared.
 
-    Attributes:
-        metric: top1 for a classifier, knn_top1 for features where images have labels, else mean_cosine.
-        images: (N, 3, H, W) uint8.
-        labels: (N,) int64, or None.
-        bank: (M, 3, H, W) uint8 with known labels for kNN, or None.
-        bank_labels: (M,) int64, or None.
-        preprocessing: of the net.
-        data: where the images come from.
+    The (N, 3, H, W) uint8 images have (N,) labels for the metrics top1, of a classifier, and knn_top1, of features, where
+    the bank holds others with known labels; without labels it is mean_cosine.
     """
 
     metric: Metric
@@ -138,6 +127,21 @@ def cosines(found: Tensor, expected: Tensor) -> Tensor:
     return torch.where(both_zero, 1.0, torch.nn.functional.cosine_similarity(found, expected, dim=1))
 
 
+def read_images(
+    source: ImageSource, named: str, preprocessing: Preprocessing, *, limit: int
+) -> tuple[Tensor, Tensor | None]:
+    """Read up to so many images, (N, 3, H, W) uint8 at the net's size, and their (N,) labels; say what was skipped."""
+    loaded = load_eval_images(
+        source,
+        resize_size=preprocessing.resize_size,
+        image_size=preprocessing.image_size,
+        max_bad_fraction=MAX_BAD_FRACTION,
+        limit=limit,
+    )
+    say_skipped(loaded.skipped, named)
+    return loaded.images, loaded.labels
+
+
 def open_evaluator(
     record: ModelRecord,
     *,
@@ -148,12 +152,7 @@ def open_evaluator(
 ) -> Evaluator:
     """Gather the images on which precisions are evaluated.
 
-    Args:
-        record: of the model.
-        uri: labelled images as the user named them, or None: then the held-out part of `fallback`.
-        fallback: the images the net was made from.
-        preprocessing: of the net, at the size it is exported for.
-        download: let torchvision fetch what is not on the disk.
+    They are labelled images as the user named them, or else the held-out part of those the net was made from.
 
     Raises:
         DataError: other classes than the net's, no labels where the user named images for their labels, or too
@@ -174,15 +173,9 @@ def open_evaluator(
         )
     if source.labels is not None and not uri and split == "train":
         source = source.take(split_holdout(source.labels, HOLDOUT, seed=0)[1])
-    loaded = load_eval_images(
-        source,
-        resize_size=preprocessing.resize_size,
-        image_size=preprocessing.image_size,
-        max_bad_fraction=MAX_BAD_FRACTION,
-        limit=MOST_IMAGES if usable else MOST_UNLABELLED,
-    )
-    say_skipped(loaded.skipped, named)
-    images, labels = loaded.images, loaded.labels if usable else None
+    limit = MOST_IMAGES if usable else MOST_UNLABELLED
+    images, labels = read_images(source, named, preprocessing, limit=limit)
+    labels = labels if usable else None
     held_out = "" if uri or split == "test" else " (held out)" if source.labels is not None else ""
     bank = bank_labels = None
     metric: Metric = "mean_cosine" if labels is None else "top1" if classes else "knn_top1"

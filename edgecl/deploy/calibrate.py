@@ -8,17 +8,17 @@ give other ranges; the accuracy in docs/results.md is that of these.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy
 import onnx
 from numpy.typing import NDArray
 from onnx import shape_inference
 
-from edgecl.deploy.graph_index import clips_at_zero
-from edgecl.deploy.session import open_ort
+from edgecl.deploy.graph_index import GraphIndex, clips_at_zero
+from edgecl.deploy.session import open_tensors
 from edgecl.errors import DataError
 
 Method = Literal["minmax", "entropy", "percentile"]
@@ -42,12 +42,7 @@ _THRESHOLD_STEP = 16
 _EMPTY = 1e-4
 
 
-def calibrate(model: onnx.ModelProto, images: NDArray[numpy.float32], *, method: Method) -> Ranges:
-    """Measure the ranges of all activations with one method; see `calibrate_all`."""
-    return calibrate_all(model, images, [method])[method]
-
-
-def calibrate_all(
+def calibrate(
     model: onnx.ModelProto, images: NDArray[numpy.float32], methods: Sequence[Method]
 ) -> dict[Method, Ranges]:
     """Run a float32 graph on images, and return which range each activation needs.
@@ -57,7 +52,7 @@ def calibrate_all(
     were seen.
 
     Args:
-        model: one input (N, 3, H, W); a static batch is served in chunks of that size.
+        model: one input (N, 3, H, W).
         images: (N, 3, H, W) float32 after preprocessing, the real thing.
         methods: which to compute.
 
@@ -66,75 +61,26 @@ def calibrate_all(
         only a ReLU reads: nobody quantizes before it.
 
     Raises:
-        DataError: no image, images of another shape, an unknown method, or an activation that is not finite.
+        DataError: an activation that is not finite.
 
     Source: Migacz, "8-bit inference with TensorRT", GTC 2017, for the entropy threshold. As later calibrators do, the
         count of zeros is replaced by its neighbor's: zero is exact at any scale and says nothing about the threshold.
     """
-    for method in methods:
-        if method not in get_args(Method):
-            raise DataError(
-                f"there is no calibration method '{method}'", hint="there are " + ", ".join(get_args(Method))
-            )
-    activations = _Activations(model, images)
-    seen = {name: _Seen() for name in activations.names}
-    for name, values in activations.run():
+    graph = shape_inference.infer_shapes(model).graph
+    inner = {value.name: value for value in (*graph.value_info, *graph.output)}
+    absorbed = _absorbed(graph)
+    produced = [name for node in graph.node for name in node.output]
+    names = [name for name in produced if name not in absorbed and _is_float(inner.get(name))]
+    run = open_tensors(model, names, optimization="BASIC")
+    batch = _batch_that_fits([inner[name] for name in names])
+    seen = {name: _Seen() for name in (graph.input[0].name, *names)}
+    for name, values in run(images, batch):
         seen[name].widen(name, values)
     if set(methods) - {"minmax"}:
-        for name, values in activations.run():
+        for name, values in run(images, batch):
             seen[name].count(values)
     pick = {"minmax": _Seen.minmax, "entropy": _Seen.entropy, "percentile": _Seen.percentile}
     return {method: {name: pick[method](values) for name, values in seen.items()} for method in methods}
-
-
-class _Activations:
-    """The graph with all its float32 tensors as outputs, run on the images batch by batch."""
-
-    def __init__(self, model: onnx.ModelProto, images: NDArray[numpy.float32]) -> None:
-        if len(images) == 0:
-            raise DataError(
-                "there is no image to calibrate with",
-                hint="a few hundred real images are usual; 16 is too few",
-            )
-        self._images = numpy.ascontiguousarray(images, dtype=numpy.float32)
-        opened = shape_inference.infer_shapes(model)
-        self._input = opened.graph.input[0].name
-        batch = self._check_shape(opened.graph.input[0])
-        inner = {value.name: value for value in (*opened.graph.value_info, *opened.graph.output)}
-        produced = [name for node in opened.graph.node for name in node.output if name]
-        needed = set(produced) - _absorbed(opened.graph)
-        outputs = [name for name in produced if name in needed and _is_float(inner.get(name))]
-        self.names = [self._input, *outputs]
-        del opened.graph.output[:]
-        opened.graph.output.extend(inner[name] for name in outputs)
-        self._static = batch > 0
-        self._batch = batch or _batch_that_fits([inner[name] for name in outputs], images=len(images))
-        self._session = open_ort(opened, optimization="BASIC")
-
-    def _check_shape(self, value: onnx.ValueInfoProto) -> int:
-        """Return the graph's batch, 0 where any is taken."""
-        sides = [side.dim_value for side in value.type.tensor_type.shape.dim]
-        fits = len(sides) == self._images.ndim and all(
-            side in (0, length) for side, length in zip(sides[1:], self._images.shape[1:], strict=True)
-        )
-        if not fits:
-            raise DataError(
-                f"calibration images have shape {self._images.shape[1:]}, the graph takes {tuple(sides[1:])}"
-            )
-        return int(sides[0])
-
-    def run(self) -> Iterator[tuple[str, NDArray[numpy.float32]]]:
-        """Yield every tensor of every batch, in one order."""
-        for start in range(0, len(self._images), self._batch):
-            batch = self._images[start : start + self._batch]
-            count = len(batch)
-            if self._static and count < self._batch:
-                # Repeated to fill the batch; what they give is left out again.
-                batch = numpy.resize(batch, (self._batch, *batch.shape[1:]))
-            yield self._input, batch[:count]
-            found = self._session.run(None, {self._input: batch})
-            for name, values in zip(self.names[1:], found, strict=True):
-                yield name, values[:count] if values.ndim and len(values) == len(batch) else values
 
 
 @dataclass
@@ -232,8 +178,6 @@ def entropy_threshold(counts: NDArray[numpy.float64]) -> int:
 def _divergence(reference: NDArray[numpy.float64], other: NDArray[numpy.float64]) -> float:
     """Return the Kullback-Leibler divergence of two histograms."""
     there = reference > 0
-    if not there.any():
-        return math.inf
     share = reference[there] / reference.sum()
     # A threshold in the sparse tail often ends on an empty bin, which must not rule it out.
     filled = numpy.maximum(other[there], _EMPTY)
@@ -242,15 +186,11 @@ def _divergence(reference: NDArray[numpy.float64], other: NDArray[numpy.float64]
 
 def _absorbed(graph: onnx.GraphProto) -> set[str]:
     """Return the tensors that a ReLU, bounded or not, alone reads."""
-    constants = {tensor.name: tensor for tensor in graph.initializer}
-    readers: dict[str, list[onnx.NodeProto]] = {}
-    for node in graph.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
+    links = GraphIndex(graph)
     return {
         name
-        for name, nodes in readers.items()
-        if len(nodes) == 1 and nodes[0].input[0] == name and clips_at_zero(nodes[0], constants)
+        for name, nodes in links.readers.items()
+        if len(nodes) == 1 and nodes[0].input[0] == name and clips_at_zero(nodes[0], links.constants)
     }
 
 
@@ -266,8 +206,8 @@ def _is_float(value: onnx.ValueInfoProto | None) -> bool:
     return value is not None and value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT
 
 
-def _batch_that_fits(values: Sequence[onnx.ValueInfoProto], *, images: int) -> int:
+def _batch_that_fits(values: Sequence[onnx.ValueInfoProto]) -> int:
     """Return how many images may run at once, all their activations in memory."""
     sizes = [[side.dim_value for side in value.type.tensor_type.shape.dim][1:] for value in values]
     per_image = 4 * sum(math.prod(size) for size in sizes)
-    return int(max(1, min(images, _MAX_BATCH, _BATCH_BYTES // max(per_image, 1))))
+    return int(max(1, min(_MAX_BATCH, _BATCH_BYTES // max(per_image, 1))))

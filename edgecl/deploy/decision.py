@@ -28,10 +28,8 @@ SENSITIVITY_IMAGES = 32
 class Loss:
     """What a form of the net loses against fp32.
 
-    Attributes:
-        points: of accuracy, positive where it is worse; None for an evaluator without labels.
-        ci95: of the points, from the paired differences per image.
-        cosine: mean similarity with the fp32 outputs.
+    The points of accuracy are positive where it is worse, None without labels; their interval is that of the paired
+    differences per image, the cosine the mean similarity with the fp32 outputs.
     """
 
     points: float | None
@@ -83,9 +81,6 @@ def search_int8(
         settings: the budget.
         features: the net has no classifier, so that its outputs themselves matter.
         say: told how far it is.
-
-    Returns:
-        the model, and the decision; its "kept" is whether the loss is within the budget.
     """
     search, report = evaluator.halves()
     fp32_search, fp32_report = search.outputs(fp32), report.outputs(fp32)
@@ -159,11 +154,8 @@ def _rank(
 def conclude(decision: Decision, *, speed: Speed | None, higher: str) -> Decision:
     """Decide whether INT8 is kept, in words and numbers.
 
-    Args:
-        decision: of `search_int8`.
-        speed: how many times as fast as another precision INT8 is on this machine, or None where it cannot be measured
-            here.
-        higher: the precision that kept nodes have.
+    The speed is against another precision on this machine, None where it cannot be measured here; kept nodes are in the
+    precision `higher`.
     """
     budget = decision.budget
     if budget is None:  # of `unevaluated`

@@ -42,44 +42,19 @@ def verify(
     precisions: Sequence[str] | None = None,
     runtime: str | None = None,
     host: str | None = None,
-    ssh_options: Sequence[str] = (),
     report: Report | None = None,
 ) -> VerifyRecord:
-    """Check a bundle's files and outputs with the code that runs on devices, and keep the result beside it.
+    """Check a bundle with the code that runs on devices, and keep the result beside it, also of a failed check.
 
     The net runs in a process of its own: one that loops for ever, crashes or fills the memory takes only that along.
-
-    Args:
-        bundle: the directory; `verify.json` is written into it, for a failed check too, where that can be written.
-        precisions: which to run; all that the bundle holds where None.
-        runtime: to run them with; the bundle's own where None.
-        host: USER@BOARD[:PORT] to verify on, by `edgecl.deploy.remote`; this machine where None.
-        ssh_options: further arguments for `ssh`.
-        report: called with a line on how far it is, and where the result could not be kept.
-
-    Returns:
-        The record; see `edgecl.onboard.verify.verify` for its numbers.
-
-    Raises:
-        ArtifactError: not a bundle, or a file is missing or changed.
-        ParityError: outputs further from torch's than the manifest allows.
-        DeviceError: the runtime is not installed or cannot load the net, the net's process died or was silent for too
-            long, or the board cannot be reached or used.
+    `edgecl.verify` tells arguments, result and errors.
     """
     directory = Bundle(bundle)
     directory.read()
     made_from = sha256_of_file(directory.record_file)
     where = _where(bundle, host)
     try:
-        found = _run(
-            "verify",
-            bundle,
-            precisions=precisions,
-            runtime=runtime,
-            host=host,
-            ssh_options=ssh_options,
-            report=report,
-        )
+        found = _run("verify", bundle, precisions=precisions, runtime=runtime, host=host, report=report)
     except OnboardError as error:
         if error.name != onboard_errors.DeviceError.name:  # without a runtime nothing was found out
             failed = {
@@ -109,32 +84,13 @@ def bench(
     threads: int | None = None,
     power: bool = True,
     host: str | None = None,
-    ssh_options: Sequence[str] = (),
     report: Report | None = None,
 ) -> BenchRecord:
     """Time the nets of a bundle and keep the record in it; see `edgecl.onboard.bundle.bench_name` for its name.
 
     The process that measures imports NumPy and the runtime, nothing else that is heavy, and runs one session, in
-    which several precisions take turns.
-
-    Args:
-        bundle: the directory.
-        precisions: which to measure; the bundle's default alone where None.
-        runtime: a name of `edgecl ls runtimes`, or "trtexec"; the bundle's own where None.
-        duration_s: seconds to sample for, > 0; sampling goes on to a least number of samples, within limits.
-        threads: how many to compute with, >= 1; every core the process may run on where None.
-        power: read the board's power rails, where it has any.
-        host: USER@BOARD[:PORT] to measure on, by `edgecl.deploy.remote`; this machine where None.
-        ssh_options: further arguments for `ssh`.
-        report: called about once a second with a line on how far it is.
-
-    Returns:
-        The record; see `edgecl.onboard.bench.bench` for its numbers. `onboard_command` is what ran on the device.
-
-    Raises:
-        ArtifactError: not a bundle, it lacks a precision, or a file is missing or changed.
-        DeviceError: the runtime is not installed or cannot load the net, the measuring process died or
-            was silent for too long, or the board cannot be reached or used.
+    which several precisions take turns. `edgecl.bench` tells arguments, result and errors; the record's
+    `onboard_command` is what ran on the device.
     """
     directory = Bundle(bundle)
     manifest = directory.read()
@@ -152,7 +108,6 @@ def bench(
             runtime=runtime,
             threads=threads,
             host=host,
-            ssh_options=ssh_options,
             report=report,
         )
     except OnboardError as error:
@@ -182,7 +137,6 @@ def doctor(
     *,
     target: str | None = None,
     host: str | None = None,
-    ssh_options: Sequence[str] = (),
     report: Report | None = None,
 ) -> DoctorReport:
     """Check a device for a bundle, for a target, or as such.
@@ -190,12 +144,8 @@ def doctor(
     Args:
         bundle: a directory, whose own target then counts.
         target: name or file of a target, where there is no bundle.
-        host: USER@BOARD[:PORT] to check, by `edgecl.deploy.remote`; this machine where None.
-        ssh_options: further arguments for `ssh`.
+        host: USER@BOARD[:PORT] to check; this machine where None.
         report: called with a line on how far a board is.
-
-    Returns:
-        ok, device and checks; see `edgecl.onboard.doctor.doctor`.
 
     Raises:
         TargetError: no such target, or one that cannot be read.
@@ -211,9 +161,7 @@ def doctor(
         found = doctor_onboard(bundle, target=asked)
     else:
         try:
-            found = run_on_board(
-                host, "doctor", [], bundle=bundle, target=asked, ssh_options=ssh_options, report=report
-            )
+            found = run_on_board(host, "doctor", [], bundle=bundle, target=asked, report=report)
         except OnboardError as error:
             raise error_from_onboard(error, where=_where(bundle, host)) from error
     try:
@@ -237,11 +185,7 @@ def _check_ssh() -> DoctorCheck:
 
 
 def _record(kind: type[RecordT], made_from: str, found: Json) -> RecordT:
-    """Return what a device found as a record; a board's words are checked as a file's are.
-
-    Raises:
-        ArtifactError: they are not those of such a record.
-    """
+    """Return what a device found as a record; a board's words are checked as a file's are."""
     own = {
         "schema": SCHEMA,
         "kind": kind.KIND,
@@ -260,16 +204,10 @@ def _run(
     precisions: Sequence[str] | None,
     runtime: str | None,
     host: str | None,
-    ssh_options: Sequence[str],
     report: Report | None,
     threads: int | None = None,
 ) -> Json:
-    """Run a verb on a bundle where it was asked for; its manifest is checked before anything is copied or started.
-
-    Raises:
-        OnboardError: an error of the device code.
-        DeviceError: the process died or was silent, or the board cannot be used.
-    """
+    """Run a verb on a bundle where it was asked for; its manifest is checked before anything is copied or started."""
     manifest = read_manifest(bundle)
     arguments = [] if runtime is None else ["--runtime", runtime]
     for precision in precisions or ():
@@ -283,9 +221,7 @@ def _run(
             limit_s=silence_s(runtime or manifest["runtime"]),
             report=report,
         )
-    return run_on_board(
-        host, verb, arguments, bundle=bundle, threads=threads, ssh_options=ssh_options, report=report
-    )
+    return run_on_board(host, verb, arguments, bundle=bundle, threads=threads, report=report)
 
 
 def _where(bundle: Path | None, host: str | None) -> Mapping[str, object]:

@@ -13,17 +13,16 @@ import torch
 from torch import Tensor
 
 from edgecl.config.target import Target, read_target, target_name
-from edgecl.data.loading import load_eval_images, normalize, split_holdout
+from edgecl.data.loading import normalize, split_holdout
 from edgecl.data.randomness import permutation
 from edgecl.data.sources import has_test_split, open_source
-from edgecl.data.unreadable import say_skipped
 from edgecl.deploy import extras
-from edgecl.deploy.accuracy import HOLDOUT, MAX_BAD_FRACTION, Evaluator, open_evaluator
+from edgecl.deploy.accuracy import HOLDOUT, Evaluator, open_evaluator, read_images
 from edgecl.deploy.decision import conclude
 from edgecl.deploy.device import verify
 from edgecl.deploy.graph import opset_of
 from edgecl.deploy.onboard_zip import write_onboard
-from edgecl.deploy.onnx import INPUT, OUTPUT, save_onnx
+from edgecl.deploy.onnx import INPUT, OUTPUT
 from edgecl.deploy.parity import slim_view_check
 from edgecl.deploy.process import run_here
 from edgecl.deploy.readme import bundle_readme
@@ -80,29 +79,7 @@ def export(
 ) -> Manifest:
     """Export a model directory for a target and prove that every variant computes what torch computes.
 
-    Args:
-        model: a model directory.
-        target: a packaged target or the path of a TOML file.
-        out: the bundle to write.
-        precisions: in place of the target's, the preferred one first.
-        calibration: a data URI of real images to calibrate INT8 and to compare on; None takes the images the
-            net was made from.
-        eval_uri: a data URI of labelled images on which the precisions are evaluated; None takes the held-out part
-            of the images the net was made from.
-        run: the run directory the model was carved from; its slim view is then the first parity check.
-        force: replace an earlier bundle.
-        download: let torchvision fetch what is not on the disk.
-        say: called with a line on how far it is.
-
-    Returns:
-        the manifest.
-
-    Raises:
-        ArtifactError: not a model directory, the output exists, or the disk is full.
-        TargetError: unknown target, or a precision the target's device lacks.
-        DataError: no images to compare on, too few to calibrate on, or images to evaluate on that do not fit.
-        ParityError: a variant outside the target's tolerance; no bundle is left.
-        DeviceError: the target needs a compiler that is not installed.
+    `edgecl.export` tells arguments, result and errors.
     """
     chosen = read_target(target, precisions=precisions)
     refuse_existing(out, force=force, kind=Bundle.KIND)
@@ -204,43 +181,30 @@ def _read_images(
     if hold_out and source.labels is not None and not has_test_split(uri):
         stay = split_holdout(source.labels, HOLDOUT, seed=0)[0]
         source = source.take(stay)
-    loaded = load_eval_images(
-        source,
-        resize_size=preprocessing.resize_size,
-        image_size=preprocessing.image_size,
-        max_bad_fraction=MAX_BAD_FRACTION,
-        limit=wanted,
-    )
-    say_skipped(loaded.skipped, uri)
+    images, labels = read_images(source, uri, preprocessing, limit=wanted)
     aside = " beside the fifth that is held out" if hold_out and len(source) < source_length else ""
-    if len(loaded.images) < REFERENCE_IMAGES:
+    if len(images) < REFERENCE_IMAGES:
         raise DataError(
-            f"a bundle needs {REFERENCE_IMAGES} real images, there are {len(loaded.images)}{aside}",
+            f"a bundle needs {REFERENCE_IMAGES} real images, there are {len(images)}{aside}",
             where={"data": uri},
             hint="name more with --calibration URI; they need no labels",
         )
-    if "int8" in target.precisions and len(loaded.images) < LEAST_CALIBRATION_IMAGES:
+    if "int8" in target.precisions and len(images) < LEAST_CALIBRATION_IMAGES:
         raise DataError(
             f"INT8 needs at least {LEAST_CALIBRATION_IMAGES} images to calibrate on, "
-            f"there are {len(loaded.images)}{aside}",
+            f"there are {len(images)}{aside}",
             where={"data": uri},
             hint="name more with --calibration URI, or leave INT8 out, e.g. --precision "
             + (",".join(name for name in target.precisions if name != "int8") or "fp32"),
         )
-    order = torch.from_numpy(permutation(0, 0, len(loaded.images), stream="calibration"))
-    images = normalize(loaded.images[order], preprocessing.mean, preprocessing.std)
+    order = torch.from_numpy(permutation(0, 0, len(images), stream="calibration"))
+    images = normalize(images[order], preprocessing.mean, preprocessing.std)
     fits = record.classes is not None and list(source.classes or ()) == record.classes
-    return images, loaded.labels[order] if loaded.labels is not None and fits else None
+    return images, labels[order] if labels is not None and fits else None
 
 
 def _manifest(
-    source: Source,
-    parity: list[ParityCheck],
-    *,
-    target: str,
-    model: ModelDir,
-    outputs: int,
-    uri: str,
+    source: Source, parity: list[ParityCheck], *, target: str, model: ModelDir, outputs: int, uri: str
 ) -> Manifest:
     """Return the manifest as far as it is known before the files are written."""
     record, graph = source.record, source.target.graph
@@ -279,7 +243,7 @@ def _write_variants(bundle: Bundle, manifest: Manifest, variants: Variants, sour
             manifest.left_out[precision] = LeftOut(decision=variant.decision, parity=variant.parity)
             continue
         file = bundle.path / onnx_name(precision)
-        save_onnx(variant.model, file)
+        file.write_bytes(variant.model.SerializeToString())
         manifest.precisions[precision] = BundlePrecision(
             model=file.name,
             form=variant.form,

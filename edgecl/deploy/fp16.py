@@ -6,7 +6,7 @@ stand behind the nodes that read them, and ONNX's check refuses the graph.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import defaultdict
 from typing import Any
 
 import numpy as np
@@ -14,52 +14,41 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from edgecl.deploy.graph import Names, name_nodes, opset_of, with_shapes
-from edgecl.deploy.session import open_ort
-from edgecl.errors import ShapeError
+from edgecl.deploy.graph import Names, with_shapes
+from edgecl.deploy.session import open_tensors
 
-# Images at a time where any batch is taken; all intermediate tensors of a batch are in memory at once.
+# Images at a time; all intermediate tensors of a batch are in memory at once.
 _BATCH = 4
+# The largest magnitude to convert; float16 ends at 65504.
+_LIMIT = 6e4
 
 
-def half(
-    model: onnx.ModelProto, *, images: NDArray[np.float32], limit: float = 6e4
-) -> tuple[onnx.ModelProto, dict[str, Any]]:
+def half(model: onnx.ModelProto, *, images: NDArray[np.float32]) -> tuple[onnx.ModelProto, dict[str, Any]]:
     """Convert a net to float16, its inputs and outputs apart, which stay float32.
 
     The net runs on the images in float32 first. Nodes that write or read a tensor beyond the limit, or a weight beyond
-    it, stay in float32, and so do operators that have no float16 form; Casts stand only between the two kinds.
+    it, stay in float32; Casts stand only between the two kinds.
 
     Args:
         model: a float32 graph as `edgecl.deploy.graph.portable` writes it; it is left as it is.
         images: (N, 3, H, W) preprocessed images, N >= 1.
-        limit: the largest magnitude to convert, at most the end of float16, 65504.
 
     Returns:
         a new model, checked, and {"largest": the largest finite magnitude of any tensor on the images, "kept_fp32":
         the names of the nodes that stay in float32}.
 
     Raises:
-        ShapeError: no image.
         ParityError: the converted graph does not pass ONNX's own check.
     """
-    assert limit <= np.finfo(np.float16).max
-    if not len(images):
-        raise ShapeError("cannot look for tensors that overflow float16 without an image")
     converted = onnx.ModelProto()
     converted.CopyFrom(onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True))
-    name_nodes(converted.graph)
-    peaks = largest_magnitudes(converted, images)
+    peaks = _largest_magnitudes(converted, images)
     for tensor in _floats(converted.graph):
         values = numpy_helper.to_array(tensor)
         peaks[tensor.name] = float(np.abs(values).max()) if values.size else 0.0
     # A tensor that is not a number compares as False, and must not pass.
-    beyond = {name for name, peak in peaks.items() if not peak <= limit}
-    kept = [
-        node.name
-        for node in converted.graph.node
-        if beyond.intersection((*node.input, *node.output)) or _fp32_only(node, converted)
-    ]
+    beyond = {name for name, peak in peaks.items() if not peak <= _LIMIT}
+    kept = [node.name for node in converted.graph.node if beyond.intersection((*node.input, *node.output))]
     _convert(converted, set(kept))
     converted = with_shapes(
         converted,
@@ -70,62 +59,21 @@ def half(
     return converted, {"largest": largest, "kept_fp32": kept}
 
 
-def largest_magnitudes(model: onnx.ModelProto, images: NDArray[np.float32]) -> dict[str, float]:
-    """Run a net and return the largest magnitude of every tensor.
-
-    Args:
-        model: a float32 graph with inferred types.
-        images: (N, 3, H, W) preprocessed images.
-
-    Returns:
-        name of each float32 tensor, input and outputs included -> largest magnitude over the images, inf where a
-        value is not finite.
-    """
-    graph = model.graph
-    watched = onnx.ModelProto()
-    watched.CopyFrom(model)
-    outputs = {value.name for value in graph.output}
-    watched.graph.output.extend(
-        value
-        for value in graph.value_info
-        if value.type.tensor_type.elem_type == TensorProto.FLOAT and value.name not in outputs
-    )
+def _largest_magnitudes(model: onnx.ModelProto, images: NDArray[np.float32]) -> dict[str, float]:
+    """Return the largest magnitude of every float32 tensor of a net over the images, inf where a value is not finite."""
+    values = [*model.graph.value_info, *model.graph.output]
+    names = [value.name for value in values if value.type.tensor_type.elem_type == TensorProto.FLOAT]
     # Optimized graphs lack the tensors that were fused away, and TensorRT may compute them all.
-    session = open_ort(watched, optimization="NONE")
-    names = [value.name for value in watched.graph.output]
-    peaks = dict.fromkeys(names, 0.0)
-    for batch in _batches(images, graph.input[0].type.tensor_type.shape.dim[0].dim_value):
-        fed = {graph.input[0].name: batch}
-        for name, values in (*fed.items(), *zip(names, session.run(names, fed), strict=True)):
-            peak = float(np.abs(values).max()) if np.isfinite(values).all() else np.inf
-            peaks[name] = max(peaks.get(name, 0.0), peak)
+    run = open_tensors(model, names, optimization="NONE")
+    peaks: dict[str, float] = defaultdict(float)
+    for name, found in run(images, _BATCH):
+        peak = float(np.abs(found).max()) if np.isfinite(found).all() else np.inf
+        peaks[name] = max(peaks[name], peak)
     return peaks
-
-
-def _batches(images: NDArray[np.float32], static: int) -> Iterator[NDArray[np.float32]]:
-    """Yield all images in batches that the net takes; the last image fills up a static batch."""
-    size = static or _BATCH
-    for start in range(0, len(images), size):
-        batch = images[start : start + size]
-        missing = static - len(batch) if static else 0
-        yield np.ascontiguousarray(np.concatenate([batch, np.repeat(batch[-1:], missing, axis=0)]))
 
 
 def _floats(graph: onnx.GraphProto) -> list[TensorProto]:
     return [tensor for tensor in graph.initializer if tensor.data_type == TensorProto.FLOAT]
-
-
-def _fp32_only(node: onnx.NodeProto, model: onnx.ModelProto) -> bool:
-    """Return whether an operator has an input that must be float32, or says itself what type it writes."""
-    schema = onnx.defs.get_schema(node.op_type, opset_of(model), "")
-    tied = {parameter.type_str for parameter in schema.inputs}
-    takes_no_fp16 = any(
-        "tensor(float)" in parameter.types and "tensor(float16)" not in parameter.types
-        for parameter in schema.inputs
-    )
-    return takes_no_fp16 or any(
-        "tensor(float)" in parameter.types and parameter.type_str not in tied for parameter in schema.outputs
-    )
 
 
 def _convert(model: onnx.ModelProto, kept: set[str]) -> None:
@@ -143,7 +91,7 @@ def _convert(model: onnx.ModelProto, kept: set[str]) -> None:
     nodes: list[onnx.NodeProto] = []
 
     def cast(tensor: str, *, to: int, name: str) -> None:
-        nodes.append(helper.make_node("Cast", [tensor], [name], to=to, name=names.node(f"Cast_{name}")))
+        nodes.append(helper.make_node("Cast", [tensor], [name], to=to, name=names.new(f"Cast_{name}")))
 
     for node in graph.node:
         in_fp32 = node.name in kept
@@ -156,14 +104,14 @@ def _convert(model: onnx.ModelProto, kept: set[str]) -> None:
                 node.input[index] = renamed.get(tensor, tensor)
             else:
                 if tensor not in casts:
-                    casts[tensor] = names.tensor(f"{tensor}_{'fp32' if in_fp32 else 'fp16'}")
+                    casts[tensor] = names.new(f"{tensor}_{'fp32' if in_fp32 else 'fp16'}")
                     to = TensorProto.FLOAT if in_fp32 else TensorProto.FLOAT16
                     cast(renamed.get(tensor, tensor), to=to, name=casts[tensor])
                 node.input[index] = casts[tensor]
         nodes.append(node)
         for index, tensor in enumerate(node.output):
             if tensor in outputs and not in_fp32:
-                renamed[tensor] = names.tensor(f"{tensor}_fp16")
+                renamed[tensor] = names.new(f"{tensor}_fp16")
                 node.output[index] = renamed[tensor]
                 cast(renamed[tensor], to=TensorProto.FLOAT, name=tensor)
     copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
@@ -181,7 +129,7 @@ def _narrow_weights(graph: onnx.GraphProto, kept: set[str], names: Names) -> dic
         if tensor.name not in readers[False]:
             continue
         shared = tensor.name in readers[True]
-        narrow[tensor.name] = names.tensor(f"{tensor.name}_fp16") if shared else tensor.name
+        narrow[tensor.name] = names.new(f"{tensor.name}_fp16") if shared else tensor.name
         values = numpy_helper.to_array(tensor).astype(np.float16)
         target = graph.initializer.add() if shared else tensor
         target.CopyFrom(numpy_helper.from_array(values, narrow[tensor.name]))

@@ -7,15 +7,14 @@ which opset 17 refuses, and to 13 it has no adapter for HardSwish and Mul. Upwar
 from __future__ import annotations
 
 import math
-from collections import ChainMap
-from collections.abc import Iterator, Mapping, MutableMapping
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping
+from typing import Literal
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
+from edgecl.deploy.graph_index import attribute
 from edgecl.errors import ParityError, TargetError
 
 HardSwish = Literal["keep", "hard_sigmoid", "clip"]
@@ -26,8 +25,6 @@ IR_VERSIONS = {13: 7, 14: 7, 15: 8, 16: 8, 17: 8, 18: 8, 19: 9, 20: 9, 21: 10, 2
 _AXES_AS_INPUT_FROM_18 = frozenset(
     f"Reduce{name}" for name in ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "SumSquare")
 )
-# Operators that mean something else from this opset on, while their signature stayed the same.
-_MEANING_CHANGED_AT = {"GridSample": 20, "GroupNormalization": 21}
 # The exporter notes where in torch a tensor comes from; readers older than file version 10 have no such field.
 _WITHOUT_METADATA = ("node", "initializer", "input", "output")
 
@@ -42,7 +39,7 @@ def portable(model: onnx.ModelProto, *, opset: int, hard_swish: HardSwish) -> on
 
     Args:
         model: a float32 graph of standard operators, with a static or a dynamic batch; it is left as it is.
-        opset: 13 to 22.
+        opset: 13 to 22, from an opset that is at least 18 or the same.
         hard_swish: "keep" as HardSwish (opset 14 and later), "hard_sigmoid" as HardSigmoid and Mul, or "clip" as
             Add, Clip, Mul, Mul; "clip" writes HardSigmoid as Add, Clip, Mul too, so that integers can carry it.
 
@@ -50,20 +47,10 @@ def portable(model: onnx.ModelProto, *, opset: int, hard_swish: HardSwish) -> on
         a new model, checked, with shapes of all its tensors and the metadata of the old one.
 
     Raises:
-        TargetError: the graph cannot be written in that opset or form.
-        ParityError: the rewritten graph does not pass ONNX's own check.
+        TargetError: the opset lacks an operator.
+        ParityError: the rewritten graph does not pass ONNX's own check. An operator that means something else in that
+            opset passes it; the outputs then differ from torch's, to which every exported graph is compared.
     """
-    if opset not in IR_VERSIONS:
-        raise TargetError(
-            f"cannot write opset {opset}: edgecl knows {min(IR_VERSIONS)} to {max(IR_VERSIONS)}",
-            hint="change [graph] opset in the target",
-        )
-    if hard_swish == "keep" and opset < 14:
-        raise TargetError(
-            f"opset {opset} has no HardSwish: it begins at opset 14",
-            hint='set [graph] hard_swish = "hard_sigmoid" in the target, or opset = 14 or later',
-        )
-    _check_domains(model)
     rewriter = _Rewriter(model, opset=opset, hard_swish=hard_swish)
     nodes = [written for node in model.graph.node for written in rewriter.rewrite(node)]
     return _assemble(model, nodes, rewriter.constants, opset=opset)
@@ -74,7 +61,7 @@ def opset_of(model: onnx.ModelProto) -> int:
     return next((int(entry.version) for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
 
 
-def shapes_of(model: onnx.ModelProto) -> dict[str, Shape]:
+def _shapes_of(model: onnx.ModelProto) -> dict[str, Shape]:
     """Return the shape of every tensor of a graph that ONNX can infer; a dimension is a number or a name."""
     graph = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True).graph
     shapes: dict[str, Shape] = {
@@ -90,97 +77,44 @@ def shapes_of(model: onnx.ModelProto) -> dict[str, Shape]:
     return shapes
 
 
-def name_nodes(graph: onnx.GraphProto) -> None:
-    """Give every node that has no name, or that of an earlier node, a name of its own."""
-    names, seen = Names(graph), set()
-    for node in graph.node:
-        if not node.name or node.name in seen:
-            node.name = names.node(node.name or f"{node.op_type}_{node.output[0]}")
-        seen.add(node.name)
-
-
 class Names:
-    """Names that a graph does not use yet.
-
-    Args:
-        graph: the graph whose tensors and nodes have names already.
-    """
+    """Names that neither a tensor nor a node of a graph has yet."""
 
     def __init__(self, graph: onnx.GraphProto):
-        self._tensors = {tensor.name for values in (graph.input, graph.initializer) for tensor in values}
-        self._tensors.update(name for node in graph.node for name in (*node.input, *node.output))
-        self._nodes = {node.name for node in graph.node}
+        self._used = {tensor.name for values in (graph.input, graph.initializer) for tensor in values}
+        for node in graph.node:
+            self._used.update((node.name, *node.input, *node.output))
 
-    def tensor(self, wish: str) -> str:
-        """Return the wish, or the wish with the first number that makes it a new tensor."""
-        return _unused(wish, self._tensors)
-
-    def node(self, wish: str) -> str:
-        """Return the wish, or the wish with the first number that makes it a new node."""
-        return _unused(wish, self._nodes)
-
-
-def _unused(wish: str, used: set[str]) -> str:
-    name, number = wish, 1
-    while name in used:
-        number += 1
-        name = f"{wish}_{number}"
-    used.add(name)
-    return name
-
-
-def _check_domains(model: onnx.ModelProto) -> None:
-    foreign = next((node for node in model.graph.node if node.domain not in ("", "ai.onnx")), None)
-    if foreign is not None:
-        raise TargetError(
-            f"'{foreign.op_type}' is an operator of '{foreign.domain}', which only some runtimes have",
-            where={"node": foreign.name or foreign.output[0]},
-            hint="export the net itself, not a file that a runtime has optimized",
-        )
-    if model.functions:
-        raise TargetError(
-            f"the graph calls the function '{model.functions[0].name}' of its own; edgecl writes flat graphs",
-            hint="inline it with onnx.inliner.inline_local_functions",
-        )
-    for node in model.graph.node:
-        if any(
-            attribute.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
-            for attribute in node.attribute
-        ):
-            raise TargetError(
-                f"'{node.op_type}' holds a graph of its own; edgecl writes nets without branches and loops",
-                where={"node": node.name or node.output[0]},
-            )
+    def new(self, wish: str) -> str:
+        """Return the wish, or the wish with the first number that makes it new."""
+        name, number = wish, 1
+        while name in self._used:
+            number += 1
+            name = f"{wish}_{number}"
+        self._used.add(name)
+        return name
 
 
 class _Rewriter:
-    """Rewrites each node to the target's opset and forms.
-
-    Args:
-        model: the graph the nodes come from.
-        opset: what is written.
-        hard_swish: the form of hard-swish.
-    """
+    """Rewrites each node to the target's opset and forms."""
 
     def __init__(self, model: onnx.ModelProto, *, opset: int, hard_swish: HardSwish):
         self._source = opset_of(model)
         self._target = opset
         self._hard_swish = hard_swish
-        self._shapes = shapes_of(model)
+        self._shapes = _shapes_of(model)
         self._names = Names(model.graph)
-        self._given: dict[str, onnx.TensorProto] = {tensor.name: tensor for tensor in model.graph.initializer}
-        self._added: dict[str, onnx.TensorProto] = {}
-        self._written: dict[tuple[str, bytes], str] = {}
-        self.constants: MutableMapping[str, onnx.TensorProto] = ChainMap(self._added, self._given)
-        """Name -> constant tensor: those of the model and those that rewriting added."""
+        self._scalars: dict[tuple[str, float], str] = {}
+        self.constants = {tensor.name: tensor for tensor in model.graph.initializer}
+        """Those of the model and those that rewriting added."""
         for node in model.graph.node:
             if node.op_type == "Constant" and node.attribute[0].name == "value":
-                self._given.setdefault(node.output[0], node.attribute[0].t)
+                self.constants.setdefault(node.output[0], node.attribute[0].t)
 
     def rewrite(self, node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
         """Yield the nodes that compute what one node computed."""
         # Constants of the old graph are initializers of the new one, if anything still reads them.
-        if node.op_type == "Constant" and node.output[0] in self._given:
+        if node.op_type == "Constant" and node.output[0] in self.constants:
             return
         if node.op_type == "ReduceMean" and self._is_spatial_mean(node):
             yield from self._pool(node)
@@ -189,30 +123,26 @@ class _Rewriter:
         elif node.op_type == "HardSwish" and self._hard_swish != "keep":
             yield from self._write_hard_swish(node)
         elif node.op_type == "HardSigmoid" and self._hard_swish == "clip":
-            alpha, beta = _attribute(node, "alpha", 0.2), _attribute(node, "beta", 0.5)
-            yield from self._write_hard_sigmoid(node, alpha=float(alpha), beta=float(beta))
+            alpha, beta = float(attribute(node, "alpha", 0.2)), float(attribute(node, "beta", 0.5))
+            yield from self._clipped(node.input[0], node.output[0], alpha=alpha, beta=beta, name=node.name)
         else:
             yield self._restate(node)
 
     def _is_spatial_mean(self, node: onnx.NodeProto) -> bool:
         axes = self._axes(node)
-        return (
-            axes is not None
-            and len(self._shape(node.input[0])) == 4
-            and {axis % 4 for axis in axes} == {2, 3}
-        )
+        return len(self._shapes.get(node.input[0], ())) == 4 and {axis % 4 for axis in axes} == {2, 3}
 
     def _pool(self, node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
-        if _attribute(node, "keepdims", 1):
+        if attribute(node, "keepdims", 1):
             yield self._node("GlobalAveragePool", [node.input[0]], node.output[0], name=node.name)
             return
-        pooled = self._names.tensor(f"{node.output[0]}_pooled")
+        pooled = self._names.new(f"{node.output[0]}_pooled")
         yield self._node("GlobalAveragePool", [node.input[0]], pooled, name=node.name)
         yield self._node("Flatten", [pooled], node.output[0], axis=1)
 
     def _is_flatten(self, node: onnx.NodeProto) -> bool:
         """Return whether a reshape keeps the first dimension and joins all others."""
-        old, new = self._shape(node.input[0]), self._shape(node.output[0])
+        old, new = (self._shapes.get(name, ()) for name in (node.input[0], node.output[0]))
         if len(new) != 2 or len(old) < 2 or not all(isinstance(side, int) and side > 0 for side in old[1:]):
             return False
         # With the product of the other dimensions as second dimension the first cannot be anything but N.
@@ -220,154 +150,64 @@ class _Rewriter:
 
     def _write_hard_swish(self, node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
         source, result = node.input[0], node.output[0]
+        gate = self._names.new(f"{result}_gate")
         if self._hard_swish == "hard_sigmoid":
-            gate = self._names.tensor(f"{result}_gate")
             yield self._node("HardSigmoid", [source], gate, alpha=1 / 6, beta=0.5)
         else:
-            lifted, clipped, gate = (
-                self._names.tensor(f"{result}_{part}") for part in ("lifted", "clipped", "gate")
-            )
-            yield self._node("Add", [source, self._scalar("three", 3.0)], lifted)
-            yield self._node("Clip", [lifted, self._scalar("zero", 0.0), self._scalar("six", 6.0)], clipped)
-            yield self._node("Mul", [clipped, self._scalar("sixth", 1 / 6)], gate)
+            yield from self._clipped(source, gate, alpha=1 / 6, beta=0.5)
         yield self._node("Mul", [source, gate], result, name=node.name)
 
-    def _write_hard_sigmoid(
-        self, node: onnx.NodeProto, *, alpha: float, beta: float
+    def _clipped(
+        self, source: str, result: str, *, alpha: float, beta: float, name: str = ""
     ) -> Iterator[onnx.NodeProto]:
-        # clip(alpha x + beta, 0, 1) = alpha clip(x + beta / alpha, 0, 1 / alpha): 3 and 6 for the usual alpha and beta.
-        result = node.output[0]
+        """Yield clip(alpha x + beta, 0, 1) as alpha clip(x + beta / alpha, 0, 1 / alpha): 3 and 6 for the usual gate."""
         offset, top = (float(f"{value:.6g}") for value in (beta / alpha, 1 / alpha))
-        lifted, clipped = (self._names.tensor(f"{result}_{part}") for part in ("lifted", "clipped"))
-        usual = (offset, top) == (3.0, 6.0)
-        yield self._node("Add", [node.input[0], self._scalar("three" if usual else "offset", offset)], lifted)
-        bounds = [self._scalar("zero", 0.0), self._scalar("six" if usual else "top", top)]
-        yield self._node("Clip", [lifted, *bounds], clipped)
-        yield self._node(
-            "Mul", [clipped, self._scalar("sixth" if usual else "slope", 1 / top)], result, name=node.name
-        )
+        lifted, clipped = (self._names.new(f"{result}_{part}") for part in ("lifted", "clipped"))
+        yield self._node("Add", [source, self._scalar("offset", offset)], lifted)
+        yield self._node("Clip", [lifted, self._scalar("zero", 0.0), self._scalar("top", top)], clipped)
+        yield self._node("Mul", [clipped, self._scalar("slope", 1 / top)], result, name=name)
 
     def _restate(self, node: onnx.NodeProto) -> onnx.NodeProto:
-        """Return a node in the target's opset, or refuse it."""
-        old, new = self._schema(node, self._source), self._schema(node, self._target)
+        """Return a node as the target's opset writes it."""
+        if not onnx.defs.has(node.op_type, self._target, ""):
+            raise TargetError(
+                f"opset {self._target} does not have '{node.op_type}' of opset {self._source}",
+                where={"node": node.name},
+                hint="set [graph] opset of the target to a later one, or replace that layer of the net",
+            )
         restated = onnx.NodeProto()
         restated.CopyFrom(node)
-        if old.since_version == new.since_version:
-            return restated
-        changed = _MEANING_CHANGED_AT.get(node.op_type)
-        if changed and min(self._source, self._target) < changed <= max(self._source, self._target):
-            raise self._refusal(node, f"it means something else from opset {changed} on")
-        if node.op_type == "AveragePool" and _attribute(node, "ceil_mode", 0):
-            raise self._refusal(node, "ceil_mode is computed differently from opset 19 on")
-        if node.op_type == "Reshape" and self._allows_no_zero(node):
-            _drop(restated, "allowzero")
-        if node.op_type in _AXES_AS_INPUT_FROM_18:
-            self._move_axes(node, restated)
-        for attribute in list(restated.attribute):
-            if attribute.name in new.attributes:
-                continue
-            if not _is_default(attribute, old):
-                raise self._refusal(node, f"opset {self._target} has no '{attribute.name}' there")
-            _drop(restated, attribute.name)
-        if not new.min_input <= len(restated.input) <= new.max_input:
-            raise self._refusal(
-                node,
-                f"it has {len(restated.input)} inputs, of which opset {self._target} takes at most {new.max_input}",
-            )
+        if node.op_type in _AXES_AS_INPUT_FROM_18 and self._target < 18 and len(node.input) > 1:
+            del restated.input[1:]
+            restated.attribute.append(helper.make_attribute("axes", self._axes(node)))
+        known = onnx.defs.get_schema(node.op_type, self._target, "").attributes
+        kept = [entry for entry in restated.attribute if entry.name in known]
+        del restated.attribute[:]
+        restated.attribute.extend(kept)
         return restated
 
-    def _move_axes(self, node: onnx.NodeProto, restated: onnx.NodeProto) -> None:
-        """Write the axes of a reduction as the target wants them: an attribute up to opset 17, an input from 18."""
-        axes = self._axes(node)
-        if self._target >= 18 and self._source < 18 and axes is not None:
-            _drop(restated, "axes")
-            name = self._constant(f"{node.output[0]}_axes", np.array(axes, dtype=np.int64))
-            restated.input.append(name)
-        elif self._target < 18 <= self._source and len(node.input) > 1:
-            if axes is None:
-                raise self._refusal(
-                    node, f"its axes '{node.input[1]}' are computed, opset {self._target} needs numbers"
-                )
-            _drop(restated, "noop_with_empty_axes")
-            del restated.input[1:]
-            restated.attribute.append(helper.make_attribute("axes", list(axes)))
-
-    def _axes(self, node: onnx.NodeProto) -> tuple[int, ...] | None:
-        """Return the axes of a reduction, or None where they are not numbers in the file."""
-        if len(node.input) > 1 and node.input[1]:
+    def _axes(self, node: onnx.NodeProto) -> tuple[int, ...]:
+        """Return the axes of a reduction, none where they are not numbers in the file."""
+        if len(node.input) > 1:
             given = self.constants.get(node.input[1])
-            return (
-                tuple(int(axis) for axis in numpy_helper.to_array(given)) or None
-                if given is not None
-                else None
-            )
-        return tuple(_attribute(node, "axes", ())) or None
-
-    def _allows_no_zero(self, node: onnx.NodeProto) -> bool:
-        """Return whether 0 is absent from the shape, so that it does not matter what 0 means."""
-        shape = self.constants.get(node.input[1])
-        return shape is not None and 0 not in numpy_helper.to_array(shape)
-
-    def _shape(self, tensor: str) -> Shape:
-        return self._shapes.get(tensor, ())
-
-    def _schema(self, node: onnx.NodeProto, opset: int) -> onnx.defs.OpSchema:
-        try:
-            return onnx.defs.get_schema(node.op_type, opset, "")
-        except onnx.defs.SchemaError:
-            raise self._refusal(node, f"opset {opset} does not have it") from None
-
-    def _refusal(self, node: onnx.NodeProto, reason: str) -> TargetError:
-        """Return the error for a node that has no form in the target's opset."""
-        hint = "replace that layer of the net"
-        if onnx.defs.has(node.op_type, self._source, ""):
-            since = onnx.defs.get_schema(node.op_type, self._source, "").since_version
-            side = f"{since} or later" if since > self._target else f"{self._source}"
-            hint = f"set [graph] opset of the target to {side}, or {hint}"
-        return TargetError(
-            f"cannot write '{node.op_type}' of opset {self._source} in opset {self._target}: {reason}",
-            where={"node": node.name or node.output[0]},
-            hint=hint,
-        )
+            return () if given is None else tuple(map(int, numpy_helper.to_array(given)))
+        return tuple(attribute(node, "axes", ()))
 
     def _node(
         self, op_type: str, inputs: list[str], output: str, *, name: str = "", **attributes: int | float
     ) -> onnx.NodeProto:
         node = helper.make_node(
-            op_type, inputs, [output], name=name or self._names.node(f"{op_type}_{output}")
+            op_type, inputs, [output], name=name or self._names.new(f"{op_type}_{output}")
         )
         node.attribute.extend(helper.make_attribute(key, value) for key, value in attributes.items())
         return node
 
-    def _scalar(self, name: str, value: float) -> str:
-        return self._constant(f"constant_{name}", np.array(value, dtype=np.float32))
-
-    def _constant(self, wish: str, value: NDArray[np.generic]) -> str:
+    def _scalar(self, wish: str, value: float) -> str:
         """Return the name of a constant of this value; equal ones wished for by one name are one."""
-        key = (wish, value.tobytes())
-        if key not in self._written:
-            name = self._names.tensor(wish)
-            self._added[name] = numpy_helper.from_array(value, name)
-            self._written[key] = name
-        return self._written[key]
-
-
-def _attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
-    found = next((attribute for attribute in node.attribute if attribute.name == name), None)
-    return default if found is None else helper.get_attribute_value(found)
-
-
-def _drop(node: onnx.NodeProto, name: str) -> None:
-    kept = [attribute for attribute in node.attribute if attribute.name != name]
-    del node.attribute[:]
-    node.attribute.extend(kept)
-
-
-def _is_default(attribute: onnx.AttributeProto, schema: onnx.defs.OpSchema) -> bool:
-    known = schema.attributes.get(attribute.name)
-    if known is None or not known.default_value.name:
-        return False
-    return bool(helper.get_attribute_value(attribute) == helper.get_attribute_value(known.default_value))
+        if (wish, value) not in self._scalars:
+            name = self._scalars[wish, value] = self._names.new(f"constant_{wish}")
+            self.constants[name] = numpy_helper.from_array(np.array(value, dtype=np.float32), name)
+        return self._scalars[wish, value]
 
 
 def _assemble(
@@ -393,7 +233,6 @@ def _assemble(
             initializers.append(tensor)
     del graph.node[:], graph.initializer[:], graph.value_info[:]
     graph.node.extend(nodes)
-    name_nodes(graph)
     graph.initializer.extend(initializers)
     for field in _WITHOUT_METADATA:
         for entry in getattr(graph, field):

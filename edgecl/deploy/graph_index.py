@@ -29,7 +29,9 @@ def quantizable(model: onnx.ModelProto, form: Int8Form) -> list[str]:
     return [
         node.name
         for node in model.graph.node
-        if node.name not in kept and node.op_type in WEIGHTED and _is_plain(node, constants)
+        if node.name not in kept
+        and node.op_type in WEIGHTED
+        and constants.issuperset(filter(None, node.input[1:]))
     ]
 
 
@@ -123,7 +125,6 @@ class GraphIndex:
     def __init__(self, graph: onnx.GraphProto) -> None:
         self.graph = graph
         self.constants = {tensor.name: tensor for tensor in graph.initializer}
-        self.inputs = {value.name for value in graph.input} - set(self.constants)
         self.outputs = {value.name for value in graph.output}
         self.maker = {name: node for node in graph.node for name in node.output}
         self.readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
@@ -187,19 +188,6 @@ class GraphIndex:
             return None
         fused = max(sides, key=lambda side: self._depth[node.input[side]])
         return 1 - fused if self.maker[node.input[fused]].name in quantized else None
-
-
-def _is_plain(node: onnx.NodeProto, constants: Collection[str]) -> bool:
-    """Return whether weights and bias are constants, and a matrix product scales nothing."""
-    if not all(name in constants for name in node.input[1:] if name):
-        return False
-    if node.op_type == "Conv":
-        return True
-    return (
-        attribute(node, "alpha", 1.0) == 1
-        and attribute(node, "beta", 1.0) == 1
-        and not attribute(node, "transA", 0)
-    )
 
 
 def _is_narrow(node: onnx.NodeProto, shapes: Mapping[str, Sequence[int]]) -> bool:

@@ -11,7 +11,7 @@ fuses nothing in a graph without quantized outputs.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import numpy
 import onnx
@@ -21,19 +21,17 @@ from torch import Tensor
 
 from edgecl.config.target import Int8Form, Target
 from edgecl.deploy.accuracy import Evaluator, cosines
-from edgecl.deploy.calibrate import calibrate_all
-from edgecl.deploy.decision import Say, search_int8, unevaluated
+from edgecl.deploy.calibrate import calibrate
+from edgecl.deploy.decision import Quantize, Say, search_int8, unevaluated
 from edgecl.deploy.fp16 import half
 from edgecl.deploy.graph import opset_of, portable
 from edgecl.deploy.graph_index import first_block, quantizable
 from edgecl.deploy.qdq import CpuWriter, Ranges, TensorrtWriter
 from edgecl.deploy.session import Run, session_of
-from edgecl.errors import DataError, TargetError, near_matches
-from edgecl.storage.records import Decision
+from edgecl.storage.records import Decision, Json
 
 Array = NDArray[numpy.float32]
 
-_HALF_LIMIT = 6e4
 # On which what overflows fp16 is looked for, each time a graph is quantized.
 FP16_IMAGES = 16
 # Half of them to search on, half to report on; with fewer, a point of accuracy is less than one image.
@@ -51,7 +49,7 @@ def make_int8(
     features: bool,
     say: Say,
 ) -> tuple[onnx.ModelProto, Decision]:
-    """Quantize a net after training and find what must stay in higher precision.
+    """Quantize a net after training, by the best of the target's methods, and find what must stay in higher precision.
 
     Args:
         fp32: the portable net.
@@ -62,27 +60,17 @@ def make_int8(
         evaluator: the images of the decision, or None where nothing can be evaluated.
         features: the net has no classifier.
         say: told how far it is.
-
-    Returns:
-        the net, and the decision with the method that was chosen.
-
-    Raises:
-        DataError: activations that are not finite.
     """
     settings, form = target.quantization, target.graph.int8
     say(f"INT8: calibrating on {len(calibration)} images")
-    ranges = calibrate_all(fp32, calibration, settings.methods)
-
-    def open_run(model: onnx.ModelProto) -> Run:
-        return session_of(model, runtime=target.runtime, form=form)
-
+    ranges = calibrate(fp32, calibration, settings.methods)
     few = calibration[:FP16_IMAGES]
     run_fp32 = session_of(fp32, runtime=target.runtime)
     expected = _outputs(run_fp32, holdout)
     compared: dict[str, dict[str, float]] = {}
     for method in settings.methods:
         model = quantize(fp32, form=form, ranges=ranges[method], images=few)
-        found = _outputs(open_run(model), holdout)
+        found = _outputs(session_of(model, runtime=target.runtime, form=form), holdout)
         compared[method] = {"mean_cosine": float(cosines(found, expected).mean())}
         if holdout_labels is not None:
             compared[method]["top1"] = 100 * float((found.argmax(1) == holdout_labels).double().mean())
@@ -101,16 +89,40 @@ def make_int8(
     def keep(kept: Collection[str]) -> onnx.ModelProto:
         return quantize(fp32, form=form, ranges=ranges[method], keep=kept, images=few)
 
-    obstacle = obstacle_to_evaluation(evaluator, features=features)
-    if evaluator is None or obstacle:
-        return keep(()), unevaluated(obstacle or "").model_copy(update=chosen)
-    model, decision = search_int8(
+    return _decide(
         keep,
         quantizable(fp32, form),
-        evaluator=evaluator,
+        chosen=chosen,
         fp32=run_fp32,
-        open_run=open_run,
-        settings=settings,
+        target=target,
+        evaluator=evaluator,
+        features=features,
+        say=say,
+    )
+
+
+def _decide(
+    quantize: Quantize,
+    candidates: Sequence[str],
+    *,
+    chosen: Json,
+    fp32: Run,
+    target: Target,
+    evaluator: Evaluator | None,
+    features: bool,
+    say: Say,
+) -> tuple[onnx.ModelProto, Decision]:
+    """Search the nodes to keep where there are images for it, and return the net and the decision with what was chosen."""
+    obstacle = obstacle_to_evaluation(evaluator, features=features)
+    if evaluator is None or obstacle:
+        return quantize(()), unevaluated(obstacle or "").model_copy(update=chosen)
+    model, decision = search_int8(
+        quantize,
+        candidates,
+        evaluator=evaluator,
+        fp32=fp32,
+        open_run=lambda found: session_of(found, runtime=target.runtime, form=target.graph.int8),
+        settings=target.quantization,
         features=features,
         say=say,
     )
@@ -138,21 +150,16 @@ def evaluate_trained(
     say: Say,
 ) -> Decision:
     """Return the decision of a net whose scales were trained: there is nothing to choose and nothing to search."""
-    chosen = {"form": target.graph.int8, "method": "trained", "trained_for_int8": True}
-    obstacle = obstacle_to_evaluation(evaluator, features=features)
-    if evaluator is None or obstacle:
-        return unevaluated(obstacle or "").model_copy(update=chosen)
-    decision = search_int8(
+    return _decide(
         lambda kept: model,
         [],
-        evaluator=evaluator,
+        chosen={"form": target.graph.int8, "method": "trained", "trained_for_int8": True},
         fp32=session_of(fp32, runtime=target.runtime),
-        open_run=lambda found: session_of(found, runtime=target.runtime, form=target.graph.int8),
-        settings=target.quantization,
+        target=target,
+        evaluator=evaluator,
         features=features,
         say=say,
     )[1]
-    return decision.model_copy(update=chosen)
 
 
 def _outputs(run: Run, images: Array) -> Tensor:
@@ -168,7 +175,7 @@ def quantize(
     form: Int8Form,
     ranges: Ranges,
     keep: Collection[str] = (),
-    images: NDArray[numpy.float32] | None = None,
+    images: Array | None = None,
 ) -> onnx.ModelProto:
     """Quantize a portable float32 graph.
 
@@ -177,28 +184,11 @@ def quantize(
         form: which runtime it is for.
         ranges: tensor -> (least, largest), as `calibrate` measures them on this very graph.
         keep: names of nodes to keep in higher precision, beyond those of `baseline_keep`, which always are.
-        images: (N, 3, H, W) after preprocessing; only "int8-trt-fp16" reads them, to find what overflows fp16, and
-            needs them only where the ranges come near its limit.
+        images: (N, 3, H, W) after preprocessing; "int8-trt-fp16" needs them, to find what overflows fp16.
 
     Returns:
         a model that onnx's full check passes, with float32 input and output, and the same bytes each time.
-
-    Raises:
-        DataError: a tensor to quantize has no range, or one that is not finite.
-        TargetError: a name to keep is not in the graph, or the opset is too old for the form.
     """
-    names = {node.name for node in model.graph.node}
-    for name in keep:
-        if name not in names:
-            raise TargetError(
-                f"there is no node '{name}' to keep in higher precision", hint=near_matches(name, names)
-            )
-    least = 19 if form == "int8-trt-fp16" else 13
-    if opset_of(model) < least:
-        raise TargetError(
-            f"'{form}' needs opset {least}, the graph has {opset_of(model)}",
-            hint=f"set [graph] opset = {least} or later in the target",
-        )
     chosen = set(quantizable(model, form)) - set(keep)
     if form == "int8-cpu":
         # Only HardSigmoid is known below.
@@ -206,24 +196,9 @@ def quantize(
         kept = {*keep, *first_block(model)}
         quantized = CpuWriter(plain, ranges, chosen=chosen, keep=kept).write()
     else:
-        source = _in_half(model, ranges, images) if form == "int8-trt-fp16" else model
-        quantized = TensorrtWriter(source, ranges, chosen=chosen, keep=set(keep)).write()
+        if form == "int8-trt-fp16":
+            assert images is not None
+            model = half(model, images=images)[0]
+        quantized = TensorrtWriter(model, ranges, chosen=chosen, keep=set(keep)).write()
     onnx.checker.check_model(quantized, full_check=True)
     return quantized
-
-
-def _in_half(
-    model: onnx.ModelProto, ranges: Ranges, images: NDArray[numpy.float32] | None
-) -> onnx.ModelProto:
-    """Convert a graph to fp16, with what overflows there in fp32."""
-    if images is None:
-        for name, ends in ranges.items():
-            if max(map(abs, ends)) > _HALF_LIMIT:
-                raise DataError(
-                    f"tensor '{name}' reaches {max(map(abs, ends)):.3g}, which fp16 may not hold",
-                    hint="give images, so that the nodes around it can be kept in fp32",
-                )
-        # No activation comes near the limit; what is left to look at are the weights.
-        sides = [side.dim_value or 1 for side in model.graph.input[0].type.tensor_type.shape.dim]
-        images = numpy.zeros(sides, numpy.float32)
-    return half(model, images=images, limit=_HALF_LIMIT)[0]

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import io
 import zipfile
-from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import edgecl.onboard
 from edgecl.storage.writing import write_bytes
-
-if TYPE_CHECKING:  # its place before Python 3.11 was another
-    from importlib.resources.abc import Traversable
 
 _SHEBANG = b"#!/usr/bin/env python3\n"
 # The oldest moment a zip file can tell: the same sources make the same bytes at any time.
@@ -40,9 +36,6 @@ def write_onboard(path: Path) -> None:
 
     The same sources give the same bytes, whatever the time and whoever writes them, with one version of zlib.
 
-    Args:
-        path: the file to write or replace, `onboard.pyz` in a bundle.
-
     Raises:
         ArtifactError: it cannot be written; nothing is left behind.
     """
@@ -52,7 +45,8 @@ def write_onboard(path: Path) -> None:
 
 def onboard_bytes() -> bytes:
     """Return the zip application's content."""
-    sources = dict(_sources(files("edgecl.onboard"), "onboard"))
+    package = Path(edgecl.onboard.__file__).parent
+    sources = {str(path.relative_to(package.parent)): path.read_bytes() for path in package.rglob("*.py")}
     sources["__main__.py"] = _MAIN.encode("ascii")
     packed = io.BytesIO()
     packed.write(_SHEBANG)
@@ -64,15 +58,3 @@ def onboard_bytes() -> bytes:
             entry.external_attr = 0o100644 << 16
             archive.writestr(entry, sources[name])
     return packed.getvalue()
-
-
-def _sources(folder: Traversable, name: str) -> list[tuple[str, bytes]]:
-    """Return name and content of every Python file of a package, however it is installed."""
-    found = []
-    for entry in folder.iterdir():
-        inner = f"{name}/{entry.name}"
-        if entry.is_dir() and entry.name != "__pycache__":
-            found += _sources(entry, inner)
-        elif entry.name.endswith(".py"):
-            found.append((inner, entry.read_bytes()))
-    return found

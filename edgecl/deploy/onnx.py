@@ -8,7 +8,6 @@ import json
 import logging
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import onnx
@@ -17,7 +16,6 @@ from torch import nn
 
 from edgecl.config.target import Graph
 from edgecl.deploy.graph import portable
-from edgecl.errors import ParityError
 from edgecl.storage.records import MADE_BY
 
 INPUT = "input"
@@ -38,7 +36,7 @@ def onnx_from_net(
         metadata: written into the model, each value as JSON.
 
     Raises:
-        ParityError: the exporter wrote another opset than asked for, or an operator that has no form there.
+        TargetError, ParityError: an operator has no form in that opset.
     """
     # A batch of one would be taken for a constant where the batch shall be dynamic.
     example = torch.zeros((max(graph.batch, 2) if graph.dynamic_batch else graph.batch, *shape))
@@ -55,27 +53,13 @@ def onnx_from_net(
             verbose=False,
         )
     assert program is not None
-    exported = program.model_proto
-    written = next(entry.version for entry in exported.opset_import if entry.domain in ("", "ai.onnx"))
-    if written != EXPORTED_OPSET:
-        raise ParityError(f"torch exported opset {written}, edgecl asked for {EXPORTED_OPSET}")
-    # The exporter notes source lines of the machine it ran on in every node; they say nothing to a device.
-    for node in exported.graph.node:
-        del node.metadata_props[:]
-        node.doc_string = ""
-    del exported.metadata_props[:]
-    model = portable(exported, opset=graph.opset, hard_swish=graph.hard_swish)
+    model = portable(program.model_proto, opset=graph.opset, hard_swish=graph.hard_swish)
+    del model.metadata_props[:]
     model.producer_name, _, model.producer_version = MADE_BY.partition(" ")
     for key, value in metadata.items():
         entry = model.metadata_props.add()
         entry.key, entry.value = f"edgecl.{key}", json.dumps(value)
     return model
-
-
-def save_onnx(model: onnx.ModelProto, path: Path) -> None:
-    """Check a model in full and write it to one file."""
-    onnx.checker.check_model(model, full_check=True)
-    path.write_bytes(model.SerializeToString())
 
 
 @contextlib.contextmanager

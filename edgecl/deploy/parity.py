@@ -14,7 +14,7 @@ from torch.func import functional_call
 
 from edgecl.config.recipe import recipe_from_tables
 from edgecl.config.target import Tolerance
-from edgecl.deploy.session import open_ort, with_any_batch
+from edgecl.deploy.session import open_tensors
 from edgecl.errors import ArtifactError, ParityError
 from edgecl.nets.build import create_slimmable
 from edgecl.nets.folding import fold_batch_norm
@@ -32,13 +32,7 @@ LAYER_IMAGES = 4
 
 
 def check_parity(source: str, variant: str, found: Array, expected: Array) -> ParityCheck:
-    """Compare the outputs of one variant of a net with those of what it was made from.
-
-    Args:
-        source: what the variant was made from.
-        variant: what is compared.
-        found: (N, F) outputs of the variant.
-        expected: (N, F) outputs of its source.
+    """Compare the (N, F) outputs of one variant of a net with those of what it was made from.
 
     Raises:
         ParityError: another shape, or values that are not finite.
@@ -122,16 +116,13 @@ def onnx_layers(model: onnx.ModelProto, images: Array, *, names: list[str]) -> L
         images: (N, 3, H, W).
         names: of the layers in the order they run; where their number differs, ONNX's own names are used.
     """
-    shown = with_any_batch(model)
     tensors = [node.output[0] for node in model.graph.node if node.op_type in ("Conv", "Gemm", "MatMul")]
-    outputs = {value.name for value in shown.graph.output}
-    shown.graph.output.extend(onnx.ValueInfoProto(name=name) for name in tensors if name not in outputs)
-    session = open_ort(shown, optimization="ALL")
-    values = session.run(tensors, {session.get_inputs()[0].name: images})
+    values = dict(open_tensors(model, tensors, optimization="ALL")(images, len(images)))
     if len(names) != len(tensors):
         names = tensors
     return {
-        name: numpy.asarray(value, dtype=numpy.float32) for name, value in zip(names, values, strict=True)
+        name: values[tensor].astype(numpy.float32, copy=False)
+        for name, tensor in zip(names, tensors, strict=True)
     }
 
 

@@ -46,12 +46,7 @@ _ERRORS: dict[str, type[EdgeclError]] = {
 
 
 class Listener:
-    """Takes what the device code says on stderr: progress is passed on, the last other lines are kept.
-
-    Args:
-        report: called with each line of progress.
-        limit_s: the longest silence.
-    """
+    """Takes what the device code says on stderr: progress is passed on, the last other lines are kept."""
 
     def __init__(self, report: Report | None, *, limit_s: float) -> None:
         self._report = report
@@ -92,15 +87,9 @@ def silence_s(runtime: str) -> float:
 def run_here(
     verb: Sequence[str], *, threads: int, limit_s: float = SILENCE_S, report: Report | None
 ) -> dict[str, Any]:
-    """Run a verb of the device code in a process of its own and return its JSON object.
+    """Run a verb of the device code, as it would follow `python3 onboard.pyz`, in a process of its own; return its JSON.
 
     The process ends with the call, whatever ends that: a record, an error, Ctrl-C or the limit.
-
-    Args:
-        verb: what would follow `python3 onboard.pyz`.
-        threads: how many its libraries shall compute with.
-        limit_s: the longest silence.
-        report: called with each line of progress.
 
     Raises:
         OnboardError: an error of the device code.
@@ -151,13 +140,7 @@ def _hear_out(pipe: IO[bytes], listener: Listener) -> None:
 def record_of(
     status: int | None, record: object, words: Iterable[str], *, where: Mapping[str, object]
 ) -> dict[str, Any]:
-    """Return the record of a process that ended, or raise what became of it.
-
-    Args:
-        status: its exit status, negative for a signal, None where nobody saw it end.
-        record: the JSON it gave, if any.
-        words: its last words.
-        where: of the error, label -> place.
+    """Return the record of a process; its status is negative for a signal, None where nobody saw it end.
 
     Raises:
         OnboardError: the JSON is an error of the device code.

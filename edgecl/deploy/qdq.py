@@ -12,7 +12,6 @@ from onnx import helper, numpy_helper
 
 from edgecl.deploy.graph import Names
 from edgecl.deploy.graph_index import WEIGHTED, GraphIndex, attribute, baseline_keep, clips_at_zero
-from edgecl.errors import DataError
 
 Array = NDArray[Any]
 Ranges = Mapping[str, tuple[float, float]]
@@ -21,14 +20,7 @@ _BIAS_STEPS = 2.0**30
 
 
 class QdqWriter:
-    """A quantized graph while it is written, node after node.
-
-    Args:
-        model: the graph it is made from.
-        ranges: tensor -> (least, largest).
-        chosen: names of weighted nodes to quantize.
-        keep: names of nodes that must not be.
-    """
+    """A quantized graph while it is written, node after node: the chosen nodes in integers, those to keep not."""
 
     def __init__(self, model: onnx.ModelProto, ranges: Ranges, *, chosen: set[str], keep: set[str]) -> None:
         self.model, self.ranges, self.chosen, self.keep = model, ranges, chosen, keep
@@ -61,7 +53,7 @@ class QdqWriter:
     def append(self, kind: str, inputs: Sequence[str], output: str, *, name: str, **attributes: Any) -> str:
         """Append a node of a kind, and return its output."""
         self.nodes.append(
-            helper.make_node(kind, list(inputs), [output], name=self.names.node(name), **attributes)
+            helper.make_node(kind, list(inputs), [output], name=self.names.new(name), **attributes)
         )
         return output
 
@@ -76,7 +68,7 @@ class QdqWriter:
 
     def constant(self, wish: str, values: Array) -> str:
         """Add a constant under a new name."""
-        name = self.names.tensor(wish)
+        name = self.names.new(wish)
         self.constants[name] = numpy_helper.from_array(numpy.asarray(values), name)
         return name
 
@@ -86,39 +78,24 @@ class QdqWriter:
 
     def range_of(self, tensor: str) -> tuple[float, float]:
         """Return a tensor's range; a cast changes the type and not the values."""
-        tensor = self._uncast.get(tensor, tensor)
-        if tensor not in self.ranges:
-            raise DataError(
-                f"tensor '{tensor}' has no range", hint="calibrate the very graph that is quantized"
-            )
-        least, largest = self.ranges[tensor]
-        if not (numpy.isfinite(least) and numpy.isfinite(largest) and least <= largest):
-            raise DataError(f"tensor '{tensor}' has the range {least} to {largest}")
-        return float(least), float(largest)
+        return self.ranges[self._uncast.get(tensor, tensor)]
 
     def pair(
-        self, tensor: str, scale: str, zero: str, *, axis: int | None = None, back: str | None = None
+        self, tensor: str, scale: Array, zero: Array, *, wish: str, back: str = "", **attributes: int
     ) -> str:
-        """Append QuantizeLinear and DequantizeLinear behind a tensor.
-
-        Args:
-            tensor: what is quantized.
-            scale, zero: names of constants.
-            axis: of the channels that have a scale each.
-            back: the scale to come back with, where it is another one.
-        """
-        attributes = {} if axis is None else {"axis": axis}
+        """Append QuantizeLinear and DequantizeLinear behind a tensor; it may come back with another scale."""
+        names = [self.constant(f"{wish}_scale", scale), self.constant(f"{wish}_zero_point", zero)]
         codes = self.append(
             "QuantizeLinear",
-            [tensor, scale, zero],
-            self.names.tensor(f"{tensor}_quantized"),
+            [tensor, *names],
+            self.names.new(f"{tensor}_quantized"),
             name=f"{tensor}_QuantizeLinear",
             **attributes,
         )
         return self.append(
             "DequantizeLinear",
-            [codes, back or scale, zero],
-            self.names.tensor(f"{tensor}_dequantized"),
+            [codes, back or names[0], names[1]],
+            self.names.new(f"{tensor}_dequantized"),
             name=f"{tensor}_DequantizeLinear",
             **attributes,
         )
@@ -143,11 +120,8 @@ class TensorrtWriter(QdqWriter):
     def _activation(self, tensor: str, dtype: Any) -> str:
         if tensor not in self.dequantized:
             scale = symmetric_scale(*self.range_of(tensor), dtype=dtype)
-            self.dequantized[tensor] = self.pair(
-                tensor,
-                self.constant(f"{tensor}_scale", scale),
-                self.constant(f"{tensor}_zero_point", numpy.zeros((), numpy.int8)),
-            )
+            zero = numpy.zeros((), numpy.int8)
+            self.dequantized[tensor] = self.pair(tensor, scale, zero, wish=tensor)
         return self.dequantized[tensor]
 
     def _weights(self, node: onnx.NodeProto) -> str:
@@ -157,12 +131,8 @@ class TensorrtWriter(QdqWriter):
         if key not in self.dequantized:
             weights = self.values(tensor)
             scale = weight_scales(weights, axis=axis, dtype=weights.dtype)
-            self.dequantized[key] = self.pair(
-                tensor,
-                self.constant(f"{tensor}_scale", scale),
-                self.constant(f"{tensor}_zero_point", numpy.zeros(scale.shape, numpy.int8)),
-                axis=axis,
-            )
+            zero = numpy.zeros(scale.shape, numpy.int8)
+            self.dequantized[key] = self.pair(tensor, scale, zero, wish=tensor, axis=axis)
         return self.dequantized[key]
 
 
@@ -262,12 +232,7 @@ class CpuWriter(QdqWriter):
 
     def _activation(self, tensor: str) -> str:
         if tensor not in self.dequantized:
-            scale, zero = self._grid_of(tensor)
-            self.dequantized[tensor] = self.pair(
-                tensor,
-                self.constant(f"{tensor}_scale", scale),
-                self.constant(f"{tensor}_zero_point", zero),
-            )
+            self.dequantized[tensor] = self.pair(tensor, *self._grid_of(tensor), wish=tensor)
         return self.dequantized[tensor]
 
     def _weighted(self, node: onnx.NodeProto) -> onnx.NodeProto:
@@ -297,17 +262,20 @@ class CpuWriter(QdqWriter):
             changed[2] = self._constant_codes(f"{node.name}_bias", steps, bias_scale, axis=0)
         return self.append_with(node, changed)
 
-    def _constant_codes(self, wish: str, codes: Array, scale: Array, *, axis: int | None = None) -> str:
+    def _constant_codes(
+        self, wish: str, codes: Array, scale: Array, zero: Array | None = None, **attributes: int
+    ) -> str:
         """Add integers and the DequantizeLinear that reads them."""
-        attributes = {} if axis is None else {"axis": axis}
+        if zero is None:
+            zero = numpy.zeros(scale.shape, codes.dtype)
         return self.append(
             "DequantizeLinear",
             [
                 self.constant(f"{wish}_quantized", codes),
                 self.constant(f"{wish}_scale", scale),
-                self.constant(f"{wish}_zero_point", numpy.zeros(scale.shape, codes.dtype)),
+                self.constant(f"{wish}_zero_point", zero),
             ],
-            self.names.tensor(f"{wish}_dequantized"),
+            self.names.new(f"{wish}_dequantized"),
             name=f"{wish}_DequantizeLinear",
             **attributes,
         )
@@ -321,17 +289,8 @@ class CpuWriter(QdqWriter):
                 continue
             scale, zero = asymmetric_scale(float(self.values(name).min()), float(self.values(name).max()))
             codes = numpy.clip(numpy.rint(self.values(name) / scale) + zero, 0, 255).astype(numpy.uint8)
-            wish = self.names.tensor(f"{node.output[0]}_operand")
-            changed[place] = self.append(
-                "DequantizeLinear",
-                [
-                    self.constant(f"{wish}_quantized", codes),
-                    self.constant(f"{wish}_scale", scale),
-                    self.constant(f"{wish}_zero_point", zero),
-                ],
-                self.names.tensor(f"{wish}_dequantized"),
-                name=f"{wish}_DequantizeLinear",
-            )
+            wish = self.names.new(f"{node.output[0]}_operand")
+            changed[place] = self._constant_codes(wish, codes, scale, zero)
         return changed
 
     def _write_hard_sigmoid(self, node: onnx.NodeProto) -> None:
@@ -342,20 +301,20 @@ class CpuWriter(QdqWriter):
         """
         alpha, beta = attribute(node, "alpha", 0.2), attribute(node, "beta", 0.5)
         tensor = node.output[0]
-        zero = numpy.zeros((), numpy.uint8)
         offset = self._constant_codes(
             f"{tensor}_offset", numpy.asarray(1, numpy.uint8), numpy.asarray(beta / alpha, numpy.float32)
         )
         lifted = self.append(
             "Add",
             [self._activation(node.input[0]), offset],
-            self.names.tensor(f"{tensor}_lifted"),
+            self.names.new(f"{tensor}_lifted"),
             name=node.name,
         )
         self.dequantized[tensor] = self.pair(
             lifted,
-            self.constant(f"{tensor}_scale", numpy.asarray(1 / alpha / 255, numpy.float32)),
-            self.constant(f"{tensor}_zero_point", zero),
+            numpy.asarray(1 / alpha / 255, numpy.float32),
+            numpy.zeros((), numpy.uint8),
+            wish=tensor,
             back=self.constant(f"{tensor}_unit_scale", numpy.asarray(1 / 255, numpy.float32)),
         )
         self._integer.add(tensor)

@@ -26,8 +26,7 @@ from edgecl.deploy.onboard_zip import onboard_bytes
 from edgecl.deploy.process import BUILDING_SILENCE_S, Listener, Report, record_of
 from edgecl.errors import DeviceError
 from edgecl.onboard.bundle import MANIFEST, check_files, read_manifest, sha256_of_file
-from edgecl.onboard.errors import BundleError
-from edgecl.onboard.remote import FILE_NAME, MARK
+from edgecl.onboard.remote import MARK
 
 SSH_OPTIONS = "EDGECL_SSH_OPTIONS"
 """Environment variable: more arguments for ssh, split as a shell would, such as '-F FILE' or '-i KEY'."""
@@ -42,20 +41,11 @@ _HOST = re.compile(
 _RUN_NAME = re.compile(r"run\.[A-Za-z0-9]{8,}")
 
 # The first value of an option wins in ssh, so these stand before the user's own.
-_OURS = [
-    "-T",
-    *("-o", "BatchMode=yes"),
-    *("-o", "StrictHostKeyChecking=yes"),
-    *("-o", "ConnectTimeout=15"),
-    *("-o", "ServerAliveInterval=5"),
-    *("-o", "ServerAliveCountMax=3"),
-    *("-o", "LogLevel=INFO"),
-    *("-o", "ForwardAgent=no"),
-    *("-o", "ForwardX11=no"),
-    *("-o", "ClearAllForwardings=yes"),
-    *("-o", "PermitLocalCommand=no"),
-    *("-o", "RemoteCommand=none"),
-]
+_OPTIONS = (
+    "BatchMode=yes StrictHostKeyChecking=yes ConnectTimeout=15 ServerAliveInterval=5 ServerAliveCountMax=3 LogLevel=INFO "
+    "ForwardAgent=no ForwardX11=no ClearAllForwardings=yes PermitLocalCommand=no RemoteCommand=none"
+)
+_OURS = ["-T", *(word for option in _OPTIONS.split() for word in ("-o", option))]
 
 # In single quotes for whatever shell the account has: no quote, newline or exclamation mark within.
 _INSTALL = (
@@ -69,6 +59,34 @@ _INSTALL = (
 # -S: this end needs the standard library only, and starts sooner without looking for more.
 _GO = 'python3 -S "$HOME/.cache/edgecl/{run}/onboard.pyz" remote go'
 _END = 'python3 -S "$HOME/.cache/edgecl/{run}/onboard.pyz" remote end'
+
+# What a part of ssh's words means, where a second try mends nothing.
+_REFUSALS = {
+    "IDENTIFICATION HAS CHANGED": (
+        "the host key of '{host}' is not the one that ssh knows: another machine may pose as the board",
+        "if the board was set up anew, remove the old key as ssh says in `{login}`, and connect once",
+    ),
+    "host key is known for|Host key verification failed": (
+        "the host key of '{host}' is unknown to ssh",
+        "run `{login}` once and compare the key's fingerprint with the board's",
+    ),
+    "Permission denied|Too many authentication failures": (
+        "'{host}' does not let you in without a password",
+        "see that the user is right, and copy your key there with `{copy_id}`",
+    ),
+    "command-line|[Bb]ad configuration option|no argument after keyword|Can't open user config": (
+        "ssh does not take its options",
+        None,
+    ),
+}
+_HINTS = {
+    "Could not resolve hostname": "no machine of that name: check it, or give the board's address",
+    "Connection refused": "the board is up but no ssh server listens there: check the port, and on the board "
+    "`sudo systemctl enable --now ssh`",
+    "No route to host": "check that the board is on, and its network",
+    "Network is unreachable": "check this machine's network",
+    "timed out": "check that the board is on, its address, and firewalls between",
+}
 
 # A board says something every two seconds.
 _SILENCE_S = 60.0
@@ -103,8 +121,6 @@ def run_on_board(
     bundle: Path | None,
     target: dict[str, Any] | None = None,
     threads: int | None = None,
-    ssh_options: Sequence[str] = (),
-    patience_s: float = _PATIENCE_S,
     report: Report | None = None,
 ) -> dict[str, Any]:
     """Run a verb of the device code on a board and return its record.
@@ -119,8 +135,6 @@ def run_on_board(
         bundle: the directory to copy; None where the verb needs none.
         target: a target, for a doctor without a bundle.
         threads: how many its libraries shall compute with; every core of the board where None.
-        ssh_options: further arguments for `ssh`.
-        patience_s: for how long a dropped connection is sought again.
         report: called with each line of progress.
 
     Raises:
@@ -139,10 +153,10 @@ def run_on_board(
         files = _files_of(bundle)
         manifest = next(entry for entry in files if entry["name"] == MANIFEST)
         request.update(bundle=f"bundle-{manifest['sha256'][:12]}", files=files)
-    ssh = [*_OURS, *ssh_options, *_options_of_environment()]
+    ssh = [*_OURS, *_options_of_environment()]
     ssh += [*(["-l", user] if user else []), *(["-p", port] if port else []), "--", name]
     login = " ".join(["ssh", *(["-p", port] if port else []), f"{user}@{name}" if user else name])
-    board = _Board(host, ssh, login=login, patience_s=patience_s, report=report)
+    board = _Board(host, ssh, login=login, report=report)
     run = board.insist(board.install)
     listener = Listener(report, limit_s=BUILDING_SILENCE_S)
     try:
@@ -156,11 +170,7 @@ def run_on_board(
 
 
 def _address(host: str) -> tuple[str | None, str, str | None]:
-    """Return user, name and port of a host that someone named.
-
-    Raises:
-        DeviceError: it is not of the form USER@BOARD[:PORT].
-    """
+    """Return user, name and port of a host that someone named."""
     found = _HOST.fullmatch(host)
     if not found or (found["port"] and not 1 <= int(found["port"]) <= 65535):
         raise DeviceError(
@@ -184,12 +194,6 @@ def _files_of(bundle: Path) -> list[_File]:
     manifest = read_manifest(bundle)
     check_files(bundle, manifest)
     hashes = {MANIFEST: sha256_of_file(bundle / MANIFEST), **manifest["files"]}
-    for name in hashes:
-        if not FILE_NAME.fullmatch(name):
-            raise BundleError(
-                f"the manifest names '{name}', which is no plain file name",
-                "do not run this bundle; export it again",
-            )
     return [
         {"name": name, "size": (bundle / name).stat().st_size, "sha256": digest}
         for name, digest in sorted(hashes.items())
@@ -199,15 +203,13 @@ def _files_of(bundle: Path) -> list[_File]:
 class _Board:
     """A board under an address, and the three things asked of it."""
 
-    def __init__(
-        self, host: str, ssh: list[str], *, login: str, patience_s: float, report: Report | None
-    ) -> None:
+    def __init__(self, host: str, ssh: list[str], *, login: str, report: Report | None) -> None:
         self._host = host
         self._ssh = ssh
         self._login = login
-        self._patience_s = patience_s
         self._report = report or (lambda line: None)
-        self._heard_at: float | None = None
+        self.heard_at: float | None = None
+        """When the board spoke last; once it did, a lost connection is sought again."""
 
     def insist(self, step: Callable[[], _Result]) -> _Result:
         """Do a step again, after growing pauses, as long as the connection gets lost; it must be one that goes on."""
@@ -217,19 +219,19 @@ class _Board:
             try:
                 return step()
             except _LostConnectionError as lost:
-                if self._heard_at is None:
+                if self.heard_at is None:
                     raise self._unreachable(str(lost)) from lost
-                if time.monotonic() - self._heard_at > self._patience_s:
+                if time.monotonic() - self.heard_at > _PATIENCE_S:
                     raise _GoneError(
                         f"the connection to '{self._host}' was lost and did not come back within "
-                        f"{self._patience_s:g} s",
+                        f"{_PATIENCE_S:g} s",
                         where={"ssh said": str(lost)},
                         hint="the run goes on there and ends by itself, nothing was written here; see that the "
                         "board is up and reachable, then run this again",
                     ) from lost
                 self._report(f"connection to {self._host} lost, trying again: {lost}")
-                tries = 0 if self._heard_at > started_at else tries + 1
-                time.sleep(min(_PAUSES_S[min(tries, len(_PAUSES_S) - 1)], self._patience_s))
+                tries = 0 if self.heard_at > started_at else tries + 1
+                time.sleep(min(_PAUSES_S[min(tries, len(_PAUSES_S) - 1)], _PATIENCE_S))
 
     def install(self) -> str:
         """Copy the device code into a new directory on the board and return that directory's name."""
@@ -238,10 +240,7 @@ class _Board:
             connection.finish_sending()
             answer = connection.hear()
         if "lacks" in answer:
-            raise DeviceError(
-                f"there is no python3 on '{self._host}'",
-                hint="on the board: sudo apt install python3 python3-numpy",
-            )
+            raise self._without_python()
         if not _RUN_NAME.fullmatch(str(answer.get("run"))):
             raise DeviceError(f"'{self._host}' answers what nobody asked: {answer}")
         return str(answer["run"])
@@ -307,10 +306,6 @@ class _Board:
                 "the program 'ssh' is not on the PATH", hint="sudo apt install openssh-client"
             ) from exc
 
-    def reached(self) -> None:
-        """Note that the board spoke: from now on a lost connection is sought again."""
-        self._heard_at = time.monotonic()
-
     def failure(self, status: int | None, words: str) -> Exception:
         """Return what an ssh that ended early means."""
         last = words.strip().splitlines()[-1:] or [""]
@@ -319,10 +314,7 @@ class _Board:
         if status is not None and status < 0:
             return _LostConnectionError(f"ssh was killed by signal {-status}")
         if status == 127 and "python3" in words:
-            return DeviceError(
-                f"there is no python3 on '{self._host}'",
-                hint="on the board: sudo apt install python3 python3-numpy",
-            )
+            return self._without_python()
         if "No space left on device" in words or "Disk quota exceeded" in words:
             return DeviceError(
                 f"no room on the disk of '{self._host}'",
@@ -335,44 +327,29 @@ class _Board:
             where={"it said": " | ".join(words.strip().splitlines()[-5:]) or "nothing"},
         )
 
+    def _without_python(self) -> DeviceError:
+        return DeviceError(
+            f"there is no python3 on '{self._host}'",
+            hint="on the board: sudo apt install python3 python3-numpy",
+        )
+
     def _refusal(self, words: str) -> DeviceError | None:
         """Return the error for what no second try would mend."""
-        if "IDENTIFICATION HAS CHANGED" in words:
-            return DeviceError(
-                f"the host key of '{self._host}' is not the one that ssh knows: another machine may pose as the board",
-                hint="if the board was set up anew, remove the old key as ssh says in `"
-                f"{self._login}`, and connect once",
-            )
-        if "host key is known for" in words or "Host key verification failed" in words:
-            return DeviceError(
-                f"the host key of '{self._host}' is unknown to ssh",
-                hint=f"run `{self._login}` once and compare the key's fingerprint with the board's",
-            )
-        if "Permission denied" in words or "Too many authentication failures" in words:
-            return DeviceError(
-                f"'{self._host}' does not let you in without a password",
-                where={"ssh said": words.strip().splitlines()[-1]},
-                hint=f"see that the user is right, and copy your key there with `{_copy_id(self._login)}`",
-            )
-        if re.search(
-            r"command-line|[Bb]ad configuration option|no argument after keyword|Can't open user config",
-            words,
-        ):
-            return DeviceError(
-                "ssh does not take its options", where={"ssh said": words.strip().splitlines()[-1]}
-            )
+        names = {
+            "host": self._host,
+            "login": self._login,
+            "copy_id": self._login.replace("ssh", "ssh-copy-id", 1),
+        }
+        for said, (problem, hint) in _REFUSALS.items():
+            if re.search(said, words):
+                last = words.strip().splitlines()[-1]
+                return DeviceError(
+                    problem.format(**names), where={"ssh said": last}, hint=hint and hint.format(**names)
+                )
         return None
 
     def _unreachable(self, words: str) -> DeviceError:
-        hints = {
-            "Could not resolve hostname": "no machine of that name: check it, or give the board's address",
-            "Connection refused": "the board is up but no ssh server listens there: check the port, and on the board "
-            "`sudo systemctl enable --now ssh`",
-            "No route to host": "check that the board is on, and its network",
-            "Network is unreachable": "check this machine's network",
-            "timed out": "check that the board is on, its address, and firewalls between",
-        }
-        hint = next((hint for said, hint in hints.items() if said in words), f"try `{self._login}` yourself")
+        hint = next((hint for said, hint in _HINTS.items() if said in words), f"try `{self._login}` yourself")
         return DeviceError(f"cannot connect to '{self._host}': {words}", hint=hint)
 
 
@@ -431,7 +408,7 @@ class _Connection:
                 self._text = rest
                 message = _message(line)
                 if message is not None:
-                    self._board.reached()
+                    self._board.heard_at = time.monotonic()
                     return message
                 continue
             if not select.select([self._out], [], [], patience_s)[0]:
@@ -448,10 +425,6 @@ class _Connection:
             status = None
         self._errors.seek(0)
         return self._board.failure(status, self._errors.read().decode("utf-8", "replace"))
-
-
-def _copy_id(login: str) -> str:
-    return login.replace("ssh", "ssh-copy-id", 1)
 
 
 def _message(line: bytes) -> dict[str, Any] | None:

@@ -19,18 +19,9 @@ def compile_rtx(
 ) -> dict[str, Any]:
     """Write one plan that holds the net for every compute capability the target names.
 
-    Args:
-        onnx_file: inputs and outputs float32, in any of edgecl's forms but 'int8-cpu'.
-        out: the plan to write.
-        precision: 'fp32', 'fp16' or 'int8'.
-        form: of the graph, such as 'int8-trt-fp16'.
-        build: the target's; its compute capabilities, TF32 and workspace are used.
-        input_form: 'input' of the manifest.
-
     Returns:
-        version; compute_capabilities; compile_s; size_bytes; io, name -> data type; layers, how many of each type
-        the parsed network has; engine, how many of the compiled layers compute in each precision, and the share
-        of its convolutions and matrix products; settings; warnings.
+        what the manifest's `engines` holds of it; `layers` counts the parsed network's by type, `engine` how many of the
+        compiled ones compute in each precision.
 
     Raises:
         DeviceError: TensorRT for RTX is not installed, refuses the graph, or would not compute in the precision

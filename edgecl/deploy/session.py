@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy
@@ -21,10 +21,7 @@ Run = Callable[[Array], Array]
 def session_of(model: onnx.ModelProto, *, runtime: str, form: str = "fp32") -> Run:
     """Return a function that runs a model on any batch, on one thread.
 
-    Args:
-        model: in any form.
-        runtime: runs it where it can on this machine; ONNX Runtime stands in for the others.
-        form: of the model, which decides how it is optimized.
+    The runtime runs it where it can on this machine, else ONNX Runtime; the model's form decides how it is optimized.
 
     Raises:
         DeviceError: the runtime is not installed.
@@ -40,6 +37,25 @@ def session_of(model: onnx.ModelProto, *, runtime: str, form: str = "fp32") -> R
 def open_ort(model: onnx.ModelProto, *, optimization: str) -> Any:
     """Return ONNX Runtime's session for a model, on one thread: sums keep their order, whatever the machine."""
     return open_model(model.SerializeToString(), threads=1, optimization=optimization)
+
+
+def open_tensors(
+    model: onnx.ModelProto, names: Sequence[str], *, optimization: str
+) -> Callable[[Array, int], Iterator[tuple[str, Array]]]:
+    """Return a function of images and a batch size that yields the input and the named tensors of every batch."""
+    shown = with_any_batch(model)
+    del shown.graph.output[:]
+    shown.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    session = open_ort(shown, optimization=optimization)
+    source = model.graph.input[0].name
+
+    def run(images: Array, size: int) -> Iterator[tuple[str, Array]]:
+        for start in range(0, len(images), size):
+            batch = numpy.ascontiguousarray(images[start : start + size])
+            yield source, batch
+            yield from zip(names, session.run(names, {source: batch}), strict=True)
+
+    return run
 
 
 def with_any_batch(model: onnx.ModelProto) -> onnx.ModelProto:

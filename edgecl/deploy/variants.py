@@ -42,15 +42,8 @@ REFERENCE_IMAGES = 16
 class Source:
     """What the variants are made from.
 
-    Attributes:
-        net: in evaluation mode, with the fake quantization it may have been trained with.
-        record: of the model.
-        images: (N, 3, H, W) real images after preprocessing, in a random order.
-        labels: (N,) of the net's classes, or None.
-        target: decides precisions and forms.
-        preprocessing: written into the graphs.
-        evaluator: the images on which accuracy is measured, or None.
-        say: called with a line on how far it is.
+    The net is in evaluation mode, with the fake quantization it may have been trained with; the (N, 3, H, W) images are
+    real ones after preprocessing, in a random order, the labels of the net's classes.
     """
 
     net: nn.Module
@@ -92,14 +85,8 @@ class Source:
 class Variant:
     """The net in one precision, on its way into a bundle.
 
-    Attributes:
-        model: as ONNX.
-        form: the manifest's name for it, such as 'int8-trt'.
-        about: more for the manifest.
-        earlier: checks of the parity report before this variant's own.
-        parity: its check of the parity report.
-        accuracy: on the evaluator's images, or None without an evaluator.
-        decision: of INT8.
+    Its form is the manifest's name for it, such as 'int8-trt'; the checks of the parity report are those before its own, and
+    its own. Only INT8 has a decision.
     """
 
     model: onnx.ModelProto
@@ -191,10 +178,7 @@ def check_variants(variants: Variants, source: Source) -> list[ParityCheck]:
     layers = onnx_layers(fp32, few.numpy(), names=list(in_torch))
     outputs = source.outputs(fp32, "fp32")
     step = check_parity(
-        "carved torch net",
-        "ONNX fp32",
-        outputs,
-        torch_outputs(source.plain, source.images[:PARITY_IMAGES]),
+        "carved torch net", "ONNX fp32", outputs, torch_outputs(source.plain, source.images[:PARITY_IMAGES])
     )
     step.first_diverging_layer = first_outside(layers, in_torch, source.tolerance("fp32"))
     check_tolerance(step, source.tolerance("fp32"))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,6 @@ from typing import Any, Generic, TypeVar, cast
 
 from edgecl.errors import ArtifactError, counted, printable
 from edgecl.onboard.bundle import sha256_of_file
-from edgecl.reports.notation import finite
 from edgecl.storage.directories import PipelineDir, RunDir
 from edgecl.storage.reading import METRICS_BYTES, RECORD_BYTES, parse_json, read_bytes
 from edgecl.storage.record_files import RECORD_FILES, kind_of, read_record
@@ -192,13 +192,13 @@ def _inside(path: Path, notes: list[str]) -> Iterator[Source[Record]]:
 
 
 def read_cleaned(file: Path, kind: type[R]) -> R:
-    """Return a record whose text any output may show; entries may be missing.
+    """Return a record whose text any output may show.
 
     Raises:
         ArtifactError: as of `read_record`.
     """
-    record = read_record(file, kind, missing_ok=True)
-    return parse_record(_cleaned(content_of(record)), kind, path=file, missing_ok=True)
+    record = read_record(file, kind)
+    return parse_record(_cleaned(content_of(record)), kind, path=file)
 
 
 _KINDS: dict[str | None, type[Record]] = {kind.KIND: kind for kind in (RunRecord, ModelRecord, Manifest)}
@@ -287,7 +287,11 @@ def read_metrics(path: Path) -> tuple[list[Line], list[Line], int]:
 
 
 def _numbers(entry: Json) -> Line:
-    return {key: number for key, value in entry.items() if (number := finite(value)) is not None}
+    return {
+        key: float(value)
+        for key, value in entry.items()
+        if type(value) in (int, float) and math.isfinite(value)
+    }
 
 
 def _name(sources: Sequence[Source[Record]]) -> None:

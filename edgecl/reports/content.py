@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import Literal
 
 from pydantic import Field
 
@@ -16,7 +16,7 @@ from edgecl.reports.pareto import TradeOff, size_trade_off, trade_off
 from edgecl.reports.precisions import BundleSummary, Part, bundle_summary, joined
 from edgecl.reports.rows import ORIGINS, Comparison, Row, comparison_of, rows_of
 from edgecl.reports.sentences import decision_of, plateaus_in_words, warnings_of
-from edgecl.storage.reading import reading
+from edgecl.storage.directories import ReportDir
 from edgecl.storage.records import (
     ComparisonRecord,
     Json,
@@ -25,10 +25,10 @@ from edgecl.storage.records import (
     PipelineRecord,
     Record,
     RunRecord,
+    Text,
     command_line,
 )
 
-PartT = TypeVar("PartT", bound=Part)
 MOST_POINTS = 240
 """How many points a curve has at most."""
 
@@ -67,12 +67,7 @@ _OF_EVERY_RUN = (
         high=1.0,
         reference=1.0,
     ),
-    Panel(
-        title="Off-diagonal of C",
-        lines={"off_diagonal_rms": "off-diagonal"},
-        unit="RMS, goal 0",
-        low=0.0,
-    ),
+    Panel(title="Off-diagonal of C", lines={"off_diagonal_rms": "off-diagonal"}, unit="RMS, goal 0", low=0.0),
     Panel(
         title="RankMe",
         lines={"rankme_host": "host", "rankme_slim": "slim"},
@@ -95,8 +90,8 @@ class RunSummary(Part):
     name: str
     method: str | None
     recipe_name: str | None
-    state: str | None
-    wall_s: float | None
+    state: str
+    wall_s: float
     steps: float | None
     total_steps: float | None
     from_epoch: float
@@ -112,8 +107,8 @@ class RunSummary(Part):
         text = joined(
             self.name + (f" ({self.method})" if self.method else ""),
             f"{fixed(self.steps, 0)}{total} steps" if self.steps is not None else "",
-            duration(self.wall_s) if self.wall_s is not None else "",
-            {"done": "", "failed": "failed"}.get(self.state or "", "not finished"),
+            duration(self.wall_s),
+            {"done": "", "failed": "failed"}.get(self.state, "not finished"),
         )
         if self.steps_per_point > 1:
             text += f". Lines are means of {self.steps_per_point} logged steps, bands their extremes"
@@ -139,25 +134,30 @@ class Origin(Part):
 
 
 class Report(Record):
-    """The content of report.json: every number the page shows, and the records behind them."""
+    """report.json: the numbers that a report's page shows, and the records behind them."""
 
-    KIND = "report"
-    FILE = "report.json"
+    KIND = ReportDir.KIND
+    FILE = ReportDir.RECORD
 
     kind: Literal["report"] = "report"
-    title: str
-    decision: str
-    support: list[str]
+    title: Text
+    decision: Text
+    support: list[Text]
     rows: list[Row]
+    """One for each net, bundle, precision and measurement."""
     bundles: list[BundleSummary]
     comparison: Comparison | None
     further_comparisons: list[Comparison]
     trade_off: TradeOff | None
+    """Accuracy against latency."""
     size_trade_off: TradeOff | None
+    """Accuracy against MACs or parameters, where no latency joins the nets of one run."""
     families: list[Family]
+    """Nets of several widths out of one checkpoint."""
     runs: list[RunSummary]
-    notes: list[str]
+    notes: list[Text]
     conditions: list[Origin]
+    """Every record the report was made from."""
 
     @property
     def comparisons(self) -> list[Comparison]:
@@ -172,8 +172,8 @@ def report_of(collection: Collection) -> Report:
     trade = trade_off(rows)
     for group in trade.groups if trade else []:
         group.families = lines_in(group, families, rows)
-    comparisons = [_part(comparison_of, one, collection) for one in collection.of(ComparisonRecord)]
-    bundles = [_part(bundle_summary, one) for one in collection.of(Manifest)]
+    comparisons = [comparison_of(one, collection) for one in collection.of(ComparisonRecord)]
+    bundles = [bundle_summary(one) for one in collection.of(Manifest)]
     decision, support = decision_of(comparisons, rows, bundles, collection)
     stuck, what_to_change = plateaus_in_words(collection.of(RunRecord))
     has_line = trade is not None and bool(trade.lines)
@@ -190,16 +190,10 @@ def report_of(collection: Collection) -> Report:
         trade_off=trade,
         size_trade_off=None if has_line else size_trade_off(rows, [family.rows for family in families]),
         families=families,
-        runs=[_part(_run_summary, run) for run in collection.of(RunRecord)],
+        runs=[_run_summary(run) for run in collection.of(RunRecord)],
         notes=[*collection.notes, *warnings_of(rows, collection)],
         conditions=list(_origins(collection)),
     )
-
-
-def _part(make: Callable[..., PartT], source: Source[Record], *more: object) -> PartT:
-    """Make a part of the report; a record that lacks what the part needs is named."""
-    with reading(source.path / source.record.FILE):
-        return make(source, *more)
 
 
 def _title(collection: Collection) -> str:

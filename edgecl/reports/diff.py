@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Literal
 
-from edgecl.errors import ArtifactError, printable
+from edgecl.errors import ArtifactError, counted, printable
 from edgecl.reports.collect import collect, read_cleaned
 from edgecl.reports.content import Report, report_of
 from edgecl.reports.notation import MINUS, MISSING, between, fixed
@@ -17,7 +17,7 @@ from edgecl.reports.rules import METRICS, Metric, Rule, change_percent
 from edgecl.reports.tables import Column, Table
 from edgecl.storage.directories import ReportDir
 from edgecl.storage.record_files import kind_of
-from edgecl.storage.records import Interval, Record, command_line
+from edgecl.storage.records import Count, Interval, Record, Text, command_line
 
 # A comparison goes on over a change of these, and names it.
 _NAMED = {
@@ -81,20 +81,22 @@ class ComparedRow(Part):
 
 
 class Diff(Record):
-    """What `edgecl report diff --json` prints."""
+    """What `report diff --json` prints: two reports compared."""
 
     KIND = "report-diff"
     FILE = "report-diff.json"
 
     kind: Literal["report-diff"] = "report-diff"
-    old: str
-    new: str
-    rules: list[str]
+    old: Text
+    new: Text
+    rules: list[Text]
     rows: list[ComparedRow]
-    checked: int
-    broken: int
+    """Each with its checks, and the conditions that differ."""
+    checked: Count
+    broken: Count
+    """How many checks fail."""
     regression: bool
-    summary: str
+    summary: Text
 
     @property
     def lines(self) -> list[str]:
@@ -154,7 +156,7 @@ def diff(old: Path, new: Path, *, rules: Sequence[Rule] = ()) -> Diff:
     Args:
         old: a report's directory, its report.json, or a run, model, bundle or pipeline directory.
         new: the same.
-        rules: what counts as a regression; none only shows the changes.
+        rules: none only shows the changes.
 
     Raises:
         ArtifactError: nothing to compare, no row of OLD that has a partner in NEW, or a rule that concerns
@@ -203,9 +205,9 @@ def diff(old: Path, new: Path, *, rules: Sequence[Rule] = ()) -> Diff:
 
 
 def _summary(rules: Sequence[Rule], checked: int, broken: int, pairs: int) -> str:
-    checks = "1 check" if checked == 1 else f"{checked} checks"
+    checks = counted(checked, "check")
     if not rules:
-        return f"no rule was given: {'1 row' if pairs == 1 else f'{pairs} rows'} compared, nothing evaluated"
+        return f"no rule was given: {counted(pairs, 'row')} compared, nothing evaluated"
     if broken:
         return f"regression: {broken} of {checks} {'fails' if broken == 1 else 'fail'}"
     return f"no regression: {checks} {'holds' if checked == 1 else 'hold'}"
@@ -217,7 +219,7 @@ def _rows_of_side(path: Path) -> list[Row]:
     if not path.exists():
         raise ArtifactError(f"there is no directory '{path}'")
     file = ReportDir(path).record_file if path.is_dir() else path
-    return read_cleaned(file, Report).rows or []
+    return read_cleaned(file, Report).rows
 
 
 def _library(row: Row) -> str:
@@ -326,12 +328,7 @@ def _differing(old: Row, new: Row) -> list[Change]:
 def _check(metric: Metric, rule: Rule | None, old: Row | None, new: Row | None, apart: str) -> Check | None:
     """Compare one number of a pair and check it against a rule; None where the rule does not concern the pair.
 
-    Args:
-        metric: the number.
-        rule: the rule, or None to compare only.
-        old: a row, or None where only NEW has it.
-        new: its partner, or None.
-        apart: why latencies do not compare, in words.
+    Latencies that do not compare are `apart`, for reasons in words.
     """
     before, after = (None if row is None else metric.read(row) for row in (old, new))
     if before is None and (after is None or (rule and rule.relative)):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from edgecl.errors import counted
 from edgecl.reports.collect import Collection, Source
 from edgecl.reports.notation import MISSING, between, milliseconds, percent, scaled
-from edgecl.reports.pareto import SIZES, Group, Line, lines_of
+from edgecl.reports.pareto import SIZES, Group, Line, line_of
 from edgecl.reports.precisions import Part, joined
 from edgecl.reports.rows import ACCURACIES, ORIGINS, Row, comparable_accuracies, nets_of
 from edgecl.reports.tables import Column, Table
@@ -73,13 +73,13 @@ def lines_in(group: Group, families: Sequence[Family], rows: Sequence[Row]) -> l
 
     A rejected precision has no line.
     """
-    alike: dict[tuple[int, str | None, str | None, str | None], list[tuple[int, int]]] = {}
+    alike: dict[tuple[int, str | None, str | None, str | None], list[int]] = {}
     for place, family in enumerate(families):
         for index in family.rows:
             row = rows[index]
             if index in group.rows and not row.is_rejected:
-                alike.setdefault((place, row.precision, row.runtime, row.target), []).append((place, index))
-    return [line for members in alike.values() for line in lines_of(rows, members)]
+                alike.setdefault((place, row.precision, row.runtime, row.target), []).append(index)
+    return [line for (place, *_), members in alike.items() for line in line_of(rows, place, members)]
 
 
 def family_tables(families: Sequence[Family], rows: Sequence[Row]) -> list[Table]:

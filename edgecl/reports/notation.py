@@ -4,19 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 from edgecl.storage.records import Interval
 
 MISSING = "–"
 MINUS = "−"
-
-
-def finite(value: Any) -> float | None:
-    """Return a number out of a record as a float, or None for anything that is no finite number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    return float(value) if math.isfinite(value) else None
 
 
 def fixed(value: float, decimals: int = 1) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
 
 from pydantic import Field
 
@@ -120,43 +119,28 @@ def _point(row: Row, key: str) -> tuple[float, float]:
     return cost, gain.top1
 
 
-def lines_of(rows: Sequence[Row], members: Sequence[tuple[int, int]]) -> list[Line]:
-    """Join the rows of each family by width; two widths or more make a line.
-
-    Args:
-        rows: of the report.
-        members: (family, row), those of a family together.
-    """
-    lines = []
-    for family, found in groupby(members, key=lambda one: one[0]):
-        by_width = sorted((rows[index].width or 0.0, index) for _, index in found)
-        if len({width for width, _ in by_width}) > 1:
-            lines.append(Line(family=family, rows=[index for _, index in by_width]))
-    return lines
+def line_of(rows: Sequence[Row], family: int, members: Sequence[int]) -> list[Line]:
+    """Return the line that joins these rows of a family by width, none of a single width."""
+    by_width = sorted((rows[index].width or 0.0, index) for index in members)
+    if len({width for width, _ in by_width}) < 2:
+        return []
+    return [Line(family=family, rows=[index for _, index in by_width])]
 
 
 def size_trade_off(rows: Sequence[Row], families: Sequence[Sequence[int]]) -> TradeOff | None:
     """Choose the accuracy and the size to set side by side for the nets of one run, for want of a latency.
 
-    MACs where every net of the families has them, else parameters. Other nets with the same numbers are shown, too.
-
-    Args:
-        rows: of the report.
-        families: the rows of each.
-
-    Returns:
-        One group; None when no family has two widths with an accuracy and a size.
+    MACs where every net of the families has them, else parameters. Other nets with the same numbers are shown, too. None
+    when no family has two widths with an accuracy and a size.
     """
     nets: dict[str, int] = {}
     for index, row in enumerate(rows):
         if row.model_dir is not None:
             nets.setdefault(row.model_dir, index)
-    members = [
-        (family, index) for family, found in enumerate(families) for index in found if index in nets.values()
-    ]
+    members = [index for found in families for index in found if index in nets.values()]
     names = comparable_accuracies([rows[index] for index in nets.values()])
-    best = max(names, key=lambda key: sum(rows[index].of_net(key) is not None for _, index in members))
-    accurate = [rows[index] for _, index in members if rows[index].of_net(best)]
+    best = max(names, key=lambda key: sum(rows[index].of_net(key) is not None for index in members))
+    accurate = [rows[index] for index in members if rows[index].of_net(best)]
     cost = next((key for key in SIZES if all(getattr(row, key) is not None for row in accurate)), None)
     if cost is None:
         return None
@@ -165,7 +149,11 @@ def size_trade_off(rows: Sequence[Row], families: Sequence[Sequence[int]]) -> Tr
         for index in nets.values()
         if rows[index].of_net(best) and getattr(rows[index], cost) is not None
     ]
-    lines = lines_of(rows, [(family, index) for family, index in members if index in shown])
+    lines = [
+        line
+        for family, found in enumerate(families)
+        for line in line_of(rows, family, [index for index in found if index in shown])
+    ]
     if not lines:
         return None
     points = [

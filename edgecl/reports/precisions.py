@@ -185,20 +185,19 @@ def timings_of(bench: BenchRecord) -> Iterator[Timing]:
 
     The headline of a precision is the timing that the record says, or the first.
     """
-    measurements = bench.measurements or []
     headlines: dict[str, BenchMeasurement] = {}
-    for one in measurements:
+    for one in bench.measurements:
         first = headlines.setdefault(one.precision, one)
         if one.headline and not first.headline:
             headlines[one.precision] = one
-    for one in measurements:
+    for one in bench.measurements:
         flags = ["unsteady"] if one.steady is False else []
         yield Timing(
             precision=one.precision,
             form=one.form,
             mode=one.mode,
             headline=headlines[one.precision] is one,
-            latency_ms=one.latency_ms or Latency(),
+            latency_ms=one.latency_ms,
             throughput_per_s=one.throughput_per_s,
             samples=one.samples,
             flags=list(dict.fromkeys([*flags, *one.marks, *bench.marks])),
@@ -206,34 +205,25 @@ def timings_of(bench: BenchRecord) -> Iterator[Timing]:
             batch=bench.batch,
             threads=bench.threads,
             runtime=bench.runtime,
-            device=_name(bench),
+            device=bench.device.name,
             power_mode=_power_mode(bench),
         )
 
 
-def _name(bench: BenchRecord) -> str | None:
-    return (bench.device.name or bench.device.cpu_model) if bench.device else None
-
-
 def _power_mode(bench: BenchRecord) -> str | None:
-    mode = bench.device.power_mode if bench.device else None
+    mode = bench.device.power_mode
     return (mode.name or (None if mode.id is None else f"mode {mode.id}")) if mode else None
 
 
 def ratios_of(bench: BenchRecord, rejected: set[str]) -> Iterator[TimedRatio]:
-    """Return how precisions compare that were timed in turns in one session.
-
-    Args:
-        bench: the measurement's record.
-        rejected: precisions that the words call so.
-    """
+    """Return how precisions compare that were timed in turns in one session, those that are rejected called so."""
     for one in bench.ratios:
         a, b = (f"{name} (rejected)" if name in rejected else name for name in (one.a, one.b))
         ratio = joined(f"{fixed(one.p50_ratio, 2)}x", between(one.ci95, lambda end: fixed(end, 2)), by=" ")
         words = f"{b} is {ratio} as fast as {a}"
         if one.ci95 and one.ci95[0] <= 1 <= one.ci95[1]:
             words += ", not resolved: the interval includes 1"
-        yield TimedRatio(**one.to_json(), words=words, device=_name(bench), runtime=bench.runtime)
+        yield TimedRatio(**one.to_json(), words=words, device=bench.device.name, runtime=bench.runtime)
 
 
 def bundle_summary(bundle: Source[Manifest]) -> BundleSummary:
@@ -251,7 +241,7 @@ def bundle_summary(bundle: Source[Manifest]) -> BundleSummary:
             decision=decision_on(about),
             default=name == manifest.precision,
         )
-        for name, about in (manifest.precisions or {}).items()
+        for name, about in manifest.precisions.items()
     ]
     rejected = {one.precision for one in precisions if one.is_rejected}
     benches = bundle.all_beside(BenchRecord)
@@ -269,7 +259,7 @@ def bundle_summary(bundle: Source[Manifest]) -> BundleSummary:
 def verified(bundle: Source[Manifest], precision: str | None) -> bool | None:
     """Return whether a precision computed its reference outputs again; None where `verify` did not run."""
     verify = bundle.one_beside(VerifyRecord)
-    if not verify or verify.files_ok is False:
+    if not verify or not verify.files_ok:
         return False if verify else None
     found = verify.precisions.get(precision or "")
     return verify.ok if found is None or found.ok is None else found.ok

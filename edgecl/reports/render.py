@@ -25,13 +25,7 @@ from edgecl.reports.notation import MISSING
 from edgecl.reports.pareto import SIZES, TradeOff
 from edgecl.reports.precisions import joined
 from edgecl.reports.rows import Comparison, Row
-from edgecl.reports.tables import (
-    comparison_table,
-    mode_tables,
-    parity_table,
-    precision_table,
-    report_tables,
-)
+from edgecl.reports.tables import comparison_table, mode_tables, parity_table, precision_table, report_tables
 
 
 @dataclass(frozen=True)
@@ -44,12 +38,7 @@ class Chart:
 
 
 def page(report: Report, *, views: Mapping[str, bytes]) -> str:
-    """Return the report as HTML.
-
-    Args:
-        report: what it says.
-        views: name of a run -> its views.png.
-    """
+    """Return the report as HTML, with the views.png of runs by their names."""
     env = _environment(label=_label, value=_value, with_whole_interval=_with_whole_interval)
     env.tests["list_of_tables"] = _is_list_of_tables
     assert env.loader is not None

@@ -18,19 +18,10 @@ from edgecl.storage.writing import write_bytes
 def report(dirs: Sequence[Path], *, out: Path, force: bool = False) -> Report:
     """Write report.html, report.md and report.json about runs, nets, bundles and whole pipelines.
 
-    Args:
-        dirs: run, model, bundle or pipeline directories in any mix; a pipeline stands for all that it holds.
-        out: directory of the report.
-        force: replace an earlier report.
-
-    Returns:
-        What report.json holds.
-
-    Raises:
-        ArtifactError: a directory edgecl did not write, an unreadable record, or an output in the way.
+    `edgecl.report` tells arguments, result and errors.
     """
     refuse_existing(out, force=force, kind=ReportDir.KIND)
-    collection = collect([Path(path) for path in dirs])
+    collection = collect(dirs)
     found = report_of(collection)
     views = {run.name: run.views_png for run in collection.of(RunRecord) if run.views_png}
     html = page(found, views=views)

@@ -23,7 +23,6 @@ from edgecl.reports.precisions import (
     verified,
 )
 from edgecl.storage import records
-from edgecl.storage.reading import reading
 from edgecl.storage.records import (
     BenchRecord,
     ComparisonRecord,
@@ -168,19 +167,14 @@ class ComparedNet(Part):
     """One net of a comparison: pretrained, at its random initialization, trained from scratch."""
 
     name: str
-    few_label: FewLabel | None
+    few_label: FewLabel
     knn_top1: float | None
     linear_top1: float | None
 
 
-class Difference(Part):
+class Difference(records.Difference):
     """How much more accurate net a is than b on the same labels, in points."""
 
-    a: str
-    b: str
-    mean: float
-    ci95: Interval | None
-    resolved: bool
     draws: list[float]
 
     @property
@@ -194,10 +188,10 @@ class Comparison(Part):
     """A pipeline's nets side by side, and whether their differences are resolved."""
 
     name: str
-    labels_per_class: int | None
-    draws: int | None
-    n_test: float | None
-    test: str | None
+    labels_per_class: int
+    draws: int
+    n_test: int
+    test: str
     chance: float | None
     """The accuracy of guessing, in percent."""
     nets: list[ComparedNet]
@@ -206,13 +200,10 @@ class Comparison(Part):
     @property
     def in_words(self) -> str:
         """On what the nets were compared."""
-        text = joined(
-            f"each net was given the same {self.draws} choices of labels" if self.draws else "",
-            f"{fixed(self.n_test, 0)} test images" if self.n_test is not None else "",
-            f"test data {self.test}" if self.test else "",
-            by="; ",
+        return (
+            f"Each net was given the same {self.draws} choices of labels; "
+            f"{fixed(self.n_test, 0)} test images; test data {self.test}."
         )
-        return text and f"{text[0].upper()}{text[1:]}."
 
 
 def rows_of(collection: Collection) -> list[Row]:
@@ -241,18 +232,14 @@ def _net_of(bundle: Source[Manifest], models: Sequence[Source[ModelRecord]]) -> 
 
 
 def _bundle_rows(model: Source[ModelRecord] | None, bundle: Source[Manifest]) -> Iterator[Row]:
-    with reading(bundle.path / bundle.record.FILE):
-        timed = set()
-        for timing in (timing for bench in bundle.all_beside(BenchRecord) for timing in timings_of(bench)):
-            if timing.headline:
-                timed.add(timing.precision)
-                yield _row(model, bundle, timing.precision, timing)
-        known = list(bundle.record.precisions or {})
-        for precision in known:
-            if precision not in timed:
-                yield _row(model, bundle, precision, None)
-        if not known and not timed:
-            yield _row(model, bundle, bundle.record.precision, None)
+    timed = set()
+    for timing in (timing for bench in bundle.all_beside(BenchRecord) for timing in timings_of(bench)):
+        if timing.headline:
+            timed.add(timing.precision)
+            yield _row(model, bundle, timing.precision, timing)
+    for precision in bundle.record.precisions:
+        if precision not in timed:
+            yield _row(model, bundle, precision, None)
 
 
 def _row(
@@ -264,7 +251,7 @@ def _row(
     row = Row(name="", precision=precision)
     if bundle:
         manifest = bundle.record
-        about = (manifest.precisions or {}).get(precision or "")
+        about = manifest.precisions.get(precision or "")
         row.name, row.bundle, row.bundle_dir = bundle.name, bundle.name, bundle.shown
         row.target, row.runtime = manifest.target_name, manifest.runtime
         row.form = about.form if about else None
@@ -277,10 +264,10 @@ def _row(
             row.macs = cost.macs
         if probe := model.one_beside(ProbeRecord):
             row.few_label = _few_label(probe.few_label_top1)
-            row.knn = _accuracy(probe.knn_top1, probe.knn_ci95)
-            row.linear = _accuracy(probe.linear_top1, probe.linear_ci95)
+            row.knn = Accuracy(top1=probe.knn_top1, ci95=probe.knn_ci95)
+            row.linear = Accuracy(top1=probe.linear_top1, ci95=probe.linear_ci95)
         if evaluation := model.one_beside(EvaluationRecord):
-            row.finetuned = _accuracy(evaluation.top1, evaluation.top1_ci95)
+            row.finetuned = Accuracy(top1=evaluation.top1, ci95=evaluation.top1_ci95)
     net = model.record if model else bundle.record.net if bundle else None
     if net:
         row.arch, row.width, row.origin, row.params = net.arch, net.width, net.origin, net.params
@@ -294,13 +281,7 @@ def _row(
     return row
 
 
-def _accuracy(top1: float | None, ci95: Interval | None) -> Accuracy | None:
-    return None if top1 is None else Accuracy(top1=top1, ci95=ci95)
-
-
-def _few_label(few: FewLabelAccuracy | None) -> FewLabel | None:
-    if not few or few.mean is None:
-        return None
+def _few_label(few: FewLabelAccuracy) -> FewLabel:
     return FewLabel(
         top1=few.mean, ci95=few.ci95, std=few.std, labels_per_class=few.labels_per_class, draws=few.draws
     )
@@ -338,10 +319,7 @@ def comparable_accuracies(rows: Sequence[Row]) -> dict[str, str]:
 def row_label(row: Row, rows: Sequence[Row], *, without: Sequence[str] = ()) -> str:
     """Return a row's net, and as much of its bundle, precision and device as tells it from the other rows.
 
-    Args:
-        row: the row to name.
-        rows: the rows it must differ from.
-        without: parts that are shown in another way, such as by color.
+    What is shown in another way, such as by color, is left out.
     """
     label = row.name
     alike = [other for other in rows if other.name == row.name]
@@ -365,9 +343,9 @@ def comparison_of(source: Source[ComparisonRecord], collection: Collection) -> C
             knn_top1=one.knn_top1,
             linear_top1=one.linear_top1,
         )
-        for one in record.rows or []
+        for one in record.rows
     ]
-    draws = {net.name: net.few_label.draws for net in nets if net.few_label}
+    draws = {net.name: net.few_label.draws for net in nets}
     root = source.path.resolve()
     inside = [model for model in collection.of(ModelRecord) if root in model.path.resolve().parents]
     return Comparison(
@@ -378,7 +356,7 @@ def comparison_of(source: Source[ComparisonRecord], collection: Collection) -> C
         test=record.test,
         chance=_chance(inside),
         nets=nets,
-        differences=[_difference(one, draws) for one in record.differences or [] if one.mean is not None],
+        differences=[_difference(one, draws) for one in record.differences],
     )
 
 
@@ -386,18 +364,12 @@ def _difference(record: records.Difference, draws: dict[str, list[float]]) -> Di
     clear = record.ci95 is not None and (record.ci95[0] > 0 or record.ci95[1] < 0)
     a, b = draws.get(record.a, []), draws.get(record.b, [])
     paired = [x - y for x, y in zip(a, b, strict=True)] if len(a) == len(b) else []
-    return Difference(
-        a=record.a,
-        b=record.b,
-        mean=record.mean,
-        ci95=record.ci95,
-        # The record's word alone is not enough: its interval must agree.
-        resolved=clear and record.resolved is not False,
-        draws=paired,
-    )
+    # The record's word alone is not enough: its interval must agree.
+    told = {**record.to_json(), "resolved": clear and record.resolved, "draws": paired}
+    return Difference(**told)
 
 
 def _chance(models: Sequence[Source[ModelRecord]]) -> float | None:
     probes = [probe for model in models if (probe := model.one_beside(ProbeRecord))]
-    counts = {probe.classes for probe in probes if probe.classes and probe.classes > 1}
+    counts = {probe.classes for probe in probes if probe.classes > 1}
     return 100.0 / counts.pop() if len(counts) == 1 else None

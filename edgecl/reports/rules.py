@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 from edgecl.errors import near_matches
@@ -22,63 +23,43 @@ class Metric:
 
     name: str
     unit: str
-    timed: bool
-    """Whether it holds for one device and way of timing only."""
-    read: Callable[[Row], float | None]
-    interval: Callable[[Row], Interval | None]
     write: Callable[[float | None], str]
+    read: Callable[[Row], float | None]
+    interval: Callable[[Row], Interval | None] = lambda row: None
+    timed: bool = False
+    """Whether it holds for one device and way of timing only."""
 
 
 def _latency(key: str) -> Metric:
     def read(name: str) -> Callable[[Row], Any]:
-        return lambda row: row.latency_ms and getattr(row.latency_ms, name)
+        return lambda row: getattr(row.latency_ms, name, None)
 
-    return Metric(key, "ms", True, read(key), read(f"ci95_{key}") if key != "mean" else _none, milliseconds)
-
-
-def _none(row: Row) -> None:
-    return None
+    return Metric(key, "ms", milliseconds, read(key), read(f"ci95_{key}"), timed=True)
 
 
 def _accuracy(name: str, key: str) -> Metric:
-    def top1(row: Row) -> float | None:
-        found = row.gain(key)
-        return found.top1 if found else None
+    def read(part: str) -> Callable[[Row], Any]:
+        return lambda row: getattr(row.gain(key), part, None)
 
-    def interval(row: Row) -> Interval | None:
-        found = row.gain(key)
-        return found.ci95 if found else None
-
-    return Metric(name, "%", False, top1, interval, percent)
-
-
-def _plain(name: str, key: str, unit: str, write: Callable[[float | None], str], *, timed: bool) -> Metric:
-    return Metric(name, unit, timed, lambda row: getattr(row, key), _none, write)
+    return Metric(name, "%", percent, read("top1"), read("ci95"))
 
 
 METRICS = {
     metric.name: metric
     for metric in (
-        _latency("p50"),
-        _latency("p90"),
-        _latency("p99"),
-        _latency("mean"),
-        _plain("throughput", "throughput_per_s", "images/s", per_second, timed=True),
-        _plain("j_per_inference", "j_per_inference", "J", milliseconds, timed=True),
+        *map(_latency, ("p50", "p90", "p99", "mean")),
+        Metric("throughput", "images/s", per_second, attrgetter("throughput_per_s"), timed=True),
+        Metric("j_per_inference", "J", milliseconds, attrgetter("j_per_inference"), timed=True),
         _accuracy("top1", "finetuned"),
-        _accuracy("knn", "knn"),
-        _accuracy("linear", "linear"),
-        _accuracy("few_label", "few_label"),
+        *(_accuracy(name, name) for name in ("knn", "linear", "few_label")),
         Metric(
             "size",
             "MB",
-            False,
-            lambda row: None if row.onnx_bytes is None else row.onnx_bytes / 1e6,
-            _none,
             lambda value: megabytes(None if value is None else 1e6 * value),
+            lambda row: None if row.onnx_bytes is None else row.onnx_bytes / 1e6,
         ),
-        _plain("macs", "macs", "MACs", scaled, timed=False),
-        _plain("params", "params", "parameters", scaled, timed=False),
+        Metric("macs", "MACs", scaled, attrgetter("macs")),
+        Metric("params", "parameters", scaled, attrgetter("params")),
     )
 }
 
@@ -105,12 +86,7 @@ class Rule:
         return self.kind != "value"
 
     def broken(self, old: float | None, new: float) -> bool:
-        """Return whether a pair of values breaks the rule.
-
-        Args:
-            old: needed by a relative rule.
-            new: the value evaluated.
-        """
+        """Return whether a pair of values breaks the rule; a relative one needs the old value."""
         value = new
         if self.relative:
             assert old is not None

@@ -87,8 +87,7 @@ _NETS = {
 def _differences_in_words(comparisons: Sequence[Comparison]) -> Iterator[str]:
     for comparison in comparisons:
         where = f"{comparison.name}: " if len(comparisons) > 1 else ""
-        labels = comparison.labels_per_class
-        at = "" if labels is None else f" with {counted(labels, 'label')} per class"
+        at = f" with {counted(comparison.labels_per_class, 'label')} per class"
         for difference in sorted(comparison.differences, key=lambda one: one.b != "random init"):
             yield where + _difference_in_words(difference, at)
 

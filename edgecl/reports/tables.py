@@ -307,8 +307,7 @@ def _energy_in_words(timings: Sequence[Timing]) -> list[str]:
 
 def comparison_table(comparison: Comparison) -> Table:
     """Return a pipeline's nets side by side."""
-    labels = comparison.labels_per_class
-    few_label = "few-label" if labels is None else f"few-label ({labels}/class)"
+    few_label = f"few-label ({comparison.labels_per_class}/class)"
     table = _table("Side by side", "net", f"{few_label} %", "kNN %", "linear %", kind="compare")
     for net in comparison.nets:
         table.add(net.name, _accuracy(net.few_label), percent(net.knn_top1), percent(net.linear_top1))

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-from edgecl.errors import ArtifactError, first_line, tell
+from edgecl.errors import ArtifactError, counted, first_line, tell
 from edgecl.onboard.bundle import sha256_of_file
 from edgecl.storage.directories import RunDir
 from edgecl.storage.outputs import new_directory
@@ -49,16 +49,11 @@ METHODS_OWN = "method."
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The state of a run after so many steps.
+    """The state of a run after so many steps and whole epochs.
 
-    Attributes:
-        step: steps done.
-        epoch: whole epochs done.
-        model: tensors by name: of the training net, host and slim norms, and the method's own.
-        optimizer: the optimizer's state dict.
-        state: what else a run goes on from, as JSON knows it: numbers, texts, lists and tables.
-        quality: of the last look at the features; None when there was none.
-        sha256: hash of state.json, which holds the hashes of the tensors and of its own content.
+    It holds the tensors of the training net and of the method, the
+    optimizer's state dict, what else a run goes on from as JSON knows it, the quality that the last look at the features
+    gave, and the hash of state.json, which holds those of the tensors and of its own content.
     """
 
     step: int
@@ -97,7 +92,7 @@ def write_checkpoint(
         optimizer: the optimizer's state dict.
         state: what else to go on from, as JSON knows it.
         quality: {"name", "value"}, higher is better; one that is not finite counts as none.
-        keep: how many of the newest stay, this one among them.
+        keep: how many of the newest stay, this one among them, at least 1.
         keep_best: whether the one of the highest quality stays too; of equal ones the newer. Compared are those
             whose quality has the name that the newest has.
 
@@ -108,8 +103,6 @@ def write_checkpoint(
         ArtifactError: the disk is full; nothing partial is left and the checkpoints before it are untouched.
         TypeError: something JSON cannot hold exactly.
     """
-    if keep < 1:
-        raise ValueError(f"keep must be at least 1, not {keep}")
     path = run_dir.checkpoint_file(step)
     model_tensors = _for_file(model)
     optimizer_tensors, scalars = _flatten(optimizer)
@@ -124,11 +117,7 @@ def write_checkpoint(
         size_bytes={},
     )
     _sweep(run_dir)
-    with (
-        _hint_to_resume(path),
-        _same_step_aside(path),
-        new_directory(path, kind="checkpoint") as aside,
-    ):
+    with _hint_to_resume(path), _same_step_aside(path), new_directory(path, kind="checkpoint") as aside:
         for name, tensors in ((_MODEL, model_tensors), (_OPTIMIZER, optimizer_tensors)):
             save_file(tensors, aside / name)
             record.files[name] = sha256_of_file(aside / name)
@@ -168,13 +157,11 @@ def read_best(run_dir: RunDir) -> Checkpoint:
     for path in ranked:
         with _passing_over(path):
             return _read(path)
-    for path in reversed([path for path in records if path not in ranked]):
-        with _passing_over(path):
-            _read(path)
-            raise ArtifactError(
-                f"the run directory '{run_dir.path}' has no whole checkpoint with a quality",
-                hint="a run looks at quality every [run] quality_epochs epochs; take its newest checkpoint instead",
-            )
+    if records and not ranked:
+        raise ArtifactError(
+            f"the run directory '{run_dir.path}' has no whole checkpoint with a quality",
+            hint="a run looks at quality every [run] quality_epochs epochs; take its newest checkpoint instead",
+        )
     raise _none_whole(run_dir)
 
 
@@ -185,11 +172,8 @@ def _none_whole(run_dir: RunDir) -> ArtifactError:
             f"the run directory '{run_dir.path}' has no checkpoint",
             hint="a run writes its first checkpoint after [run] checkpoint_epochs epochs; start it again with --force",
         )
-    count = (
-        f"{len(names)} checkpoints, and none is whole" if len(names) > 1 else "one checkpoint, and it is torn"
-    )
     return ArtifactError(
-        f"the run directory '{run_dir.path}' has {count}",
+        f"the run directory '{run_dir.path}' has {counted(len(names), 'checkpoint')}, and none is whole",
         where={"torn": ", ".join(names)},
         hint="restore one from a copy, or start the run again with --force",
     )
@@ -351,11 +335,7 @@ def _by_quality(records: dict[Path, CheckpointRecord]) -> list[Path]:
 
 
 def _record_of(path: Path) -> CheckpointRecord:
-    """Read a checkpoint's state.json, and check that its files have their sizes.
-
-    Raises:
-        _NotWholeError: torn or changed.
-    """
+    """Read a checkpoint's state.json, and check that its files have their sizes."""
     with _unreadable():
         (path / _STATE).stat()  # an unreadable disk raises OSError here, and is not taken for a missing file
         record = read_record(path / _STATE, CheckpointRecord)
@@ -367,11 +347,7 @@ def _record_of(path: Path) -> CheckpointRecord:
 
 
 def _read(path: Path) -> Checkpoint:
-    """Read a checkpoint and compare its files with their hashes.
-
-    Raises:
-        _NotWholeError: torn or changed.
-    """
+    """Read a checkpoint and compare its files with their hashes."""
     record = _record_of(path)
     tensors = {}
     with _unreadable():
@@ -441,9 +417,6 @@ def _for_file(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _flatten(optimizer: StateDict) -> tuple[dict[str, Tensor], Json]:
     """Split an optimizer's state dict into tensors for safetensors and scalars for JSON."""
-    unknown = sorted(optimizer.keys() - {"state", "param_groups"})
-    if unknown:
-        raise TypeError(f"an optimizer's state with '{unknown[0]}' in it cannot be kept")
     tensors: dict[str, Tensor] = {}
     scalars: Json = {_GROUPS: [], "state": {}}
     for number, group in enumerate(optimizer["param_groups"]):

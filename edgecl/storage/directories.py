@@ -9,7 +9,7 @@ from edgecl.errors import ArtifactError
 from edgecl.onboard import bundle as bundle_names
 from edgecl.onboard.bundle import sha256_of_file
 from edgecl.storage.record_files import read_record
-from edgecl.storage.records import Manifest, ModelRecord, PipelineRecord, ReportRecord, RunRecord
+from edgecl.storage.records import Manifest, ModelRecord, PipelineRecord, RunRecord
 
 
 class RunDir:
@@ -32,11 +32,7 @@ class RunDir:
         return self.checkpoints / f"step-{step:09d}"
 
     def read(self) -> RunRecord:
-        """Return the run's record.
-
-        Raises:
-            ArtifactError: not a run directory, or an entry is missing or of another type.
-        """
+        """Return the run's record; see `read_record` for the errors."""
         return read_record(self.record_file, RunRecord)
 
 
@@ -94,10 +90,6 @@ class Bundle:
         self.readme_file = self.path / bundle_names.README
         self.trtexec_file = self.path / bundle_names.TRTEXEC
 
-    def onnx_file(self, precision: str = "fp32") -> Path:
-        """Return the net in a precision."""
-        return self.path / bundle_names.onnx_name(precision)
-
     def bench_file(
         self, device: str, *, runtime: str, precisions: Sequence[str], threads: int, batch: int
     ) -> Path:
@@ -105,20 +97,15 @@ class Bundle:
         return self.path / bundle_names.bench_name(device, runtime, precisions, threads, batch)
 
     def read(self) -> Manifest:
-        """Return the manifest after comparing it with its own hash; `verify` checks the files.
-
-        Raises:
-            ArtifactError: not a bundle, an entry is missing or of another type, or the manifest changed since it was
-                written.
-        """
+        """Return the manifest; `verify` checks the files."""
         return read_record(self.record_file, Manifest)
 
 
 class ReportDir:
     """The directory of one report: a page, a text and the numbers behind them."""
 
-    KIND = ReportRecord.KIND
-    RECORD = ReportRecord.FILE
+    KIND = "report"
+    RECORD = "report.json"
 
     def __init__(self, path: Path | str):
         self.path = Path(path)

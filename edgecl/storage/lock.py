@@ -32,10 +32,6 @@ def hold(directory: Path, *, what: str) -> Iterator[None]:
     was written it goes again, and with it the directories that were made. What a killed process left half written is
     removed. Where the file system has no locks a line on stderr says so, and the directory is not held.
 
-    Args:
-        directory: what to hold.
-        what: what it is, for the error: 'run directory'.
-
     Raises:
         ArtifactError: another process holds it, or it cannot be written.
     """

@@ -30,8 +30,7 @@ def refuse_existing(path: Path, *, force: bool, kind: str) -> None:
     if not force:
         go_on = "go on with --resume, " if _is_unfinished(path, kind) else ""
         raise ArtifactError(
-            f"output '{path}' already exists",
-            hint=f"{go_on}choose another --out, or replace it with --force",
+            f"output '{path}' already exists", hint=f"{go_on}choose another --out, or replace it with --force"
         )
     if not path.is_dir() or kind_of(path) != kind:
         name = RECORD_FILES.get(kind)
@@ -62,18 +61,13 @@ def _is_unfinished(path: Path, kind: str) -> bool:
     if kind_of(path) != kind:
         return False
     if kind == RunDir.KIND:
-        return read_record(RunDir(path).record_file, RunRecord, missing_ok=True).state != "done"
+        return read_record(RunDir(path).record_file, RunRecord).state != "done"
     return kind == PipelineDir.KIND and not ReportDir(PipelineDir(path).report).record_file.exists()
 
 
 @contextlib.contextmanager
 def new_directory(path: Path, *, kind: str, force: bool = False) -> Iterator[Path]:
     """Yield a directory to write into that appears under its name only once it is whole.
-
-    Args:
-        path: where the directory will be.
-        kind: which kind of directory it becomes, a key of RECORD_FILES.
-        force: replace an earlier directory of the same kind.
 
     Raises:
         ArtifactError: the output exists, or the disk is full; then nothing is left behind.

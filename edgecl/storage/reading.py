@@ -25,10 +25,7 @@ _CAUSES = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, 
 def read_bytes(path: Path, *, most: int | None = None, error: type[EdgeclError] = ArtifactError) -> bytes:
     """Return the content of a regular file.
 
-    Args:
-        path: the file; a pipe or a device, which may never end, is not opened.
-        most: how many bytes it may have; None allows any number.
-        error: which class to raise.
+    A pipe or a device, which may never end, is not opened; more than `most` bytes are not read.
 
     Raises:
         EdgeclError: of the given class, for no regular file, or a larger one.
@@ -105,10 +102,6 @@ def reading(path: Path, *more: type[Exception]) -> Iterator[None]:
 
     Whoever writes a record can seal it, so its hash says nothing about its content. Wrap little code: other errors would be
     blamed on the file.
-
-    Args:
-        path: the file.
-        more: further exceptions that the content can cause.
 
     Raises:
         ArtifactError: the content is not what edgecl writes.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from edgecl.errors import ArtifactError
 from edgecl.onboard.bundle import digest_of_record
@@ -13,7 +12,6 @@ from edgecl.storage.records import (
     ModelRecord,
     PipelineRecord,
     RecordT,
-    ReportRecord,
     RunRecord,
     SealedRecord,
     parse_record,
@@ -22,7 +20,8 @@ from edgecl.storage.redaction import record_without_secrets
 from edgecl.storage.writing import write_json
 
 RECORD_FILES = {
-    kind.KIND: kind.FILE for kind in (RunRecord, ModelRecord, Manifest, ReportRecord, PipelineRecord)
+    **{kind.KIND: kind.FILE for kind in (RunRecord, ModelRecord, Manifest, PipelineRecord)},
+    "report": "report.json",
 }
 """Kind of directory -> the file of its record."""
 _HOW_TO_MAKE = {
@@ -47,13 +46,8 @@ def kind_of(path: Path) -> str | None:
     return None
 
 
-def read_record(path: Path, kind: type[RecordT], *, missing_ok: bool = False) -> RecordT:
+def read_record(path: Path, kind: type[RecordT]) -> RecordT:
     """Read a record and check its kind, schema, types, and hash if it is a sealed one.
-
-    Args:
-        path: the file.
-        kind: what it should be the record of.
-        missing_ok: whether entries may be missing, as in a record that is only reported on; see `parse_record`.
 
     Raises:
         ArtifactError: missing, no regular file, not JSON, of another kind or schema, changed since it was written, or an
@@ -65,9 +59,13 @@ def read_record(path: Path, kind: type[RecordT], *, missing_ok: bool = False) ->
         problem += f" but a {found} directory" if found else f": it has no {path.name}"
         raise ArtifactError(problem, hint=_HOW_TO_MAKE.get(kind.KIND))
     content = read_json(path)
-    record = parse_record(content, kind, path=path, missing_ok=missing_ok)
-    if isinstance(record, SealedRecord):
-        _check_seal(content, record, path, missing_ok=missing_ok)
+    record = parse_record(content, kind, path=path)
+    if isinstance(record, SealedRecord) and record.sha256 != digest_of_record(content):
+        raise ArtifactError(
+            f"'{path.name}' does not match the hash of its own content",
+            where={"file": path},
+            hint="the file changed after it was written; make its directory anew",
+        )
     return record
 
 
@@ -82,14 +80,3 @@ def write_record(path: Path, record: RecordT) -> RecordT:
         content["sha256"] = digest_of_record(content)
     write_json(path, content)
     return record.model_validate(content)
-
-
-def _check_seal(content: dict[str, Any], record: SealedRecord, path: Path, *, missing_ok: bool) -> None:
-    if record.sha256 is None and missing_ok:
-        return
-    if record.sha256 != digest_of_record(content):
-        raise ArtifactError(
-            f"'{path.name}' does not match the hash of its own content",
-            where={"file": path},
-            hint="the file changed after it was written; make its directory anew",
-        )

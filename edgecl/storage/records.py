@@ -2,27 +2,16 @@
 
 Every record begins with `schema`, `kind`, `made_by`, `made_from` and `command`. Whoever writes a record can also seal it, so
 types and ranges are checked when it is read: no value is converted, and no number is infinite or NaN. An entry that no
-model names is kept as it is. `docs/schemas/NAME.json` is made from these models and their docstrings by `schemas.py`.
+model names is kept as it is. `docs/schemas/NAME.json` is made from these models by `reports/schemas.py`.
 """
 
 from __future__ import annotations
 
 import sys
-from copy import copy
-from functools import cache
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    PlainValidator,
-    ValidationError,
-    WithJsonSchema,
-    create_model,
-)
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from edgecl import __version__
@@ -985,7 +974,7 @@ class SelftestReport(Table):
     arms: list[ArmDifferences]
 
 
-# --- pipelines and reports ---
+# --- pipelines ---
 
 
 class Stage(Table):
@@ -1015,61 +1004,13 @@ class PipelineRecord(Record):
     stages: dict[str, Stage]
 
 
-class ReportRecord(Record):
-    """report.json: the numbers that a report's page shows, and the records behind them."""
-
-    KIND = "report"
-    FILE = "report.json"
-
-    kind: Literal["report"] = "report"
-    title: Text
-    decision: Text
-    support: list[Text] = []
-    rows: list[Json]
-    """One for each net, bundle, precision and measurement."""
-    bundles: list[Json] = []
-    comparison: Json | None = None
-    further_comparisons: list[Json] = []
-    trade_off: Json | None = None
-    """Accuracy against latency."""
-    size_trade_off: Json | None = None
-    """Accuracy against MACs or parameters, where no latency joins the nets of one run."""
-    families: list[Json] = []
-    """Nets of several widths out of one checkpoint."""
-    runs: list[Json] = []
-    notes: list[Text] = []
-    conditions: list[Json] = []
-    """Every record the report was made from."""
-
-
-class ReportDiffRecord(Record):
-    """What `report diff --json` prints: two reports compared."""
-
-    KIND = "report-diff"
-    FILE = "report-diff.json"
-
-    kind: Literal["report-diff"] = "report-diff"
-    old: Text
-    new: Text
-    rules: list[Text]
-    rows: list[Json]
-    """Each with its checks, and the conditions that differ."""
-    checked: Count
-    broken: Count
-    """How many checks fail."""
-    regression: bool
-    summary: Text
-
-
 RecordT = TypeVar("RecordT", bound=Record)
-TableT = TypeVar("TableT", bound=Table)
 
 KINDS: tuple[type[Record], ...] = (
     RunRecord,
     CheckpointRecord,
     ModelRecord,
     Manifest,
-    ReportRecord,
     PipelineRecord,
     ProbeRecord,
     ComparisonRecord,
@@ -1077,23 +1018,11 @@ KINDS: tuple[type[Record], ...] = (
     CostRecord,
     VerifyRecord,
     BenchRecord,
-    ReportDiffRecord,
 )
 
 
-# Entries whose defaults are this process's, not a reader's.
-_OF_ITS_MAKER = frozenset({"made_by", "command"})
-
-
-def parse_record(content: object, kind: type[RecordT], *, path: Path, missing_ok: bool = False) -> RecordT:
+def parse_record(content: object, kind: type[RecordT], *, path: Path) -> RecordT:
     """Check the content of a JSON file and return it as a record.
-
-    Args:
-        content: what the file holds.
-        kind: what it should be the record of.
-        path: the file, for the error.
-        missing_ok: whether entries may be missing, as in a record that is only reported on: they are None then, also
-            where the model's own type has no None.
 
     Raises:
         ArtifactError: of another kind, of a newer schema than this edgecl knows, or an entry is missing or of another
@@ -1103,7 +1032,7 @@ def parse_record(content: object, kind: type[RecordT], *, path: Path, missing_ok
         raise ArtifactError(f"'{path.name}' is not the record of a {kind.KIND}", where={"file": path})
     _check_schema(content, path)
     try:
-        record = (_all_optional(kind) if missing_ok else kind).model_validate(content)
+        record = kind.model_validate(content)
     except ValidationError as exc:
         problems = [
             f"'{bounded('.'.join(map(str, problem['loc'])), 100)}': {problem['msg'].lower()}"
@@ -1114,8 +1043,9 @@ def parse_record(content: object, kind: type[RecordT], *, path: Path, missing_ok
             where={"file": path},
             hint="restore it from a copy, or make its directory anew",
         ) from None
-    unsaid = _OF_ITS_MAKER - content.keys()
-    if unsaid and not missing_ok:
+    # Their defaults are this process's, not a reader's.
+    unsaid = {"made_by", "command"} - content.keys()
+    if unsaid:
         raise ArtifactError(
             f"'{path.name}' is not what edgecl writes: it lacks '{min(unsaid)}'", where={"file": path}
         )
@@ -1124,42 +1054,10 @@ def parse_record(content: object, kind: type[RecordT], *, path: Path, missing_ok
 
 def _check_schema(content: dict[str, Any], path: Path) -> None:
     schema = content.get("schema")
-    if type(schema) is not int:
+    if type(schema) is not int or schema != SCHEMA:
+        newer = isinstance(schema, int) and schema > SCHEMA
         raise ArtifactError(
-            f"'{path.name}' has the schema {bounded(repr(schema), 100)}, not a number", where={"file": path}
-        )
-    if schema != SCHEMA:
-        newer = schema > SCHEMA
-        raise ArtifactError(
-            f"'{path.name}' has schema {bounded(str(schema), 100)}, this edgecl reads {SCHEMA}",
+            f"'{path.name}' has schema {bounded(repr(schema), 100)}, this edgecl reads {SCHEMA}",
             where={"file": path, "made by": content.get("made_by")},
             hint="upgrade edgecl" if newer else "make its directory anew with this edgecl",
         )
-
-
-@cache
-def _all_optional(table: type[TableT]) -> type[TableT]:
-    """Return a table whose every entry may be missing: what has no default is None then."""
-    fields: dict[str, Any] = {}
-    for name, field in table.model_fields.items():
-        annotation = _with_optional(field.annotation)
-        field = copy(field)
-        if field.is_required() or name in _OF_ITS_MAKER:
-            annotation = Union[(annotation, None)]  # noqa: UP007 - made at run time
-            field.default, field.default_factory = None, None
-        field.annotation = annotation
-        fields[name] = (annotation, field)
-    return create_model(table.__name__, __base__=table, **fields)
-
-
-def _with_optional(annotation: Any) -> Any:
-    """Return a type with every table in it replaced by the one whose entries may be missing."""
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin is Annotated:
-        return Annotated[(_with_optional(arguments[0]), *arguments[1:])]
-    if origin in (Union, UnionType):
-        return Union[tuple(map(_with_optional, arguments))]  # noqa: UP007 - made at run time
-    if origin in (list, dict):
-        return origin[tuple(map(_with_optional, arguments))]
-    is_table = isinstance(annotation, type) and issubclass(annotation, Table)
-    return _all_optional(annotation) if is_table else annotation

@@ -17,8 +17,10 @@ from edgecl.errors import ArtifactError, EdgeclError
 
 # For a user a file size limit or a quota is the same as a full disk.
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
-_NO_PLACE = {errno.EEXIST, errno.ENOTDIR, errno.ENOENT, errno.ENAMETOOLONG, errno.EISDIR}
+_REFUSED = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.EEXIST, errno.ENOTDIR, errno.ENOENT, errno.ENAMETOOLONG, errno.EISDIR),
+}
 # safetensors, written in Rust, gives the system's error number only in its text.
 _ERRNO_IN_TEXT = re.compile(r"\(os error (\d+)\)")
 # As `write_bytes` and `outputs.new_directory` name what they write and set aside.
@@ -97,10 +99,6 @@ def disk_errors(path: Path) -> Iterator[None]:
                 hint="free some space and run the command again; nothing partial was left",
             ) from exc
         if code in _REFUSED:
-            raise ArtifactError(
-                f"no permission to write '{path.name}'", where={"directory": path.parent}
-            ) from exc
-        if code in _NO_PLACE:
             raise ArtifactError(
                 f"cannot write '{path.name}': {os.strerror(code).lower()}", where={"directory": path.parent}
             ) from exc

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 
 from edgecl.config.target import Graph
-from edgecl.deploy.onnx import onnx_from_net, save_onnx
+from edgecl.deploy.onnx import onnx_from_net
 from edgecl.nets.backbone import create_backbone
 from edgecl.nets.model_dir import load_model
 
@@ -26,7 +27,7 @@ def dynamic_file(tmp_path_factory: pytest.TempPathFactory, carved_model: Path) -
         shape=(3, 32, 32),
         metadata={"classes": ["a", "b"], "mean": [0.5, 0.25, 0.125]},
     )
-    save_onnx(model, path)
+    onnx.save(model, path)
     features = model.graph.output[0].type.tensor_type.shape.dim[1].dim_value
     assert features == net(torch.zeros(1, 3, 32, 32)).shape[1]
     return path

@@ -10,7 +10,7 @@ import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
 from edgecl.deploy.calibrate import calibrate
-from edgecl.deploy.int8 import quantize
+from edgecl.deploy.int8 import quantize as quantize_for
 
 FORMS = ("int8-trt", "int8-trt-fp16", "int8-cpu")
 TENSORRT_FORMS = ("int8-trt", "int8-trt-fp16")
@@ -102,7 +102,13 @@ def images_of(count=16, side=16, seed=0):
 
 def ranges_of(model, images=None):
     images = images_of() if images is None else images
-    return calibrate(model, images, method="minmax")
+    return calibrate(model, images, ["minmax"])["minmax"]
+
+
+def quantize(model, **options):
+    """With images of nothing for the half form, which then looks at the weights alone."""
+    sides = [side.dim_value or 1 for side in model.graph.input[0].type.tensor_type.shape.dim]
+    return quantize_for(model, **{"images": np.zeros(sides, np.float32), **options})
 
 
 def quantize_net(form, *, keep=(), **options):
@@ -119,7 +125,12 @@ def run(model, images, *, plain=False):
     session = onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
-    return session.run(None, {"input": images})[0]
+    return session.run(None, {session.get_inputs()[0].name: images})[0]
+
+
+def relative(found, expected):
+    assert found.shape == expected.shape
+    return np.abs(found - expected).max() / max(np.abs(expected).max(), 1e-6)
 
 
 def optimized_kinds(model, path):

@@ -4,10 +4,10 @@ import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import typer
+from onboard.tiny_bundle import make_bundle
 from typer.testing import CliRunner
 
 import edgecl.deploy.device
@@ -17,9 +17,6 @@ from edgecl.deploy.device import bench
 from edgecl.errors import ArtifactError, DeviceError
 from edgecl.onboard.bundle import sha256_of_file, slug
 from edgecl.storage.records import BenchRecord
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from onboard.tiny_bundle import flip_byte, make_bundle
 
 
 @pytest.fixture(scope="module")
@@ -88,12 +85,6 @@ def test_record_holds_the_conditions(measured):
     }
 
 
-def test_progress_is_passed_on_without_its_mark(measured):
-    _, _, lines = measured
-    assert any(line.startswith("warming up fp32") for line in lines)
-    assert not any(line.startswith("bench: ") for line in lines)
-
-
 def test_measuring_process_imports_no_torch_and_nothing_else_of_edgecl(bundle):
     code = (
         "import sys; from edgecl.onboard.__main__ import main; main(sys.argv[1:]); "
@@ -105,37 +96,8 @@ def test_measuring_process_imports_no_torch_and_nothing_else_of_edgecl(bundle):
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-@pytest.mark.parametrize("name", ["model.onnx", "reference.npz"])
-def test_flipped_byte_stops_it_with_the_devices_own_text(bundle, name):
-    flip_byte(bundle / name)
-    with pytest.raises(ArtifactError, match=f"'{name}' does not match its hash: the manifest says") as caught:
-        bench(bundle, duration_s=0.1)
-    assert caught.value.hint == "the file changed after export; export the bundle again"
-    assert not list(bundle.glob("bench-*"))
-
-
-def test_a_directory_that_is_no_bundle_is_named(tmp_path):
-    with pytest.raises(ArtifactError, match="is not a bundle directory"):
-        bench(tmp_path)
-
-
-def test_relative_path_is_the_callers(bundle, monkeypatch):
-    flip_byte(bundle / "model.onnx")
-    monkeypatch.chdir(bundle.parent)
-    with pytest.raises(ArtifactError, match="does not match its hash"):
-        bench(Path("bundle"), duration_s=0.1)
-
-
 def in_place_of_the_device_code(monkeypatch, code):
     monkeypatch.setattr(edgecl.deploy.process, "_ONBOARD", [sys.executable, "-c", code])
-
-
-def test_killed_process_is_reported_with_its_signal(bundle, monkeypatch):
-    in_place_of_the_device_code(monkeypatch, "import os; os.kill(os.getpid(), 9)")
-    with pytest.raises(DeviceError, match=r"the net's process was killed by SIGKILL \(9\)") as caught:
-        bench(bundle)
-    assert "memory ran out" in caught.value.hint
-    assert not list(bundle.glob("bench-*"))
 
 
 def test_crashed_process_is_reported_with_its_last_words(bundle, monkeypatch):
@@ -143,12 +105,6 @@ def test_crashed_process_is_reported_with_its_last_words(bundle, monkeypatch):
     with pytest.raises(DeviceError, match="ended with exit status 1 and no record") as caught:
         bench(bundle)
     assert caught.value.where["it said"] == "the roof is on fire"
-
-
-def test_process_with_half_an_answer_is_reported(bundle, monkeypatch):
-    in_place_of_the_device_code(monkeypatch, "print('{\"latency_ms\": ')")
-    with pytest.raises(DeviceError, match="ended with exit status 0 and no record"):
-        bench(bundle)
 
 
 def test_precision_that_the_bundle_lacks_is_named_before_anything_runs(bundle, monkeypatch):
@@ -188,15 +144,6 @@ def test_options_reach_the_device_code(bundle, monkeypatch):
     assert caught.value.where["it said"] == (
         f"bench {bundle} --runtime trtexec --precision fp32 --duration-s 2.5 --no-power --threads 2"
     )
-
-
-def test_missing_runtime_is_a_device_error(bundle, monkeypatch):
-    code = "import sys; sys.modules['onnxruntime'] = None; "
-    code += "from edgecl.onboard.__main__ import main; sys.exit(main())"
-    in_place_of_the_device_code(monkeypatch, code)
-    with pytest.raises(DeviceError, match="the runtime 'onnxruntime' cannot be imported") as caught:
-        bench(bundle)
-    assert caught.value.hint == "pip install onnxruntime"
 
 
 def run_command(monkeypatch, record, *arguments):

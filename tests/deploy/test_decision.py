@@ -9,7 +9,7 @@ import torch
 from edgecl.config.target import Quantization
 from edgecl.deploy.accuracy import Evaluator, Outputs
 from edgecl.deploy.decision import conclude, measure_loss, search_int8, unevaluated
-from edgecl.storage.records import Decision, Preprocessing, Speed
+from edgecl.storage.records import Preprocessing, Speed
 
 CLASSES = 4
 PREPROCESSING = Preprocessing(image_size=2, resize_size=2, mean=[0.0, 0.0, 0.0], std=[1.0, 1.0, 1.0])
@@ -79,16 +79,6 @@ def test_loss_and_its_interval_are_those_of_the_paired_differences():
     assert loss.points == pytest.approx(15)
     assert loss.ci95 == pytest.approx((15 - half, 15 + half))
     assert loss.cosine == pytest.approx(170 / 200)
-
-
-def test_net_within_its_budget_keeps_no_node():
-    net = Net({f"conv{place}": 0.0 for place in range(10)})
-    model, decision, _ = net.search(evaluator())
-    assert model == frozenset()
-    assert decision.kept is True
-    assert decision.kept_nodes == []
-    assert decision.loss_points == 0
-    assert len(decision.tried) == 1
 
 
 def test_search_finds_the_smallest_set_of_nodes_that_do_the_damage():
@@ -184,7 +174,3 @@ def test_net_trained_for_int8_is_not_sent_there_again():
 def test_unevaluated_net_stays_unevaluated_whatever_its_speed():
     found = conclude(unevaluated("no images"), speed=Speed(against="fp32", ratio=2.0), higher="fp32")
     assert (found.kept, found.words) == (False, "not evaluated: no images")
-
-
-def test_net_nobody_evaluated_is_not_kept():
-    assert unevaluated("no images") == Decision(kept=False, words="not evaluated: no images")

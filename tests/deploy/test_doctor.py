@@ -1,20 +1,13 @@
 """The host's `doctor`: this machine, a bundle, a target, and what the command prints."""
 
-import sys
-from pathlib import Path
-
-import pytest
 import typer
+from onboard.tiny_bundle import flip_byte, make_bundle
 from typer.testing import CliRunner
 
 import edgecl.deploy.device
 from edgecl.cli.doctor import doctor_command
 from edgecl.deploy.device import doctor
-from edgecl.errors import ArtifactError, DeviceError, TargetError
 from edgecl.storage.records import DoctorReport
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from onboard.tiny_bundle import flip_byte, make_bundle
 
 
 def by_name(found):
@@ -37,26 +30,11 @@ def test_packaged_target_is_followed_to_its_device_and_versions():
     assert doctor(target="ort-cpu").ok is True
 
 
-def test_unknown_target_is_named():
-    with pytest.raises(TargetError, match="unknown target 'jetsno'"):
-        doctor(target="jetsno")
-
-
 def test_bundle_is_held_to_its_hashes(tmp_path):
     bundle = make_bundle(tmp_path / "bundle")
     assert doctor(bundle).ok is True
     flip_byte(bundle / "reference.npz")
     assert by_name(doctor(bundle))["bundle"].status == "fail"
-
-
-def test_directory_that_is_no_bundle_is_named(tmp_path):
-    with pytest.raises(ArtifactError, match="is not a bundle directory"):
-        doctor(tmp_path)
-
-
-def test_host_with_shell_characters_is_refused():
-    with pytest.raises(DeviceError, match="is not of the form"):
-        doctor(host="a@b;touch x")
 
 
 def run_command(*words):

@@ -11,14 +11,11 @@ import sys
 import numpy as np
 import onnx
 import pytest
-from conftest import write_folder
 from onnx import helper
 
-from edgecl.deploy.export import export
-from edgecl.deploy.int8 import quantize
 from edgecl.deploy.qdq import weight_scales
 
-from .sketch import Sketch, images_of, quantize_net, ranges_of, run
+from .sketch import Sketch, images_of, quantize, quantize_net, ranges_of, run
 
 QEMU = shutil.which("qemu-x86_64-static") or shutil.which("qemu-x86_64")
 pytestmark = [
@@ -35,20 +32,6 @@ options.intra_op_num_threads = 1
 for file in sys.argv[1:]:
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     numpy.save(file + ".out.npy", session.run(None, {"input": numpy.load(file + ".in.npy")})[0])
-"""
-
-# What is in a bundle, as the device runs it.
-RUN_BUNDLE = """
-import sys
-import numpy
-from onboard.bundle import read_manifest
-from onboard.reference import read_reference
-from onboard.runtimes import open_session
-from onboard.verify import run_all
-bundle, out = sys.argv[1:]
-manifest = read_manifest(bundle)
-session = open_session(bundle, manifest, precision="int8", runtime=None, threads=1)
-numpy.save(out, run_all(session, read_reference(bundle, manifest)[0], manifest["input"]))
 """
 
 
@@ -150,15 +133,3 @@ def test_every_operator_of_a_net_computes_there_what_it_does_here(tmp_path):
     for (model, images), found in zip(pairs, run_there(pairs, tmp_path), strict=True):
         for here in (run(model, images), run(model, images, plain=True)):
             assert np.abs(found - here).max() < 0.02 * np.abs(here).max()
-
-
-def test_bundle_computes_there_what_it_does_here(tmp_path, carved_model):
-    pictures = write_folder(tmp_path / "pictures", per_class=40)
-    bundle = tmp_path / "bundle"
-    export(carved_model, target="ort-cpu", precisions=["int8"], calibration=str(pictures), out=bundle)
-    found = {}
-    for emulated in (True, False):
-        out = tmp_path / f"{emulated}.npy"
-        run_python(RUN_BUNDLE, bundle, out, emulated=emulated, PYTHONPATH=str(bundle / "onboard.pyz"))
-        found[emulated] = np.load(out)
-    assert np.abs(found[True] - found[False]).max() < 0.02 * np.abs(found[False]).max()

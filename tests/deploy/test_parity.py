@@ -33,15 +33,6 @@ EXPECTED = np.random.default_rng(0).normal(size=(10, 6)).astype(np.float32)
 STRICT = Tolerance(max_relative_difference=1e-3, top1_agreement=0.99, mean_cosine=0.999)
 
 
-def test_equal_outputs_have_no_difference():
-    step = check_parity("torch", "ONNX", EXPECTED.copy(), EXPECTED)
-    assert (step.source, step.variant, step.images) == ("torch", "ONNX", 10)
-    assert step.max_abs_difference == step.mean_abs_difference == step.max_relative_difference == 0
-    assert step.top1_agreement == 1
-    assert step.mean_cosine == pytest.approx(1)
-    check_tolerance(step, STRICT)
-
-
 def test_numbers_of_a_check_are_those_of_their_definitions():
     found = EXPECTED.copy()
     found[3, EXPECTED[3].argmin()] = EXPECTED[3].max() + 1
@@ -82,11 +73,6 @@ def test_values_that_are_not_finite_are_refused():
         check_parity("fp32", "fp16", found, EXPECTED)
 
 
-def test_other_shape_is_refused():
-    with pytest.raises(ParityError, match=r"ONNX gives outputs \(10, 5\), torch gives \(10, 6\)"):
-        check_parity("torch", "ONNX", EXPECTED[:, :5], EXPECTED)
-
-
 # --- layer by layer ---
 
 
@@ -122,12 +108,6 @@ def test_layer_that_was_changed_is_the_first_outside(net, model):
     weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * 1.5, weight.name))
     found = onnx_layers(changed, IMAGES.numpy(), names=names)
     assert first_outside(found, in_torch, STRICT) == names[place]
-
-
-def test_layers_keep_onnxs_names_where_their_number_differs(model):
-    found = onnx_layers(model, IMAGES.numpy(), names=["only one"])
-    assert "only one" not in found
-    assert len(found) > 30
 
 
 # --- the slim view ---

@@ -11,7 +11,6 @@ import pytest
 from onnx import helper
 
 from edgecl.deploy.graph import portable
-from edgecl.deploy.int8 import quantize
 
 from .sketch import (
     TENSORRT_FORMS,
@@ -23,10 +22,10 @@ from .sketch import (
     named,
     optimized_kinds,
     pair_of,
+    quantize,
     quantize_net,
     ranges_of,
     run,
-    sketch_net,
 )
 
 # What TensorRT asks for ------------------------------------------------------------------------------------------------
@@ -110,14 +109,6 @@ def test_sum_behind_a_kept_convolution_keeps_its_skip():
     model = quantize_net("int8-trt", keep=["project_Conv"])
     assert list(named(model, "sum_Add").input) == ["project", "stem_act"]
     assert list(named(model, "project_Conv").input) == ["gated", "project_w"]
-
-
-@pytest.mark.parametrize("opset", [13, 17])
-def test_tensorrt_form_holds_at_old_opsets(opset):
-    model = sketch_net(opset=opset)
-    quantized = quantize(model, form="int8-trt", ranges=ranges_of(model))
-    assert quantized.opset_import[0].version == opset
-    onnx.checker.check_model(quantized, full_check=True)
 
 
 # What ONNX Runtime asks for --------------------------------------------------------------------------------------------

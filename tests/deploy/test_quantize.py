@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from edgecl.deploy.graph_index import first_block, quantizable
-from edgecl.deploy.int8 import quantize
-from edgecl.errors import DataError, TargetError
 
 from .sketch import (
     FORMS,
     SIDE,
-    TENSORRT_FORMS,
     Sketch,
     constants,
     cosine,
@@ -25,6 +20,7 @@ from .sketch import (
     named,
     optimized_kinds,
     pair_of,
+    quantize,
     quantize_net,
     ranges_of,
     run,
@@ -50,19 +46,6 @@ def test_half_form_is_half_inside_and_float32_outside():
     assert {values.dtype for values in constants(model).values()} == {np.dtype(np.float16), np.dtype(np.int8)}
 
 
-def test_half_form_is_near_the_float32_one():
-    images = images_of(seed=1)
-    found, expected = run(quantize_net("int8-trt-fp16"), images), run(quantize_net("int8-trt"), images)
-    assert found.dtype == np.float32
-    assert np.abs(found - expected).max() < 0.05 * np.abs(expected).max()
-
-
-def test_half_form_asks_for_opset_19():
-    model = sketch_net(opset=17)
-    with pytest.raises(TargetError, match=r"'int8-trt-fp16' needs opset 19, the graph has 17\n.*opset = 19"):
-        quantize(model, form="int8-trt-fp16", ranges=ranges_of(model))
-
-
 def overflowing_net():
     model = sketch_net(opset=19)
     for tensor in model.graph.initializer:
@@ -71,14 +54,6 @@ def overflowing_net():
         if tensor.name == "classes_w":
             tensor.CopyFrom(numpy_helper.from_array(1e-5 * numpy_helper.to_array(tensor), tensor.name))
     return model
-
-
-def test_tensor_that_overflows_half_needs_images():
-    model = overflowing_net()
-    with pytest.raises(
-        DataError, match=r"tensor '\w+' reaches [\d.e+]+, which fp16 may not hold\n.*give images"
-    ):
-        quantize(model, form="int8-trt-fp16", ranges=ranges_of(model))
 
 
 def test_node_that_overflows_half_stays_in_float32_with_float32_scales():
@@ -203,27 +178,6 @@ def test_keeping_more_comes_nearer_to_float():
         assert errors[1] < 1e-5 < errors[0], form
 
 
-def test_unknown_name_to_keep_is_refused_with_a_near_one():
-    with pytest.raises(TargetError, match=r"no node 'depth_Con' to keep.*\n.*did you mean 'depth_Conv'"):
-        quantize_net("int8-trt", keep=["depth_Con"])
-
-
-def test_tensor_without_a_range_is_named():
-    model = sketch_net()
-    ranges = ranges_of(model)
-    del ranges["gated"]
-    for form in ("int8-trt", "int8-cpu"):
-        with pytest.raises(DataError, match=r"tensor 'gated' has no range\n.*calibrate the very graph"):
-            quantize(model, form=form, ranges=ranges)
-
-
-@pytest.mark.parametrize("ends", [(0.0, float("inf")), (float("nan"), 1.0), (2.0, 1.0)])
-def test_range_that_is_none_is_named(ends):
-    model = sketch_net()
-    with pytest.raises(DataError, match="tensor 'gated' has the range"):
-        quantize(model, form="int8-trt", ranges={**ranges_of(model), "gated": ends})
-
-
 # Graphs that are a little odd ------------------------------------------------------------------------------------------
 
 
@@ -258,19 +212,11 @@ def test_weights_shared_by_a_quantized_and_a_kept_convolution_serve_both(form):
     net.node("Conv", ["s", "a_w"], "output")
     model = net.model(["output"], opset=19, channels=16)
     images = np.random.default_rng(0).normal(size=(8, 16, 16, 16)).astype(np.float32)
-    quantized = quantize(model, form=form, ranges=ranges_of(model, images), keep=["b_Conv"])
+    quantized = quantize(model, form=form, ranges=ranges_of(model, images), images=images, keep=["b_Conv"])
     assert named(quantized, "b_Conv").input[1] == "a_w"
     assert named(quantized, "a_Conv").input[1] != "a_w"
     expected = run(model, images)
     assert np.abs(run(quantized, images) - expected).max() < 0.05 * np.abs(expected).max()
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_any_batch_is_taken(form):
-    model = quantize_net(form)
-    whole = run(model, images_of(5))
-    assert whole.shape == (5, 10)
-    np.testing.assert_allclose(run(model, images_of(5)[:1]), whole[:1], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -283,101 +229,7 @@ def test_same_bytes_each_time_and_the_source_untouched(form):
     assert model.SerializeToString() == before
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_metadata_of_the_model_is_handed_on(form):
-    model = sketch_net(opset=19)
-    entry = model.metadata_props.add()
-    entry.key, entry.value = "edgecl.mean", "[0.5]"
-    quantized = quantize(model, form=form, ranges=ranges_of(model))
-    assert [(entry.key, entry.value) for entry in quantized.metadata_props] == [("edgecl.mean", "[0.5]")]
-
-
 # Real nets, and the runtimes -------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def tensorrt_log():
-    """The one logger a process can have: TensorRT ignores any later one."""
-    trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
-    return trt, trt.Logger(trt.Logger.ERROR)
-
-
-def build(tensorrt_log, model):
-    """Parse and compile; return the parser's errors, the kinds of layers and the plan."""
-    trt, log = tensorrt_log
-    builder = trt.Builder(log)
-    network = builder.create_network(0)
-    parser = trt.OnnxParser(network, log)
-    parser.parse(model.SerializeToString())
-    errors = [parser.get_error(place).desc() for place in range(parser.num_errors)]
-    if errors:
-        return errors, None, None
-    settings = builder.create_builder_config()
-    settings.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, 1 << 28)
-    source = network.get_input(0)
-    sides = list(source.shape)[1:]
-    if source.shape[0] == -1:
-        profile = builder.create_optimization_profile()
-        profile.set_shape(source.name, [1, *sides], [1, *sides], [4, *sides])
-        settings.add_optimization_profile(profile)
-    layers = Counter(network.get_layer(place).type.name for place in range(network.num_layers))
-    return errors, layers, builder.build_serialized_network(network, settings)
-
-
-@pytest.mark.parametrize("form", TENSORRT_FORMS)
-@pytest.mark.parametrize("arch", NETS)
-def test_tensorrt_compiles_each_net(exported, tensorrt_log, arch, form):
-    model, ranges = exported(arch)
-    quantized = quantize(model, form=form, ranges=ranges)
-    errors, layers, plan = build(tensorrt_log, quantized)
-    assert errors == []
-    found = kinds(quantized)
-    assert layers["CONVOLUTION"] == kinds(model)["Conv"]
-    assert layers["QUANTIZE"] == layers["DEQUANTIZE"] == found["QuantizeLinear"]
-    # A dynamic batch brings one along.
-    assert layers["CAST"] - (2 if form == "int8-trt-fp16" else 0) in (0, 1)
-    assert plan is not None
-    assert plan.nbytes > 1_000_000
-
-
-@pytest.mark.parametrize("opset", [13, 17])
-def test_tensorrt_compiles_old_opsets(tensorrt_log, opset):
-    model = sketch_net(opset=opset)
-    errors, layers, plan = build(tensorrt_log, quantize(model, form="int8-trt", ranges=ranges_of(model)))
-    assert (errors, layers["CONVOLUTION"]) == ([], 7)
-    assert plan is not None
-
-
-def test_tensorrt_refuses_the_form_for_processors(tensorrt_log):
-    errors, _, _ = build(tensorrt_log, quantize_net("int8-cpu"))
-    assert errors
-    assert "zero point" in errors[0]
-
-
-def test_tensorrt_refuses_a_zero_point_that_is_not_zero(tensorrt_log):
-    """The control: the test above would notice a wrong graph."""
-    model = quantize_net("int8-trt")
-    for tensor in model.graph.initializer:
-        if tensor.name == "stem_act_zero_point":
-            tensor.CopyFrom(numpy_helper.from_array(np.asarray(3, np.int8), tensor.name))
-    errors, _, _ = build(tensorrt_log, model)
-    assert "Non-zero zero point is not supported" in errors[0]
-
-
-def test_tensorrt_refuses_an_int32_bias(tensorrt_log):
-    model = quantize_net("int8-trt")
-    node = named(model, "expand_Conv")
-    node.input[2] = "bias_back"
-    model.graph.initializer.extend(
-        [
-            numpy_helper.from_array(np.ones(32, np.int32), "bias_codes"),
-            numpy_helper.from_array(np.float32(0.01), "bias_scale"),
-        ]
-    )
-    back = helper.make_node("DequantizeLinear", ["bias_codes", "bias_scale"], ["bias_back"], name="bias_back")
-    model.graph.node.insert(0, back)
-    errors, _, _ = build(tensorrt_log, model)
-    assert "Int32" in errors[0]
 
 
 # Of the first block: stem and depthwise; with the pointwise that a residual sum goes around; with a gate's two.

@@ -13,14 +13,12 @@ import venv
 from pathlib import Path
 
 import pytest
+from onboard.tiny_bundle import flip_byte, make_bundle
 
 from edgecl.deploy.device import bench, doctor, verify
 from edgecl.deploy.remote import run_on_board
 from edgecl.errors import ArtifactError, DeviceError, ParityError
 from edgecl.onboard.bundle import sha256_of_file
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from onboard.tiny_bundle import flip_byte, make_bundle
 
 SSHD = shutil.which("sshd") or shutil.which("sshd", path="/usr/sbin:/usr/local/sbin")
 NEEDED = ("sh", "bash", "mkdir", "mktemp", "cat", "rm")
@@ -49,10 +47,10 @@ def processes_naming(text):
 
 
 class Board:
-    """An sshd with a home of its own; `host` and `options` lead there."""
+    """An sshd with a home of its own; `host` leads there."""
 
     def __init__(self, keys, folder, python=None):
-        self.keys, self.home, self.port = keys, folder / "home", free_port()
+        self.home, self.port = folder / "home", free_port()
         self.home.mkdir(parents=True)
         # What a login script prints must not be taken for an answer.
         (self.home / ".bashrc").write_text("echo welcome to the board\necho '@edgecl is spoken here'\n")
@@ -73,20 +71,18 @@ class Board:
             f"KbdInteractiveAuthentication no\nPermitRootLogin prohibit-password\n"
             f"SetEnv HOME={self.home} PATH={path}\n"
         )
-        self.known = (keys / "host.pub").read_text()
-        self.host = f"{getpass.getuser()}@127.0.0.1:{self.port}"
-        self.start()
-
-    @property
-    def options(self):
-        (self.folder / "known").write_text(f"[127.0.0.1]:{self.port} {self.known}" if self.known else "")
-        (self.folder / "ssh.conf").write_text(
-            f"IdentityFile {self.keys / 'mine'}\nIdentitiesOnly yes\nIdentityAgent none\n"
-            f"UserKnownHostsFile {self.folder / 'known'}\nGlobalKnownHostsFile /dev/null\n"
+        (folder / "ssh.conf").write_text(
+            f"IdentityFile {keys / 'mine'}\nIdentitiesOnly yes\nIdentityAgent none\n"
+            f"UserKnownHostsFile {folder / 'known'}\nGlobalKnownHostsFile /dev/null\n"
             # What a user may have set, and must not count.
             "StrictHostKeyChecking no\nBatchMode no\n"
         )
-        return ("-F", str(self.folder / "ssh.conf"))
+        self.know((keys / "host.pub").read_text())
+        self.host = f"{getpass.getuser()}@127.0.0.1:{self.port}"
+        self.start()
+
+    def know(self, key):
+        (self.folder / "known").write_text(f"[127.0.0.1]:{self.port} {key}" if key else "")
 
     def start(self):
         self.log = (self.folder / "sshd.log").open("w")
@@ -137,11 +133,12 @@ def keys(tmp_path_factory):
 
 
 @pytest.fixture
-def boards(keys, tmp_path):
+def boards(keys, tmp_path, monkeypatch):
     started = []
 
     def start(name="board", python=sys.executable):
         started.append(Board(keys, tmp_path / name, python))
+        monkeypatch.setenv("EDGECL_SSH_OPTIONS", f"-F {tmp_path / name / 'ssh.conf'}")
         return started[-1]
 
     yield start
@@ -169,13 +166,7 @@ def names_in(folder):
 def test_bench_brings_the_record_into_the_bundle(board, bundle):
     lines = []
     record = bench(
-        bundle,
-        duration_s=0.2,
-        threads=1,
-        host=board.host,
-        ssh_options=board.options,
-        precisions=["fp16"],
-        report=lines.append,
+        bundle, duration_s=0.2, threads=1, host=board.host, precisions=["fp16"], report=lines.append
     )
     (file,) = bundle.glob("bench-*.json")
     assert json.loads(file.read_text()) == record.to_json()
@@ -191,7 +182,7 @@ def test_bench_brings_the_record_into_the_bundle(board, bundle):
 
 def test_files_stay_on_the_board_and_only_changed_ones_are_sent_again(board, bundle):
     lines = []
-    record = verify(bundle, host=board.host, ssh_options=board.options, report=lines.append)
+    record = verify(bundle, host=board.host, report=lines.append)
     assert record.to_json() == json.loads((bundle / "verify.json").read_text())
     assert record.ok is True
     assert set(record.precisions) == {"fp32", "fp16"}
@@ -200,11 +191,11 @@ def test_files_stay_on_the_board_and_only_changed_ones_are_sent_again(board, bun
     assert names_in(there) == ["manifest.json", "model.fp16.onnx", "model.onnx", "reference.npz"]
     flip_byte(there / "model.onnx")
     lines.clear()
-    verify(bundle, precisions=["fp32"], host=board.host, ssh_options=board.options, report=lines.append)
+    verify(bundle, precisions=["fp32"], host=board.host, report=lines.append)
     (copied,) = lines
     assert copied.startswith("copying 1 of 4 files")
     lines.clear()
-    verify(bundle, precisions=["fp32"], host=board.host, ssh_options=board.options, report=lines.append)
+    verify(bundle, precisions=["fp32"], host=board.host, report=lines.append)
     assert lines == []
     assert board.left_of_runs() == []
 
@@ -212,7 +203,7 @@ def test_files_stay_on_the_board_and_only_changed_ones_are_sent_again(board, bun
 def test_disagreement_on_the_board_is_the_same_error_here(board, tmp_path):
     bundle = make_bundle(tmp_path / "bundle", shift=100.0)
     with pytest.raises(ParityError, match="disagrees with torch on 5 reference images") as caught:
-        verify(bundle, host=board.host, ssh_options=board.options)
+        verify(bundle, host=board.host)
     assert caught.value.where == {"bundle": bundle, "board": board.host}
     kept = json.loads((bundle / "verify.json").read_text())
     assert (kept["ok"], kept["files_ok"]) == (False, True)
@@ -220,9 +211,9 @@ def test_disagreement_on_the_board_is_the_same_error_here(board, tmp_path):
 
 
 def test_doctor_sees_the_board_for_a_bundle_or_a_target(board, bundle):
-    found = doctor(bundle, host=board.host, ssh_options=board.options)
+    found = doctor(bundle, host=board.host)
     assert ("bundle", "ok") in [(check.name, check.status) for check in found.checks]
-    found = doctor(target="jetson", host=board.host, ssh_options=board.options)
+    found = doctor(target="jetson", host=board.host)
     device = next(check for check in found.checks if check.name == "device")
     assert (found.ok, device.status) == (False, "fail")
     assert device.found == "this is no Jetson; the target is for any Jetson Orin"
@@ -243,7 +234,7 @@ def test_dropped_connections_are_made_again_and_the_record_picked_up(board, bund
         ):
             board.drop_connections()
 
-    record = bench(bundle, duration_s=1.5, threads=1, host=board.host, ssh_options=board.options, report=drop)
+    record = bench(bundle, duration_s=1.5, threads=1, host=board.host, report=drop)
     lost = [line for line in seen if line.startswith(f"connection to {board.host} lost, trying again")]
     assert len(lost) == 2
     assert [line.split(" files")[0] for line in seen if line.startswith("copying")] == ["copying 4 of 4"] * 2
@@ -254,8 +245,9 @@ def test_dropped_connections_are_made_again_and_the_record_picked_up(board, bund
     assert names_in(there) == ["manifest.json", "model.fp16.onnx", "model.onnx", "reference.npz"]
 
 
-def test_board_that_does_not_come_back_leaves_no_half_record(board, bundle):
+def test_board_that_does_not_come_back_leaves_no_half_record(board, bundle, monkeypatch):
     before = names_in(bundle)
+    monkeypatch.setattr("edgecl.deploy.remote._PATIENCE_S", 1.0)
 
     def pull_the_plug(line):
         if line.startswith(("warming", "measuring")) and board.server.poll() is None:
@@ -264,15 +256,7 @@ def test_board_that_does_not_come_back_leaves_no_half_record(board, bundle):
     with pytest.raises(
         DeviceError, match=r"the connection to .* was lost and did not come back within 1 s"
     ) as caught:
-        run_on_board(
-            board.host,
-            "bench",
-            ["--duration-s", "0.2"],
-            bundle=bundle,
-            ssh_options=board.options,
-            patience_s=1.0,
-            report=pull_the_plug,
-        )
+        run_on_board(board.host, "bench", ["--duration-s", "0.2"], bundle=bundle, report=pull_the_plug)
     assert "the run goes on there and ends by itself, nothing was written here" in caught.value.hint
     assert names_in(bundle) == before
     (run,) = board.left_of_runs()
@@ -284,11 +268,9 @@ def test_board_that_does_not_come_back_leaves_no_half_record(board, bundle):
 
 
 def test_ctrl_c_ends_the_run_on_the_board(board, bundle):
-    environment = {**os.environ, "EDGECL_SSH_OPTIONS": " ".join(board.options)}
     words = ["bench", bundle, "--host", board.host, "--duration-s", "60"]
     with subprocess.Popen(
         [sys.executable, "-m", "edgecl", *map(str, words)],
-        env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -323,7 +305,7 @@ def test_run_that_says_nothing_for_too_long_is_ended_on_the_board(board, bundle,
                     stopped.append(pid)
 
     with pytest.raises(DeviceError, match="said nothing for 4 s"):
-        bench(bundle, host=board.host, ssh_options=board.options, report=stop)
+        bench(bundle, host=board.host, report=stop)
     assert board.left_of_runs() == []
     (pid,) = stopped
     os.kill(pid, signal.SIGCONT)  # one that sleeps dies of SIGTERM when it wakes, one that loops at once
@@ -342,7 +324,7 @@ def test_killed_run_is_told_with_its_signal(board, bundle):
                     os.kill(pid, signal.SIGKILL)
 
     with pytest.raises(DeviceError, match=r"the net's process was killed by SIGKILL \(9\)") as caught:
-        bench(bundle, host=board.host, ssh_options=board.options, report=kill)
+        bench(bundle, host=board.host, report=kill)
     assert "memory ran out" in caught.value.hint
     assert caught.value.where["board"] == board.host
     assert not list(bundle.glob("bench-*"))
@@ -354,7 +336,7 @@ def test_killed_run_is_told_with_its_signal(board, bundle):
 def test_board_without_python3_is_named(boards, bundle):
     board = boards(python=None)
     with pytest.raises(DeviceError, match="there is no python3 on") as caught:
-        verify(bundle, host=board.host, ssh_options=board.options)
+        verify(bundle, host=board.host)
     assert caught.value.hint == "on the board: sudo apt install python3 python3-numpy"
     assert not (bundle / "verify.json").exists()
 
@@ -363,9 +345,9 @@ def test_board_without_numpy_is_named(boards, bundle, tmp_path):
     venv.create(tmp_path / "bare", with_pip=False)
     board = boards(python=tmp_path / "bare/bin/python")
     with pytest.raises(DeviceError, match="NumPy cannot be imported by") as caught:
-        verify(bundle, host=board.host, ssh_options=board.options)
+        verify(bundle, host=board.host)
     assert caught.value.hint == "sudo apt install python3-numpy"
-    found = doctor(host=board.host, ssh_options=board.options)
+    found = doctor(host=board.host)
     numpy = next(check for check in found.checks if check.name == "NumPy")
     assert (numpy.status, numpy.fix) == ("fail", "sudo apt install python3-numpy")
 
@@ -377,9 +359,9 @@ def test_board_with_python_3_6_does_its_part(boards, bundle):
     if python is None or subprocess.run([python, "-c", modules], capture_output=True).returncode != 0:
         pytest.skip("no Python 3.6 with NumPy and onnxruntime here (EDGECL_PYTHON36 may name one)")
     board = boards(python=python)
-    record = bench(bundle, duration_s=0.1, threads=1, host=board.host, ssh_options=board.options)
+    record = bench(bundle, duration_s=0.1, threads=1, host=board.host)
     assert record.device.python.startswith("3.6.")
-    assert verify(bundle, host=board.host, ssh_options=board.options).ok is True
+    assert verify(bundle, host=board.host).ok is True
     assert board.left_of_runs() == []
 
 
@@ -392,12 +374,12 @@ def test_full_disk_of_the_board_is_named_and_nothing_is_left(board, bundle):
         pytest.skip("no right to mount a small file system")
     try:
         with pytest.raises(DeviceError, match="no room on the disk of") as caught:  # for onboard.pyz
-            verify(bundle, host=board.host, ssh_options=board.options)
+            verify(bundle, host=board.host)
         assert "~/.cache/edgecl holds the bundles of earlier runs" in caught.value.hint
         assert board.left_of_runs() == []
         subprocess.run(["mount", "-o", "remount,size=1m", cache], check=True)
         with pytest.raises(DeviceError, match="no room on the board's disk: the bundle needs 16 MiB"):
-            verify(bundle, host=board.host, ssh_options=board.options)
+            verify(bundle, host=board.host)
         assert board.left_of_runs() == []
     finally:
         subprocess.run(["umount", cache], check=True)
@@ -406,22 +388,22 @@ def test_full_disk_of_the_board_is_named_and_nothing_is_left(board, bundle):
 def test_board_whose_home_is_no_directory_is_named(board, bundle):
     (board.home / ".cache").write_text("in the way")
     with pytest.raises(DeviceError, match="could not do its part: exit status 1") as caught:
-        verify(bundle, host=board.host, ssh_options=board.options)
+        verify(bundle, host=board.host)
     assert "/.cache'" in caught.value.where["it said"]
 
 
 # --- connections that never come about ---
 
 
-def refused(host, options=()):
+def refused(host):
     with pytest.raises(DeviceError) as caught:
-        doctor(host=host, ssh_options=options)
+        doctor(host=host)
     return caught.value
 
 
 def test_unknown_host_key_is_refused(board):
-    board.known = None
-    error = refused(board.host, board.options)
+    board.know("")
+    error = refused(board.host)
     assert error.problem == f"the host key of '{board.host}' is unknown to ssh"
     login = f"ssh -p {board.port} {getpass.getuser()}@127.0.0.1"
     assert error.hint == f"run `{login}` once and compare the key's fingerprint with the board's"
@@ -429,36 +411,36 @@ def test_unknown_host_key_is_refused(board):
 
 
 def test_changed_host_key_is_refused(board, keys):
-    board.known = (keys / "other.pub").read_text()
-    error = refused(board.host, board.options)
+    board.know((keys / "other.pub").read_text())
+    error = refused(board.host)
     assert error.problem.startswith(f"the host key of '{board.host}' is not the one that ssh knows")
 
 
 def test_wrong_user_is_refused(board):
-    error = refused(f"nobody-we-know@127.0.0.1:{board.port}", board.options)
+    error = refused(f"nobody-we-know@127.0.0.1:{board.port}")
     assert error.problem.endswith("does not let you in without a password")
     assert "Permission denied" in error.where["ssh said"]
     assert f"`ssh-copy-id -p {board.port} nobody-we-know@127.0.0.1`" in error.hint
 
 
 def test_port_where_nothing_listens_is_named(board):
-    error = refused(f"me@127.0.0.1:{free_port()}", board.options)
+    error = refused(f"me@127.0.0.1:{free_port()}")
     assert "Connection refused" in error.problem
     assert error.hint.startswith("the board is up but no ssh server listens there")
 
 
 def test_unknown_name_is_named(board):
-    error = refused("me@no-such-board.invalid", board.options)
+    error = refused("me@no-such-board.invalid")
     assert error.problem.startswith("cannot connect to 'me@no-such-board.invalid': ssh: Could not resolve")
     assert error.hint == "no machine of that name: check it, or give the board's address"
 
 
 def test_options_that_ssh_does_not_take_are_named(board, monkeypatch):
     monkeypatch.setenv("EDGECL_SSH_OPTIONS", "-o NoSuchOption=1")
-    error = refused(board.host, board.options)
+    error = refused(board.host)
     assert error.problem == "ssh does not take its options"
     monkeypatch.setenv("EDGECL_SSH_OPTIONS", "-i 'half")
-    assert refused(board.host, board.options).problem.startswith("cannot split EDGECL_SSH_OPTIONS=")
+    assert refused(board.host).problem.startswith("cannot split EDGECL_SSH_OPTIONS=")
 
 
 def test_machine_without_ssh_is_told_what_to_install(tmp_path, monkeypatch):
@@ -519,7 +501,8 @@ def test_ssh_gets_a_list_of_words_with_the_host_last_and_checks_on(host, words, 
     fake.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" >"{tmp_path}/words"\nexit 255\n')
     fake.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    refused(host, ("-F", "mine"))
+    monkeypatch.setenv("EDGECL_SSH_OPTIONS", "-F mine")
+    refused(host)
     said = (tmp_path / "words").read_text().splitlines()
     assert said[-1 - len(words) : -1] == words
     assert said.index("BatchMode=yes") < said.index("StrictHostKeyChecking=yes") < said.index("-F")

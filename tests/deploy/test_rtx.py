@@ -11,14 +11,13 @@ import onnx
 import pytest
 import timm
 import torch
-from onnx import helper
 from torch import nn
 
 from edgecl.config.target import Build, Graph, read_target
 from edgecl.deploy.calibrate import calibrate
 from edgecl.deploy.fp16 import half
 from edgecl.deploy.int8 import quantize
-from edgecl.deploy.onnx import onnx_from_net, save_onnx
+from edgecl.deploy.onnx import onnx_from_net
 from edgecl.deploy.rtx import compile_rtx
 from edgecl.errors import DeviceError
 from edgecl.nets.catalogue import NETS
@@ -53,7 +52,7 @@ def made():
                 net, graph=Graph(opset=19, hard_swish="hard_sigmoid"), shape=(3, SIDE, SIDE), metadata={}
             )
             images = np.random.default_rng(0).normal(size=(4, 3, SIDE, SIDE)).astype(np.float32)
-            ranges = calibrate(fp32, images, method="minmax")
+            ranges = calibrate(fp32, images, ["minmax"])["minmax"]
             kept[name] = net, {
                 "fp32": fp32,
                 "fp16": half(fp32, images=images)[0],
@@ -65,7 +64,7 @@ def made():
 
 
 def compile_(model, tmp_path, *, form, build=BUILD, input_form=INPUT):
-    save_onnx(model, tmp_path / "model.onnx")
+    onnx.save(model, tmp_path / "model.onnx")
     return compile_rtx(
         tmp_path / "model.onnx",
         tmp_path / "engine.plan",
@@ -154,49 +153,6 @@ def test_a_graph_in_another_precision_is_refused(made, tmp_path, form):
         f"{FORMS[form]} (fp32 100 %)"
     )
     assert not (tmp_path / "engine.plan").exists()
-
-
-def test_asymmetric_quantization_is_refused_with_the_node(tmp_path):
-    weight = helper.make_tensor("w", onnx.TensorProto.FLOAT, [1, 3, 1, 1], [1.0, 2.0, 3.0])
-    scale = helper.make_tensor("s", onnx.TensorProto.FLOAT, [], [0.1])
-    zero = helper.make_tensor("z", onnx.TensorProto.INT8, [], [3])
-    nodes = [
-        helper.make_node("QuantizeLinear", ["input", "s", "z"], ["q"], name="uneven"),
-        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["dq"]),
-        helper.make_node("Conv", ["dq", "w"], ["maps"]),
-        helper.make_node("Flatten", ["maps"], ["output"]),
-    ]
-    tensors = [
-        helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
-        for name, shape in (("input", [1, 3, SIDE, SIDE]), ("output", [1, SIDE * SIDE]))
-    ]
-    graph = helper.make_graph(nodes, "g", tensors[:1], tensors[1:], [weight, scale, zero])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    with pytest.raises(DeviceError, match=r"'uneven' \(QuantizeLinear\): .*[zZ]ero.?point") as caught:
-        compile_(model, tmp_path, form="int8-trt")
-    assert "symmetric INT8" in caught.value.hint
-
-
-def test_an_operator_that_does_not_exist_is_named(tmp_path):
-    tensors = [
-        helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, 3]) for name in ("input", "output")
-    ]
-    node = helper.make_node("Sharpen", ["input"], ["output"], name="odd", domain="mine")
-    graph = helper.make_graph([node], "g", tensors[:1], tensors[1:])
-    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("mine", 1)]
-    (tmp_path / "model.onnx").write_bytes(
-        helper.make_model(graph, opset_imports=opsets, ir_version=8).SerializeToString()
-    )
-    with pytest.raises(DeviceError, match=r"cannot read 'model\.onnx': node 0 'odd' \(Sharpen\)") as caught:
-        compile_rtx(
-            tmp_path / "model.onnx",
-            tmp_path / "engine.plan",
-            precision="fp32",
-            form="fp32",
-            build=BUILD,
-            input_form=INPUT,
-        )
-    assert "no such operator" in caught.value.hint
 
 
 @pytest.mark.parametrize("content", [b"", b"\x08" * 100, b"not an ONNX file"])

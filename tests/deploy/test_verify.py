@@ -3,19 +3,16 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import typer
+from onboard.tiny_bundle import flip_byte, make_bundle
 from typer.testing import CliRunner
 
 from edgecl.cli.verify import verify_command
 from edgecl.deploy.device import verify
 from edgecl.errors import ArtifactError, DeviceError, ParityError
 from edgecl.onboard.bundle import sha256_of_file
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from onboard.tiny_bundle import flip_byte, make_bundle, read_manifest, write_manifest
 
 
 @pytest.fixture
@@ -84,18 +81,6 @@ def test_a_result_that_cannot_be_kept_is_no_failure(bundle, monkeypatch):
     done = run_command(bundle)
     assert done.exit_code == 0
     assert "largest relative difference" in done.stdout
-
-
-def test_a_directory_that_is_no_bundle_is_named(tmp_path):
-    with pytest.raises(ArtifactError, match=r"is not a bundle directory: it has no manifest\.json"):
-        verify(tmp_path)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_newer_schema_is_refused_with_both_numbers(bundle):
-    write_manifest(bundle, {**read_manifest(bundle), "schema": 99})
-    with pytest.raises(ArtifactError, match="has schema 99, this edgecl reads"):
-        verify(bundle)
 
 
 def test_verify_never_imports_torch(bundle):

@@ -216,10 +216,7 @@ def test_a_working_directory_that_is_gone_is_named(tmp_path):
 
 @pytest.mark.parametrize(
     ("number", "status", "word"),
-    [
-        (signal.SIGINT, -signal.SIGINT, "interrupted"),
-        (signal.SIGTERM, 143, "terminated"),
-    ],
+    [(signal.SIGINT, -signal.SIGINT, "interrupted"), (signal.SIGTERM, 143, "terminated")],
 )
 def test_a_signal_while_the_commands_are_imported_ends_with_one_line(tmp_path, number, status, word):
     """The import of typer, which the commands need, is held up until the signal is there."""

@@ -8,6 +8,7 @@ import unicodedata
 
 import pytest
 from reports.conftest import Maker, report
+from sealed import write_sealed
 
 from edgecl.cli import main
 from edgecl.cli.output import print_line, print_rows
@@ -90,8 +91,11 @@ def test_no_name_in_a_record_reaches_the_report_raw(tmp_path, monkeypatch, capsy
             for key in ("arch", "origin", "recipe_name", "arm", "command", "data")
             if key in record
         }
-        record = {key: value for key, value in record.items() if key != "sha256"}
-        file.write_text(json.dumps({**record, **texts, HOSTILE[:-1]: HOSTILE}), encoding="utf-8")
+        changed = {**record, **texts, HOSTILE[:-1]: HOSTILE}
+        if "sha256" in record:
+            write_sealed(file, changed)
+        else:
+            file.write_text(json.dumps(changed), encoding="utf-8")
     monkeypatch.setattr(sys, "argv", ["edgecl", "report", str(model), "--out", str(tmp_path / "r")])
     with pytest.raises(SystemExit) as end:
         main()
@@ -118,12 +122,7 @@ def test_no_name_in_a_record_reaches_the_report_raw(tmp_path, monkeypatch, capsy
 
 
 @pytest.mark.parametrize(
-    "words",
-    [
-        ["verify", "a", "b\x1b[2J\u202ec"],
-        ["\u2066verify"],
-        ["verify", "--\u202ejson"],
-    ],
+    "words", [["verify", "a", "b\x1b[2J\u202ec"], ["\u2066verify"], ["verify", "--\u202ejson"]]
 )
 def test_wrong_usage_is_printable(words, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["edgecl", *words])

@@ -40,13 +40,7 @@ def main() -> None:
             with contextlib.suppress(EdgeclError, OnboardError):
                 read(file)
 
-        options = [
-            f"-runs={runs}",
-            "-seed=1",
-            "-max_len=24576",
-            "-timeout=20",
-            "-rss_limit_mb=4096",
-        ]
+        options = [f"-runs={runs}", "-seed=1", "-max_len=24576", "-timeout=20", "-rss_limit_mb=4096"]
         atheris.Setup([sys.argv[0], *options, f"-artifact_prefix={folder}/broke-", folder], read_one)
         atheris.Fuzz()
 

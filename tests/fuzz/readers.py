@@ -42,19 +42,12 @@ class Seeds:
     run: Path
     model: Path
     bundle: Path
-    recipes: tuple[str, ...] = field(
-        default_factory=lambda: tuple(
-            path.read_text()
-            for path in sorted(
-                [*(REPOSITORY / "recipes").glob("*.toml"), REPOSITORY / "benchmarks" / "tiny.toml"]
-            )
-        )
-    )
-    targets: tuple[str, ...] = field(
-        default_factory=lambda: tuple(
-            path.read_text() for path in sorted((REPOSITORY / "export").glob("*.toml"))
-        )
-    )
+    recipes: tuple[str, ...] = field(default_factory=lambda: _texts("recipes/*.toml", "benchmarks/tiny.toml"))
+    targets: tuple[str, ...] = field(default_factory=lambda: _texts("export/*.toml"))
+
+
+def _texts(*patterns: str) -> tuple[str, ...]:
+    return tuple(path.read_text() for one in patterns for path in sorted(REPOSITORY.glob(one)))
 
 
 @cache
@@ -361,10 +354,7 @@ def commands(mutator: Mutator, seeds: Seeds, place: Path) -> None:
         name for one in (command.params if command else ()) for name in (*one.opts, *one.secondary_opts)
     ]
     things = [
-        str(seeds.run),
-        str(seeds.model),
-        str(seeds.bundle),
-        str(place),
+        *map(str, (seeds.run, seeds.model, seeds.bundle, place)),
         "ls",
         "ort-cpu",
         "demo",
@@ -472,18 +462,9 @@ def _spoil(mutator: Mutator, file: Path) -> None:
 
 def _name(mutator: Mutator, file: Path) -> str:
     """A path as somebody may give it."""
+    long = ["x" * 300 + ".toml", "a/" * 3000 + ".toml"]
     return mutator.pick(
-        [
-            str(file),
-            str(file),
-            "x" * 300 + ".toml",
-            "a/" * 3000 + ".toml",
-            "/dev/zero/x.toml",
-            "\x1b[2J.toml",
-            ".",
-            "",
-            "~/x.toml",
-        ]
+        [str(file), str(file), *long, "/dev/zero/x.toml", "\x1b[2J.toml", ".", "", "~/x.toml"]
     )
 
 
@@ -560,28 +541,7 @@ def _tar(mutator: Mutator) -> bytes:
 
 
 def _pattern(mutator: Mutator, place: Path) -> str:
-    parts = [
-        "{",
-        "}",
-        ",",
-        "..",
-        "0",
-        "9",
-        "99999999",
-        "a",
-        "z",
-        "::",
-        "\\",
-        "x",
-        ".tar",
-        "${A}",
-        "${",
-        "~",
-        "file:",
-        "$",
-        "-",
-        ".",
-    ]
+    parts = [*"{},09az\\x~$-.", "..", "99999999", "::", ".tar", "${A}", "${", "file:"]
     made = "".join(mutator.pick(parts) for _ in range(mutator.random.randrange(1, 25)))
     return mutator.pick(
         [

@@ -13,7 +13,6 @@ from edgecl.reports.families import families_of, family_tables
 from edgecl.reports.report import report as report_on
 from edgecl.reports.rows import rows_of
 from reports.conftest import report
-from reports.test_browser import CHROMIUM, probed
 
 CHECKPOINT = "abc1234567" + "0" * 54
 # Width -> p50 ms, params, MACs, and the few-label draws' shift.
@@ -85,18 +84,6 @@ def test_one_width_is_no_family(make, tmp_path):
     assert found_in([tmp_path / "net-0.75", *again]) == []
 
 
-def test_nets_of_two_checkpoints_are_no_family(make, tmp_path):
-    dirs = [
-        *write_family(make, tmp_path / "a", widths=[0.5]),
-        *write_family(make, tmp_path / "b", widths=[1.0], made_from="f" * 64),
-    ]
-    assert found_in(dirs) == []
-
-
-def test_nets_that_came_from_nowhere_are_no_family(make, tmp_path):
-    assert found_in(write_family(make, tmp_path, made_from=None)) == []
-
-
 def test_two_families_of_one_name_are_told_apart(make, tmp_path, family):
     other = write_family(make, tmp_path / "other", made_from="f" * 64, widths=[0.5, 1.0])
     assert [found.name for found in found_in([*family, *other])] == ["demo (abc12345)", "demo (ffffffff)"]
@@ -140,14 +127,6 @@ def test_the_table_has_width_size_accuracy_and_median_of_each_net(family, tmp_pa
     assert [row[-1] for row in table.lines] == ["0.210", "0.330", "0.470"]
 
 
-def test_a_family_that_was_not_timed_has_a_table_without_latency(make, tmp_path):
-    record = report_on(write_family(make, tmp_path / "nets", timed=False), out=tmp_path / "report")
-    (table,) = family_tables(record.families, record.rows)
-    assert table.title == "demo: 3 widths of one run"
-    assert table.headings[-1] == "kNN, %"
-    assert "<h2>Widths of one run</h2>" in (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
-
-
 def test_each_device_has_a_table_and_each_precision_a_column(make, tmp_path):
     dirs = write_family(make, tmp_path / "nets")
     for width, (p50, *_) in NETS.items():
@@ -168,15 +147,6 @@ def test_each_device_has_a_table_and_each_precision_a_column(make, tmp_path):
     assert [row[-2:] for row in board.lines] == [["0.840", "0.420"], ["1.32", "0.660"], ["1.88", "0.940"]]
 
 
-def test_a_line_joins_the_nets_from_narrow_to_wide(family, tmp_path):
-    # The order given is not that of the widths.
-    record = report(family[::-1], out=tmp_path / "report")
-    (group,) = record["trade_off"]["groups"]
-    (line,) = group["families"]
-    assert line["family"] == 0
-    assert [record["rows"][index]["width"] for index in line["rows"]] == [0.5, 0.75, 1.0]
-
-
 def test_precisions_have_lines_of_their_own_and_a_rejected_one_none(make, tmp_path):
     dirs = []
     for width, (p50, *_) in NETS.items():
@@ -186,10 +156,7 @@ def test_precisions_have_lines_of_their_own_and_a_rejected_one_none(make, tmp_pa
             tmp_path / f"b{width:g}",
             model=model,
             p50=None,
-            precisions={
-                "fp32": make.precision("fp32"),
-                "fp16": make.precision("fp16", decision=rejected),
-            },
+            precisions={"fp32": make.precision("fp32"), "fp16": make.precision("fp16", decision=rejected)},
         )
         make.bench(
             bundle,
@@ -242,13 +209,6 @@ def test_the_line_is_drawn_through_the_points(family, tmp_path):
     xs, ys = [float(x) for x in joined[0][::2]], [float(y) for y in joined[0][1::2]]
     assert xs == sorted(xs)
     assert ys == sorted(ys, reverse=True)
-
-
-def test_the_terminal_shows_the_family(family, tmp_path, edgecl_process):
-    done = edgecl_process("report", *family, "--out", tmp_path / "report")
-    assert done.returncode == 0, done.stderr
-    assert "demo: 3 widths of one run" in done.stdout
-    assert re.search(r"0\.75×\s+130 k\s+2\.7 M", done.stdout)
 
 
 @pytest.mark.parametrize(
@@ -314,30 +274,6 @@ def test_an_exported_family_that_was_not_timed_has_one_point_per_net(make, tmp_p
     assert "int8" not in chart
 
 
-def test_another_net_stands_beside_a_family_over_macs(make, tmp_path):
-    dirs = write_family(make, tmp_path / "nets", timed=False)
-    dirs.append(make.model(tmp_path / "random", origin="random", draws=draws(-20.0)))
-    record = report(dirs, out=tmp_path / "report")
-    (group,) = record["size_trade_off"]["groups"]
-    assert len(group["rows"]) == 4
-    assert len(group["front"]) == 3
-    assert "random" in chart_of(tmp_path / "report")[1]
-
-
-def test_a_family_with_a_line_over_latency_has_none_over_macs(family, tmp_path):
-    assert report(family, out=tmp_path / "report")["size_trade_off"] is None
-
-
-def test_a_family_of_which_one_net_was_timed_is_drawn_over_macs_too(make, tmp_path):
-    dirs = write_family(make, tmp_path / "nets", timed=False)
-    dirs.append(make.bundle(tmp_path / "bundle", model=dirs[0]))
-    record = report(dirs, out=tmp_path / "report")
-    assert record["trade_off"]["groups"][0]["families"] == []
-    assert record["size_trade_off"]["cost"] == "macs"
-    page, _ = chart_of(tmp_path / "report")
-    assert "Fewer than two of them have a latency that counts" in page
-
-
 def test_the_legend_names_the_widths_that_are_drawn(make, tmp_path):
     dirs = write_family(make, tmp_path / "nets", timed=False)
     (dirs[-1] / "probe.json").unlink()
@@ -353,14 +289,3 @@ def test_a_family_without_an_accuracy_has_no_chart(make, tmp_path):
     record = report(dirs, out=tmp_path / "report")
     assert record["families"]
     assert record["size_trade_off"] is None
-
-
-@pytest.mark.browser
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH")
-@pytest.mark.parametrize("timed", [True, False])
-@pytest.mark.parametrize("width", [1200, 500])
-def test_the_family_fits_the_page(make, tmp_path, width, timed):
-    report(write_family(make, tmp_path / "nets", timed=timed), out=tmp_path / "report")
-    dom = probed(tmp_path / "report", tmp_path, width)
-    assert 'data-wide="0"' in dom
-    assert 'data-texts="[]"' in dom

@@ -7,7 +7,6 @@ import pytest
 from edgecl.errors import printable
 from edgecl.reports.notation import (
     duration,
-    finite,
     megabytes,
     milliseconds,
     percent,
@@ -70,14 +69,6 @@ def test_durations_read_as_said():
         "59 s",
         "2 min 31 s",
         "2 h 05 min",
-    ]
-
-
-def test_only_finite_numbers_are_numbers():
-    assert [finite(value) for value in (1, 2.5, True, None, "3", float("nan"), float("inf"))] == [
-        1.0,
-        2.5,
-        *[None] * 5,
     ]
 
 

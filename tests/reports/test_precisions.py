@@ -65,11 +65,6 @@ def test_of_two_timed_precisions_the_rejected_one_is_told_last_and_as_such(make,
     assert record["support"][0].startswith("b · int8 (rejected) takes 0.500 ms")
 
 
-def test_rejected_row_is_marked_on_the_page(rejected, kept):
-    assert rejected[2].count('<tr class="rejected">') == 1
-    assert ("tr", "class", "rejected") not in kept[1].attributes
-
-
 def test_ratios_of_precisions_timed_in_turns_are_told_with_their_interval(kept, rejected):
     assert "int8 is 1.37x [1.35, 1.39] as fast as fp16." in kept[0]["support"]
     assert "int8 is 1.37x [1.35, 1.39] as fast as fp16 on Orin Nano, tensorrt 10.3.0" in kept[1].text
@@ -92,11 +87,6 @@ def test_every_mode_stands_in_the_detail_table(kept):
         assert f"| fp16, {mode} |" in markdown
         assert f"fp16, {mode}" in page.text
     assert "tensorrt 10.3.0, Orin Nano, MAXN\\_SUPER, batch 1, 1 thread:" in markdown
-
-
-def test_bundle_with_one_mode_needs_no_detail_table(make, tmp_path):
-    report([make.bundle(tmp_path / "b", model=None)], out=tmp_path / "report")
-    assert "Every mode" not in page_of(tmp_path / "report").text
 
 
 def test_energy_is_told_with_its_rails_and_its_idle(kept):

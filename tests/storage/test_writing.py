@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import textwrap
@@ -13,14 +12,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from disks import disk_of, flip, largest_file
+from disks import flip, largest_file
 
 from edgecl.errors import ArtifactError
 from edgecl.nets.backbone import create_backbone
 from edgecl.nets.model_dir import write_model
 from edgecl.storage.directories import Bundle, ModelDir, PipelineDir, ReportDir, RunDir
 from edgecl.storage.outputs import new_directory, refuse_existing
-from edgecl.storage.record_files import RECORD_FILES, kind_of
+from edgecl.storage.record_files import kind_of
 from edgecl.storage.records import MADE_BY, SCHEMA, Preprocessing, command_line
 from edgecl.storage.writing import write_bytes, write_json
 
@@ -33,9 +32,10 @@ def header(kind):
 
 
 def make(path, kind, **more):
-    """Write the smallest directory of a kind."""
+    """Write the smallest directory of a kind; of a run alone more than the kind is read."""
     path.mkdir(parents=True)
-    write_json(path / kind.RECORD, {**header(kind.KIND), **more})
+    run = {"recipe_name": None, "recipe": {}, "data": {"uri": "x", "fingerprint": "x"}}
+    write_json(path / kind.RECORD, {**header(kind.KIND), **(run if kind is RunDir else {}), **more})
     return path
 
 
@@ -66,51 +66,12 @@ def test_directory_is_not_there_while_it_is_written(tmp_path):
     assert names(tmp_path / "out") == ["file"]
 
 
-def test_parents_of_a_directory_are_made(tmp_path):
-    with new_directory(tmp_path / "a" / "b" / "out", kind="model"):
-        pass
-    assert (tmp_path / "a" / "b" / "out").is_dir()
-
-
-def test_exception_inside_leaves_nothing(tmp_path):
-    def write():
-        with new_directory(tmp_path / "out", kind="model") as aside:
-            (aside / "file").write_text("x")
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write()
-    assert names(tmp_path) == []
-
-
 def test_exception_inside_leaves_the_earlier_directory_as_it_was(tmp_path):
     make(tmp_path / "out", ModelDir, mark="earlier")
     with pytest.raises(ValueError, match="no"), new_directory(tmp_path / "out", kind="model", force=True):
         raise ValueError("no")
     assert names(tmp_path) == ["out"]
     assert json.loads((tmp_path / "out" / "model.json").read_text())["mark"] == "earlier"
-
-
-def test_kill_inside_leaves_nothing_under_the_final_name(tmp_path):
-    process = python(
-        """
-        import sys, time
-        from pathlib import Path
-        from edgecl.storage.outputs import new_directory
-        with new_directory(Path(sys.argv[1]), kind="model") as aside:
-            (aside / "model.json").write_text("{}")
-            print("writing", flush=True)
-            time.sleep(60)
-        """,
-        tmp_path / "out",
-    )
-    assert process.stdout.readline() == "writing\n"
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    left = names(tmp_path)
-    assert "out" not in left
-    assert all(name.startswith(".out.") and name.endswith(".part") for name in left)
 
 
 def test_kill_inside_a_replacement_leaves_the_earlier_directory(tmp_path):
@@ -130,30 +91,7 @@ def test_kill_inside_a_replacement_leaves_the_earlier_directory(tmp_path):
     assert json.loads((tmp_path / "out" / "model.json").read_text())["mark"] == "earlier"
 
 
-def test_output_can_be_named_relative_to_the_current_directory(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with new_directory(Path("out"), kind="model") as aside:
-        (aside / "file").write_text("x")
-    assert names(tmp_path) == ["out"]
-
-
-def test_empty_directory_is_filled(tmp_path):
-    (tmp_path / "out").mkdir()
-    with new_directory(tmp_path / "out", kind="model") as aside:
-        (aside / "file").write_text("x")
-    assert names(tmp_path) == ["out"]
-    assert names(tmp_path / "out") == ["file"]
-
-
 # --- what may be replaced ---
-
-
-def test_existing_output_is_refused(tmp_path):
-    make(tmp_path / "out", ModelDir)
-    with pytest.raises(ArtifactError) as caught:
-        refuse_existing(tmp_path / "out", force=False, kind="model")
-    assert caught.value.problem == f"output '{tmp_path / 'out'}' already exists"
-    assert caught.value.hint == "choose another --out, or replace it with --force"
 
 
 @pytest.mark.parametrize(
@@ -211,13 +149,6 @@ def test_force_says_that_a_record_is_broken(tmp_path):
     )
 
 
-def test_force_refuses_a_folder_of_the_users(tmp_path):
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "photos" / "cat.jpg").write_bytes(b"x")
-    with pytest.raises(ArtifactError, match="remove it yourself, or choose another --out"):
-        refuse_existing(tmp_path / "photos", force=True, kind="model")
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("content", ['{"name": "my web application"}', "[]", "not JSON", ""])
 def test_force_refuses_a_users_folder_with_a_file_of_the_same_name(tmp_path, kind, content):
@@ -240,13 +171,6 @@ def test_output_below_a_file_is_a_named_error(tmp_path):
     ):
         pass
     assert caught.value.where == {"directory": tmp_path / "notes"}
-
-
-def test_output_where_nobody_may_write_is_a_named_error():
-    if not Path("/proc/self").is_dir():
-        pytest.skip("no /proc here, whose folders refuse even root")
-    with pytest.raises(ArtifactError, match="'out'"), new_directory(Path("/proc/self/out"), kind="model"):
-        pass
 
 
 # --- a file appears whole ---
@@ -332,19 +256,6 @@ def test_limit_on_file_size_reads_like_a_full_disk_and_leaves_nothing(tmp_path, 
     assert_says_no_room(caught.value, tmp_path)
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    with disk_of(64, tmp_path / "small") as place:
-        yield place
-
-
-@pytest.mark.parametrize("write", WRITERS)
-def test_full_disk_leaves_nothing(small_disk, write):
-    with pytest.raises(ArtifactError) as caught:
-        write(small_disk / "out")
-    assert_says_no_room(caught.value, small_disk)
-
-
 def test_full_disk_leaves_the_earlier_file(tmp_path):
     write_json(tmp_path / "out", {"value": 1})
     with largest_file(50_000), pytest.raises(ArtifactError, match="no room on the disk"):
@@ -356,10 +267,7 @@ def test_full_disk_leaves_the_earlier_file(tmp_path):
 def test_export_onto_a_full_disk_leaves_no_bundle(tmp_path, carved_model):
     from edgecl.deploy.export import export
 
-    with (
-        largest_file(200_000),
-        pytest.raises(ArtifactError, match="no room on the disk to write 'bundle'"),
-    ):
+    with largest_file(200_000), pytest.raises(ArtifactError, match="no room on the disk to write 'bundle'"):
         export(carved_model, target="ort-cpu", out=tmp_path / "bundle")
     assert names(tmp_path) == []
 
@@ -385,17 +293,6 @@ def test_directory_without_a_record_says_what_is_missing(tmp_path):
         RunDir(tmp_path).read()
 
 
-def test_directory_that_is_not_there_says_so(tmp_path):
-    with pytest.raises(ArtifactError, match=r"'.*nowhere' is not a bundle directory"):
-        Bundle(tmp_path / "nowhere").read()
-
-
-def test_record_of_another_kind_under_the_right_name_is_refused(tmp_path):
-    write_json(tmp_path / "model.json", header("bundle"))
-    with pytest.raises(ArtifactError, match=r"'model\.json' is not the record of a model"):
-        ModelDir(tmp_path).read()
-
-
 @pytest.mark.parametrize("content", [b'{"schema": 1, "ki', b"", b"\xff\xfe\x00"])
 def test_torn_record_is_named(tmp_path, content):
     (tmp_path / "model.json").write_bytes(content)
@@ -408,16 +305,6 @@ def test_torn_record_is_named(tmp_path, content):
 @pytest.mark.parametrize("kind", KINDS)
 def test_kind_of_a_directory_is_what_its_record_says(tmp_path, kind):
     assert kind_of(make(tmp_path / "out", kind)) == kind.KIND
-
-
-def test_other_directories_are_of_no_kind(tmp_path):
-    assert kind_of(tmp_path) is None
-    assert kind_of(tmp_path / "nowhere") is None
-
-
-def test_every_record_name_belongs_to_one_kind():
-    assert {kind.KIND: kind.RECORD for kind in KINDS} == RECORD_FILES
-    assert len(set(RECORD_FILES.values())) == len(KINDS)
 
 
 # --- weights ---
@@ -441,18 +328,3 @@ def test_model_without_its_weights_is_refused(tmp_path, carved_model):
     (model / "weights.safetensors").unlink()
     with pytest.raises(ArtifactError, match="the model's weights are missing"):
         ModelDir(model).read()
-
-
-def test_model_whose_description_changed_is_refused(tmp_path, carved_model):
-    model = shutil.copytree(carved_model, tmp_path / "m")
-    record = json.loads((model / "model.json").read_text())
-    record["preprocessing"]["mean"][0] += 0.1
-    (model / "model.json").write_text(json.dumps(record))
-    with pytest.raises(ArtifactError) as caught:
-        ModelDir(model).read()
-    assert caught.value.problem == "'model.json' does not match the hash of its own content"
-
-
-def test_name_too_long_for_the_disk_is_a_named_error(tmp_path):
-    with pytest.raises(ArtifactError):
-        refuse_existing(tmp_path / ("x" * 300), force=False, kind="model")

@@ -15,7 +15,6 @@ from edgecl.reports.figures.drawing import (
     inlined,
     log_ticks,
     new_axes,
-    new_figure,
     spread,
 )
 from edgecl.reports.notation import fixed
@@ -28,18 +27,10 @@ Series = Sequence[tuple[str, str, Curve]]
 
 
 def panel_figure(series: Series, panel: Panel, *, x_range: tuple[float, float], prefix: str) -> str:
-    """Draw a quantity over epochs, each line named at its end, its extremes as a pale band.
-
-    Args:
-        series: the lines.
-        panel: title and axes.
-        x_range: where the shared epoch axis begins and ends.
-        prefix: another one for each drawing of a page.
-    """
+    """Draw a quantity over epochs, each line named at its end, its extremes as a pale band."""
     several = len(series) > 1
     right = 16.0 + (LETTER * SMALL * max(len(name) for name, _, _ in series) if several else 4.0)
-    figure = new_figure(340.0, 182.0)
-    axes = new_axes(figure, left=46.0, right=right, top=8.0, bottom=42.0)
+    figure, axes = new_axes(340.0, 182.0, left=46.0, right=right, top=8.0, bottom=42.0)
     axes.set_xlim(*x_range)
     _set_value_axis(axes, series, panel)
     grid(axes, "y")
@@ -66,7 +57,7 @@ def panel_figure(series: Series, panel: Panel, *, x_range: tuple[float, float], 
             zorder=3,
         )
         if several:
-            beside(axes, name, (end_epoch, end), (6, 0), color=color, fontsize=SMALL, fontweight="bold")
+            beside(axes, name, (end_epoch, end), (6, 0), color=color, fontweight="bold")
     last = "; ".join(f"{name} ends at {one.mean[-1]:.4g}" for name, _, one in series)
     return inlined(figure, prefix=prefix, title=f"{panel.title} over epochs: {last}")
 

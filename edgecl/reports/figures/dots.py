@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from edgecl.reports.figures.drawing import (
     BLUE,
@@ -13,13 +13,11 @@ from edgecl.reports.figures.drawing import (
     ORANGE,
     PAPER,
     PURPLE,
-    SMALL,
     TEXT,
     beside,
     grid,
     inlined,
     new_axes,
-    new_figure,
 )
 from edgecl.reports.notation import between, percent, points, shortened
 from edgecl.reports.rows import Comparison
@@ -48,14 +46,6 @@ class _Dots:
         return [self.mean, *(self.interval or ()), *self.draws]
 
 
-@dataclass(frozen=True)
-class _Axis:
-    label: str
-    bounds: tuple[float, float]
-    line: tuple[float, str] | None
-    """A value to mark, and its name."""
-
-
 def comparison_figure(comparison: Comparison, *, prefix: str) -> str | None:
     """Draw the few-label accuracy of each net: mean, 95 % interval and the accuracy with each choice of labels."""
     rows = [
@@ -68,7 +58,7 @@ def comparison_figure(comparison: Comparison, *, prefix: str) -> str | None:
     chance = comparison.chance
     line = None if chance is None else (chance, f"chance {percent(chance)} %")
     title = "Few-label top-1 accuracy of each net: " + "; ".join(f"{row.label} {row.value}" for row in rows)
-    return _dot_plot(rows, _Axis("few-label top-1, %", (0.0, 100.0), line), prefix=prefix, title=title)
+    return _dot_plot(rows, "few-label top-1, %", (0.0, 100.0), line, prefix=prefix, title=title)
 
 
 def difference_figure(comparison: Comparison, *, prefix: str) -> str | None:
@@ -80,28 +70,37 @@ def difference_figure(comparison: Comparison, *, prefix: str) -> str | None:
         _Dots(f"{one.a}\n− {one.b}", one.mean, one.ci95, one.draws, INK, points(one.mean), not one.resolved)
         for one in found
     ]
-    axis = _Axis("difference, percentage points", (-100.0, 100.0), (0.0, "no difference"))
     title = "Paired differences: " + "; ".join(
         f"{one.a} minus {one.b} {points(one.mean)} {between(one.ci95)}" for one in found
     )
-    return _dot_plot(rows, axis, prefix=prefix, title=title)
+    label, line = "difference, percentage points", (0.0, "no difference")
+    return _dot_plot(rows, label, (-100.0, 100.0), line, prefix=prefix, title=title)
 
 
-def _dot_plot(rows: Sequence[_Dots], axis: _Axis, *, prefix: str, title: str) -> str:
+def _dot_plot(
+    rows: Sequence[_Dots],
+    label: str,
+    bounds: tuple[float, float],
+    line: tuple[float, str] | None,
+    *,
+    prefix: str,
+    title: str,
+) -> str:
+    """Draw lines of dots between bounds, with a named value marked."""
     top, bottom, pitch = 26.0, 44.0, 52.0 if len(rows) > 2 else 78.0
-    figure = new_figure(460.0, top + pitch * len(rows) + bottom)
-    axes = new_axes(figure, left=122.0, right=20.0, top=top, bottom=bottom)
-    values = [value for row in rows for value in row.values] + ([axis.line[0]] if axis.line else [])
+    height = top + pitch * len(rows) + bottom
+    figure, axes = new_axes(460.0, height, left=122.0, right=20.0, top=top, bottom=bottom)
+    values = [value for row in rows for value in row.values] + ([line[0]] if line else [])
     low, high = min(values), max(values)
     pad = max(0.06 * (high - low), 1.0)
-    first, last = axis.bounds
+    first, last = bounds
     axes.set_xlim(max(first, low - pad) if low > first else first - pad, min(last, high + pad))
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_yticks([])
-    axes.set_xlabel(axis.label, color=MUTED, fontsize=TEXT)
+    axes.set_xlabel(label, color=MUTED, fontsize=TEXT)
     grid(axes, "x")
-    if axis.line is not None:
-        _mark(axes, *axis.line)
+    if line is not None:
+        _mark(axes, *line)
     for place, row in enumerate(rows):
         _draw(axes, row, place)
     return inlined(figure, prefix=prefix, title=title)
@@ -113,41 +112,22 @@ def _mark(axes: Axes, value: float, name: str) -> None:
     low, high = axes.get_xlim()
     share = (value - low) / (high - low)
     shift, align = (1, "left") if share < 0.2 else (-1, "right") if share > 0.8 else (0, "center")
-    coordinates = ("data", "axes fraction")
-    beside(
-        axes,
-        name,
-        (value, 1),
-        (shift, 7),
-        xycoords=coordinates,
-        ha=align,
-        va="baseline",
-        color=MUTED,
-        fontsize=SMALL,
-    )
+    across = ("data", "axes fraction")
+    beside(axes, name, (value, 1), (shift, 7), xycoords=across, ha=align, va="baseline")
 
 
 def _draw(axes: Axes, row: _Dots, place: int) -> None:
     label = "\n".join(shortened(part, 18) for part in row.label.split("\n"))
-    coordinates = ("axes fraction", "data")
-    beside(
-        axes,
-        label,
-        (0, place),
-        (-10, 0),
-        xycoords=coordinates,
-        ha="right",
-        color=INK,
-        fontsize=TEXT,
-        linespacing=1.25,
-    )
+    look: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "ha": "right", "linespacing": 1.25}
+    beside(axes, label, (0, place), (-10, 0), color=INK, fontsize=TEXT, **look)
     # Single values lie under their interval, stepped a little so that equal ones stay countable.
+    heights = [place + 0.22 + 0.07 * (index % 3) for index in range(len(row.draws))]
+    dot: dict[str, Any] = {"color": row.color, "marker": "o"}
     axes.plot(
         row.draws,
-        [place + 0.22 + 0.07 * (index % 3) for index in range(len(row.draws))],
-        color=row.color,
+        heights,
+        **dot,
         linestyle="none",
-        marker="o",
         markersize=5,
         markeredgecolor="none",
         alpha=0.35,
@@ -157,15 +137,7 @@ def _draw(axes: Axes, row: _Dots, place: int) -> None:
         axes.plot(
             row.interval, [place, place], color=row.color, linewidth=2.6, solid_capstyle="butt", zorder=3
         )
-    axes.plot(
-        [row.mean],
-        [place],
-        color=row.color,
-        marker="o",
-        markersize=9,
-        markerfacecolor=PAPER if row.hollow else row.color,
-        markeredgewidth=2.2,
-        zorder=4,
-    )
+    face = PAPER if row.hollow else row.color
+    axes.plot([row.mean], [place], **dot, markersize=9, markerfacecolor=face, markeredgewidth=2.2, zorder=4)
     about = {"color": INK, "fontsize": TEXT + 1, "fontweight": "bold", "zorder": 5}
     beside(axes, row.value, (row.mean, place), (0, 8), ha="center", va="bottom", **about)

@@ -64,16 +64,14 @@ def spread(axes: Axes, values: list[float], gap: float) -> list[float]:
     return result
 
 
-def new_figure(width: float, height: float) -> Figure:
-    """Return an empty figure, its size in the picture's own units, which are points and pixels."""
+def new_axes(
+    width: float, height: float, *, left: float, right: float, top: float, bottom: float
+) -> tuple[Figure, Axes]:
+    """Return a figure and its axes, sizes in the picture's own units, points and pixels, with the look that charts share."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
-    return Figure(figsize=(width / 72, height / 72), dpi=72)
-
-
-def new_axes(figure: Figure, left: float, right: float, top: float, bottom: float) -> Axes:
-    """Return axes with these margins, in the picture's own units, and the look that all charts share."""
-    width, height = figure.get_size_inches() * 72
+    figure = Figure(figsize=(width / 72, height / 72), dpi=72)
     axes = figure.add_axes(
         (left / width, bottom / height, (width - left - right) / width, (height - top - bottom) / height)
     )
@@ -82,11 +80,9 @@ def new_axes(figure: Figure, left: float, right: float, top: float, bottom: floa
     axes.spines["bottom"].set_color(RULE)
     axes.tick_params(which="both", bottom=False, left=False, labelsize=TEXT, labelcolor=MUTED, pad=6)
     axes.set_axisbelow(True)
-    from matplotlib.ticker import MaxNLocator
-
     axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
     axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
-    return axes
+    return figure, axes
 
 
 def log_ticks() -> LogLocator:
@@ -102,8 +98,9 @@ def grid(axes: Axes, which: Literal["x", "y", "both"]) -> None:
 
 
 def beside(axes: Axes, text: str, point: tuple[float, float], shift: tuple[float, float], **how: Any) -> None:
-    """Write text, vertically centered unless told otherwise, so many points away from a place in the axes."""
-    axes.annotate(text, point, xytext=shift, textcoords="offset points", **{"va": "center", **how})
+    """Write small pale text, vertically centered, unless told otherwise, so many points away from a place in the axes."""
+    look = {"va": "center", "color": MUTED, "fontsize": SMALL, **how}
+    axes.annotate(text, point, xytext=shift, textcoords="offset points", **look)
 
 
 def inlined(figure: Figure, *, prefix: str, title: str) -> str:

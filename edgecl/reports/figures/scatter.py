@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from edgecl.reports.families import Family
 from edgecl.reports.figures.drawing import (
@@ -21,7 +21,6 @@ from edgecl.reports.figures.drawing import (
     inlined,
     log_ticks,
     new_axes,
-    new_figure,
     spread,
 )
 from edgecl.reports.notation import milliseconds, percent, shortened
@@ -43,8 +42,6 @@ _UNITS = ((1e9, "billions", "G"), (1e6, "millions", "M"), (1e3, "thousands", "k"
 
 
 class _Range(NamedTuple):
-    """A value with the ends of its interval."""
-
     value: float
     low: float
     high: float
@@ -89,8 +86,7 @@ def scatter_figure(
     if drawn:
         legend = _LEGEND_LINE * len(drawn) + 6
         height, top = height + legend, top + legend
-    figure = new_figure(480.0, height)
-    axes = new_axes(figure, left=_LEFT, right=right, top=top, bottom=48.0)
+    figure, axes = new_axes(480.0, height, left=_LEFT, right=right, top=top, bottom=48.0)
     _set_axes(axes, plot)
     for place, family in enumerate(drawn):
         _name_family(figure, plot, families[family], family, down=12 + _LEGEND_LINE * place)
@@ -185,16 +181,8 @@ def _draw_lines(axes: Axes, plot: _Plot, group: Group, color: str) -> None:
     if group.front:
         # A staircase: between two nets, the slower one's accuracy is not yet to be had.
         xs, ys = zip(*map(plot.place, group.front), strict=True)
-        axes.step(
-            [*xs, axes.get_xlim()[1]],
-            [*ys, ys[-1]],
-            where="post",
-            color=color,
-            linewidth=1.4,
-            dashes=(4, 3),
-            alpha=0.7,
-            zorder=1,
-        )
+        xs, ys = (*xs, axes.get_xlim()[1]), (*ys, ys[-1])
+        axes.step(xs, ys, where="post", color=color, linewidth=1.4, dashes=(4, 3), alpha=0.7, zorder=1)
 
 
 def _draw_point(axes: Axes, plot: _Plot, index: int, color: str, *, on_front: bool) -> None:
@@ -203,8 +191,7 @@ def _draw_point(axes: Axes, plot: _Plot, index: int, color: str, *, on_front: bo
     axes.plot([cost.low, cost.high], [gain.value, gain.value], color=color, linewidth=bar, zorder=3)
     axes.plot([cost.value, cost.value], [gain.low, gain.high], color=color, linewidth=bar, zorder=3)
     axes.plot(
-        [cost.value],
-        [gain.value],
+        *([cost.value], [gain.value]),
         color=color,
         marker="X" if row.is_rejected else _MARKERS.get(row.precision or "", "o"),
         markersize=12 if row.is_rejected else 8 if row.precision == "int8" else 9,
@@ -220,16 +207,7 @@ def _draw_untimed(axes: Axes, plot: _Plot) -> None:
     for index, gain, shown in zip(plot.untimed, gains, spread(axes, gains, SMALL + 3), strict=True):
         across = axes.get_yaxis_transform()
         axes.plot([0.985, 1], [gain, gain], transform=across, color=MUTED, linewidth=2, zorder=3)
-        coordinates = ("axes fraction", "data")
-        beside(
-            axes,
-            plot.untimed_label(index),
-            (1, shown),
-            (5, 0),
-            xycoords=coordinates,
-            color=MUTED,
-            fontsize=SMALL,
-        )
+        beside(axes, plot.untimed_label(index), (1, shown), (5, 0), xycoords=("axes fraction", "data"))
 
 
 def _spots() -> Iterator[tuple[float, float, str]]:
@@ -268,24 +246,9 @@ def _label_points(axes: Axes, plot: _Plot) -> None:
             continue  # no room: the table names it
         names.append(area)
         color = plot.color(group) if several else INK
-        arrow: dict[str, Any] = {
-            "arrowstyle": "-",
-            "color": color,
-            "linewidth": 0.8,
-            "alpha": 0.6,
-            "shrinkB": 5,
-        }
-        beside(
-            axes,
-            text,
-            plot.place(index),
-            (right, up),
-            ha=align,
-            color=color,
-            fontsize=SMALL,
-            arrowprops=arrow if abs(up) > 14 else None,
-            zorder=5,
-        )
+        arrow = {"arrowstyle": "-", "color": color, "linewidth": 0.8, "alpha": 0.6, "shrinkB": 5}
+        look = {"ha": align, "color": color, "zorder": 5, "arrowprops": arrow if abs(up) > 14 else None}
+        beside(axes, text, plot.place(index), (right, up), **look)
 
 
 def _obstacles(axes: Axes, plot: _Plot) -> list[Path]:

@@ -1,4 +1,4 @@
-"""JSON Schemas of the records, written to docs/schemas by `python -m edgecl.storage.schemas`."""
+"""JSON Schemas of the records, written to docs/schemas by `python -m edgecl.reports.schemas`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from typing import Any
 
 from pydantic.json_schema import GenerateJsonSchema
 
+from edgecl.reports import content, diff
+from edgecl.reports.precisions import Part
 from edgecl.storage import records
 from edgecl.storage.records import (
     KINDS,
@@ -28,6 +30,8 @@ from edgecl.storage.records import (
 HEADER = ("schema", "kind", "made_by", "made_from", "command")
 SCHEMAS: dict[str, type[Table]] = {
     **{kind.KIND: kind for kind in KINDS},
+    "report": content.Report,
+    "report-diff": diff.Diff,
     "metrics": MetricsLine,
     "doctor": DoctorReport,
     "selftest": SelftestReport,
@@ -38,40 +42,45 @@ SCHEMAS: dict[str, type[Table]] = {
 """Name of a file in docs/schemas -> what it describes."""
 
 
-class _WithoutTitles(GenerateJsonSchema):
-    """Leaves out the titles of fields, which are their names."""
+class _Form(GenerateJsonSchema):
+    """Leaves out the titles of fields, which are their names, and what stands within a part of a report."""
 
     def field_title_should_be_set(self, schema: Any) -> bool:
         return False
 
+    def model_schema(self, schema: Any) -> dict[str, Any]:
+        if issubclass(schema["cls"], Part):
+            return {"additionalProperties": True, "type": "object"}
+        return super().model_schema(schema)
+
 
 @cache
-def _docstrings() -> dict[str, dict[str, str]]:
-    """Return what stands below each field: class -> field -> text.
+def _docstrings() -> dict[tuple[str, str], str]:
+    """Return what stands below each field: (class, field) -> text.
 
     pydantic can read it too, but then each time that the records are imported, which takes a third of a second.
     """
-    tree = ast.parse(inspect.getsource(records))
     return {
-        table.name: {
-            field.target.id: inspect.cleandoc(text.value.value)
-            for field, text in pairwise(table.body)
-            if isinstance(field, ast.AnnAssign)
-            and isinstance(field.target, ast.Name)
-            and isinstance(text, ast.Expr)
-            and isinstance(text.value, ast.Constant)
-            and isinstance(text.value.value, str)
-        }
-        for table in tree.body
+        (table.name, field.target.id): inspect.cleandoc(text.value.value)
+        for module in (content, diff, records)
+        for table in ast.parse(inspect.getsource(module)).body
         if isinstance(table, ast.ClassDef)
+        for field, text in pairwise(table.body)
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(field.target, ast.Name)
+        and isinstance(text, ast.Expr)
+        and isinstance(text.value, ast.Constant)
+        and isinstance(text.value.value, str)
     }
 
 
 def json_schema(table: type[Table]) -> dict[str, Any]:
     """Return the JSON Schema of a record or of what a verb prints."""
-    schema = table.model_json_schema(schema_generator=_WithoutTitles)
-    for part in (schema, *schema.get("$defs", {}).values()):
-        _describe(part, getattr(records, part["title"]))
+    schema = table.model_json_schema(schema_generator=_Form)
+    _describe(schema, table)
+    for part in schema.get("$defs", {}).values():
+        if "properties" in part:
+            _describe(part, getattr(records, part["title"]))
     if issubclass(table, Record):
         schema["required"] = list(dict.fromkeys([*HEADER, *schema["required"]]))
     return schema
@@ -81,7 +90,7 @@ def _describe(schema: dict[str, Any], table: type[Table]) -> None:
     """Put the docstrings of a table's fields into its schema."""
     for name, field in table.model_fields.items():
         for owner in table.__mro__:
-            if text := _docstrings().get(owner.__name__, {}).get(name):
+            if text := _docstrings().get((owner.__name__, name)):
                 schema["properties"][field.serialization_alias or name]["description"] = text
                 break
 
