@@ -9,13 +9,10 @@ from types import SimpleNamespace
 
 import onnx
 import pytest
-from typer.testing import CliRunner
 
 import edgecl.pipeline
-from edgecl.cli.commands import app
 from edgecl.config.recipe import read_recipe
 from edgecl.errors import ArtifactError, DataError, RecipeError, TargetError
-from edgecl.nets.heads import Encoder
 from edgecl.onboard.bundle import sha256_of_file
 from edgecl.pipeline import run
 from edgecl.reports.report import report
@@ -167,12 +164,6 @@ def test_progress_is_on_stderr_and_the_report_on_stdout(walked):
     assert ReportDir(out / "report").page_file.is_file()
 
 
-def test_command_is_in_the_record(walked):
-    record = json.loads(PipelineDir(walked[0]).record_file.read_text())
-    assert record["command"].startswith("edgecl run ")
-    assert record["recipe"]["host"]["width"] == 0.75
-
-
 # --- again ---
 
 
@@ -212,14 +203,6 @@ def test_lost_run_is_trained_again_and_everything_after_it(again, out):
     after = json.loads((out / "slim" / "model.json").read_text())
     # The same recipe, seed and images: the same weights.
     assert after["weights_sha256"] == before["weights_sha256"]
-
-
-def test_stage_that_was_interrupted_goes_on_from_there(again, out):
-    record = json.loads((out / "pipeline.json").read_text())
-    record["stages"] = {name: record["stages"][name] for name in ("pretrain", "carve")}
-    (out / "pipeline.json").write_text(json.dumps(record))
-    shutil.rmtree(out / "bundles")
-    assert again() == ["pretrain: already done", "carve: already done", *STAGES[2:], "report"]
 
 
 def test_further_target_is_added(again, out):
@@ -316,13 +299,6 @@ def test_recipe_without_images_asks_for_them(recipe_file, tmp_path):
     assert caught.value.hint == "say which with --data URI"
 
 
-def test_failed_first_stage_can_be_resumed(again, tmp_path):
-    with pytest.raises(DataError, match="no folder"):
-        again(out=tmp_path / "new", resume=False, data=tmp_path / "nowhere")
-    with pytest.raises(DataError, match="no folder"):
-        again(out=tmp_path / "new", resume=True, data=tmp_path / "nowhere")
-
-
 def test_refused_start_leaves_nothing_and_another_may_follow(again, tmp_path, unlabelled_folder):
     new = tmp_path / "a" / "new"
     for _ in range(2):
@@ -348,28 +324,6 @@ def test_report_without_labels_is_written(again, tmp_path, unlabelled_folder, mo
     again(out=tmp_path / "new", resume=False, data=unlabelled_folder)
     record = json.loads((tmp_path / "new" / "report" / "report.json").read_text())
     assert record["comparison"] is None
-
-
-def test_decision_on_a_stuck_run_begins_with_that(tmp_path, monkeypatch, recipe_file, image_folder):
-    """Every projector repeats its first output, so that no training leaves the plateau."""
-    forward = Encoder.forward
-
-    def repeated(self, images):
-        z = forward(self, images)
-        return z[:, :1].expand(z.shape).contiguous()
-
-    monkeypatch.setattr(Encoder, "forward", repeated)
-    monkeypatch.setattr(sys.modules[report.__module__], "report", report)
-    done = CliRunner().invoke(
-        app, ["run", str(recipe_file), "--data", str(image_folder), "--out", str(tmp_path / "out")]
-    )
-    assert done.exit_code == 0, done.output
-    pipeline = PipelineDir(tmp_path / "out")
-    words = RunDir(pipeline.run).read().plateau.words
-    decision = json.loads((pipeline.report / "report.json").read_text())["decision"]
-    assert decision.startswith(f"{words} ")
-    assert "random initialization" in decision
-    assert done.stdout.startswith(decision)
 
 
 # --- several widths ---

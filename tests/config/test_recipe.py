@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 
 import pytest
-from pydantic import ValidationError
 
 import edgecl
 from edgecl.config.recipe import (
@@ -20,7 +19,7 @@ from edgecl.config.recipe import (
     recipe_from_tables,
     recipe_name,
 )
-from edgecl.config.settings import header_comment, override, packaged_files
+from edgecl.config.settings import header_comment, packaged_files
 from edgecl.errors import RecipeError
 
 PACKAGED = packaged_files("recipes")
@@ -42,38 +41,10 @@ def header_of(name):
     return header_comment(PACKAGED[name].read_text(encoding="utf-8"))
 
 
-def test_recipes_of_the_issue_are_packaged():
-    assert {
-        "cifar10-smoke",
-        "sacl-xd-mobilenetv1-200",
-        "sacl-xd-mobilenetv3-large-200",
-        "sacl-xd-efficientnet-b0-200",
-        "xd-mobilenetv1-100",
-        "xd-mobilenetv3-large-100",
-        "xd-mobilenetv3-large-200",
-    } <= PACKAGED.keys()
-
-
-@pytest.mark.parametrize("name", PACKAGED)
-def test_packaged_recipe_parses(name):
-    assert isinstance(read_recipe(name), Recipe)
-
-
-@pytest.mark.parametrize("name", PACKAGED)
-def test_packaged_recipe_has_a_summary_of_one_sentence(name):
-    assert len(header_of(name).partition("\n")[0]) > 20
-
-
 @pytest.mark.parametrize("name", PACKAGED)
 @pytest.mark.parametrize("word", ["Reproduces:", "Cost:", "Command:"])
 def test_packaged_recipe_says_what_it_reproduces_costs_and_its_command(name, word):
     assert re.search(rf"^{word} \S", header_of(name), re.MULTILINE)
-
-
-@pytest.mark.parametrize("name", PACKAGED)
-def test_command_of_a_packaged_recipe_names_that_recipe(name):
-    command = re.search(r"^Command: (.*)", header_of(name), re.MULTILINE)[1]
-    assert re.match(rf"edgecl (demo$|demo |(run|pretrain) {re.escape(name)}( |$))", command)
 
 
 @pytest.mark.parametrize("name", PACKAGED)
@@ -111,23 +82,11 @@ def test_file_that_is_no_text_is_a_named_error(tmp_path):
         read_recipe(str(tmp_path / "mine.toml"))
 
 
-def test_text_that_is_no_toml_names_the_file(write):
-    path = write("[host\n")
-    with pytest.raises(RecipeError, match="not valid TOML") as caught:
-        read_recipe(path)
-    assert caught.value.where == {"file": path}
-
-
 def test_assignments_are_applied_over_the_file(write):
     recipe = read_recipe(
         write(MINIMAL), ["optim.lr=0.2", "data.batch_size=8", "method.xd_direction=slim_only"]
     )
     assert (recipe.optim.lr, recipe.data.batch_size, recipe.method.xd_direction) == (0.2, 8, "slim_only")
-
-
-def test_assignment_of_an_unknown_key_suggests_a_near_one(write):
-    with pytest.raises(RecipeError, match=r"unknown key 'optim\.lrr' \(did you mean 'lr"):
-        read_recipe(write(MINIMAL), ["optim.lrr=0.2"])
 
 
 def test_settings_that_only_together_are_wrong_are_blamed_on_file_and_assignment(write):
@@ -137,29 +96,9 @@ def test_settings_that_only_together_are_wrong_are_blamed_on_file_and_assignment
     assert caught.value.where == {"file": path, "--set": "slim.width=2.0"}
 
 
-@pytest.mark.parametrize(
-    ("assignment", "example"),
-    [
-        ("slim.widths=0.5", "[0.5, 1.0]"),
-        ("run.trackers=wandb", '["tensorboard"]'),
-        ("views.blur=1.0", "[1.0, 0.1]"),
-    ],
-)
-def test_single_value_where_a_list_belongs_is_refused_with_a_list(write, assignment, example):
-    with pytest.raises(RecipeError) as caught:
-        read_recipe(write(MINIMAL), [assignment])
-    assert caught.value.problem.endswith(f": must be a list such as {example}")
-    assert caught.value.where == {"--set": assignment}
-
-
 def test_recipe_without_an_architecture_says_so(write):
     with pytest.raises(RecipeError, match=r"missing key 'host\.arch'"):
         read_recipe(write("[host]\nwidth = 1.5\n"))
-
-
-def test_slim_net_wider_than_its_host_is_refused_with_both_widths(write):
-    with pytest.raises(RecipeError, match=r"slim width 2 is above the host's 1\.5; .*widen \[host\] width"):
-        read_recipe(write(MINIMAL + "[slim]\nwidth = 2.0\n"))
 
 
 def test_slim_net_a_little_wider_than_its_host_is_shown_with_all_its_digits(write):
@@ -268,18 +207,6 @@ def test_another_loss_is_in_the_arms_name(write, loss, alpha, host, arm):
         "method.coding_rate.weight=0.1",
     ]
     assert read_recipe(write(MINIMAL), assignments).arm == arm
-
-
-def test_mistyped_optimizer_suggests_the_near_one(write):
-    with pytest.raises(
-        RecipeError, match=r"'optim\.name' is 'adam', not one of lars, adamw, sgd \(did you mean 'adamw'\?\)"
-    ):
-        read_recipe(write(MINIMAL), ["optim.name=adam"])
-
-
-def test_recipe_is_frozen(write):
-    with pytest.raises(ValidationError, match="frozen"):
-        read_recipe(write(MINIMAL)).run.seed = 3
 
 
 @pytest.mark.parametrize(
@@ -397,10 +324,6 @@ def test_a_method_brings_its_own_table(write, name):
     assert recipe_from_tables(recipe.model_dump(mode="json"), source="run.json") == recipe
 
 
-def test_a_recipe_without_a_method_trains_sacl_xd(write):
-    assert read_recipe(write(MINIMAL)).method.name == "sacl-xd"
-
-
 def test_an_unknown_method_is_named_with_those_there_are(write):
     with pytest.raises(RecipeError, match="'simclrr', not one of emp-ssl, sacl-xd, simclr") as caught:
         read_recipe(write(MINIMAL), ["method.name=simclrr"])
@@ -442,18 +365,6 @@ def test_emp_ssl_without_the_coding_rate_is_refused(write):
         read_recipe(write(MINIMAL), assignments)
 
 
-def test_assignments_leave_the_tables_they_are_made_to_alone():
-    tables = {"method": {"coding_rate": {"weight": 0.1}}}
-    changed = override(tables, ["method.coding_rate.weight=0.2"], error=RecipeError)
-    assert changed["method"]["coding_rate"] == {"weight": 0.2}
-    assert tables["method"]["coding_rate"] == {"weight": 0.1}
-
-
 def test_settings_are_named_as_set_takes_them():
     tables = {"run": {"seed": 0}, "method": {"coding_rate": {"weight": 0.1}}}
     assert flatten(tables) == {"run.seed": 0, "method.coding_rate.weight": 0.1}
-
-
-@pytest.mark.parametrize("name", PACKAGED)
-def test_a_packaged_recipe_reads(name):
-    read_recipe(name)

@@ -85,11 +85,6 @@ def test_mistyped_choice_lists_all_and_suggests_the_near_one():
     assert problem == "'inner.color' is 'bleu', not one of red, green, blue (did you mean 'blue'?)"
 
 
-def test_choice_like_no_other_lists_all_once():
-    problem = exc({"name": "a", "inner": {"color": "zzz"}}).problem
-    assert problem == "'inner.color' is 'zzz', not one of red, green, blue"
-
-
 def test_place_inside_a_list_is_named():
     assert "'inner.sizes.1' is 'two'" in exc({"name": "a", "inner": {"sizes": [1, "two"]}}).problem
 
@@ -151,14 +146,6 @@ def test_values_that_are_not_finite_are_refused(value):
 def test_assigned_values_are_toml_or_bare_words(assignment, expected):
     tables = override({}, [assignment], error=RecipeError)
     assert list(tables["inner"].values()) == [expected]
-
-
-def test_assignment_without_a_table_sets_a_top_key():
-    assert override({"name": "a"}, ["name=b"], error=RecipeError) == {"name": "b"}
-
-
-def test_later_assignment_wins():
-    assert override({}, ["a.b=1", "a.b=2"], error=RecipeError) == {"a": {"b": 2}}
 
 
 def test_assignments_leave_the_given_tables_alone():

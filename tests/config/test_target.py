@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from edgecl.config.settings import header_comment, packaged_files
+from edgecl.config.settings import packaged_files
 from edgecl.config.target import Target, list_targets, read_target, target_name
 from edgecl.errors import TargetError
 
@@ -26,11 +26,6 @@ def test_packaged_target_parses(name):
     assert isinstance(read_target(name), Target)
 
 
-@pytest.mark.parametrize("name", PACKAGED)
-def test_packaged_target_has_a_summary(name):
-    assert len(header_comment(PACKAGED[name].read_text(encoding="utf-8")).partition("\n")[0]) > 20
-
-
 def test_ort_cpu_is_static_float32_at_opset_15():
     target = read_target("ort-cpu")
     assert (target.runtime, target.precisions) == ("onnxruntime", ("fp32",))
@@ -47,24 +42,6 @@ def test_unknown_name_suggests_a_near_one():
         read_target("ort-cp")
     assert caught.value.problem == "unknown target 'ort-cp'"
     assert "'ort-cpu'" in caught.value.hint
-
-
-def test_missing_file_says_where_it_was_looked_for():
-    with pytest.raises(TargetError, match=r"no target file at 'nowhere/x\.toml'"):
-        read_target("nowhere/x.toml")
-
-
-def test_unknown_key_suggests_a_near_one(write):
-    with pytest.raises(TargetError, match=r"unknown key 'graph\.opst' \(did you mean 'opset'"):
-        read_target(write('runtime = "onnxruntime"\n[graph]\nopst = 18\n'))
-
-
-def test_mistyped_runtime_suggests_the_near_one(write):
-    with pytest.raises(
-        TargetError,
-        match=r"'runtime' is 'onnxruntme'.*did you mean 'onnxruntime'\?",
-    ):
-        read_target(write('runtime = "onnxruntme"\n'))
 
 
 def test_batch_above_its_limit_is_refused_with_both(write):

@@ -138,18 +138,6 @@ def test_a_change_within_a_linked_folder_is_noticed(write_images, tmp_path, scan
     assert scans == [root, root]
 
 
-def test_a_root_that_now_links_elsewhere_is_noticed(write_images, tmp_path, scans):
-    one, two = write_images(2), write_images(3, folder="elsewhere")
-    age(one)
-    age(two)
-    root = tmp_path / "current"
-    for target in (one, two):
-        root.unlink(missing_ok=True)
-        root.symlink_to(target, target_is_directory=True)
-        listed(root, tmp_path)
-    assert len(scans) == 2
-
-
 def test_a_folder_that_changes_just_now_is_not_indexed(write_images, tmp_path, scans):
     root = write_images(2)
     listed(root, tmp_path)
@@ -329,17 +317,6 @@ def test_a_link_to_itself_is_left_out_and_named(write_images, capsys, name):
     )
 
 
-def test_links_left_out_are_named_from_the_index_too(write_images, tmp_path, capsys, scans):
-    root = write_images(2)
-    (root / "loop").symlink_to(root, target_is_directory=True)
-    age(root)
-    listed(root, tmp_path)
-    first = capsys.readouterr().err
-    listed(root, tmp_path)
-    assert len(scans) == 1
-    assert first == capsys.readouterr().err != ""
-
-
 def test_a_folder_that_may_not_be_read_is_named(write_images):
     if os.geteuid() == 0:
         pytest.skip("root may read everything")
@@ -389,22 +366,6 @@ def test_what_is_no_file_is_no_picture_and_is_said(no_files, capsys):
     assert capsys.readouterr().err == SAID.format(no_files)
 
 
-def test_what_is_no_file_changes_no_fingerprint(no_files, write_images):
-    assert (
-        open_source(str(no_files)).fingerprint
-        == scan(write_images(4, classes=("a", "b"), folder="x")).fingerprint
-    )
-
-
-def test_one_link_that_leads_nowhere_is_said(write_images, capsys):
-    root = write_images(2)
-    (root / "gone").symlink_to("nowhere")
-    open_source(str(root))
-    assert capsys.readouterr().err == (
-        f"edgecl: 1 name in '{root}' left out, with no file behind: gone (a link that leads nowhere)\n"
-    )
-
-
 def test_what_is_no_file_is_said_from_the_index_too(no_files, tmp_path, capsys, scans):
     for _ in range(2):
         list_folder(no_files, index_dir=tmp_path / ".edgecl")
@@ -420,14 +381,6 @@ def test_a_link_that_leads_somewhere_again_is_noticed(no_files, tmp_path, scans)
     (tmp_path / "not mounted" / "0.jpg").write_bytes(b"x")
     assert "c/0.jpg" in listed(no_files, tmp_path).names
     assert len(scans) == 3
-
-
-def test_a_folder_of_links_that_lead_nowhere_has_no_images_and_says_why(tmp_path, capsys):
-    (tmp_path / "images").mkdir()
-    (tmp_path / "images" / "0.jpg").symlink_to("nowhere.jpg")
-    with pytest.raises(DataError, match="no images in the folder"):
-        open_source(str(tmp_path / "images"))
-    assert "0.jpg (a link that leads nowhere)" in capsys.readouterr().err
 
 
 # --- files that could not be decoded ---
@@ -530,16 +483,3 @@ def test_a_damaged_memory_is_none(write_images, tmp_path, content):
     (file,) = (tmp_path / ".edgecl").glob("unreadable-*.json")
     file.write_bytes(content)
     assert memory.known() == {}
-
-
-def test_too_many_known_unreadable_files_are_the_same_error_again(write_images, tmp_path):
-    root = write_images(4)
-    (root / "001.png").write_bytes(b"no image")
-    texts = []
-    for _ in range(2):
-        source = open_source(str(root), index_dir=tmp_path / ".edgecl")
-        with pytest.raises(DataError) as caught:
-            TrainingImages(source, canvas_size=8, max_bad_fraction=0.1)
-        texts.append(str(caught.value))
-    assert texts[0] == texts[1]
-    assert f"{root}/001.png (not a JPEG, PNG, WebP or BMP file)" in texts[0]

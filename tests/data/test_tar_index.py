@@ -1,16 +1,13 @@
 """What is in one shard: which members are images and labels, the index that is kept, and what is wrong with a shard."""
 
-import io
 import os
 import tarfile
 
 import numpy as np
 import pytest
-from PIL import Image
 
 pytest.importorskip("webdataset")
 
-from edgecl.data.source import UnreadableImage
 from edgecl.data.sources import open_source
 
 from .tar_shards import exc, numbers, pattern, picture, write_tar
@@ -43,22 +40,6 @@ def test_long_and_odd_names_are_read(tmp_path):
     )
     assert numbers(source) == [5, 6]
     assert source.describe(0).endswith(name)
-
-
-def test_jpegs_in_shards_are_decoded_at_a_reduced_scale(tmp_path):
-    stream = io.BytesIO()
-    Image.new("RGB", (640, 320)).save(stream, "JPEG")
-    source = open_source(f"shards:{write_tar(tmp_path / 'x.tar', [('a.jpg', stream.getvalue())])}")
-    image, height, width = source.read_reduced(0, at_least=64)
-    assert (image.size, height, width) == ((160, 80), 320, 640)
-
-
-def test_a_broken_picture_is_unreadable_and_named(tmp_path):
-    source = open_source(f"shards:{write_tar(tmp_path / 'x.tar', [('a.png', b'not found'), ('b.png', b'')])}")
-    with pytest.raises(UnreadableImage, match="not a JPEG, PNG, WebP or BMP file"):
-        source.read(0)
-    with pytest.raises(UnreadableImage, match="empty file"):
-        source.read(1)
 
 
 # --- the index ---

@@ -129,22 +129,6 @@ def write_metrics(path, steps):
     metrics.close()
 
 
-def test_a_resumed_run_drops_the_records_it_will_make_again(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    write_metrics(path, [1, 2, 2, 3, 4])
-    metrics = MetricsFile(path, after_step=2)
-    metrics.append({"step": 3})
-    metrics.close()
-    assert [line["step"] for line in read_metrics(path)] == [1, 2, 2, 3]
-
-
-def test_a_fresh_run_drops_everything(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    write_metrics(path, [1, 2])
-    MetricsFile(path).close()
-    assert read_metrics(path) == []
-
-
 def test_a_run_that_starts_again_keeps_what_happened_but_not_its_first_look(tmp_path):
     """The look before the first step is taken again."""
     metrics = MetricsFile(tmp_path / "metrics.jsonl")

@@ -71,18 +71,6 @@ def test_a_recorded_run_that_is_stuck_is_warned_of_within_its_first_tenth(alarm,
         assert words in said[0]
 
 
-def test_a_recorded_run_that_is_stuck_says_so_at_its_end(alarm):
-    records = recorded("stuck-sacl-xd")
-    for record in records:
-        heed(alarm, record)
-    decision = alarm.decision()
-    last = [record for record in records if "rankme_slim" in record][-1]
-    assert decision.since < records[-1]["step"]
-    assert f"RankMe is {last['rankme_slim']:.1f} of at most 1,024" in decision.words
-    assert f"kNN {last['knn_top1_slim']:.1f} %" in decision.words
-    assert "[method.coding_rate] weight" in decision.hint
-
-
 def test_a_recorded_run_that_leaves_the_plateau_is_warned_of_once_and_not_called_stuck(alarm):
     """It gets there at step 110."""
     records = recorded("leaves-sacl-xd")
@@ -181,16 +169,6 @@ def test_without_a_slim_net_the_host_is_evaluated(alarm):
     assert "kNN 30.0 % (before the first step 26.0 %)" in alarm.decision().words
 
 
-def test_a_run_that_leaves_the_plateau_is_not_called_stuck(alarm, said):
-    alarm.check_quality(look(1), **DEMO)
-    feed(alarm, 2 * RECORDS)
-    assert len(said) == 1
-    feed(alarm, RECORDS - 1, 50, diagonal=0.8, rms=0.2)
-    assert alarm.decision()
-    feed(alarm, 1, 60, diagonal=0.8, rms=0.2)
-    assert alarm.decision() is None
-
-
 def test_features_that_become_good_end_it_too(alarm):
     alarm.check_quality(look(1), **DEMO)
     feed(alarm, RECORDS)
@@ -248,11 +226,6 @@ def test_a_stuck_run_is_called_stuck_in_its_record(stuck):
     plateau = RunDir(stuck).read().plateau
     assert plateau.since == RECORDS
     assert "plateau of one dimension" in plateau.words
-
-
-def test_a_stuck_run_that_is_resumed_at_its_end_is_still_called_stuck(stuck, make_recipe, labelled_pictures):
-    before = RunDir(stuck).read().plateau
-    assert train(make_recipe(), stuck, labelled_pictures, resume=True).plateau == before
 
 
 def test_the_report_of_a_stuck_run_begins_with_it(stuck, tmp_path):

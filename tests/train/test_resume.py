@@ -247,24 +247,6 @@ def test_allowing_without_resuming_is_named(tmp_path, make_recipe, labelled_pict
         train(make_recipe(), tmp_path / "run", labelled_pictures, allow=["run.epochs"])
 
 
-@pytest.mark.parametrize(
-    ("missing", "named"),
-    [(["recipe"], "recipe"), (["data", "fingerprint"], "data.fingerprint")],
-)
-def test_a_record_that_lacks_something_is_named(earlier, make_recipe, labelled_pictures, missing, named):
-    file = RunDir(earlier).record_file
-    record = json.loads(file.read_text())
-    table = record
-    for key in missing[:-1]:
-        table = table[key]
-    del table[missing[-1]]
-    file.write_text(json.dumps(record))
-    with pytest.raises(ArtifactError) as caught:
-        train(make_recipe(), earlier, labelled_pictures, resume=True)
-    assert f"'{named}'" in caught.value.problem
-    assert caught.value.where == {"file": file}
-
-
 def test_force_goes_over_what_a_killed_force_left(earlier, make_recipe, labelled_pictures):
     (earlier / ".checkpoints.old").mkdir()
     (earlier / ".checkpoints.old" / "step-000000005").mkdir()
