@@ -16,7 +16,6 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -25,22 +24,19 @@ import time
 import warnings
 from pathlib import Path
 
+from timing import Server, conditions_of, in_turns, options_of, processor, ratio_of, table
+
 NETS = ("mobilenetv1_100", "mobilenetv3_large_100", "efficientnet_b0")
 SIDE = 224
 BLOCK_S = 0.25
 WARM_UP_S = 1.0
 FP32 = "fp32"
-GOALS = {
-    "fp32 over timm's": dict.fromkeys(NETS, 1.02),
-    "int8-cpu": {"mobilenetv1_100": 2.6, "mobilenetv3_large_100": 1.35, "efficientnet_b0": 1.35},
-    "compile": 3.0,
-}
+# Dot products of whole numbers.
+INTEGER = ("avx512_vnni", "avx_vnni", "amx_int8", "asimddp")
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    options = options_of(__doc__)
     options.add_argument("--nets", nargs="+", default=list(NETS))
     options.add_argument("--rounds", type=int, default=16)
     options.add_argument("--core", type=int, default=0)
@@ -56,7 +52,7 @@ def main() -> None:
         compile_engine(*given.compile, core=given.core)
         return
     results = {}
-    load_before = os.getloadavg()
+    load_before = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as scratch:
         for arch in given.nets:
             folder = (given.keep or Path(scratch)) / arch
@@ -67,25 +63,21 @@ def main() -> None:
             results[arch] = {"latency": measure(folder, rounds=given.rounds, core=given.core)}
             if importlib.util.find_spec("tensorrt_rtx") and not given.no_engines:
                 results[arch]["compile"] = compile_all(folder, core=given.core)
-    conditions = describe(load_before, core=given.core)
-    print_tables(results, conditions)
-    print(
-        json.dumps(
-            {
-                "benchmark": "compile",
-                "batch": 1,
-                "image_size": SIDE,
-                "threads": 1,
-                "rounds": given.rounds,
-                "block_s": BLOCK_S,
-                "clock": "processor time",
-                "weights": "random",
-                "goals": GOALS,
-                "conditions": conditions,
-                "results": results,
-            }
-        )
+    conditions = conditions_of(
+        load_before,
+        ["onnxruntime", "openvino", "tensorrt_rtx", "torch", "timm", "onnx"],
+        integer_instructions=[flag for flag in processor()[1] if flag in INTEGER],
+        pinned_to_core=given.core,
+        threads=1,
+        batch=1,
+        image_size=SIDE,
+        rounds=given.rounds,
+        block_s=BLOCK_S,
+        clock="processor time",
+        weights="random",
     )
+    print_tables(results, conditions)
+    print(json.dumps({"benchmark": "compile", "conditions": conditions, "results": results}))
 
 
 def write_variants(arch: str, folder: Path) -> None:
@@ -150,7 +142,6 @@ def serve(runtime: str, file: str, *, core: int) -> None:
         return times
 
     block(WARM_UP_S)
-    print("ready", flush=True)
     for _ in sys.stdin:
         block(0)  # The other processes had the caches.
         print(json.dumps({"fastest_ms": 1e3 * min(block(BLOCK_S))}), flush=True)
@@ -180,41 +171,6 @@ def open_openvino(file: str, image):
     return request.infer
 
 
-class Server:
-    """A process that holds one session.
-
-    Args:
-        runtime: "onnxruntime" or "openvino".
-        file: the ONNX file.
-        core: which it is pinned to.
-    """
-
-    def __init__(self, runtime: str, file: Path, *, core: int):
-        self._process = subprocess.Popen(
-            [sys.executable, __file__, "--core", str(core), "--serve", runtime, str(file)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "OPENVINO_TELEMETRY_OPT_OUT": "1"},
-        )
-        if self._read() != "ready":
-            raise SystemExit(f"{runtime} cannot run {file.name}")
-
-    def _read(self) -> str:
-        return self._process.stdout.readline().strip()
-
-    def block_ms(self) -> float:
-        """Return the time of the fastest inference of one block."""
-        self._process.stdin.write("go\n")
-        self._process.stdin.flush()
-        return json.loads(self._read())["fastest_ms"]
-
-    def close(self) -> None:
-        """End the process."""
-        self._process.stdin.close()
-        self._process.wait()
-
-
 def measure(folder: Path, *, rounds: int, core: int) -> dict[str, dict]:
     """Time all forms in turns."""
     variants = {
@@ -229,27 +185,23 @@ def measure(folder: Path, *, rounds: int, core: int) -> dict[str, dict]:
     servers = {}
     try:
         for name, (runtime, stem) in variants.items():
-            servers[name] = Server(runtime, folder / f"{stem}.onnx", core=core)
+            words = ("--core", core, "--serve", runtime, folder / f"{stem}.onnx")
+            servers[name] = Server(__file__, *words, OPENVINO_TELEMETRY_OPT_OUT="1")
         blocks: dict[str, list[float]] = {name: [] for name in servers}
-        for index in range(rounds):
-            # Every other round backwards: no form always follows the same one.
-            order = list(servers) if index % 2 == 0 else list(reversed(servers))
-            for name in order:
-                blocks[name].append(servers[name].block_ms())
+        for _, name in in_turns(servers, rounds):
+            blocks[name].append(servers[name].ask("go")["fastest_ms"])
     finally:
         for server in servers.values():
             server.close()
-    found = {}
-    for name, times in blocks.items():
-        ratios = [base / own for base, own in zip(blocks[FP32], times, strict=True)]
-        found[name] = {
+    return {
+        name: {
             "ms": min(times),
             "median_ms": statistics.median(times),
-            "times_faster_than_fp32": statistics.median(ratios),
-            "range": [min(ratios), max(ratios)],
+            **ratio_of(times, blocks[FP32], "times_faster_than_fp32"),
             "of_fastest_blocks": min(blocks[FP32]) / min(times),
         }
-    return found
+        for name, times in blocks.items()
+    }
 
 
 def compile_all(folder: Path, *, core: int) -> dict[str, dict | None]:
@@ -301,82 +253,31 @@ def compile_engine(form: str, precision: str, file: str, *, core: int) -> None:
     print(json.dumps(spent))
 
 
-def describe(load_before: tuple[float, float, float], *, core: int) -> dict:
-    """Say on what and beside what it was measured."""
-    model, flags = platform.machine(), set()
-    if Path("/proc/cpuinfo").exists():
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                model = value.strip()
-            elif key.strip() in ("flags", "Features"):
-                flags = set(value.split())
-    integer = sorted(flags & {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"})
-    versions = {}
-    for package in ("onnxruntime", "openvino", "tensorrt_rtx", "torch", "timm", "onnx"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return {
-        "cpu": model,
-        "integer_instructions": integer,
-        "cores": os.cpu_count(),
-        "pinned_to_core": core,
-        "threads": 1,
-        "load_before": [round(value, 2) for value in load_before],
-        "load_after": [round(value, 2) for value in os.getloadavg()],
-        "versions": versions,
-    }
-
-
 def print_tables(results: dict[str, dict], conditions: dict) -> None:
     """Print conditions, one row per form, and the goals."""
     versions = ", ".join(f"{name} {version}" for name, version in conditions["versions"].items())
     print(
-        f"{conditions['cpu']}, {', '.join(conditions['integer_instructions']) or 'no integer dot product'}; {versions}"
+        f"{conditions['name']}, {', '.join(conditions['integer_instructions']) or 'no integer dot product'}; {versions}"
     )
     print(
         f"batch 1, {SIDE} px, 1 thread on core {conditions['pinned_to_core']} of {conditions['cores']}, random weights; "
-        f"load {conditions['load_before'][0]} before, {conditions['load_after'][0]} after\n"
+        f"load {conditions['load_before']} before, {conditions['load_after']} after\n"
     )
     nets = list(results)
-    print("| form | " + " | ".join(nets) + " |\n| --- |" + " --- |" * len(nets))
+    body = []
     for form in results[nets[0]]["latency"]:
-        cells = []
+        cells = [form]
         for arch in nets:
             row = results[arch]["latency"][form]
             low, high = row["range"]
             cells.append(f"{row['ms']:.2f} ms {row['times_faster_than_fp32']:.2f}x [{low:.2f}, {high:.2f}]")
-        print(f"| {form} | " + " | ".join(cells) + " |")
+        body.append(cells)
     for form in results[nets[0]].get("compile", {}):
-        cells = (results[arch]["compile"][form] for arch in nets)
-        print(
-            f"| compile {form} | "
-            + " | ".join("failed" if cell is None else f"{cell['processor_s']:.2f} s" for cell in cells)
-            + " |"
+        spent = (results[arch]["compile"][form] for arch in nets)
+        body.append(
+            [f"compile {form}", *(f"{one['processor_s']:.2f} s" if one else "failed" for one in spent)]
         )
-    print()
-    for arch in nets:
-        for words, ok in evaluator(arch, results[arch]):
-            print(f"{'reached' if ok else 'MISSED '} {arch}: {words}")
-
-
-def evaluator(arch: str, result: dict) -> list[tuple[str, bool]]:
-    """Hold a net's numbers to the goals."""
-    lines = []
-    latency = result["latency"]
-    slower = latency["timm's ONNX"]["times_faster_than_fp32"]
-    if arch in NETS:
-        goal = GOALS["fp32 over timm's"][arch]
-        lines.append((f"fp32 takes {slower:.3f} of the time of timm's ONNX, at most {goal}", slower <= goal))
-        goal, found = GOALS["int8-cpu"][arch], latency["int8-cpu"]["times_faster_than_fp32"]
-        lines.append((f"int8-cpu is {found:.2f}x faster than fp32, at least {goal}x", found >= goal))
-    for form, spent in result.get("compile", {}).items():
-        ok = spent is not None and spent["processor_s"] < GOALS["compile"]
-        words = "fails" if spent is None else f"takes {spent['processor_s']:.2f} s"
-        lines.append((f"compiling {form} {words}, below {GOALS['compile']:g} s", ok))
-    return lines
+    print(table(["form", *nets], body) + "\n")
 
 
 if __name__ == "__main__":

@@ -74,16 +74,14 @@ def parts_on_gpu(given: argparse.Namespace, scratch: Path) -> list[Part]:
 
 
 def parts_as_toys() -> list[Part]:
-    """List the same parts, tiny and on a CPU; nvJPEG fails there, as any part may."""
+    """List nearly the same parts, tiny and on a CPU; nvJPEG fails there, as any part may."""
     here = str(BENCHMARKS / "gpu.py")
     photos = [str(BENCHMARKS / "input.py"), "--photo", "96", "72", "--images", "4", "--rounds", "1"]
-    step = [str(BENCHMARKS / "step.py"), "--nets", "mobilenetv3_small_100", "--size", "32", "--batch", "8"]
     return [
         Part("machine", TOY_PART_S, (here, "--part", "machine")),
         Part("pretrain fp32", TOY_PART_S, (here, "--part", "pretrain", "--toy", "--images", "demo")),
         Part("input", TOY_PART_S, (*photos, "--device", "cuda")),
         Part("views", TOY_PART_S, (here, "--part", "views", "--toy")),
-        Part("step fp32", TOY_PART_S, (*step, "--projector", "24", "24", "--rounds", "1")),
     ]
 
 
@@ -257,7 +255,7 @@ def machine(given: argparse.Namespace) -> dict:
     from importlib import metadata
 
     import torch
-    from campaign import processor
+    from timing import processor
 
     names = ("torch", "torchvision", "timm", "accelerate", "numpy", "pydantic", "simplejpeg", "fvcore")
     cards = torch.cuda.device_count()

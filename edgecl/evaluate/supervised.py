@@ -7,14 +7,14 @@ from typing import Any, Literal, cast
 import torch
 from pydantic import Field
 from timm.scheduler import CosineLRScheduler
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional
 
 from edgecl.config.settings import Config, Decay, Fraction, Rate, Seed
 from edgecl.config.views import Views
 from edgecl.data.loading import normalize
 from edgecl.data.randomness import permutation
-from edgecl.data.views import draw_parameters, render_view
+from edgecl.data.views import draw_parameters, render_view, standardized
 from edgecl.errors import DeviceError, NonFiniteError
 from edgecl.evaluate.labelled import Part
 from edgecl.nets.small_maps import small_maps_sped_up
@@ -130,8 +130,9 @@ def train_classifier(
             )
             pictures = part.images[torch.from_numpy(index)].to(device).float().div_(255)
             images = render_view(pictures, sizes[index], drawn, spec)
+            images = standardized(images, preprocessing.mean, preprocessing.std)
             loss = functional.cross_entropy(
-                net(_standardize(images, preprocessing).contiguous(memory_format=torch.channels_last)),
+                net(images.contiguous(memory_format=torch.channels_last)),
                 part.labels[torch.from_numpy(index)].to(device),
                 label_smoothing=settings.label_smoothing,
             )
@@ -148,12 +149,6 @@ def train_classifier(
                 progress.advance(0, note=f"loss {value:.3g}")
             progress.advance()
     net.eval().to("cpu").to(memory_format=torch.contiguous_format)
-
-
-def _standardize(images: Tensor, preprocessing: Preprocessing) -> Tensor:
-    mean = torch.tensor(preprocessing.mean, device=images.device).view(1, 3, 1, 1)
-    std = torch.tensor(preprocessing.std, device=images.device).view(1, 3, 1, 1)
-    return (images - mean) / std
 
 
 def _create_optimizer(net: nn.Module, settings: FinetuneConfig) -> torch.optim.Optimizer:

@@ -394,6 +394,5 @@ def test_a_pipe_runs_no_program(tmp_path):
 
 
 def test_a_url_is_no_shell_command(server, tmp_path):
-    for place in (server.url, "s3://bucket"):
-        exc(f"shards:{place}/x'$(touch {tmp_path}/ran)`touch {tmp_path}/ran`;touch '{tmp_path}/ran'.tar")
+    exc(f"shards:{server.url}/x'$(touch {tmp_path}/ran)`touch {tmp_path}/ran`;touch '{tmp_path}/ran'.tar")
     assert not (tmp_path / "ran").exists()

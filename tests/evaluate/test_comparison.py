@@ -9,12 +9,15 @@ import pytest
 import torch
 
 import edgecl.evaluate.few_labels
+from edgecl.config.recipe import Probe
 from edgecl.config.views import Views
 from edgecl.evaluate.comparison import compare, difference, write_random
 from edgecl.evaluate.labelled import Part, draw_few, read_labelled
 from edgecl.metrics.intervals import mean_interval
 from edgecl.nets.model_dir import load_model
 from edgecl.storage.directories import ModelDir
+from edgecl.storage.record_files import read_record
+from edgecl.storage.records import ProbeRecord
 
 VIEWS = Views(jitter=0.25)
 
@@ -35,18 +38,9 @@ def compared(tmp_path_factory, carved_model, image_folder):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(edgecl.evaluate.few_labels, "train_classifier", watching)
         patch.setattr(edgecl.evaluate.few_labels, "MAX_PROCESSES", 1)
-        comparison, probes = compare(
-            pretrained,
-            home / "random",
-            labelled,
-            labels_per_class=3,
-            draws=2,
-            scratch_steps=7,
-            scratch_lr=0.003,
-            views=VIEWS,
-            seed=5,
-        )
-    return home, labelled, comparison, probes, trained_on
+        settings = Probe(labels_per_class=3, draws=2, scratch_steps=7, scratch_lr=0.003)
+        comparison = compare(pretrained, home / "random", labelled, settings=settings, views=VIEWS, seed=5)
+    return home, labelled, comparison, trained_on
 
 
 def rows(comparison):
@@ -54,7 +48,7 @@ def rows(comparison):
 
 
 def test_every_row_sees_the_same_draws(compared):
-    _, labelled, comparison, _, trained_on = compared
+    _, labelled, comparison, trained_on = compared
     trained_rows = [row for row in comparison.rows if row.linear_top1 is None]
     assert len(trained_on) == 2 * len(trained_rows)
     for number, (part, _, _) in enumerate(trained_on):
@@ -64,14 +58,15 @@ def test_every_row_sees_the_same_draws(compared):
 
 
 def test_probed_rows_are_their_probes(compared):
-    _, _, comparison, probes, _ = compared
-    for name, found in probes.items():
+    home, _, comparison, _ = compared
+    for name, folder in (("pretrained", "slim"), ("random init", "random")):
+        found = read_record(ModelDir(home / folder).probe_file, ProbeRecord)
         assert rows(comparison)[name].few_label_top1 == found.few_label_top1
         assert rows(comparison)[name].knn_top1 == found.knn_top1
 
 
 def test_from_scratch_starts_differ_by_draw_and_are_not_the_pretrained_weights(compared):
-    home, _, comparison, _, trained_on = compared
+    home, _, comparison, trained_on = compared
     names = [row.name for row in comparison.rows if row.linear_top1 is None]
     place = 2 * names.index("from scratch")
     first, second = (start for _, _, start in trained_on[place : place + 2])
@@ -81,14 +76,14 @@ def test_from_scratch_starts_differ_by_draw_and_are_not_the_pretrained_weights(c
 
 
 def test_fine_tuned_row_starts_at_the_pretrained_weights(compared):
-    home, _, comparison, _, trained_on = compared
+    home, _, comparison, trained_on = compared
     names = [row.name for row in comparison.rows if row.linear_top1 is None]
     place = 2 * names.index("fine-tuned")
     assert torch.equal(trained_on[place][2], next(load_model(home / "slim")[0].parameters()))
 
 
 def test_trained_rows_are_trained_alike(compared):
-    for number, (_, options, _) in enumerate(compared[4]):
+    for number, (_, options, _) in enumerate(compared[3]):
         assert options["steps"] == 7
         assert options["settings"].lr == 0.003
         assert options["views"] == VIEWS
@@ -106,7 +101,7 @@ def test_differences_are_those_of_the_rows(compared):
 
 
 def test_record_says_its_conditions(compared):
-    home, _, comparison, _, _ = compared
+    home, _, comparison, _ = compared
     assert comparison.kind == "comparison"
     assert comparison.made_from == ModelDir(home / "slim").sha256
     assert (comparison.draws, comparison.labels_per_class, comparison.n_test) == (2, 3, 12)

@@ -23,7 +23,7 @@ from edgecl.train.monitor import read_metrics
 
 from .conftest import train
 
-KILLS = 10
+KILLS = 7
 
 # One process imports torch; the runs are forks of it, killed and started again.
 KILL_SCRIPT = """
