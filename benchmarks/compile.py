@@ -7,7 +7,7 @@ Each file is loaded by a process of its own, pinned to one core with one thread.
 one block each per round, so that whatever else the machine does meets all of them. What is timed is the processor time
 of an inference: on a quiet machine that is the time on the clock, on a busy one it leaves out the waiting for other
 processes. A block gives its fastest inference, a ratio is the median over rounds of float32's over the other's in the
-same round, a time the fastest of all. Engines of TensorRT for RTX are only compiled, each in a process of its own.
+same round, a time the fastest of all.
 Weights are random, with batch norms that did something: they decide no speed here, and no accuracy is measured.
 """
 
@@ -17,7 +17,6 @@ import importlib.util
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -40,16 +39,11 @@ def main() -> None:
     options.add_argument("--nets", nargs="+", default=list(NETS))
     options.add_argument("--rounds", type=int, default=16)
     options.add_argument("--core", type=int, default=0)
-    options.add_argument("--no-engines", action="store_true")
     options.add_argument("--keep", type=Path, help="write the files here and leave them")
     options.add_argument("--serve", nargs=2, metavar=("RUNTIME", "FILE"), help=argparse.SUPPRESS)
-    options.add_argument("--compile", nargs=3, metavar=("FORM", "PRECISION", "FILE"), help=argparse.SUPPRESS)
     given = options.parse_args()
     if given.serve:
         serve(*given.serve, core=given.core)
-        return
-    if given.compile:
-        compile_engine(*given.compile, core=given.core)
         return
     results = {}
     load_before = os.getloadavg()[0]
@@ -61,11 +55,9 @@ def main() -> None:
             write_variants(arch, folder)
             print(f"{arch}: measuring", file=sys.stderr, flush=True)
             results[arch] = {"latency": measure(folder, rounds=given.rounds, core=given.core)}
-            if importlib.util.find_spec("tensorrt_rtx") and not given.no_engines:
-                results[arch]["compile"] = compile_all(folder, core=given.core)
     conditions = conditions_of(
         load_before,
-        ["onnxruntime", "openvino", "tensorrt_rtx", "torch", "timm", "onnx"],
+        ["onnxruntime", "openvino", "torch", "timm", "onnx"],
         integer_instructions=[flag for flag in processor()[1] if flag in INTEGER],
         pinned_to_core=given.core,
         threads=1,
@@ -88,7 +80,6 @@ def write_variants(arch: str, folder: Path) -> None:
 
     from edgecl.config.target import read_target
     from edgecl.deploy.calibrate import calibrate
-    from edgecl.deploy.fp16 import half
     from edgecl.deploy.graph import portable
     from edgecl.deploy.int8 import quantize
     from edgecl.deploy.onnx import onnx_from_net, save_onnx
@@ -104,22 +95,16 @@ def write_variants(arch: str, folder: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         onnx_export(net, str(folder / "timm.onnx"), batch_size=1, input_size=(3, SIDE, SIDE))
-    cpu, openvino, rtx = (read_target(name).graph for name in ("ort-cpu", "openvino-cpu", "rtx"))
+    cpu, openvino = (read_target(name).graph for name in ("ort-cpu", "openvino-cpu"))
     images = np.random.default_rng(0).normal(size=(16, 3, SIDE, SIDE)).astype(np.float32)
     fp32 = onnx_from_net(net, graph=cpu, shape=(3, SIDE, SIDE), metadata={})
     plain = portable(fp32, opset=openvino.opset, hard_swish=openvino.hard_swish)
-    typed = portable(fp32, opset=rtx.opset, hard_swish=rtx.hard_swish)
     ranges = calibrate(fp32, images, method="minmax")
     forms = {
         FP32: fp32,
         "int8-cpu": quantize(fp32, form="int8-cpu", ranges=ranges),
         "int8-trt": quantize(plain, form="int8-trt", ranges=calibrate(plain, images, method="minmax")),
-        "rtx-fp32": typed,
-        "rtx-fp16": half(typed, images=images[:4])[0],
     }
-    ranges = calibrate(typed, images, method="minmax")
-    for form in ("int8-trt", "int8-trt-fp16"):
-        forms[f"rtx-{form}"] = quantize(typed, form=form, ranges=ranges)
     for name, model in forms.items():
         save_onnx(model, folder / f"{name}.onnx")
 
@@ -204,55 +189,6 @@ def measure(folder: Path, *, rounds: int, core: int) -> dict[str, dict]:
     }
 
 
-def compile_all(folder: Path, *, core: int) -> dict[str, dict | None]:
-    """Compile every form for RTX GPUs; None for one that fails."""
-    seconds = {}
-    for form, precision in (
-        ("fp32", "fp32"),
-        ("fp16", "fp16"),
-        ("int8-trt", "int8"),
-        ("int8-trt-fp16", "int8"),
-    ):
-        words = [sys.executable, __file__, "--core", str(core), "--compile", form, precision]
-        done = subprocess.run(
-            [*words, str(folder / f"rtx-{form}.onnx")],
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        seconds[form] = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
-    return seconds
-
-
-def compile_engine(form: str, precision: str, file: str, *, core: int) -> None:
-    """Compile one engine and say how long it took, the loading of the library apart."""
-    os.sched_setaffinity(0, {core})
-    import tensorrt_rtx  # noqa: F401
-
-    from edgecl.config.target import read_target
-    from edgecl.onboard.engine import build_plan
-
-    target = read_target("rtx")
-    started, processor = time.perf_counter(), time.process_time()
-    built = build_plan(
-        file,
-        runtime="tensorrt_rtx",
-        precision=precision,
-        form=form,
-        build=target.build.model_dump(mode="json"),
-        input_form={
-            "name": "input",
-            "shape": [1, 3, SIDE, SIDE],
-            "dtype": "float32",
-            "dynamic_batch": False,
-            "max_batch": 1,
-        },
-    )
-    assert built.plan
-    spent = {"processor_s": time.process_time() - processor, "clock_s": time.perf_counter() - started}
-    print(json.dumps(spent))
-
-
 def print_tables(results: dict[str, dict], conditions: dict) -> None:
     """Print conditions, one row per form, and the goals."""
     versions = ", ".join(f"{name} {version}" for name, version in conditions["versions"].items())
@@ -272,11 +208,6 @@ def print_tables(results: dict[str, dict], conditions: dict) -> None:
             low, high = row["range"]
             cells.append(f"{row['ms']:.2f} ms {row['times_faster_than_fp32']:.2f}x [{low:.2f}, {high:.2f}]")
         body.append(cells)
-    for form in results[nets[0]].get("compile", {}):
-        spent = (results[arch]["compile"][form] for arch in nets)
-        body.append(
-            [f"compile {form}", *(f"{one['processor_s']:.2f} s" if one else "failed" for one in spent)]
-        )
     print(table(["form", *nets], body) + "\n")
 
 

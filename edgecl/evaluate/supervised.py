@@ -6,7 +6,6 @@ from typing import Any, Literal, cast
 
 import torch
 from pydantic import Field
-from timm.scheduler import CosineLRScheduler
 from torch import nn
 from torch.nn import functional
 
@@ -21,6 +20,7 @@ from edgecl.nets.small_maps import small_maps_sped_up
 from edgecl.progress import Progress
 from edgecl.storage.records import Preprocessing
 from edgecl.train.allocator import keep_freed_memory
+from edgecl.train.optim import cosine_schedule
 
 
 class FinetuneConfig(Config):
@@ -99,17 +99,7 @@ def train_classifier(
     # Several times faster than the default layout for the depthwise convolutions of small nets on a CPU.
     net.to(memory_format=torch.channels_last)
     optimizer = _create_optimizer(net, settings)
-    warmup_steps = min(max(1, steps // 10), steps - 1)
-    schedule = CosineLRScheduler(
-        optimizer,
-        # timm's cosine needs two steps or more; the first of two equals a single one.
-        t_initial=max(2, steps - warmup_steps),
-        warmup_t=warmup_steps,
-        # Above zero, so that the first step changes the weights.
-        warmup_lr_init=min(group["lr"] for group in optimizer.param_groups) / (warmup_steps + 1),
-        warmup_prefix=True,
-        t_in_epochs=False,
-    )
+    schedule = cosine_schedule(optimizer, warmup_steps=min(max(1, steps // 10), steps - 1), total_steps=steps)
     batch = min(settings.batch_size, len(part))
     per_epoch = max(1, len(part) // batch)
     size = part.images.shape[-1]
