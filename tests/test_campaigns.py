@@ -181,21 +181,6 @@ def test_a_run_that_collapses_is_a_result_and_not_tried_again(monkeypatch, tmp_p
     assert campaign.work([run], tmp_path) == 0
 
 
-def test_labels_that_a_probe_would_lack_are_missed_before_training(monkeypatch, tmp_path):
-    run = campaign.Run(
-        "x",
-        str(BENCHMARKS / "tiny.toml"),
-        ("data.limit=20",),
-        0,
-        data="demo",
-        evaluate_on=campaign.DEMO_VALIDATION,
-        labels_per_class=3,
-    )
-    monkeypatch.setattr(campaign, "train", None)
-    with pytest.raises(Exception, match="fewer than the 3 labels"):
-        campaign.finish(run, tmp_path)
-
-
 def test_a_torn_line_is_left_out_and_the_next_stands_whole(tmp_path):
     campaign.append_result(tmp_path, {"identity": "a"})
     with (tmp_path / "results.jsonl").open("a") as file:
@@ -248,13 +233,6 @@ def test_an_arm_that_matches_flops_trains_for_as_long_as_the_other_costs(listed)
         price[width] = forward_cost(net, (1, 3, 32, 32)).training_flops + 2 * projector
     assert matched.epochs == round(100 * 4 * (price[0.75] + price[0.5]) / (6 * price[0.5]))
     assert matched.runs[0].settings().run.epochs == matched.epochs
-
-
-def test_seeds_are_finished_one_after_another(listed):
-    file = listed.with_name("seeds.toml")
-    file.write_text(TINY.replace("seeds = 1", "seeds = 3"))
-    order = arms.in_turn(arms.plan(arms.read_campaign(file), data="demo", evaluate_on=""))
-    assert [run.seed for run in order] == [0, 0, 1, 1, 2, 2]
 
 
 TABLE = """\

@@ -147,25 +147,6 @@ def test_cost_names_every_width(edgecl, recipe_file):
     assert "width" not in plain.stdout
 
 
-def test_cost_of_the_further_widths_is_a_line_of_its_own(edgecl, recipe_file):
-    several, alone = (
-        json.loads(edgecl("cost", recipe_file, "--images", 60, "--json", *words).stdout)["training"]
-        for words in (SET, ())
-    )
-    further = several["total_flops"] - alone["total_flops"]
-    (line,) = [
-        line
-        for line in edgecl("cost", recipe_file, "--images", 60, *SET).stdout.splitlines()
-        if "further widths" in line
-    ]
-    cells = [cell.strip() for cell in line.split("│")[1:-1]]
-    assert cells == [
-        "further widths",
-        f"{further / 1e6:.4g} MFLOPs",
-        f"of the total, for 0.4, 0.35: {100 * further / alone['total_flops']:.1f} % on top of 0.5 alone",
-    ]
-
-
 def test_small_costs_are_written_in_small_units(edgecl, recipe_file):
     words = ("--images", 16, "--set", "data.image_size=16", "--set", "slim.width=0.25")
     said = edgecl("cost", recipe_file, *words).stdout

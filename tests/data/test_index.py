@@ -12,7 +12,7 @@ import pytest
 
 from edgecl.data import index
 from edgecl.data.index import list_folder, scan
-from edgecl.data.loading import TrainingImages, load_eval_images
+from edgecl.data.loading import TrainingImages
 from edgecl.data.sources import open_source
 from edgecl.errors import DataError
 
@@ -287,13 +287,6 @@ def test_of_many_processes_the_first_keeps_the_index(write_images, tmp_path, mon
     assert len([*(tmp_path / ".edgecl").iterdir()]) == 1
 
 
-def test_another_folder_has_another_index(folder, write_images, tmp_path):
-    other = write_images(2, folder="elsewhere")
-    age(other)
-    assert listed(other, tmp_path).names == ["000.png", "001.png"]
-    assert len(listed(folder, tmp_path).names) == 6
-
-
 # --- links that lead in circles ---
 
 
@@ -440,16 +433,6 @@ def test_a_repaired_file_is_read_again(write_images, tmp_path):
     assert train(root, tmp_path, 64)[1] == ()
 
 
-def test_the_unreadable_ones_are_known_after_others_came_and_went(write_images, tmp_path, decoded):
-    root = write_images(8)
-    (root / "003.png").write_bytes(b"no image")
-    train(root, tmp_path, 64)
-    (root / "000.png").unlink()
-    decoded.clear()
-    assert train(root, tmp_path, 64)[1] == (str(root / "003.png"),)
-    assert "003.png" not in decoded
-
-
 def test_a_file_that_was_gone_is_not_remembered(write_images, tmp_path):
     root = write_images(8)
     source = open_source(str(root), index_dir=tmp_path / ".edgecl")
@@ -458,18 +441,6 @@ def test_a_file_that_was_gone_is_not_remembered(write_images, tmp_path):
     assert data.skipped == (str(root / "003.png"),)
     (tmp_path / "away.png").rename(root / "003.png")
     assert train(root, tmp_path, 64)[1] == ()
-
-
-def test_images_to_measure_with_know_the_unreadable_ones_too(write_images, tmp_path, decoded):
-    root = write_images(8)
-    (root / "003.png").write_bytes(b"no image")
-    train(root, tmp_path, 64)
-    decoded.clear()
-    source = open_source(str(root), index_dir=tmp_path / ".edgecl")
-    loaded = load_eval_images(source, resize_size=8, image_size=8, max_bad_fraction=0.5)
-    assert loaded.skipped == (str(root / "003.png"),)
-    assert len(loaded.images) == 7
-    assert "003.png" not in decoded
 
 
 @pytest.mark.parametrize(

@@ -212,13 +212,6 @@ def test_a_limit_without_labels_chooses_over_the_whole_data():
     assert 350 < chosen.mean() < 650
 
 
-def test_a_limit_holds_for_training_and_eval_images(write_images):
-    root = write_images(12, classes=("a", "b"))
-    source = open_source(str(root))
-    assert np.bincount(training(root, limit=6).labels).tolist() == [3, 3]
-    assert load_eval_images(source, resize_size=8, image_size=8, limit=4).labels.tolist() == [0, 0, 1, 1]
-
-
 def test_eval_images_come_in_the_order_of_the_data(write_images):
     source = open_source(str(write_images(70, classes=("a", "b"))))
     loaded = load_eval_images(source, resize_size=8, image_size=8)
@@ -262,18 +255,6 @@ def test_holdout_depends_on_the_seed_alone():
 def test_holdout_of_single_images_is_an_error():
     with pytest.raises(DataError, match="no images can be held out: 2 images in 2 classes"):
         split_holdout(np.array([0, 1]), 0.5, seed=0)
-
-
-def test_progress_and_skipped_pictures_are_said_by_the_first_process_only(write_images, capsys, monkeypatch):
-    monkeypatch.setattr("edgecl.progress.PATIENCE_S", 0.0)
-    root = write_images(40)
-    spoil(root, "003.png")
-    monkeypatch.setenv("MASTER_ADDR", "localhost")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank in ("1", "0"):
-        monkeypatch.setenv("RANK", rank)
-        training(root, max_bad_fraction=0.5)
-        assert (capsys.readouterr().err == "") == (rank == "1")
 
 
 def endless(path):

@@ -3,7 +3,6 @@
 import os
 import sys
 import tarfile
-from itertools import chain
 
 import numpy as np
 import pytest
@@ -144,18 +143,6 @@ def test_training_takes_the_order_of_the_shards(many, cache_mib):
     order = many.order(7, 3, np.arange(100))[:96]
     np.testing.assert_array_equal(np.concatenate([batch.indices for batch in batches]), order)
     assert [int(batch.canvases[0, 0, 0, 0]) for batch in batches] == order[::8].tolist()
-
-
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_the_order_is_the_same_on_any_number_of_processes(many, world_size):
-    images = training(many)
-    alone = steps(images)
-    ranks = [steps(images, rank=rank, world_size=world_size) for rank in range(world_size)]
-    assert [[*chain(*parts)] for parts in zip(*ranks, strict=True)] == alone
-
-
-def test_an_epoch_is_taken_up_in_its_middle(many):
-    assert steps(training(many, cache_mib=0), epoch=2, start_step=5) == steps(training(many), epoch=2)[5:]
 
 
 def test_a_limited_set_keeps_to_the_order_of_its_shards(many):

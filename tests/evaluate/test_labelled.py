@@ -37,15 +37,6 @@ def test_no_picture_is_on_both_sides_and_none_is_lost(image_folder):
     assert len(train | test) == 60
 
 
-def test_record_says_what_was_held_out(image_folder):
-    labelled = read(image_folder)
-    assert labelled.train_from == f"{image_folder} (80 % of it)"
-    assert labelled.test_from == (
-        f"{image_folder} (20 % held out, stratified; a net pretrained on this folder has seen these images, "
-        "without labels)"
-    )
-
-
 def test_labels_belong_to_their_pictures(image_folder):
     """Blue, green and red pictures: the strongest channel says the class."""
     labelled = read(image_folder)

@@ -97,20 +97,6 @@ def test_same_seed_gives_the_same_net_to_the_bit(train, tiny_net):
     assert unchanged(train(steps=3), first) == list(first)
 
 
-def test_views_differ_from_step_to_step(train, colored, monkeypatch):
-    """Over several epochs no batch of views comes twice, though the pictures do."""
-    seen = []
-    render = edgecl.evaluate.supervised.render_view
-
-    def watching(*words, **options):
-        seen.append(render(*words, **options))
-        return seen[-1]
-
-    monkeypatch.setattr(edgecl.evaluate.supervised, "render_view", watching)
-    train(steps=4, part=colored.train.take(torch.arange(6)), batch_size=6)
-    assert len({view.sum().item() for view in seen}) == 4
-
-
 def test_every_picture_is_seen_in_every_epoch(train, colored, monkeypatch):
     seen = []
     draw = edgecl.evaluate.supervised.draw_parameters
@@ -128,23 +114,6 @@ def test_every_picture_is_seen_in_every_epoch(train, colored, monkeypatch):
 
 def test_batch_larger_than_the_data_takes_all_of_it(train, colored):
     train(steps=2, part=colored.train.take(torch.arange(5)), batch_size=64)
-
-
-def test_rate_warms_up_and_then_falls_to_zero(train, monkeypatch):
-    rates = []
-    step = torch.optim.AdamW.step
-
-    def watching(self, *words, **options):
-        rates.append(self.param_groups[0]["lr"])
-        return step(self, *words, **options)
-
-    monkeypatch.setattr(torch.optim.AdamW, "step", watching)
-    train(steps=20, lr=0.02)
-    assert max(rates) <= 0.02
-    assert rates[:3] == pytest.approx([0.02 / 3, 0.04 / 3, 0.02])
-    assert rates.index(max(rates)) <= 3
-    assert rates[-1] < 0.001
-    assert rates[3:] == sorted(rates[3:], reverse=True)
 
 
 def test_loss_that_is_no_number_stops_with_a_named_error(train, tiny_net):
