@@ -228,10 +228,7 @@ def test_decoding_on_a_gpu_is_refused_without_one(write_images):
     data = TrainingImages(open_source(str(write_images(3))), canvas_size=8, decode="cuda")
     with pytest.raises(DeviceError) as caught:
         data.to("cpu")
-    assert str(caught.value) == (
-        "[data] decode is 'cuda', but the run is on 'cpu'\n"
-        "  hint: set data.decode to 'cpu', or run on an NVIDIA GPU, with CUDA builds of torch and torchvision"
-    )
+    assert "decode is 'cuda', but the run is on 'cpu'" in caught.value.problem
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a CUDA device")

@@ -295,9 +295,8 @@ def test_links_that_lead_back_are_left_out_and_named(write_images, capsys):
     (root / "a" / "loop").symlink_to(root, target_is_directory=True)
     (root / "again").symlink_to(root / "b", target_is_directory=True)
     assert len(open_source(str(root))) == 4
-    assert capsys.readouterr().err == (
-        f"edgecl: 2 links in '{root}' left out, leading back to what was already read: a/loop, again\n"
-    )
+    assert "2 links" in (said := capsys.readouterr().err)
+    assert "a/loop, again" in said
 
 
 @pytest.mark.parametrize("name", ["x.png", "folder"])
@@ -305,8 +304,9 @@ def test_a_link_to_itself_is_left_out_and_named(write_images, capsys, name):
     root = write_images(2)
     (root / name).symlink_to(root / name)
     assert len(open_source(str(root))) == 2
-    assert capsys.readouterr().err == (
-        f"edgecl: 1 link in '{root}' left out, leading back to what was already read: {name}\n"
+    assert (
+        f"1 link in '{root}' left out, leading back to what was already read: {name}\n"
+        in capsys.readouterr().err
     )
 
 

@@ -55,9 +55,7 @@ def test_a_picture_without_a_class_means_no_labels_and_is_said(tmp_path, capsys)
     )
     source = open_source(f"shards:{tmp_path}/x.tar")
     assert source.labels is None
-    assert capsys.readouterr().err == (
-        f"edgecl: 1 of 2 images of 'shards:{tmp_path}/x.tar' have no class, so all are taken without\n"
-    )
+    assert "1 of 2 images" in capsys.readouterr().err
 
 
 def test_pictures_that_share_a_key_are_counted(tmp_path, capsys):
@@ -66,10 +64,7 @@ def test_pictures_that_share_a_key_are_counted(tmp_path, capsys):
     uri = f"shards:{write_tar(tmp_path / 'x.tar', [*members, ('b.png', picture(9))])}"
     for _ in range(2):  # read, and from the kept index
         assert len(open_source(uri)) == 2
-        assert capsys.readouterr().err == (
-            f"edgecl: 2 images of '{uri}' not used: of those whose names agree up to the first dot, "
-            "which are one sample, one is\n"
-        )
+        assert f"2 images of '{uri}' not used" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -202,23 +197,14 @@ def test_fingerprint_changes_with_what_is_in_the_shards(write_shards, change):
 def test_missing_shards_are_named_and_the_others_counted(write_shards):
     root = write_shards(3)
     (root / "x-001.tar").unlink()
-    assert str(exc(pattern(root, 3))) == (
-        "2 of 4 shards are missing\n"
-        f"  data:    shards:{root}/x-{{000..003}}.tar\n"
-        f"  missing: {root}/x-001.tar\n"
-        f"           {root}/x-003.tar\n"
-        "  there:   2 of 4\n"
-        "  hint:    compare the pattern's braces with what is there"
-    )
+    error = exc(pattern(root, 3))
+    assert error.problem == "2 of 4 shards are missing"
+    assert error.where["missing"].split() == [f"{root}/x-001.tar", f"{root}/x-003.tar"]
 
 
 def test_a_folder_without_shards_says_what_was_looked_for(tmp_path):
     (tmp_path / "x.tar.gz").touch()
-    assert str(exc(f"shards:{tmp_path}")) == (
-        f"no .tar files in the folder '{tmp_path}'\n"
-        "  hint: looked for *.tar right in it, not deeper; unpack .tar.gz to .tar; if it holds images as they are, "
-        "name the folder without 'shards:'"
-    )
+    assert "no .tar files" in exc(f"shards:{tmp_path}").problem
 
 
 def test_many_missing_shards_are_counted(tmp_path):
@@ -278,9 +264,7 @@ def test_a_shard_replaced_during_the_run_is_not_read(write_shards):
 
 def test_a_pattern_that_cannot_be_read_is_named():
     error = exc("shards:x-{000..001.tar")
-    assert error.problem == (
-        "the pattern 'shards:x-{000..001.tar' cannot be read: Unbalanced braces: 'x-{000..001.tar'"
-    )
+    assert "Unbalanced braces" in error.problem
     assert error.hint == "write shards:PATH/train-{000000..000127}.tar, a URL, or several with '::' between"
 
 

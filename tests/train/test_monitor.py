@@ -52,10 +52,7 @@ def test_a_spread_that_stays_low_is_warned_of_and_stops_the_run(alarm, tmp_path,
     ]
     with pytest.raises(CollapseError) as caught:
         alarm.check(record(5, std=0.04, diagonal=0.02))
-    assert caught.value.problem == (
-        "the embedding collapsed: the spread of the projections is 0.04, below 0.1 (1 is an even spread), "
-        "and the diagonal of the correlation 0.02, in 5 records in a row"
-    )
+    assert "0.04, below 0.1" in caught.value.problem
     assert caught.value.where == {"run": tmp_path, "step": 5}
     assert "a higher [method.coding_rate] weight" in caught.value.hint
 

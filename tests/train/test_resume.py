@@ -211,9 +211,7 @@ def earlier(finished, tmp_path):
 def test_a_changed_recipe_is_refused_with_what_would_allow_it(earlier, make_recipe, labelled_pictures):
     with pytest.raises(RecipeError) as caught:
         train(make_recipe("run.epochs=3", "run.log_every=2"), earlier, labelled_pictures, resume=True)
-    assert caught.value.problem == (
-        "cannot resume with another recipe: run.epochs was 2, now 3; run.log_every was 1, now 2"
-    )
+    assert "run.epochs was 2, now 3; run.log_every was 1, now 2" in caught.value.problem
     assert caught.value.hint == ("to change that on purpose, add --allow run.epochs --allow run.log_every")
 
 
@@ -271,9 +269,7 @@ def test_fewer_epochs_than_are_done_are_refused_before_a_word_of_resuming(
     before = RunDir(earlier).read()
     with pytest.raises(RecipeError) as caught:
         train(make_recipe("run.epochs=1"), earlier, labelled_pictures, resume=True, allow=["run.epochs"])
-    assert caught.value.problem == (
-        "with run.epochs = 1 the run would end at step 5, and it is at step 10 already"
-    )
+    assert "would end at step 5, and it is at step 10 already" in caught.value.problem
     assert caught.value.hint == "set run.epochs to 2 or more, or start a new run in another --out"
     assert "resuming" not in capsys.readouterr().err
     assert RunDir(earlier).read() == before
@@ -290,9 +286,7 @@ def test_two_runs_cannot_write_to_one_directory(earlier, make_recipe, labelled_p
         pytest.raises(ArtifactError) as caught,
     ):
         train(make_recipe(), earlier, labelled_pictures, force=True)
-    assert caught.value.problem == (
-        f"the run directory '{earlier}' is in use by process {os.getpid()} on {os.uname().nodename}"
-    )
+    assert f"in use by process {os.getpid()} on {os.uname().nodename}" in caught.value.problem
     assert times() == before
 
 

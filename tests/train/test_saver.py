@@ -175,9 +175,7 @@ def test_a_long_wait_says_what_for(run_dir, slow_disk, monkeypatch, capsys):
     with Saver(run_dir, keep=2, keep_best=False) as saver:
         save(saver, 7)
         threading.Timer(0.2, slow_disk.set).start()
-    assert capsys.readouterr().err.splitlines()[0] == (
-        f"edgecl: waiting for the disk to take the checkpoint of step 7, 0 s so far, in {run_dir.checkpoints}"
-    )
+    assert "waiting for the disk to take the checkpoint of step 7" in capsys.readouterr().err
 
 
 def test_file_handles_and_threads_stay_as_many(run_dir):
