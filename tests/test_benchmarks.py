@@ -102,16 +102,7 @@ def test_step_benchmark_prints_a_table_and_json():
         "step", "--nets", ARCH, "--size", 32, "--batch", 8, "--projector", 24, 24, "--rounds", 1
     )
     assert found["benchmark"] == "step"
-    assert {
-        "name",
-        "threads",
-        "image_size",
-        "batch",
-        "projector",
-        "precision",
-        "load_before",
-        "versions",
-    } <= set(found["conditions"])
+    assert {"name", "threads", "image_size", "batch", "precision", "versions"} <= set(found["conditions"])
     assert found["conditions"]["threads"] == 1
     result = found["results"][ARCH]
     names = ["slices", "masks", "plain nets", "four passes", "losses", "optimizer", "Barlow Twins"]

@@ -236,10 +236,7 @@ def test_a_torchvision_that_cannot_decode_on_the_gpu_is_named():
     with pytest.raises(DeviceError) as caught:
         refuse_without_nvjpeg(torch.device("cuda"))
     assert caught.value.problem.startswith("torchvision cannot decode JPEGs on 'cuda': ")
-    assert (
-        caught.value.hint
-        == "set data.decode to 'cpu', or install a CUDA build of torchvision, which brings nvJPEG"
-    )
+    assert "CUDA build of torchvision" in caught.value.hint
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

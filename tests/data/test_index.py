@@ -57,14 +57,7 @@ def listed(root, tmp_path):
 def test_an_unchanged_folder_is_not_read_again(folder, tmp_path, scans):
     names = listed(folder, tmp_path).names
     assert scans == []
-    assert names == [
-        "a/000.png",
-        "a/002.png",
-        "a/004.png",
-        "b/deep/001.png",
-        "b/deep/003.png",
-        "b/deep/005.png",
-    ]
+    assert names == [*(f"a/00{one}.png" for one in (0, 2, 4)), *(f"b/deep/00{one}.png" for one in (1, 3, 5))]
 
 
 def test_a_source_is_the_same_with_and_without_an_index(folder, tmp_path, scans):
@@ -304,10 +297,8 @@ def test_a_link_to_itself_is_left_out_and_named(write_images, capsys, name):
     root = write_images(2)
     (root / name).symlink_to(root / name)
     assert len(open_source(str(root))) == 2
-    assert (
-        f"1 link in '{root}' left out, leading back to what was already read: {name}\n"
-        in capsys.readouterr().err
-    )
+    assert f"1 link in '{root}' left out" in (said := capsys.readouterr().err)
+    assert said.endswith(f": {name}\n")
 
 
 def test_a_folder_that_may_not_be_read_is_named(write_images):

@@ -228,9 +228,7 @@ def test_a_shard_named_twice_is_refused(write_shards, twice):
     assert error.where["data"] == pattern
     assert error.where["first"].endswith("x-000.tar")
     assert error.where["again"].endswith("x-000.tar")
-    assert (
-        error.hint == "name each shard once: look for braces that overlap, and for two spellings of one path"
-    )
+    assert "name each shard once" in error.hint
 
 
 def test_a_remote_shard_named_twice_is_refused_however_it_is_signed():
@@ -324,10 +322,7 @@ def test_a_pattern_that_cannot_be_read_keeps_its_secrets():
 
 def test_a_variable_that_is_not_set_is_named():
     error = exc("shards:${NOT_SET}/x.tar")
-    assert (
-        error.problem
-        == "the environment variable WDS_NOT_SET is not set, and 'shards:${NOT_SET}/x.tar' stands on it"
-    )
+    assert "WDS_NOT_SET is not set" in error.problem
     assert "${NOT_SET}" in error.hint
 
 

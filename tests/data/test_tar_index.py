@@ -102,10 +102,7 @@ def test_a_shard_cut_between_members_lacks_its_end_mark(write_shards, more):
         os.truncate(path, archive.getmember("000003.png").offset + more)
     error = exc(f"shards:{path}")
     # The fourth sample's other members come before its picture, so three are whole.
-    assert (
-        error.problem
-        == "the shard 'x-000.tar' is cut short: after 3 whole samples the tar's end mark is missing"
-    )
+    assert "after 3 whole samples the tar's end mark is missing" in error.problem
     assert error.hint == "copy or fetch it again; whoever wrote it must close the writer"
 
 

@@ -214,9 +214,7 @@ def test_a_full_disk_comes_out_at_the_next_occasion_and_once(run_dir, occasion):
         with pytest.raises(ArtifactError) as caught:
             OCCASIONS[occasion](saver)
     saver.__exit__(None, None, None)  # said once
-    assert str(caught.value).startswith(
-        f"no room on the disk to write 'step-000000002'\n  directory: {run_dir.checkpoints}\n"
-    )
+    assert "no room on the disk to write 'step-000000002'" in caught.value.problem
     assert [path.name for path in run_dir.checkpoints.iterdir()] == ["step-000000001"]
     assert read_newest(run_dir).step == 1
 
@@ -262,6 +260,4 @@ def save_and_fail(run_dir, error, **options):
 def test_an_exception_on_its_way_is_not_masked(run_dir, capsys, kind):
     with pytest.raises(kind, match=r"^first$"), largest_file(50_000):
         save_and_fail(run_dir, kind("first"), size=20_000)
-    assert capsys.readouterr().err.startswith(
-        "edgecl: the checkpoint of step 5 was not written: no room on the disk to write 'step-000000005'\n"
-    )
+    assert "the checkpoint of step 5 was not written: no room" in capsys.readouterr().err
