@@ -24,8 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import campaign
-from campaign import Run, paired, read_results, spread, state_of, table
+from campaign import Run, paired, read_results, spread, state_of
 from pydantic import Field
+from timing import options_of, table
 
 from edgecl.config.recipe import Recipe
 from edgecl.config.settings import Config, parse_toml, validate
@@ -269,9 +270,7 @@ def print_unfinished(rows: list[Row], found: dict, directory: Path) -> tuple[int
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    options = options_of(__doc__)
     options.add_argument("campaign", type=Path)
     options.add_argument("--data", required=True, help="data URI of the training images, with labels")
     options.add_argument("--out", type=Path, required=True, help="the campaign's directory")

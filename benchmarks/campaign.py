@@ -20,17 +20,19 @@ import fcntl
 import hashlib
 import json
 import os
-import platform
 import re
 import shutil
 import signal
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
+
+from timing import processor
 
 from edgecl.config.recipe import Recipe, read_recipe
 from edgecl.errors import ArtifactError, CollapseError, EdgeclError, NonFiniteError, Preempted
@@ -46,18 +48,6 @@ DEMO_VALIDATION = "demo:validation"
 DEMO_VALIDATION_IMAGES = 1000
 
 RANKME_IMAGES = 2048
-# Instructions that decide which kernels a processor runs.
-ISA = (
-    "avx2",
-    "avx512f",
-    "avx512_vnni",
-    "avx512_bf16",
-    "avx_vnni",
-    "amx_int8",
-    "amx_bf16",
-    "asimddp",
-    "sve",
-)
 # Variables by which a processor plays an older one.
 PLAYED = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")
 
@@ -388,14 +378,14 @@ def write_untrained(run: Run, recipe: Recipe, labelled, preprocessing: dict, *, 
     """Write the net as it is initialized, its norms set as a carved net's are."""
     from edgecl.evaluate.comparison import write_random
 
-    record = {
-        "arch": recipe.host.arch,
-        "width": recipe.slim.width,
-        "stem_stride": recipe.host.stem_stride,
-        "preprocessing": preprocessing,
-        "data": run.data,
-        "recipe_name": run.recipe,
-    }
+    record = SimpleNamespace(
+        arch=recipe.host.arch,
+        width=recipe.slim.width,
+        stem_stride=recipe.host.stem_stride,
+        preprocessing=preprocessing,
+        data=run.data,
+        recipe_name=run.recipe,
+    )
     write_random(out, record, labelled, seed=run.seed, force=True)
 
 
@@ -450,19 +440,6 @@ def conditions(run: Run) -> dict:
     }
 
 
-def processor() -> tuple[str, list[str]]:
-    """Return the processor's name, and which of ISA it has."""
-    name, flags = platform.machine(), set()
-    if Path("/proc/cpuinfo").exists():
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                name = value.strip()
-            elif key.strip() in ("flags", "Features"):
-                flags = set(value.split())
-    return name, [flag for flag in ISA if flag in flags]
-
-
 def _terminate(number: int, frame: object) -> None:
     raise SystemExit(STOPPED)
 
@@ -514,12 +491,6 @@ def paired(ours: Sequence[float], theirs: Sequence[float]) -> str:
     low, high = mean_interval(differences)
     unresolved = "" if low > 0 or high < 0 else ", not resolved"
     return f"{statistics.mean(differences):+.1f} [{low:.1f}, {high:.1f}]{unresolved}"
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Write a Markdown table."""
-    lines = ["| " + " | ".join(cells) + " |" for cells in (head, *rows)]
-    return "\n".join([lines[0], "|" + " --- |" * len(head), *lines[1:]])
 
 
 def state_of(run: Run, directory: Path) -> str:

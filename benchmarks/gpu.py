@@ -65,7 +65,6 @@ def parts_on_gpu(given: argparse.Namespace, scratch: Path) -> list[Part]:
         Part("pretrain bf16", 45, pretrain("bf16")),
         Part("pretrain fp32", 45, pretrain("fp32")),
         Part("input", 60, (*photos, "--images", "512", "--batch", "256", "--rounds", "3")),
-        Part("views", 30, (here, "--part", "views", "--device", "cuda")),
         Part("step bf16", 90, (*step, "--precision", "bf16")),
         Part("pretrain bf16, compiled", 80, pretrain("bf16", "--compile")),
         Part("step fp32", 90, (*step, "--precision", "fp32")),
@@ -74,16 +73,13 @@ def parts_on_gpu(given: argparse.Namespace, scratch: Path) -> list[Part]:
 
 
 def parts_as_toys() -> list[Part]:
-    """List the same parts, tiny and on a CPU; nvJPEG fails there, as any part may."""
+    """List nearly the same parts, tiny and on a CPU; nvJPEG fails there, as any part may."""
     here = str(BENCHMARKS / "gpu.py")
     photos = [str(BENCHMARKS / "input.py"), "--photo", "96", "72", "--images", "4", "--rounds", "1"]
-    step = [str(BENCHMARKS / "step.py"), "--nets", "mobilenetv3_small_100", "--size", "32", "--batch", "8"]
     return [
         Part("machine", TOY_PART_S, (here, "--part", "machine")),
         Part("pretrain fp32", TOY_PART_S, (here, "--part", "pretrain", "--toy", "--images", "demo")),
         Part("input", TOY_PART_S, (*photos, "--device", "cuda")),
-        Part("views", TOY_PART_S, (here, "--part", "views", "--toy")),
-        Part("step fp32", TOY_PART_S, (*step, "--projector", "24", "24", "--rounds", "1")),
     ]
 
 
@@ -257,7 +253,7 @@ def machine(given: argparse.Namespace) -> dict:
     from importlib import metadata
 
     import torch
-    from campaign import processor
+    from timing import processor
 
     names = ("torch", "torchvision", "timm", "accelerate", "numpy", "pydantic", "simplejpeg", "fvcore")
     cards = torch.cuda.device_count()
@@ -327,41 +323,10 @@ def pretrain_steps(given: argparse.Namespace) -> dict:
     }
 
 
-def views(given: argparse.Namespace) -> dict:
-    """Time two views of pictures that lie on the device already."""
-    import torch
-
-    from edgecl.config.views import Views
-    from edgecl.data.loading import TrainingImages
-    from edgecl.data.sources import open_source
-    from edgecl.data.views import make_views
-
-    found = {}
-    for side, batch_size in ((32, 16),) if given.toy else ((32, 512), (224, 256)):
-        images = TrainingImages(open_source("demo"), canvas_size=side, limit=batch_size).to(given.device)
-        batch = next(iter(images.batches(0, 0, batch_size=batch_size)))
-
-        def once(batch: object = batch, side: int = side) -> None:
-            mean, std = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
-            make_views(batch, Views().specs(side), mean=mean, std=std, seed=0, epoch=0)
-            if given.device == "cuda":
-                torch.cuda.synchronize()
-
-        times = []
-        for _ in range(3 if given.toy else 30):
-            started = time.perf_counter()
-            once()
-            times.append(time.perf_counter() - started)
-        ms = 1e3 * statistics.median(times[len(times) // 3 :])
-        found[f"{side} px"] = {"batch": batch_size, "ms": ms, "images_per_s": 1e3 * batch_size / ms}
-    return found
-
-
 PARTS: dict[str, Callable[[argparse.Namespace], dict]] = {
     "machine": machine,
     "unpack": unpack,
     "pretrain": pretrain_steps,
-    "views": views,
 }
 
 
@@ -374,7 +339,6 @@ def main() -> None:
     options.add_argument("--toy", action="store_true", help="tiny, on a CPU")
     for hidden in ("--part", "--images"):
         options.add_argument(hidden, help=argparse.SUPPRESS)
-    options.add_argument("--device", default="cpu", help=argparse.SUPPRESS)
     options.add_argument("--precision", default="fp32", help=argparse.SUPPRESS)
     options.add_argument("--compile", action="store_true", help=argparse.SUPPRESS)
     options.add_argument("--spent", type=float, default=0.0, help=argparse.SUPPRESS)

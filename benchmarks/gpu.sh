@@ -10,7 +10,6 @@
 #     unpack        CIFAR-10 onto the local disk
 #     pretrain …    images/s of whole training steps at 32 px: float32 and bfloat16, compiled or not
 #     input         JPEGs of 500 x 375 to two views of 224 px: decoded by simplejpeg on the cores, by nvJPEG on the GPU
-#     views         two views of pictures that lie on the GPU
 #     step …        a step at 224 px beside its bare passes, and the GPU's use (benchmarks/step.py)
 #     arms          benchmarks/campaigns/cifar10-gpu.toml, several runs side by side, until the time is up
 #

@@ -24,10 +24,8 @@ float32 batches. Pictures are drawn: shapes over smooth colors, with the noise o
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -38,6 +36,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFilter
+from timing import conditions_of, in_turns, options_of, ratio_of, table
 from torchvision.transforms import v2
 
 from edgecl.config.views import Views
@@ -49,14 +48,11 @@ from edgecl.train.allocator import keep_freed_memory
 
 SIDE = 224
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-GOAL = 3.0
 EDGECL, TORCHVISION, PIL_BLUR, LIGHTLY = "edgecl", "torchvision", "torchvision, PIL blur", "lightly"
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    options = options_of(__doc__)
     options.add_argument("--photo", type=int, nargs=2, default=(500, 375), metavar=("WIDTH", "HEIGHT"))
     options.add_argument("--images", type=int, default=64)
     options.add_argument("--batch", type=int, default=64)
@@ -69,7 +65,7 @@ def main() -> None:
     if given.device == "cpu":
         keep_freed_memory()  # as pretrain does
     given.batch = min(given.batch, given.images)
-    load_before = os.getloadavg()
+    load_before = os.getloadavg()[0]
     if given.device == "cpu":
         os.sched_setaffinity(0, {given.core})
         torch.set_num_threads(1)
@@ -83,21 +79,27 @@ def main() -> None:
             ways, stages, clock = ways_of_a_gpu(Path(scratch), given), {}, time.perf_counter
         results = measure(ways, images=given.images, rounds=given.rounds, clock=clock)
         parts = measure(stages, images=given.images, rounds=given.rounds, clock=clock) if stages else {}
-    conditions = describe(load_before, given)
-    print_tables(results, parts, conditions, file_kib=size / 1024)
+    on_gpu = given.device != "cpu"
+    conditions = conditions_of(
+        load_before,
+        ["torch", "torchvision", "pillow", "simplejpeg", "lightly"],
+        gpu=torch.cuda.get_device_name(given.device) if on_gpu else None,
+        pinned_to_core=None if on_gpu else given.core,
+        workers=given.workers,
+        photo=given.photo,
+        file_bytes=size,
+        image_size=SIDE,
+        canvas_size=given.canvas,
+        images=given.images,
+        batch=given.batch,
+        rounds=given.rounds,
+        clock="time on the clock" if on_gpu else "processor time",
+    )
+    print_tables(results, parts, conditions)
     print(
         json.dumps(
             {
                 "benchmark": "input",
-                "photo": given.photo,
-                "file_bytes": size,
-                "image_size": SIDE,
-                "canvas_size": given.canvas,
-                "images": given.images,
-                "batch": given.batch,
-                "rounds": given.rounds,
-                "clock": "processor time" if given.device == "cpu" else "time on the clock",
-                "goals": {"edgecl over torchvision": GOAL},
                 "conditions": conditions,
                 "results": results,
                 "stages_of_edgecl": parts,
@@ -262,72 +264,37 @@ def measure(
         print(f"warming up: {name}", file=sys.stderr, flush=True)
         way()
     times: dict[str, list[float]] = {name: [] for name in ways}
-    for number in range(rounds):
-        for name in list(ways) if number % 2 == 0 else reversed(list(ways)):
-            started = clock()
-            ways[name]()
-            times[name].append((clock() - started) / images)
+    for _, name in in_turns(ways, rounds):
+        started = clock()
+        ways[name]()
+        times[name].append((clock() - started) / images)
     first = next(iter(ways))
-    found = {}
-    for name, own in times.items():
-        ratios = [other / mine for mine, other in zip(times[first], own, strict=True)]
-        found[name] = {
+    return {
+        name: {
             "ms_per_image": 1e3 * statistics.median(own),
             "images_per_s": 1 / statistics.median(own),
-            f"{first}_is_faster": statistics.median(ratios),
-            "range": [min(ratios), max(ratios)],
+            **ratio_of(times[first], own, "first_is_faster"),
         }
-    return found
-
-
-def describe(load_before: tuple[float, float, float], given: argparse.Namespace) -> dict:
-    """Say on what and beside what it was measured."""
-    model = platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                model = line.partition(":")[2].strip()
-    versions = {}
-    for package in ("torch", "torchvision", "pillow", "simplejpeg", "lightly"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    on_gpu = given.device != "cpu"
-    return {
-        "cpu": model,
-        "gpu": torch.cuda.get_device_name(given.device) if on_gpu else None,
-        "cores": os.cpu_count(),
-        "pinned_to_core": None if on_gpu else given.core,
-        "workers": given.workers,
-        "load_before": [round(value, 2) for value in load_before],
-        "load_after": [round(value, 2) for value in os.getloadavg()],
-        "versions": versions,
+        for name, own in times.items()
     }
 
 
-def print_tables(
-    results: dict[str, dict], parts: dict[str, dict], conditions: dict, *, file_kib: float
-) -> None:
+def print_tables(results: dict[str, dict], parts: dict[str, dict], conditions: dict) -> None:
     """Print conditions, one row per way, the halves of edgecl's, and the goal."""
     versions = ", ".join(f"{name} {version}" for name, version in conditions["versions"].items())
-    print(f"{conditions['gpu'] or conditions['cpu']}; {versions}")
+    print(f"{conditions['gpu'] or conditions['name']}; {versions}")
     print(
-        f"files of {file_kib:.0f} KiB, two views of {SIDE} px; "
-        f"load {conditions['load_before'][0]} before, {conditions['load_after'][0]} after\n"
+        f"files of {conditions['file_bytes'] / 1024:.0f} KiB, two views of {SIDE} px; "
+        f"load {conditions['load_before']} before, {conditions['load_after']} after\n"
     )
-    print("| way | ms per image | images/s | edgecl is faster |\n| --- | --- | --- | --- |")
+    body = []
     for name, row in results.items():
         low, high = row["range"]
-        faster = "" if name == EDGECL else f"{row['edgecl_is_faster']:.2f}x [{low:.2f}, {high:.2f}]"
-        print(f"| {name} | {row['ms_per_image']:.2f} | {row['images_per_s']:.0f} | {faster} |")
-    print()
+        faster = "" if name == EDGECL else f"{row['first_is_faster']:.2f}x [{low:.2f}, {high:.2f}]"
+        body.append([name, f"{row['ms_per_image']:.2f}", f"{row['images_per_s']:.0f}", faster])
+    print(table(["way", "ms per image", "images/s", "edgecl is faster"], body) + "\n")
     for name, row in parts.items():
         print(f"edgecl, {name}: {row['ms_per_image']:.2f} ms per image")
-    if TORCHVISION in results:
-        ratio = results[TORCHVISION]["edgecl_is_faster"]
-        reached = "reached" if ratio >= GOAL else "MISSED "
-        print(f"{reached} edgecl is {ratio:.2f}x faster than torchvision over PIL, at least {GOAL:g}x")
 
 
 if __name__ == "__main__":

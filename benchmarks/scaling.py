@@ -21,16 +21,14 @@ import functools
 import json
 import math
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
+from timing import Server, conditions_of, in_turns, options_of, ratio_of
 from torch import nn
 
 FLOAT_BYTES = 4
@@ -412,49 +410,26 @@ def count_sums(make: Callable[[], None]) -> tuple[int, int]:
     return sum(FLOAT_BYTES * math.prod(event.input_shapes[0]) for event in sums), len(sums)
 
 
-class Job:
-    """Processes of one run, the first of them listening."""
-
-    def __init__(self, processes: int, given: argparse.Namespace):
-        words = ["--net", given.net, "--size", given.size, "--batch", given.batch, "--steps", given.steps]
-        words += ["--projector", *given.projector, "--serve"]
-        # One process is the ordinary command: under a launcher even one would sum its gradients with itself.
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
-        self._process = subprocess.Popen(
-            [sys.executable, *map(str, launcher if processes > 1 else []), __file__, *map(str, words)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-
-    def ask(self, order: str) -> dict:
-        """Have the job do something, and return its answer."""
-        self._process.stdin.write(order + "\n")
-        self._process.stdin.flush()
-        for line in self._process.stdout:
-            if line.startswith("{"):
-                return json.loads(line)
-        raise SystemExit(f"the job ended while it was to '{order}'")
-
-    def close(self) -> None:
-        """End the job's processes and wait for them."""
-        self._process.stdin.close()
-        self._process.wait()
+def job_of(processes: int, given: argparse.Namespace) -> Server:
+    """Start the processes of one run, the first of them listening."""
+    words = ["--net", given.net, "--size", given.size, "--batch", given.batch, "--steps", given.steps]
+    words += ["--projector", *given.projector, "--serve"]
+    # One process is the ordinary command: under a launcher even one would sum its gradients with itself.
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
+    return Server(*(launcher if processes > 1 else []), __file__, *words)
 
 
 def measure(given: argparse.Namespace, worlds: list[int]) -> dict[int, dict]:
     """Time all worlds in turns."""
-    jobs: dict[int, Job] = {}
+    jobs: dict[int, Server] = {}
     try:
         for world in worlds:
-            jobs[world] = Job(world, given)
+            jobs[world] = job_of(world, given)
         counted = {world: job.ask("count") for world, job in jobs.items()}
         blocks: dict[int, dict[str, list[dict]]] = {world: {"weak": [], "strong": []} for world in worlds}
-        for index in range(given.rounds):
-            for world in worlds if index % 2 == 0 else list(reversed(worlds)):
-                for mode, answers in blocks[world].items():
-                    answers.append(jobs[world].ask(mode))
+        for _, world in in_turns(worlds, given.rounds):
+            for mode, answers in blocks[world].items():
+                answers.append(jobs[world].ask(mode))
     finally:
         for job in jobs.values():
             job.close()
@@ -473,19 +448,15 @@ def measure(given: argparse.Namespace, worlds: list[int]) -> dict[int, dict]:
         }
         for mode in ("weak", "strong"):
             ours, base = blocks[world][mode], blocks[worlds[0]][mode]
-            rates = [
-                one["images_per_s"] / other["images_per_s"] / world * worlds[0]
-                for one, other in zip(ours, base, strict=True)
-            ]
-            work = [
-                other["processor_s_per_image"] / one["processor_s_per_image"]
-                for one, other in zip(ours, base, strict=True)
-            ]
+            rates = (
+                [one["images_per_s"] * worlds[0] / world for one in ours],
+                [one["images_per_s"] for one in base],
+            )
+            work = ([one["processor_s_per_image"] for one in both] for both in (ours, base))
             result[mode] = {
                 "images_per_s": statistics.median(one["images_per_s"] for one in ours),
-                "efficiency": statistics.median(rates),
-                "range": [min(rates), max(rates)],
-                "efficiency_by_processor_time": statistics.median(work),
+                **ratio_of(rates[1], rates[0], "efficiency"),
+                "efficiency_by_processor_time": ratio_of(*work, "median")["median"],
             }
         results[world] = result
     return results
@@ -517,13 +488,11 @@ def print_measured(results: dict[int, dict], conditions: dict) -> None:
         print(f"| {world} | " + " | ".join(cells[:6]) + " | " + " and ".join(cells[6:]) + " |")
     for world, result in results.items():
         same = result["bytes"] == result["expected_bytes"]
-        print(f"{'reached' if same else 'MISSED '} {world} process(es): the bytes are those of the formula")
+        print(f"{world} process(es): the bytes are {'' if same else 'NOT '}those of the formula")
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    options = options_of(__doc__)
     options.add_argument("--paper", action="store_true", help="compute docs/scaling.md's tables instead")
     options.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
     options.add_argument(
@@ -553,26 +522,19 @@ def main() -> None:
     ]
     load_before = os.getloadavg()[0]
     results = measure(given, worlds)
-    name = platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
-    conditions = {
-        "name": name,
-        "cores": cores,
-        "threads": 1,
-        "net": given.net,
-        "image_size": given.size,
-        "batch": given.batch,
-        "projector": given.projector,
-        "steps_per_block": given.steps,
-        "rounds": given.rounds,
-        "backend": "gloo",
-        "left_out": left_out,
-        "load_before": round(load_before, 2),
-        "load_after": round(os.getloadavg()[0], 2),
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
-    }
+    conditions = conditions_of(
+        load_before,
+        ["torch"],
+        threads=1,
+        net=given.net,
+        image_size=given.size,
+        batch=given.batch,
+        projector=given.projector,
+        steps_per_block=given.steps,
+        rounds=given.rounds,
+        backend="gloo",
+        left_out=left_out,
+    )
     print_measured(results, conditions)
     print(json.dumps({"benchmark": "scaling", "conditions": conditions, "results": results}))
 

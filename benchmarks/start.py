@@ -22,7 +22,8 @@ import statistics
 from pathlib import Path
 
 import campaign
-from campaign import PLAYED, Run, processor, read_results, state_of, table
+from campaign import PLAYED, Run, read_results, state_of
+from timing import options_of, processor, table
 
 from edgecl.errors import EdgeclError
 
@@ -127,9 +128,7 @@ def summary_row(threads: str, which: str, summary: dict) -> list[str]:
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    options = options_of(__doc__)
     options.add_argument("--out", type=Path, required=True, help="directory of the runs")
     options.add_argument("--recipe", default="demo", help="a recipe for the demo's pictures [default: demo]")
     options.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="repeatable")

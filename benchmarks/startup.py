@@ -10,10 +10,8 @@ files lie in the system's cache. Then each command runs once more under -X impor
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import platform
 import re
 import statistics
 import subprocess
@@ -24,6 +22,8 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+from timing import conditions_of, in_turns, options_of, table
+
 RECIPE = Path(__file__).with_name("tiny.toml")
 TOP = 6
 SHOWN = {"help": "--help"}
@@ -31,9 +31,7 @@ WAIT_S = 300.0
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    options = options_of(__doc__)
     options.add_argument("--rounds", type=int, default=9)
     options.add_argument("--core", type=int, help="pin to this core [default: leave it to the system]")
     options.add_argument("--only", nargs="+", choices=["help", "ls", "bench", "pretrain"])
@@ -45,11 +43,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         commands = prepare(Path(scratch), given.only or ["help", "ls", "bench", "pretrain"])
         spent: dict[str, list[dict[str, float]]] = {name: [] for name in commands}
-        for index in range(given.rounds + 1):
-            for name in list(commands) if index % 2 == 0 else list(reversed(commands)):
-                one = commands[name]()
-                if index:
-                    spent[name].append(one)
+        for index, name in in_turns(commands, given.rounds + 1):
+            one = commands[name]()
+            if index:
+                spent[name].append(one)
         imports = {
             name: imports_of(Path(scratch), name) for name in commands if not name.startswith("python")
         }
@@ -61,16 +58,7 @@ def main() -> None:
         }
         for name, runs in spent.items()
     }
-    conditions = {
-        "name": processor_name(),
-        "cores": os.cpu_count(),
-        "pinned_to_core": given.core,
-        "threads": 1,
-        "rounds": given.rounds,
-        "load_before": round(load_before, 2),
-        "load_after": round(os.getloadavg()[0], 2),
-        "python": platform.python_version(),
-    }
+    conditions = conditions_of(load_before, pinned_to_core=given.core, threads=1, rounds=given.rounds)
     print_tables(results, imports, conditions)
     print(
         json.dumps({"benchmark": "startup", "conditions": conditions, "results": results, "imports": imports})
@@ -194,29 +182,23 @@ def imports_of(scratch: Path, name: str) -> dict:
     }
 
 
-def processor_name() -> str:
-    if Path("/proc/cpuinfo").exists():
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.machine()
-
-
 def print_tables(results: dict[str, dict], imports: dict[str, dict], conditions: dict) -> None:
     """Print conditions, one row per command, and where its imports' time goes."""
     print(
-        f"{conditions['name']}, 1 thread, Python {conditions['python']}, medians of {conditions['rounds']} processes; "
-        f"load {conditions['load_before']} before, {conditions['load_after']} after\n"
+        f"{conditions['name']}, 1 thread, Python {conditions['versions']['python']}, medians of "
+        f"{conditions['rounds']} processes; load {conditions['load_before']} before, {conditions['load_after']} after\n"
     )
-    print("| command | wall s | processor s | fastest wall s |\n| --- | --- | --- | --- |")
+    body = []
     for name, one in results.items():
         shown = name if name.startswith("python") else f"edgecl {SHOWN.get(name, name)}"
         shown += " to its first step" if name == "pretrain" else ""
-        print(f"| {shown} | {one['wall_s']:.3f} | {one['processor_s']:.3f} | {one['fastest_wall_s']:.3f} |")
-    print("\n| command | modules | imports s | the most, by package |\n| --- | --- | --- | --- |")
+        body.append([shown, *(f"{one[key]:.3f}" for key in ("wall_s", "processor_s", "fastest_wall_s"))])
+    print(table(["command", "wall s", "processor s", "fastest wall s"], body))
+    body = []
     for name, one in imports.items():
         most = ", ".join(f"{package} {seconds:.3f}" for package, seconds in one["packages"].items())
-        print(f"| edgecl {SHOWN.get(name, name)} | {one['modules']} | {one['total_s']:.3f} | {most} |")
+        body.append([f"edgecl {SHOWN.get(name, name)}", str(one["modules"]), f"{one['total_s']:.3f}", most])
+    print("\n" + table(["command", "modules", "imports s", "the most, by package"], body))
 
 
 if __name__ == "__main__":

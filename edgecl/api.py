@@ -109,7 +109,7 @@ def carve(
 
     Raises:
         ArtifactError: not a run directory, no whole checkpoint in it, or the output exists.
-        SliceError: the run was not trained at this width.
+        SliceError: the run was not trained at this width, or it is that of a host with the slim net's skip connections.
         DataError: the run's images are gone, and recalibration needs them.
     """
     from edgecl.train.carve import carve as carve_run

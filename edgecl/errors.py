@@ -138,9 +138,9 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
-def first_of(names: Sequence[str], *, count: int = 5) -> str:
-    """Name the first few, with a sign where there are more."""
-    return ", ".join(names[:count]) + (" …" if len(names) > count else "")
+def first_of(names: Sequence[str]) -> str:
+    """Name the first five, with a sign where there are more."""
+    return ", ".join(names[:5]) + (" …" if len(names) > 5 else "")
 
 
 def near_matches(name: str, known: Iterable[str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -105,18 +106,9 @@ def run(
             record.stages = _stages_done(pipeline, record)
         else:
             _start(pipeline, record)
+        stages = _Stages(recipe, pipeline, record, uri, labelled_data, device, resume, download, say)
         try:
-            _run_stages(
-                recipe,
-                pipeline,
-                record,
-                uri,
-                labelled_data=labelled_data,
-                device=device,
-                resume=resume,
-                download=download,
-                say=say,
-            )
+            stages.run()
         except Exception:
             if not resume and not RunDir(pipeline.run).record_file.exists():
                 clear_directory(out, keep={LOCK})  # a start that was refused leaves nothing
@@ -129,71 +121,185 @@ def run(
     return PipelineRun(record, written)
 
 
-def _run_stages(
-    recipe: Recipe,
-    pipeline: PipelineDir,
-    record: PipelineRecord,
-    uri: str,
-    *,
-    labelled_data: bool,
-    device: Device,
-    resume: bool,
-    download: bool,
-    say: Callable[[str], None],
-) -> None:
-    """Run the stages that are not done yet, and write the record after each."""
+@dataclass(frozen=True)
+class _Stages:
+    """The stages of a pipeline; each is done unless all it made is still there, and is then on record."""
 
-    def stage(
-        name: str, work: Callable[[], Sequence[Path]], *, stale: bool = False, target: Json | None = None
+    recipe: Recipe
+    pipeline: PipelineDir
+    record: PipelineRecord
+    uri: str
+    labelled_data: bool
+    device: Device
+    resume: bool
+    download: bool
+    say: Callable[[str], None]
+
+    def run(self) -> None:
+        # A later stage is made from an earlier one, and made anew with it.
+        stale = self._do("pretrain", self._pretrain)
+        if not stale:
+            self._check_images()
+        stale = self._do("carve", self._carve, stale=stale)
+        self._do("cost", self._cost, stale=stale)
+        self._do("probe", self._probe, stale=stale)
+        for target in self.record.targets:
+            now = read_target(target, precisions=self.record.precisions).model_dump(mode="json")
+            for width, net in self._nets.items():
+                # The widest net, often the only one, has the plain name of stage and folder.
+                suffix = "" if net == self.pipeline.slim else f"-{width_as_given(width)}"
+                name = f"export {target}{suffix.replace('-', ' ')}"
+                bundle = Bundle(self.pipeline.bundles / f"{Path(target).stem}{suffix}")
+                before = self.record.stages.get(name)
+                self._do(
+                    name,
+                    partial(self._export, name, net, target, bundle),
+                    stale=stale or before is None or before.target != now,
+                    target=now,
+                )
+
+    def _do(
+        self,
+        name: str,
+        work: Callable[[], Sequence[Path]],
+        *,
+        stale: bool = False,
+        target: Json | None = None,
     ) -> bool:
         """Do a stage unless all it made is still there; return whether it was done now."""
-        done = record.stages.get(name)
-        if done and not stale and all((pipeline.path / file).exists() for file in done.made):
-            say(f"{name}: already done")
+        done = self.record.stages.get(name)
+        if done and not stale and all((self.pipeline.path / file).exists() for file in done.made):
+            self.say(f"{name}: already done")
             return False
-        say(name)
+        self.say(name)
         started = time.monotonic()
         written = work()
-        record.stages[name] = Stage(
+        self.record.stages[name] = Stage(
             wall_s=round(time.monotonic() - started, 3),
-            made=[path.relative_to(pipeline.path).as_posix() for path in written],
+            made=[path.relative_to(self.pipeline.path).as_posix() for path in written],
             target=target,
         )
-        write_record(pipeline.record_file, record)
+        write_record(self.pipeline.record_file, self.record)
         return True
 
-    # A later stage is made from an earlier one, and made anew with it.
-    stale = stage(
-        "pretrain",
-        lambda: _pretrain(recipe, pipeline, record, device=device, resume=resume, download=download),
-    )
-    if not stale:
-        _check_images(pipeline, uri, download=download)
-    nets = _nets_of(recipe, pipeline)
-    stale = stage("carve", lambda: _carve(nets, pipeline, force=resume), stale=stale)
-    stage("cost", lambda: _cost(nets), stale=stale)
-    stage(
-        "probe",
-        lambda: _probe(
-            recipe, pipeline, uri, test=record.test, labelled_data=labelled_data, download=download
-        ),
-        stale=stale,
-    )
-    precisions = record.precisions
-    for target in record.targets:
-        target_now = read_target(target, precisions=precisions).model_dump(mode="json")
-        for width, net in nets.items():
-            # The widest net, often the only one, has the plain name of stage and folder.
-            suffix = "" if net == pipeline.slim else f"-{width_as_given(width)}"
-            name = f"export {target}{suffix.replace('-', ' ')}"
-            bundle = Bundle(pipeline.bundles / f"{Path(target).stem}{suffix}")
-            before = record.stages.get(name)
-            stage(
-                name,
-                partial(_export, net, target, bundle, uri, precisions, name=name, force=resume, say=say),
-                stale=stale or before is None or before.target != target_now,
-                target=target_now,
+    @property
+    def _nets(self) -> dict[float, Path]:
+        """The model directory of each slim width: slim for the widest, slim-WIDTH for the others."""
+        widest, *others = self.recipe.slim.all_widths
+        folder = self.pipeline.slim
+        return {
+            widest: folder,
+            **{width: folder.with_name(f"{folder.name}-{width_as_given(width)}") for width in others},
+        }
+
+    def _check_images(self) -> None:
+        """Check that the images that later stages read are those the run was trained on."""
+        from edgecl.data.sources import open_source
+        from edgecl.train.resume import IMAGES, check_source
+
+        source = open_source(self.uri, split="train", download=self.download)
+        if changes := check_source(RunDir(self.pipeline.run), source, allowed=[IMAGES]):
+            raise ArtifactError(
+                f"cannot resume '{self.pipeline.path}' with other images: {'; '.join(changes)}",
+                hint="bring them back as they were, name by name and of the same sizes, or choose another --out",
             )
+
+    def _pretrain(self) -> list[Path]:
+        from edgecl.train.pretrain import pretrain
+
+        run_dir = RunDir(self.pipeline.run)
+        started = run_dir.record_file.exists()
+        if not started and run_dir.checkpoints.exists():
+            raise ArtifactError(
+                f"the run directory '{run_dir.path}' has checkpoints but no {RunDir.RECORD}",
+                hint=f"restore {RunDir.RECORD} from a copy, or remove the directory yourself: the run then starts anew",
+            )
+        pretrain(
+            self.recipe,
+            recipe_name=str(self.record.recipe_name),
+            out=run_dir.path,
+            data=self.record.data,
+            device=self.device,
+            resume=self.resume and started,
+            force=True,
+            download=self.download,
+        )
+        return [run_dir.record_file]
+
+    def _carve(self) -> list[Path]:
+        from edgecl.train.carve import carve
+
+        for width, out in self._nets.items():
+            carve(self.pipeline.run, out=out, width=width, force=self.resume)
+        models = [ModelDir(out) for out in self._nets.values()]
+        return [file for model in models for file in (model.record_file, model.weights_file)]
+
+    def _cost(self) -> list[Path]:
+        from edgecl.evaluate.cost import cost
+
+        for out in self._nets.values():
+            cost(out)
+        return [ModelDir(out).cost_file for out in self._nets.values()]
+
+    def _probe(self) -> list[Path]:
+        """Compare with the baselines where there are labels; without labels there is nothing to compare."""
+        from edgecl.evaluate.comparison import compare, write_random
+        from edgecl.evaluate.cost import cost
+        from edgecl.evaluate.labelled import read_labelled
+        from edgecl.evaluate.probe import write_probe
+
+        if not self.labelled_data:
+            return []
+        recipe, pipeline, settings = self.recipe, self.pipeline, self.recipe.probe
+        record = ModelDir(pipeline.slim).read()
+        labelled = read_labelled(
+            self.uri,
+            test=self.record.test,
+            preprocessing=record.preprocessing,
+            max_bad_fraction=recipe.data.max_bad_fraction,
+            limit=recipe.data.limit,
+            download=self.download,
+        )
+        write_random(pipeline.random, record, labelled, seed=recipe.run.seed, force=True)
+        comparison = compare(
+            pipeline.slim,
+            pipeline.random,
+            labelled,
+            settings=settings,
+            views=recipe.views,
+            seed=recipe.run.seed,
+        )
+        write_record(pipeline.comparison_file, comparison)
+        cost(pipeline.random)
+        others = [path for path in self._nets.values() if path != pipeline.slim]
+        for path in others:
+            # On the same images and draws as the widest.
+            write_probe(path, labelled, labels_per_class=settings.labels_per_class, draws=settings.draws)
+        probed = [ModelDir(path).probe_file for path in (*others, pipeline.slim, pipeline.random)]
+        return [pipeline.comparison_file, *probed, ModelDir(pipeline.random).weights_file]
+
+    def _export(self, name: str, net: Path, target: str, bundle: Bundle) -> list[Path]:
+        """Export, verify, and measure where this machine has the target's runtime; a board's it measures later."""
+        from edgecl.deploy.device import bench, verify
+        from edgecl.deploy.export import export, runs_here
+
+        here = runs_here(read_target(target))
+        manifest = export(
+            net,
+            target=target,
+            out=bundle.path,
+            precisions=self.record.precisions,
+            calibration=self.uri,
+            force=self.resume,
+            say=lambda line: self.say(f"{name}: {line}"),
+        )
+        verify(bundle.path, runtime=None if here else "onnxruntime")
+        made = [bundle.record_file, bundle.verify_file, *(bundle.path / name for name in manifest.files)]
+        if not here:
+            self.say(f"{name}: measured on the device, e.g. `edgecl bench {bundle.path} --host USER@BOARD`")
+            return made
+        bench(bundle.path, precisions=list(manifest.precisions), duration_s=BENCH_S)
+        return [*made, *sorted(bundle.path.glob("bench-*.json"))]
 
 
 def _check_targets(targets: Sequence[str], precisions: Sequence[str] | None) -> None:
@@ -237,174 +343,8 @@ def _stages_done(pipeline: PipelineDir, now: PipelineRecord) -> dict[str, Stage]
     return before.stages
 
 
-def _check_images(pipeline: PipelineDir, uri: str, *, download: bool) -> None:
-    """Check that the images that later stages read are those the run was trained on."""
-    from edgecl.data.sources import open_source
-    from edgecl.train.resume import IMAGES, check_source
-
-    source = open_source(uri, split="train", download=download)
-    if changes := check_source(RunDir(pipeline.run), source, allowed=[IMAGES]):
-        raise ArtifactError(
-            f"cannot resume '{pipeline.path}' with other images: {'; '.join(changes)}",
-            hint="bring them back as they were, name by name and of the same sizes, or choose another --out",
-        )
-
-
 def _start(pipeline: PipelineDir, record: PipelineRecord) -> None:
     """Remove what an earlier run left, but for the lock, and write the record of a new one."""
     with disk_errors(pipeline.path):
         clear_directory(pipeline.path, keep={LOCK})
     write_record(pipeline.record_file, record)
-
-
-def _pretrain(
-    recipe: Recipe,
-    pipeline: PipelineDir,
-    record: PipelineRecord,
-    *,
-    device: Device,
-    resume: bool,
-    download: bool,
-) -> list[Path]:
-    from edgecl.train.pretrain import pretrain
-
-    run_dir = RunDir(pipeline.run)
-    started = run_dir.record_file.exists()
-    if not started and run_dir.checkpoints.exists():
-        raise ArtifactError(
-            f"the run directory '{run_dir.path}' has checkpoints but no {RunDir.RECORD}",
-            hint=f"restore {RunDir.RECORD} from a copy, or remove the directory yourself: the run then starts anew",
-        )
-    pretrain(
-        recipe,
-        recipe_name=str(record.recipe_name),
-        out=pipeline.run,
-        data=record.data,
-        device=device,
-        resume=resume and started,
-        force=True,
-        download=download,
-    )
-    return [RunDir(pipeline.run).record_file]
-
-
-def _nets_of(recipe: Recipe, pipeline: PipelineDir) -> dict[float, Path]:
-    """Return the model directory of each slim width: slim for the widest, slim-WIDTH for the others."""
-    widest, *others = recipe.slim.all_widths
-    folder = pipeline.slim
-    return {
-        widest: folder,
-        **{width: folder.with_name(f"{folder.name}-{width_as_given(width)}") for width in others},
-    }
-
-
-def _carve(nets: dict[float, Path], pipeline: PipelineDir, *, force: bool) -> list[Path]:
-    from edgecl.train.carve import carve
-
-    for width, out in nets.items():
-        carve(pipeline.run, out=out, width=width, force=force)
-    return [file for out in nets.values() for file in (ModelDir(out).record_file, ModelDir(out).weights_file)]
-
-
-def _cost(nets: dict[float, Path]) -> list[Path]:
-    from edgecl.evaluate.cost import cost
-
-    for out in nets.values():
-        cost(out)
-    return [ModelDir(out).cost_file for out in nets.values()]
-
-
-def _probe(
-    recipe: Recipe,
-    pipeline: PipelineDir,
-    uri: str,
-    *,
-    test: str | None,
-    labelled_data: bool,
-    download: bool,
-) -> list[Path]:
-    """Compare with the baselines where there are labels; without labels there is nothing to compare."""
-    from edgecl.evaluate.comparison import compare, write_random
-    from edgecl.evaluate.cost import cost
-    from edgecl.evaluate.labelled import read_labelled
-    from edgecl.evaluate.probe import load_feature_net, write_probe
-
-    if not labelled_data:
-        return []
-    record = ModelDir(pipeline.slim).read()
-    labelled = read_labelled(
-        uri,
-        test=test,
-        preprocessing=record.preprocessing,
-        max_bad_fraction=recipe.data.max_bad_fraction,
-        limit=recipe.data.limit,
-        download=download,
-    )
-    write_random(pipeline.random, record, labelled, seed=recipe.run.seed, force=True)
-    comparison, probes = compare(
-        pipeline.slim,
-        pipeline.random,
-        labelled,
-        labels_per_class=recipe.probe.labels_per_class,
-        draws=recipe.probe.draws,
-        scratch_steps=recipe.probe.scratch_steps,
-        scratch_lr=recipe.probe.scratch_lr,
-        views=recipe.views,
-        seed=recipe.run.seed,
-    )
-    write_record(pipeline.comparison_file, comparison)
-    for path, name in ((pipeline.slim, "pretrained"), (pipeline.random, "random init")):
-        write_record(ModelDir(path).probe_file, probes[name])
-    cost(pipeline.random)
-    others = [path for path in _nets_of(recipe, pipeline).values() if path != pipeline.slim]
-    for path in others:
-        # On the same images and draws as the widest.
-        write_probe(
-            path,
-            load_feature_net(path)[0],
-            labelled,
-            preprocessing=record.preprocessing,
-            labels_per_class=recipe.probe.labels_per_class,
-            draws=recipe.probe.draws,
-        )
-    return [
-        pipeline.comparison_file,
-        *(ModelDir(path).probe_file for path in others),
-        ModelDir(pipeline.slim).probe_file,
-        ModelDir(pipeline.random).probe_file,
-        ModelDir(pipeline.random).weights_file,
-    ]
-
-
-def _export(
-    net: Path,
-    target: str,
-    bundle: Bundle,
-    uri: str,
-    precisions: Sequence[str] | None,
-    *,
-    name: str,
-    force: bool,
-    say: Callable[[str], None],
-) -> list[Path]:
-    """Export, verify, and measure where this machine has the target's runtime; a board's it measures later."""
-    from edgecl.deploy.device import bench, verify
-    from edgecl.deploy.export import export, runs_here
-
-    here = runs_here(read_target(target))
-    manifest = export(
-        net,
-        target=target,
-        out=bundle.path,
-        precisions=precisions,
-        calibration=uri,
-        force=force,
-        say=lambda line: say(f"{name}: {line}"),
-    )
-    verify(bundle.path, runtime=None if here else "onnxruntime")
-    made = [bundle.record_file, bundle.verify_file, *(bundle.path / name for name in manifest.files)]
-    if not here:
-        say(f"{name}: measured on the device, e.g. `edgecl bench {bundle.path} --host USER@BOARD`")
-        return made
-    bench(bundle.path, precisions=list(manifest.precisions), duration_s=BENCH_S)
-    return [*made, *sorted(bundle.path.glob("bench-*.json"))]

@@ -53,27 +53,18 @@ class Progress:
         return self._what is not None and now - self._started >= PATIENCE_S and is_main()
 
     def _draw(self) -> None:
+        from rich import progress as rich
         from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
-        from rich.progress import (
-            Progress as Bar,
-        )
 
         if self._bar is None:
-            bar = Bar(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[rate]}"),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
+            bar = rich.Progress(
+                rich.TextColumn("{task.description}"),
+                rich.BarColumn(),
+                rich.MofNCompleteColumn(),
+                rich.TextColumn("{task.fields[rate]}"),
+                rich.TimeElapsedColumn(),
+                rich.TimeRemainingColumn(),
+                rich.TextColumn("{task.fields[note]}"),
                 console=Console(stderr=True),
             )
             bar.start()
@@ -81,7 +72,7 @@ class Progress:
                 self._what or "", total=self._total, completed=self._first, rate="", note=""
             )
             self._bar = bar
-        assert isinstance(self._bar, Bar)
+        assert isinstance(self._bar, rich.Progress)
         self._bar.update(self._task, completed=self._done, rate=self._rate(time.monotonic()), note=self._note)
 
     def _rate(self, now: float) -> str:

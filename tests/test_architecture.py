@@ -132,15 +132,6 @@ def test_no_parts_import_each_other_in_a_circle_even_within_functions():
     assert cycle_in({part: others - {part, "__init__"} for part, others in graph.items()}) is None
 
 
-def test_cycle_finder_finds_a_cycle():
-    assert cycle_in({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
-
-
-def test_imports_inside_functions_are_seen():
-    assert "edgecl.train.pretrain" in imports_of(PACKAGE / "pipeline.py")
-    assert "edgecl.train.pretrain" not in imports_of(PACKAGE / "pipeline.py", at_import=True)
-
-
 def test_nothing_but_the_command_imports_the_command_line():
     importers = {
         module for module, path in MODULES.items() if any(part_of(name) == "cli" for name in imports_of(path))

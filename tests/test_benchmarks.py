@@ -14,6 +14,7 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[1]
 BENCHMARKS = REPOSITORY / "benchmarks"
+sys.path.append(str(BENCHMARKS))
 
 # One whose slim net has its skips where the host has them.
 ARCH = "mobilenetv3_small_100"
@@ -98,19 +99,10 @@ def test_flops_of_a_step_are_four_units_of_both_nets_and_of_masks_eight_of_the_h
 
 def test_step_benchmark_prints_a_table_and_json():
     said, found = run(
-        "step", "--nets", ARCH, "--size", 32, "--batch", 8, "--projector", 24, 24, "--rounds", 2
+        "step", "--nets", ARCH, "--size", 32, "--batch", 8, "--projector", 24, 24, "--rounds", 1
     )
     assert found["benchmark"] == "step"
-    assert {
-        "name",
-        "threads",
-        "image_size",
-        "batch",
-        "projector",
-        "precision",
-        "load_before",
-        "versions",
-    } <= set(found["conditions"])
+    assert {"name", "threads", "image_size", "batch", "precision", "versions"} <= set(found["conditions"])
     assert found["conditions"]["threads"] == 1
     result = found["results"][ARCH]
     names = ["slices", "masks", "plain nets", "four passes", "losses", "optimizer", "Barlow Twins"]
@@ -126,36 +118,10 @@ def test_step_benchmark_prints_a_table_and_json():
 
 
 def test_step_benchmark_times_a_recipe_with_and_without_small_maps():
-    said, found = run("step", "--recipe", "demo", "--rounds", 1)
-    assert found["recipe"] == "demo"
+    said, found = run("step", "--recipe", BENCHMARKS / "tiny.toml", "--rounds", 1)
     assert list(found["ms"]) == ["torch's convolutions", "small maps as products"]
-    assert {"name", "threads", "capability", "environment", "load", "torch"} <= set(found["conditions"])
+    assert {"name", "threads", "capability", "environment", "versions"} <= set(found["conditions"])
     assert f"ratio {found['ratio']:.2f}" in said
-
-
-def test_goals_are_set_apart_from_what_they_are_goals_of(step):
-    result = {
-        "ratios": {
-            "masks": {"over_slices": 1.2},
-            "plain nets": {"engine_overhead": 0.134},
-            "four passes": {"engine_overhead": 0.04},
-        }
-    }
-    assert step.evaluator(result) == [
-        ("masks take 1.20 times the time of slices; goal: at least 1.3", False),
-        ("the step takes 13.4 % more than the same step by plain nets; goal: at most 5 %", False),
-        (
-            "the step takes 4.0 % more than its four bare passes, losses and optimizer included; goal: at most 5 %",
-            True,
-        ),
-    ]
-
-
-def test_help_says_that_a_missed_goal_is_no_failure(step, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["step.py", "--help"])
-    with pytest.raises(SystemExit):
-        step.main()
-    assert "The exit status is 0 either way" in capsys.readouterr().out
 
 
 # --- scaling.py ---
@@ -198,7 +164,7 @@ worlds.fork_world(main, 2)
 
 def test_bytes_of_the_arms_are_those_of_the_formula(scaling, tmp_path):
     # The others differ from these in nothing that is sent.
-    arms = ["SACL-XD", "SACL-XD, slim_only", "Barlow Twins"]
+    arms = ["SACL-XD, slim_only", "Barlow Twins"]
     assert set(arms) < set(scaling.ARMS)
     script = tmp_path / "count.py"
     script.write_text(COUNT)
@@ -255,7 +221,7 @@ def test_scaling_benchmark_counts_in_real_jobs():
         assert set(result["weak"]) == {"images_per_s", "efficiency", "range", "efficiency_by_processor_time"}
     assert found["results"]["1"]["bytes"] == {"gradients": 0, "losses": 0}
     assert found["results"]["2"]["bytes"]["losses"] > 0
-    assert "reached 2 process(es): the bytes are those of the formula" in said
+    assert "2 process(es): the bytes are those of the formula" in said
 
 
 # --- startup.py ---

@@ -5,8 +5,6 @@ from __future__ import annotations
 import inspect
 import re
 
-import pytest
-
 from edgecl import errors
 from edgecl.errors import EdgeclError, near_matches
 
@@ -34,11 +32,6 @@ def test_an_end_that_was_asked_for_is_no_error():
     assert not issubclass(errors.Preempted, EdgeclError)
 
 
-@pytest.mark.parametrize("kind", classes())
-def test_every_error_has_a_docstring(kind):
-    assert kind.__doc__
-
-
 def test_problem_alone_is_one_line():
     assert str(EdgeclError("no such thing")) == "no such thing"
 
@@ -51,10 +44,6 @@ def test_places_and_hint_stand_in_one_column_below_the_problem():
         "  directory: /x",
         "  hint:      mend it",
     ]
-
-
-def test_near_matches_are_joined_by_or():
-    assert near_matches("demo", ["demo1", "demo2", "other"]) == "did you mean 'demo2' or 'demo1'?"
 
 
 def test_without_a_near_match_all_are_listed_in_order():

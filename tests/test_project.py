@@ -116,25 +116,6 @@ def test_contributing_names_files_that_are_there():
     assert not [name for name in there if not (REPOSITORY / name).exists()]
 
 
-@pytest.mark.parametrize(
-    ("file", "name"),
-    [
-        ("nets/catalogue.py", "NETS"),
-        ("deploy/extras.py", "OF_PRECISION"),
-    ],
-)
-def test_contributing_names_what_is_in_a_file(file, name):
-    tree = ast.parse((PACKAGE / file).read_text(encoding="utf-8"))
-    names = {
-        target.id
-        for node in tree.body
-        if isinstance(node, ast.Assign | ast.AnnAssign)
-        for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
-    }
-    assert name in names
-    assert f"`{name}`" in text("CONTRIBUTING.md")
-
-
 def test_every_error_has_its_place_in_the_docs():
     tree = ast.parse((PACKAGE / "errors.py").read_text(encoding="utf-8"))
     errors = {

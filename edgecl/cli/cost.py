@@ -81,12 +81,14 @@ def _print_cost(subject: str, record: "CostRecord | RecipeCost") -> None:
 
 
 def _training_rows(training: "RecipeTraining", widths: "list[WidthCost]") -> list[tuple[str, str, str]]:
+    from edgecl.errors import counted
+
     total, projector = training.total_flops, training.projector_total_flops
     rows = [
         (
             "method",
             training.arm,
-            f"{_counted(training.images, 'image')}, {_counted(training.epochs, 'epoch')}",
+            f"{counted(training.images, 'image')}, {counted(training.epochs, 'epoch')}",
         ),
         (
             "forward units",
@@ -156,10 +158,6 @@ def _flops(count: float) -> str:
 def _total(flops: float) -> str:
     """Write FLOPs of a whole run: in 1e17, as papers do, where that is readable."""
     return f"{flops / 1e17:.4g}e17 FLOPs" if flops >= 1e16 else _flops(flops)
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def _print_table(rows: "list[PublishedCost]") -> None:

@@ -7,6 +7,8 @@ import typer
 import typer.core
 import typer.main
 
+from edgecl.cli.options import ForceOption, JsonOption
+
 if TYPE_CHECKING:
     from edgecl.reports.content import Report
     from edgecl.reports.diff import Diff
@@ -20,8 +22,8 @@ def report_command(
         ),
     ],
     out: Annotated[Path, typer.Option("--out", help="Directory to write the report to.", show_default=False)],
-    json_: Annotated[bool, typer.Option("--json", help="Print report.json and nothing else.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace an earlier report.")] = False,
+    json_: JsonOption = False,
+    force: ForceOption = False,
 ) -> None:
     """Write one page about nets, their bundles and their runs.
 
@@ -60,7 +62,7 @@ def diff_command(
             show_default=False,
         ),
     ] = None,
-    json_: Annotated[bool, typer.Option("--json", help="Print one JSON value and nothing else.")] = False,
+    json_: JsonOption = False,
 ) -> None:
     """Compare two reports row by row; exit 1 where a rule of --fail-on is broken.
 

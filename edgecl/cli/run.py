@@ -8,7 +8,6 @@ import typer
 from edgecl.cli.device_options import split_precisions
 from edgecl.cli.options import (
     DataOption,
-    Device,
     DeviceOption,
     DownloadOption,
     ExportPrecisionOption,
@@ -38,44 +37,6 @@ def run_command(
     download: DownloadOption = False,
 ) -> None:
     """Go the whole road, from images to report."""
-    _run(
-        recipe,
-        data=data,
-        test=test,
-        targets=target,
-        precisions=split_precisions(precision),
-        out=out,
-        set_=set_,
-        device=device,
-        resume=resume,
-        force=force,
-        download=download,
-    )
-
-
-def demo_command(
-    out: Annotated[Path, typer.Option("--out", help="Directory to write.")] = Path("edgecl-demo"),
-    resume: ResumeOption = False,
-    force: ForceOption = False,
-) -> None:
-    """Go the whole road on pictures edgecl draws."""
-    _run("demo", out=out, precisions=["fp32", "int8"], resume=resume, force=force, device="cpu")
-
-
-def _run(
-    recipe: str,
-    *,
-    out: Path | None,
-    data: str | None = None,
-    test: str | None = None,
-    targets: list[str] | None = None,
-    precisions: list[str] | None = None,
-    set_: list[str] | None = None,
-    device: Device = "auto",
-    resume: bool = False,
-    force: bool = False,
-    download: bool = False,
-) -> None:
     refuse_both(resume=resume, force=force)
     from edgecl.config.recipe import read_recipe, recipe_name
 
@@ -94,8 +55,8 @@ def _run(
         out=out,
         data=data,
         test=test,
-        targets=targets or ["ort-cpu"],
-        precisions=precisions,
+        targets=target or ["ort-cpu"],
+        precisions=split_precisions(precision),
         device=device,
         resume=resume,
         force=force,
@@ -104,3 +65,12 @@ def _run(
     )
     print_report(record.report)
     print_line(f"report: {ReportDir(PipelineDir(out).report).page_file}")
+
+
+def demo_command(
+    out: Annotated[Path, typer.Option("--out", help="Directory to write.")] = Path("edgecl-demo"),
+    resume: ResumeOption = False,
+    force: ForceOption = False,
+) -> None:
+    """Go the whole road on pictures edgecl draws."""
+    run_command("demo", out=out, precision=["fp32,int8"], resume=resume, force=force, device="cpu")

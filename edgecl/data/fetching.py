@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
-from edgecl.data.tar_index import TarIndex, indexed, read_index, save_index
+from edgecl.data.tar_index import TarIndex, basename, indexed, read_index, save_index
 from edgecl.errors import DataError, first_line
 from edgecl.storage.redaction import without_secrets
 from edgecl.storage.writing import DISK_FULL, flush
@@ -37,13 +37,6 @@ _LOGIN_HINT = (
     "the login or the signature is missing, wrong or out of date; records keep neither, so give the URL anew, "
     "or with ${NAME} and the secret in the environment variable WDS_NAME"
 )
-
-
-class Fetched(NamedTuple):
-    """A remote shard that lies in the cache."""
-
-    file: Path
-    tar: TarIndex
 
 
 class _Failed(Exception):  # noqa: N818 - becomes a DataError once it is known which shard it is
@@ -72,7 +65,7 @@ def cached_place(url: str) -> Path:
     return cache_folder() / f"{hashlib.sha256(plain.encode()).hexdigest()[:24]}-{name}"
 
 
-def fetch(url: str, *, count: Callable[[int], None], stop: threading.Event) -> Fetched:
+def fetch(url: str, *, count: Callable[[int], None], stop: threading.Event) -> tuple[Path, TarIndex]:
     """Fetch a remote shard into the cache, unless it is there; only a whole one is kept.
 
     Processes that want the same shard wait for the first of them, as long as its file grows.
@@ -89,7 +82,7 @@ def fetch(url: str, *, count: Callable[[int], None], stop: threading.Event) -> F
     cached_at = place.with_name(f"{place.name}.npz")
     with suppress(DataError):
         # Not there yet, or damaged since: both end in fetching.
-        return Fetched(place, indexed(place, shown=shown, cached_at=cached_at))
+        return place, indexed(place, shown=shown, cached_at=cached_at)
     scheme = urlsplit(url).scheme
     if scheme not in _SCHEMES:
         raise DataError(
@@ -101,7 +94,7 @@ def fetch(url: str, *, count: Callable[[int], None], stop: threading.Event) -> F
         place.parent.mkdir(parents=True, exist_ok=True)
         with _only_one(place, shown, stop):
             with suppress(DataError):
-                return Fetched(place, indexed(place, shown=shown, cached_at=cached_at))
+                return place, indexed(place, shown=shown, cached_at=cached_at)
             aside = _part(place, str(os.getpid()))
             try:
                 _download(url, aside, shown=shown, count=count, stop=stop)
@@ -112,11 +105,11 @@ def fetch(url: str, *, count: Callable[[int], None], stop: threading.Event) -> F
             finally:
                 aside.unlink(missing_ok=True)
             save_index(index, cached_at)
-            return Fetched(place, index)
+            return place, index
     except OSError as exc:
         full = exc.errno in DISK_FULL
         raise DataError(
-            f"no room for the shard '{_name(shown)}'"
+            f"no room for the shard '{basename(shown)}'"
             if full
             else f"the cache cannot be written: {exc.strerror}",
             where={"cache": place.parent, "url": shown},
@@ -141,7 +134,7 @@ def _only_one(place: Path, shown: str, stop: threading.Event) -> Iterator[None]:
         # Twice as long: the holder reports its own error first.
         if time.monotonic() - since > 2 * STALL_S:
             raise DataError(
-                f"another process fetches the shard '{_name(shown)}' and got no further for {2 * STALL_S:.0f} s",
+                f"another process fetches the shard '{basename(shown)}' and got no further for {2 * STALL_S:.0f} s",
                 where={"url": shown, "lock": lock.lock_file},
                 hint="end that process; the lock goes with it",
             )
@@ -177,7 +170,7 @@ def _download(
             tried = f" ({ATTEMPTS} tries)" if failure.again else ""
             # Not chained: the texts of the libraries name the whole URL.
             raise DataError(
-                f"the shard '{_name(shown)}' could not be fetched: {failure.reason}{tried}",
+                f"the shard '{basename(shown)}' could not be fetched: {failure.reason}{tried}",
                 where={"url": shown},
                 hint=failure.hint,
             ) from None
@@ -266,12 +259,8 @@ def _failure(exc: BaseException) -> _Failed:
 
 
 def _stopped(shown: str) -> DataError:
-    return DataError(f"fetching the shard '{_name(shown)}' was stopped", where={"url": shown})
+    return DataError(f"fetching the shard '{basename(shown)}' was stopped", where={"url": shown})
 
 
 def _part(place: Path, who: str) -> Path:
     return place.with_name(f"{place.name}.{who}.part")
-
-
-def _name(shown: str) -> str:
-    return shown.rpartition("/")[2] or shown

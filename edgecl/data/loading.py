@@ -33,6 +33,7 @@ from edgecl.data.source import ImageSource, Labels, UnreadableImage
 from edgecl.data.threads import read_ahead
 from edgecl.data.unreadable import BadImages, say_skipped
 from edgecl.errors import DataError, counted
+from edgecl.metrics.linear import place_in_class
 from edgecl.progress import Progress
 
 Indices = NDArray[np.int64]
@@ -114,7 +115,7 @@ def choose_images(labels: Labels | None, length: int, limit: int | None) -> Indi
     order = permutation(0, 0, length, stream="limit")
     if labels is None:
         return np.sort(order[:limit])
-    place = _place_in_class(labels[order])
+    place = place_in_class(labels[order])
     # Every class's first image, then every class's second, …
     return np.sort(order[np.lexsort((labels[order], place))[:limit]])
 
@@ -139,7 +140,7 @@ def split_holdout(labels: Labels, fraction: float, seed: int) -> tuple[Indices, 
     classes, inverse, counts = np.unique(shuffled, return_inverse=True, return_counts=True)
     in_class = counts[inverse]
     quota = np.clip(np.rint(in_class * fraction), 1, None)
-    held = _place_in_class(shuffled) < np.minimum(quota, in_class - 1)
+    held = place_in_class(shuffled) < np.minimum(quota, in_class - 1)
     if not held.any():
         raise DataError(
             f"no images can be held out: {len(labels)} images in {len(classes)} classes",
@@ -265,18 +266,12 @@ class TrainingImages:
             batch_size: images per step, over all processes.
             start_step: steps of this epoch already done.
             rank: this process.
-            world_size: processes; each gets its own consecutive part of every batch.
+            world_size: processes, which share batches evenly; each gets its own consecutive part of every batch.
 
         Raises:
-            DataError: a batch is larger than the data or cannot be shared evenly; or, on the way, too many
-                pictures are unreadable.
+            DataError: a batch is larger than the data; or, on the way, too many pictures are unreadable.
         """
         steps = self.steps_per_epoch(batch_size)
-        if batch_size % world_size:
-            raise DataError(
-                f"a batch of {batch_size} cannot be shared evenly by {world_size} processes",
-                hint=f"set [data] batch_size to a multiple of {world_size}",
-            )
         share = batch_size // world_size
         order = self._order(seed, epoch)[: steps * batch_size]
         parts = order.reshape(steps, world_size, share)[start_step:, rank]
@@ -366,14 +361,10 @@ class TrainingImages:
                 index = self._instead[first] = (index + 1) % len(self)
 
     def _read(self, index: int, *, encoded: bool = False) -> Picture | PlainJpeg:
-        place = int(self._chosen[index])
-        if place in self._bad:
-            raise UnreadableImage
-        try:
-            return (read_encoded if encoded else read_canvas)(self.source, place, self.canvas_size)
-        except UnreadableImage as exc:
-            self._bad.add(place, exc)
-            raise
+        read = read_encoded if encoded else read_canvas
+        return self._bad.read(
+            int(self._chosen[index]), lambda place: read(self.source, place, self.canvas_size)
+        )
 
     def _stalled(self, index: int, seconds: float) -> DataError:
         place = int(self._chosen[self._instead.get(index, index)])
@@ -382,16 +373,20 @@ class TrainingImages:
     def _read_everything(self) -> tuple[Tensor, Tensor]:
         canvases = torch.empty((len(self), 3, self.canvas_size, self.canvas_size), dtype=torch.uint8)
         sizes = torch.empty((len(self), 2), dtype=torch.int32)
-        readable: list[int] = []
-        for index, picture in _read_all(
-            self._read, len(self), wait_s=self._read_timeout_s, stalled=self._stalled
-        ):
-            if isinstance(picture, Picture):
-                canvases[len(readable)] = picture.canvas
-                sizes[len(readable)] = torch.tensor((picture.height, picture.width))
-                readable.append(index)
-        self._bad.remember()
-        self._bad.check()
+
+        def keep(place: int, picture: Picture | PlainJpeg) -> None:
+            assert isinstance(picture, Picture)
+            canvases[place] = picture.canvas
+            sizes[place] = torch.tensor((picture.height, picture.width))
+
+        readable = _read_all(
+            self._read,
+            keep,
+            len(self),
+            bad=self._bad,
+            wait_s=self._read_timeout_s,
+            stalled=self._stalled,
+        )
         say_skipped(self._bad.names, self.source.uri)
         self._chosen = self._chosen[readable]
         return canvases[: len(readable)], sizes[: len(readable)]
@@ -422,44 +417,35 @@ def load_eval_images(
     chosen = choose_images(source.labels, len(source), limit)
     bad = BadImages(source, chosen=chosen, max_bad_fraction=max_bad_fraction)
 
-    def read(index: int) -> Tensor:
-        place = int(chosen[index])
-        if place in bad:
-            raise UnreadableImage
-        try:
-            return eval_image(source.read(place), resize_size=resize_size, image_size=image_size)
-        except UnreadableImage as exc:
-            bad.add(place, exc)
-            raise
+    def read(place: int) -> Tensor:
+        return eval_image(source.read(place), resize_size=resize_size, image_size=image_size)
 
     def stalled(index: int, seconds: float) -> DataError:
         return _too_slow(source, int(chosen[index]), seconds=seconds, limit_s=read_timeout_s)
 
     images = torch.empty((len(chosen), 3, image_size, image_size), dtype=torch.uint8)
-    readable: list[int] = []
-    for index, image in _read_all(read, len(chosen), wait_s=read_timeout_s, stalled=stalled):
-        if image is not None:
-            images[len(readable)] = image
-            readable.append(index)
-    bad.remember()
-    bad.check()
+    readable = _read_all(
+        lambda index: bad.read(int(chosen[index]), read),
+        images.__setitem__,
+        len(chosen),
+        bad=bad,
+        wait_s=read_timeout_s,
+        stalled=stalled,
+    )
     labels = None if source.labels is None else torch.from_numpy(source.labels[chosen[readable]])
     return EvalImages(images[: len(readable)], labels, bad.names)
 
 
-def _place_in_class(labels: Labels) -> Indices:
-    """Count, for each image, the earlier images of its class."""
-    by_class = np.argsort(labels, kind="stable")
-    grouped = labels[by_class]
-    place = np.empty(len(labels), dtype=np.int64)
-    place[by_class] = np.arange(len(labels)) - np.searchsorted(grouped, grouped)
-    return place
-
-
 def _read_all(
-    read: Callable[[int], _T], count: int, *, wait_s: float, stalled: Callable[[int, float], DataError]
-) -> Iterator[tuple[int, _T | None]]:
-    """Read images 0 … count - 1 in order; an unreadable one gives None."""
+    read: Callable[[int], _T],
+    keep: Callable[[int, _T], None],
+    count: int,
+    *,
+    bad: BadImages,
+    wait_s: float,
+    stalled: Callable[[int, float], DataError],
+) -> list[int]:
+    """Read images 0 … count - 1, and keep the readable ones, numbered from 0; return which they are."""
 
     def read_one(index: int) -> tuple[int, _T | None]:
         try:
@@ -470,10 +456,17 @@ def _read_all(
     threads = os.cpu_count() or 1
     size = _CHUNK * threads
     parts = (np.arange(start, min(start + size, count)) for start in range(0, count, size))
+    readable: list[int] = []
     with Progress("reading", total=count, unit="images") as progress:
         for pictures in read_ahead(read_one, parts, threads=threads, ahead=2, wait_s=wait_s, stalled=stalled):
-            yield from pictures
+            for index, picture in pictures:
+                if picture is not None:
+                    keep(len(readable), picture)
+                    readable.append(index)
             progress.advance(len(pictures))
+    bad.remember()
+    bad.check()
+    return readable
 
 
 def _too_slow(source: ImageSource, place: int, *, seconds: float, limit_s: float) -> DataError:

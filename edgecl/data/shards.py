@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from edgecl.data.fetching import cache_folder, cached_place, fetch
 from edgecl.data.randomness import permutation
 from edgecl.data.source import ImageSource, Labels, Split, UnreadableImage, expanded
-from edgecl.data.tar_index import TarIndex, indexed, stamp_of
+from edgecl.data.tar_index import TarIndex, basename, indexed, stamp_of
 from edgecl.distributed.processes import is_main
 from edgecl.errors import DataError, counted, tell
 from edgecl.progress import Progress
@@ -175,7 +175,7 @@ def open_shards(uri: str, *, split: Split = "train") -> ImageSource:
     classes, labels = _classes([text for shard in shards for text in shard.tar.labels()], shown)
     digest = hashlib.sha256()
     for shard in shards:
-        name = _basename(shard.shown)
+        name = basename(shard.shown)
         digest.update(
             f"{name}\0{shard.tar.stamp.size}\0{shard.tar.digest}\n".encode(errors="surrogateescape")
         )
@@ -341,7 +341,7 @@ def _refuse_twice(urls: Sequence[str], shown: str) -> None:
         place = cached_place(url) if is_remote(url) else _local(url).resolve()
         if place in named:
             raise DataError(
-                f"the shard '{_basename(spelled)}' is named twice",
+                f"the shard '{basename(spelled)}' is named twice",
                 where={"data": shown, "first": named[place], "again": spelled},
                 hint="name each shard once: look for braces that overlap, and for two spellings of one path",
             )
@@ -412,7 +412,3 @@ def _number(text: str) -> int:
     except ValueError:
         return -1
     return number if number >= 0 else -2
-
-
-def _basename(shown: str) -> str:
-    return shown.rpartition("/")[2]

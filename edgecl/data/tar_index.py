@@ -325,7 +325,7 @@ def _count_whole(samples: dict[str, _Sample], *, but: str | None = None) -> str:
 
 def _bad(shown: str, problem: str, *, hint: str | None = None, **where: str) -> DataError:
     return DataError(
-        f"the shard '{shown.rpartition('/')[2] or shown}' {problem}",
+        f"the shard '{basename(shown)}' {problem}",
         where={"shard": shown, **where},
         hint=hint,
     )
@@ -370,6 +370,11 @@ def load_index(path: Path) -> TarIndex | None:
     except Exception:
         # NumPy, zipfile and zlib meet a damaged file with a dozen kinds of exception; any means: made again.
         return None
+
+
+def basename(shown: str) -> str:
+    """Return the last part of a shard's path or URL, by which errors name it."""
+    return shown.rpartition("/")[2] or shown
 
 
 def printable(name: str) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,8 @@ from edgecl.data.source import ImageSource, UnreadableImage
 from edgecl.distributed.processes import is_main
 from edgecl.errors import DataError, counted, first_of, tell
 from edgecl.storage.redaction import without_secrets
+
+_T = TypeVar("_T")
 
 _NAMED_BAD_IMAGES = 5
 
@@ -46,26 +49,28 @@ class BadImages:
             again = (index for index in chosen.tolist() if source.describe(index) in names)
             self._reasons |= dict.fromkeys(again, "left out when the run began")
 
-    def __len__(self) -> int:
-        """Count them."""
-        return len(self._reasons)
-
-    def __contains__(self, index: int) -> bool:
-        """Return whether an image of the source is known to be unreadable."""
-        return index in self._reasons
-
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the unreadable images, in the order of the data."""
         with self._lock:
             return tuple(self._source.describe(index) for index in sorted(self._reasons))
 
-    def add(self, index: int, exc: UnreadableImage) -> None:
-        """Count an image; any thread may."""
-        with self._lock:
-            self._reasons[index] = str(exc)
-            if exc.lasting:
-                self._news[index] = str(exc)
+    def read(self, index: int, read: Callable[[int], _T]) -> _T:
+        """Read an image of the source, unless it is known to be unreadable; any thread may.
+
+        Raises:
+            UnreadableImage: it is, or turns out to be, which is counted.
+        """
+        if index in self._reasons:
+            raise UnreadableImage
+        try:
+            return read(index)
+        except UnreadableImage as exc:
+            with self._lock:
+                self._reasons[index] = str(exc)
+                if exc.lasting:
+                    self._news[index] = str(exc)
+            raise
 
     def remember(self) -> None:
         """Keep for the next start what was found since the last call, where the source has a memory."""

@@ -106,7 +106,7 @@ def make_views(
             pictures = batch.canvases[rows].float().div_(255)
             for (spec, _), parameters, made in zip(wanted, drawn, pieces, strict=True):
                 part = Parameters._make(column[rows] for column in parameters)
-                made.append(_normalized(render_view(pictures, sizes[rows], part, spec), mean, std))
+                made.append(standardized(render_view(pictures, sizes[rows], part, spec), mean, std))
     return [parts[0] if len(parts) == 1 else torch.cat(parts) for parts in pieces]
 
 
@@ -388,7 +388,8 @@ def _blur_together(part: Tensor, sigma: Tensor) -> Tensor:
     return mix @ part @ mix.mT
 
 
-def _normalized(view: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def standardized(view: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Subtract the mean of each channel and divide by its standard deviation, in place."""
     return view.sub_(_per_channel(mean, view)).div_(_per_channel(std, view))
 
 

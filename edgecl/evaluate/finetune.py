@@ -52,24 +52,7 @@ def finetune(
     rounded to int8. A classifier that the net has is kept; a net without one first gets it, by this function's own
     defaults, and `epochs` and `assignments` are of the quantized part.
 
-    Args:
-        model: a model directory.
-        data: a data URI with labels.
-        out: the model directory to write.
-        test: a data URI with labels, held out; None takes the data set's own test split or holds out a fifth.
-        epochs: passes over the data; None takes 20, or 3 with `quantize`.
-        quantize: "int8", or None to train in float.
-        assignments: `KEY=VALUE` of FinetuneConfig, with `quantize` of QuantizedFinetuneConfig.
-        force: replace an earlier model directory.
-        download: let torchvision fetch what is not on the disk.
-
-    Returns:
-        the records in model.json and, as `evaluation`, in evaluation.json.
-
-    Raises:
-        ArtifactError: not a model directory, a net that is quantized already, or the output exists.
-        DataError: no labels, or other classes than those of the classifier to quantize.
-        RecipeError: unknown key or value, or a net that cannot be quantized.
+    `edgecl.api.finetune` says what the arguments are and what is raised.
     """
     if quantize not in (None, "int8"):
         raise RecipeError(f"cannot quantize to '{quantize}'", hint="the one precision to train for is int8")

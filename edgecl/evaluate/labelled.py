@@ -8,7 +8,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from edgecl.data.loading import EvalImages, choose_images, load_eval_images, split_holdout
+from edgecl.data.loading import choose_images, load_eval_images, split_holdout
 from edgecl.data.randomness import permutation
 from edgecl.data.source import ImageSource, Split
 from edgecl.data.sources import has_test_split, open_source
@@ -91,14 +91,16 @@ def read_labelled(
             limit=limit,
         )
         say_skipped(loaded.skipped, source.uri)
-        return _part(loaded)
+        assert loaded.labels is not None
+        return Part(loaded.images, loaded.labels)
 
     classes = source.classes or ()
     if test is None and not has_test_split(data):
         whole = load(source)
         train_index, test_index = split_holdout(whole.labels.numpy(), HOLDOUT, seed=0)
+        stay = choose_images(whole.labels.numpy()[train_index], len(train_index), limit)
         return Labelled(
-            _limit(whole.take(torch.from_numpy(train_index)), limit),
+            whole.take(torch.from_numpy(train_index[stay])),
             whole.take(torch.from_numpy(test_index)),
             classes,
             train_from=f"{data} ({100 * (1 - HOLDOUT):.0f} % of it)",
@@ -161,17 +163,6 @@ def _with_labels(source: ImageSource) -> ImageSource:
             "a .cls member",
         )
     return source
-
-
-def _part(loaded: EvalImages) -> Part:
-    assert loaded.labels is not None
-    return Part(loaded.images, loaded.labels)
-
-
-def _limit(part: Part, limit: int | None) -> Part:
-    if limit is None or limit >= len(part):
-        return part
-    return part.take(torch.from_numpy(choose_images(part.labels.numpy(), len(part), limit)))
 
 
 def draw_few(labels: Tensor, *, per_class: int, draw: int) -> Tensor:

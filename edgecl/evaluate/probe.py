@@ -34,22 +34,9 @@ def probe(
     seeds: int = 3,
     download: bool = False,
 ) -> ProbeRecord:
-    """Evaluate the features of a model directory and write probe.json into it.
+    """Evaluate the features of a model directory, of a fine-tuned net below its classifier, and write probe.json.
 
-    Args:
-        model: a model directory; of a fine-tuned net the features below its classifier are evaluated.
-        data: a data URI with labels, to learn from.
-        test: a data URI with labels, held out; None takes the data set's own test split or holds out a fifth.
-        labels_per_class: labels of the few-label probe; None takes 10.
-        seeds: draws of the few labels; one alone has no interval.
-        download: let torchvision fetch what is not on the disk.
-
-    Returns:
-        the record in probe.json; accuracies in percent.
-
-    Raises:
-        ArtifactError: not a model directory.
-        DataError: no labels, or fewer of a class than asked for.
+    `edgecl.api.probe` says what the arguments are and what is raised.
     """
     (result,) = probe_all(
         [model], data=data, test=test, labels_per_class=labels_per_class, seeds=seeds, download=download
@@ -75,21 +62,13 @@ def probe_all(
     preprocessing: Preprocessing | None = None
     results = []
     for model in models:
-        net, record = load_feature_net(model)
+        wanted = ModelDir(model).read().preprocessing
         # Read again only for a net with another preprocessing.
-        if labelled is None or record.preprocessing != preprocessing:
-            preprocessing = record.preprocessing
-            labelled = read_labelled(data, test=test, preprocessing=preprocessing, download=download)
-        results.append(
-            write_probe(
-                model,
-                net,
-                labelled,
-                preprocessing=record.preprocessing,
-                labels_per_class=labels_per_class or DEFAULT_LABELS_PER_CLASS,
-                draws=seeds,
-            )
-        )
+        if labelled is None or wanted != preprocessing:
+            preprocessing = wanted
+            labelled = read_labelled(data, test=test, preprocessing=wanted, download=download)
+        per_class = labels_per_class or DEFAULT_LABELS_PER_CLASS
+        results.append(write_probe(model, labelled, labels_per_class=per_class, draws=seeds))
     return results
 
 
@@ -120,25 +99,18 @@ def side_by_side(models: Sequence[Path], records: Sequence[ProbeRecord]) -> list
     return sorted(rows, key=lambda row: row.macs)
 
 
-def write_probe(
-    model: Path,
-    net: nn.Module,
-    labelled: Labelled,
-    *,
-    preprocessing: Preprocessing,
-    labels_per_class: int,
-    draws: int,
-) -> ProbeRecord:
-    """Evaluate a model directory's net, arguments as for probe_net, and write probe.json into it."""
-    record = probe_net(
+def write_probe(model: Path, labelled: Labelled, *, labels_per_class: int, draws: int) -> ProbeRecord:
+    """Evaluate a model directory's net on images prepared for it, and write probe.json into it."""
+    net, record = load_feature_net(model)
+    found = probe_net(
         net,
         labelled,
-        preprocessing=preprocessing,
+        preprocessing=record.preprocessing,
         labels_per_class=labels_per_class,
         draws=draws,
         made_from=ModelDir(model).sha256,
     )
-    return write_record(ModelDir(model).probe_file, record)
+    return write_record(ModelDir(model).probe_file, found)
 
 
 def load_feature_net(model: Path) -> tuple[nn.Module, ModelRecord]:

@@ -6,21 +6,21 @@ from typing import Any, Literal, cast
 
 import torch
 from pydantic import Field
-from timm.scheduler import CosineLRScheduler
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional
 
 from edgecl.config.settings import Config, Decay, Fraction, Rate, Seed
 from edgecl.config.views import Views
 from edgecl.data.loading import normalize
 from edgecl.data.randomness import permutation
-from edgecl.data.views import draw_parameters, render_view
+from edgecl.data.views import draw_parameters, render_view, standardized
 from edgecl.errors import DeviceError, NonFiniteError
 from edgecl.evaluate.labelled import Part
 from edgecl.nets.small_maps import small_maps_sped_up
 from edgecl.progress import Progress
 from edgecl.storage.records import Preprocessing
 from edgecl.train.allocator import keep_freed_memory
+from edgecl.train.optim import cosine_schedule
 
 
 class FinetuneConfig(Config):
@@ -99,17 +99,7 @@ def train_classifier(
     # Several times faster than the default layout for the depthwise convolutions of small nets on a CPU.
     net.to(memory_format=torch.channels_last)
     optimizer = _create_optimizer(net, settings)
-    warmup_steps = min(max(1, steps // 10), steps - 1)
-    schedule = CosineLRScheduler(
-        optimizer,
-        # timm's cosine needs two steps or more; the first of two equals a single one.
-        t_initial=max(2, steps - warmup_steps),
-        warmup_t=warmup_steps,
-        # Above zero, so that the first step changes the weights.
-        warmup_lr_init=min(group["lr"] for group in optimizer.param_groups) / (warmup_steps + 1),
-        warmup_prefix=True,
-        t_in_epochs=False,
-    )
+    schedule = cosine_schedule(optimizer, warmup_steps=min(max(1, steps // 10), steps - 1), total_steps=steps)
     batch = min(settings.batch_size, len(part))
     per_epoch = max(1, len(part) // batch)
     size = part.images.shape[-1]
@@ -130,8 +120,9 @@ def train_classifier(
             )
             pictures = part.images[torch.from_numpy(index)].to(device).float().div_(255)
             images = render_view(pictures, sizes[index], drawn, spec)
+            images = standardized(images, preprocessing.mean, preprocessing.std)
             loss = functional.cross_entropy(
-                net(_standardize(images, preprocessing).contiguous(memory_format=torch.channels_last)),
+                net(images.contiguous(memory_format=torch.channels_last)),
                 part.labels[torch.from_numpy(index)].to(device),
                 label_smoothing=settings.label_smoothing,
             )
@@ -148,12 +139,6 @@ def train_classifier(
                 progress.advance(0, note=f"loss {value:.3g}")
             progress.advance()
     net.eval().to("cpu").to(memory_format=torch.contiguous_format)
-
-
-def _standardize(images: Tensor, preprocessing: Preprocessing) -> Tensor:
-    mean = torch.tensor(preprocessing.mean, device=images.device).view(1, 3, 1, 1)
-    std = torch.tensor(preprocessing.std, device=images.device).view(1, 3, 1, 1)
-    return (images - mean) / std
 
 
 def _create_optimizer(net: nn.Module, settings: FinetuneConfig) -> torch.optim.Optimizer:

@@ -36,22 +36,7 @@ def carve(
 ) -> ModelRecord:
     """Write a slim net of a run's checkpoint as a model directory.
 
-    Args:
-        run: a run directory.
-        out: the model directory to write.
-        width: which trained width, the host's among them; None means the widest slim net.
-        checkpoint: the newest, or the one at which the slim net's features were evaluated best.
-        recalibrate_norms: re-estimate batch-norm statistics on the run's own images, unaugmented. Without it the
-            carved net equals the slim net of the checkpoint bit for bit.
-        force: replace an earlier model directory.
-
-    Returns:
-        the record in model.json.
-
-    Raises:
-        ArtifactError: no run directory, no such whole checkpoint in it, or the output exists.
-        SliceError: the run was not trained at this width, or it is that of a host with the slim net's skip connections.
-        DataError: recalibration needs the run's images and they are gone.
+    `edgecl.api.carve` says what the arguments are and what is raised.
     """
     refuse_own_input(out, run)
     run_dir = RunDir(run)

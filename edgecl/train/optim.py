@@ -58,14 +58,22 @@ def create_schedule(
 ) -> CosineLRScheduler:
     """Build a schedule: a linear warm-up to the peak, then a cosine; a pure function of the step."""
     warmup_steps = min(round(settings.warmup_epochs * steps_per_epoch), total_steps - 1)
-    peak = peak_rate(settings, batch_size=batch_size)
+    lowest = peak_rate(settings, batch_size=batch_size) * settings.final_lr_fraction
+    return cosine_schedule(optimizer, warmup_steps=warmup_steps, total_steps=total_steps, lowest=lowest)
+
+
+def cosine_schedule(
+    optimizer: torch.optim.Optimizer, *, warmup_steps: int, total_steps: int, lowest: float = 0.0
+) -> CosineLRScheduler:
+    """Build a schedule of an optimizer that has the peak rates: a linear warm-up to them, then a cosine."""
     return CosineLRScheduler(
         optimizer,
-        t_initial=total_steps - warmup_steps,
-        lr_min=peak * settings.final_lr_fraction,
+        # timm's cosine needs two steps or more; the first of two equals a single one.
+        t_initial=max(2, total_steps - warmup_steps),
+        lr_min=lowest,
         warmup_t=warmup_steps,
         # Above zero, so that the first step changes the net.
-        warmup_lr_init=peak / (warmup_steps + 1),
+        warmup_lr_init=min(group["lr"] for group in optimizer.param_groups) / (warmup_steps + 1),
         warmup_prefix=True,
         t_in_epochs=False,
     )

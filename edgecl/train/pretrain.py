@@ -78,21 +78,7 @@ def pretrain(
     """Pretrain a host and the slim nets inside it from unlabelled images.
 
     Under torchrun or `accelerate launch` every process calls this with the same arguments; the first one writes.
-
-    Args:
-        recipe: what to train and how.
-        recipe_name: for the record.
-        out: the run directory to write.
-        data: a data URI in place of the recipe's.
-        device: 'auto' takes a GPU when there is one.
-        resume: continue the run in `out` from its newest whole checkpoint; start it where there is none yet.
-        allow: what may differ from the run's recipe when resuming: settings, e.g. "run.epochs", or "data" for the
-            images themselves.
-        force: replace an earlier run.
-        download: let torchvision fetch a data set that is not on the disk.
-
-    Returns:
-        the record in run.json.
+    `edgecl.api.pretrain` says what they are.
 
     Raises:
         RecipeError: no data named, a resumed run had another recipe, processes have different ones, the net does not

@@ -6,11 +6,9 @@ import contextlib
 import platform
 import threading
 import time
+from importlib.metadata import version
 from typing import Literal
 
-import accelerate
-import numpy
-import timm
 import torch
 
 from edgecl.config.recipe import Recipe
@@ -118,9 +116,7 @@ def describe_run(recipe: Recipe, training: Training, *, recipe_name: str, uri: s
         versions={
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "timm": timm.__version__,
-            "accelerate": accelerate.__version__,
-            "numpy": numpy.__version__,
+            **{name: version(name) for name in ("timm", "accelerate", "numpy")},
         },
         host_skips=net.host_skips,
         rests_on=recipe.method.prepare(recipe),

@@ -54,15 +54,9 @@ class Saver:
     ) -> None:
         """Copy the state of a run and begin to write it; everything may change as soon as this returns.
 
-        Waits for the write before it. The arguments are those of `write_checkpoint`.
+        Waits for the write before it. The other arguments are those of `write_checkpoint`.
 
         Args:
-            step: steps done.
-            epoch: whole epochs done.
-            model: the training net's tensors by name.
-            optimizer: the optimizer's state dict.
-            state: what else to go on from, as JSON knows it.
-            quality: {"name", "value"} or None.
             on_written: called on the background thread once the checkpoint is on the disk.
 
         Raises:

@@ -192,13 +192,6 @@ def test_decoding_on_a_device_gives_the_canvases_of_the_processor(tmp_path):
         assert (jpegs[index].height, jpegs[index].width) == expected[1:]
 
 
-def test_one_damaged_jpeg_makes_the_device_refuse_all(tmp_path):
-    source = save(tmp_path, scene(60, 90))
-    whole = read_encoded(source, 0, 32)
-    torn = whole._replace(content=whole.content[:1500])  # type: ignore[call-arg]
-    assert decode_on(torch.device("cpu"), [whole, torn], 32) is None
-
-
 def streamed(root, monkeypatch, **options):
     """Batches decoded by a GPU's code, on the processor."""
     monkeypatch.setattr("edgecl.data.loading.refuse_without_nvjpeg", lambda device: None)
@@ -235,10 +228,7 @@ def test_decoding_on_a_gpu_is_refused_without_one(write_images):
     data = TrainingImages(open_source(str(write_images(3))), canvas_size=8, decode="cuda")
     with pytest.raises(DeviceError) as caught:
         data.to("cpu")
-    assert str(caught.value) == (
-        "[data] decode is 'cuda', but the run is on 'cpu'\n"
-        "  hint: set data.decode to 'cpu', or run on an NVIDIA GPU, with CUDA builds of torch and torchvision"
-    )
+    assert "decode is 'cuda', but the run is on 'cpu'" in caught.value.problem
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a CUDA device")
@@ -246,10 +236,7 @@ def test_a_torchvision_that_cannot_decode_on_the_gpu_is_named():
     with pytest.raises(DeviceError) as caught:
         refuse_without_nvjpeg(torch.device("cuda"))
     assert caught.value.problem.startswith("torchvision cannot decode JPEGs on 'cuda': ")
-    assert (
-        caught.value.hint
-        == "set data.decode to 'cpu', or install a CUDA build of torchvision, which brings nvJPEG"
-    )
+    assert "CUDA build of torchvision" in caught.value.hint
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

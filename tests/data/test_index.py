@@ -12,7 +12,7 @@ import pytest
 
 from edgecl.data import index
 from edgecl.data.index import list_folder, scan
-from edgecl.data.loading import TrainingImages, load_eval_images
+from edgecl.data.loading import TrainingImages
 from edgecl.data.sources import open_source
 from edgecl.errors import DataError
 
@@ -57,14 +57,7 @@ def listed(root, tmp_path):
 def test_an_unchanged_folder_is_not_read_again(folder, tmp_path, scans):
     names = listed(folder, tmp_path).names
     assert scans == []
-    assert names == [
-        "a/000.png",
-        "a/002.png",
-        "a/004.png",
-        "b/deep/001.png",
-        "b/deep/003.png",
-        "b/deep/005.png",
-    ]
+    assert names == [*(f"a/00{one}.png" for one in (0, 2, 4)), *(f"b/deep/00{one}.png" for one in (1, 3, 5))]
 
 
 def test_a_source_is_the_same_with_and_without_an_index(folder, tmp_path, scans):
@@ -136,18 +129,6 @@ def test_a_change_within_a_linked_folder_is_noticed(write_images, tmp_path, scan
     (other / "001.png").unlink()
     assert listed(root, tmp_path).names == ["a/000.png", "a/001.png", "b/000.png"]
     assert scans == [root, root]
-
-
-def test_a_root_that_now_links_elsewhere_is_noticed(write_images, tmp_path, scans):
-    one, two = write_images(2), write_images(3, folder="elsewhere")
-    age(one)
-    age(two)
-    root = tmp_path / "current"
-    for target in (one, two):
-        root.unlink(missing_ok=True)
-        root.symlink_to(target, target_is_directory=True)
-        listed(root, tmp_path)
-    assert len(scans) == 2
 
 
 def test_a_folder_that_changes_just_now_is_not_indexed(write_images, tmp_path, scans):
@@ -299,13 +280,6 @@ def test_of_many_processes_the_first_keeps_the_index(write_images, tmp_path, mon
     assert len([*(tmp_path / ".edgecl").iterdir()]) == 1
 
 
-def test_another_folder_has_another_index(folder, write_images, tmp_path):
-    other = write_images(2, folder="elsewhere")
-    age(other)
-    assert listed(other, tmp_path).names == ["000.png", "001.png"]
-    assert len(listed(folder, tmp_path).names) == 6
-
-
 # --- links that lead in circles ---
 
 
@@ -314,9 +288,8 @@ def test_links_that_lead_back_are_left_out_and_named(write_images, capsys):
     (root / "a" / "loop").symlink_to(root, target_is_directory=True)
     (root / "again").symlink_to(root / "b", target_is_directory=True)
     assert len(open_source(str(root))) == 4
-    assert capsys.readouterr().err == (
-        f"edgecl: 2 links in '{root}' left out, leading back to what was already read: a/loop, again\n"
-    )
+    assert "2 links" in (said := capsys.readouterr().err)
+    assert "a/loop, again" in said
 
 
 @pytest.mark.parametrize("name", ["x.png", "folder"])
@@ -324,20 +297,8 @@ def test_a_link_to_itself_is_left_out_and_named(write_images, capsys, name):
     root = write_images(2)
     (root / name).symlink_to(root / name)
     assert len(open_source(str(root))) == 2
-    assert capsys.readouterr().err == (
-        f"edgecl: 1 link in '{root}' left out, leading back to what was already read: {name}\n"
-    )
-
-
-def test_links_left_out_are_named_from_the_index_too(write_images, tmp_path, capsys, scans):
-    root = write_images(2)
-    (root / "loop").symlink_to(root, target_is_directory=True)
-    age(root)
-    listed(root, tmp_path)
-    first = capsys.readouterr().err
-    listed(root, tmp_path)
-    assert len(scans) == 1
-    assert first == capsys.readouterr().err != ""
+    assert f"1 link in '{root}' left out" in (said := capsys.readouterr().err)
+    assert said.endswith(f": {name}\n")
 
 
 def test_a_folder_that_may_not_be_read_is_named(write_images):
@@ -389,22 +350,6 @@ def test_what_is_no_file_is_no_picture_and_is_said(no_files, capsys):
     assert capsys.readouterr().err == SAID.format(no_files)
 
 
-def test_what_is_no_file_changes_no_fingerprint(no_files, write_images):
-    assert (
-        open_source(str(no_files)).fingerprint
-        == scan(write_images(4, classes=("a", "b"), folder="x")).fingerprint
-    )
-
-
-def test_one_link_that_leads_nowhere_is_said(write_images, capsys):
-    root = write_images(2)
-    (root / "gone").symlink_to("nowhere")
-    open_source(str(root))
-    assert capsys.readouterr().err == (
-        f"edgecl: 1 name in '{root}' left out, with no file behind: gone (a link that leads nowhere)\n"
-    )
-
-
 def test_what_is_no_file_is_said_from_the_index_too(no_files, tmp_path, capsys, scans):
     for _ in range(2):
         list_folder(no_files, index_dir=tmp_path / ".edgecl")
@@ -420,14 +365,6 @@ def test_a_link_that_leads_somewhere_again_is_noticed(no_files, tmp_path, scans)
     (tmp_path / "not mounted" / "0.jpg").write_bytes(b"x")
     assert "c/0.jpg" in listed(no_files, tmp_path).names
     assert len(scans) == 3
-
-
-def test_a_folder_of_links_that_lead_nowhere_has_no_images_and_says_why(tmp_path, capsys):
-    (tmp_path / "images").mkdir()
-    (tmp_path / "images" / "0.jpg").symlink_to("nowhere.jpg")
-    with pytest.raises(DataError, match="no images in the folder"):
-        open_source(str(tmp_path / "images"))
-    assert "0.jpg (a link that leads nowhere)" in capsys.readouterr().err
 
 
 # --- files that could not be decoded ---
@@ -487,16 +424,6 @@ def test_a_repaired_file_is_read_again(write_images, tmp_path):
     assert train(root, tmp_path, 64)[1] == ()
 
 
-def test_the_unreadable_ones_are_known_after_others_came_and_went(write_images, tmp_path, decoded):
-    root = write_images(8)
-    (root / "003.png").write_bytes(b"no image")
-    train(root, tmp_path, 64)
-    (root / "000.png").unlink()
-    decoded.clear()
-    assert train(root, tmp_path, 64)[1] == (str(root / "003.png"),)
-    assert "003.png" not in decoded
-
-
 def test_a_file_that_was_gone_is_not_remembered(write_images, tmp_path):
     root = write_images(8)
     source = open_source(str(root), index_dir=tmp_path / ".edgecl")
@@ -505,18 +432,6 @@ def test_a_file_that_was_gone_is_not_remembered(write_images, tmp_path):
     assert data.skipped == (str(root / "003.png"),)
     (tmp_path / "away.png").rename(root / "003.png")
     assert train(root, tmp_path, 64)[1] == ()
-
-
-def test_images_to_measure_with_know_the_unreadable_ones_too(write_images, tmp_path, decoded):
-    root = write_images(8)
-    (root / "003.png").write_bytes(b"no image")
-    train(root, tmp_path, 64)
-    decoded.clear()
-    source = open_source(str(root), index_dir=tmp_path / ".edgecl")
-    loaded = load_eval_images(source, resize_size=8, image_size=8, max_bad_fraction=0.5)
-    assert loaded.skipped == (str(root / "003.png"),)
-    assert len(loaded.images) == 7
-    assert "003.png" not in decoded
 
 
 @pytest.mark.parametrize(
@@ -530,16 +445,3 @@ def test_a_damaged_memory_is_none(write_images, tmp_path, content):
     (file,) = (tmp_path / ".edgecl").glob("unreadable-*.json")
     file.write_bytes(content)
     assert memory.known() == {}
-
-
-def test_too_many_known_unreadable_files_are_the_same_error_again(write_images, tmp_path):
-    root = write_images(4)
-    (root / "001.png").write_bytes(b"no image")
-    texts = []
-    for _ in range(2):
-        source = open_source(str(root), index_dir=tmp_path / ".edgecl")
-        with pytest.raises(DataError) as caught:
-            TrainingImages(source, canvas_size=8, max_bad_fraction=0.1)
-        texts.append(str(caught.value))
-    assert texts[0] == texts[1]
-    assert f"{root}/001.png (not a JPEG, PNG, WebP or BMP file)" in texts[0]

@@ -12,13 +12,6 @@ def correlation(a, b):
     return abs(np.corrcoef(a.ravel(), b.ravel())[0, 1])
 
 
-def test_uniforms_lie_in_the_half_open_unit_interval():
-    values = draw()
-    assert values.dtype == np.float64
-    assert values.min() >= 0
-    assert values.max() < 1
-
-
 def test_uniforms_fill_a_hundred_bins_evenly():
     values = draw()
     expected = values.size / 100
@@ -65,10 +58,6 @@ def test_numbers_are_the_same_on_every_machine():
 
 def test_permutation_holds_every_index_once():
     assert sorted(permutation(3, 1, 1000).tolist()) == list(range(1000))
-
-
-def test_each_epoch_has_its_own_order():
-    assert (permutation(0, 0, 1000) == permutation(0, 1, 1000)).sum() < 10
 
 
 def test_first_of_a_permutation_is_uniform_over_epochs():

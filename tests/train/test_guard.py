@@ -80,9 +80,7 @@ def test_too_many_go_back_once_with_a_smaller_rate(tmp_path, make_recipe, pictur
     count = break_losses(monkeypatch, {8, 9})
     assert train(recipe, out, pictures).state == "done"
     assert count[0] == 15 + 4  # steps 6 to 9 were made twice
-    assert "step 9: the loss or the net is not finite; back to step 5 with 0.5 of the learning rate" in (
-        capsys.readouterr().err
-    )
+    assert "back to step 5 with 0.5 of the learning rate" in capsys.readouterr().err
     (event,) = events(out)
     assert event["event"] == "went back"
     assert (event["step"], event["from_step"], event["left_out"]) == (5, 9, [8, 9])
@@ -104,13 +102,8 @@ def test_a_second_time_stops_the_run(tmp_path, make_recipe, pictures, monkeypatc
     break_losses(monkeypatch, set(range(7, 99)))
     with pytest.raises(NonFiniteError) as caught:
         train(make_recipe("run.epochs=9", "run.max_skipped=1"), out, pictures)
-    assert caught.value.problem.startswith(
-        "2 steps since the last checkpoint had no finite loss, the last with loss nan, sacl nan, xd_host nan, "
-        "xd_slim nan, diagonal nan, off_diagonal_rms nan, learning rate "
-    )
-    assert caught.value.problem.endswith(
-        ", again after going back to a checkpoint with 0.5 of the learning rate"
-    )
+    assert caught.value.problem.startswith("2 steps since the last checkpoint had no finite loss")
+    assert "again after going back to a checkpoint" in caught.value.problem
     assert caught.value.where == {"run": out, "step": 7}
     assert "lower [optim] lr" in caught.value.hint
     record = RunDir(out).read()

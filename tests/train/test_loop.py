@@ -9,8 +9,6 @@ import torch
 from PIL import Image
 
 from edgecl.errors import ArtifactError, CollapseError, DataError, DeviceError, RecipeError
-from edgecl.nets.backbone import count_parameters, create_backbone
-from edgecl.nets.slimming import SlimmableNet
 from edgecl.storage.checkpoint import read_newest
 from edgecl.storage.directories import RunDir
 from edgecl.train import loop
@@ -108,19 +106,10 @@ def test_quality_is_looked_at_each_time_it_is_due(runs, arm):
             assert 1 <= record["rankme_slim"] <= 40
         else:
             assert record["rankme_slim"] is None
-
-
-def test_neighbors_are_asked_where_there_are_labels(runs):
-    for record in looks_of(runs / "SACL-XD"):
-        assert 0 <= record["knn_top1_host"] <= 100
-        assert 0 <= record["knn_top1_slim"] <= 100
-
-
-@pytest.mark.parametrize("arm", ["XD only", "SACL only"])
-def test_neighbors_are_not_asked_without_labels(runs, arm):
-    for record in looks_of(runs / arm):
-        assert record["knn_top1_host"] is None
-        assert record["knn_top1_slim"] is None
+        for net in ("host", "slim"):
+            knn = record[f"knn_top1_{net}"]
+            # Neighbors are asked where there are labels.
+            assert knn is None if arm != "SACL-XD" else 0 <= knn <= 100
 
 
 @pytest.mark.parametrize("arm", ARMS)
@@ -153,17 +142,6 @@ def test_run_record_says_what_was_run(runs, arm, make_recipe, arm_settings):
     assert record.made_from == record.data.fingerprint
     assert record.wall_s > 0
     assert {"torch", "timm", "accelerate", "numpy", "python"} <= record.versions.keys()
-
-
-@pytest.mark.parametrize("arm", ARMS)
-def test_parameters_are_those_of_plain_nets(runs, arm, make_recipe, arm_settings):
-    recipe = make_recipe(*arm_settings[arm])
-    with torch.device("meta"):
-        expected = {
-            name: count_parameters(create_backbone(recipe.host.arch, width=width))
-            for name, width in (("host", recipe.host.width), ("slim", recipe.slim.width))
-        }
-    assert RunDir(runs / arm).read().params == expected
 
 
 def test_a_grid_of_views_is_drawn(runs):
@@ -202,70 +180,6 @@ def test_looking_on_the_way_changes_nothing(runs, tmp_path, make_recipe, labelle
     assert same_weights(runs / "SACL-XD", tmp_path / "quiet")
 
 
-def test_slow_start_trains_the_host_alone_at_first(tmp_path, make_recipe, pictures):
-    train(make_recipe("slim.slow_start=0.5"), tmp_path / "slow", pictures)
-    pulls = [record["grad_norm_slim"] for record in steps_of(tmp_path / "slow")]
-    assert pulls[:STEPS] == [0.0] * STEPS
-    assert min(pulls[STEPS:]) > 0
-
-
-@pytest.mark.parametrize("swap", [0, 1])
-def test_view_swap_decides_which_net_sees_which_view(tmp_path, make_recipe, pictures, monkeypatch, swap):
-    seen, made = [], []
-    forward_host, make_views = SlimmableNet.forward_host, loop.make_views
-
-    def note_host(self, images):
-        if torch.is_grad_enabled():
-            seen.append(images.clone())
-        return forward_host(self, images)
-
-    def note_views(*positional, **named):
-        made.append(make_views(*positional, **named))
-        return made[-1]
-
-    monkeypatch.setattr(SlimmableNet, "forward_host", note_host)
-    monkeypatch.setattr(loop, "make_views", note_views)
-    train(make_recipe(f"method.swap_views={swap}", "run.epochs=1"), tmp_path / "run", pictures)
-    assert len(seen) == len(made) == STEPS
-    for host, (view_a, view_b) in zip(seen, made, strict=True):
-        assert torch.equal(host, view_b if swap else view_a)
-
-
-def test_views_are_swapped_in_about_half_of_the_steps(make_recipe):
-    import numpy as np
-
-    from edgecl.data.randomness import uniforms
-
-    draws = [uniforms(0, 0, np.array([step]), stream="swap-views", count=1)[0, 0] for step in range(1000)]
-    assert 450 < sum(draw < make_recipe().method.swap_views for draw in draws) < 550
-
-
-def train_until(recipe, out, data, epoch, resume=False):
-    """Train until the checkpoint after so many epochs is there, as if a person pressed Ctrl-C then."""
-    end_step = loop.Training._end_step
-
-    def interrupt(self, outcome, on_checkpoint):
-        went_on = end_step(self, outcome, on_checkpoint)
-        if self.step == epoch * self.steps_per_epoch:
-            self.saver.flush()
-            raise KeyboardInterrupt
-        return went_on
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.Training, "_end_step", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            train(recipe, out, data, resume=resume)
-
-
-def test_an_interrupted_run_resumes_to_the_end(runs, tmp_path, make_recipe, labelled_pictures):
-    train_until(make_recipe(), tmp_path / "run", labelled_pictures, 1)
-    assert RunDir(tmp_path / "run").read().state == "stopped"
-    record = train(make_recipe(), tmp_path / "run", labelled_pictures, resume=True)
-    assert record.state == "done"
-    assert same_weights(runs / "SACL-XD", tmp_path / "run")
-    assert without_clock(runs / "SACL-XD") == without_clock(tmp_path / "run")
-
-
 def test_a_run_stopped_before_its_first_checkpoint_starts_over(
     runs, tmp_path, make_recipe, labelled_pictures
 ):
@@ -279,10 +193,15 @@ def test_a_run_stopped_before_its_first_checkpoint_starts_over(
     assert without_clock(runs / "SACL-XD") == without_clock(copy)
 
 
-def test_resuming_a_run_that_is_done_changes_nothing(runs, tmp_path, make_recipe, labelled_pictures):
-    copy = tmp_path / "run"
-    shutil.copytree(runs / "SACL-XD", copy)
-    assert train(make_recipe(), copy, labelled_pictures, resume=True).state == "done"
+def test_resuming_a_run_that_is_done_changes_nothing_but_its_time(
+    runs, tmp_path, make_recipe, labelled_pictures
+):
+    copy = shutil.copytree(runs / "SACL-XD", tmp_path / "run")
+    record = json.loads((copy / "run.json").read_text())
+    (copy / "run.json").write_text(json.dumps({**record, "command": "edgecl first", "wall_s": 1000.0}))
+    resumed = train(make_recipe(), copy, labelled_pictures, resume=True)
+    assert (resumed.state, resumed.command) == ("done", "edgecl first")
+    assert resumed.wall_s > 1000
     assert same_weights(runs / "SACL-XD", copy)
     assert read_metrics(copy / "metrics.jsonl") == read_metrics(runs / "SACL-XD" / "metrics.jsonl")
 
@@ -299,24 +218,6 @@ def test_a_torn_newest_checkpoint_costs_its_epochs_only(
     assert without_clock(runs / "SACL-XD") == without_clock(copy)
 
 
-def test_resuming_with_another_recipe_is_named(runs, make_recipe, labelled_pictures):
-    recipe = make_recipe("optim.lr=0.5", "slim.width=0.4")
-    with pytest.raises(RecipeError) as caught:
-        train(recipe, runs / "SACL-XD", labelled_pictures, resume=True)
-    assert caught.value.problem == (
-        "cannot resume with another recipe: slim.width was 0.5, now 0.4; optim.lr was 0.001, now 0.5"
-    )
-    assert caught.value.where == {"run": runs / "SACL-XD"}
-
-
-def test_resuming_with_other_images_is_named(runs, make_recipe, labelled_pictures, pictures):
-    with pytest.raises(RecipeError) as caught:
-        train(make_recipe(), runs / "SACL-XD", pictures, resume=True)
-    assert caught.value.problem == "cannot resume with other images"
-    assert str(labelled_pictures) in str(caught.value)
-    assert str(pictures) in str(caught.value)
-
-
 def test_resuming_where_there_is_no_run_yet_starts_it(runs, tmp_path, make_recipe, labelled_pictures):
     """A scheduler gives the same command the first time and after each pre-emption."""
     train(make_recipe(), tmp_path / "nowhere", labelled_pictures, resume=True)
@@ -330,13 +231,6 @@ def test_resuming_what_is_no_run_is_named(tmp_path, make_recipe, pictures):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_an_output_in_the_way_is_named(runs, make_recipe, pictures):
-    with pytest.raises(ArtifactError) as caught:
-        train(make_recipe(), runs / "SACL only", pictures)
-    assert caught.value.problem == f"output '{runs / 'SACL only'}' already exists"
-    assert "--force" in caught.value.hint
-
-
 def test_force_replaces_a_run(runs, tmp_path, make_recipe, pictures):
     copy = tmp_path / "run"
     shutil.copytree(runs / "SACL-XD", copy)
@@ -345,22 +239,6 @@ def test_force_replaces_a_run(runs, tmp_path, make_recipe, pictures):
     assert read_newest(RunDir(copy)).epoch == 1
     assert len(steps_of(copy)) == STEPS
     assert not (copy / "stray").exists()
-
-
-def test_force_replaces_nothing_but_a_run(tmp_path, make_recipe, pictures):
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("words", encoding="utf-8")
-    with pytest.raises(ArtifactError, match="--force replaces only a run directory"):
-        train(make_recipe(), tmp_path / "mine", pictures, force=True)
-    assert (tmp_path / "mine" / "thesis.txt").exists()
-
-
-def test_a_batch_larger_than_the_data_is_named(tmp_path, make_recipe, pictures):
-    with pytest.raises(DataError) as caught:
-        train(make_recipe("data.batch_size=64"), tmp_path / "run", pictures)
-    assert caught.value.problem == "a batch of 64 is larger than the data: 40 images"
-    assert "batch_size to 40 or less" in caught.value.hint
-    assert not (tmp_path / "run").exists()
 
 
 def test_a_failed_start_leaves_an_earlier_run_alone(runs, tmp_path, make_recipe, pictures):
@@ -392,35 +270,19 @@ def test_a_collapse_is_warned_of_and_stops_the_run(tmp_path, make_recipe, pictur
     assert record.error.startswith("the embedding collapsed")
 
 
-def test_unreadable_images_within_what_is_allowed_do_not_stop_a_run(tmp_path, make_recipe, pictures, capsys):
+@pytest.mark.parametrize("cache_mib", [0, 64])
+def test_unreadable_images_within_what_is_allowed_do_not_stop_a_run(
+    tmp_path, make_recipe, pictures, capsys, cache_mib
+):
     """The quality look uses fewer images, of which a larger fraction may be bad."""
     folder = tmp_path / "data"
     shutil.copytree(pictures, folder)
     (folder / "000.png").write_bytes(b"")
-    record = train(make_recipe("data.max_bad_fraction=0.025", "run.epochs=1"), tmp_path / "run", folder)
+    settings = ["data.max_bad_fraction=0.025", "run.epochs=1", f"data.cache_mib={cache_mib}"]
+    record = train(make_recipe(*settings), tmp_path / "run", folder)
     assert record.data.images == 39
     assert record.data.skipped == [str(folder / "000.png")]
     assert "1 unreadable image of" in capsys.readouterr().err
-
-
-def test_images_are_counted_alike_whether_held_in_memory_or_not(tmp_path, make_recipe, pictures):
-    folder = tmp_path / "data"
-    shutil.copytree(pictures, folder)
-    (folder / "000.png").write_bytes(b"")
-    recipe = make_recipe("data.max_bad_fraction=0.025", "run.epochs=1", "data.cache_mib=0")
-    assert train(recipe, tmp_path / "run", folder).data.images == 39
-
-
-def test_a_resumed_run_keeps_its_first_command_and_adds_its_time(
-    runs, tmp_path, make_recipe, labelled_pictures
-):
-    train_until(make_recipe(), tmp_path / "run", labelled_pictures, 1)
-    record_file = tmp_path / "run" / "run.json"
-    record = json.loads(record_file.read_text())
-    record_file.write_text(json.dumps({**record, "command": "edgecl first", "wall_s": 1000.0}))
-    resumed = train(make_recipe(), tmp_path / "run", labelled_pictures, resume=True)
-    assert resumed.command == "edgecl first"
-    assert resumed.wall_s > 1000
 
 
 def test_bf16_trains(tmp_path, make_recipe, pictures):
@@ -441,12 +303,6 @@ def test_gradients_are_clipped(tmp_path, make_recipe, pictures, monkeypatch):
     train(make_recipe("optim.clip_norm=0.01", "run.epochs=1"), tmp_path / "run", pictures)
     assert len(norms) == STEPS
     assert norms == pytest.approx([0.01] * STEPS, rel=1e-3)
-
-
-@pytest.mark.parametrize("name", ["lars", "sgd"])
-def test_other_optimizers_train(tmp_path, make_recipe, pictures, name):
-    train(make_recipe(f"optim.name='{name}'", "run.epochs=1", "optim.lr=0.01"), tmp_path / "run", pictures)
-    assert all(math.isfinite(record["loss"]) for record in steps_of(tmp_path / "run"))
 
 
 def test_trackers_start_once_the_run_directory_stands(tmp_path, make_recipe, pictures, monkeypatch):

@@ -111,10 +111,13 @@ def scenarios(tmp_path_factory, tables, labelled_pictures):
         "method__symmetric": True,
         "views__local_count": 2,
         "views__local_size": 24,
+        "run__epochs": 1,
         # The rate's gradient is large where projections are almost alike, and rounding grows with it.
         "optim__lr": 2e-6,
     }
-    long = {"run__epochs": 500, "run__quality_epochs": 500}
+    # Norms of their own: every synchronized one waits for the other process, dozens of times a step.
+    alone = {"run__sync_norms": "none"}
+    long = {**alone, "run__epochs": 500, "run__quality_epochs": 500}
     table = {
         "one": {"ranks": [words("one")]},
         "two": {"ranks": [words("two", run__checkpoint_steps=STEPS)] * 2},
@@ -123,7 +126,7 @@ def scenarios(tmp_path_factory, tables, labelled_pictures):
         "whole": {"ranks": [words("whole", **apart, run__epochs=1)]},
         "all in one": {"ranks": [words("all-one", **everything)]},
         "all in two": {"ranks": [words("all-two", **everything)] * 2},
-        "slow start": {"ranks": [words("slow", slim__slow_start=0.5, run__quality_epochs=2)] * 2},
+        "slow start": {"ranks": [words("slow", **alone, slim__slow_start=0.5, run__quality_epochs=2)] * 2},
         "uneven": {"ranks": [words("uneven", data__batch_size=7)] * 2},
         "other recipe": {"ranks": [words("other"), words("other", optim__lr=2e-4)]},
         "no such images": {"ranks": [words("gone"), [*words("gone"), "--data", "nowhere"]]},

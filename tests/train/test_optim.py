@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from timm.optim import Lars
 from torch import nn
 
 from edgecl.config.recipe import Optim
@@ -72,18 +71,6 @@ def test_rates_are_a_line_and_then_a_cosine(name):
         assert found[step] == pytest.approx(expected)
 
 
-def test_rates_without_warm_up_start_at_the_peak():
-    found = rates(Optim(name="sgd", lr=0.4))
-    assert found[0] == 0.4
-    assert found == sorted(found, reverse=True)
-    assert 0 < found[-1] < 0.001 * 0.4
-
-
-def test_a_fraction_of_an_epoch_can_warm_up():
-    found = rates(Optim(name="sgd", lr=0.4, warmup_epochs=0.5))
-    assert found[:5] == pytest.approx([0.4 * (step + 1) / 6 for step in range(5)])
-
-
 def test_warm_up_longer_than_the_run_still_ends():
     found = rates(Optim(name="sgd", lr=0.4, warmup_epochs=50.0), total_steps=10)
     assert all(math.isfinite(rate) for rate in found)
@@ -96,27 +83,6 @@ def test_the_rate_of_a_step_does_not_hang_on_the_steps_before():
     schedule = create_schedule(optimizer, settings, batch_size=8, steps_per_epoch=10, total_steps=100)
     schedule.step_update(57)
     assert optimizer.param_groups[0]["lr"] == rates(settings)[57]
-
-
-@pytest.mark.parametrize(
-    ("name", "kind"), [("adamw", torch.optim.AdamW), ("sgd", torch.optim.SGD), ("lars", Lars)]
-)
-def test_a_name_gives_its_optimizer(name, kind):
-    assert type(create_optimizer(nn.Linear(3, 2), Optim(name=name), batch_size=8)) is kind
-
-
-@pytest.mark.parametrize("name", ["sgd", "lars"])
-def test_momentum_is_passed_through(name):
-    optimizer = create_optimizer(nn.Linear(3, 2), Optim(name=name, momentum=0.7), batch_size=8)
-    assert {group["momentum"] for group in optimizer.param_groups} == {0.7}
-
-
-@pytest.mark.parametrize("trust_clip", [True, False])
-def test_trust_settings_are_passed_through(trust_clip):
-    settings = Optim(name="lars", trust_clip=trust_clip, trust_coefficient=0.03)
-    optimizer = create_optimizer(nn.Linear(3, 2), settings, batch_size=8)
-    assert {group["trust_clip"] for group in optimizer.param_groups} == {trust_clip}
-    assert {group["trust_coeff"] for group in optimizer.param_groups} == {0.03}
 
 
 def lars_step(settings, *, lr):

@@ -58,8 +58,11 @@ def losses(out):
     return [record["loss"] for record in read_metrics(RunDir(out).metrics_file) if "loss" in record]
 
 
-def test_a_picture_in_memory_that_became_unreadable_is_named(tmp_path, make_recipe, photos, stop_after):
-    out, recipe = tmp_path / "run", make_recipe("run.checkpoint_steps=2", "data.max_bad_fraction=0.2")
+def test_a_picture_in_memory_that_became_unreadable_is_named_and_may_be_allowed(
+    tmp_path, make_recipe, photos, stop_after, capsys
+):
+    out = tmp_path / "run"
+    recipe = make_recipe("run.checkpoint_steps=2", "data.max_bad_fraction=0.2", "data.batch_size=4")
     stop_after(4, recipe, out, photos)
     for name in ("007.png", "011.png"):
         blank(photos / name)
@@ -70,14 +73,6 @@ def test_a_picture_in_memory_that_became_unreadable_is_named(tmp_path, make_reci
     assert "repair them" in caught.value.hint
     assert "--allow data" in caught.value.hint
     assert RunDir(out).read().step == 4
-
-
-def test_a_run_may_go_on_without_them(tmp_path, make_recipe, photos, stop_after, capsys):
-    out = tmp_path / "run"
-    recipe = make_recipe("run.checkpoint_steps=2", "data.max_bad_fraction=0.2", "data.batch_size=4")
-    stop_after(4, recipe, out, photos)
-    for name in ("007.png", "011.png"):
-        blank(photos / name)
     record = train(recipe, out, photos, resume=True, allow=["data"])
     assert (record.state, record.steps_per_epoch, record.data.images) == ("done", 9, 38)
     assert "the images lost 2 that cannot be read any more" in record.changes[0]
@@ -111,19 +106,6 @@ def test_other_images_are_counted_and_may_be_allowed(tmp_path, make_recipe, phot
     record = train(recipe, out, photos, resume=True, allow=["data"])
     assert record.changes == [f"the images were {photos} with 40 images, now {photos} with 39 images"]
     assert (record.state, record.steps_per_epoch) == ("done", 9)
-
-
-def test_more_unreadable_images_may_be_allowed(tmp_path, make_recipe, photos, stop_after):
-    words = ["run.checkpoint_steps=2", "data.cache_mib=0"]
-    stop_after(4, make_recipe(*words), tmp_path / "run", photos)
-    record = train(
-        make_recipe(*words, "data.max_bad_fraction=0.5"),
-        tmp_path / "run",
-        photos,
-        resume=True,
-        allow=["data.max_bad_fraction"],
-    )
-    assert record.state == "done"
 
 
 def test_images_that_fail_cost_no_step(tmp_path, make_recipe, photos):
@@ -171,9 +153,7 @@ def test_other_surroundings_are_said_and_kept(tmp_path, make_recipe, photos, sto
     torch.set_num_threads(2)
     record = train(recipe, out, photos, resume=True)
     said = capsys.readouterr().err
-    assert (
-        "edgecl: resuming elsewhere: threads was 1, now 2; results agree to rounding, not bit for bit" in said
-    )
+    assert "resuming elsewhere: threads was 1, now 2" in said
     assert "edgecl: going on from step 4 of 10" in said
     assert record.changes == ["threads was 1, now 2"]
 

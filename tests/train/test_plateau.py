@@ -7,16 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from reports.conftest import report
-from typer.testing import CliRunner
 
-from edgecl.cli.commands import app
 from edgecl.methods.losses import cross_correlation_loss
 from edgecl.nets.heads import Encoder
 from edgecl.storage.directories import ReportDir, RunDir
 from edgecl.train.monitor import read_metrics
 from edgecl.train.plateau import RECORDS, PlateauAlarm
-
-from .conftest import train
 
 RECORDED = Path(__file__).with_name("recorded")
 DEMO = {"images": 2048, "features": 1024}
@@ -69,18 +65,6 @@ def test_a_recorded_run_that_is_stuck_is_warned_of_within_its_first_tenth(alarm,
     assert len(said) == len(warned)
     for words in ("plateau", "[method.coding_rate] weight", "[host] nested_start", "[optim] lr"):
         assert words in said[0]
-
-
-def test_a_recorded_run_that_is_stuck_says_so_at_its_end(alarm):
-    records = recorded("stuck-sacl-xd")
-    for record in records:
-        heed(alarm, record)
-    decision = alarm.decision()
-    last = [record for record in records if "rankme_slim" in record][-1]
-    assert decision.since < records[-1]["step"]
-    assert f"RankMe is {last['rankme_slim']:.1f} of at most 1,024" in decision.words
-    assert f"kNN {last['knn_top1_slim']:.1f} %" in decision.words
-    assert "[method.coding_rate] weight" in decision.hint
 
 
 def test_a_recorded_run_that_leaves_the_plateau_is_warned_of_once_and_not_called_stuck(alarm):
@@ -181,16 +165,6 @@ def test_without_a_slim_net_the_host_is_evaluated(alarm):
     assert "kNN 30.0 % (before the first step 26.0 %)" in alarm.decision().words
 
 
-def test_a_run_that_leaves_the_plateau_is_not_called_stuck(alarm, said):
-    alarm.check_quality(look(1), **DEMO)
-    feed(alarm, 2 * RECORDS)
-    assert len(said) == 1
-    feed(alarm, RECORDS - 1, 50, diagonal=0.8, rms=0.2)
-    assert alarm.decision()
-    feed(alarm, 1, 60, diagonal=0.8, rms=0.2)
-    assert alarm.decision() is None
-
-
 def test_features_that_become_good_end_it_too(alarm):
     alarm.check_quality(look(1), **DEMO)
     feed(alarm, RECORDS)
@@ -218,61 +192,28 @@ def test_an_alarm_that_is_resumed_anywhere_says_what_one_that_ran_on_says(said):
         assert second.decision() == whole.decision()
 
 
-@pytest.fixture
-def one_dimension(monkeypatch):
-    """Have every projector repeat its first output, so that no training leaves the plateau."""
+def test_a_stuck_run_says_so_on_the_way_at_its_end_and_in_its_report(
+    tmp_path, recipe_file, image_folder, edgecl, monkeypatch
+):
+    """Every projector repeats its first output, so that no training leaves the plateau."""
     forward = Encoder.forward
-
-    def repeated(self, images):
-        z = forward(self, images)
-        return z[:, :1].expand(z.shape).contiguous()
-
-    monkeypatch.setattr(Encoder, "forward", repeated)
-
-
-@pytest.fixture
-def stuck(tmp_path, one_dimension, make_recipe, labelled_pictures):
-    train(make_recipe(), tmp_path / "run", labelled_pictures)
-    return tmp_path / "run"
-
-
-def test_a_stuck_run_is_warned_of_on_the_way_and_in_its_metrics(capsys, stuck):
-    warnings = [
-        record for record in read_metrics(stuck / "metrics.jsonl") if record.get("event") == "warning"
+    monkeypatch.setattr(Encoder, "forward", lambda self, images: forward(self, images)[:, :1].repeat(1, 16))
+    run = tmp_path / "run"
+    _, out, err = edgecl("pretrain", recipe_file, "--data", image_folder, "--out", run)
+    (warning,) = [
+        record for record in read_metrics(run / "metrics.jsonl") if record.get("because") == "plateau"
     ]
-    assert [(record["step"], record["because"]) for record in warnings] == [(RECORDS, "plateau")]
-    assert f"edgecl: {warnings[0]['words']}" in capsys.readouterr().err
-
-
-def test_a_stuck_run_is_called_stuck_in_its_record(stuck):
-    plateau = RunDir(stuck).read().plateau
+    assert warning["step"] == RECORDS
+    assert f"edgecl: {warning['words']}" in err
+    plateau = RunDir(run).read().plateau
     assert plateau.since == RECORDS
-    assert "plateau of one dimension" in plateau.words
-
-
-def test_a_stuck_run_that_is_resumed_at_its_end_is_still_called_stuck(stuck, make_recipe, labelled_pictures):
-    before = RunDir(stuck).read().plateau
-    assert train(make_recipe(), stuck, labelled_pictures, resume=True).plateau == before
-
-
-def test_the_report_of_a_stuck_run_begins_with_it(stuck, tmp_path):
-    plateau = RunDir(stuck).read().plateau
-    record = report([stuck], out=tmp_path / "report")
+    record = report([run], out=tmp_path / "report")
     assert record["decision"].startswith(plateau.words)
     assert plateau.hint in record["support"][0]
-    header = ReportDir(tmp_path / "report").page_file.read_text(encoding="utf-8").partition("</header>")[0]
-    assert plateau.words in header
-    assert plateau.hint in header
-
-
-def test_pretrain_says_last_that_it_is_stuck(tmp_path, one_dimension, recipe_file, image_folder):
-    done = CliRunner().invoke(
-        app, ["pretrain", str(recipe_file), "--data", str(image_folder), "--out", str(tmp_path / "run")]
-    )
-    plateau = RunDir(tmp_path / "run").read().plateau
-    last = done.stdout.splitlines()[-1]
-    assert last.startswith(plateau.words)
-    assert plateau.hint in last
+    page = ReportDir(tmp_path / "report").page_file.read_text(encoding="utf-8")
+    for place in (out.splitlines()[-1], page.partition("</header>")[0]):
+        assert plateau.words in place
+        assert plateau.hint in place
 
 
 def test_a_run_that_is_not_stuck_has_no_plateau_in_its_record(trained_run, tmp_path):

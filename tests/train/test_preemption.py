@@ -29,19 +29,6 @@ def signalled(code):
     return done.stdout.split(), done.stderr
 
 
-def test_sigterm_is_remembered_and_ends_nothing():
-    printed, said = signalled(
-        """
-        with StopRequest() as stop:
-            print(int(stop.asked))
-            signal.raise_signal(signal.SIGTERM)
-            signal.raise_signal(signal.SIGTERM)
-            print(int(stop.asked))
-        """
-    )
-    assert (printed, said) == (["0", "15"], "")
-
-
 def test_first_ctrl_c_is_a_wish_and_a_later_one_an_end():
     printed, said = signalled(
         """

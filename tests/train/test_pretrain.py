@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from edgecl import pipeline
 from edgecl.data import index
 from edgecl.errors import ArtifactError, DataError, RecipeError, SliceError
 from edgecl.nets.backbone import count_parameters, create_backbone
@@ -43,13 +42,6 @@ def test_refused_start_leaves_none_of_the_directories_it_made(
     with pytest.raises(error):
         train(make_recipe(*settings), tmp_path / "a" / "b" / "run", pictures)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_refused_start_without_pictures_leaves_nothing(tmp_path, make_recipe):
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="no images in the folder"):
-        train(make_recipe(), tmp_path / "a" / "run", tmp_path / "empty")
-    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
 
 
 def test_refused_start_keeps_what_was_there(tmp_path, make_recipe, pictures):
@@ -107,19 +99,6 @@ def test_the_impossible_is_refused_before_the_images_are_read(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_to_lower_is_said_of_more_views_than_memory(tmp_path, make_recipe, pictures):
-    hints = []
-    for settings in (
-        ["data.batch_size=100000", "data.image_size=4096"],
-        ["data.batch_size=100000", "views.local_count=30", "views.local_size=4096"],
-    ):
-        with pytest.raises(RecipeError) as caught:
-            train(make_recipe(*settings), tmp_path / "run", pictures)
-        hints.append(caught.value.hint)
-    assert all("batch_size or image_size" in hint for hint in hints)
-    assert ["local_count" in hint for hint in hints] == [False, True]
-
-
 def test_views_that_just_fit_are_not_refused(make_recipe, monkeypatch):
     """8 pictures: two views of 32 pixels a side and three of 16, three channels of four bytes."""
     needed = 8 * (2 * 32 * 32 + 3 * 16 * 16) * 12
@@ -130,21 +109,6 @@ def test_views_that_just_fit_are_not_refused(make_recipe, monkeypatch):
     memory.total -= 1
     with pytest.raises(RecipeError):
         pretrain._check_memory(recipe, torch.device("cpu"))
-
-
-def test_the_whole_road_refuses_the_impossible_before_the_images_are_read(
-    tmp_path, make_recipe, labelled_pictures, monkeypatch
-):
-    monkeypatch.setattr(pretrain, "open_source", None)
-    with pytest.raises(RecipeError, match="GiB"):
-        pipeline.run(
-            make_recipe("data.batch_size=100000", "data.image_size=4096"),
-            recipe_name="tiny",
-            out=tmp_path / "road",
-            data=str(labelled_pictures),
-            device="cpu",
-        )
-    assert not (tmp_path / "road" / "run").exists()
 
 
 # --- the record ---
