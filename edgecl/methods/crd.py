@@ -33,7 +33,7 @@ class Config(TaughtConfig):
     name: Literal["crd"] = "crd"
     temperature: float = Field(0.07, gt=0, le=100)
     """tau; the public code's."""
-    queue_steps: int = Field(16, ge=1, le=100_000)
+    queue_steps: int = Field(4, ge=1, le=100_000)
     """The pictures of so many last steps stand for all others; 16,384 from a memory of all in the paper."""
     dimensions: int = Field(128, ge=1, le=32_768)
     """Of the space in which student and teacher are compared; the paper's."""

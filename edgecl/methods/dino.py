@@ -36,10 +36,13 @@ class Config(RatedConfig):
     """Directions to which views are assigned; 65,536 in the paper, 4,096 in SSLight."""
     student_temperature: float = Field(0.1, gt=0, le=100)
     """tau_s."""
-    teacher_temperature: float = Field(0.04, gt=0, le=100)
+    teacher_temperature: float = Field(0.04, ge=0.02, le=100)
     """tau_t."""
+    targets: Literal["even", "centered"] = "even"
+    """What keeps one prototype from taking everything: "even" gives each an even share of the batch (Sinkhorn and Knopp, as
+    SwAV and DINOv2 do); "centered" takes off c, as the paper does, with which our small nets did not start."""
     center_momentum: Fraction = 0.9
-    """Of c, the mean of the targets' assignments, which keeps one prototype from taking everything."""
+    """Of c, the mean of the targets' assignments."""
     momentum: Fraction = 0.99
     """Of the net that makes the targets, at the first step; it rises to 1. 0.996 in the paper, whose runs are longer."""
 
@@ -106,9 +109,7 @@ class Dino(Method):
         config = self.config
         guesses, targets = (list(part.values()) for part in embeddings)
         with torch.autocast(device_type=self.center.device.type, enabled=False):
-            aims = [
-                ((wide(target) - self.center) / config.teacher_temperature).softmax(1) for target in targets
-            ]
+            aims = [self._aim(target) for target in targets]
             total = mean_of(
                 [
                     assignment_loss(guess, aim, temperature=config.student_temperature)
@@ -126,6 +127,12 @@ class Dino(Method):
             "coding_rate": rate,
             **correlation_of(guesses[0], guesses[1]),
         }
+
+    def _aim(self, target: Tensor) -> Tensor:
+        temperature = self.config.teacher_temperature
+        if self.config.targets == "even":
+            return even_codes(target, epsilon=temperature)
+        return ((wide(target) - self.center) / temperature).softmax(1)
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
@@ -151,3 +158,27 @@ def _mean_of_rows(sets: Sequence[Tensor]) -> Tensor:
     """Return the (K,) mean row of (N, K) tensors over the global batch."""
     rows = torch.cat(list(sets))
     return sum_over_processes(rows.sum(0)) / (len(rows) * process_count())
+
+
+@torch.no_grad()
+def even_codes(likeness: Tensor, *, epsilon: float, rounds: int = 3) -> Tensor:
+    """Assign a batch to prototypes so that each prototype gets an equal share (Sinkhorn and Knopp).
+
+    Args:
+        likeness: (N, K) cosines of this process's share.
+        epsilon: the larger, the more evenly a picture is spread.
+        rounds: of the alternation.
+
+    Returns:
+        (N, K) rows that sum to 1, of the global batch's alternation.
+
+    Source: SwAV, arXiv:2006.09882, equation 3 and appendix A.
+    """
+    with torch.autocast(device_type=likeness.device.type, enabled=False):
+        # No cosine is above 1, so nothing overflows; a common factor leaves in the first round.
+        shares = ((wide(likeness) - 1) / epsilon).exp()
+        count, prototypes = len(shares) * process_count(), shares.shape[1]
+        for _ in range(rounds):
+            shares = shares / (sum_over_processes(shares.sum(0)) * prototypes)
+            shares = shares / (shares.sum(1, keepdim=True) * count)
+        return shares * count

@@ -17,7 +17,7 @@ from edgecl.config.settings import Fraction, Weight
 from edgecl.methods.byol import prediction_loss
 from edgecl.methods.losses import correlation_of, mean_of, queue_contrastive_loss
 from edgecl.methods.method import Embeddings, Terms
-from edgecl.methods.momentum import Follower, Queue
+from edgecl.methods.momentum import Follower, Queue, rising_momentum
 from edgecl.methods.teacher import TaughtConfig, TaughtMethod
 from edgecl.nets.slimming import SlimmableNet
 
@@ -38,9 +38,9 @@ class Config(TaughtConfig):
     """w, of the distillation; the paper's."""
     temperature: float = Field(0.2, gt=0, le=100)
     """Of the softmax over cosines; the paper's."""
-    momentum: Fraction = 0.99
-    """Of the net that makes the keys; 0.999 in the paper, with 65,536 keys."""
-    queue_steps: int = Field(16, ge=1, le=100_000)
+    momentum: Fraction = 0.95
+    """Of the net that makes the keys, at the first step; it rises to 1."""
+    queue_steps: int = Field(4, ge=1, le=100_000)
     """Of so many last steps the keys are kept; see moco-v2."""
 
     def arm(self, recipe: Recipe) -> str:
@@ -111,7 +111,8 @@ class Disco(TaughtMethod):
 
     def after_step(self, step: int) -> None:
         """Move the net that makes the keys, and put the keys into the queue."""
-        self.target.follow(self.net.host, momentum=self.config.momentum)
+        momentum = rising_momentum(self.config.momentum, step, total_steps=self.total_steps)
+        self.target.follow(self.net.host, momentum=momentum)
         self.queue.push()
 
 

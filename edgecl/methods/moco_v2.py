@@ -16,7 +16,7 @@ from edgecl.config.recipe import ForwardPasses, Panel, Recipe
 from edgecl.config.settings import Fraction
 from edgecl.methods.losses import correlation_of, mean_of, queue_contrastive_loss
 from edgecl.methods.method import Embeddings, Method, RatedConfig, Terms
-from edgecl.methods.momentum import Follower, Queue
+from edgecl.methods.momentum import Follower, Queue, rising_momentum
 from edgecl.nets.slimming import SlimmableNet
 
 
@@ -28,9 +28,10 @@ class Config(RatedConfig):
     name: Literal["moco-v2"] = "moco-v2"
     temperature: float = Field(0.2, gt=0, le=100)
     """tau, of the softmax over cosines; the paper's."""
-    momentum: Fraction = 0.99
-    """Of the net that makes the keys; solo-learn's for CIFAR-10, the paper's is 0.999 with 65,536 keys."""
-    queue_steps: int = Field(16, ge=1, le=100_000)
+    momentum: Fraction = 0.95
+    """Of the net that makes the keys, at the first step; it rises to 1, as solo-learn's from 0.99. The paper's is 0.999, for
+    long runs: in short ones the copy would long be of the random start."""
+    queue_steps: int = Field(4, ge=1, le=100_000)
     """Of so many last steps the keys are kept. The paper keeps 256, where weights change little in a step; keys that are
     old for how fast the net changes are told from new ones by their age."""
     symmetric: bool = False
@@ -93,7 +94,8 @@ class MocoV2(Method):
 
     def after_step(self, step: int) -> None:
         """Move the net that answers, and put the keys into the queue."""
-        self.target.follow(self.net.host, momentum=self.config.momentum)
+        momentum = rising_momentum(self.config.momentum, step, total_steps=self.total_steps)
+        self.target.follow(self.net.host, momentum=momentum)
         self.queue.push()
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from edgecl.config.recipe import ForwardPasses, Panel, Recipe
 from edgecl.config.settings import Fraction
-from edgecl.methods.dino import Assigner, assignment_loss
+from edgecl.methods.dino import Assigner, assignment_loss, even_codes
 from edgecl.methods.losses import correlation_of, mean_of, wide
 from edgecl.methods.method import Embeddings, Method, Terms
 from edgecl.methods.momentum import Follower
@@ -24,7 +24,6 @@ from edgecl.methods.teacher import TaughtConfig, load_teacher
 from edgecl.nets.backbone import feature_count
 from edgecl.nets.heads import Projector
 from edgecl.nets.slimming import SlimmableNet
-from edgecl.nets.sync_norms import process_count, sum_over_processes
 
 
 class Config(TaughtConfig):
@@ -134,27 +133,3 @@ class Oss(Method):
 
 
 METHOD = Oss
-
-
-@torch.no_grad()
-def even_codes(likeness: Tensor, *, epsilon: float, rounds: int = 3) -> Tensor:
-    """Assign a batch to prototypes so that each prototype gets an equal share (Sinkhorn and Knopp).
-
-    Args:
-        likeness: (N, K) cosines of this process's share.
-        epsilon: the larger, the more evenly a picture is spread.
-        rounds: of the alternation.
-
-    Returns:
-        (N, K) rows that sum to 1, of the global batch's alternation.
-
-    Source: SwAV, arXiv:2006.09882, equation 3 and appendix A.
-    """
-    with torch.autocast(device_type=likeness.device.type, enabled=False):
-        # No cosine is above 1, so nothing overflows; a common factor leaves in the first round.
-        shares = ((wide(likeness) - 1) / epsilon).exp()
-        count, prototypes = len(shares) * process_count(), shares.shape[1]
-        for _ in range(rounds):
-            shares = shares / (sum_over_processes(shares.sum(0)) * prototypes)
-            shares = shares / (shares.sum(1, keepdim=True) * count)
-        return shares * count

@@ -20,7 +20,7 @@ from edgecl.config.recipe import ForwardPasses, Panel, Recipe
 from edgecl.config.settings import Fraction, Weight
 from edgecl.methods.losses import correlation_of, mean_over_batch, queue_contrastive_loss, wide
 from edgecl.methods.method import Embeddings, Terms
-from edgecl.methods.momentum import Follower, Queue
+from edgecl.methods.momentum import Follower, Queue, rising_momentum
 from edgecl.methods.teacher import TaughtConfig, TaughtMethod
 from edgecl.nets.slimming import SlimmableNet
 
@@ -44,9 +44,9 @@ class Config(TaughtConfig):
     """How many pictures of the queue are alike."""
     temperature: float = Field(0.2, gt=0, le=100)
     """tau, of the softmax over cosines."""
-    momentum: Fraction = 0.99
-    """Of the net that makes the keys."""
-    queue_steps: int = Field(16, ge=1, le=100_000)
+    momentum: Fraction = 0.95
+    """Of the net that makes the keys, at the first step; it rises to 1."""
+    queue_steps: int = Field(4, ge=1, le=100_000)
     """Of so many last steps the keys are kept, and the teacher's features of the same pictures; see moco-v2."""
 
     def arm(self, recipe: Recipe) -> str:
@@ -132,7 +132,8 @@ class Rekd(TaughtMethod):
 
     def after_step(self, step: int) -> None:
         """Move the net that makes the keys, and put keys and features into their queues, in the same order."""
-        self.target.follow(self.net.host, momentum=self.config.momentum)
+        momentum = rising_momentum(self.config.momentum, step, total_steps=self.total_steps)
+        self.target.follow(self.net.host, momentum=momentum)
         self.queue.push()
         self.taught.push()
 

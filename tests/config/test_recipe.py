@@ -409,7 +409,7 @@ def test_a_missing_teacher_is_named(write, name):
     [
         (
             ["method.name=rekd", "method.neighbors=9000"],
-            "neighbors' 9000 is above the 4096 pictures",
+            "neighbors' 9000 is above the 1024 pictures",
         ),
         (["method.name=oss", "method.teacher.view=plain"], "teacher that learns"),
         (["method.name=xd-teacher", "slim.widths=[0.5, 1.0]"], "trains one slim width"),

@@ -6,10 +6,9 @@ import torch
 from methods_of import method_of
 
 from edgecl.config.recipe import read_recipe
-from edgecl.methods.dino import Assigner
+from edgecl.methods.dino import Assigner, even_codes
 from edgecl.methods.method import Embeddings
 from edgecl.methods.momentum import Follower, Queue, rising_momentum
-from edgecl.methods.oss import even_codes
 from edgecl.methods.rekd import nearest
 
 N, D, K, FEATURES = 7, 6, 9, 1024
@@ -173,21 +172,24 @@ def test_ssl_small_is_moco_v2_with_what_small_nets_need():
     assert (recipe.views.jitter, recipe.views.grayscale, recipe.views.blur) == (1.0, 0.5, (0.5, 0.5))
 
 
-def test_dino_assigns_views_as_the_centered_sharpened_target_does(method):
-    one = method("dino", prototypes=K, student_temperature=0.2, teacher_temperature=0.1, local_count=1)
+@pytest.mark.parametrize("targets", ["even", "centered"])
+def test_dino_assigns_views_as_the_slow_copy_does(method, targets):
+    settings = {"student_temperature": 0.2, "teacher_temperature": 0.1, "targets": targets}
+    one = method("dino", prototypes=K, local_count=1, **settings)
     center = draw(K, seed=3)
     one.center.copy_(torch.from_numpy(center))
-    t0, t1 = embeddings(2, K, first=10)
+    t0, t1 = (unit(z) for z in embeddings(2, K, first=10))
     v0, v1, local = embeddings(3, K)
+    assigned = {"even": lambda t: sinkhorn(t, 0.1), "centered": lambda t: softmax((t - center) / 0.1)}
+    aims = [assigned[targets](t) for t in (t0, t1)]
 
     def reference(z):
-        aims = [softmax((t - center) / 0.1) for t in (t0, t1)]
         pairs = [("view_0", 1), ("view_1", 0), ("local_0", 0), ("local_0", 1)]
         return np.mean([-(aims[target] * log_softmax(z[name] / 0.2)).sum(1).mean() for name, target in pairs])
 
     learnt = {"view_0": v0, "view_1": v1, "local_0": local}
     terms = check(one, reference, learnt, {"target_0": t0, "target_1": t1})
-    share = np.mean([softmax((t - center) / 0.1) for t in (t0, t1)], axis=(0, 1))
+    share = np.mean(aims, axis=(0, 1))
     assert float(terms["target_entropy"]) == pytest.approx(-(share * np.log(share)).sum(), rel=1e-9)
     one.after_step(0)
     np.testing.assert_allclose(one.center.numpy(), 0.9 * center + 0.1 * np.mean([t0, t1], axis=(0, 1)))
