@@ -32,8 +32,11 @@ class Config(RatedConfig):
     )
 
     name: Literal["dino"] = "dino"
-    prototypes: int = Field(1024, ge=2, le=65_536)
+    prototypes: int = Field(512, ge=2, le=65_536)
     """Directions to which views are assigned; 65,536 in the paper, 4,096 in SSLight."""
+    learn_prototypes: bool = False
+    """Without, they stay where they begin. The paper holds them for an epoch; where they learn before views agree, they all
+    become one, and every guess is as good."""
     student_temperature: float = Field(0.1, gt=0, le=100)
     """tau_s."""
     teacher_temperature: float = Field(0.04, ge=0.02, le=100)
@@ -43,7 +46,7 @@ class Config(RatedConfig):
     SwAV and DINOv2 do); "centered" takes off c, as the paper does, with which our small nets did not start."""
     center_momentum: Fraction = 0.9
     """Of c, the mean of the targets' assignments."""
-    momentum: Fraction = 0.99
+    momentum: Fraction = 0.95
     """Of the net that makes the targets, at the first step; it rises to 1. 0.996 in the paper, whose runs are longer."""
 
     def arm(self, recipe: Recipe) -> str:
@@ -64,12 +67,13 @@ class Assigner(nn.Module):
     Args:
         dimensions: D, of a projection.
         prototypes: K.
+        learn: whether the prototypes do.
     """
 
-    def __init__(self, dimensions: int, prototypes: int):
+    def __init__(self, dimensions: int, prototypes: int, *, learn: bool):
         super().__init__()
         self.norm = nn.BatchNorm1d(dimensions, affine=False)
-        self.weight = nn.Parameter(torch.randn(prototypes, dimensions))
+        self.weight = nn.Parameter(torch.randn(prototypes, dimensions), requires_grad=learn)
 
     def forward(self, z: Tensor) -> Tensor:
         """Return (N, K) cosines of (N, D) projections and the prototypes."""
@@ -83,7 +87,9 @@ class Dino(Method):
 
     def __init__(self, recipe: Recipe, net: SlimmableNet, *, steps_per_epoch: int):
         super().__init__(recipe, net, steps_per_epoch=steps_per_epoch)
-        self.assigner = Assigner(recipe.projector.sizes[-1], self.config.prototypes)
+        self.assigner = Assigner(
+            recipe.projector.sizes[-1], self.config.prototypes, learn=self.config.learn_prototypes
+        )
         self.target, self.target_assigner = Follower(net.host), Follower(self.assigner)
         self.register_buffer("center", torch.zeros(self.config.prototypes))
         self.center: Tensor

@@ -41,6 +41,8 @@ class Config(TaughtConfig):
     name: Literal["oss"] = "oss"
     prototypes: int = Field(300, ge=2, le=65_536)
     """Of the teacher and of the student; 3,000 in SwAV, for a thousand classes."""
+    learn_prototypes: bool = False
+    """Without, they stay where they begin; SwAV holds them for an epoch."""
     temperature: float = Field(0.1, gt=0, le=100)
     """tau; SwAV's."""
     evenness: float = Field(0.05, ge=0.02, le=100)
@@ -75,14 +77,15 @@ class Oss(Method):
     def __init__(self, recipe: Recipe, net: SlimmableNet, *, steps_per_epoch: int):
         super().__init__(recipe, net, steps_per_epoch=steps_per_epoch)
         # A copy: what was loaded is kept, for a run that must start anew.
-        backbone = copy.deepcopy(load_teacher(self.config.teacher).net)
+        backbone = copy.deepcopy(load_teacher(self.config.teacher).net).requires_grad_(True)
         sizes, prototypes = recipe.projector.sizes, self.config.prototypes
         self.teacher = torch.nn.Sequential(
-            backbone, Projector(feature_count(backbone), sizes), Assigner(sizes[-1], prototypes)
+            backbone,
+            Projector(feature_count(backbone), sizes),
+            Assigner(sizes[-1], prototypes, learn=self.config.learn_prototypes),
         )
-        self.teacher.requires_grad_(True)
         self.target = Follower(self.teacher)
-        self.assigner = Assigner(sizes[-1], prototypes)
+        self.assigner = Assigner(sizes[-1], prototypes, learn=self.config.learn_prototypes)
 
     def embed(self, views: Sequence[Tensor], step: int) -> dict[str, Tensor]:
         """Assign each view, by the student and the whole ones by the teacher."""

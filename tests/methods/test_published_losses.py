@@ -197,7 +197,7 @@ def test_dino_assigns_views_as_the_slow_copy_does(method, targets):
 
 def test_prototypes_and_projections_are_compared_as_directions():
     torch.manual_seed(0)
-    assigner = Assigner(D, K).double()
+    assigner = Assigner(D, K, learn=True).double()
     z = draw(N, D, seed=1)
     expected = unit(standardized(z)) @ unit(assigner.weight.detach().numpy()).T
     np.testing.assert_allclose(assigner(torch.from_numpy(3 * z)).detach().numpy(), expected, atol=1e-4)
