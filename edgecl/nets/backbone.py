@@ -71,8 +71,9 @@ def feature_count(net: nn.Module) -> int:
     return int(getattr(net, "head_hidden_size", None) or cast(Any, net).num_features)
 
 
-_HEADS = {"embed_dim": 64, "num_heads": 1}
-_SCALED: dict[str, dict[str, int | tuple[int, ...]]] = {
+_Steps = dict[str, int | tuple[int, ...]]
+_HEADS: _Steps = {"embed_dim": 64, "num_heads": 1}
+_SCALED: dict[str, _Steps] = {
     "_create_byobnet": {"blocks": 8, "stem_chs": 8},
     "_create_deit": _HEADS,
     "_create_efficientformerv2": {"embed_dims": 8},
@@ -103,7 +104,7 @@ def _create_at_width(arch: str, width: float, *, num_classes: int) -> nn.Module:
     entrypoint = cast(types.FunctionType, model_entrypoint(arch))
     scaled: dict[str, Callable[..., nn.Module]] = {}
     for name in entrypoint.__code__.co_names:
-        function = entrypoint.__globals__.get(name)
+        function: Any = entrypoint.__globals__.get(name)
         if name in _SCALED:
             scaled[name] = _scaled_builder(function, _SCALED[name], width)
         elif name.startswith("_gen_"):
@@ -141,7 +142,7 @@ def _scaled_generator(
 
 
 def _scaled_builder(
-    builder: Callable[..., nn.Module], steps: dict[str, int | tuple[int, ...]], width: float
+    builder: Callable[..., nn.Module], steps: _Steps, width: float
 ) -> Callable[..., nn.Module]:
     """Return one of timm's builders that scales these of its arguments."""
     configs = cast(types.FunctionType, builder).__globals__.get("model_cfgs", {})
@@ -170,6 +171,8 @@ def _set_stem_stride(net: nn.Module, stride: int) -> None:
     for module in net.modules():
         if isinstance(module, nn.Conv2d) and module.in_channels == 3:
             module.stride = (stride, stride)
+        elif hasattr(module, "reparameterize") and getattr(module, "in_chs", None) == 3:
+            setattr(module, "stride", stride)  # noqa: B010 - what FastViT's branches are fused into
 
 
 def example_side(net: nn.Module) -> int:

@@ -56,7 +56,7 @@ def attention(slim: nn.Module, host: nn.Module) -> dict[str, Index]:
     own, other = cast(Any, slim), cast(Any, host)
     if own.head_dim != other.head_dim:
         raise ValueError(f"its heads of {own.head_dim} channels: the host has heads of {other.head_dim}")
-    found = {}
+    found: dict[str, Index] = {}
     for leaf, index in prefix(own.qkv, other.qkv).items():
         count, whole = own.qkv.out_features // 3, other.qkv.out_features // 3
         rows = torch.cat([part * whole + torch.arange(count) for part in range(3)])
