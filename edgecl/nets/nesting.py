@@ -110,7 +110,8 @@ def index_of(slim: nn.Module, host: nn.Module, *, where: Mapping[str, object]) -
             where=dict(where),
             hint=HINT,
         )
-    hosts, found = dict(host.named_modules()), {}
+    hosts = dict(host.named_modules())
+    found: dict[str, Index] = {}
     for name, module in slim.named_modules():
         rule = next((rule for kind, rule in RULES if isinstance(module, kind)), None)
         if rule is None and _own_tensors(module):
