@@ -356,7 +356,13 @@ class _Rewriter:
         )
 
     def _node(
-        self, op_type: str, inputs: list[str], output: str, *, name: str = "", **attributes: int | float | list[int]
+        self,
+        op_type: str,
+        inputs: list[str],
+        output: str,
+        *,
+        name: str = "",
+        **attributes: int | float | list[int],
     ) -> onnx.NodeProto:
         node = helper.make_node(
             op_type, inputs, [output], name=name or self._names.node(f"{op_type}_{output}")

@@ -75,7 +75,12 @@ def list_nets() -> list[dict[str, Any]]:
         about = f"{net['params_m']} M parameters, {net['macs_m']} M MACs; {net['parts']}"
         about += "; fused before export" if net["fused"] else ""
         about += "; tested from training to bundle" if name in NETS else ""
-        listed.append({"name": name, "summary": about, **net, "nests": True, "widths": table["widths"]})
+        about += (
+            f"; from {net['widths'][0]:g} to {net['widths'][-1]:g} times its width only"
+            if net["widths"][0] == 1
+            else ""
+        )
+        listed.append({"name": name, "summary": about, **net, "nests": True})
     for name, net in table["refused"].items():
         about = f"{net['params_m']} M parameters, {net['macs_m']} M MACs; has one width only: {net['reason']}"
         listed.append({"name": name, "summary": about, **net, "nests": False})

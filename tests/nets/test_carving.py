@@ -5,7 +5,7 @@ import json
 import pytest
 import timm
 import torch
-from every_net import every_net
+from every_net import nets_at
 from safetensors.torch import load_file
 
 from edgecl.config.recipe import recipe_from_tables
@@ -49,8 +49,7 @@ def carved_net(net, arch, width):
     return carved.eval()
 
 
-@pytest.mark.parametrize("slim_width", [1.0, 0.75, 0.5])
-@pytest.mark.parametrize("arch", every_net())
+@pytest.mark.parametrize(("arch", "slim_width"), nets_at([1.0, 0.75, 0.5]))
 def test_carved_net_equals_slim_view(slimmable, arch, slim_width):
     net = slimmable(arch, host_width=1.5, slim_width=slim_width)
     side = example_side(net.host)
