@@ -46,6 +46,23 @@ def test_the_nets_that_are_tested_are_in_the_list_and_marked():
     assert [name for name, summary in shown.items() if "tested" in summary] == sorted(NETS)
 
 
+def test_the_page_about_nets_says_what_the_table_says():
+    page = (Path(__file__).parents[2] / "docs" / "nets.md").read_text(encoding="utf-8")
+    rows = {
+        cells[0].strip(" `"): cells[1:]
+        for cells in (line.split("|")[1:-1] for line in page.splitlines() if line.startswith("| `"))
+    }
+    nets = {net["name"]: net for net in list_nets()}
+    assert rows.keys() == {*NETS, *REFUSED}
+    for name, cells in rows.items():
+        net = nets[name]
+        assert [float(cell) for cell in cells[:2]] == [net["params_m"], net["macs_m"]]
+        if net["nests"]:
+            assert (cells[2].strip() == "yes") is net["fused"]
+            least, most = net["widths"][0], net["widths"][-1]
+            assert cells[4].strip().removesuffix(" in thirds") == f"{least:g} to {most:g}"
+
+
 def test_the_list_is_shown_without_torch():
     code = "import sys; from edgecl.nets.catalogue import list_nets; list_nets(); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
