@@ -14,7 +14,7 @@ from torch.func import functional_call
 
 from edgecl.config.recipe import recipe_from_tables
 from edgecl.config.target import Tolerance
-from edgecl.deploy.session import open_ort, with_any_batch
+from edgecl.deploy.session import fixed_batch, open_ort, run_in_parts, with_any_batch
 from edgecl.errors import ArtifactError, ParityError
 from edgecl.nets.build import create_slimmable
 from edgecl.nets.folding import fold_batch_norm
@@ -127,7 +127,8 @@ def onnx_layers(model: onnx.ModelProto, images: Array, *, names: list[str]) -> L
     outputs = {value.name for value in shown.graph.output}
     shown.graph.output.extend(onnx.ValueInfoProto(name=name) for name in tensors if name not in outputs)
     session = open_ort(shown, optimization="ALL")
-    values = session.run(tensors, {session.get_inputs()[0].name: images})
+    source = session.get_inputs()[0].name
+    values = run_in_parts(lambda part: session.run(tensors, {source: part}), images, fixed_batch(model))
     if len(names) != len(tensors):
         names = tensors
     return {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy
@@ -32,9 +32,10 @@ def session_of(model: onnx.ModelProto, *, runtime: str, form: str = "fp32") -> R
     evaluate = RUNTIMES[runtime].evaluate or RUNTIMES["onnxruntime"].evaluate
     assert evaluate is not None
     try:
-        return evaluate(with_any_batch(model).SerializeToString(), form)
+        run = evaluate(with_any_batch(model).SerializeToString(), form)
     except OnboardError as error:
         raise DeviceError(error.problem, hint=error.hint) from error
+    return lambda images: run_in_parts(lambda part: [run(part)], images, fixed_batch(model))[0]
 
 
 def open_ort(model: onnx.ModelProto, *, optimization: str) -> Any:
@@ -42,8 +43,28 @@ def open_ort(model: onnx.ModelProto, *, optimization: str) -> Any:
     return open_model(model.SerializeToString(), threads=1, optimization=optimization)
 
 
+def fixed_batch(model: onnx.ModelProto) -> int | None:
+    """Return the batch that the shapes inside a graph are made for, as those of attention are; None where any will do."""
+    reshapes = any(node.op_type in ("Reshape", "Expand") for node in model.graph.node)
+    return (model.graph.input[0].type.tensor_type.shape.dim[0].dim_value or None) if reshapes else None
+
+
+def run_in_parts(
+    run: Callable[[Array], Sequence[Array]], images: Array, batch: int | None
+) -> list[NDArray[Any]]:
+    """Run all images at once, or so many at a time, the last ones beside copies that fill the batch."""
+    if batch is None:
+        return list(run(images))
+    found = []
+    for start in range(0, len(images), batch):
+        part = images[start : start + batch]
+        filled = numpy.concatenate([part, numpy.repeat(part[-1:], batch - len(part), axis=0)])
+        found.append([values[: len(part)] for values in run(filled)])
+    return [numpy.concatenate(values) for values in zip(*found, strict=True)]
+
+
 def with_any_batch(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return a copy that takes any batch; the portable forms hold no batch but in the input's and output's shape."""
+    """Return a copy that takes any batch, but where `fixed_batch` gives one."""
     free = onnx.ModelProto()
     free.CopyFrom(model)
     del free.graph.value_info[:]

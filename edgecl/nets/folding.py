@@ -155,7 +155,8 @@ def fold_batch_norm(net: nn.Module) -> nn.Module:
     """Fuse a net's branches, and fold every batch norm that comes right after a convolution into it.
 
     A norm's place in the net stays: an nn.Identity, or for timm's BatchNormAct2d its `drop` and `act`. All other
-    modules keep their names and every convolution that had a norm gains a bias. A norm that no convolution feeds stays.
+    modules keep their names and every convolution that had a norm gains a bias. A norm that no convolution feeds stays,
+    as does one whose convolution goes into a sum, too.
 
     Args:
         net: (N, 3, H, W) -> (N, F) or (N, K); left as it is.
@@ -173,9 +174,10 @@ def fold_batch_norm(net: nn.Module) -> nn.Module:
         for name, module, _ in seen.calls
         if isinstance(module, nn.Conv2d)
     }
+    added = {id(tensor) for _, *both in seen.sums for tensor in both}
     taken: dict[str, str] = {}
     for name, norm, given in seen.calls:
-        if not is_norm(norm) or id(given) not in makers:
+        if not is_norm(norm) or id(given) not in makers or id(given) in added:
             continue
         convolution_name, convolution = makers[id(given)]
         if taken.setdefault(convolution_name, name) != name:

@@ -185,6 +185,14 @@ def test_norm_that_no_convolution_feeds_stays(net, name):
     torch.testing.assert_close(folded(images), net(images))
 
 
+def test_norm_whose_convolution_is_added_too_stays():
+    net = Twice(nn.Identity()).eval()
+    images = torch.randn(2, 3, 8, 8)
+    folded = fold_batch_norm(net)
+    assert is_norm(folded.norm)
+    torch.testing.assert_close(folded(images), net(images))
+
+
 class Twice(nn.Module):
     """A convolution whose output goes two ways."""
 
@@ -205,7 +213,7 @@ class Twice(nn.Module):
     ("net", "problem"),
     [
         (Twice(nn.BatchNorm2d(3)), "cannot fold 'other': 'conv' feeds 'norm' too"),
-        (Twice(nn.Identity()), "cannot fold the batch norms: the output changes by"),
+        (Twice(nn.ReLU()), "cannot fold the batch norms: the output changes by"),
         (nn.Sequential(nn.Flatten(), nn.Linear(48, 2)), "the net does not take a picture of 64 x 64: "),
     ],
     ids=["two norms", "read elsewhere", "other size"],
