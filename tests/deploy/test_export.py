@@ -567,7 +567,7 @@ def write_random_model(path, arch):
     )
 
 
-@pytest.mark.parametrize("arch", every_net(quick=("mobileone_s0", "vit_tiny_patch16_224")))
+@pytest.mark.parametrize("arch", every_net(quick=("mobileone_s0",)))
 def test_every_net_passes_the_parity_checks(tmp_path, arch):
     write_random_model(tmp_path / "model", arch)
     manifest = export_model(
