@@ -247,3 +247,17 @@ def test_startup_benchmark_waits_for_the_first_step_of_a_run():
     assert results["pretrain"]["processor_s"] > results["python -c 'import torch'"]["processor_s"]
     assert "torch" in found["imports"]["pretrain"]["packages"]
     assert "torch" not in found["imports"]["bench"]["packages"]
+
+
+# --- nets.py ---
+
+
+def test_nets_take_turns_in_both_precisions():
+    names = ["mobilenetv4_conv_small", "mobileone_s0"]
+    table, found = run("nets", "--nets", *names, "--size", 32, "--rounds", 3, "--inferences", 2)
+    assert [row["net"] for row in found["nets"]] == names
+    assert all(name in table for name in names)
+    for row in found["nets"]:
+        for precision in ("fp32", "int8"):
+            low, high = row[f"{precision}_middle_half_ms"]
+            assert 0 < low <= row[f"{precision}_p50_ms"] <= high

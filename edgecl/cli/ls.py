@@ -1,6 +1,7 @@
 """`edgecl ls`."""
 
-from typing import Annotated, Literal, get_args
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, get_args
 
 import typer
 
@@ -25,7 +26,7 @@ def ls_command(
         print_rows(name, ["name", ""], [(entry["name"], entry["summary"]) for entry in found[name]])
 
 
-def _entries(name: ListName) -> list[dict[str, str]]:
+def _entries(name: ListName) -> Sequence[dict[str, Any]]:
     if name == "recipes":
         from edgecl.config.settings import list_packaged
 

@@ -125,6 +125,8 @@ class _Rewriter:
         elif node.op_type == "HardSigmoid" and self._hard_swish == "clip":
             alpha, beta = float(attribute(node, "alpha", 0.2)), float(attribute(node, "beta", 0.5))
             yield from self._clipped(node.input[0], node.output[0], alpha=alpha, beta=beta, name=node.name)
+        elif node.op_type == "LayerNormalization" and self._target < 17 and self._is_over_last(node):
+            yield from self._write_layer_norm(node)
         else:
             yield self._restate(node)
 
@@ -167,6 +169,29 @@ class _Rewriter:
         yield self._node("Clip", [lifted, self._scalar("zero", 0.0), self._scalar("top", top)], clipped)
         yield self._node("Mul", [clipped, self._scalar("slope", 1 / top)], result, name=name)
 
+    def _is_over_last(self, node: onnx.NodeProto) -> bool:
+        return attribute(node, "axis", -1) in (-1, len(self._shapes.get(node.input[0], ())) - 1)
+
+    def _write_layer_norm(self, node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
+        """Write a layer norm over the last dimension in the operators that opset 17 made one of."""
+        source, scale, *bias = node.input
+        result = node.output[0]
+        parts = ("mean", "centered", "squares", "variance", "lifted", "deviation", "normalized", "scaled")
+        mean, centered, squares, variance, lifted, deviation, normalized, scaled = (
+            self._names.new(f"{result}_{part}") for part in parts
+        )
+        epsilon = self._scalar("epsilon", float(attribute(node, "epsilon", 1e-5)))
+        yield self._node("ReduceMean", [source], mean, axes=[-1])
+        yield self._node("Sub", [source, mean], centered)
+        yield self._node("Mul", [centered, centered], squares)
+        yield self._node("ReduceMean", [squares], variance, axes=[-1])
+        yield self._node("Add", [variance, epsilon], lifted)
+        yield self._node("Sqrt", [lifted], deviation)
+        yield self._node("Div", [centered, deviation], normalized)
+        yield self._node("Mul", [normalized, scale], scaled if bias else result, name=node.name)
+        if bias:
+            yield self._node("Add", [scaled, bias[0]], result)
+
     def _restate(self, node: onnx.NodeProto) -> onnx.NodeProto:
         """Return a node as the target's opset writes it."""
         if not onnx.defs.has(node.op_type, self._target, ""):
@@ -194,7 +219,13 @@ class _Rewriter:
         return tuple(attribute(node, "axes", ()))
 
     def _node(
-        self, op_type: str, inputs: list[str], output: str, *, name: str = "", **attributes: int | float
+        self,
+        op_type: str,
+        inputs: list[str],
+        output: str,
+        *,
+        name: str = "",
+        **attributes: int | float | list[int],
     ) -> onnx.NodeProto:
         node = helper.make_node(
             op_type, inputs, [output], name=name or self._names.new(f"{op_type}_{output}")

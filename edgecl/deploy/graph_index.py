@@ -15,7 +15,7 @@ from onnx import helper, numpy_helper
 
 from edgecl.config.target import Int8Form
 
-WEIGHTED = ("Conv", "Gemm")
+WEIGHTED = ("Conv", "Gemm", "MatMul")
 _POOLS = ("GlobalAveragePool", "ReduceMean")
 
 

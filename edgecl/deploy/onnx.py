@@ -16,6 +16,7 @@ from torch import nn
 
 from edgecl.config.target import Graph
 from edgecl.deploy.graph import portable
+from edgecl.nets.folding import fuse_branches
 from edgecl.storage.records import MADE_BY
 
 INPUT = "input"
@@ -27,7 +28,7 @@ EXPORTED_OPSET = 18
 def onnx_from_net(
     net: nn.Module, *, graph: Graph, shape: tuple[int, int, int], metadata: dict[str, Any]
 ) -> onnx.ModelProto:
-    """Export a net in evaluation mode at the target's opset and forms, weights inside.
+    """Fuse a net's branches and export it in evaluation mode at the target's opset and forms, weights inside.
 
     Args:
         net: (N, 3, H, W) float32 -> (N, F) or (N, K).
@@ -43,7 +44,7 @@ def onnx_from_net(
     dynamic = ({0: torch.export.Dim("batch", min=1, max=graph.max_batch)},) if graph.dynamic_batch else None
     with _quiet():
         program = torch.onnx.export(
-            net.eval(),
+            fuse_branches(net).eval(),
             (example,),
             dynamo=True,
             opset_version=EXPORTED_OPSET,

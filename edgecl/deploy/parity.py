@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,10 @@ def onnx_layers(model: onnx.ModelProto, images: Array, *, names: list[str]) -> L
         names: of the layers in the order they run; where their number differs, ONNX's own names are used.
     """
     tensors = [node.output[0] for node in model.graph.node if node.op_type in ("Conv", "Gemm", "MatMul")]
-    values = dict(open_tensors(model, tensors, optimization="ALL")(images, len(images)))
+    found: dict[str, list[NDArray[Any]]] = defaultdict(list)
+    for name, part in open_tensors(model, tensors, optimization="ALL")(images, len(images)):
+        found[name].append(part)
+    values = {name: numpy.concatenate(parts) for name, parts in found.items()}
     if len(names) != len(tensors):
         names = tensors
     return {

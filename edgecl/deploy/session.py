@@ -29,9 +29,16 @@ def session_of(model: onnx.ModelProto, *, runtime: str, form: str = "fp32") -> R
     evaluate = RUNTIMES[runtime].evaluate or RUNTIMES["onnxruntime"].evaluate
     assert evaluate is not None
     try:
-        return evaluate(with_any_batch(model).SerializeToString(), form)
+        run = evaluate(with_any_batch(model).SerializeToString(), form)
     except OnboardError as error:
         raise DeviceError(error.problem, hint=error.hint) from error
+    fixed = _fixed_batch(model)
+    return lambda images: numpy.concatenate(
+        [
+            run(batch)[:count]
+            for batch, count in _batches(images, fixed or len(images), fill=fixed is not None)
+        ]
+    )
 
 
 def open_ort(model: onnx.ModelProto, *, optimization: str) -> Any:
@@ -47,19 +54,33 @@ def open_tensors(
     del shown.graph.output[:]
     shown.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
     session = open_ort(shown, optimization=optimization)
-    source = model.graph.input[0].name
+    source, fixed = model.graph.input[0].name, _fixed_batch(model)
 
     def run(images: Array, size: int) -> Iterator[tuple[str, Array]]:
-        for start in range(0, len(images), size):
-            batch = numpy.ascontiguousarray(images[start : start + size])
-            yield source, batch
-            yield from zip(names, session.run(names, {source: batch}), strict=True)
+        for batch, count in _batches(images, fixed or size, fill=fixed is not None):
+            yield source, batch[:count]
+            for name, values in zip(names, session.run(names, {source: batch}), strict=True):
+                yield name, values[:count]
 
     return run
 
 
+def _batches(images: Array, size: int, *, fill: bool) -> Iterator[tuple[Array, int]]:
+    """Yield batches and how many of their images count: copies of the last one fill up the last batch, if they are to."""
+    for start in range(0, len(images), size):
+        part = images[start : start + size]
+        missing = size - len(part) if fill else 0
+        yield numpy.ascontiguousarray(numpy.concatenate([part, *[part[-1:]] * missing])), len(part)
+
+
+def _fixed_batch(model: onnx.ModelProto) -> int | None:
+    """Return the batch that the shapes inside a graph are made for, as those of attention are; None where any will do."""
+    reshapes = any(node.op_type in ("Reshape", "Expand") for node in model.graph.node)
+    return (model.graph.input[0].type.tensor_type.shape.dim[0].dim_value or None) if reshapes else None
+
+
 def with_any_batch(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return a copy that takes any batch; the portable forms hold no batch but in the input's and output's shape."""
+    """Return a copy that takes any batch, but where `fixed_batch` gives one."""
     free = onnx.ModelProto()
     free.CopyFrom(model)
     del free.graph.value_info[:]

@@ -19,6 +19,7 @@ from edgecl.config.settings import Config, parse_toml
 from edgecl.errors import RecipeError
 from edgecl.methods.teacher import TaughtConfig, load_teacher
 from edgecl.nets.backbone import count_parameters, create_backbone, feature_count
+from edgecl.nets.folding import fuse_branches
 from edgecl.nets.heads import Projector
 from edgecl.storage.directories import ModelDir
 from edgecl.storage.reading import reading
@@ -373,6 +374,7 @@ def _images_of(recipe: Recipe) -> int:
 
 
 def _net_cost(net: nn.Module, shape: tuple[int, ...]) -> NetCost:
+    net = fuse_branches(net)
     counted = forward_cost(net, shape)
     return NetCost(
         macs=counted.macs,

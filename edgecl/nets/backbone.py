@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import types
 import warnings
@@ -46,7 +47,10 @@ def create_backbone(
         else _create_at_width(arch, width, num_classes=num_classes)
     )
     if stem_stride is not None:
-        _first_convolution(net).stride = (stem_stride, stem_stride)
+        _set_stem_stride(net, stem_stride)
+    if num_classes == 0 and hasattr(net, "drop_rate"):
+        # Some nets drop a fifth of their features: that is for their classifier.
+        setattr(net, "drop_rate", 0.0)  # noqa: B010 - timm's attribute, unknown to nn.Module's types
     return net
 
 
@@ -67,65 +71,118 @@ def feature_count(net: nn.Module) -> int:
     return int(getattr(net, "head_hidden_size", None) or cast(Any, net).num_features)
 
 
+_Steps = dict[str, int | tuple[int, ...]]
+_HEADS: _Steps = {"embed_dim": 64, "num_heads": 1}
+_SCALED: dict[str, _Steps] = {
+    "_create_byobnet": {"blocks": 8, "stem_chs": 8},
+    "_create_deit": _HEADS,
+    "_create_efficientformerv2": {"embed_dims": 8},
+    "_create_fastvit": {"embed_dims": (8, 16, 32, 64, 128)},
+    "_create_lcnetv2": {"scale": 0},
+    "_create_lowformer": {"width_list": 4},
+    "_create_repghostnet": {"width": 0},
+    "_create_repvit": {"embed_dim": 8},
+    "_create_resnet": {"channels": 8},
+    "_create_starnet": {"base_dim": 4},
+    "_create_vision_transformer": _HEADS,
+}
+"""timm's function that builds a family -> its arguments that are scaled -> a multiple of what; 0 leaves rounding to timm.
+
+Several multiples are those of the stages. A head of a transformer stays 64 wide, and there are more of them; FastViT's
+stages double exactly; a ResNet's stem has no width of its own.
+"""
+_RESNET_CHANNELS = (64, 128, 256, 512)
+
+
 def _create_at_width(arch: str, width: float, *, num_classes: int) -> nn.Module:
-    entrypoint = model_entrypoint(arch)
-    settings: dict[str, Any] = {}
-    if arch.startswith(("resnet", "wide_resnet", "resnext")):
-        # ResNet entry points take their channels as arguments.
-        # The stem is left as it is: a plain one has no width of its own to set.
-        settings = {"channels": tuple(_round_to_8(channels * width) for channels in (64, 128, 256, 512))}
-        builder: Callable[..., nn.Module] = entrypoint
-    else:
-        builder = _with_scaled_generators(entrypoint, width)
-        if builder is entrypoint:
-            raise SliceError(
-                f"timm cannot build '{arch}' at width {width:g}: its entry point has no channel multiplier",
-                hint="use a MobileNet, an EfficientNet or a ResNet, or set [host] width = 1.0",
-            )
-    return builder(pretrained=False, num_classes=num_classes, **settings)
+    """Build a net by timm's own entry point, run with functions that scale what it gives them.
 
-
-def _with_scaled_generators(entrypoint: Callable[..., nn.Module], width: float) -> Callable[..., nn.Module]:
-    """Return the entry point with every generator it calls building `width` times the channels.
-
-    timm's MobileNets and EfficientNets spell their multiplier inside the entry point
-    (`_gen_mobilenet_v3('mobilenetv3_large_100', 1.0, …)`), where no argument reaches it. The same code is
-    therefore run with generators that scale what they are given; timm's own module is left alone.
+    An entry point spells its channels out (`_gen_mobilenet_v3('mobilenetv3_large_100', 1.0, …)`,
+    `_create_repvit('repvit_m0_9', embed_dim=(48, 96, 192, 384), …)`), where no argument reaches them. timm's own module is
+    left alone.
     """
-    function = cast(types.FunctionType, entrypoint)
-    generators = {
-        name: _scaled(function.__globals__[name], width)
-        for name in function.__code__.co_names
-        if name.startswith("_gen_")
-        and "channel_multiplier" in inspect.signature(function.__globals__[name]).parameters
-    }
-    if not generators:
-        return entrypoint
-    return types.FunctionType(
-        function.__code__,
-        {**function.__globals__, **generators},
-        function.__name__,
-        function.__defaults__,
-        function.__closure__,
+    entrypoint = cast(types.FunctionType, model_entrypoint(arch))
+    scaled: dict[str, Callable[..., nn.Module]] = {}
+    for name in entrypoint.__code__.co_names:
+        function: Any = entrypoint.__globals__.get(name)
+        if name in _SCALED:
+            scaled[name] = _scaled_builder(function, _SCALED[name], width)
+        elif name.startswith("_gen_"):
+            scaled.update(_scaled_generator(name, function, width))
+    if not scaled:
+        raise SliceError(
+            f"timm cannot build '{arch}' at width {width:g}: no function of its entry point is known to take a width",
+            hint="`edgecl ls nets` lists nets of any width; or set [host] width = 1.0",
+        )
+    builder = types.FunctionType(
+        entrypoint.__code__,
+        {**entrypoint.__globals__, **scaled},
+        entrypoint.__name__,
+        entrypoint.__defaults__,
+        entrypoint.__closure__,
     )
+    return cast(nn.Module, builder(pretrained=False, num_classes=num_classes))
 
 
-def _scaled(generator: Callable[..., nn.Module], width: float) -> Callable[..., nn.Module]:
+def _scaled_generator(
+    name: str, generator: Callable[..., nn.Module], width: float
+) -> dict[str, Callable[..., nn.Module]]:
+    """Return one of timm's generators that scales its channel multiplier, by its name; nothing where it has none."""
+    parameters = inspect.signature(generator).parameters
+    multiplier = next((one for one in ("channel_multiplier", "model_width") if one in parameters), None)
+    if multiplier is None:
+        return {}
+
     def build(variant: str, *positional: Any, **named: Any) -> nn.Module:
         if positional:
             return generator(variant, positional[0] * width, *positional[1:], **named)
-        named["channel_multiplier"] = named.get("channel_multiplier", 1.0) * width
-        return generator(variant, **named)
+        return generator(variant, **{**named, multiplier: named.get(multiplier, 1.0) * width})
+
+    return {name: build}
+
+
+def _scaled_builder(
+    builder: Callable[..., nn.Module], steps: _Steps, width: float
+) -> Callable[..., nn.Module]:
+    """Return one of timm's builders that scales these of its arguments."""
+    configs = cast(types.FunctionType, builder).__globals__.get("model_cfgs", {})
+
+    def build(variant: str, *positional: Any, **named: Any) -> nn.Module:
+        own = vars(configs[variant]) if variant in configs else {"channels": _RESNET_CHANNELS}
+        scaled = {name: _scale({**own, **named}[name], width, step) for name, step in steps.items()}
+        return builder(variant, *positional, **{**named, **scaled})
 
     return build
 
 
-def _round_to_8(channels: float) -> int:
-    return max(8, int(channels + 4) // 8 * 8)
+def _scale(value: Any, width: float, step: int | tuple[int, ...]) -> Any:
+    """Return a number of channels, or each of several, times the width, to the nearest multiple of step."""
+    if isinstance(value, (tuple, list)):
+        steps = step if isinstance(step, tuple) else (step,) * len(value)
+        return tuple(_scale(one, width, each) for one, each in zip(value, steps, strict=False))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):  # timm's description of a block
+        return dataclasses.replace(value, c=_scale(cast(Any, value).c, width, step))
+    assert isinstance(step, int)
+    return max(step, int(value * width + step / 2) // step * step) if step else value * width
 
 
-def _first_convolution(net: nn.Module) -> nn.Conv2d:
-    return next(module for module in net.modules() if isinstance(module, nn.Conv2d))
+def _set_stem_stride(net: nn.Module, stride: int) -> None:
+    """Set the stride of what the picture goes into: one convolution, or the branches of one."""
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d) and module.in_channels == 3:
+            module.stride = (stride, stride)
+        elif hasattr(module, "reparameterize") and getattr(module, "in_chs", None) == 3:
+            setattr(module, "stride", stride)  # noqa: B010 - what FastViT's branches are fused into
+
+
+def example_side(net: nn.Module) -> int:
+    """Return the side in pixels of a square picture that a net takes: its own where it takes one size only."""
+    for module in net.modules():
+        about = getattr(module, "pretrained_cfg", None)
+        if about and about.get("fixed_input_size"):
+            return int(about["input_size"][-1])
+    # Twice the deepest stride, so that no feature map shrinks to one number before the pooling.
+    return 64
 
 
 def count_parameters(net: nn.Module) -> int:
@@ -134,7 +191,7 @@ def count_parameters(net: nn.Module) -> int:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Return whether a module is a batch norm, the only kind of layer a slim net does not share."""
+    """Return whether a module is a batch norm."""
     return isinstance(module, nn.modules.batchnorm._BatchNorm)
 
 

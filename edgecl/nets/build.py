@@ -75,7 +75,7 @@ def backbone_tensors(net: SlimmableNet, *, width: float) -> dict[str, Tensor]:
     tensors = net.slim_tensors(width) if width in net.slim_widths else net.host.state_dict()
     prefix = "backbone."
     return {
-        name.removeprefix(prefix): tensor.detach().clone().contiguous()
-        for name, tensor in tensors.items()
+        name.removeprefix(prefix): tensors[name].detach().clone().contiguous()
+        for name in net.host.state_dict()
         if name.startswith(prefix)
     }

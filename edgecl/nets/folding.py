@@ -1,4 +1,4 @@
-"""Batch norm folded into the convolution before it, found by running the net once."""
+"""What a net trains with and runs without: branches are fused, batch norms folded into the convolution before them."""
 
 from __future__ import annotations
 
@@ -9,18 +9,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from edgecl.errors import RecipeError
-from edgecl.nets.backbone import is_norm
+from edgecl.nets.backbone import example_side, is_norm
 
-# Twice the deepest stride, so that no feature map shrinks to one number before the pooling.
-EXAMPLE_SIDE = 64
 # Of the largest output. Rounding alone makes 1e-6, 1e-4 in a net with random weights; a wrong fold, the order of 1.
 _TOLERANCE = 1e-2
 
 _SERVED = "this serves nets of convolutions, each followed by its norm: MobileNets, EfficientNets, ResNets"
+# What timm calls the method of a module that fuses its branches.
+_FUSES = ("fuse", "reparameterize", "switch_to_deploy")
+# timm's modules keep it, and some cannot be fused twice.
+_FUSED = "branches_are_fused"
 
 
 @dataclass
@@ -44,7 +47,7 @@ def walk(net: nn.Module) -> Walk:
     """Run a net once on a picture of noise, in evaluation mode, and note what its modules were given.
 
     Raises:
-        RecipeError: the net does not take a picture of EXAMPLE_SIDE.
+        RecipeError: the net does not take the picture.
     """
     found = Walk()
     inside: list[str] = []
@@ -97,18 +100,19 @@ def run_example(net: nn.Module) -> Tensor:
     """Return a net's output for one picture of noise, in evaluation mode.
 
     Raises:
-        RecipeError: the net does not take a picture of EXAMPLE_SIDE.
+        RecipeError: the net does not take the picture.
     """
     was_training = net.training
     net.eval()
     like = next(net.parameters())
-    noise = torch.randn(1, 3, EXAMPLE_SIDE, EXAMPLE_SIDE, generator=torch.Generator().manual_seed(0))
+    side = example_side(net)
+    noise = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
     try:
         with torch.no_grad():
             output: Tensor = net(noise.to(like.device, like.dtype))
     except (RuntimeError, AssertionError, ValueError) as exc:
         raise RecipeError(
-            f"the net does not take a picture of {EXAMPLE_SIDE} x {EXAMPLE_SIDE}: {str(exc).splitlines()[0]}",
+            f"the net does not take a picture of {side} x {side}: {str(exc).splitlines()[0]}",
             hint=_SERVED,
         ) from exc
     finally:
@@ -116,11 +120,43 @@ def run_example(net: nn.Module) -> Tensor:
     return output
 
 
+def has_branches(net: nn.Module) -> bool:
+    """Return whether a net has layers that timm fuses, parallel branches most of all, and has not fused yet."""
+    return not getattr(net, _FUSED, False) and any(
+        hasattr(module, name) for module in net.modules() for name in _FUSES
+    )
+
+
+def fuse_branches(net: nn.Module) -> nn.Module:
+    """Make one convolution of those that run side by side, as RepViT, MobileOne, FastViT, LCNetV2 and RepGhost train them.
+
+    Training keeps the branches, and so do the weights of a model directory.
+
+    Args:
+        net: (N, 3, H, W) -> (N, F) or (N, K); left as it is.
+
+    Returns:
+        a copy in evaluation mode that computes what `net` computes then, up to float32 rounding; `net` itself where there
+        is nothing to fuse.
+
+    Raises:
+        RecipeError: fusing changes the output.
+    """
+    if not has_branches(net):
+        return net
+    with torch.no_grad():
+        fused: nn.Module = reparameterize_model(copy.deepcopy(net).eval(), inplace=True)
+    setattr(fused, _FUSED, True)
+    _check_same(net, fused, "fuse the branches")
+    return fused
+
+
 def fold_batch_norm(net: nn.Module) -> nn.Module:
-    """Fold every batch norm of a net into the convolution before it.
+    """Fuse a net's branches, and fold every batch norm that comes right after a convolution into it.
 
     A norm's place in the net stays: an nn.Identity, or for timm's BatchNormAct2d its `drop` and `act`. All other
-    modules keep their names and every convolution that had a norm gains a bias.
+    modules keep their names and every convolution that had a norm gains a bias. A norm that no convolution feeds stays,
+    as does one whose convolution goes into a sum, too.
 
     Args:
         net: (N, 3, H, W) -> (N, F) or (N, K); left as it is.
@@ -129,21 +165,20 @@ def fold_batch_norm(net: nn.Module) -> nn.Module:
         a copy that computes what `net` computes in evaluation mode, up to float32 rounding; in evaluation mode.
 
     Raises:
-        RecipeError: a norm that no convolution feeds, or a net in which folding changes the output.
+        RecipeError: a convolution that feeds two norms, or a net in which folding changes the output.
     """
-    folded = copy.deepcopy(net).eval()
+    folded = copy.deepcopy(fuse_branches(net)).eval()
     seen = walk(folded)
     makers: dict[int, tuple[str, nn.Conv2d]] = {
         id(seen.outputs[name]): (name, module)
         for name, module, _ in seen.calls
         if isinstance(module, nn.Conv2d)
     }
+    added = {id(tensor) for _, *both in seen.sums for tensor in both}
     taken: dict[str, str] = {}
     for name, norm, given in seen.calls:
-        if not is_norm(norm):
+        if not is_norm(norm) or id(given) not in makers or id(given) in added:
             continue
-        if id(given) not in makers:
-            raise RecipeError(f"cannot fold '{name}': no convolution comes right before it", hint=_SERVED)
         convolution_name, convolution = makers[id(given)]
         if taken.setdefault(convolution_name, name) != name:
             raise RecipeError(
@@ -152,14 +187,17 @@ def fold_batch_norm(net: nn.Module) -> nn.Module:
             )
         _fold(convolution, norm)
         replace_module(folded, name, _remains(norm))
-    expected, found = run_example(net), run_example(folded)
+    _check_same(net, folded, "fold the batch norms")
+    return folded
+
+
+def _check_same(net: nn.Module, changed: nn.Module, what: str) -> None:
+    expected, found = run_example(net), run_example(changed)
     difference = float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
     if not difference < _TOLERANCE:
         raise RecipeError(
-            f"cannot fold the batch norms: the output changes by {difference:.2g} of its largest value",
-            hint=_SERVED,
+            f"cannot {what}: the output changes by {difference:.2g} of its largest value", hint=_SERVED
         )
-    return folded
 
 
 def _fold(convolution: nn.Conv2d, norm: Any) -> None:

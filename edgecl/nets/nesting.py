@@ -9,22 +9,24 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any, cast
 
+import timm
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.conv import _ConvNd
 
 from edgecl.errors import SliceError
-from edgecl.nets.backbone import is_norm
+from edgecl.nets.backbone import example_side, is_norm
 
 Index = tuple[slice | Tensor, ...]
 Rule = Callable[[nn.Module, nn.Module], dict[str, Index]]
 
 HINT = "this architecture changes with its width; `edgecl ls nets` lists those that nest"
-# As large as the deepest stride of the usual nets, so that no feature map shrinks to nothing.
-_SIDE = 64
 _TOLERANCE = 1e-3
+_LAYER_NORMS = (nn.LayerNorm, timm.layers.LayerNorm)
 
 
 def prefix(slim: nn.Module, host: nn.Module) -> dict[str, Index]:
@@ -49,8 +51,21 @@ def convolution(slim: nn.Module, host: nn.Module) -> dict[str, Index]:
     return prefix(slim, host)
 
 
+def attention(slim: nn.Module, host: nn.Module) -> dict[str, Index]:
+    """Query, key and value in one matrix, head after head in each: its leading heads. They are as wide in the host."""
+    own, other = cast(Any, slim), cast(Any, host)
+    if own.head_dim != other.head_dim:
+        raise ValueError(f"its heads of {own.head_dim} channels: the host has heads of {other.head_dim}")
+    found: dict[str, Index] = {}
+    for leaf, index in prefix(own.qkv, other.qkv).items():
+        count, whole = own.qkv.out_features // 3, other.qkv.out_features // 3
+        rows = torch.cat([part * whole + torch.arange(count) for part in range(3)])
+        found[f"qkv.{leaf}"] = (rows, *index[1:])
+    return found
+
+
 def channel_norm(slim: nn.Module, host: nn.Module) -> dict[str, Index]:
-    """A norm over channels: only where the host has no more of them."""
+    """A norm over channels that is not private: only where the host has no more of them."""
     found, hosts = prefix(slim, host), _own_tensors(host)
     if any(tensor.shape != hosts[leaf].shape for leaf, tensor in _own_tensors(slim).items()):
         raise ValueError("a norm over channels, of which the host has more")
@@ -59,15 +74,21 @@ def channel_norm(slim: nn.Module, host: nn.Module) -> dict[str, Index]:
 
 RULES: list[tuple[type[nn.Module], Rule]] = [
     (_ConvNd, convolution),
+    (timm.layers.Attention, attention),
+    (timm.models.fastvit.Attention, attention),
     (nn.GroupNorm, channel_norm),
-    (nn.LayerNorm, channel_norm),
+    (timm.layers.LayerNorm2d, channel_norm),
 ]
-"""The first whose type a slim module has holds; `prefix` holds for all others."""
+"""The first whose type a slim module has holds, before those of its parts; `prefix` holds for all others."""
 
 
 def is_private(module: nn.Module) -> bool:
-    """Return whether a slim net has a module of its own: batch norm, since statistics of one width are wrong for another."""
-    return is_norm(module)
+    """Return whether a slim net has a module of its own, since statistics of one width are wrong for another.
+
+    These are batch norms, and layer norms over the last dimension: a slim net takes their mean and variance over the
+    channels it has.
+    """
+    return is_norm(module) or type(module) in _LAYER_NORMS
 
 
 def index_of(slim: nn.Module, host: nn.Module, *, where: Mapping[str, object]) -> dict[str, Index]:
@@ -89,18 +110,21 @@ def index_of(slim: nn.Module, host: nn.Module, *, where: Mapping[str, object]) -
             where=dict(where),
             hint=HINT,
         )
-    hosts, found = dict(host.named_modules()), {}
+    hosts = dict(host.named_modules())
+    found: dict[str, Index] = {}
     for name, module in slim.named_modules():
-        if not _own_tensors(module):
+        rule = next((rule for kind, rule in RULES if isinstance(module, kind)), None)
+        if rule is None and _own_tensors(module):
+            rule = prefix
+        if rule is None:
             continue
-        rule = next((rule for kind, rule in RULES if isinstance(module, kind)), prefix)
         try:
             index = rule(module, hosts[name])
         except ValueError as exc:
             raise SliceError(
                 f"cannot slice '{name or type(module).__name__}': {exc}", where=dict(where), hint=HINT
             ) from exc
-        found.update({f"{name}.{leaf}" if name else leaf: place for leaf, place in index.items()})
+        found = {**{f"{name}.{leaf}" if name else leaf: place for leaf, place in index.items()}, **found}
     return found
 
 
@@ -115,7 +139,9 @@ def check_function(
     """Check that the host computes what the slim net computes, once everything outside the slim net is zero.
 
     Shapes that nest are not enough: channels that are split, attention heads and means over channels change with the width.
-    Norms get random values here, since some start at zero and would hide a difference.
+    A layer norm of the host, whose mean and variance would be of other channels, takes the slim net's channels here, as the
+    slim net's own does in training; so equality says that everything between the layer norms nests. Norms get random
+    values here, and so does what is constant or almost zero at the start and would hide a difference.
 
     Args:
         host: the host.
@@ -128,20 +154,22 @@ def check_function(
         SliceError: it does not, or a forward pass fails.
     """
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(2, 3, _SIDE, _SIDE, generator=generator)
+    side = example_side(host)
+    images = torch.randn(2, 3, side, side, generator=generator)
     private = {name for name, module in skeleton.named_modules() if is_private(module)}
-    slim, masked = {}, {}
+    slim, masked, learnt = {}, {}, host.state_dict()
     for name, tensor in tensors.items():
         value = tensor.detach()
-        if name.rpartition(".")[0] in private and value.is_floating_point():
+        drawn = name.rpartition(".")[0] in private or _hides(value)
+        if drawn and name in learnt and value.is_floating_point():
             value = torch.rand(value.shape, generator=generator) + 0.5
         slim[name] = value
-    for name, tensor in host.state_dict().items():
+    for name, tensor in learnt.items():
         masked[name] = torch.zeros_like(tensor)
         masked[name][index[name]] = slim[name]
     modes = host.training, skeleton.training
     try:
-        with torch.no_grad(), _common_skips(host, skeleton):
+        with torch.no_grad(), _common_skips(host, skeleton), _common_layer_norms(host, skeleton):
             expected = functional_call(skeleton.eval(), slim, (images,))
             found = functional_call(host.eval(), masked, (images,))
     except RuntimeError as exc:
@@ -197,11 +225,48 @@ def _common_skips(host: nn.Module, skeleton: nn.Module) -> Iterator[None]:
             setattr(other, "has_skip", other_skips)  # noqa: B010
 
 
+@contextlib.contextmanager
+def _common_layer_norms(host: nn.Module, skeleton: nn.Module) -> Iterator[None]:
+    """Let each layer norm of a host work on the leading channels that the slim net has, and leave the others at zero."""
+    hosts = dict(host.named_modules())
+    handles = [
+        hosts[name].register_forward_hook(_lead(norm.normalized_shape[0]))
+        for name, norm in wider_layer_norms(host, skeleton)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _lead(count: int) -> Callable[..., Tensor]:
+    def hook(norm: nn.LayerNorm, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        weight, bias = (None if one is None else one[:count] for one in (norm.weight, norm.bias))
+        normed = F.layer_norm(inputs[0][..., :count], (count,), weight, bias, norm.eps)
+        return F.pad(normed, (0, output.shape[-1] - count))
+
+    return hook
+
+
+def wider_layer_norms(host: nn.Module, slim: nn.Module) -> list[tuple[str, nn.LayerNorm]]:
+    """Return the layer norms of a slim net, by name, of which the host's are over more channels."""
+    hosts = dict(host.named_modules())
+    return [
+        (name, cast(nn.LayerNorm, norm))
+        for name, norm in slim.named_modules()
+        if type(norm) in _LAYER_NORMS
+        and cast(Any, norm).normalized_shape != cast(Any, hosts[name]).normalized_shape
+    ]
+
+
+def _hides(tensor: Tensor) -> bool:
+    return tensor.numel() > 0 and bool((tensor == tensor.flatten()[0]).all() or tensor.abs().max() < 1e-3)
+
+
 def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters and buffers of a module that its state dict has, without those of its children."""
-    buffers = dict(module.named_buffers(recurse=False))
-    kept = {name: one for name, one in buffers.items() if name not in module._non_persistent_buffers_set}
-    return {**dict(module.named_parameters(recurse=False)), **kept}
+    """Return the parameters and buffers of a module, without those of its children."""
+    return {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
 
 
 def _grouping(layer: _ConvNd) -> str:

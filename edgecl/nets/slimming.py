@@ -2,8 +2,9 @@
 
 No layer is patched. A slim net is an ordinary, smaller net whose tensors are, name by name, a part of the host's, most often
 the leading block `host[name][:o, :i, …]` (`edgecl.nets.nesting`), put in place for one call by
-`torch.func.functional_call`; gradients flow through the parts. Only batch norm is private to each width, since statistics
-of one width are wrong for another (METHOD: evaluation features drift by standard deviations when they are shared).
+`torch.func.functional_call`; gradients flow through the parts. Only norms are private to each width, batch norms and layer
+norms, since statistics of one width are wrong for another (METHOD: evaluation features drift by standard deviations when
+they are shared).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch.func import functional_call
 
 from edgecl.errors import SliceError
 from edgecl.nets.backbone import is_norm
-from edgecl.nets.nesting import Index, check_function, index_of, inward_weights, is_private
+from edgecl.nets.nesting import Index, check_function, index_of, inward_weights, is_private, wider_layer_norms
 
 
 @dataclass
@@ -181,8 +182,15 @@ class SlimmableNet(nn.Module):
         the host is made like the slim net: `host_skips` tells which blocks.
 
         Raises:
-            SliceError: two slim nets differ in their skip connections, so that the host cannot be like both.
+            SliceError: two slim nets differ in their skip connections, so that the host cannot be like both; or a layer
+                norm takes its mean over more channels in the host, so that it never computes what the slim net's does.
         """
+        for view in self._views.values():
+            for name, _ in wider_layer_norms(self.host, view.skeleton):
+                raise SliceError(
+                    f"a host cannot begin as its slim nets where a layer norm is over more channels in it, as '{name}' is",
+                    hint="set [host] nested_start = false",
+                )
         whole = dict(self.host.named_parameters())
         with torch.no_grad():
             for view in self._views.values():
@@ -274,6 +282,8 @@ class SlimmableNet(nn.Module):
         for width, view in self._views.items():
             prefix = "slim_norms" if width == self.slim_width else f"other_norms.{width}"
             for key, norm in list(view.norms.items()):
+                if not is_norm(norm):
+                    continue
                 view.replace_norm(_name(key), replace(f"{prefix}.{_name(key)}", norm))
 
     def compile_passes(self) -> None:

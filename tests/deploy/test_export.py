@@ -11,6 +11,7 @@ import onnxruntime
 import pytest
 import torch
 from conftest import write_folder
+from every_net import every_net
 from sealed import write_sealed
 
 import edgecl.deploy.session
@@ -18,9 +19,11 @@ import edgecl.deploy.variants
 from edgecl.deploy.device import verify as verify_bundle
 from edgecl.deploy.export import export as export_model
 from edgecl.errors import DataError, DeviceError, ParityError
-from edgecl.nets.model_dir import load_model
+from edgecl.nets.backbone import create_backbone, example_side, is_norm
+from edgecl.nets.model_dir import load_model, write_model
 from edgecl.onboard.bundle import sha256_of_file
 from edgecl.storage.directories import Bundle, ModelDir
+from edgecl.storage.records import Preprocessing
 
 
 def export(*arguments, **settings):
@@ -399,3 +402,41 @@ def test_int8_outside_its_tolerance_is_left_out_and_the_rest_is_written(
 
 
 # --- odd pictures ---
+
+
+def write_random_model(path, arch):
+    """Write a model directory of a net whose norms do something, at the smallest pictures it takes."""
+    torch.manual_seed(0)
+    net = create_backbone(arch).eval()
+    for module in net.modules():
+        if is_norm(module):
+            torch.nn.init.normal_(module.running_mean, std=0.1)
+            torch.nn.init.uniform_(module.running_var, 0.5, 1.5)
+    side = example_side(net)
+    preprocessing = Preprocessing(
+        image_size=side, resize_size=side, mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225]
+    )
+    return write_model(
+        path,
+        net,
+        arch=arch,
+        width=1.0,
+        stem_stride=None,
+        classes=None,
+        preprocessing=preprocessing,
+        origin="random",
+        made_from=None,
+        data="demo",
+    )
+
+
+@pytest.mark.parametrize("arch", every_net(quick=("mobileone_s0",)))
+def test_every_net_passes_the_parity_checks(tmp_path, arch):
+    write_random_model(tmp_path / "model", arch)
+    manifest = export_model(
+        tmp_path / "model", target="ort-cpu", precisions=["fp32", "int8"], out=tmp_path / "bundle"
+    )
+    # The torch net still has its branches: it is what fp32 is compared with.
+    assert manifest.precisions["fp32"].parity
+    assert "int8" in manifest.precisions
+    assert verify_bundle(tmp_path / "bundle").ok

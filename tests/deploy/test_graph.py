@@ -277,3 +277,22 @@ def test_type_that_the_opset_lacks_is_a_parity_error():
     with pytest.raises(ParityError, match="the graph does not hold in opset 13") as caught:
         portable(model, opset=13, hard_swish="clip")
     assert "set [graph] opset of the target to 18" in str(caught.value)
+
+
+@pytest.mark.parametrize("opset", [13, 16, 17, 22])
+@pytest.mark.parametrize("biased", [True, False])
+def test_layer_norm_is_written_in_every_opset(opset, biased):
+    random = np.random.default_rng(0)
+    tokens = (3 + 5 * random.normal(size=(2, 4, 6))).astype(np.float32)
+    given = {name: random.normal(size=6).astype(np.float32) for name in ("scale", "bias")[: 1 + biased]}
+    node = helper.make_node("LayerNormalization", ["x", *given], ["y"], name="norm", epsilon=0.5)
+    values = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [2, 4, 6]) for name in "xy"]
+    constants = [numpy_helper.from_array(array, name) for name, array in given.items()]
+    graph = helper.make_graph([node], "g", values[:1], values[1:], constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+    written = portable(model, opset=opset, hard_swish="hard_sigmoid")
+    assert ("LayerNormalization" in kinds(written)) is (opset >= 17)
+    wide = tokens.astype(np.float64)
+    centered = wide - wide.mean(-1, keepdims=True)
+    expected = centered / np.sqrt((centered**2).mean(-1, keepdims=True) + 0.5) * given["scale"]
+    np.testing.assert_allclose(run(written, tokens)[0], expected + given.get("bias", 0), rtol=1e-5, atol=1e-5)

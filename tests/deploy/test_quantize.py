@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from edgecl.deploy.calibrate import calibrate
 from edgecl.deploy.graph_index import first_block, quantizable
 
 from .sketch import (
@@ -254,3 +255,34 @@ def test_each_net_stays_near_fp32(exported, arch, form):
     images = images_of(8, SIDE, seed=2)
     found = run(quantize(model, form=form, ranges=ranges), images)
     assert cosine(found, run(model, images)) > 0.9
+
+
+@pytest.mark.parametrize("form", ["int8-trt", "int8-cpu"])
+def test_products_with_constant_weights_are_quantized_and_others_are_not(form):
+    """As in attention: y = (x A) (x B)^T, then C."""
+    random = np.random.default_rng(0)
+    weights = {name: random.normal(size=(6, 6)).astype(np.float32) for name in "ABC"}
+    nodes = [
+        helper.make_node("MatMul", ["input", "A"], ["a"], name="a"),
+        helper.make_node("MatMul", ["input", "B"], ["b"], name="b"),
+        helper.make_node("Transpose", ["b"], ["t"], name="t", perm=[0, 2, 1]),
+        helper.make_node("MatMul", ["a", "t"], ["s"], name="s"),
+        helper.make_node("MatMul", ["s", "C"], ["y"], name="y"),
+    ]
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 6, 6]) for name in ("input", "y")]
+    constants = [numpy_helper.from_array(array, name) for name, array in weights.items()]
+    graph = helper.make_graph(nodes, "g", values[:1], values[1:], constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    tokens = random.normal(size=(8, 6, 6)).astype(np.float32)
+    ranges = calibrate(model, tokens, method="minmax")
+    quantized = quantize(model, form=form, ranges=ranges, images=tokens)
+    dequantized = {node.output[0] for node in quantized.graph.node if node.op_type == "DequantizeLinear"}
+    inputs = {
+        node.name: set(node.input) & dequantized for node in quantized.graph.node if node.op_type == "MatMul"
+    }
+    assert {name: len(found) for name, found in inputs.items()} == {"a": 2, "b": 2, "s": 0, "y": 2}
+    # In float64, each weight and token in 255 steps of its largest.
+    x = tokens[:1].astype(np.float64)
+    expected = (x @ weights["A"]) @ (x @ weights["B"]).transpose(0, 2, 1) @ weights["C"]
+    found = run(quantized, tokens[:1])
+    assert np.abs(found - expected).max() < 0.05 * np.abs(expected).max()

@@ -1,6 +1,7 @@
 """Make the table that `edgecl ls nets` shows: every small timm net that holds narrower ones, by the check itself.
 
-python -m tests.nets.make_catalogue            # some minutes on one core; writes edgecl/nets/catalogue.json
+python -m tests.nets.make_catalogue            # half an hour on one core; writes edgecl/nets/catalogue.json
+python -m tests.nets.make_catalogue NAME …     # these nets alone, among the others that are in the table
 """
 
 from __future__ import annotations
@@ -14,39 +15,61 @@ import timm
 import torch
 from torch import nn
 
-from edgecl.errors import EdgeclError
-from edgecl.nets.backbone import count_parameters, create_backbone
-from edgecl.nets.catalogue import NETS, TABLE
+from edgecl.errors import EdgeclError, SliceError
+from edgecl.evaluate.cost import forward_cost
+from edgecl.nets.backbone import count_parameters, create_backbone, example_side
+from edgecl.nets.catalogue import NETS, REFUSED, TABLE
+from edgecl.nets.folding import fuse_branches, has_branches
 from edgecl.nets.nesting import index_of
 from edgecl.nets.slimming import SlimmableNet
 
 WIDTHS = (0.5, 0.6, 0.75, 1.0, 1.5, 2.5, 4.0)
-"""Between any two of these the tensors must nest."""
+"""Between any two of these the tensors must nest, or between those from 1 on, or 1 and 1.5."""
 HOST, SLIM = 1.5, (1.0, 0.75, 0.5)
 """Between these the functions must agree, too."""
 LARGEST = 12e6
 """Parameters without the classifier: beyond, a net is none for an edge device; those of `NETS` are listed all the same."""
 
 
-def nests(arch: str) -> bool:
-    """Check whether an architecture holds any narrower one of its own."""
+def check(arch: str, widths: tuple[float, ...]) -> None:
+    """Check that an architecture holds itself at any narrower of these widths.
+
+    Raises:
+        SliceError: it does not.
+    """
     with torch.device("meta"):
-        nets = {width: create_backbone(arch, width=width) for width in WIDTHS}
-    for slim, host in combinations(WIDTHS, 2):
+        nets = {width: create_backbone(arch, width=width) for width in widths}
+    for slim, host in combinations(widths, 2):
         index_of(nets[slim], nets[host], where={})
+    first, *others = (width for width in SLIM if width in widths)
     SlimmableNet(
         lambda width: create_backbone(arch, width=width),
         host_width=HOST,
-        slim_width=SLIM[0],
-        other_widths=SLIM[1:],
+        slim_width=first,
+        other_widths=others,
     )
-    return True
 
 
-def entry(arch: str) -> dict[str, str | float]:
-    """Describe an architecture."""
-    with torch.device("meta"):
-        net = create_backbone(arch)
+def widths_of(arch: str) -> tuple[float, ...]:
+    """Return the widths of which an architecture holds any narrower one.
+
+    Raises:
+        SliceError: there are none.
+    """
+    for widths in (WIDTHS, WIDTHS[3:], WIDTHS[3:5]):
+        try:
+            check(arch, widths)
+        except SliceError as exc:
+            last = exc
+        else:
+            return widths
+    raise last
+
+
+def entry(arch: str) -> dict[str, str | float | bool]:
+    """Describe an architecture, without its classifier and as it is exported."""
+    net = create_backbone(arch)
+    side = max(224, example_side(net))
     kinds = {type(module).__name__ for module in net.modules()}
     depthwise = any(isinstance(one, nn.Conv2d) and 1 < one.groups == one.in_channels for one in net.modules())
     parts = ["depthwise"] if depthwise else []
@@ -55,27 +78,63 @@ def entry(arch: str) -> dict[str, str | float]:
         if any("SqueezeExcite" in kind or kind == "SEModule" for kind in kinds)
         else []
     )
-    parts += sorted(kinds & {"ReLU", "ReLU6", "SiLU", "Hardswish", "HardSwish", "PReLU", "GELU"})
-    return {"params_m": round(count_parameters(net) / 1e6, 2), "parts": ", ".join(parts)}
+    parts += ["attention"] if any("Attention" in kind for kind in kinds) else []
+    parts += sorted(
+        kinds & {"ReLU", "ReLU6", "SiLU", "Hardswish", "HardSwish", "PReLU", "GELU", "GELUTanh", "LayerNorm"}
+    )
+    return {
+        "params_m": round(count_parameters(net) / 1e6, 2),
+        "macs_m": round(forward_cost(fuse_branches(net), (1, 3, side, side)).macs / 1e6, 1),
+        "image_size": side,
+        "fused": has_branches(net),
+        "parts": ", ".join(parts),
+    }
 
 
-def main() -> None:
-    """Check all of timm's nets and write those that nest."""
-    torch.set_num_threads(1)
-    found = {}
+def refusal(arch: str) -> str:
+    """Return why an architecture does not nest."""
+    try:
+        widths_of(arch)
+    except SliceError as error:
+        return error.problem
+    raise AssertionError(f"{arch} nests")
+
+
+def candidates() -> list[str]:
+    """Return timm's small nets that can be built at another width."""
+    found = []
     for arch in timm.list_models():
+        with contextlib.suppress(Exception), torch.device("meta"):
+            create_backbone(arch, width=HOST)  # most say at once that they have one width only
+            if arch in NETS or count_parameters(create_backbone(arch)) <= LARGEST:
+                found.append(arch)
+    return found
+
+
+def main(names: list[str]) -> None:
+    """Check all of timm's nets, or those that are named, and write those that nest."""
+    torch.set_num_threads(1)
+    found, refused = {}, {}
+    if names:
+        table = json.loads(TABLE.read_text(encoding="utf-8"))
+        found, refused = table["nets"], table.get("refused", {})
+    for arch in names or [*candidates(), *REFUSED]:
+        if arch in REFUSED:
+            refused[arch] = {**entry(arch), "reason": refusal(arch)}
+            continue
+        found.pop(arch, None)
         with contextlib.suppress(
             EdgeclError, RuntimeError, ValueError, TypeError, AssertionError, AttributeError
         ):
-            with torch.device("meta"):
-                create_backbone(arch, width=HOST)  # most say at once that they have one width only
-                if arch not in NETS and count_parameters(create_backbone(arch)) > LARGEST:
-                    continue
-            if nests(arch):
-                found[arch] = entry(arch)
-                sys.stderr.write(f"{arch}: {found[arch]}\n")
-    TABLE.write_text(json.dumps({"timm": timm.__version__, "nets": found}, indent=1) + "\n", encoding="utf-8")
+            found[arch] = {**entry(arch), "widths": widths_of(arch)}
+        sys.stderr.write(f"{arch}: {found.get(arch, 'does not nest')}\n")
+    table = {
+        "timm": timm.__version__,
+        "nets": dict(sorted(found.items())),
+        "refused": dict(sorted(refused.items())),
+    }
+    TABLE.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

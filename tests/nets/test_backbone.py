@@ -4,11 +4,18 @@ import numpy as np
 import pytest
 import timm
 import torch
+from every_net import LAYER_NORMS, every_net
 from torch import nn
 
 from edgecl.errors import RecipeError, SliceError
-from edgecl.nets.backbone import count_parameters, create_backbone, feature_count, is_norm, recalibrate
-from edgecl.nets.catalogue import NETS
+from edgecl.nets.backbone import (
+    count_parameters,
+    create_backbone,
+    example_side,
+    feature_count,
+    is_norm,
+    recalibrate,
+)
 
 
 def shapes(net):
@@ -20,32 +27,29 @@ def on_meta(arch, **settings):
         return create_backbone(arch, **settings)
 
 
-@pytest.mark.parametrize("arch", NETS)
+@pytest.mark.parametrize("arch", every_net())
 def test_width_one_is_timms_own_net(arch):
     with torch.device("meta"):
         own = timm.create_model(arch, num_classes=0)
     assert shapes(on_meta(arch)) == shapes(own)
 
 
-@pytest.mark.parametrize("arch", NETS)
+@pytest.mark.parametrize("arch", every_net())
 def test_building_at_width_one_by_scaling_gives_timms_own_shapes(arch):
     """The path that other widths take, at a width too close to 1 to round anywhere else."""
     assert shapes(on_meta(arch, width=1.0000001)) == shapes(on_meta(arch))
 
 
 def widest(arch, width):
-    """Channels of the widest convolution of the trunk; heads have rules of their own."""
-    return max(
-        module.out_channels
-        for name, module in on_meta(arch, width=width).named_modules()
-        if isinstance(module, nn.Conv2d) and name.startswith(("blocks.", "layer"))
-    )
+    """Channels between the widest stages of the trunk; heads have rules of their own."""
+    return max(stage["num_chs"] for stage in on_meta(arch, width=width).feature_info)
 
 
 @pytest.mark.parametrize("width", [0.5, 2.0, 4.0])
-@pytest.mark.parametrize("arch", NETS)
+@pytest.mark.parametrize("arch", every_net())
 def test_width_multiplies_the_channels_of_the_trunk(arch, width):
-    assert widest(arch, width) == pytest.approx(width * widest(arch, 1.0), rel=0.05)
+    head = 64 if arch in LAYER_NORMS else 0
+    assert widest(arch, width) == pytest.approx(width * widest(arch, 1.0), rel=0.05, abs=head / 2)
 
 
 def test_scaling_leaves_timms_module_alone():
@@ -57,23 +61,45 @@ def test_scaling_leaves_timms_module_alone():
 
 
 @pytest.mark.parametrize(
-    ("arch", "same_as"), [("mobilenetv3_small_050", 0.5), ("mobilenetv3_small_075", 0.75)]
+    ("arch", "width", "same_as"),
+    [
+        ("mobilenetv3_small_100", 0.5, "mobilenetv3_small_050"),
+        ("mobilenetv3_small_100", 0.75, "mobilenetv3_small_075"),
+        ("repghostnet_100", 2.0, "repghostnet_200"),
+        ("repvit_m0_9", 56 / 48, "repvit_m1_0"),
+        ("vit_tiny_patch16_224", 2.0, "vit_small_patch16_224"),
+        ("deit_small_patch16_224", 0.5, "deit_tiny_patch16_224"),
+    ],
 )
-def test_a_scaled_net_is_timms_net_of_that_width(arch, same_as):
-    assert shapes(on_meta("mobilenetv3_small_100", width=same_as)) == shapes(on_meta(arch))
+def test_a_scaled_net_is_timms_net_of_that_width(arch, width, same_as):
+    assert shapes(on_meta(arch, width=width)) == shapes(on_meta(same_as))
 
 
 @pytest.mark.parametrize("width", [0.5, 1.0, 1.5])
-@pytest.mark.parametrize("arch", NETS)
+@pytest.mark.parametrize("arch", every_net())
 def test_features_are_as_many_as_counted(arch, width):
     net = on_meta(arch, width=width)
-    assert net(torch.zeros(2, 3, 64, 64, device="meta")).shape == (2, feature_count(net))
+    side = example_side(net)
+    assert net(torch.zeros(2, 3, side, side, device="meta")).shape == (2, feature_count(net))
 
 
 @pytest.mark.parametrize(("stride", "side"), [(None, 16), (1, 32), (2, 16)])
 def test_stem_stride_sets_the_first_convolution(stride, side):
     net = create_backbone("mobilenetv3_small_100", width=0.5, stem_stride=stride)
     assert net.conv_stem(torch.zeros(1, 3, 32, 32)).shape[-2:] == (side, side)
+
+
+def test_stem_stride_sets_every_branch_of_the_first_convolution():
+    net = create_backbone("mobileone_s0", width=0.5, stem_stride=1).eval()
+    assert net.stem(torch.zeros(1, 3, 32, 32)).shape[-2:] == (32, 32)
+
+
+@pytest.mark.parametrize(
+    ("arch", "side"),
+    [("mobilenetv3_small_100", 64), ("efficientformerv2_s0", 224), ("vit_tiny_patch16_384", 384)],
+)
+def test_an_example_is_as_large_as_the_net_takes(arch, side):
+    assert example_side(nn.Sequential(on_meta(arch))) == side
 
 
 def test_classes_add_a_classifier():
@@ -93,7 +119,7 @@ def test_an_architecture_without_a_multiplier_is_named(arch):
     with pytest.raises(SliceError) as caught:
         create_backbone(arch, width=1.5)
     assert caught.value.problem == (
-        f"timm cannot build '{arch}' at width 1.5: its entry point has no channel multiplier"
+        f"timm cannot build '{arch}' at width 1.5: no function of its entry point is known to take a width"
     )
     assert "[host] width = 1.0" in caught.value.hint
 

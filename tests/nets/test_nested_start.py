@@ -5,13 +5,13 @@ import shutil
 
 import pytest
 import torch
+from every_net import LAYER_NORMS, nets_at
 from torch import nn
 
 from edgecl.config.recipe import recipe_from_tables
 from edgecl.errors import SliceError
-from edgecl.nets.backbone import create_backbone
+from edgecl.nets.backbone import create_backbone, example_side
 from edgecl.nets.build import backbone_tensors, create_slimmable
-from edgecl.nets.catalogue import NETS
 from edgecl.nets.heads import Encoder
 from edgecl.nets.model_dir import load_model
 from edgecl.nets.slimming import SlimmableNet, limit_skips
@@ -62,19 +62,20 @@ def hold_to_its_slim_nets(net, images):
 
 
 @pytest.mark.parametrize(
-    ("host_width", "slim_width"),
+    ("arch", "widths"),
     [
-        (1.5, 1.0),
-        (2.0, 0.5),
+        *nets_at([(1.5, 1.0), (2.0, 0.5)], without=LAYER_NORMS),
         *(
-            pytest.param(*pair, marks=pytest.mark.slow)
-            for pair in ((1.5, 0.75), (1.5, 0.5), (2.0, 1.0), (2.0, 0.75))
+            pytest.param(*case.values, marks=pytest.mark.slow)
+            for case in nets_at([(1.5, 0.75), (1.5, 0.5), (2.0, 1.0), (2.0, 0.75)], without=LAYER_NORMS)
         ),
     ],
 )
-@pytest.mark.parametrize("arch", NETS)
-def test_a_nested_host_computes_what_its_slim_net_computes(arch, slim_width, host_width, images):
-    hold_to_its_slim_nets(nested(arch, host_width=host_width, widths=(slim_width,)), images)
+def test_a_nested_host_computes_what_its_slim_net_computes(arch, widths):
+    net = nested(arch, host_width=widths[0], widths=widths[1:])
+    side = 224 if example_side(net.host) == 224 else 32
+    images = torch.randn(8, 3, side, side, generator=torch.Generator().manual_seed(2))
+    hold_to_its_slim_nets(net, images)
 
 
 def test_without_a_nested_start_they_are_strangers(images):
