@@ -295,4 +295,4 @@ def test_layer_norm_is_written_in_every_opset(opset, biased):
     wide = tokens.astype(np.float64)
     centered = wide - wide.mean(-1, keepdims=True)
     expected = centered / np.sqrt((centered**2).mean(-1, keepdims=True) + 0.5) * given["scale"]
-    np.testing.assert_allclose(run(written, tokens)[0], expected + given.get("bias", 0), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(run(written, tokens), expected + given.get("bias", 0), rtol=1e-5, atol=1e-5)

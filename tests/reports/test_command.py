@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import re
-from pathlib import Path
 
 import pytest
 import typer
@@ -57,19 +55,6 @@ def test_table_of_strings_has_a_heading_for_every_cell(make, tmp_path):
     assert bundles.headings[:3] == ["net", "accuracy", "p50 ms"]
     assert [len(line) for line in bundles.lines] == [len(bundles.columns)]
     assert comparison_table(report.comparison).lines[2] == ["from scratch", "48.5 [44.8, 52.2]", "–", "–"]
-
-
-def test_command_file_imports_nothing_heavy_at_the_top():
-    tree = ast.parse(Path(edgecl.cli.report.__file__).read_text(encoding="utf-8"))
-    imported = {
-        name
-        for node in tree.body
-        if isinstance(node, (ast.Import, ast.ImportFrom))
-        for name in (
-            [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
-        )
-    }
-    assert {name.partition(".")[0] for name in imported} <= {"typer", "pathlib", "typing"}
 
 
 @pytest.fixture
