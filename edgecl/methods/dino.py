@@ -32,7 +32,7 @@ class Config(RatedConfig):
     )
 
     name: Literal["dino"] = "dino"
-    prototypes: int = Field(512, ge=2, le=65_536)
+    prototypes: int = Field(128, ge=2, le=65_536)
     """Directions to which views are assigned; 65,536 in the paper, 4,096 in SSLight."""
     learn_prototypes: bool = False
     """Without, they stay where they begin. The paper holds them for an epoch; where they learn before views agree, they all
@@ -46,7 +46,7 @@ class Config(RatedConfig):
     SwAV and DINOv2 do); "centered" takes off c, as the paper does, with which our small nets did not start."""
     center_momentum: Fraction = 0.9
     """Of c, the mean of the targets' assignments."""
-    momentum: Fraction = 0.95
+    momentum: Fraction = 0.9
     """Of the net that makes the targets, at the first step; it rises to 1. 0.996 in the paper, whose runs are longer."""
 
     def arm(self, recipe: Recipe) -> str:
