@@ -311,7 +311,7 @@ def pretrain_steps(given: argparse.Namespace) -> dict:
     warm = rates[len(rates) // 2 :]
     rate = statistics.median(warm)
     return {
-        "arm": record.arm,
+        "method": record.method,
         "device": record.device,
         "precision": given.precision,
         "compiled": given.compile,

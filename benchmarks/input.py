@@ -40,7 +40,7 @@ from timing import conditions_of, in_turns, options_of, ratio_of, table
 from torchvision.transforms import v2
 
 from edgecl.config.views import Views
-from edgecl.data.decode import read_canvas
+from edgecl.data.decode import read_picture
 from edgecl.data.loading import TrainingImages
 from edgecl.data.sources import open_source
 from edgecl.data.views import make_views
@@ -56,7 +56,7 @@ def main() -> None:
     options.add_argument("--photo", type=int, nargs=2, default=(500, 375), metavar=("WIDTH", "HEIGHT"))
     options.add_argument("--images", type=int, default=64)
     options.add_argument("--batch", type=int, default=64)
-    options.add_argument("--canvas", type=int, default=SIDE, help="edgecl's [data] canvas_size")
+    options.add_argument("--decode-size", type=int, default=SIDE, help="edgecl's [data] decode_size")
     options.add_argument("--rounds", type=int, default=9)
     options.add_argument("--core", type=int, default=0)
     options.add_argument("--device", default="cpu")
@@ -89,7 +89,7 @@ def main() -> None:
         photo=given.photo,
         file_bytes=size,
         image_size=SIDE,
-        canvas_size=given.canvas,
+        decode_size=given.decode_size,
         images=given.images,
         batch=given.batch,
         rounds=given.rounds,
@@ -129,7 +129,11 @@ def write_photos(folder: Path, count: int, width: int, height: int) -> int:
 
 def by_edgecl(folder: Path, given: argparse.Namespace, *, decode: str = "cpu") -> Callable[[], None]:
     images = TrainingImages(
-        open_source(str(folder)), canvas_size=given.canvas, cache_mib=0, workers=given.workers, decode=decode
+        open_source(str(folder)),
+        decode_size=given.decode_size,
+        cache_mib=0,
+        workers=given.workers,
+        decode=decode,
     ).to(given.device)
     epoch = 0
 
@@ -246,11 +250,13 @@ def ways_of_a_gpu(folder: Path, given: argparse.Namespace) -> dict[str, Callable
 def stages_of_edgecl(folder: Path, given: argparse.Namespace) -> dict[str, Callable[[], None]]:
     """The two halves of edgecl's way, each alone."""
     source = open_source(str(folder))
-    images = TrainingImages(source, canvas_size=given.canvas).to("cpu")
+    images = TrainingImages(source, decode_size=given.decode_size).to("cpu")
     (batch,) = images.batches(0, 0, batch_size=given.images)
     return {
-        "file to canvas": lambda: [read_canvas(source, index, given.canvas) for index in range(given.images)],
-        "canvas to two views": lambda: make_views(
+        "file to pixels": lambda: [
+            read_picture(source, index, given.decode_size) for index in range(given.images)
+        ],
+        "pixels to two views": lambda: make_views(
             batch, Views().specs(SIDE), mean=MEAN, std=STD, seed=0, epoch=0
         ),
     }

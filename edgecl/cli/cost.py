@@ -87,7 +87,7 @@ def _training_rows(training: "RecipeTraining", widths: "list[WidthCost]") -> lis
     rows = [
         (
             "method",
-            training.arm,
+            training.method,
             f"{counted(training.images, 'image')}, {counted(training.epochs, 'epoch')}",
         ),
         (

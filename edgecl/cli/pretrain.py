@@ -64,7 +64,7 @@ def pretrain_command(
     if not processes.is_main():
         return
     print_line(
-        f"{record.arm} on {record.data.images} images: {record.total_steps} steps "
+        f"{record.method} on {record.data.images} images: {record.total_steps} steps "
         f"in {record.wall_s:.0f} s; next: edgecl carve {shlex.quote(str(out))} --out MODEL_DIR"
     )
     if plateau := record.plateau:

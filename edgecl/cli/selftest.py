@@ -33,12 +33,12 @@ def ddp_command(
     device: Annotated[
         Device, typer.Option("--device", help="auto takes a GPU per process when there are.")
     ] = "auto",
-    arm: Annotated[
+    variant: Annotated[
         list[str] | None,
         typer.Option(
-            "--arm",
+            "--variant",
             metavar="NAME",
-            help="Only this way to train: a method (`edgecl ls methods`), or an arm of SACL-XD as the table of all names "
+            help="Only this way to train: a method (`edgecl ls methods`), or a variant of SACL-XD as the table of all names "
             "it. Repeatable. [default: all]",
         ),
     ] = None,
@@ -51,15 +51,15 @@ def ddp_command(
     from edgecl.cli.output import status_line
     from edgecl.distributed import processes
     from edgecl.errors import RecipeError
-    from edgecl.train.selftest import STATUS, chosen_arms, compare, is_launched, launch
+    from edgecl.train.selftest import STATUS, chosen_variants, compare, is_launched, launch
 
     try:
-        chosen_arms(arm or ())
+        chosen_variants(variant or ())
     except RecipeError as exc:
-        raise typer.BadParameter(f"{exc.problem}; {exc.hint}", param_hint="--arm") from exc
+        raise typer.BadParameter(f"{exc.problem}; {exc.hint}", param_hint="--variant") from exc
     if not is_launched():
         with status_line() as report:
-            record = launch(count=count, device=device, report=report, names=arm or ())
+            record = launch(count=count, device=device, report=report, names=variant or ())
     elif count not in (None, processes.world_size()):
         raise typer.BadParameter(
             f"the launcher has started {processes.world_size()} processes", param_hint="--processes"
@@ -72,7 +72,7 @@ def ddp_command(
                 sys.stderr.write(f"{STATUS}{line}\n")
                 sys.stderr.flush()
 
-        record = compare(device=device, report=say, names=arm or ())
+        record = compare(device=device, report=say, names=variant or ())
     if processes.is_main():
         _print(record, as_json=json_)
     if not record.exact:
@@ -92,15 +92,15 @@ def _print(record: "SelftestReport", *, as_json: bool) -> None:
     print_rows(
         f"{record.processes} processes on {', '.join(record.hosts)} ({record.device}, {record.backend}) "
         f"against one: largest relative differences, allowed {record.tolerance:g}",
-        ["arm", "loss", "gradients", "running statistics", "decision"],
+        ["variant", "loss", "gradients", "running statistics", "decision"],
         [
             (
-                row.arm,
+                row.variant,
                 shown(row.loss),
                 shown(row.gradients),
                 shown(row.statistics),
                 "exact" if row.exact else "DIFFERS",
             )
-            for row in record.arms
+            for row in record.variants
         ],
     )

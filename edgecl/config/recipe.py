@@ -148,7 +148,7 @@ class MethodConfig(Config):
         """
         return recipe.views.specs(recipe.data.image_size)
 
-    def arm(self, recipe: Recipe) -> str:
+    def title(self, recipe: Recipe) -> str:
         """Return what the settings amount to, in the words of the field."""
         return self.name
 
@@ -198,7 +198,7 @@ class Data(Config):
     """A data URI; None asks for --data."""
     image_size: Side = 224
     """Height and width of a view and of a test image, pixels."""
-    canvas_size: int | None = Field(None, ge=8, le=8192, description=LARGER_PICTURES)
+    decode_size: int | None = Field(None, ge=8, le=8192, description=LARGER_PICTURES)
     """Each picture is decoded whole to a square of this side before cropping, pixels; None means image_size."""
     resize_size: int | None = Field(None, ge=8, le=8192, description=LARGER_PICTURES)
     """Shorter side before the center crop of a test image, pixels; None means image_size."""
@@ -328,9 +328,9 @@ class Recipe(Config):
         return self
 
     @property
-    def arm(self) -> str:
+    def title(self) -> str:
         """What the method and its settings amount to, in the words of the field."""
-        return self.method.arm(self)
+        return self.method.title(self)
 
     @property
     def view_specs(self) -> tuple[ViewSpec, ...]:

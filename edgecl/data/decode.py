@@ -1,4 +1,4 @@
-"""A picture's bytes -> a square canvas: plain JPEGs by libjpeg-turbo or nvJPEG, everything else by Pillow.
+"""A picture's bytes -> a square of pixels: plain JPEGs by libjpeg-turbo or nvJPEG, everything else by Pillow.
 
 A JPEG is plain when libjpeg-turbo decodes it to what Pillow would: 8 bits, grayscale or color, no warning. Anything else
 (CMYK, a damaged file, a PNG with a JPEG's name) goes to Pillow, whose word is the last one on what is readable.
@@ -29,20 +29,20 @@ _APP1 = b"\xff\xe1"
 
 _T = Image.Transpose
 _TURNED = {
-    _T.FLIP_LEFT_RIGHT: (lambda canvas: canvas.flip(2)),
-    _T.ROTATE_180: (lambda canvas: canvas.flip(1, 2)),
-    _T.FLIP_TOP_BOTTOM: (lambda canvas: canvas.flip(1)),
-    _T.TRANSPOSE: (lambda canvas: canvas.mT),
-    _T.ROTATE_270: (lambda canvas: canvas.mT.flip(2)),
-    _T.TRANSVERSE: (lambda canvas: canvas.mT.flip(1, 2)),
-    _T.ROTATE_90: (lambda canvas: canvas.mT.flip(1)),
+    _T.FLIP_LEFT_RIGHT: (lambda pixels: pixels.flip(2)),
+    _T.ROTATE_180: (lambda pixels: pixels.flip(1, 2)),
+    _T.FLIP_TOP_BOTTOM: (lambda pixels: pixels.flip(1)),
+    _T.TRANSPOSE: (lambda pixels: pixels.mT),
+    _T.ROTATE_270: (lambda pixels: pixels.mT.flip(2)),
+    _T.TRANSVERSE: (lambda pixels: pixels.mT.flip(1, 2)),
+    _T.ROTATE_90: (lambda pixels: pixels.mT.flip(1)),
 }
 
 
 class Picture(NamedTuple):
-    """A whole picture on a square canvas."""
+    """A whole picture, squeezed to a square."""
 
-    canvas: Tensor
+    pixels: Tensor
     """(3, S, S) uint8."""
     height: int
     """True height the right way up, pixels."""
@@ -60,7 +60,7 @@ class PlainJpeg(NamedTuple):
     """What sets it upright."""
 
 
-def read_canvas(source: ImageSource, index: int, side: int) -> Picture:
+def read_picture(source: ImageSource, index: int, side: int) -> Picture:
     """Read one picture of a source, whole, as a square.
 
     JPEGs are decoded at a reduced scale of at least twice the side, as in Pillow's thumbnail(): JPEG's own scaling is
@@ -93,10 +93,10 @@ def decode_plain(jpeg: PlainJpeg, side: int) -> Picture | None:
         pixels = simplejpeg.decode_jpeg(jpeg.content, min_height=2 * side, min_width=2 * side, min_factor=2)
     except Exception:
         return None
-    canvas = torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0)
-    if canvas.shape[-2:] != (side, side):
-        canvas = F.interpolate(canvas, (side, side), mode="bilinear", antialias=True)
-    return Picture(_upright(canvas[0], jpeg.turn), jpeg.height, jpeg.width)
+    image = torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0)
+    if image.shape[-2:] != (side, side):
+        image = F.interpolate(image, (side, side), mode="bilinear", antialias=True)
+    return Picture(_upright(image[0], jpeg.turn), jpeg.height, jpeg.width)
 
 
 def decode_on(device: torch.device, jpegs: Sequence[PlainJpeg], side: int) -> Tensor | None:
@@ -105,7 +105,7 @@ def decode_on(device: torch.device, jpegs: Sequence[PlainJpeg], side: int) -> Te
     Args:
         device: where.
         jpegs: N of them.
-        side: of the canvases, pixels.
+        side: of the squares, pixels.
 
     Returns:
         (N, 3, side, side) uint8 on the device; None where the decoder refused one of them.
@@ -114,14 +114,14 @@ def decode_on(device: torch.device, jpegs: Sequence[PlainJpeg], side: int) -> Te
         pictures = _by_torchvision([jpeg.content for jpeg in jpegs], device)
     except RuntimeError:
         return None
-    canvases = torch.empty((len(jpegs), 3, side, side), dtype=torch.uint8, device=device)
-    for canvas, picture, jpeg in zip(canvases, pictures, jpegs, strict=True):
+    squares = torch.empty((len(jpegs), 3, side, side), dtype=torch.uint8, device=device)
+    for place, picture, jpeg in zip(squares, pictures, jpegs, strict=True):
         # CUDA resizes no whole numbers.
         square = F.interpolate(
             picture.unsqueeze(0).float(), (side, side), mode="bilinear", antialias=True
         ).round_()
-        canvas.copy_(_upright(square[0].clamp_(0, 255), jpeg.turn))
-    return canvases
+        place.copy_(_upright(square[0].clamp_(0, 255), jpeg.turn))
+    return squares
 
 
 def refuse_without_nvjpeg(device: torch.device) -> None:
@@ -145,7 +145,7 @@ def refuse_without_nvjpeg(device: torch.device) -> None:
         ) from exc
 
 
-def canvas(image: Image.Image, side: int) -> Tensor:
+def squeeze(image: Image.Image, side: int) -> Tensor:
     """Squeeze a whole picture to a square, antialiased bilinear; one of that size already stays as it is.
 
     Returns:
@@ -202,9 +202,9 @@ def _plain(content: bytes) -> PlainJpeg | None:
 
 def _by_pillow(source: ImageSource, index: int, side: int, content: bytes | None) -> Picture:
     image, height, width = source.read_reduced(index, at_least=2 * side, content=content)
-    return Picture(canvas(image, side), height, width)
+    return Picture(squeeze(image, side), height, width)
 
 
-def _upright(canvas: Tensor, turn: Image.Transpose | None) -> Tensor:
+def _upright(pixels: Tensor, turn: Image.Transpose | None) -> Tensor:
     # A square turns after it was resized: less to move, and the resizing is the same in both directions.
-    return canvas if turn is None else _TURNED[turn](canvas)
+    return pixels if turn is None else _TURNED[turn](pixels)

@@ -1,6 +1,6 @@
 """Batches whose order is a function of (seed, epoch), and pictures decoded for training and for tests.
 
-For training every picture is decoded *whole* to one square canvas, and its true height and width are kept
+For training every picture is decoded *whole* to one square, and its true height and width are kept
 beside it: the random crop on the device works in true proportions, so nothing of a wide picture is lost
 and nothing is distorted.
 """
@@ -23,8 +23,8 @@ from edgecl.data.decode import (
     PlainJpeg,
     as_tensor,
     decode_on,
-    read_canvas,
     read_encoded,
+    read_picture,
     refuse_without_nvjpeg,
     resized,
 )
@@ -50,7 +50,7 @@ class Batch(NamedTuple):
 
     indices: Indices
     """(n,) positions in the data: what all randomness of a picture hangs on."""
-    canvases: Tensor
+    images: Tensor
     """(n, 3, S, S) uint8: whole pictures, squeezed to squares."""
     sizes: Tensor
     """(n, 2) int32 on the CPU: true height and width, pixels."""
@@ -150,15 +150,15 @@ def split_holdout(labels: Labels, fraction: float, seed: int) -> tuple[Indices, 
 
 
 class TrainingImages:
-    """All pictures of a source as canvases: in memory where they fit, else decoded as batches are asked for.
+    """All pictures of a source, decoded: in memory where they fit, else decoded as batches are asked for.
 
     Both ways give the same batches, except that in memory unreadable images are left out at once, and
     otherwise each is replaced, when it is met, by the next readable one.
 
     Args:
         source: where the pictures come from.
-        canvas_size: side of the canvases, pixels.
-        cache_mib: memory for canvases; 0 decodes for every batch.
+        decode_size: side of the squares to which pictures are decoded, pixels.
+        cache_mib: memory for decoded pictures; 0 decodes for every batch.
         max_bad_fraction: of the pictures that may be unreadable.
         workers: decoding threads; 0 decodes in one thread, and only what was asked for.
         limit: use only so many pictures, chosen by `choose_images`.
@@ -175,7 +175,7 @@ class TrainingImages:
         self,
         source: ImageSource,
         *,
-        canvas_size: int,
+        decode_size: int,
         cache_mib: int = 4096,
         max_bad_fraction: float = 0.01,
         workers: int = 2,
@@ -185,14 +185,14 @@ class TrainingImages:
         left_out: Collection[str] = (),
     ):
         self.source = source
-        self.canvas_size = canvas_size
+        self.decode_size = decode_size
         self._workers = workers
         self._decode = decode
         self._read_timeout_s = read_timeout_s
         self._instead: dict[int, int] = {}
         self._device = torch.device("cpu")
         self._chosen = choose_images(source.labels, len(source), limit)
-        fits = 3 * canvas_size**2 * len(self._chosen) <= cache_mib * 2**20
+        fits = 3 * decode_size**2 * len(self._chosen) <= cache_mib * 2**20
         self._bad = BadImages(
             source,
             chosen=self._chosen,
@@ -217,7 +217,7 @@ class TrainingImages:
 
     @property
     def is_cached(self) -> bool:
-        """Whether all canvases are in memory."""
+        """Whether all decoded pictures are in memory."""
         return self._cache is not None
 
     def to(self, device: torch.device | str) -> TrainingImages:
@@ -230,8 +230,8 @@ class TrainingImages:
         if self._decode == "cuda":
             refuse_without_nvjpeg(self._device)
         if self._cache is not None:
-            canvases, sizes = self._cache
-            self._cache = canvases.to(self._device), sizes
+            images, sizes = self._cache
+            self._cache = images.to(self._device), sizes
         return self
 
     def steps_per_epoch(self, batch_size: int) -> int:
@@ -296,10 +296,10 @@ class TrainingImages:
         return self.source.order(seed, epoch, self._chosen)
 
     def _cached_batches(self, cache: tuple[Tensor, Tensor], parts: Iterable[Indices]) -> Iterator[Batch]:
-        canvases, sizes = cache
+        images, sizes = cache
         for indices in parts:
             rows = torch.from_numpy(indices)
-            yield Batch(indices, canvases[rows.to(canvases.device, non_blocking=True)], sizes[rows])
+            yield Batch(indices, images[rows.to(images.device, non_blocking=True)], sizes[rows])
 
     def _streamed_batches(self, parts: Iterable[Indices]) -> Iterator[Batch]:
         read = partial(self._read_or_next, encoded=self._decode == "cuda")
@@ -312,10 +312,10 @@ class TrainingImages:
                 wait_s=self._read_timeout_s,
                 stalled=self._stalled,
             ):
-                found, canvases = self._on_device(found)
+                found, images = self._on_device(found)
                 yield Batch(
                     np.array([index for index, _ in found], dtype=np.int64),
-                    canvases,
+                    images,
                     torch.tensor([(one.height, one.width) for _, one in found], dtype=torch.int32),
                 )
         finally:
@@ -325,7 +325,7 @@ class TrainingImages:
         self, found: list[tuple[int, Picture | PlainJpeg]]
     ) -> tuple[list[tuple[int, Picture | PlainJpeg]], Tensor]:
         jpegs = {row: one for row, (_, one) in enumerate(found) if isinstance(one, PlainJpeg)}
-        decoded = decode_on(self._device, [*jpegs.values()], self.canvas_size) if jpegs else None
+        decoded = decode_on(self._device, [*jpegs.values()], self.decode_size) if jpegs else None
         if jpegs and decoded is None:
             # One of them is damaged, or of a kind that a GPU does not know: the processor tells which.
             found = [
@@ -333,7 +333,7 @@ class TrainingImages:
                 for row, (index, one) in enumerate(found)
             ]
             jpegs = {}
-        shape = (len(found), 3, self.canvas_size, self.canvas_size)
+        shape = (len(found), 3, self.decode_size, self.decode_size)
         others = [row for row in range(len(found)) if row not in jpegs]
         # Only from pinned memory is a copy to a GPU left to itself.
         staged = torch.empty(
@@ -342,14 +342,14 @@ class TrainingImages:
         for square, row in zip(staged, others, strict=True):
             one = found[row][1]
             assert isinstance(one, Picture)
-            square.copy_(one.canvas)
+            square.copy_(one.pixels)
         moved = staged.to(self._device, non_blocking=True)
         if decoded is None:
             return found, moved
-        canvases = torch.empty(shape, dtype=torch.uint8, device=self._device)
-        canvases[list(jpegs)] = decoded
-        canvases[others] = moved
-        return found, canvases
+        images = torch.empty(shape, dtype=torch.uint8, device=self._device)
+        images[list(jpegs)] = decoded
+        images[others] = moved
+        return found, images
 
     def _read_or_next(self, index: int, *, encoded: bool = False) -> tuple[int, Picture | PlainJpeg]:
         first = index
@@ -361,9 +361,9 @@ class TrainingImages:
                 index = self._instead[first] = (index + 1) % len(self)
 
     def _read(self, index: int, *, encoded: bool = False) -> Picture | PlainJpeg:
-        read = read_encoded if encoded else read_canvas
+        read = read_encoded if encoded else read_picture
         return self._bad.read(
-            int(self._chosen[index]), lambda place: read(self.source, place, self.canvas_size)
+            int(self._chosen[index]), lambda place: read(self.source, place, self.decode_size)
         )
 
     def _stalled(self, index: int, seconds: float) -> DataError:
@@ -371,12 +371,12 @@ class TrainingImages:
         return _too_slow(self.source, place, seconds=seconds, limit_s=self._read_timeout_s)
 
     def _read_everything(self) -> tuple[Tensor, Tensor]:
-        canvases = torch.empty((len(self), 3, self.canvas_size, self.canvas_size), dtype=torch.uint8)
+        images = torch.empty((len(self), 3, self.decode_size, self.decode_size), dtype=torch.uint8)
         sizes = torch.empty((len(self), 2), dtype=torch.int32)
 
         def keep(place: int, picture: Picture | PlainJpeg) -> None:
             assert isinstance(picture, Picture)
-            canvases[place] = picture.canvas
+            images[place] = picture.pixels
             sizes[place] = torch.tensor((picture.height, picture.width))
 
         readable = _read_all(
@@ -389,7 +389,7 @@ class TrainingImages:
         )
         say_skipped(self._bad.names, self.source.uri)
         self._chosen = self._chosen[readable]
-        return canvases[: len(readable)], sizes[: len(readable)]
+        return images[: len(readable)], sizes[: len(readable)]
 
 
 def load_eval_images(

@@ -95,7 +95,7 @@ def make_views(
         draw_parameters(batch.indices, sizes, spec, name=name, seed=seed, epoch=epoch)
         for spec, name in wanted
     ]
-    device = batch.canvases.device
+    device = batch.images.device
     count, largest = len(sizes), max(spec.size for spec in specs)
     # All at once on a GPU, and where threads share the work. On one core a large picture alone stays in its cache:
     # half the time.
@@ -103,7 +103,7 @@ def make_views(
     pieces: list[list[Tensor]] = [[] for _ in wanted]
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         for rows in [slice(row, row + 1) for row in range(count)] if alone else [slice(count)]:
-            pictures = batch.canvases[rows].float().div_(255)
+            pictures = batch.images[rows].float().div_(255)
             for (spec, _), parameters, made in zip(wanted, drawn, pieces, strict=True):
                 part = Parameters._make(column[rows] for column in parameters)
                 made.append(standardized(render_view(pictures, sizes[rows], part, spec), mean, std))
@@ -213,7 +213,7 @@ def write_views_grid(
     for column in range(count):
         height, width = (int(pixels) for pixels in batch.sizes[column])
         shape = (max(1, tile * width // max(height, width)), max(1, tile * height // max(height, width)))
-        whole = _image(batch.canvases[column]).resize(shape, Image.Resampling.BILINEAR)
+        whole = _image(batch.images[column]).resize(shape, Image.Resampling.BILINEAR)
         page.paste(whole, (column * step + (tile - shape[0]) // 2, (tile - shape[1]) // 2))
         for row, view in enumerate(views, start=1):
             part = _image(_denormalized(view[column], mean, std))
@@ -254,7 +254,7 @@ def _crop_boxes(
 
 
 def _crop(pictures: Tensor, sizes: NDArray[np.integer[Any]], parameters: Parameters, side: int) -> Tensor:
-    # Crops become fractions of the picture, and so hold for the canvas whatever its side.
+    # Crops become fractions of the picture, and so hold for the decoded square whatever its side.
     start = parameters.boxes[:, :2] / sizes
     extent = parameters.boxes[:, 2:] / sizes
     flips = np.stack([parameters.flip_vertical, parameters.flip], axis=1)

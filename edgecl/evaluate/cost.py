@@ -340,7 +340,7 @@ def cost_of_recipe(recipe: Recipe, *, recipe_name: str, images: int | None = Non
             for width, net in nets.items()
         ],
         training=RecipeTraining(
-            arm=recipe.arm,
+            method=recipe.title,
             forward_units=round(priced.forward_units, 4),
             flops_per_image=round(priced.flops_per_image),
             total_flops=float(priced.total_flops),

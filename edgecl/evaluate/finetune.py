@@ -92,7 +92,7 @@ def finetune(
         made_from=ModelDir(model).sha256,
         data=absolute_uri(data),
         recipe_name=record.recipe_name,
-        arm=record.arm,
+        method=record.method,
         quantization=trained.quantization,
         force=force,
     )

@@ -30,7 +30,7 @@ class Config(RatedConfig):
     scale: Factor = 0.1
     """s; solo-learn's for CIFAR-10."""
 
-    def arm(self, recipe: Recipe) -> str:
+    def title(self, recipe: Recipe) -> str:
         """Name the method."""
         return "Barlow Twins"
 

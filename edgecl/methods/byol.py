@@ -34,7 +34,7 @@ class Config(RatedConfig):
     predictor: int = Field(512, ge=1, le=32_768)
     """Width of the predictor's hidden layer."""
 
-    def arm(self, recipe: Recipe) -> str:
+    def title(self, recipe: Recipe) -> str:
         """Name the method."""
         return "BYOL"
 

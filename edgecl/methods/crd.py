@@ -42,7 +42,7 @@ class Config(TaughtConfig):
         """Return one whole view, which both see, and the local ones."""
         return self.with_plain(recipe, recipe.views.specs(recipe.data.image_size, whole=1))
 
-    def arm(self, recipe: Recipe) -> str:
+    def title(self, recipe: Recipe) -> str:
         """Name the method."""
         return "CRD"
 

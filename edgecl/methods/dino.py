@@ -49,7 +49,7 @@ class Config(RatedConfig):
     momentum: Fraction = 0.9
     """Of the net that makes the targets, at the first step; it rises to 1. 0.996 in the paper, whose runs are longer."""
 
-    def arm(self, recipe: Recipe) -> str:
+    def title(self, recipe: Recipe) -> str:
         """Name the method."""
         return "DINO"
 

@@ -43,7 +43,7 @@ class Config(TaughtConfig):
     queue_steps: int = Field(4, ge=1, le=100_000)
     """Of so many last steps the keys are kept; see moco-v2."""
 
-    def arm(self, recipe: Recipe) -> str:
+    def title(self, recipe: Recipe) -> str:
         """Name the method."""
         return "DisCo"
 

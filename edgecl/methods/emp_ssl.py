@@ -35,7 +35,7 @@ class Config(RatedConfig):
         """Return as many whole views as `views` says, and the local ones."""
         return recipe.views.specs(recipe.data.image_size, whole=self.views)
 
-    def arm(self, recipe: Recipe) -> str:
+    def title(self, recipe: Recipe) -> str:
         """Name the method."""
         return "EMP-SSL"
 

@@ -37,7 +37,7 @@ class Config(RatedConfig):
     symmetric: bool = False
     """Each view asks once and answers once: twice the price."""
 
-    def arm(self, recipe: Recipe) -> str:
+    def title(self, recipe: Recipe) -> str:
         """Name the method."""
         return "MoCo-v2"
 

@@ -50,7 +50,7 @@ class Config(TaughtConfig):
     momentum: Fraction = 0.99
     """Of the teacher's slow copy."""
 
-    def arm(self, recipe: Recipe) -> str:
+    def title(self, recipe: Recipe) -> str:
         """Name the method."""
         return "OSS"
 

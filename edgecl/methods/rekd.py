@@ -49,7 +49,7 @@ class Config(TaughtConfig):
     queue_steps: int = Field(4, ge=1, le=100_000)
     """Of so many last steps the keys are kept, and the teacher's features of the same pictures; see moco-v2."""
 
-    def arm(self, recipe: Recipe) -> str:
+    def title(self, recipe: Recipe) -> str:
         """Name the method."""
         return "ReKD"
 

@@ -1,4 +1,4 @@
-"""SACL-XD: a wide host and the slim nets inside it learn from each other's embeddings. Its settings give every arm.
+"""SACL-XD: a wide host and the slim nets inside it learn from each other's embeddings. Its settings give every variant.
 
 | settings                        | method       | passes                                   |
 | ------------------------------- | ------------ | ---------------------------------------- |
@@ -7,7 +7,7 @@
 | slim width < host width, a = 1  | SACL only    | host(A), slim(B)                         |
 | slim width < host width, a < 1  | SACL-XD      | host(A), slim(B), [slim(A)], [host(B)]   |
 
-Barlow Twins' loss is one of three (`Config.loss`): SimCLR's or the bare alignment may stand in its place in every arm,
+Barlow Twins' loss is one of three (`Config.loss`): SimCLR's or the bare alignment may stand in its place in every variant,
 and the coding rate beside any of them.
 
 Several slim widths train in one run by the sandwich rule: each step, view B goes through the widest, the narrowest
@@ -97,7 +97,7 @@ class Config(MethodConfig):
         """Whether the passes of slim(A) and host(B) carry gradient."""
         return self.symmetric or (self.distils and self.learn_targets)
 
-    def arm(self, recipe: Recipe) -> str:
+    def title(self, recipe: Recipe) -> str:
         """Name the method that widths, alpha and loss amount to; one net narrower than the host makes it slimmed."""
         one_net = recipe.host.width == recipe.slim.all_widths[-1]
         if one_net and not self.distils:
@@ -264,7 +264,7 @@ class SaclXd(Method):
     def _distillation(
         self, host_a: Tensor, slim_b: list[Tensor], slim_a: Tensor | None, host_b: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Return L_D(z_A, [z_A]) and L_D(z_B, [z_B]); None for what this arm has not."""
+        """Return L_D(z_A, [z_A]) and L_D(z_B, [z_B]); None for what this variant has not."""
         if not self.config.distils:
             return None, None
         two_views_learn = self.config.symmetric and host_b is not None

@@ -42,7 +42,7 @@ class Config(TaughtConfig):
         """Return as many whole views as `views` says."""
         return self.with_plain(recipe, recipe.views.specs(recipe.data.image_size, whole=self.views))
 
-    def arm(self, recipe: Recipe) -> str:
+    def title(self, recipe: Recipe) -> str:
         """Name the method."""
         return "SEED"
 

@@ -28,7 +28,7 @@ class Config(RatedConfig):
     temperature: float = Field(0.2, gt=0, le=100)
     """Of the softmax over cosines; 0.2 is solo-learn's for CIFAR-10."""
 
-    def arm(self, recipe: Recipe) -> str:
+    def title(self, recipe: Recipe) -> str:
         """Name the method."""
         return "SimCLR"
 

@@ -27,7 +27,7 @@ class Config(moco_v2.Config):
     temperature: float = Field(0.1, gt=0, le=100)
     """tau, of the softmax over cosines; the paper's."""
 
-    def arm(self, recipe: Recipe) -> str:
+    def title(self, recipe: Recipe) -> str:
         """Name the method."""
         return "SSL-Small"
 

@@ -30,7 +30,7 @@ class Config(RatedConfig):
     temperature: float = Field(0.1, gt=0, le=100)
     """tau, of the softmax over cosines; the paper's."""
 
-    def arm(self, recipe: Recipe) -> str:
+    def title(self, recipe: Recipe) -> str:
         """Name the method."""
         return "SupCon"
 

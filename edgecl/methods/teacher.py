@@ -184,7 +184,7 @@ class TaughtMethod(Method):
             return None
         identity = (
             *(images.source.fingerprint, len(images), images.skipped if images.is_cached else ()),
-            *(data.canvas_size, data.image_size, data.mean, data.std, data.limit, data.decode),
+            *(data.decode_size, data.image_size, data.mean, data.std, data.limit, data.decode),
             *(self.teacher.given.arch, self.teacher.given.sha256),
         )
         name = hashlib.sha256(repr(identity).encode()).hexdigest()[:16]

@@ -35,7 +35,7 @@ class Config(RatedConfig):
     covariance: Weight = 1.0
     """nu, of the squared covariances."""
 
-    def arm(self, recipe: Recipe) -> str:
+    def title(self, recipe: Recipe) -> str:
         """Name the method."""
         return "VICReg"
 

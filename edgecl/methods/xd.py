@@ -32,7 +32,7 @@ class Config(RatedConfig):
     """Barlow Twins: weight of the redundancy term."""
     scale: Factor = 0.1
 
-    def arm(self, recipe: Recipe) -> str:
+    def title(self, recipe: Recipe) -> str:
         """Name the method."""
         return "XD only"
 

@@ -37,7 +37,7 @@ class Config(TaughtConfig):
     scale: Factor = 0.1
     """s."""
 
-    def arm(self, recipe: Recipe) -> str:
+    def title(self, recipe: Recipe) -> str:
         """Name the method."""
         return "XD with a teacher"
 

@@ -216,7 +216,7 @@ def _run_summary(run: Source[RunRecord]) -> RunSummary:
     keys = dict.fromkeys(key for panel in panels for key in panel.lines)
     return RunSummary(
         name=run.name,
-        method=record.arm,
+        method=record.method,
         recipe_name=record.recipe_name,
         state=record.state,
         wall_s=record.wall_s,

@@ -130,7 +130,7 @@ class RunRecord(Record):
     recipe_name: Text | None
     recipe: Json
     """All settings, with their defaults."""
-    arm: Text | None = None
+    method: Text | None = None
     """Variant of the method."""
     panels: list[Json] = []
     """What a report draws of this method: title, unit, log, and the name of each line's key in metrics.jsonl."""
@@ -283,7 +283,7 @@ class ModelRecord(SealedRecord):
     recalibrated: bool = False
     """Whether the batch norms were re-estimated after carving."""
     recipe_name: Text | None
-    arm: Text | None
+    method: Text | None
     """The variant of the method."""
     epoch: int | None = None
     """Epochs of the checkpoint it was carved from."""
@@ -463,7 +463,7 @@ class WidthCost(Table):
 class RecipeTraining(Table):
     """What training by a recipe costs, projector and losses apart where not said otherwise."""
 
-    arm: Text
+    method: Text
     forward_units: float
     """Forward passes of the widest slim net per image."""
     flops_per_image: Count
@@ -946,10 +946,10 @@ class DoctorReport(Table):
     checks: list[DoctorCheck]
 
 
-class ArmDifferences(Table):
+class VariantDifferences(Table):
     """The largest relative differences of one way to train; null where they are not finite."""
 
-    arm: Text
+    variant: Text
     loss: float | None
     gradients: float | None
     statistics: float | None
@@ -962,7 +962,7 @@ class SelftestReport(Table):
     """What `selftest ddp --json` prints."""
 
     exact: bool
-    """Every arm is."""
+    """Every variant is."""
     processes: Count
     hosts: list[Text]
     device: Literal["cpu", "cuda"]
@@ -971,7 +971,7 @@ class SelftestReport(Table):
     tolerance: float
     torch: Text
     """Its version."""
-    arms: list[ArmDifferences]
+    variants: list[VariantDifferences]
 
 
 # --- pipelines ---

@@ -70,7 +70,7 @@ def carve(
         data=record.data.uri,
         recalibrated=recalibrate_norms,
         recipe_name=record.recipe_name,
-        arm=recipe.arm,
+        method=recipe.title,
         epoch=read.epoch,
         step=read.step,
         force=force,

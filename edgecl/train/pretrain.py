@@ -173,7 +173,7 @@ def _build(
     data = recipe.data
     images = TrainingImages(
         source,
-        canvas_size=data.canvas_size or data.image_size,
+        decode_size=data.decode_size or data.image_size,
         cache_mib=data.cache_mib,
         max_bad_fraction=data.max_bad_fraction,
         workers=data.workers,

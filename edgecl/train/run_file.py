@@ -91,7 +91,7 @@ def describe_run(recipe: Recipe, training: Training, *, recipe_name: str, uri: s
         made_from=source.fingerprint,
         recipe_name=recipe_name,
         recipe=recipe.model_dump(mode="json"),
-        arm=recipe.arm,
+        method=recipe.title,
         panels=[panel._asdict() for panel in recipe.method.panels],
         data=ImagesRead(
             uri=absolute_uri(uri),

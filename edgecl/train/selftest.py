@@ -1,4 +1,4 @@
-"""Whether training is exact under many processes: a step of every arm, against one process with the whole batch.
+"""Whether training is exact under many processes: a step of every variant, against one process with the whole batch.
 
 Everything is what `edgecl pretrain` trains with: the net of a recipe, its synchronized norms, the step, accelerate's
 data-parallel wrapper and, between the processes, the network and the libraries of the user's own machines. Numbers are
@@ -34,7 +34,7 @@ from edgecl.distributed import processes
 from edgecl.errors import DeviceError, ProcessError, RecipeError, near_matches
 from edgecl.nets.build import create_slimmable
 from edgecl.nets.slimming import SlimmableNet
-from edgecl.storage.records import ArmDifferences, SelftestReport
+from edgecl.storage.records import SelftestReport, VariantDifferences
 from edgecl.train.pretrain import create_accelerator
 from edgecl.train.step import Step, create_step
 
@@ -54,40 +54,40 @@ Report = Callable[[str], None]
 Results = dict[str, Tensor]
 
 
-class Arm(NamedTuple):
+class Variant(NamedTuple):
     """One way to train: settings of a recipe."""
 
     name: str
     settings: Mapping[str, Mapping[str, object]]
 
 
-def _arm_of_method(name: str) -> Arm:
+def _variant_of(name: str) -> Variant:
     """Return a method by its own settings, with a local view, and an untrained teacher where it has one."""
     taught = "teacher" in find_method(name).Config.model_fields
     teacher = {"teacher": {"arch": "mobilenetv3_small_050", "weights": "untrained"}} if taught else {}
     method = {"name": name, **teacher}
-    return Arm(name, {"host": {"width": 1.0}, "views": {"local_count": 1}, "method": method})
+    return Variant(name, {"host": {"width": 1.0}, "views": {"local_count": 1}, "method": method})
 
 
-ARMS = (
-    Arm("Barlow Twins", {"host": {"width": 1.0}, "method": {"alpha": 1.0}}),
-    Arm("XD only", {"host": {"width": 1.0}}),
-    Arm("SACL only", {"method": {"alpha": 1.0}}),
-    Arm("SACL-XD", {}),
-    Arm("SACL-XD, slim_only", {"method": {"xd_direction": "slim_only"}}),
-    Arm("SACL-XD, slow start", {"slim": {"slow_start": 1.0}}),
-    Arm("SACL-XD, 4 widths", {"slim": {"widths": [1.0, 0.75, 0.6, 0.5]}}),
-    Arm("SACL-XD, 2 parts", {"run": {"accumulate": 2}}),
-    Arm("SACL-XD, coding rate", {"method": {"coding_rate": {"weight": 0.3}}}),
-    Arm("SACL-XD, symmetric", {"method": {"symmetric": True, "learn_targets": True}}),
-    Arm("SACL-XD, local views", {"views": {"local_count": 2}}),
-    Arm("SimCLR", {"host": {"width": 1.0}, "method": {"loss": "simclr", "alpha": 1.0}}),
-    *(_arm_of_method(name) for name in list_methods() if name != DEFAULT_METHOD),
+VARIANTS = (
+    Variant("Barlow Twins", {"host": {"width": 1.0}, "method": {"alpha": 1.0}}),
+    Variant("XD only", {"host": {"width": 1.0}}),
+    Variant("SACL only", {"method": {"alpha": 1.0}}),
+    Variant("SACL-XD", {}),
+    Variant("SACL-XD, slim_only", {"method": {"xd_direction": "slim_only"}}),
+    Variant("SACL-XD, slow start", {"slim": {"slow_start": 1.0}}),
+    Variant("SACL-XD, 4 widths", {"slim": {"widths": [1.0, 0.75, 0.6, 0.5]}}),
+    Variant("SACL-XD, 2 parts", {"run": {"accumulate": 2}}),
+    Variant("SACL-XD, coding rate", {"method": {"coding_rate": {"weight": 0.3}}}),
+    Variant("SACL-XD, symmetric", {"method": {"symmetric": True, "learn_targets": True}}),
+    Variant("SACL-XD, local views", {"views": {"local_count": 2}}),
+    Variant("SimCLR", {"host": {"width": 1.0}, "method": {"loss": "simclr", "alpha": 1.0}}),
+    *(_variant_of(name) for name in list_methods() if name != DEFAULT_METHOD),
 )
 
 
-def recipe_of(arm: Arm, *, batch_size: int) -> Recipe:
-    """Return the recipe an arm is tried with: a net of real layers, small enough for a step in a second."""
+def recipe_of(variant: Variant, *, batch_size: int) -> Recipe:
+    """Return the recipe a variant is tried with: a net of real layers, small enough for a step in a second."""
     tables: dict[str, Mapping[str, object]] = {
         "host": {"arch": "mobilenetv3_small_050", "width": 1.5, "stem_stride": 1},
         "slim": {"width": 1.0},
@@ -97,7 +97,7 @@ def recipe_of(arm: Arm, *, batch_size: int) -> Recipe:
         "optim": {"name": "sgd", "momentum": 0.0},
         "run": {"sync_norms": "all", "epochs": 1},
     }
-    for name, settings in arm.settings.items():
+    for name, settings in variant.settings.items():
         # Another method has other settings.
         tables[name] = settings if "name" in settings else {**tables.get(name, {}), **settings}
     return recipe_from_tables(tables, source="selftest")
@@ -108,16 +108,16 @@ def batch_size_for(world_size: int) -> int:
     return 4 * world_size * -(-4 // world_size)
 
 
-def run_arms(
+def run_variants(
     *,
     device: str,
     world_size: int,
     rank: int,
     shares: int,
     report: Report,
-    arms: Sequence[Arm] = ARMS,
+    variants: Sequence[Variant] = VARIANTS,
 ) -> dict[str, Results]:
-    """Run one step with every arm, from the same weights and images wherever it runs.
+    """Run one step with every variant, from the same weights and images wherever it runs.
 
     Args:
         device: 'auto', 'cpu' or 'cuda'.
@@ -125,17 +125,17 @@ def run_arms(
         rank: which share is taken.
         shares: for how many processes the batch is laid out. One process that takes it in parts takes as its first part
             the first parts of all shares.
-        report: told which arm is next.
-        arms: which.
+        report: told which variant is next.
+        variants: which.
 
     Returns:
-        arm -> name -> tensor on the CPU: the loss, every parameter's gradient as the optimizer is given it with the norms
-        that training watches; and afterwards what moves otherwise: batch norm statistics, queues, copies that follow.
+        variant -> name -> tensor on the CPU: the loss, every parameter's gradient as the optimizer is given it with the
+        norms that training watches; and afterwards what moves otherwise: running statistics, queues, copies that follow.
     """
     results = {}
-    for arm in arms:
-        report(arm.name)
-        recipe = recipe_of(arm, batch_size=batch_size_for(shares))
+    for variant in variants:
+        report(variant.name)
+        recipe = recipe_of(variant, batch_size=batch_size_for(shares))
         accelerator = create_accelerator(recipe, device=device, out=Path())
         net = copy.deepcopy(fresh_net(recipe.host.width, recipe.slim.all_widths))
         # More than one step, or timm remarks that the rate's schedule is none.
@@ -145,7 +145,7 @@ def run_arms(
             _laid_out(view, shares=shares, parts=parts).chunk(world_size)[rank].to(accelerator.device)
             for view in _views(recipe)
         ]
-        results[arm.name] = _take(step, views)
+        results[variant.name] = _take(step, views)
     return results
 
 
@@ -153,7 +153,7 @@ def run_arms(
 def fresh_net(host_width: float, slim_widths: tuple[float, ...]) -> SlimmableNet:
     """Return the net of these widths before its first step, to be copied."""
     slim = {"width": slim_widths[0], "widths": slim_widths}
-    recipe = recipe_of(Arm("", {"host": {"width": host_width}, "slim": slim}), batch_size=2)
+    recipe = recipe_of(Variant("", {"host": {"width": host_width}, "slim": slim}), batch_size=2)
     torch.manual_seed(0)
     return create_slimmable(recipe).double()
 
@@ -217,17 +217,17 @@ def difference(found: Results, expected: Results, *, kind: str) -> float:
     return float(worst) if bool(torch.isfinite(worst)) else float("inf")
 
 
-def chosen_arms(names: Sequence[str]) -> tuple[Arm, ...]:
-    """Return the arms of these names, all for none.
+def chosen_variants(names: Sequence[str]) -> tuple[Variant, ...]:
+    """Return the variants of these names, all for none.
 
     Raises:
-        RecipeError: no such arm.
+        RecipeError: no such variant.
     """
-    known = {arm.name: arm for arm in ARMS}
+    known = {variant.name: variant for variant in VARIANTS}
     for name in names:
         if name not in known:
-            raise RecipeError(f"there is no arm '{name}'", hint=near_matches(name, known))
-    return tuple(known[name] for name in dict.fromkeys(names)) or ARMS
+            raise RecipeError(f"there is no variant '{name}'", hint=near_matches(name, known))
+    return tuple(known[name] for name in dict.fromkeys(names)) or VARIANTS
 
 
 def compare(*, device: str, report: Report, names: Sequence[str] = ()) -> SelftestReport:
@@ -239,17 +239,17 @@ def compare(*, device: str, report: Report, names: Sequence[str] = ()) -> Selfte
     Args:
         device: 'auto', 'cpu' or 'cuda'.
         report: told how far it is.
-        names: of the arms; none for all.
+        names: of the variants; none for all.
 
     Returns:
-        for every arm the largest relative differences, and the conditions.
+        for every variant the largest relative differences, and the conditions.
 
     Raises:
         DeviceError: no GPU for this process.
         ProcessError: the other processes did not come, or are gone.
-        RecipeError: no such arm.
+        RecipeError: no such variant.
     """
-    arms = chosen_arms(names)
+    variants = chosen_variants(names)
     world_size, rank = processes.world_size(), processes.rank()
     if device == "cuda" and not torch.cuda.is_available():
         raise _no_gpu()
@@ -257,43 +257,43 @@ def compare(*, device: str, report: Report, names: Sequence[str] = ()) -> Selfte
         # Before joining, so that not all processes of a machine compute the whole on its first GPU.
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     with _alone():
-        expected = run_arms(
+        expected = run_variants(
             device=device,
             world_size=1,
             rank=0,
             shares=world_size,
-            report=lambda arm: report(f"one process: {arm}"),
-            arms=arms,
+            report=lambda variant: report(f"one process: {variant}"),
+            variants=variants,
         )
     processes.join(device)
     with processes.explain_lost_peers():
-        found = run_arms(
+        found = run_variants(
             device=device,
             world_size=world_size,
             rank=rank,
             shares=world_size,
-            report=lambda arm: report(f"{world_size} processes: {arm}"),
-            arms=arms,
+            report=lambda variant: report(f"{world_size} processes: {variant}"),
+            variants=variants,
         )
         hosts = sorted(set(gather_object([os.uname().nodename])))
         differences = _worst_of_all(
             torch.tensor(
                 [
-                    [difference(found[arm.name], expected[arm.name], kind=kind) for kind in KINDS]
-                    for arm in arms
+                    [difference(found[variant.name], expected[variant.name], kind=kind) for kind in KINDS]
+                    for variant in variants
                 ],
                 dtype=torch.float64,
             )
         )
     on_gpu = device != "cpu" and torch.cuda.is_available()
     rows = [
-        ArmDifferences(
-            arm=arm.name,
+        VariantDifferences(
+            variant=variant.name,
             # JSON knows no infinity.
             **{kind: value if math.isfinite(value) else None for kind, value in zip(KINDS, row, strict=True)},
             exact=max(row) <= TOLERANCE,
         )
-        for arm, row in zip(arms, differences.tolist(), strict=True)
+        for variant, row in zip(variants, differences.tolist(), strict=True)
     ]
     return SelftestReport(
         exact=all(row.exact for row in rows),
@@ -304,7 +304,7 @@ def compare(*, device: str, report: Report, names: Sequence[str] = ()) -> Selfte
         batch_size=batch_size_for(world_size),
         tolerance=TOLERANCE,
         torch=torch.__version__,
-        arms=rows,
+        variants=rows,
     )
 
 
@@ -340,14 +340,14 @@ def launch(*, count: int | None, device: str, report: Report, names: Sequence[st
         count: how many; None means one for each GPU, and two on the CPU where there are fewer than two GPUs.
         device: 'auto' takes the GPUs when there is one for each process.
         report: told how far it is.
-        names: of the arms; none for all.
+        names: of the variants; none for all.
 
     Raises:
-        RecipeError: no such arm.
+        RecipeError: no such variant.
         DeviceError: more processes than GPUs.
         ProcessError: they ended without a record.
     """
-    chosen_names = [arm.name for arm in chosen_arms(names)]
+    chosen_names = [variant.name for variant in chosen_variants(names)]
     processes.wait_s()  # refuses what the environment says, before anything is started
     gpus = torch.cuda.device_count() if device != "cpu" else 0
     count = count or (gpus if gpus > 1 or device == "cuda" else 2)
@@ -362,7 +362,7 @@ def launch(*, count: int | None, device: str, report: Report, names: Sequence[st
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // count))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
     command += ["-m", "edgecl", "selftest", "ddp", "--device", chosen, "--json"]
-    command += [word for name in chosen_names for word in ("--arm", name)]
+    command += [word for name in chosen_names for word in ("--variant", name)]
     words: deque[str] = deque(maxlen=_LAST_LINES)
     with tempfile.TemporaryFile("w+", encoding="utf-8") as answer:
         with subprocess.Popen(

@@ -12,7 +12,7 @@ from worlds import run_script
 from edgecl.cli import main
 from edgecl.cli.commands import app
 from edgecl.errors import RecipeError
-from edgecl.train.selftest import ARMS, _error_among, chosen_arms
+from edgecl.train.selftest import VARIANTS, _error_among, chosen_variants
 
 # What torchrun starts, as one script that forks: `python -m edgecl selftest ddp …` in two processes, once per case.
 LAUNCHED = """
@@ -73,7 +73,7 @@ def run(case, words):
 
 folder = sys.argv[1]
 os.environ["COLUMNS"] = "200"
-one_arm = ["--device", "cpu", "--arm", "Barlow Twins"]
+one_arm = ["--device", "cpu", "--variant", "Barlow Twins"]
 for case, words in (
     (as_it_is, [*one_arm, "--json"]),
     (as_it_is, ["--processes", "3"]),
@@ -84,7 +84,7 @@ for case, words in (
 ):
     fork_world(functools.partial(run, case, words), 2)
 """
-ONE_ARM = ("--device", "cpu", "--arm", "Barlow Twins")
+ONE_ARM = ("--device", "cpu", "--variant", "Barlow Twins")
 
 
 @pytest.fixture(scope="module")
@@ -108,8 +108,8 @@ def test_launched_processes_compare_themselves_and_the_first_prints(launched):
     assert record["exact"] is True
     assert (record["processes"], record["device"], record["backend"]) == (2, "cpu", "gloo")
     assert (record["batch_size"], record["tolerance"]) == (16, 1e-5)
-    (row,) = record["arms"]
-    assert row["arm"] == "Barlow Twins"
+    (row,) = record["variants"]
+    assert row["variant"] == "Barlow Twins"
     assert row["exact"] is True
     assert 0 < row["gradients"] < 1e-8
     assert 0 < row["statistics"] < 1e-8
@@ -138,7 +138,7 @@ def test_a_difference_in_one_process_is_the_decision_of_all(launched):
 
 def test_norms_that_are_not_synchronized_differ(launched):
     (code, out, _), _ = launched("norms_of_a_share")
-    (row,) = json.loads(out)["arms"]
+    (row,) = json.loads(out)["variants"]
     assert code == 1
     assert min(row["loss"], row["gradients"], row["statistics"]) > 1e-2
 
@@ -172,7 +172,7 @@ def test_every_arm_is_exact_with_three_processes(edgecl_process):
     assert done.returncode == 0, done.stderr
     record = json.loads(done.stdout)
     assert record["processes"] == 3
-    assert [row["exact"] for row in record["arms"]] == [True] * len(ARMS)
+    assert [row["exact"] for row in record["variants"]] == [True] * len(VARIANTS)
 
 
 @pytest.mark.slow
@@ -219,13 +219,16 @@ def refusal(monkeypatch, capsys):
 
 
 def test_unknown_arm_is_wrong_usage_with_the_near_ones(refusal):
-    said = refusal("--arm", "SACL XD", code=2)
-    assert "Invalid value for --arm: there is no arm 'SACL XD'; did you mean 'SACL-XD' or 'SACL only'" in said
+    said = refusal("--variant", "SACL XD", code=2)
+    assert (
+        "Invalid value for --variant: there is no variant 'SACL XD'; did you mean 'SACL-XD' or 'SACL only'"
+        in said
+    )
 
 
 def test_unknown_arm_is_a_named_error_from_python():
-    with pytest.raises(RecipeError, match="there is no arm 'SACL XD'"):
-        chosen_arms(["SACL-XD", "SACL XD"])
+    with pytest.raises(RecipeError, match="there is no variant 'SACL XD'"):
+        chosen_variants(["SACL-XD", "SACL XD"])
 
 
 def test_wait_that_is_no_number_is_named_before_anything_is_started(refusal):
@@ -244,5 +247,5 @@ def test_missing_gpu_is_named(refusal):
 def test_options_of_the_command_are_these():
     command = typer.main.get_command(app).commands["selftest"].commands["ddp"]
     names = {name for parameter in command.params for name in parameter.opts}
-    assert names - {"--help"} == {"--processes", "--device", "--arm", "--json"}
+    assert names - {"--help"} == {"--processes", "--device", "--variant", "--json"}
     assert all(parameter.help for parameter in command.params)

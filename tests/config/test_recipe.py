@@ -63,9 +63,9 @@ def test_packaged_recipe_says_what_it_reproduces_costs_and_its_command(name):
 
 @pytest.mark.parametrize("name", PACKAGED)
 def test_name_of_a_packaged_recipe_says_its_arm(name):
-    for prefix, arm in (("sacl-xd-", "SACL-XD"), ("xd-", "XD only")):
+    for prefix, title in (("sacl-xd-", "SACL-XD"), ("xd-", "XD only")):
         if name.startswith(prefix):
-            assert read_recipe(name).arm == arm
+            assert read_recipe(name).title == title
 
 
 def test_unknown_name_suggests_a_near_one():
@@ -204,7 +204,7 @@ def test_a_local_view_is_half_as_wide_unless_said_otherwise(image_size, asked, s
 
 
 @pytest.mark.parametrize(
-    ("loss", "alpha", "host", "arm"),
+    ("loss", "alpha", "host", "title"),
     [
         ("simclr", 1.0, 1.0, "SimCLR"),
         ("simclr", 0.9, 1.0, "XD only (SimCLR)"),
@@ -213,18 +213,18 @@ def test_a_local_view_is_half_as_wide_unless_said_otherwise(image_size, asked, s
         ("cosine", 1.0, 1.5, "SACL only (cosine and coding rate)"),
     ],
 )
-def test_another_loss_is_in_the_arms_name(write, loss, alpha, host, arm):
+def test_another_loss_is_in_the_title(write, loss, alpha, host, title):
     assignments = [
         f"method.loss='{loss}'",
         f"method.alpha={alpha}",
         f"host.width={host}",
         "method.coding_rate.weight=0.1",
     ]
-    assert read_recipe(write(MINIMAL), assignments).arm == arm
+    assert read_recipe(write(MINIMAL), assignments).title == title
 
 
 @pytest.mark.parametrize(
-    ("host", "widths", "alpha", "arm"),
+    ("host", "widths", "alpha", "title"),
     [
         (1.0, [], 1.0, "Barlow Twins"),
         (1.0, [], 0.95, "XD only"),
@@ -237,9 +237,9 @@ def test_another_loss_is_in_the_arms_name(write, loss, alpha, host, arm):
         (1.5, [0.5, 1.0], 0.95, "SACL-XD"),
     ],
 )
-def test_widths_and_alpha_name_the_arm(write, host, widths, alpha, arm):
+def test_widths_and_alpha_give_the_title(write, host, widths, alpha, title):
     settings = [f"host.width={host}", f"slim.widths={widths}", f"method.alpha={alpha}"]
-    assert read_recipe(write(MINIMAL), settings).arm == arm
+    assert read_recipe(write(MINIMAL), settings).title == title
 
 
 def test_recipe_kept_in_a_run_reads_back_equal(write):

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from edgecl.data import decode
-from edgecl.data.decode import canvas, decode_on, read_canvas, read_encoded, refuse_without_nvjpeg
+from edgecl.data.decode import decode_on, read_encoded, read_picture, refuse_without_nvjpeg, squeeze
 from edgecl.data.loading import TrainingImages
 from edgecl.data.source import UnreadableImage
 from edgecl.data.sources import open_source
@@ -33,7 +33,7 @@ def save(tmp_path, image, name="x.jpg", **options):
 
 def by_pillow(source, side):
     image, height, width = source.read_reduced(0, at_least=2 * side)
-    return canvas(image, side), height, width
+    return squeeze(image, side), height, width
 
 
 def turned(orientation):
@@ -61,7 +61,7 @@ def is_plain(source, side=32):
 def test_a_plain_jpeg_is_pillows_picture(tmp_path, options):
     source = save(tmp_path, scene(60, 90), **options)
     assert is_plain(source)
-    ours, height, width = read_canvas(source, 0, 64)
+    ours, height, width = read_picture(source, 0, 64)
     theirs = by_pillow(source, 64)
     assert (height, width) == theirs[1:] == (60, 90)
     # The two antialiased resizings round differently.
@@ -71,13 +71,13 @@ def test_a_plain_jpeg_is_pillows_picture(tmp_path, options):
 def test_a_jpeg_of_the_canvas_size_is_pillows_bit_for_bit(tmp_path):
     source = save(tmp_path, scene(64, 64))
     assert is_plain(source)
-    assert torch.equal(read_canvas(source, 0, 64).canvas, by_pillow(source, 64)[0])
+    assert torch.equal(read_picture(source, 0, 64).pixels, by_pillow(source, 64)[0])
 
 
 def test_a_grayscale_jpeg_has_three_equal_channels(tmp_path):
     source = save(tmp_path, scene(50, 70, channels=1))
     assert is_plain(source)
-    ours = read_canvas(source, 0, 40).canvas
+    ours = read_picture(source, 0, 40).pixels
     assert torch.equal(ours[0], ours[1])
     assert torch.equal(ours[0], ours[2])
     assert (ours.int() - by_pillow(source, 40)[0].int()).abs().max() <= 1
@@ -87,7 +87,7 @@ def test_a_grayscale_jpeg_has_three_equal_channels(tmp_path):
 def test_exif_orientation_turns_a_plain_jpeg_upright(tmp_path, orientation):
     source = save(tmp_path, scene(60, 90), exif=turned(orientation))
     assert is_plain(source)
-    ours, height, width = read_canvas(source, 0, 64)
+    ours, height, width = read_picture(source, 0, 64)
     theirs = by_pillow(source, 64)
     assert (height, width) == theirs[1:]
     assert (ours.int() - theirs[0].int()).abs().max() <= 2
@@ -96,12 +96,12 @@ def test_exif_orientation_turns_a_plain_jpeg_upright(tmp_path, orientation):
 def test_an_orientation_in_xmp_counts_as_with_pillow(tmp_path):
     xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf tiff:Orientation="6"/></x:xmpmeta>'
     source = save(tmp_path, scene(60, 90), xmp=xmp)
-    assert read_canvas(source, 0, 32)[1:] == by_pillow(source, 32)[1:] == (90, 60)
+    assert read_picture(source, 0, 32)[1:] == by_pillow(source, 32)[1:] == (90, 60)
 
 
 def test_broken_exif_does_not_cost_a_jpeg(tmp_path):
     source = save(tmp_path, scene(60, 90), exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01")
-    assert read_canvas(source, 0, 32)[1:] == (60, 90)
+    assert read_picture(source, 0, 32)[1:] == (60, 90)
 
 
 @pytest.mark.parametrize(("height", "width"), [(1200, 1600), (900, 450), (2048, 300)])
@@ -118,9 +118,9 @@ def test_a_large_jpeg_is_decoded_at_a_reduced_scale_and_stays_the_picture(
 
     monkeypatch.setattr(simplejpeg, "decode_jpeg", record)
     source = save(tmp_path, scene(height, width))
-    ours = read_canvas(source, 0, 64).canvas
+    ours = read_picture(source, 0, 64).pixels
     assert 2 * 64 <= scales[0] * min(height, width) <= 2 * 64 + min(height, width) / 8
-    whole = canvas(source.read(0), 64)
+    whole = squeeze(source.read(0), 64)
     assert (ours.int() - whole.int()).abs().float().mean() < 1.5
 
 
@@ -135,7 +135,7 @@ def test_what_is_no_plain_jpeg_goes_to_pillow(tmp_path, mode):
     (tmp_path / "x.jpg").write_bytes(content.getvalue())
     source = open_source(str(tmp_path))
     assert not is_plain(source)
-    assert torch.equal(read_canvas(source, 0, 32).canvas, by_pillow(source, 32)[0])
+    assert torch.equal(read_picture(source, 0, 32).pixels, by_pillow(source, 32)[0])
 
 
 def test_a_jpeg_with_a_warning_is_what_pillow_makes_of_it(tmp_path):
@@ -148,7 +148,7 @@ def test_a_jpeg_with_a_warning_is_what_pillow_makes_of_it(tmp_path):
     source = open_source(str(tmp_path))
     with pytest.raises(ValueError, match=r"."):
         simplejpeg.decode_jpeg(path.read_bytes())
-    assert torch.equal(read_canvas(source, 0, 32).canvas, by_pillow(source, 32)[0])
+    assert torch.equal(read_picture(source, 0, 32).pixels, by_pillow(source, 32)[0])
 
 
 def test_a_truncated_jpeg_is_unreadable_and_the_file_is_at_fault(tmp_path):
@@ -156,7 +156,7 @@ def test_a_truncated_jpeg_is_unreadable_and_the_file_is_at_fault(tmp_path):
     path = tmp_path / "x.jpg"
     path.write_bytes(path.read_bytes()[:2000])
     with pytest.raises(UnreadableImage) as caught:
-        read_canvas(source, 0, 32)
+        read_picture(source, 0, 32)
     assert "truncated" in str(caught.value)
     assert caught.value.lasting
 
@@ -165,7 +165,7 @@ def test_a_file_that_is_gone_is_not_remembered_as_damaged(tmp_path):
     source = save(tmp_path, scene(60, 90))
     (tmp_path / "x.jpg").unlink()
     with pytest.raises(UnreadableImage, match="the file is gone") as caught:
-        read_canvas(source, 0, 32)
+        read_picture(source, 0, 32)
     assert not caught.value.lasting
 
 
@@ -173,7 +173,7 @@ def test_a_jpeg_too_large_to_be_honest_is_unreadable(tmp_path, monkeypatch):
     source = save(tmp_path, scene(60, 90))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4000)
     with pytest.raises(UnreadableImage, match=r"suspiciously large|decompression bomb"):
-        read_canvas(source, 0, 32)
+        read_picture(source, 0, 32)
 
 
 # --- decoded where it is wanted: on the processor here, by the code that a GPU runs ---
@@ -184,18 +184,18 @@ def test_decoding_on_a_device_gives_the_canvases_of_the_processor(tmp_path):
         scene(height, width).save(tmp_path / f"{number}.jpg", exif=turned(1 + 5 * (number == 1)))
     source = open_source(str(tmp_path))
     jpegs = [read_encoded(source, index, 32) for index in range(3)]
-    canvases = decode_on(torch.device("cpu"), jpegs, 32)
-    assert canvases.shape == (3, 3, 32, 32)
-    for index, square in enumerate(canvases):
-        expected = read_canvas(source, index, 32)
-        assert (square.int() - expected.canvas.int()).abs().float().mean() < 1.0
+    images = decode_on(torch.device("cpu"), jpegs, 32)
+    assert images.shape == (3, 3, 32, 32)
+    for index, square in enumerate(images):
+        expected = read_picture(source, index, 32)
+        assert (square.int() - expected.pixels.int()).abs().float().mean() < 1.0
         assert (jpegs[index].height, jpegs[index].width) == expected[1:]
 
 
 def streamed(root, monkeypatch, **options):
     """Batches decoded by a GPU's code, on the processor."""
     monkeypatch.setattr("edgecl.data.loading.refuse_without_nvjpeg", lambda device: None)
-    data = TrainingImages(open_source(str(root)), canvas_size=16, cache_mib=0, decode="cuda", **options)
+    data = TrainingImages(open_source(str(root)), decode_size=16, cache_mib=0, decode="cuda", **options)
     return data, list(data.to("cpu").batches(0, 0, batch_size=len(data)))
 
 
@@ -208,7 +208,7 @@ def mixed_folder(tmp_path):
 def test_a_batch_of_jpegs_and_others_comes_in_its_order(tmp_path, monkeypatch):
     mixed_folder(tmp_path)
     _, (batch,) = streamed(tmp_path, monkeypatch)
-    for index, square, size in zip(batch.indices.tolist(), batch.canvases, batch.sizes.tolist(), strict=True):
+    for index, square, size in zip(batch.indices.tolist(), batch.images, batch.sizes.tolist(), strict=True):
         assert (square.float().mean() - 40 * index).abs() < 2
         assert size == [20 + index, 30]
 
@@ -220,12 +220,12 @@ def test_a_damaged_jpeg_in_a_batch_for_the_device_is_replaced_by_the_next(tmp_pa
     data, (batch,) = streamed(tmp_path, monkeypatch, max_bad_fraction=0.5)
     assert sorted(batch.indices.tolist()) == [0, 1, 2, 4, 4, 5]
     assert data.skipped == (str(path),)
-    for index, square in zip(batch.indices.tolist(), batch.canvases, strict=True):
+    for index, square in zip(batch.indices.tolist(), batch.images, strict=True):
         assert (square.float().mean() - 40 * index).abs() < 2
 
 
 def test_decoding_on_a_gpu_is_refused_without_one(write_images):
-    data = TrainingImages(open_source(str(write_images(3))), canvas_size=8, decode="cuda")
+    data = TrainingImages(open_source(str(write_images(3))), decode_size=8, decode="cuda")
     with pytest.raises(DeviceError) as caught:
         data.to("cpu")
     assert "decode is 'cuda', but the run is on 'cpu'" in caught.value.problem
@@ -244,4 +244,4 @@ def test_a_gpu_decodes_nearly_the_canvases_of_the_processor(tmp_path):
     scene(375, 500).save(tmp_path / "0.jpg")
     source = open_source(str(tmp_path))
     on_gpu = decode_on(torch.device("cuda"), [read_encoded(source, 0, 64)], 64)
-    assert (on_gpu[0].cpu().int() - read_canvas(source, 0, 64).canvas.int()).abs().float().mean() < 2
+    assert (on_gpu[0].cpu().int() - read_picture(source, 0, 64).pixels.int()).abs().float().mean() < 2

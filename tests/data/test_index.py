@@ -388,10 +388,9 @@ def decoded(monkeypatch):
 
 def train(root, tmp_path, cache_mib):
     source = open_source(str(root), index_dir=tmp_path / ".edgecl")
-    data = TrainingImages(source, canvas_size=8, cache_mib=cache_mib, workers=1, max_bad_fraction=0.5)
+    data = TrainingImages(source, decode_size=8, cache_mib=cache_mib, workers=1, max_bad_fraction=0.5)
     batches = [
-        (batch.indices.tolist(), batch.canvases.tolist())
-        for batch in data.batches(3, 0, batch_size=len(data))
+        (batch.indices.tolist(), batch.images.tolist()) for batch in data.batches(3, 0, batch_size=len(data))
     ]
     return batches, data.skipped
 
@@ -428,7 +427,7 @@ def test_a_file_that_was_gone_is_not_remembered(write_images, tmp_path):
     root = write_images(8)
     source = open_source(str(root), index_dir=tmp_path / ".edgecl")
     (root / "003.png").rename(tmp_path / "away.png")
-    data = TrainingImages(source, canvas_size=8, max_bad_fraction=0.5)
+    data = TrainingImages(source, decode_size=8, max_bad_fraction=0.5)
     assert data.skipped == (str(root / "003.png"),)
     (tmp_path / "away.png").rename(root / "003.png")
     assert train(root, tmp_path, 64)[1] == ()

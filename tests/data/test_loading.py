@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from edgecl.data.decode import canvas
+from edgecl.data.decode import squeeze
 from edgecl.data.loading import (
     TrainingImages,
     choose_images,
@@ -27,11 +27,11 @@ def noise(height, width):
 
 
 def training(root, **options):
-    return TrainingImages(open_source(str(root)), **{"canvas_size": 8, **options})
+    return TrainingImages(open_source(str(root)), **{"decode_size": 8, **options})
 
 
 def rows(batches):
-    return [(b.indices.tolist(), b.canvases.tolist(), b.sizes.tolist()) for b in batches]
+    return [(b.indices.tolist(), b.images.tolist(), b.sizes.tolist()) for b in batches]
 
 
 def spoil(root, *names):
@@ -41,13 +41,13 @@ def spoil(root, *names):
 
 def test_a_picture_of_the_canvas_size_keeps_its_pixels():
     picture = noise(16, 16)
-    assert np.array_equal(canvas(picture, 16).permute(1, 2, 0), np.asarray(picture))
+    assert np.array_equal(squeeze(picture, 16).permute(1, 2, 0), np.asarray(picture))
 
 
 def test_the_whole_of_a_wide_picture_is_on_the_canvas():
     pixels = np.zeros((20, 80, 3), dtype=np.uint8)
     pixels[:, 40:] = 255
-    square = canvas(Image.fromarray(pixels), 20)
+    square = squeeze(Image.fromarray(pixels), 20)
     assert square.shape == (3, 20, 20)
     assert (square[..., :9] == 0).all()
     assert (square[..., 11:] == 255).all()
@@ -55,7 +55,7 @@ def test_the_whole_of_a_wide_picture_is_on_the_canvas():
 
 def test_a_canvas_is_antialiased():
     checker = np.indices((64, 64)).sum(0) % 2 * 255
-    square = canvas(Image.fromarray(np.repeat(checker[..., None], 3, 2).astype(np.uint8)), 16)
+    square = squeeze(Image.fromarray(np.repeat(checker[..., None], 3, 2).astype(np.uint8)), 16)
     assert (square.int() - 127).abs().max() <= 8
 
 
@@ -86,8 +86,8 @@ def test_training_images_keep_the_true_sizes(tmp_path):
 def test_canvases_are_those_of_their_indices(write_images):
     data = training(write_images(10))
     batch = next(data.batches(0, 0, batch_size=4))
-    for index, square in zip(batch.indices, batch.canvases, strict=True):
-        assert torch.equal(square, canvas(data.source.read(int(index)), 8))
+    for index, square in zip(batch.indices, batch.images, strict=True):
+        assert torch.equal(square, squeeze(data.source.read(int(index)), 8))
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
@@ -126,7 +126,7 @@ def test_two_processes_share_the_batches_of_one(write_images, cache_mib):
     shares = [list(data.batches(1, 0, batch_size=6, rank=rank, world_size=2)) for rank in range(2)]
     for one, *two in zip(alone, *shares, strict=True):
         assert np.array_equal(one.indices, np.concatenate([part.indices for part in two]))
-        assert torch.equal(one.canvases, torch.cat([part.canvases for part in two]))
+        assert torch.equal(one.images, torch.cat([part.images for part in two]))
 
 
 def test_a_batch_larger_than_the_data_is_an_error(write_images):
@@ -151,9 +151,9 @@ def test_streaming_replaces_an_unreadable_image_by_the_next(write_images):
     good = rows(training(root, cache_mib=0).batches(0, 0, batch_size=10))[0]
     spoil(root, "004.png", "009.png")
     data = training(root, cache_mib=0, max_bad_fraction=0.2)
-    ((indices, canvases, _),) = rows(data.batches(0, 0, batch_size=10))
+    ((indices, images, _),) = rows(data.batches(0, 0, batch_size=10))
     assert indices == [{4: 5, 9: 0}.get(index, index) for index in good[0]]
-    assert canvases[indices.index(5)] == good[1][good[0].index(5)]
+    assert images[indices.index(5)] == good[1][good[0].index(5)]
     assert data.skipped == (str(root / "004.png"), str(root / "009.png"))
 
 
@@ -213,7 +213,7 @@ def test_eval_images_come_in_the_order_of_the_data(write_images):
     source = open_source(str(write_images(70, classes=("a", "b"))))
     loaded = load_eval_images(source, resize_size=8, image_size=8)
     assert loaded.labels.tolist() == source.labels.tolist()
-    assert torch.equal(loaded.images[69], canvas(source.read(69), 8))
+    assert torch.equal(loaded.images[69], squeeze(source.read(69), 8))
 
 
 def test_eval_images_skip_and_name_the_unreadable(write_images):
@@ -352,7 +352,7 @@ def test_a_file_that_does_not_answer_ends_reading_into_memory(write_images, pipe
     source = open_source(str(root))
     pipe_instead_of(root / "007.png")
     with pytest.raises(DataError) as caught:
-        TrainingImages(source, canvas_size=8, read_timeout_s=0.3)
+        TrainingImages(source, decode_size=8, read_timeout_s=0.3)
     assert str(caught.value) == no_answer(root, root / "007.png")
     with pytest.raises(DataError) as caught:
         load_eval_images(source, resize_size=8, image_size=8, read_timeout_s=0.3)

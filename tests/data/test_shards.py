@@ -104,7 +104,7 @@ def many(write_shards, monkeypatch):
 
 
 def training(source, **options):
-    return TrainingImages(source, canvas_size=8, workers=0, **options)
+    return TrainingImages(source, decode_size=8, workers=0, **options)
 
 
 def test_an_epoch_has_every_picture_once_and_stays_within_few_shards(many):
@@ -137,7 +137,7 @@ def test_training_takes_the_order_of_the_shards(many, cache_mib):
     batches = list(images.batches(7, 3, batch_size=8))
     order = many.order(7, 3, np.arange(100))[:96]
     np.testing.assert_array_equal(np.concatenate([batch.indices for batch in batches]), order)
-    assert [int(batch.canvases[0, 0, 0, 0]) for batch in batches] == order[::8].tolist()
+    assert [int(batch.images[0, 0, 0, 0]) for batch in batches] == order[::8].tolist()
 
 
 def test_a_limited_set_keeps_to_the_order_of_its_shards(many):

@@ -10,7 +10,7 @@ import pytest
 from PIL import EpsImagePlugin, Image, ImageOps
 from torchvision import datasets
 
-from edgecl.data.decode import read_canvas
+from edgecl.data.decode import read_picture
 from edgecl.data.demo_images import CLASSES, render
 from edgecl.data.source import UnreadableImage
 from edgecl.data.sources import list_datasets, open_source
@@ -341,7 +341,7 @@ def test_postscript_called_a_picture_starts_no_program(tmp_path, started, name):
     with pytest.raises(UnreadableImage, match="not a JPEG, PNG, WebP or BMP"):
         source.read(0)
     with pytest.raises(UnreadableImage, match="not a JPEG, PNG, WebP or BMP"):
-        read_canvas(source, 0, 32)
+        read_picture(source, 0, 32)
     assert not started.exists()
 
 

@@ -31,10 +31,10 @@ def pictures(count=N, side=SIDE):
     return ((smooth * 1.4 - 0.2 + noise).clamp(0, 1) * 255).round().to(torch.uint8)
 
 
-def batch_of(canvases, size=None):
-    count, side = len(canvases), canvases.shape[-1]
+def batch_of(images, size=None):
+    count, side = len(images), images.shape[-1]
     sizes = torch.tensor([size or (side, side)] * count, dtype=torch.int32)
-    return Batch(np.arange(count), canvases, sizes)
+    return Batch(np.arange(count), images, sizes)
 
 
 def spec_of(views, name="a", side=SIDE):
@@ -49,13 +49,13 @@ def draw(views, *, count=N, size=(SIDE, SIDE), view="a", side=SIDE, seed=0, epoc
     return draw_parameters(np.arange(count), sizes, spec, name=view, seed=seed, epoch=epoch)
 
 
-def render(views, canvases=None, size=None, side=SIDE):
+def render(views, images=None, size=None, side=SIDE):
     """Return pictures in 0..1, view A and its parameters."""
-    batch = batch_of(pictures() if canvases is None else canvases, size)
+    batch = batch_of(pictures() if images is None else images, size)
     sizes = batch.sizes.numpy()
     spec = spec_of(views, side=side)
     parameters = draw_parameters(batch.indices, sizes, spec, name="a", seed=0, epoch=0)
-    scaled = batch.canvases.float() / 255
+    scaled = batch.images.float() / 255
     return scaled, render_view(scaled, sizes, parameters, spec), parameters
 
 
@@ -146,12 +146,12 @@ def one_core():
 def test_blur_of_a_large_view_equals_torchvisions():
     # Side 130 is no multiple of the pieces a large picture is blurred in; these sigmas are 1 to 2.5 there.
     views = settings(blur=(1.0, 0.0), blur_sigma=(1.8, 4.3))
-    canvases = pictures(6, side=130)
+    images = pictures(6, side=130)
     parameters = draw(views, count=6, size=(130, 130), side=130)
-    (after, _) = make_views(batch_of(canvases), views.specs(130), mean=NO_MEAN, std=NO_STD, seed=0, epoch=0)
+    (after, _) = make_views(batch_of(images), views.specs(130), mean=NO_MEAN, std=NO_STD, seed=0, epoch=0)
     expected = each(
         lambda image, sigma: reference.gaussian_blur(image, [21, 21], [sigma, sigma]),
-        canvases.float() / 255,
+        images.float() / 255,
         parameters.sigma.tolist(),
     )
     torch.testing.assert_close(after, expected, atol=1e-4, rtol=0)
@@ -178,8 +178,8 @@ def test_a_crop_of_a_wide_picture_is_cut_in_true_proportions():
     for quarter, color in enumerate([(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)]):
         wide[:, 16 * quarter : 16 * (quarter + 1)] = color
     squeezed = np.asarray(Image.fromarray(wide).resize((64, 64), Image.Resampling.BILINEAR))
-    canvases = torch.from_numpy(squeezed.copy()).permute(2, 0, 1).unsqueeze(0).repeat(16, 1, 1, 1)
-    _, after, parameters = render(settings(crop_scale=(0.5, 0.5)), canvases, size=(32, 64))
+    images = torch.from_numpy(squeezed.copy()).permute(2, 0, 1).unsqueeze(0).repeat(16, 1, 1, 1)
+    _, after, parameters = render(settings(crop_scale=(0.5, 0.5)), images, size=(32, 64))
     for view, (top, left, height, width) in zip(after, parameters.boxes.astype(int), strict=True):
         assert (top, height, width) == (0, 32, 32)
         expected = torch.from_numpy(wide[:, left : left + 32].copy()).permute(2, 0, 1) / 255
@@ -247,9 +247,9 @@ def test_another_epoch_gives_other_views():
 
 
 def views_of(views, indices, epoch=0):
-    canvases = pictures(16)
+    images = pictures(16)
     indices = np.array(indices)
-    batch = Batch(indices, canvases[indices], torch.full((len(indices), 2), SIDE, dtype=torch.int32))
+    batch = Batch(indices, images[indices], torch.full((len(indices), 2), SIDE, dtype=torch.int32))
     return make_views(batch, views.specs(SIDE), mean=NO_MEAN, std=NO_STD, seed=0, epoch=epoch)
 
 
@@ -267,13 +267,13 @@ def test_a_samples_views_do_not_depend_on_its_batch():
 def test_large_views_made_one_after_another_equal_those_made_together(image_size):
     # Sigmas from hardly any blur to one that reaches over half the view.
     views = Views(blur=(1.0, 1.0), blur_sigma=(0.1, 30.0), crop_scale=(0.3, 1.0))
-    canvases = pictures(24, side=100)
-    batch = batch_of(canvases, (90, 130))
+    images = pictures(24, side=100)
+    batch = batch_of(images, (90, 130))
     alone = make_views(batch, views.specs(image_size), mean=NO_MEAN, std=NO_STD, seed=0, epoch=0)
     for name, view in zip(("a", "b"), alone, strict=True):
         parameters = draw(views, count=24, size=(90, 130), view=name, side=image_size)
         spec = spec_of(views, name, image_size)
-        together = render_view(canvases.float() / 255, batch.sizes.numpy(), parameters, spec)
+        together = render_view(images.float() / 255, batch.sizes.numpy(), parameters, spec)
         differing = (view - together).abs() > 1e-5
         assert differing.float().mean() < 1e-4  # rounding decides at the threshold of solarize
 
@@ -281,11 +281,11 @@ def test_large_views_made_one_after_another_equal_those_made_together(image_size
 def test_views_are_normalized_and_leave_the_pictures_alone():
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
     batch = batch_of(pictures(4))
-    before = batch.canvases.clone()
+    before = batch.images.clone()
     view_a, _ = make_views(batch, PLAIN.specs(SIDE), mean=mean, std=std, seed=0, epoch=0)
     expected = reference.normalize(before / 255, list(mean), list(std))
     torch.testing.assert_close(view_a, expected, atol=1e-4, rtol=0)
-    assert torch.equal(batch.canvases, before)
+    assert torch.equal(batch.images, before)
 
 
 def test_views_are_float32_and_the_same_under_autocast():
@@ -299,7 +299,7 @@ def test_views_are_float32_and_the_same_under_autocast():
 def test_views_on_a_gpu_equal_those_on_the_cpu():
     batch = batch_of(pictures(16))
     options = {"mean": NO_MEAN, "std": NO_STD, "seed": 0, "epoch": 0}
-    on_gpu = make_views(batch._replace(canvases=batch.canvases.cuda()), Views().specs(SIDE), **options)
+    on_gpu = make_views(batch._replace(images=batch.images.cuda()), Views().specs(SIDE), **options)
     for cpu, gpu in zip(make_views(batch, Views().specs(SIDE), **options), on_gpu, strict=True):
         differing = (cpu - gpu.cpu()).abs() > 1e-3
         assert differing.float().mean() < 1e-3  # solarize may fall on either side of its threshold
@@ -308,7 +308,7 @@ def test_views_on_a_gpu_equal_those_on_the_cpu():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_views_on_a_gpu_wait_for_nothing():
     batch = batch_of(pictures(16))
-    batch = batch._replace(canvases=batch.canvases.cuda())
+    batch = batch._replace(images=batch.images.cuda())
     options = {"mean": NO_MEAN, "std": NO_STD, "seed": 0}
     make_views(batch, Views().specs(SIDE), epoch=0, **options)
     torch.cuda.set_sync_debug_mode("error")
@@ -322,8 +322,8 @@ LOCAL = Views(local_count=3, local_scale=(0.05, 0.3), local_size=20)
 
 
 def views_with(local_count, rows=range(8), *, epoch=0, whole=2, **settings):
-    canvases = pictures()[list(rows)]
-    batch = Batch(np.array(rows), canvases, torch.full((len(canvases), 2), SIDE, dtype=torch.int32))
+    images = pictures()[list(rows)]
+    batch = Batch(np.array(rows), images, torch.full((len(images), 2), SIDE, dtype=torch.int32))
     views = LOCAL.model_copy(update={"local_count": local_count, **settings})
     return make_views(
         batch,
@@ -352,7 +352,7 @@ def test_views_come_from_any_list_of_specifications_in_its_order():
     tiny, other, mirror = make_views(batch, specs, mean=NO_MEAN, std=NO_STD, seed=0, epoch=0)
     assert tiny.shape == other.shape == (4, 3, 8, 8)
     assert not torch.equal(tiny, other)
-    torch.testing.assert_close(mirror, batch.canvases.flip(3) / 255, atol=1e-5, rtol=0)
+    torch.testing.assert_close(mirror, batch.images.flip(3) / 255, atol=1e-5, rtol=0)
     (alone,) = make_views(batch, specs[1:], mean=NO_MEAN, std=NO_STD, seed=0, epoch=0)
     assert torch.equal(alone, mirror)
 

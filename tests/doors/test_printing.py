@@ -88,7 +88,7 @@ def test_no_name_in_a_record_reaches_the_report_raw(tmp_path, monkeypatch, capsy
         record = json.loads(file.read_text(encoding="utf-8"))
         texts = {
             key: HOSTILE
-            for key in ("arch", "origin", "recipe_name", "arm", "command", "data")
+            for key in ("arch", "origin", "recipe_name", "method", "command", "data")
             if key in record
         }
         changed = {**record, **texts, HOSTILE[:-1]: HOSTILE}

@@ -244,7 +244,7 @@ def test_a_panel_with_a_name_longer_than_a_chart_is_drawn(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "key", ["made_from", "recipe_name", "arm", "command", "schema", "kind", "arch", "width"]
+    "key", ["made_from", "recipe_name", "method", "command", "schema", "kind", "arch", "width"]
 )
 def test_a_report_names_or_survives_a_record_of_other_types(tmp_path, key):
     model = Maker().model(tmp_path / "net")

@@ -103,7 +103,7 @@ def targets(mutator: Mutator, seeds: Seeds, place: Path) -> None:
 
 
 def pictures(mutator: Mutator, seeds: Seeds, place: Path) -> None:
-    from edgecl.data.decode import read_canvas
+    from edgecl.data.decode import read_picture
     from edgecl.data.source import UnreadableImage
     from edgecl.data.sources import open_source
 
@@ -113,7 +113,7 @@ def pictures(mutator: Mutator, seeds: Seeds, place: Path) -> None:
     (folder / f"x{mutator.pick(['.jpg', '.png', '.webp', '.bmp'])}").write_bytes(mutator.bytes(content))
     source = open_source(str(folder))
     outcomes = set()
-    for read in (lambda: read_canvas(source, 0, 16), lambda: source.read(0)):
+    for read in (lambda: read_picture(source, 0, 16), lambda: source.read(0)):
         try:
             read()
             outcomes.add("read")

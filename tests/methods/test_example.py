@@ -101,11 +101,11 @@ def test_the_example_trains_predictor_and_target_and_is_carved_priced_and_drawn(
     carve(run.path, out=tmp_path / "model", recalibrate_norms=False)
     net, record = load_model(tmp_path / "model")
     assert torch.equal(net.state_dict()["conv_stem.weight"], fast)
-    assert record.arm == "short-byol"
+    assert record.method == "short-byol"
 
     recipe = read_recipe(str(tmp_path / "short-byol.toml"))
     training = cost_of_recipe(recipe, recipe_name="short-byol", images=24).training
-    assert (training.arm, training.forward_units) == ("short-byol", 6.0)
+    assert (training.method, training.forward_units) == ("short-byol", 6.0)
 
     page = report([run.path], out=tmp_path / "report")
     assert {"loss", "diagonal"} <= page["runs"][0]["curves"].keys()

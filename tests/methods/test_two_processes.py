@@ -1,6 +1,6 @@
 """Processes with a share of the batch each learn what one process learns from the whole batch.
 
-Real processes over gloo take a training step with every arm, as `edgecl selftest ddp` does: a real net with synchronized
+Real processes over gloo take a training step with every variant, as `edgecl selftest ddp` does: a real net with synchronized
 batch norms, trained by the engine's own step through accelerate's DistributedDataParallel.
 
 In float64. In float32 the same step, summed in another order, differs by 2e-5 in half of the tensors and by 4e-3 in the
@@ -17,7 +17,7 @@ import pytest
 from worlds import run_script
 
 from edgecl.config.recipe import list_methods
-from edgecl.train.selftest import ARMS, TOLERANCE
+from edgecl.train.selftest import TOLERANCE, VARIANTS
 
 SCRIPT = """
 import json, sys, warnings
@@ -32,9 +32,9 @@ from edgecl.methods import losses
 from edgecl.train import selftest
 
 FOLDER, WORLDS = sys.argv[1], json.loads(sys.argv[2])
-UNSYNCED = selftest.Arm("norms of a share", {"run": {"sync_norms": "none"}})
-TWINS, SACL_XD = ([arm for arm in selftest.ARMS if arm.name == name] for name in ("Barlow Twins", "SACL-XD"))
-IN_PARTS = [arm for arm in selftest.ARMS if "run" in arm.settings]
+UNSYNCED = selftest.Variant("norms of a share", {"run": {"sync_norms": "none"}})
+TWINS, SACL_XD = ([variant for variant in selftest.VARIANTS if variant.name == name] for name in ("Barlow Twins", "SACL-XD"))
+IN_PARTS = [variant for variant in selftest.VARIANTS if "run" in variant.settings]
 
 
 def plain(x):
@@ -43,18 +43,18 @@ def plain(x):
     return total
 
 
-def take(arms, shares):
-    return selftest.run_arms(
+def take(variants, shares):
+    return selftest.run_variants(
         device="cpu", world_size=processes.world_size(), rank=processes.rank(), shares=shares, report=lambda _: None,
-        arms=arms,
+        variants=variants,
     )
 
 
 def whole():
     in_parts = [(int(count), IN_PARTS) for count in WORLDS if count != "1"]
-    for shares, arms in [(1, [*selftest.ARMS, UNSYNCED]), *in_parts]:
-        for arm, found in take(arms, shares).items():
-            save_file({key: value.contiguous() for key, value in found.items()}, f"{FOLDER}/{arm} for {shares}")
+    for shares, variants in [(1, [*selftest.VARIANTS, UNSYNCED]), *in_parts]:
+        for variant, found in take(variants, shares).items():
+            save_file({key: value.contiguous() for key, value in found.items()}, f"{FOLDER}/{variant} for {shares}")
 
 
 def gradients_of_the_host(found):
@@ -62,16 +62,16 @@ def gradients_of_the_host(found):
     return [found[name] for name in names]
 
 
-def compare(arms):
+def compare(variants):
     count = processes.world_size()
     rows = {}
-    for arm, found in take(arms, count).items():
-        in_parts = count > 1 and arm in [other.name for other in IN_PARTS]
-        expected = load_file(f"{FOLDER}/{arm} for {count if in_parts else 1}")
+    for variant, found in take(variants, count).items():
+        in_parts = count > 1 and variant in [other.name for other in IN_PARTS]
+        expected = load_file(f"{FOLDER}/{variant} for {count if in_parts else 1}")
         assert found.keys() == expected.keys()
         mine, right = gradients_of_the_host(found), gradients_of_the_host(expected)
         lengths = [torch.stack([part.norm() for part in parts]).norm() for parts in (mine, right)]
-        rows[arm] = {
+        rows[variant] = {
             **{kind: selftest.difference(found, expected, kind=kind) for kind in selftest.KINDS},
             "too short by": float(lengths[1] / lengths[0]),
             "gradients times the world size": selftest.difference(
@@ -86,7 +86,7 @@ def compare(arms):
 def shared():
     count = processes.world_size()
     processes.join("cpu")
-    results = {"right": compare([arm for arm in selftest.ARMS if arm.name in WORLDS[str(count)]])}
+    results = {"right": compare([variant for variant in selftest.VARIANTS if variant.name in WORLDS[str(count)]])}
     if count == 2:
         results["norms of a share"] = compare([UNSYNCED])
     if count > 1:
@@ -104,16 +104,16 @@ def shared():
 
 
 # Made once, not in every process.
-for arm in selftest.ARMS:
-    recipe = selftest.recipe_of(arm, batch_size=4)
+for variant in selftest.VARIANTS:
+    recipe = selftest.recipe_of(variant, batch_size=4)
     selftest.fresh_net(recipe.host.width, recipe.slim.all_widths)
 fork_world(whole, 1)
 for count in WORLDS:
     fork_world(shared, int(count))
 """
 
-NAMES = [arm.name for arm in ARMS]
-# What four processes do takes most of the time; the slow test gives them every arm.
+NAMES = [variant.name for variant in VARIANTS]
+# What four processes do takes most of the time; the slow test gives them every variant.
 QUICK = {"1": ["SACL-XD"], "2": NAMES, "4": ["SACL-XD", "SACL-XD, 4 widths"]}
 RANKS = ["2-0", "2-1", "4-0", "4-1", "4-2", "4-3"]
 
@@ -152,9 +152,9 @@ def test_arms_are_all_ways_to_train():
 def hold_to_the_whole(results, worlds):
     for rank, rows in results.items():
         assert list(rows["right"]) == worlds[rank[0]]
-        for arm, found in rows["right"].items():
+        for variant, found in rows["right"].items():
             for kind in ("loss", "gradients", "statistics"):
-                assert found[kind] <= TOLERANCE, (rank, arm, kind)
+                assert found[kind] <= TOLERANCE, (rank, variant, kind)
 
 
 def test_a_step_of_each_process_is_that_of_the_whole_batch(results):
@@ -167,10 +167,10 @@ def test_a_step_of_each_of_four_processes_is_that_of_the_whole_batch_for_every_a
     hold_to_the_whole(run(tmp_path, every), every)
 
 
-@pytest.mark.parametrize("arm", NAMES)
-def test_arm_gives_the_optimizer_gradients_and_moves_the_statistics(results, arm):
+@pytest.mark.parametrize("variant", NAMES)
+def test_arm_gives_the_optimizer_gradients_and_moves_the_statistics(results, variant):
     """Nothing is compared with nothing."""
-    found = results["2-1"]["right"][arm]
+    found = results["2-1"]["right"][variant]
     tensors, with_gradient = found["gradients of the host"]
     assert tensors == with_gradient > 90
     assert found["batches tracked"] > 0

@@ -150,7 +150,7 @@ def test_model_record_says_what_the_net_is(tmp_path):
         "origin": "pretrained",
         "recalibrated": False,
         "recipe_name": "tiny",
-        "arm": "SACL-XD",
+        "method": "SACL-XD",
         "epoch": 3,
         "step": 30,
     }

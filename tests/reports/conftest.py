@@ -91,7 +91,7 @@ class Maker:
                     "method": {"name": "sacl-xd", "alpha": 0.95, "off_diagonal": 0.005},
                     "optim": {"name": "lars", "lr": 0.8},
                 },
-                "arm": "SACL-XD",
+                "method": "SACL-XD",
                 "panels": [
                     {
                         "title": "Loss terms",
@@ -187,7 +187,7 @@ class Maker:
                 "preprocessing": PREPROCESSING,
                 "origin": origin,
                 "recipe_name": "demo",
-                "arm": "SACL-XD",
+                "method": "SACL-XD",
                 "data": None,
                 "weights_sha256": sha256(f"{path} {origin}".encode("utf-8", "surrogateescape")).hexdigest(),
                 **more,

@@ -186,13 +186,13 @@ def test_charts_take_every_color_from_the_page(whole):
         assert "<metadata" not in chart
 
 
-@pytest.mark.parametrize("place", ["directory", "class", "command", "arm", "device"])
+@pytest.mark.parametrize("place", ["directory", "class", "command", "method", "device"])
 def test_hostile_names_are_shown_and_do_nothing(make, tmp_path, place):
     name = HOSTILE if place == "directory" else "net"
     net = make.model(
         tmp_path / name,
         classes=[HOSTILE] if place == "class" else None,
-        **({"command": HOSTILE} if place == "command" else {"arm": HOSTILE} if place == "arm" else {}),
+        **({"command": HOSTILE} if place == "command" else {"method": HOSTILE} if place == "method" else {}),
     )
     bundle = make.bundle(tmp_path / f"b{name}", model=net)
     if place == "device":

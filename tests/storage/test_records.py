@@ -48,7 +48,7 @@ def model_record(**more) -> ModelRecord:
             "preprocessing": Preprocessing(image_size=32, resize_size=32, mean=[0.5] * 3, std=[0.5] * 3),
             "origin": "random",
             "recipe_name": None,
-            "arm": None,
+            "method": None,
             "data": None,
             "weights_sha256": "b" * 64,
             **more,

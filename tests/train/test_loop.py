@@ -135,7 +135,7 @@ def test_run_record_says_what_was_run(runs, arm, make_recipe, arm_settings):
     record = RunDir(runs / arm).read()
     recipe = make_recipe(*arm_settings[arm])
     assert record.state == "done"
-    assert record.arm == arm
+    assert record.method == arm
     assert record.recipe == recipe.model_dump(mode="json")
     assert (record.steps_per_epoch, record.total_steps) == (STEPS, 2 * STEPS)
     assert record.data.images == 40
