@@ -274,7 +274,7 @@ def test_products_with_constant_weights_are_quantized_and_others_are_not(form):
     graph = helper.make_graph(nodes, "g", values[:1], values[1:], constants)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     tokens = random.normal(size=(8, 6, 6)).astype(np.float32)
-    ranges = calibrate(model, tokens, method="minmax")
+    ranges = calibrate(model, tokens, ["minmax"])["minmax"]
     quantized = quantize(model, form=form, ranges=ranges, images=tokens)
     dequantized = {node.output[0] for node in quantized.graph.node if node.op_type == "DequantizeLinear"}
     inputs = {
