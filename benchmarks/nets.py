@@ -41,7 +41,7 @@ def sessions_of(arch: str, *, size: int) -> dict[str, tuple[ort.InferenceSession
     drawn = torch.from_numpy(render("train", 16, size=side)[0]).permute(0, 3, 1, 2)
     pictures = normalize(drawn, MEAN, STD).numpy()
     fp32 = onnx_from_net(net, graph=TARGET.graph, shape=(3, side, side), metadata={})
-    ranges = calibrate(fp32, pictures, method="minmax")
+    ranges = calibrate(fp32, pictures, ["minmax"])["minmax"]
     models = {"fp32": fp32, "int8": quantize(fp32, form="int8-cpu", ranges=ranges, images=pictures)}
     options = ort.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1

@@ -14,7 +14,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from edgecl.deploy.graph import Names, with_shapes
+from edgecl.deploy.graph import Names, opset_of, with_shapes
 from edgecl.deploy.session import open_tensors
 
 # Images at a time; all intermediate tensors of a batch are in memory at once.
@@ -27,7 +27,7 @@ def half(model: onnx.ModelProto, *, images: NDArray[np.float32]) -> tuple[onnx.M
     """Convert a net to float16, its inputs and outputs apart, which stay float32.
 
     The net runs on the images in float32 first. Nodes that write or read a tensor beyond the limit, or a weight beyond
-    it, stay in float32; Casts stand only between the two kinds.
+    it, stay in float32, and so do operators that have no float16 form; Casts stand only between the two kinds.
 
     Args:
         model: a float32 graph as `edgecl.deploy.graph.portable` writes it; it is left as it is.
@@ -48,7 +48,11 @@ def half(model: onnx.ModelProto, *, images: NDArray[np.float32]) -> tuple[onnx.M
         peaks[tensor.name] = float(np.abs(values).max()) if values.size else 0.0
     # A tensor that is not a number compares as False, and must not pass.
     beyond = {name for name, peak in peaks.items() if not peak <= _LIMIT}
-    kept = [node.name for node in converted.graph.node if beyond.intersection((*node.input, *node.output))]
+    kept = [
+        node.name
+        for node in converted.graph.node
+        if beyond.intersection((*node.input, *node.output)) or _fp32_only(node, converted)
+    ]
     _convert(converted, set(kept))
     converted = with_shapes(
         converted,
@@ -74,6 +78,19 @@ def _largest_magnitudes(model: onnx.ModelProto, images: NDArray[np.float32]) -> 
 
 def _floats(graph: onnx.GraphProto) -> list[TensorProto]:
     return [tensor for tensor in graph.initializer if tensor.data_type == TensorProto.FLOAT]
+
+
+def _fp32_only(node: onnx.NodeProto, model: onnx.ModelProto) -> bool:
+    """Return whether an operator has an input that must be float32, as Resize, or says itself what it writes."""
+    schema = onnx.defs.get_schema(node.op_type, opset_of(model), "")
+    tied = {parameter.type_str for parameter in schema.inputs}
+    takes_no_fp16 = any(
+        "tensor(float)" in parameter.types and "tensor(float16)" not in parameter.types
+        for parameter in schema.inputs
+    )
+    return takes_no_fp16 or any(
+        "tensor(float)" in parameter.types and parameter.type_str not in tied for parameter in schema.outputs
+    )
 
 
 def _convert(model: onnx.ModelProto, kept: set[str]) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 
 from edgecl.config.recipe import Recipe
 from edgecl.config.settings import Config, parse_toml
-from edgecl.errors import RecipeError
+from edgecl.errors import RecipeError, first_line
 from edgecl.methods.teacher import TaughtConfig, load_teacher
 from edgecl.nets.backbone import count_parameters, create_backbone, feature_count
 from edgecl.nets.folding import fuse_branches
@@ -69,6 +69,9 @@ def forward_cost(net: nn.Module, shape: tuple[int, ...]) -> ForwardCost:
         net: what is run.
         shape: of its input with batch 1, e.g. (1, 3, 224, 224).
 
+    Raises:
+        RecipeError: it does not take such an input.
+
     Source: fvcore.nn.FlopCountAnalysis, which counts one fused multiply-add as one "flop".
     """
     was_training = net.training
@@ -95,6 +98,11 @@ def forward_cost(net: nn.Module, shape: tuple[int, ...]) -> ForwardCost:
                 by_operator=by_operator,
                 uncounted={name: int(count) for name, count in analysis.unsupported_ops().items()},
             )
+    except (RuntimeError, AssertionError, ValueError) as exc:
+        raise RecipeError(
+            f"the net does not take pictures of {' x '.join(map(str, shape[2:]))}: {first_line(exc)}",
+            hint="set [data] image_size to a size that it takes",
+        ) from exc
     finally:
         net.train(was_training)
 

@@ -56,6 +56,8 @@ def load_given(weights: str, *, arch: str | None) -> GivenNet:
     path = Path(weights)
     if weights not in (HUB, UNTRAINED) and path.is_dir():
         return _of_model_dir(path, arch=arch)
+    if weights not in (HUB, UNTRAINED) and not path.exists():
+        raise ArtifactError(f"there is neither a file of weights nor a model directory at '{path}'")
     if arch is None:
         raise RecipeError(
             f"the weights '{weights}' do not say of which net they are",
@@ -109,16 +111,15 @@ def _sha256_of_tensors(net: nn.Module) -> str:
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     """Read a file of named tensors; nothing in it is run."""
-    if not path.is_file():
-        raise ArtifactError(f"there is no file of weights at '{path}'")
     found: Any
     try:
         safe = path.suffix == ".safetensors"
         found = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as exc:  # whatever content makes torch's reader of tensors alone raise
         raise ArtifactError(
-            f"not a file of tensors, or one that holds more than tensors ({first_line(exc)})",
+            f"not a file of tensors, or one that holds more than tensors ({type(exc).__name__})",
             where={"file": path},
+            hint="save the net's state_dict() alone, by safetensors or torch.save",
         ) from exc
     # As timm and torchvision save it, and as training scripts do.
     for key in ("state_dict", "model"):

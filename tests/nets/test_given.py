@@ -115,10 +115,12 @@ def test_a_file_of_something_else_is_named(tmp_path, name, content):
 
 
 def test_what_is_missing_is_named(tmp_path):
-    with pytest.raises(ArtifactError, match="no file of weights"):
+    file = tmp_path / "weights.pth"
+    file.write_bytes(b"")
+    with pytest.raises(ArtifactError, match="neither a file of weights"):
         load_given(str(tmp_path / "none.pth"), arch=ARCH)
     with pytest.raises(RecipeError, match="do not say of which net"):
-        load_given("weights.pth", arch=None)
+        load_given(str(file), arch=None)
     with pytest.raises(RecipeError, match="no architecture 'resnet181'"):
         load_given("untrained", arch="resnet181")
 
