@@ -109,7 +109,8 @@ def test_every_net_compiles_in_every_form(made, tmp_path, name, form):
     if form == "fp32":
         assert operators["QuantizeLinear"] == operators["Cast"] == 0
     elif form == "fp16":
-        assert operators["Cast"] == 2
+        # More where an operator has no float16 form, as layer norms and Resize: it stays in float32.
+        assert operators["Cast"] >= 2
     else:
         assert layers["QUANTIZE"] > max(layers["CONVOLUTION"], 4 * len(heads))
     assert record["io"] == {"input": "FLOAT", "output": "FLOAT"}
