@@ -133,6 +133,8 @@ class MethodConfig(Config):
     """What the report draws of the method; the key "loss" is the total, the others are the terms of its loss."""
     has_host: ClassVar[bool] = False
     """Whether slim nets train inside a wider host; without, there is one encoder, and its width is that of both."""
+    label: ClassVar[str] = ""
+    """The method's name in the words of the field; empty where that is `name`."""
     needs_labels: ClassVar[bool] = False
     """Whether it learns from the classes of the pictures."""
     brings: ClassVar[dict[str, dict[str, Any]]] = {}
@@ -150,7 +152,7 @@ class MethodConfig(Config):
 
     def title(self, recipe: Recipe) -> str:
         """Return what the settings amount to, in the words of the field."""
-        return self.name
+        return self.label or self.name
 
     def check(self, recipe: Recipe) -> None:
         """Refuse settings that only together are wrong.

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from edgecl.config.recipe import Panel, Recipe
+from edgecl.config.recipe import Panel
 from edgecl.config.settings import Factor, Weight
 from edgecl.methods.losses import cross_correlation_loss
 from edgecl.methods.method import RatedConfig
@@ -24,15 +24,12 @@ class Config(RatedConfig):
         Panel("Loss terms", {"loss": "total", "cross_correlation": "Barlow Twins"}, log=True),
     )
 
+    label: ClassVar[str] = "Barlow Twins"
     name: Literal["barlow-twins"] = "barlow-twins"
     off_diagonal: Weight = 0.0051
     """lambda, the weight of the redundancy term; 1 / D suits small projectors."""
     scale: Factor = 0.1
     """s; solo-learn's for CIFAR-10."""
-
-    def title(self, recipe: Recipe) -> str:
-        """Name the method."""
-        return "Barlow Twins"
 
 
 class BarlowTwins(PairMethod):

@@ -28,15 +28,12 @@ class Config(RatedConfig):
 
     panels: ClassVar[tuple[Panel, ...]] = (Panel("Loss", {"loss": "2 - 2 cos"}, log=True),)
 
+    label: ClassVar[str] = "BYOL"
     name: Literal["byol"] = "byol"
     momentum: Fraction = 0.99
     """Of the target net at the first step; it rises to 1. solo-learn's for CIFAR-10."""
     predictor: int = Field(512, ge=1, le=32_768)
     """Width of the predictor's hidden layer."""
-
-    def title(self, recipe: Recipe) -> str:
-        """Name the method."""
-        return "BYOL"
 
     def forward_passes(self, recipe: Recipe) -> ForwardPasses:
         """Return those of the encoder, and one of the target net for each whole view."""

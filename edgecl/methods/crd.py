@@ -30,6 +30,7 @@ class Config(TaughtConfig):
 
     panels: ClassVar[tuple[Panel, ...]] = (Panel("Loss", {"loss": "NCE"}, unit="nats", log=True),)
 
+    label: ClassVar[str] = "CRD"
     name: Literal["crd"] = "crd"
     temperature: float = Field(0.07, gt=0, le=100)
     """tau; the public code's."""
@@ -41,10 +42,6 @@ class Config(TaughtConfig):
     def view_specs(self, recipe: Recipe) -> tuple[ViewSpec, ...]:
         """Return one whole view, which both see, and the local ones."""
         return self.with_plain(recipe, recipe.views.specs(recipe.data.image_size, whole=1))
-
-    def title(self, recipe: Recipe) -> str:
-        """Name the method."""
-        return "CRD"
 
 
 class Crd(TaughtMethod):

@@ -31,6 +31,7 @@ class Config(RatedConfig):
         Panel("Loss terms", {"loss": "cross-entropy", "target_entropy": "entropy of targets"}, unit="nats"),
     )
 
+    label: ClassVar[str] = "DINO"
     name: Literal["dino"] = "dino"
     prototypes: int = Field(128, ge=2, le=65_536)
     """Directions to which views are assigned; 65,536 in the paper, 4,096 in SSLight."""
@@ -48,10 +49,6 @@ class Config(RatedConfig):
     """Of c, the mean of the targets' assignments."""
     momentum: Fraction = 0.9
     """Of the net that makes the targets, at the first step; it rises to 1. 0.996 in the paper, whose runs are longer."""
-
-    def title(self, recipe: Recipe) -> str:
-        """Name the method."""
-        return "DINO"
 
     def forward_passes(self, recipe: Recipe) -> ForwardPasses:
         """Return those of the encoder, and one of the target net for each whole view."""

@@ -33,6 +33,7 @@ class Config(TaughtConfig):
         ),
     )
 
+    label: ClassVar[str] = "DisCo"
     name: Literal["disco"] = "disco"
     weight: Weight = 1.0
     """w, of the distillation; the paper's."""
@@ -42,10 +43,6 @@ class Config(TaughtConfig):
     """Of the net that makes the keys, at the first step; it rises to 1."""
     queue_steps: int = Field(4, ge=1, le=100_000)
     """Of so many last steps the keys are kept; see moco-v2."""
-
-    def title(self, recipe: Recipe) -> str:
-        """Name the method."""
-        return "DisCo"
 
     def forward_passes(self, recipe: Recipe) -> ForwardPasses:
         """Return the student's and the teacher's, and one of the net that makes the keys for each whole view."""

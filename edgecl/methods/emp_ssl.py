@@ -26,6 +26,7 @@ class Config(RatedConfig):
         Panel("Coding rate", {"coding_rate": "R"}, unit="nats"),
     )
 
+    label: ClassVar[str] = "EMP-SSL"
     name: Literal["emp-ssl"] = "emp-ssl"
     views: int = Field(4, ge=2, le=26)
     """Whole views of each picture; the first has view A's blur and solarization, all others view B's."""
@@ -34,10 +35,6 @@ class Config(RatedConfig):
     def view_specs(self, recipe: Recipe) -> tuple[ViewSpec, ...]:
         """Return as many whole views as `views` says, and the local ones."""
         return recipe.views.specs(recipe.data.image_size, whole=self.views)
-
-    def title(self, recipe: Recipe) -> str:
-        """Name the method."""
-        return "EMP-SSL"
 
     def check(self, recipe: Recipe) -> None:
         """Refuse two widths, and alignment without the coding rate."""

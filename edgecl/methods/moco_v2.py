@@ -25,6 +25,7 @@ class Config(RatedConfig):
 
     panels: ClassVar[tuple[Panel, ...]] = (Panel("Loss", {"loss": "InfoNCE"}, unit="nats", log=True),)
 
+    label: ClassVar[str] = "MoCo-v2"
     name: Literal["moco-v2"] = "moco-v2"
     temperature: float = Field(0.2, gt=0, le=100)
     """tau, of the softmax over cosines; the paper's."""
@@ -36,10 +37,6 @@ class Config(RatedConfig):
     old for how fast the net changes are told from new ones by their age."""
     symmetric: bool = False
     """Each view asks once and answers once: twice the price."""
-
-    def title(self, recipe: Recipe) -> str:
-        """Name the method."""
-        return "MoCo-v2"
 
     def rated_views(self, recipe: Recipe) -> int:
         """Count the views that ask."""

@@ -38,6 +38,7 @@ class Config(TaughtConfig):
         ),
     )
 
+    label: ClassVar[str] = "OSS"
     name: Literal["oss"] = "oss"
     prototypes: int = Field(300, ge=2, le=65_536)
     """Of the teacher and of the student; 3,000 in SwAV, for a thousand classes."""
@@ -49,10 +50,6 @@ class Config(TaughtConfig):
     """SwAV's epsilon: the larger, the more evenly a picture's assignment is spread."""
     momentum: Fraction = 0.99
     """Of the teacher's slow copy."""
-
-    def title(self, recipe: Recipe) -> str:
-        """Name the method."""
-        return "OSS"
 
     def check(self, recipe: Recipe) -> None:
         """Refuse what belongs to a teacher that does not learn."""

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from edgecl.config.recipe import ForwardPasses, Panel, Recipe
 from edgecl.config.settings import Fraction, Weight
-from edgecl.methods.losses import correlation_of, mean_over_batch, queue_contrastive_loss, wide
+from edgecl.methods.losses import correlation_of, mean_of, mean_over_batch, queue_contrastive_loss, wide
 from edgecl.methods.method import Embeddings, Terms
 from edgecl.methods.momentum import Follower, Queue, rising_momentum
 from edgecl.methods.teacher import TaughtConfig, TaughtMethod
@@ -37,6 +37,7 @@ class Config(TaughtConfig):
         ),
     )
 
+    label: ClassVar[str] = "ReKD"
     name: Literal["rekd"] = "rekd"
     weight: Weight = 1.0
     """w, of the relation."""
@@ -48,10 +49,6 @@ class Config(TaughtConfig):
     """Of the net that makes the keys, at the first step; it rises to 1."""
     queue_steps: int = Field(4, ge=1, le=100_000)
     """Of so many last steps the keys are kept, and the teacher's features of the same pictures; see moco-v2."""
-
-    def title(self, recipe: Recipe) -> str:
-        """Name the method."""
-        return "ReKD"
 
     def check(self, recipe: Recipe) -> None:
         """Refuse more neighbors than there are pictures to choose from."""
@@ -105,20 +102,19 @@ class Rekd(TaughtMethod):
         """
         config, (learnt, targets) = self.config, embeddings
         alike = nearest(targets["teacher_0"], self.taught.rows, count=config.neighbors)
-        contrastive, relation = (
-            torch.stack(terms).mean()
-            for terms in zip(
-                *(
-                    (
-                        queue_contrastive_loss(
-                            query, targets["key_1"], self.queue.rows, temperature=config.temperature
-                        ),
-                        relation_loss(query, self.queue.rows, alike, temperature=config.temperature),
-                    )
-                    for query in learnt.values()
-                ),
-                strict=True,
-            )
+        contrastive = mean_of(
+            [
+                queue_contrastive_loss(
+                    query, targets["key_1"], self.queue.rows, temperature=config.temperature
+                )
+                for query in learnt.values()
+            ]
+        )
+        relation = mean_of(
+            [
+                relation_loss(query, self.queue.rows, alike, temperature=config.temperature)
+                for query in learnt.values()
+            ]
         )
         total, rate = self.less_rate(contrastive + config.weight * relation, [learnt["view_0"]], step)
         self.queue.hold(targets["key_1"])

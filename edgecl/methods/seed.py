@@ -28,6 +28,7 @@ class Config(TaughtConfig):
 
     panels: ClassVar[tuple[Panel, ...]] = (Panel("Loss", {"loss": "cross-entropy"}, unit="nats", log=True),)
 
+    label: ClassVar[str] = "SEED"
     name: Literal["seed"] = "seed"
     views: int = Field(1, ge=1, le=2)
     """Whole views of each picture, each of which student and teacher see."""
@@ -41,10 +42,6 @@ class Config(TaughtConfig):
     def view_specs(self, recipe: Recipe) -> tuple[ViewSpec, ...]:
         """Return as many whole views as `views` says."""
         return self.with_plain(recipe, recipe.views.specs(recipe.data.image_size, whole=self.views))
-
-    def title(self, recipe: Recipe) -> str:
-        """Name the method."""
-        return "SEED"
 
 
 class Seed(TaughtMethod):

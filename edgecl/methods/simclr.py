@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
-from edgecl.config.recipe import Panel, Recipe
+from edgecl.config.recipe import Panel
 from edgecl.methods.losses import contrastive_loss
 from edgecl.methods.method import RatedConfig
 from edgecl.methods.pairs import PairMethod
@@ -24,13 +24,10 @@ class Config(RatedConfig):
         Panel("Loss terms", {"loss": "total", "contrastive": "NT-Xent"}, unit="nats", log=True),
     )
 
+    label: ClassVar[str] = "SimCLR"
     name: Literal["simclr"] = "simclr"
     temperature: float = Field(0.2, gt=0, le=100)
     """Of the softmax over cosines; 0.2 is solo-learn's for CIFAR-10."""
-
-    def title(self, recipe: Recipe) -> str:
-        """Name the method."""
-        return "SimCLR"
 
 
 class SimClr(PairMethod):

@@ -11,7 +11,6 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from edgecl.config.recipe import Recipe
 from edgecl.methods import moco_v2
 
 
@@ -23,13 +22,10 @@ class Config(moco_v2.Config):
         "views": {"jitter": 1.0, "grayscale": 0.5, "blur": [0.5, 0.5]},
     }
 
+    label: ClassVar[str] = "SSL-Small"
     name: Literal["ssl-small"] = "ssl-small"  # type: ignore[assignment]
     temperature: float = Field(0.1, gt=0, le=100)
     """tau, of the softmax over cosines; the paper's."""
-
-    def title(self, recipe: Recipe) -> str:
-        """Name the method."""
-        return "SSL-Small"
 
 
 class SslSmall(moco_v2.MocoV2):

@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
-from edgecl.config.recipe import Panel, Recipe
+from edgecl.config.recipe import Panel
 from edgecl.data.loading import TrainingImages
 from edgecl.methods.losses import correlation_of, of_all_processes, wide
 from edgecl.methods.method import Embeddings, Method, RatedConfig, Terms
@@ -26,13 +26,10 @@ class Config(RatedConfig):
     needs_labels: ClassVar[bool] = True
     panels: ClassVar[tuple[Panel, ...]] = (Panel("Loss", {"loss": "SupCon"}, unit="nats", log=True),)
 
+    label: ClassVar[str] = "SupCon"
     name: Literal["supcon"] = "supcon"
     temperature: float = Field(0.1, gt=0, le=100)
     """tau, of the softmax over cosines; the paper's."""
-
-    def title(self, recipe: Recipe) -> str:
-        """Name the method."""
-        return "SupCon"
 
 
 class SupCon(Method):

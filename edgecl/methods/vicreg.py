@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from edgecl.config.recipe import Panel, Recipe
+from edgecl.config.recipe import Panel
 from edgecl.config.settings import Weight
 from edgecl.methods.losses import check_pair, global_covariance, mean_over_batch, wide
 from edgecl.methods.method import RatedConfig
@@ -27,6 +27,7 @@ class Config(RatedConfig):
         Panel("Loss terms", {"loss": "total", "vicreg": "VICReg"}, log=True),
     )
 
+    label: ClassVar[str] = "VICReg"
     name: Literal["vicreg"] = "vicreg"
     invariance: Weight = 25.0
     """lambda, of the mean squared distance of two views."""
@@ -34,10 +35,6 @@ class Config(RatedConfig):
     """mu, of how far standard deviations fall short of 1."""
     covariance: Weight = 1.0
     """nu, of the squared covariances."""
-
-    def title(self, recipe: Recipe) -> str:
-        """Name the method."""
-        return "VICReg"
 
 
 class VicReg(PairMethod):

@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from edgecl.config.recipe import Panel, Recipe
+from edgecl.config.recipe import Panel
 from edgecl.config.settings import Factor, Fraction, Weight
 from edgecl.methods.losses import cross_correlation_loss, mean_of
 from edgecl.methods.method import Embeddings, RatedConfig, Terms
@@ -26,15 +26,12 @@ class Config(RatedConfig):
         Panel("Loss terms", {"loss": "total", "cross_correlation": "Barlow Twins", "xd": "XD"}, log=True),
     )
 
+    label: ClassVar[str] = "XD only"
     name: Literal["xd"] = "xd"
     alpha: Fraction = 0.95
     off_diagonal: Weight = 0.0051
     """Barlow Twins: weight of the redundancy term."""
     scale: Factor = 0.1
-
-    def title(self, recipe: Recipe) -> str:
-        """Name the method."""
-        return "XD only"
 
 
 class Xd(PairMethod):

@@ -30,16 +30,13 @@ class Config(TaughtConfig):
         ),
     )
 
+    label: ClassVar[str] = "XD with a teacher"
     name: Literal["xd-teacher"] = "xd-teacher"
     alpha: Fraction = 0.5
     off_diagonal: Weight = 0.0051
     """Barlow Twins: weight of the redundancy term."""
     scale: Factor = 0.1
     """s."""
-
-    def title(self, recipe: Recipe) -> str:
-        """Name the method."""
-        return "XD with a teacher"
 
     def check(self, recipe: Recipe) -> None:
         """Refuse further widths and a slow start."""
