@@ -59,8 +59,8 @@ class TaughtConfig(RatedConfig):
         super().check(recipe)
         if self.teacher.weights is None:
             raise ValueError(
-                f"'method.name' {self.name} learns from a teacher: set 'method.teacher.weights' to a model directory, or "
-                "'method.teacher.arch' and 'method.teacher.weights' to timm's name and a file"
+                f"'method.name' {self.name} learns from a teacher: set 'method.teacher.weights' to a model directory or a "
+                "file of weights, and for a file also 'method.teacher.arch' to timm's name of the net"
             )
 
     def prepare(self, recipe: Recipe) -> dict[str, str]:
