@@ -13,6 +13,7 @@ from edgecl.cli.cost import cost_command
 from edgecl.cli.doctor import doctor_command
 from edgecl.cli.export import export_command
 from edgecl.cli.finetune import finetune_command
+from edgecl.cli.init import init_command
 from edgecl.cli.ls import ls_command
 from edgecl.cli.pretrain import pretrain_command
 from edgecl.cli.probe import probe_command
@@ -58,6 +59,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command("ls")(ls_command)
+app.command("init")(init_command)
 app.command("run")(run_command)
 app.command("demo")(demo_command)
 app.command("pretrain")(pretrain_command)

@@ -58,8 +58,8 @@ def survey(source: ImageSource, labelled: ImageSource | None = None) -> Survey:
         aspect=[round(float(ratio), 2) for ratio in np.percentile(longer / shorter, (5, 50, 95))],
         grayscale=round(float((_colorfulness(pixels) < _GRAY).float().mean()), 3),
         duplicates=[[names[index] for index in group] for group in groups_alike(hashes)],
+        smallest_class=None if source.labels is None else int(np.bincount(source.labels).min()),
         labelled=None if labelled is None else len(labelled),
-        classes=None if labelled is None or labelled.classes is None else len(labelled.classes),
         leaks=leaks,
     )
 

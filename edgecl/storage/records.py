@@ -547,9 +547,10 @@ class Survey(Table):
     """The fraction without color."""
     duplicates: list[list[Text]]
     """Groups of pictures that look the same."""
+    smallest_class: Count | None = None
+    """Pictures of the class that has fewest, where sub-folders are classes."""
     labelled: Count | None = None
     """Pictures in the labelled folder, where one was named."""
-    classes: Count | None = None
     leaks: list[list[Text]] = []
     """Pictures that also lie in the labelled folder: each with the one there."""
 

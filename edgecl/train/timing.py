@@ -78,7 +78,7 @@ def time_steps(recipe: Recipe, source: ImageSource) -> Timing:
     per_epoch = images.steps_per_epoch(data.batch_size)
     step = create_step(recipe, create_slimmable(recipe), accelerator=accelerator, steps_per_epoch=per_epoch)
     began, number = time.monotonic(), 0
-    with Progress("a few steps", total=_MOST_STEPS, unit="steps") as progress:
+    with Progress("a few steps", total=None, unit="steps") as progress:
         for epoch, batch in _endless(images, recipe):
             views = make_views(
                 batch, recipe.view_specs, mean=data.mean, std=data.std, seed=recipe.run.seed, epoch=epoch
