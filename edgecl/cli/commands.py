@@ -15,6 +15,7 @@ from edgecl.cli.export import export_command
 from edgecl.cli.finetune import finetune_command
 from edgecl.cli.init import init_command
 from edgecl.cli.ls import ls_command
+from edgecl.cli.pick import pick_command
 from edgecl.cli.pretrain import pretrain_command
 from edgecl.cli.probe import probe_command
 from edgecl.cli.report import ReportCommand, report_command
@@ -65,6 +66,7 @@ app.command("demo")(demo_command)
 app.command("pretrain")(pretrain_command)
 app.command("carve")(carve_command)
 app.command("probe")(probe_command)
+app.command("pick")(pick_command)
 app.command("finetune")(finetune_command)
 app.command("cost")(cost_command)
 app.command("export")(export_command)

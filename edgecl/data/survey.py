@@ -103,13 +103,17 @@ def perceptual_hash(pixels: Tensor) -> Tensor:
     return torch.where(spectrum > spectrum.median(1, keepdim=True).values, 1.0, -1.0)
 
 
+def alike(hashes: Tensor, others: Tensor) -> Tensor:
+    """Return (N, M) whether (N, B) hashes and (M, B) others are near-duplicates."""
+    return hashes @ others.T >= hashes.shape[1] - 2 * _SAME_BITS
+
+
 def first_alike(hashes: Tensor, others: Tensor) -> Tensor:
     """Return (N,) the first of (M, B) others that is a near-duplicate of each of (N, B) hashes, -1 where none is."""
-    least = hashes.shape[1] - 2 * _SAME_BITS
     found = []
     for part in hashes.split(_CHUNK):
-        alike = part @ others.T >= least
-        found.append(torch.where(alike.any(1), alike.float().argmax(1), -1))
+        same = alike(part, others)
+        found.append(torch.where(same.any(1), same.float().argmax(1), -1))
     return torch.cat(found)
 
 

@@ -22,9 +22,9 @@ from edgecl.config.target import read_target
 from edgecl.data.source import ImageSource
 from edgecl.data.sources import absolute_uri, open_source
 from edgecl.data.survey import survey
-from edgecl.errors import DeviceError, RecipeError
+from edgecl.errors import ArtifactError, DeviceError, RecipeError
 from edgecl.evaluate.cost import cost_of_recipe
-from edgecl.nets.given import load_given
+from edgecl.nets.given import HUB, load_given
 from edgecl.storage.directories import ModelDir
 from edgecl.storage.outputs import refuse_existing_file
 from edgecl.storage.records import MADE_BY, Proposal, Timing
@@ -85,12 +85,21 @@ def init(
 
 
 def _settings_of(weights: str) -> dict[str, Any]:
-    """Return the settings that follow from given weights: of a model directory its own net and pictures."""
-    if not Path(weights).is_dir():
+    """Return the settings that follow from given weights: of a model directory its own net and pictures.
+
+    Raises:
+        ArtifactError: there are none.
+    """
+    if weights == HUB:
         return {"host.init": weights}
+    path = Path(weights).absolute()
+    if not path.exists():
+        raise ArtifactError(f"there is neither a file of weights nor a model directory at '{weights}'")
+    if path.is_file():
+        return {"host.init": str(path)}
     record = ModelDir(weights).read()
     return {
-        "host.init": str(Path(weights).absolute()),
+        "host.init": str(path),
         "host.arch": record.arch,
         "host.width": record.width,
         "slim.width": record.width,

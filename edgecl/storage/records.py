@@ -598,6 +598,17 @@ class Proposal(Table):
     timing: Timing
 
 
+class PickedImage(Table):
+    """A row of what `pick --json` prints and a line of its .jsonl: a picture to label, or one unlike all others."""
+
+    path: Text
+    order: Count | None
+    """From 1 on; null for one that is only named, being unlike all others."""
+    reason: Text
+    near_duplicates: list[Text]
+    """Pictures that look the same; none of them is picked too."""
+
+
 # --- bundles ---
 
 

@@ -80,7 +80,10 @@ def test_rule(survey, machine, target, base, settings):
     # A reason for each difference from the packaged recipe, and for nothing else.
     packaged, own = read_recipe(base).model_dump(), choice.recipe.model_dump()
     differs = {
-        f"{table}.{key}" for table in own for key, value in own[table].items() if packaged[table][key] != value
+        f"{table}.{key}"
+        for table in own
+        for key, value in own[table].items()
+        if packaged[table][key] != value
     }
     assert differs == set(choice.reasons)
 
@@ -102,7 +105,9 @@ def test_hours_are_filled_and_not_exceeded():
 
 def test_without_hours_few_pictures_are_gone_through_more_often():
     epochs = {
-        images: choose_length(choose_recipe(seen(images), CPU), seen(images), TIMING, hours=None).recipe.run.epochs
+        images: choose_length(
+            choose_recipe(seen(images), CPU), seen(images), TIMING, hours=None
+        ).recipe.run.epochs
         for images in (50_000, 5_000, 2_500, 100)
     }
     assert epochs == {50_000: 100, 5_000: 100, 2_500: 200, 100: 800}
@@ -137,7 +142,7 @@ def test_a_name_cannot_leave_its_comment_or_its_text():
 
 
 def write_pictures(root):
-    """Write folders of 300, 5,000 and 60,000 names over 5,000 pictures; of the last those that are read are all different."""
+    """Write folders of 300, 5,000 and 60,000 names over 5,000 pictures; in the last, those that are read differ."""
     pool = root / "pool"
     pool.mkdir()
     for folder in ("300", "5000", "60000"):

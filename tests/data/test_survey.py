@@ -134,5 +134,7 @@ def test_a_million_pictures_take_less_than_a_gigabyte(tmp_path):
         for index in range(10_000):
             os.symlink("../.picture.png", tmp_path / f"{folder:02}" / f"{index:05}.png")  # noqa: PTH211 - quicker
     scene(0).save(tmp_path / ".picture.png")
-    done = subprocess.run([sys.executable, "-c", _SURVEY, tmp_path], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", _SURVEY, tmp_path], capture_output=True, text=True, check=True
+    )
     assert int(done.stdout) < 2**20
