@@ -84,11 +84,8 @@ def map_figure(inspection: Inspection, *, prefix: str) -> str:
     figure, axes = new_axes(330.0 + right, 372.0, left=8.0, right=right, top=8.0, bottom=30.0)
     for place, (label, name) in enumerate(zip(shown, names, strict=True)):
         x, y = (_of_class(values, points.label, label) for values in (points.x, points.y))
-        look = {
-            "color": SERIES[place % len(SERIES)],
-            "marker": _MARKERS[place // len(SERIES) % len(_MARKERS)],
-        }
-        axes.scatter(x, y, s=14, alpha=0.6, linewidths=0, label=name, **look)
+        color, marker = SERIES[place % len(SERIES)], _MARKERS[place // len(SERIES) % len(_MARKERS)]
+        axes.scatter(x, y, s=14, alpha=0.6, linewidths=0, label=name, color=color, marker=marker)
     axes.legend(
         loc="center left",
         bbox_to_anchor=(1.0, 0.5),
