@@ -14,6 +14,7 @@ import pytest
 import torch
 from worlds import run_script
 
+from edgecl.config.recipe import recipe_from_tables
 from edgecl.errors import ArtifactError, RecipeError
 from edgecl.storage.checkpoint import read_newest
 from edgecl.storage.directories import RunDir
