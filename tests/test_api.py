@@ -15,13 +15,27 @@ import edgecl
 from edgecl import api
 from edgecl.errors import EdgeclError, RecipeError
 
-VERBS = ["bench", "carve", "cost", "export", "finetune", "pretrain", "probe", "report", "verify"]
+VERBS = [
+    "bench",
+    "carve",
+    "cost",
+    "export",
+    "finetune",
+    "init",
+    "pick",
+    "pretrain",
+    "probe",
+    "report",
+    "verify",
+]
 # The function that each verb calls, and its parameters under other names here, or not here.
 BENEATH = {
     "pretrain": ("edgecl.train.pretrain", {"recipe_name"}),
     "carve": ("edgecl.train.carve", set()),
     "probe": ("edgecl.evaluate.probe", set()),
     "finetune": ("edgecl.evaluate.finetune", {"assignments"}),
+    "init": ("edgecl.evaluate.init", set()),
+    "pick": ("edgecl.evaluate.pick", set()),
     "export": ("edgecl.deploy.export", set()),
     "verify": ("edgecl.deploy.device", {"report"}),
     "bench": ("edgecl.deploy.device", {"report"}),

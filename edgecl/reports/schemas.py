@@ -19,7 +19,9 @@ from edgecl.storage.records import (
     KINDS,
     DoctorReport,
     MetricsLine,
+    PickedImage,
     ProbedNet,
+    Proposal,
     PublishedCost,
     RecipeCost,
     Record,
@@ -38,6 +40,8 @@ SCHEMAS: dict[str, type[Table]] = {
     "recipe-cost": RecipeCost,
     "published-cost": PublishedCost,
     "probed-net": ProbedNet,
+    "proposal": Proposal,
+    "picked-image": PickedImage,
 }
 """Name of a file in docs/schemas -> what it describes."""
 

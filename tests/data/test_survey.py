@@ -93,7 +93,7 @@ def test_hash_is_which_low_frequencies_are_above_their_median():
     (bits,) = perceptual_hash(pixels[None]).tolist()
     expected = np.where(spectrum > np.sort(spectrum)[59], 1.0, -1.0)  # the lower of the two in the middle
     assert bits == expected.tolist()
-    assert sum(bits) == 0
+    assert sum(bits) == 0  # as many above the median as below
 
 
 def test_groups_go_on_from_the_first_picture():

@@ -16,7 +16,7 @@ def planted():
     """Features of four tight groups in orthogonal directions, and which group each is of."""
     random = torch.Generator().manual_seed(0)
     group = torch.repeat_interleave(torch.arange(4), torch.tensor(SIZES))
-    features = torch.eye(16)[group] + 0.03 * torch.randn(len(group), 16, generator=random)
+    features = torch.eye(16)[group] + 0.005 * torch.randn(len(group), 16, generator=random)
     order = torch.randperm(len(group), generator=random)
     return features[order], group[order]
 
