@@ -49,9 +49,9 @@ def pick(photos: str, *, model: Path, count: int = 200, out: Path, force: bool =
     net, record = load_feature_net(model)
     source = open_source(photos)
     seen = _look(net, record, source)
-    if count > len(seen.index):
+    if count > len(seen.places):
         raise DataError(
-            f"{count:,} pictures cannot be picked from {len(seen.index):,} that can be read",
+            f"{count:,} pictures cannot be picked from {len(seen.places):,} that can be read",
             where={"data": photos},
             hint="lower --count",
         )
@@ -65,9 +65,9 @@ def pick(photos: str, *, model: Path, count: int = 200, out: Path, force: bool =
 
 
 class _Seen(NamedTuple):
-    """What is known of the readable pictures, in their order; and how many could not be read."""
+    """What is known of the readable pictures, by their places in the source; and how many could not be read."""
 
-    index: list[int]
+    places: list[int]
     features: Tensor
     """(N, F)."""
     hashes: Tensor
@@ -127,18 +127,18 @@ def _choose(seen: _Seen, source: ImageSource, *, count: int) -> list[tuple[Picke
     picked = []
     for number, (row, reason) in enumerate(zip(chosen + alone, reasons, strict=True), start=1):
         twins = [
-            source.describe(seen.index[other])
+            source.describe(seen.places[other])
             for other in same[number - 1].nonzero()[:, 0].tolist()
             if other != row
         ]
         one = PickedImage(
-            path=source.describe(seen.index[row]),
+            path=source.describe(seen.places[row]),
             order=number if number <= len(chosen) else None,
             reason=reason
             + (f"; {counted(len(twins), 'near-duplicate')}: {first_of(twins)}" if twins else ""),
             near_duplicates=twins,
         )
-        picked.append((one, seen.index[row]))
+        picked.append((one, seen.places[row]))
     return picked
 
 
@@ -179,6 +179,6 @@ def _page(pictures: list[tuple[PickedImage, str]], *, photos: str, model: Path, 
         outliers=[(one, data) for one, data in pictures if not one.order],
         photos=printable(photos),
         model=printable(model),
-        images=len(seen.index),
+        images=len(seen.places),
         unreadable=seen.unreadable,
     )
