@@ -17,6 +17,7 @@ from edgecl.storage.records import Confusion, FeatureMap, InspectionRecord, Mist
 
 MISTAKES = 16
 MAP_POINTS = 600
+_FEWEST_FOR_UMAP = 50
 _PICTURE_SIDE = 96
 
 
@@ -81,17 +82,11 @@ def feature_map(features: Tensor, labels: Tensor) -> FeatureMap:
     step = -(-len(features) // MAP_POINTS)
     # Of length 1, as the nearest neighbors compare them: a few bright pictures would else fill the plane.
     features, labels = functional.normalize(features[::step].double(), dim=1), labels[::step]
-    try:
-        import umap
-    except ImportError:
-        points, shares = principal_components(features)
-        explained: list[float] | None = shares
+    projected = _by_umap(features)
+    if projected is None:
+        points, explained = principal_components(features)
     else:
-        neighbors = min(15, len(features) - 1)
-        points = torch.from_numpy(
-            umap.UMAP(n_neighbors=neighbors, random_state=0).fit_transform(features.numpy())
-        )
-        explained = None
+        points, explained = projected, None
     # Four digits are more than a picture shows.
     x, y = ([float(f"{value:.4g}") for value in axis.tolist()] for axis in points.T)
     return FeatureMap(
@@ -101,6 +96,18 @@ def feature_map(features: Tensor, labels: Tensor) -> FeatureMap:
         y=y,
         label=labels.tolist(),
     )
+
+
+def _by_umap(features: Tensor) -> Tensor | None:
+    """Return (N, 2) coordinates; None where UMAP is not installed, or the images are too few for it."""
+    if len(features) < _FEWEST_FOR_UMAP:
+        return None
+    try:
+        import umap
+    except ImportError:
+        return None
+    # A seed makes it the same every time, on one core.
+    return torch.from_numpy(umap.UMAP(random_state=0, n_jobs=1).fit_transform(features.numpy()))
 
 
 def principal_components(features: Tensor) -> tuple[Tensor, list[float]]:
