@@ -175,7 +175,7 @@ def choose_length(choice: Choice, survey: Survey, timing: Timing, *, hours: floa
         )
     else:
         epochs = max(1, min(_MOST_EPOCHS, int(hours * 3600 * timing.images_per_s / usable)))
-        why = f"what {hours:g} h have room for, and {_MOST_EPOCHS} at most"
+        why = f"as many as fit into {hours:g} h, {_MOST_EPOCHS} at most"
     choice = choice.put(why, {"run.epochs": epochs})
     return choice.put(
         "a part of the epochs",
@@ -274,8 +274,8 @@ def describe(survey: Survey, machine: Machine, timing: Timing) -> list[str]:
     if survey.leaks:
         ours, theirs = survey.leaks[0]
         lines.append(
-            f"LEAK: {len(survey.leaks):,} of the labelled pictures lie in this folder too, such as {ours} and {theirs}. "
-            "Take them out of one of the two before a net is tested on them."
+            f"LEAK: {len(survey.leaks):,} of {survey.labelled_read:,} labelled pictures that were read lie in this folder "
+            f"too: {theirs} is {ours}. Take them out of one of the two before a net is tested on them."
         )
     lines.append(
         f"Machine: {machine.name}, {counted(machine.cores, 'core')}, {machine.memory_mib:,} MiB free: "

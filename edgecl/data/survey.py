@@ -45,6 +45,7 @@ def survey(source: ImageSource, labelled: ImageSource | None = None) -> Survey:
     hashes = perceptual_hash(pixels)
     shorter, longer = np.sort(sizes, axis=1).T
     leaks: list[list[str]] = []
+    others: list[str] = []
     if labelled is not None:
         others, _, their_pixels, _ = _read(labelled)
         found = first_alike(perceptual_hash(their_pixels), hashes)
@@ -60,6 +61,7 @@ def survey(source: ImageSource, labelled: ImageSource | None = None) -> Survey:
         duplicates=[[names[index] for index in group] for group in groups_alike(hashes)],
         smallest_class=None if source.labels is None else int(np.bincount(source.labels).min()),
         labelled=None if labelled is None else len(labelled),
+        labelled_read=None if labelled is None else len(others),
         leaks=leaks,
     )
 

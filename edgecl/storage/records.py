@@ -620,6 +620,7 @@ class Survey(Table):
     """Pictures of the class that has fewest, where sub-folders are classes."""
     labelled: Count | None = None
     """Pictures in the labelled folder, where one was named."""
+    labelled_read: Count | None = None
     leaks: list[list[Text]] = []
     """Pictures that also lie in the labelled folder: each with the one there."""
 

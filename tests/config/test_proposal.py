@@ -131,7 +131,9 @@ def test_advice(survey, hours, advice, word):
 
 def test_a_name_cannot_leave_its_comment_or_its_text():
     name = 'a\n[run]\nepochs = 1 # "\\'
-    survey = seen(uri=name, unreadable=[name], leaks=[[name, name]], duplicates=[[name, name]])
+    survey = seen(
+        uri=name, unreadable=[name], leaks=[[name, name]], labelled_read=1, duplicates=[[name, name]]
+    )
     choice = choose_recipe(survey, CPU)
     text = recipe_text(choice, describe(survey, CPU, TIMING))
     assert parse_toml(text, source="", error=RecipeError) == choice.tables
