@@ -15,6 +15,7 @@ from edgecl.data.sources import open_source
 from edgecl.data.survey import survey
 from edgecl.errors import ArtifactError, DataError, DeviceError, RecipeError, TargetError
 from edgecl.evaluate import init as module
+from edgecl.storage.directories import ModelDir
 from edgecl.storage.records import Proposal
 from edgecl.train.timing import look_at_machine, time_steps
 
@@ -50,9 +51,8 @@ def test_json_is_the_record(written, edgecl, image_folder, tmp_path, monkeypatch
     code, out, _ = edgecl("init", image_folder, "--out", tmp_path / "r.toml", "--json")
     assert code == 0
     found = Proposal.model_validate(json.loads(out))
-    assert found.survey.model_copy(update={"leaks": [], "labelled": None, "labelled_read": None}) == written[
-        0
-    ].survey.model_copy(update={"leaks": [], "labelled": None, "labelled_read": None})
+    unlabelled = {"leaks": [], "labelled": None, "labelled_read": None}
+    assert found.survey == written[0].survey.model_copy(update=unlabelled)
     assert found.reasons.keys() <= written[0].reasons.keys() | {"run.epochs"}
 
 
@@ -82,6 +82,20 @@ def test_batch_is_halved_until_it_fits_into_a_gpu(monkeypatch, image_folder):
     with pytest.raises(DeviceError, match="32 pictures does not fit"):
         module._timed(choose_recipe(many, look_at_machine()), source)
     assert tried == [128, 64, 32]
+
+
+def test_given_weights_decide_the_net_and_how_its_pictures_are_normalized(
+    carved_model, image_folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("edgecl.train.timing._MOST_STEPS", 3)
+    out = tmp_path / "recipe.toml"
+    package.init(image_folder, out=out, weights=carved_model)
+    recipe = read_recipe(str(out))
+    net = ModelDir(carved_model).read()
+    assert recipe.host.init == str(carved_model)
+    assert (recipe.host.arch, recipe.host.width, recipe.slim.width) == (net.arch, net.width, net.width)
+    assert f"edgecl finetune {carved_model} --data LABELLED" in out.read_text()
+    package.pretrain(out, out=tmp_path / "run", set={"run.epochs": 1})
 
 
 @pytest.mark.parametrize(
