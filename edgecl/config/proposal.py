@@ -34,7 +34,7 @@ class Choice:
 
     Attributes:
         base: the packaged recipe's name.
-        changes: setting, as `--set` names it -> value.
+        changes: setting, as `--set` names it -> value; None leaves it out.
         reasons: setting -> why it is not the packaged recipe's.
     """
 
@@ -51,8 +51,12 @@ class Choice:
     @property
     def tables(self) -> dict[str, Any]:
         """The recipe as TOML has it."""
-        changes = [f"{name}={_toml(value)}" for name, value in self.changes.items()]
-        return override(_tables_of(self.base), changes, error=RecipeError)
+        changes = [f"{name}={_toml(value)}" for name, value in self.changes.items() if value is not None]
+        tables = override(_tables_of(self.base), changes, error=RecipeError)
+        for name in self.changes.keys() - {change.partition("=")[0] for change in changes}:
+            table, _, key = name.partition(".")
+            tables[table].pop(key, None)
+        return tables
 
     @property
     def recipe(self) -> Recipe:

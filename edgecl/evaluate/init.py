@@ -103,8 +103,7 @@ def _settings_of(weights: str) -> dict[str, Any]:
         "host.arch": record.arch,
         "host.width": record.width,
         "slim.width": record.width,
-        # Not said is a 2 in every architecture that a packaged recipe names a stride for.
-        "host.stem_stride": record.stem_stride or 2,
+        "host.stem_stride": record.stem_stride,
         "data.mean": record.preprocessing.mean,
         "data.std": record.preprocessing.std,
     }
