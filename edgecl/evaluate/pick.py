@@ -48,14 +48,14 @@ def pick(photos: str, *, model: Path, count: int = 200, out: Path, force: bool =
         refuse_existing_file(file, force=force)
     net, record = load_feature_net(model)
     source = open_source(photos)
-    seen = _look(net, record, source)
-    if count > len(seen.places):
+    if count > len(source):
         raise DataError(
-            f"{count:,} pictures cannot be picked from {len(seen.places):,} that can be read",
+            f"{count:,} pictures cannot be picked from {len(source):,}",
             where={"data": photos},
             hint="lower --count",
         )
-    picked = _choose(seen, source, count=count)
+    seen = _look(net, record, source)
+    picked = _choose(seen, source, count=min(count, len(seen.places)))
     pictures = [(one, _thumbnail(source, index)) for one, index in picked]
     with disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -125,7 +125,7 @@ def test_choice_does_not_depend_on_how_many_pictures_are_in_memory(
         ({"out": "taken.csv"}, ArtifactError, "'taken.html' already exists"),
         ({"model": "nowhere"}, ArtifactError, "nowhere"),
         ({"photos": "nowhere"}, DataError, "no folder 'nowhere'"),
-        ({"count": 1000}, DataError, "1,000 pictures cannot be picked from 65"),
+        ({"count": 1000}, DataError, "1,000 pictures cannot be picked from 66"),
     ],
 )
 def test_bad_input_is_named_and_nothing_is_written(
