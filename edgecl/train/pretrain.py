@@ -34,7 +34,8 @@ from edgecl.errors import (
     first_line,
     tell,
 )
-from edgecl.nets.build import create_slimmable
+from edgecl.nets.build import create_slimmable, start_from
+from edgecl.nets.given import GivenNet, load_start
 from edgecl.storage.directories import RunDir
 from edgecl.storage.lock import NAME as LOCK
 from edgecl.storage.lock import hold
@@ -57,7 +58,7 @@ from edgecl.train.resume import (
     other_surroundings,
     was_launched_as,
 )
-from edgecl.train.run_file import RunFile, State, describe_run
+from edgecl.train.run_file import RunFile, State, describe_run, what_it_rests_on
 
 # Of a view: three channels of float32.
 _BYTES_PER_PIXEL = 3 * 4
@@ -126,10 +127,20 @@ def pretrain(
         # Before anything is read for hours, and before anything is removed.
         processes.agree({"version of edgecl": __version__, **_settings_of(recipe)})
         stack.enter_context(_threads(recipe.run.threads))
+        start = None
+        if recipe.host.init is not None:
+            start = load_start(recipe.host, width=recipe.slim.width, data=recipe.data)
         training, more_changes = _build(
-            recipe, run_dir=run_dir, uri=uri, device=device, resume=resume, allow=allow, download=download
+            recipe,
+            start,
+            run_dir=run_dir,
+            uri=uri,
+            device=device,
+            resume=resume,
+            allow=allow,
+            download=download,
         )
-        record = describe_run(recipe, training, recipe_name=recipe_name, uri=uri)
+        record = describe_run(recipe, training, start=start, recipe_name=recipe_name, uri=uri)
         if main:
             _open_run_dir(training, record, resume=resume, changes=[*changes, *more_changes])
         return _train(training, record, trackers=bool(recipe.run.trackers))
@@ -137,6 +148,7 @@ def pretrain(
 
 def _build(
     recipe: Recipe,
+    start: GivenNet | None,
     *,
     run_dir: RunDir,
     uri: str,
@@ -156,12 +168,14 @@ def _build(
     going_on = resume and accelerator.is_main_process
     # Before the images are read, which can take hours: what the recipe asks for may not be possible.
     _check_memory(recipe, accelerator.device)
-    rests_on = recipe.method.prepare(recipe)
+    rests_on = what_it_rests_on(recipe, start)
     if going_on:
         check_rests_on(run_dir, rests_on)
     processes.agree(rests_on)
     torch.manual_seed(recipe.run.seed)
     net = create_slimmable(recipe)
+    if start:
+        start_from(net, start)
     source = open_source(uri, split="train", download=download, index_dir=run_dir.beside)
     if recipe.method.needs_labels and source.labels is None:
         raise DataError(
@@ -213,6 +227,9 @@ def _open_run_dir(training: Training, record: RunRecord, *, resume: bool, change
             for block, channels in net.host_skips.items()
         ]
         tell(f"nested start: the host's skip connections are made like the slim net's; {', '.join(skips)}")
+    if init := record.recipe["host"].get("init"):
+        left_out = f"; without its classifier: {', '.join(record.left_out)}" if record.left_out else ""
+        tell(f"the slim net starts from '{init}'{left_out}")
     if not resume:
         _start_run_dir(run_dir, record)
         return
