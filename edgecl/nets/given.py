@@ -203,10 +203,8 @@ def _put(
                 f"the weights are not those of {wanted}: '{name}' {what}, and is {tuple(mine.shape)} in the net",
                 where=where,
             )
-    classifier: Any = getattr(net, "pretrained_cfg", {}).get("classifier") or ()
-    heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
-    others = [name for name in tensors if name not in own]
-    foreign = [name for name in others if not any(name.startswith(f"{head}.") for head in heads)]
+    others = sorted(tensors.keys() - own.keys())
+    foreign = sorted(set(others) - _classifier_of(arch, own)) if others else []
     if foreign:
         raise RecipeError(
             f"the weights are not those of {wanted}: the net has no '{foreign[0]}'"
@@ -215,3 +213,9 @@ def _put(
         )
     net.load_state_dict({name: tensors[name] for name in own})
     return tuple(others)
+
+
+def _classifier_of(arch: str, backbone: Mapping[str, Tensor]) -> set[str]:
+    """Return the names of what a net has with a classifier only."""
+    with torch.random.fork_rng(devices=[]):
+        return create_backbone(arch, num_classes=2).state_dict().keys() - backbone.keys()
