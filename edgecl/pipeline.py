@@ -17,11 +17,12 @@ from edgecl.storage.lock import NAME as LOCK
 from edgecl.storage.lock import hold
 from edgecl.storage.outputs import refuse_existing
 from edgecl.storage.record_files import read_record, write_record
-from edgecl.storage.records import Json, PipelineRecord, Stage
+from edgecl.storage.records import Json, ModelRecord, PipelineRecord, Stage
 from edgecl.storage.redaction import record_without_secrets
 from edgecl.storage.writing import clear_directory, disk_errors
 
 if TYPE_CHECKING:
+    from edgecl.evaluate.comparison import Compared
     from edgecl.reports.content import Report
 
 BENCH_S = 5.0
@@ -91,6 +92,12 @@ def run(
     labelled_data = check_labelled(
         uri, test=test, per_class=recipe.probe.labels_per_class, limit=recipe.data.limit, download=download
     )
+    if (scratch := recipe.probe.pretrained_from_scratch) is not None:
+        from edgecl.nets.given import load_start
+
+        load_start(
+            recipe.host.model_copy(update={"init": scratch}), width=recipe.slim.width, data=recipe.data
+        )
     record = PipelineRecord(
         made_from=None,
         recipe_name=recipe_name,
@@ -261,22 +268,45 @@ class _Stages:
             download=self.download,
         )
         write_random(pipeline.random, record, labelled, seed=recipe.run.seed, force=True)
+        nets = self._nets_to_compare(record)
         comparison = compare(
-            pipeline.slim,
-            pipeline.random,
+            nets,
             labelled,
             settings=settings,
             views=recipe.views,
             seed=recipe.run.seed,
+            wall_s=RunDir(pipeline.run).read().wall_s,
         )
         write_record(pipeline.comparison_file, comparison)
-        cost(pipeline.random)
+        baselines = [path for path in nets.features.values() if path != pipeline.slim]
+        for path in baselines:
+            cost(path)
         others = [path for path in self._nets.values() if path != pipeline.slim]
         for path in others:
             # On the same images and draws as the widest.
             write_probe(path, labelled, labels_per_class=settings.labels_per_class, draws=settings.draws)
-        probed = [ModelDir(path).probe_file for path in (*others, pipeline.slim, pipeline.random)]
-        return [pipeline.comparison_file, *probed, ModelDir(pipeline.random).weights_file]
+        probed = [ModelDir(path).probe_file for path in (*others, pipeline.slim, *baselines)]
+        return [pipeline.comparison_file, *probed, *(ModelDir(path).weights_file for path in baselines)]
+
+    def _nets_to_compare(self, record: ModelRecord) -> Compared:
+        """Write the weights that the run started from, and those that it is to be compared with, beside its own."""
+        from edgecl.evaluate.comparison import Compared, write_given
+        from edgecl.train.resume import check_rests_on
+
+        pipeline, init, scratch = (
+            self.pipeline,
+            self.recipe.host.init,
+            self.recipe.probe.pretrained_from_scratch,
+        )
+        if init is None:
+            return Compared(pipeline.slim, pipeline.random)
+        sha256 = write_given(pipeline.given, init, record, origin="given", force=True)
+        check_rests_on(RunDir(pipeline.run), {"init": sha256})
+        if scratch is not None:
+            write_given(pipeline.scratch, scratch, record, origin="pretrained from scratch", force=True)
+        return Compared(
+            pipeline.slim, pipeline.random, pipeline.given, None if scratch is None else pipeline.scratch
+        )
 
     def _export(self, name: str, net: Path, target: str, bundle: Bundle) -> list[Path]:
         """Export, verify, and measure where this machine has the target's runtime; a board's it measures later."""

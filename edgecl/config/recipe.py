@@ -289,6 +289,8 @@ class Probe(Config):
     scratch_steps: Count = 200
     """Steps of the same net trained, from scratch and from the pretrained weights, on the same few labels."""
     scratch_lr: Rate = 3e-3
+    pretrained_from_scratch: str | None = None
+    """With [host] init: the same net pretrained without it, given as [host] init is, to be compared on the same labels."""
 
 
 class Recipe(Config):

@@ -385,6 +385,8 @@ class ComparisonRecord(Record):
     scratch: Scratch
     rows: list[ComparedRow]
     differences: list[Difference]
+    verdict: Text | None = None
+    """Whether pretraining given weights further paid, in words; null where a run did not start from any."""
 
 
 class EvaluationRecord(Record):

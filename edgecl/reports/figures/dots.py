@@ -26,7 +26,7 @@ from edgecl.storage.records import Interval
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_COLORS = {"pretrained": BLUE, "random init": MUTED, "from scratch": ORANGE}
+_COLORS = {"pretrained": BLUE, "pretrained further": BLUE, "random init": MUTED, "from scratch": ORANGE}
 
 
 @dataclass(frozen=True)
