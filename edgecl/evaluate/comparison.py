@@ -1,4 +1,4 @@
-"""Is pretraining worth it? The pretrained net, what it began as, the same net untrained, and each trained on the few labels."""
+"""Is pretraining worth it? The pretrained net, what it began as, the same net untrained, and each trained on few labels."""
 
 from __future__ import annotations
 
