@@ -201,7 +201,7 @@ class Comparison(Part):
     """The accuracy of guessing, in percent."""
     nets: list[ComparedNet]
     differences: list[Difference]
-    verdict: str | None
+    verdict: str | None = None
     """Whether pretraining given weights further paid."""
 
     @property

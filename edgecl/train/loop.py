@@ -49,7 +49,7 @@ class Training:
         run: how long, and how often to look.
         known: what the method knows of each picture beside its views, (len(images), ...); None for nothing.
         fresh: builds the method anew, as it was before the first step.
-        trained: whether the net was trained before, so that it is looked at and kept as it is before the first step.
+        trained: whether the net starts from given weights: it is looked at as it is, and saved before the first step too.
         accelerator: device, precision and processes.
         run_dir: where the main process writes.
     """

@@ -26,7 +26,13 @@ from edgecl.storage.records import Interval
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_COLORS = {"pretrained": BLUE, "pretrained further": BLUE, "random init": MUTED, "from scratch": ORANGE}
+_COLORS = {
+    "pretrained": BLUE,
+    "pretrained further": BLUE,
+    "given": INK,
+    "random init": MUTED,
+    "from scratch": ORANGE,
+}
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,14 @@ class _Dots:
 def comparison_figure(comparison: Comparison, *, prefix: str) -> str | None:
     """Draw the few-label accuracy of each net: mean, 95 % interval and the accuracy with each choice of labels."""
     rows = [
-        _Dots(net.name, few.top1, few.ci95, few.draws, _COLORS.get(net.name, PURPLE), percent(few.top1))
+        _Dots(
+            _in_lines(net.name),
+            few.top1,
+            few.ci95,
+            few.draws,
+            _COLORS.get(net.name, PURPLE),
+            percent(few.top1),
+        )
         for net in comparison.nets
         if (few := net.few_label)
     ]
@@ -67,7 +80,15 @@ def difference_figure(comparison: Comparison, *, prefix: str) -> str | None:
     if not found:
         return None
     rows = [
-        _Dots(f"{one.a}\n− {one.b}", one.mean, one.ci95, one.draws, INK, points(one.mean), not one.resolved)
+        _Dots(
+            f"{_in_lines(one.a)}\n− {_in_lines(one.b)}",
+            one.mean,
+            one.ci95,
+            one.draws,
+            INK,
+            points(one.mean),
+            not one.resolved,
+        )
         for one in found
     ]
     title = "Paired differences: " + "; ".join(
@@ -75,6 +96,10 @@ def difference_figure(comparison: Comparison, *, prefix: str) -> str | None:
     )
     label, line = "difference, percentage points", (0.0, "no difference")
     return _dot_plot(rows, label, (-100.0, 100.0), line, prefix=prefix, title=title)
+
+
+def _in_lines(name: str) -> str:
+    return name.replace(", ", "\n")
 
 
 def _dot_plot(
@@ -87,7 +112,8 @@ def _dot_plot(
     title: str,
 ) -> str:
     """Draw lines of dots between bounds, with a named value marked."""
-    top, bottom, pitch = 26.0, 44.0, 52.0 if len(rows) > 2 else 78.0
+    lines = max(row.label.count("\n") for row in rows) + 1
+    top, bottom, pitch = 26.0, 44.0, max(52.0 if len(rows) > 2 else 78.0, 18.0 * lines)
     height = top + pitch * len(rows) + bottom
     figure, axes = new_axes(460.0, height, left=122.0, right=20.0, top=top, bottom=bottom)
     values = [value for row in rows for value in row.values] + ([line[0]] if line else [])
