@@ -40,7 +40,8 @@ class TeacherConfig(Config):
     arch: str | None = None
     """timm's name of the teacher; a model directory and a repository of the Hub say it themselves."""
     weights: str | None = None
-    """As [host] init: a model directory, a .safetensors or .pth file of timm's tensors, "timm", "hf-hub:USER/NAME", or "untrained"."""
+    """As [host] init: a model directory, a .safetensors or .pth file of timm's tensors, "timm", "hf-hub:USER/NAME" or
+    "untrained"."""
     view: Literal["augmented", "plain"] = "augmented"
     """What the teacher sees: the student's own views, or the center of each picture, always the same."""
     cache: bool = True

@@ -48,6 +48,10 @@ class _Dots:
     hollow: bool = False
 
     @property
+    def lines(self) -> list[str]:
+        return self.label.replace(", ", "\n").split("\n")
+
+    @property
     def values(self) -> list[float]:
         return [self.mean, *(self.interval or ()), *self.draws]
 
@@ -55,14 +59,7 @@ class _Dots:
 def comparison_figure(comparison: Comparison, *, prefix: str) -> str | None:
     """Draw the few-label accuracy of each net: mean, 95 % interval and the accuracy with each choice of labels."""
     rows = [
-        _Dots(
-            _in_lines(net.name),
-            few.top1,
-            few.ci95,
-            few.draws,
-            _COLORS.get(net.name, PURPLE),
-            percent(few.top1),
-        )
+        _Dots(net.name, few.top1, few.ci95, few.draws, _COLORS.get(net.name, PURPLE), percent(few.top1))
         for net in comparison.nets
         if (few := net.few_label)
     ]
@@ -80,15 +77,7 @@ def difference_figure(comparison: Comparison, *, prefix: str) -> str | None:
     if not found:
         return None
     rows = [
-        _Dots(
-            f"{_in_lines(one.a)}\n− {_in_lines(one.b)}",
-            one.mean,
-            one.ci95,
-            one.draws,
-            INK,
-            points(one.mean),
-            not one.resolved,
-        )
+        _Dots(f"{one.a}\n− {one.b}", one.mean, one.ci95, one.draws, INK, points(one.mean), not one.resolved)
         for one in found
     ]
     title = "Paired differences: " + "; ".join(
@@ -96,10 +85,6 @@ def difference_figure(comparison: Comparison, *, prefix: str) -> str | None:
     )
     label, line = "difference, percentage points", (0.0, "no difference")
     return _dot_plot(rows, label, (-100.0, 100.0), line, prefix=prefix, title=title)
-
-
-def _in_lines(name: str) -> str:
-    return name.replace(", ", "\n")
 
 
 def _dot_plot(
@@ -112,7 +97,7 @@ def _dot_plot(
     title: str,
 ) -> str:
     """Draw lines of dots between bounds, with a named value marked."""
-    lines = max(row.label.count("\n") for row in rows) + 1
+    lines = max(len(row.lines) for row in rows)
     top, bottom, pitch = 26.0, 44.0, max(52.0 if len(rows) > 2 else 78.0, 18.0 * lines)
     height = top + pitch * len(rows) + bottom
     figure, axes = new_axes(460.0, height, left=122.0, right=20.0, top=top, bottom=bottom)
@@ -143,7 +128,7 @@ def _mark(axes: Axes, value: float, name: str) -> None:
 
 
 def _draw(axes: Axes, row: _Dots, place: int) -> None:
-    label = "\n".join(shortened(part, 18) for part in row.label.split("\n"))
+    label = "\n".join(shortened(part, 18) for part in row.lines)
     look: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "ha": "right", "linespacing": 1.25}
     beside(axes, label, (0, place), (-10, 0), color=INK, fontsize=TEXT, **look)
     # Single values lie under their interval, stepped a little so that equal ones stay countable.
