@@ -15,7 +15,7 @@ from edgecl.errors import ArtifactError, RecipeError, TargetError
 from edgecl.storage.directories import Bundle, ModelDir, PipelineDir, RunDir
 from edgecl.storage.lock import NAME as LOCK
 from edgecl.storage.lock import hold
-from edgecl.storage.outputs import refuse_existing
+from edgecl.storage.outputs import refuse_existing, refuse_own_input
 from edgecl.storage.record_files import read_record, write_record
 from edgecl.storage.records import Json, ModelRecord, PipelineRecord, Stage
 from edgecl.storage.redaction import record_without_secrets
@@ -84,20 +84,22 @@ def run(
     _check_targets(targets, precisions)
     pipeline = PipelineDir(out)
     resume = resume and pipeline.record_file.exists()
+    init, scratch = recipe.host.init, recipe.probe.pretrained_from_scratch
     if not resume and not _only_a_lock(out):
         refuse_existing(out, force=force, kind=PipelineDir.KIND)
+        for weights in (init, scratch):
+            if weights is not None:
+                refuse_own_input(out, Path(weights))
     from edgecl.evaluate.labelled import check_labelled
 
     # Before hours of training: labels that cannot be used.
     labelled_data = check_labelled(
         uri, test=test, per_class=recipe.probe.labels_per_class, limit=recipe.data.limit, download=download
     )
-    if (scratch := recipe.probe.pretrained_from_scratch) is not None:
+    if scratch is not None and not resume:
         from edgecl.nets.given import load_start
 
-        load_start(
-            recipe.host.model_copy(update={"init": scratch}), width=recipe.slim.width, data=recipe.data
-        )
+        load_start(scratch, host=recipe.host, width=recipe.slim.width, data=recipe.data)
     record = PipelineRecord(
         made_from=None,
         recipe_name=recipe_name,

@@ -87,25 +87,25 @@ def load_given(
     return GivenNet(net, arch, None, None, sha256_of_file(path), left_out)
 
 
-def load_start(host: Host, *, width: float, data: Data) -> GivenNet:
-    """Load the net of a recipe's [host] init.
+def load_start(weights: str, *, host: Host, width: float, data: Data) -> GivenNet:
+    """Load a net for a recipe's slim net.
 
     Args:
-        host: names it, and says what it must be.
-        width: of the slim net that starts from it.
+        weights: as in `load_given`.
+        host: says what it must be.
+        width: of the slim net.
         data: how its pictures will be normalized.
 
     Raises:
         RecipeError, ArtifactError, DeviceError: as `load_given`; also where it was trained on pictures that were
             normalized in another way.
     """
-    assert host.init is not None
-    given = load_given(host.init, arch=host.arch, width=width, stem_stride=host.stem_stride)
+    given = load_given(weights, arch=host.arch, width=width, stem_stride=host.stem_stride)
     for key in ("mean", "std"):
         its, here = getattr(given, key), getattr(data, key)
         if its is not None and tuple(its) != here:
             raise RecipeError(
-                f"the weights '{host.init}' are for pictures with the {key} {list(its)}, and 'data.{key}' is {list(here)}",
+                f"the weights '{weights}' are for pictures with the {key} {list(its)}, and 'data.{key}' is {list(here)}",
                 hint=f"set [data] {key} = {list(its)}",
             )
     return given

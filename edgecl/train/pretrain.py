@@ -39,7 +39,7 @@ from edgecl.nets.given import GivenNet, load_start
 from edgecl.storage.directories import RunDir
 from edgecl.storage.lock import NAME as LOCK
 from edgecl.storage.lock import hold
-from edgecl.storage.outputs import refuse_existing
+from edgecl.storage.outputs import refuse_existing, refuse_own_input
 from edgecl.storage.record_files import write_record
 from edgecl.storage.records import RunRecord, command_line
 from edgecl.storage.redaction import record_without_secrets
@@ -107,7 +107,7 @@ def pretrain(
     processes.join(device)
     with processes.explain_lost_peers(), contextlib.ExitStack() as stack:
         _check_shares(recipe)
-        run_dir = RunDir(out)
+        run_dir, init = RunDir(out), recipe.host.init
         main = processes.is_main()
         changes: list[str] = []
         if main:
@@ -120,6 +120,8 @@ def pretrain(
                 changes = check_recipe(run_dir, recipe, allowed=allow)
             else:
                 refuse_existing(out, force=force, kind=RunDir.KIND)
+                if init is not None:
+                    refuse_own_input(out, Path(init))
                 _refuse_inside(run_dir, uri)
         resume = processes.from_main(resume)
         if main:
@@ -128,8 +130,8 @@ def pretrain(
         processes.agree({"version of edgecl": __version__, **_settings_of(recipe)})
         stack.enter_context(_threads(recipe.run.threads))
         start = None
-        if recipe.host.init is not None:
-            start = load_start(recipe.host, width=recipe.slim.width, data=recipe.data)
+        if init is not None:
+            start = load_start(init, host=recipe.host, width=recipe.slim.width, data=recipe.data)
         training, more_changes = _build(
             recipe,
             start,
@@ -227,10 +229,10 @@ def _open_run_dir(training: Training, record: RunRecord, *, resume: bool, change
             for block, channels in net.host_skips.items()
         ]
         tell(f"nested start: the host's skip connections are made like the slim net's; {', '.join(skips)}")
-    if init := record.recipe["host"].get("init"):
-        left_out = f"; without its classifier: {', '.join(record.left_out)}" if record.left_out else ""
-        tell(f"the slim net starts from '{init}'{left_out}")
     if not resume:
+        if init := record.recipe["host"]["init"]:
+            left_out = f"; without its classifier: {', '.join(record.left_out)}" if record.left_out else ""
+            tell(f"the slim net starts from '{init}'{left_out}")
         _start_run_dir(run_dir, record)
         return
     earlier = run_dir.read()

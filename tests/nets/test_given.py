@@ -138,17 +138,19 @@ def test_a_model_directory_must_have_the_width_the_stride_and_the_normalization(
     record = load_model(carved_model)[1]
     host = Host(arch=record.arch, init=str(carved_model), stem_stride=record.stem_stride)
     data = Data(mean=tuple(record.preprocessing.mean), std=tuple(record.preprocessing.std))
-    assert load_start(host, width=record.width, data=data).arch == record.arch
+    assert load_start(host.init, host=host, width=record.width, data=data).arch == record.arch
     with pytest.raises(
         RecipeError, match=r"at width 2: '[\w.]+' has the shape \([\d, ]+\), and is \([\d, ]+\)"
     ):
-        load_start(host, width=2.0, data=data)
+        load_start(host.init, host=host, width=2.0, data=data)
     with pytest.raises(RecipeError, match=r"'data\.mean' is") as caught:
-        load_start(host, width=record.width, data=data.model_copy(update={"mean": (0.5, 0.5, 0.5)}))
+        load_start(
+            host.init, host=host, width=record.width, data=data.model_copy(update={"mean": (0.5, 0.5, 0.5)})
+        )
     assert "set [data] mean = [" in caught.value.hint
     other = host.model_copy(update={"stem_stride": 1 if record.stem_stride != 1 else 2})
     with pytest.raises(RecipeError, match="the stem stride"):
-        load_start(other, width=record.width, data=data)
+        load_start(other.init, host=other, width=record.width, data=data)
 
 
 def in_the_hubs_cache(folder, net, repository):

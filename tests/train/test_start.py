@@ -83,7 +83,7 @@ def test_the_slim_view_is_the_given_net_bit_for_bit(tmp_path, arch):
         "data": {"image_size": side},
     }
     recipe = recipe_from_tables(tables, source="test")
-    given = load_start(recipe.host, width=1.0, data=recipe.data)
+    given = load_start(recipe.host.init, host=recipe.host, width=1.0, data=recipe.data)
     assert given.left_out
     slimmable = create_slimmable(recipe)
     start_from(slimmable, given)
@@ -141,7 +141,7 @@ def test_narrower_nets_begin_as_their_part_of_the_weights(tables_from, weights):
         {**tables, "host": {**tables["host"], "arch": "mobilenetv2_100", "init": "untrained"}}, source="test"
     )
     net = create_slimmable(recipe)
-    given = load_start(recipe.host, width=1.0, data=recipe.data)
+    given = load_start(recipe.host.init, host=recipe.host, width=1.0, data=recipe.data)
     with torch.no_grad():
         for tensor in given.net.state_dict().values():
             tensor.copy_(torch.rand(tensor.shape))
@@ -200,3 +200,13 @@ def test_what_does_not_fit_is_named_before_pictures_are_read(tmp_path, tables_fr
             recipe_from_tables(tables_from(**host), source="test"), tmp_path / "run", tmp_path / "no pictures"
         )
     assert not (tmp_path / "run").exists()
+
+
+def test_weights_inside_the_output_are_not_removed(tmp_path, tables_from, pictures, weights):
+    run = tmp_path / "run"
+    train(recipe_from_tables(tables_from(), source="test"), run, pictures)
+    inside = shutil.copy(weights, run / "weights.safetensors")
+    recipe = recipe_from_tables(tables_from(init=str(inside)), source="test")
+    with pytest.raises(ArtifactError, match="holds the directory"):
+        train(recipe, run, pictures, force=True)
+    assert inside.exists()
