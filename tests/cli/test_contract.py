@@ -33,6 +33,7 @@ OPTIONS = {
     "bench": ("--precision --runtime --host --duration-s --threads --json", ""),
     "doctor": ("--host --target --json", ""),
     "report": ("--out --json", "--force"),
+    "watch": ("", "--port"),
 }
 DEFAULTS = {
     ("probe", "seeds"): 3,
