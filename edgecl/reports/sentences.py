@@ -95,7 +95,9 @@ def _differences_in_words(comparisons: Sequence[Comparison]) -> Iterator[str]:
         at = f" with {counted(comparison.labels_per_class, 'label')} per class"
         if comparison.verdict:
             yield _ended(f"{where}{comparison.verdict[:1].upper()}{comparison.verdict[1:]}{at}")
-        for difference in sorted(comparison.differences, key=lambda one: one.b != "random init"):
+        # The verdict is the first one's.
+        others = comparison.differences[1 if comparison.verdict else 0 :]
+        for difference in sorted(others, key=lambda one: one.b != "random init"):
             yield where + _difference_in_words(difference, at)
 
 

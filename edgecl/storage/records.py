@@ -394,7 +394,7 @@ class ComparisonRecord(Record):
     rows: list[ComparedRow]
     differences: list[Difference]
     verdict: Text | None = None
-    """Whether pretraining given weights further paid, in words; null where a run did not start from any."""
+    """Whether pretraining given weights further paid: the first difference, in words. Null where a run began at random."""
 
 
 class EvaluationRecord(Record):
