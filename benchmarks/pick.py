@@ -48,7 +48,8 @@ def k_centers(features: Tensor, count: int, draw: int) -> Tensor:
 
 
 def picked(features: Tensor, count: int, draw: int) -> Tensor:
-    return typical_first(clusters(features, count, seed=draw), isolation(features))[:count]
+    lonely = isolation(functional.normalize(features, dim=1))
+    return typical_first(clusters(features, count, seed=draw), lonely)[:count]
 
 
 WAYS: dict[str, Callable[[Tensor, int, int], Tensor]] = {

@@ -22,6 +22,8 @@ _SOME = 5_000
 """Pictures for which the packaged recipes' epochs are meant; fewer are gone through more often."""
 _MANY = 100_000
 """Pictures from which `photos-large` is meant."""
+CONTINUE = "continue"
+"""The packaged recipe for given weights, whose rate is for its own epochs."""
 _MOST_EPOCHS = 800
 _FEWEST_EPOCHS = 10
 _SMALL_DEVICES = ("cpu", "jetson-nano", "jetson-tx2")
@@ -82,9 +84,9 @@ def choose_recipe(
     size, why_size = _image_size(survey, target)
     small_device = target is not None and target.device in _SMALL_DEVICES
     many = survey.images >= _MANY and machine.device == "cuda" and not small_device
-    choice = Choice("small" if size <= 64 else "photos-large" if many else "photos")
+    choice = Choice(CONTINUE if weights else "small" if size <= 64 else "photos-large" if many else "photos")
     choice = choice.put("this folder", {"data.uri": survey.uri})
-    if size <= 64:
+    if choice.base == "small":
         choice = choice.put(why_size, {"data.image_size": size})
     elif size != 224:
         choice = choice.put(
@@ -172,14 +174,15 @@ def choose_length(choice: Choice, survey: Survey, timing: Timing, *, hours: floa
         hours: that it may take.
     """
     recipe, usable = choice.recipe, _usable(survey)
+    most = recipe.run.epochs if choice.base == CONTINUE else _MOST_EPOCHS
     if hours is None:
-        epochs = min(_MOST_EPOCHS, round(recipe.run.epochs * max(1.0, _SOME / usable)))
+        epochs = min(most, round(recipe.run.epochs * max(1.0, _SOME / usable)))
         why = (
             f"fewer pictures than the {_SOME:,} that `{choice.base}` is written for, gone through more often"
         )
     else:
-        epochs = max(1, min(_MOST_EPOCHS, int(hours * 3600 * timing.images_per_s / usable)))
-        why = f"as many as fit into {hours:g} h, {_MOST_EPOCHS} at most"
+        epochs = max(1, min(most, int(hours * 3600 * timing.images_per_s / usable)))
+        why = f"as many as fit into {hours:g} h, {most} at most"
     choice = choice.put(why, {"run.epochs": epochs})
     return choice.put(
         "a part of the epochs",

@@ -24,7 +24,7 @@ from edgecl.data.sources import absolute_uri, open_source
 from edgecl.data.survey import survey
 from edgecl.errors import ArtifactError, DeviceError, RecipeError
 from edgecl.evaluate.cost import cost_of_recipe
-from edgecl.nets.given import HUB, load_given
+from edgecl.nets.given import HUB, HUGGING_FACE, load_start
 from edgecl.storage.directories import ModelDir
 from edgecl.storage.outputs import refuse_existing_file
 from edgecl.storage.records import MADE_BY, Proposal, Timing
@@ -59,7 +59,8 @@ def init(
     machine = look_at_machine()
     choice = choose_recipe(found, machine, target=device, weights=given)
     if weights is not None:
-        load_given(weights, arch=choice.recipe.host.arch)
+        recipe = choice.recipe
+        load_start(weights, host=recipe.host, width=recipe.slim.width, data=recipe.data)
     choice, timing = _timed(choice, source)
     choice = choose_length(choice, found, timing, hours=hours)
     taken = hours_of(choice, found, timing)
@@ -90,7 +91,7 @@ def _settings_of(weights: str) -> dict[str, Any]:
     Raises:
         ArtifactError: there are none.
     """
-    if weights == HUB:
+    if weights == HUB or weights.startswith(HUGGING_FACE):
         return {"host.init": weights}
     path = Path(weights).absolute()
     if not path.exists():

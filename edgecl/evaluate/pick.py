@@ -110,8 +110,9 @@ def _look(net: torch.nn.Module, record: ModelRecord, source: ImageSource) -> _Se
 
 def _choose(seen: _Seen, source: ImageSource, *, count: int) -> list[tuple[PickedImage, int]]:
     """Return what to label and what is unlike all else, each with its place in the source."""
-    lonely = isolation(seen.features)
-    alone = outliers(lonely, most=_MOST_OUTLIERS)
+    alone = outliers(isolation(seen.features), most=_MOST_OUTLIERS)
+    # On the sphere: small features lie close together, and are those of pictures in which the net sees little.
+    lonely = isolation(functional.normalize(seen.features, dim=1))
     group = clusters(seen.features, count, seed=0)
     size = torch.bincount(group)[group]
     chosen: list[int] = []

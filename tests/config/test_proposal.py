@@ -88,6 +88,15 @@ def test_rule(survey, machine, target, base, settings):
     assert differs == set(choice.reasons)
 
 
+def test_given_weights_go_on_gently_whatever_the_pictures():
+    given = {"host.init": "net", "host.arch": "mobilenetv3_small_100", "host.stem_stride": None}
+    for pictures in (seen(300, side=32), seen(5_000), seen(200_000)):
+        choice = choose_length(choose_recipe(pictures, GPU, weights=given), pictures, TIMING, hours=1000)
+        recipe, gentle = choice.recipe, read_recipe("continue")
+        assert (recipe.optim.lr, recipe.run.epochs) == (gentle.optim.lr, gentle.run.epochs)
+        assert (recipe.host.init, recipe.host.stem_stride) == ("net", None)
+
+
 def test_target_decides_the_size_of_a_view():
     target = read_target("ort-cpu")
     wanted = target.model_copy(update={"graph": target.graph.model_copy(update={"image_size": 160})})

@@ -6,6 +6,7 @@ import csv
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -147,3 +148,18 @@ def test_thumbnails_are_small_and_whole(photos):
     source = open_source(str(photos / "green"))
     content = base64.b64decode(module._thumbnail(source, 0))
     assert open_picture(content).size == (32, 32)
+
+
+def test_choice_rests_on_directions_alone(monkeypatch):
+    """Small features lie close together without being typical; by their distances pick lost to random draws."""
+    monkeypatch.setattr(module, "_MOST_OUTLIERS", 0)
+    random = torch.Generator().manual_seed(0)
+    features = torch.randn(200, 16, generator=random)
+    hashes = torch.randn(200, 120, generator=random).sign()
+    names = SimpleNamespace(describe=str)
+
+    def chosen(features):
+        seen = module._Seen(list(range(200)), features, hashes, 0)
+        return [index for _, index in module._choose(seen, names, count=20)]
+
+    assert chosen(features * torch.rand(200, 1, generator=random).add(0.1)) == chosen(features)
