@@ -7,6 +7,7 @@ NumPy then resizes as Pillow does, to the same bytes.
 import importlib
 import io
 import os
+import re
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, NamedTuple, Sequence, Tuple, Union
 
@@ -23,6 +24,8 @@ NETPBM = (".ppm", ".pgm")
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 _WRONG_FORMAT = "not a JPEG, PNG, WebP or BMP file"
 _ORIENTATION_TAG = 0x0112
+# Width, height and the largest sample, with comments between them.
+_NETPBM = re.compile(rb"P[56]" + 3 * rb"(?:\s|#[^\n]*\n)+(\d{1,9})" + rb"\s")
 # EXIF's orientation -> the name of the transposition that sets a picture upright.
 _TURNS = {
     2: "FLIP_LEFT_RIGHT",
@@ -234,25 +237,16 @@ def _by_opencv(content: bytes, cv2: Any) -> np.ndarray:
 
 def _from_netpbm(content: bytes) -> np.ndarray:
     """Decode a binary PPM or PGM of 8 bits."""
-    fields: List[int] = []
-    place = 2
-    while len(fields) < 3:
-        word = content[place:].split(None, 1)[0] if content[place:].strip() else b""
-        place = content.index(word, place) if word else len(content)
-        if word.startswith(b"#"):
-            place = content.index(b"\n", place)
-        elif not word.isdigit():
-            raise UnreadablePicture("a damaged header")
-        else:
-            fields.append(int(word))
-            place += len(word)
-    width, height, most = fields
+    header = _NETPBM.match(content)
+    if header is None:
+        raise UnreadablePicture("a damaged header")
+    width, height, most = map(int, header.groups())
     channels = 3 if content[:2] == b"P6" else 1
     _check_size(width, height)
     if not 0 < most < 256:
         raise UnreadablePicture("samples up to %d, edgecl reads 8 bits" % most)
     size = width * height * channels
-    found = np.frombuffer(content[place + 1 : place + 1 + size], np.uint8)
+    found = np.frombuffer(content[header.end() : header.end() + size], np.uint8)
     if len(found) < size or not size:
         raise UnreadablePicture("cut off")
     found = found.reshape(height, width, channels)
