@@ -3,30 +3,36 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from edgecl.config.settings import override, validate
 from edgecl.data.loading import normalize
 from edgecl.data.sources import absolute_uri
-from edgecl.errors import ArtifactError, DataError, RecipeError, first_of
+from edgecl.errors import ArtifactError, DataError, RecipeError, first_line, first_of
+from edgecl.evaluate.inspection import inspect
 from edgecl.evaluate.labelled import Labelled, Part, read_labelled
+from edgecl.evaluate.probe import load_feature_net
 from edgecl.evaluate.supervised import (
     FinetuneConfig,
     QuantizedFinetuneConfig,
-    classifier_top1,
+    accuracies,
+    classifier_logits,
+    hold_out,
     train_classifier,
 )
-from edgecl.metrics.intervals import proportion_interval
+from edgecl.metrics.collapse import extract_features
+from edgecl.metrics.intervals import mean_interval, proportion_interval
+from edgecl.metrics.label_sets import mean_average_precision
 from edgecl.nets.fake_quant import learning_scales, quantize_net
 from edgecl.nets.model_dir import create_blank, load_backbone, load_model, write_model
 from edgecl.storage.directories import ModelDir
 from edgecl.storage.outputs import refuse_existing, refuse_own_input
 from edgecl.storage.record_files import write_record
-from edgecl.storage.records import EvaluationRecord, FinetunedModel, ModelRecord, Preprocessing, Quantization
+from edgecl.storage.records import EvaluationRecord, FinetunedModel, ModelRecord, Quantization
 
 DEFAULT_EPOCHS = 20
 DEFAULT_QUANTIZED_EPOCHS = 3
@@ -73,7 +79,14 @@ def finetune(
             where={"model": model},
             hint="start from the float net that it was made from",
         )
-    labelled = read_labelled(data, test=test, preprocessing=record.preprocessing, download=download)
+    deployed = settings.deployed(record.preprocessing)
+    _try_size(net, record, deployed.image_size)
+    labelled = read_labelled(
+        data, test=test, preprocessing=record.preprocessing, download=download, label_sets=True
+    )
+    if deployed != record.preprocessing:
+        larger = read_labelled(data, test=test, preprocessing=deployed, download=download, label_sets=True)
+        labelled = replace(labelled, test=larger.test)
     torch.manual_seed(settings.seed)
     trained = (
         _train_quantized(net, record, labelled, epochs=epochs, settings=settings, model=model, data=data)
@@ -87,24 +100,28 @@ def finetune(
         width=record.width,
         stem_stride=record.stem_stride,
         classes=list(labelled.classes),
-        preprocessing=record.preprocessing,
+        preprocessing=deployed,
         origin="finetuned",
         made_from=ModelDir(model).sha256,
         data=absolute_uri(data),
         recipe_name=record.recipe_name,
         method=record.method,
         quantization=trained.quantization,
+        label_sets=labelled.test.labels.ndim == 2,
         force=force,
     )
+    logits = classifier_logits(trained.net, labelled.test, deployed)
     evaluation = _evaluation(
         trained,
-        record.preprocessing,
+        logits,
         labelled,
         settings=settings,
         test=test,
         made_from=ModelDir(out).sha256,
     )
     write_record(ModelDir(out).evaluation_file, evaluation)
+    if labelled.test.labels.ndim == 1:
+        _write_inspection(out, logits, labelled)
     return FinetunedModel(**dict(written), evaluation=evaluation)
 
 
@@ -116,31 +133,31 @@ class _Trained:
         net: with its classifier.
         epochs: passes over the data.
         quantization: of a net trained for INT8.
-        before: of such a net, its accuracy in float and calibrated, before it was trained so, percent.
+        before: of such a net, the (N,) accuracies in float and calibrated, before it was trained so, percent.
     """
 
     net: nn.Module
     epochs: int
     quantization: Quantization | None = None
-    before: tuple[float, float] | None = None
+    before: tuple[Tensor, Tensor] | None = None
 
 
 def _train_float(
     net: nn.Module, record: ModelRecord, labelled: Labelled, *, epochs: int | None, settings: FinetuneConfig
 ) -> _Trained:
     """Add a new classifier to the net and train both."""
-    epochs = epochs or DEFAULT_EPOCHS
+    steps = _steps(epochs or DEFAULT_EPOCHS, labelled.train, settings)
     classifier = create_blank(record, classes=len(labelled.classes))
     load_backbone(classifier, net)
-    train_classifier(
+    taken = train_classifier(
         classifier,
         labelled.train,
-        steps=_steps(epochs, labelled.train, settings),
+        steps=steps,
         settings=settings,
         preprocessing=record.preprocessing,
         what="finetune",
     )
-    return _Trained(classifier, epochs)
+    return _Trained(classifier, _epochs(taken, labelled.train, settings))
 
 
 def _train_quantized(
@@ -169,12 +186,13 @@ def _train_quantized(
     quantized, kept = quantize_net(
         net, normalize(images, preprocessing.mean, preprocessing.std), keep=settings.keep
     )
+    deployed = settings.deployed(preprocessing)
     before = (
-        classifier_top1(net, labelled.test, preprocessing),
-        classifier_top1(quantized, labelled.test, preprocessing),
+        accuracies(classifier_logits(net, labelled.test, deployed), labelled.test),
+        accuracies(classifier_logits(quantized, labelled.test, deployed), labelled.test),
     )
     with learning_scales(quantized) if settings.learn_scales else contextlib.nullcontext():
-        train_classifier(
+        taken = train_classifier(
             quantized,
             labelled.train,
             steps=_steps(epochs, labelled.train, settings),
@@ -182,31 +200,63 @@ def _train_quantized(
             preprocessing=preprocessing,
             what="finetune int8",
         )
+    epochs = _epochs(taken, labelled.train, settings)
     return _Trained(quantized, epochs, Quantization(keep=kept, learnt=settings.learn_scales), before)
+
+
+def _write_inspection(model: Path, logits: Tensor, labelled: Labelled) -> None:
+    """Write what the classifier confuses beside a fine-tuned net."""
+    net, record = load_feature_net(model)
+    images = record.preprocessing
+    features = extract_features(
+        net, labelled.test.images, normalize=lambda part: normalize(part, images.mean, images.std)
+    )
+    inspection = inspect(
+        features,
+        logits,
+        labelled.test,
+        classes=labelled.classes,
+        predicted_by="classifier",
+        test_from=labelled.test_from,
+        made_from=ModelDir(model).sha256,
+    )
+    write_record(ModelDir(model).inspection_file, inspection)
 
 
 def _evaluation(
     trained: _Trained,
-    preprocessing: Preprocessing,
+    logits: Tensor,
     labelled: Labelled,
     *,
     settings: FinetuneConfig,
     test: str | None,
     made_from: str,
 ) -> EvaluationRecord:
-    def interval(top1: float) -> list[float]:
-        return list(proportion_interval(top1, len(labelled.test)))
+    sets = labelled.test.labels.ndim == 2
 
-    top1 = classifier_top1(trained.net, labelled.test, preprocessing)
-    in_float, calibrated = trained.before or (None, None)
+    def summed(found: Tensor | None) -> tuple[float, list[float]] | tuple[None, None]:
+        """Return the mean of what each image gives, and its interval."""
+        if found is None:
+            return None, None
+        mean = float(found.mean())
+        # The F1 of an image is no yes or no.
+        low, high = mean_interval(found.tolist()) if sets else proportion_interval(mean, len(found))
+        return mean, [max(low, 0.0), min(high, 100.0)]
+
+    top1, top1_ci95 = summed(accuracies(logits, labelled.test))
+    assert top1 is not None
+    assert top1_ci95 is not None
+    (in_float, float_ci95), (calibrated, calibrated_ci95) = map(summed, trained.before or (None, None))
     return EvaluationRecord(
         made_from=made_from,
+        metric="f1" if sets else "top1",
         top1=top1,
-        top1_ci95=interval(top1),
+        top1_ci95=top1_ci95,
+        mean_average_precision=100 * mean_average_precision(logits, labelled.test.labels) if sets else None,
         float_top1=in_float,
-        float_top1_ci95=None if in_float is None else interval(in_float),
+        float_top1_ci95=float_ci95,
         calibrated_top1=calibrated,
-        calibrated_top1_ci95=None if calibrated is None else interval(calibrated),
+        calibrated_top1_ci95=calibrated_ci95,
         n_test=len(labelled.test),
         n_train=len(labelled.train),
         data=labelled.train_from,
@@ -217,5 +267,26 @@ def _evaluation(
     )
 
 
+def _try_size(net: nn.Module, record: ModelRecord, size: int) -> None:
+    """Run one blank picture of the size that the net will be deployed at."""
+    try:
+        with torch.no_grad():
+            net(torch.zeros(1, 3, size, size))
+    except (RuntimeError, AssertionError, ValueError) as exc:
+        raise RecipeError(
+            f"'{record.arch}' does not take pictures of {size} x {size}: {first_line(exc)}",
+            hint="leave test_size out, or set one that the net takes",
+        ) from exc
+
+
 def _steps(epochs: int, part: Part, settings: FinetuneConfig) -> int:
-    return epochs * max(1, len(part) // min(settings.batch_size, len(part)))
+    return epochs * _steps_per_epoch(part, settings)
+
+
+def _epochs(steps: int, part: Part, settings: FinetuneConfig) -> int:
+    return round(steps / _steps_per_epoch(part, settings))
+
+
+def _steps_per_epoch(part: Part, settings: FinetuneConfig) -> int:
+    images = hold_out(part, seed=settings.seed)[0] if settings.early_stop else part
+    return max(1, len(images) // min(settings.batch_size, len(images)))
