@@ -88,11 +88,12 @@ def export(
     chosen = read_target(target, precisions=precisions, graph=asked)
     refuse_existing(out, force=force, kind=Bundle.KIND)
     net, record = load_model(model)
-    if chosen.graph.softmax and record.classes is None:
+    if chosen.graph.softmax and (record.classes is None or record.label_sets):
+        what = "gives features" if record.classes is None else "names several classes for a picture"
         raise TargetError(
-            "softmax needs a classifier, and this net gives features",
+            f"softmax needs a classifier of one class for each picture, and this net {what}",
             where={"model": model},
-            hint="`edgecl finetune` adds a classifier; or leave softmax out",
+            hint="leave softmax out, also of [graph] in the target",
         )
     uri = calibration or record.data
     if uri is None:

@@ -16,7 +16,7 @@ from edgecl.onboard.bundle import sha256_of_file
 from edgecl.onboard.device_info import available_cores
 from edgecl.onboard.errors import OnboardError
 from edgecl.onboard.pictures import find_pictures
-from edgecl.onboard.predict import DONE, Classifier, classify
+from edgecl.onboard.predict import DONE, Classifier, classify, sigmoid, softmax
 from edgecl.progress import Progress
 from edgecl.storage.directories import Bundle, ModelDir
 from edgecl.storage.records import Json, Predictions
@@ -54,7 +54,7 @@ def predict(
         files = find_pictures(pictures)
     except OnboardError as error:
         raise DataError(error.problem, hint=error.hint) from error
-    with Progress("predict", total=len(files), unit="pictures") as progress:
+    with Progress("predict" if len(files) > 1 else None, total=len(files), unit="pictures") as progress:
         done = 0
 
         def report(line: str) -> None:
@@ -110,7 +110,8 @@ def _by_torch(model: Path, files: Sequence[Path], top: int, report: Report) -> t
             return net(torch.from_numpy(images)).numpy()
 
     form = {"dtype": "float32", "layout": "nchw"}
-    classifier = Classifier(run, form, record.preprocessing.to_json(), record.classes, softmax=False)
+    score = sigmoid if record.label_sets else softmax
+    classifier = Classifier(run, form, record.preprocessing.to_json(), record.classes, score)
     found = classify(classifier, files, top=top, threads=available_cores(), report=report)
     made_from = ModelDir(model).sha256
     return made_from, {**found, "runtime": f"torch {torch.__version__}", "precision": "fp32"}

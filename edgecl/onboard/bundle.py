@@ -351,6 +351,8 @@ _RULES: Tuple[Tuple[str, Callable[[Any], bool], str], ...] = (
     ("output.shape", partial(_is_shape, 2), "[batch, features], " + _BYTES),
     ("output.softmax?", _is_flag, "true or false"),
     ("classes?", _are_texts, "a list of names"),
+    ("net?", _is_object, "an object"),
+    ("net?.label_sets?", _is_flag, "true or false"),
     ("preprocessing?", _is_object, "an object"),
     ("preprocessing?.image_size", _is_count, "a whole number from 1"),
     (

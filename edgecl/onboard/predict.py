@@ -29,13 +29,13 @@ class Classifier(NamedTuple):
     """A net with all that stands between a file and a class."""
 
     run: Run
-    """Pictures as `form` says -> (N, K) logits, or probabilities."""
+    """Pictures as `form` says -> (N, K) outputs."""
     form: Dict[str, Any]
     """The manifest's `input`."""
     preprocessing: Dict[str, Any]
     classes: Sequence[str]
-    softmax: bool
-    """Whether the net ends in softmax itself."""
+    score: Run
+    """Outputs -> probabilities: `softmax`, or `sigmoid` where a picture may be of several classes."""
 
 
 def predict(
@@ -87,8 +87,9 @@ def predict(
     )
     with closing(session):
         about = session.describe()
-        softmax_inside = bool(manifest["output"].get("softmax"))
-        net = Classifier(partial(run_all, session, form=form), form, preprocessing, classes, softmax_inside)
+        net = Classifier(
+            partial(run_all, session, form=form), form, preprocessing, classes, _score_of(manifest)
+        )
         found = classify(net, files, top=top, threads=threads, report=report)
     return dict(found, runtime=about["runtime"], precision=about["precision"])
 
@@ -145,18 +146,29 @@ def _name(net: Classifier, squares: np.ndarray, top: int) -> List[List[Dict[str,
     outputs = net.run(as_input(squares, net.form, net.preprocessing))
     if not np.isfinite(outputs).all():
         raise DeviceError("the net gives values that are not finite", "try another precision of the bundle")
-    scores = outputs if net.softmax else softmax(outputs)
     return [
         [
             {"label": int(label), "name": net.classes[label], "score": round(float(row[label]), 6)}
             for label in np.argsort(-row, kind="stable")[:top]
         ]
-        for row in scores
+        for row in net.score(outputs)
     ]
+
+
+def _score_of(manifest: Dict[str, Any]) -> Run:
+    if manifest["output"].get("softmax"):
+        return np.asarray
+    return sigmoid if (manifest.get("net") or {}).get("label_sets") else softmax
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
     """Return the probabilities (N, K) of logits, float32."""
     powers = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
     shares: np.ndarray = powers / powers.sum(axis=1, keepdims=True)
+    return shares.astype(np.float32)
+
+
+def sigmoid(logits: np.ndarray) -> np.ndarray:
+    """Return each class's own probability (N, K), float32."""
+    shares: np.ndarray = 0.5 + 0.5 * np.tanh(0.5 * logits.astype(np.float64))
     return shares.astype(np.float32)

@@ -1017,7 +1017,7 @@ class Guess(Table):
     """Its position among the net's classes."""
     name: Text
     score: float = Field(ge=0, le=1)
-    """Probability, 0 to 1."""
+    """Probability, 0 to 1; where a picture may be of several classes, each class has its own."""
 
 
 class Prediction(Table):
