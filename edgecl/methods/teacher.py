@@ -38,9 +38,10 @@ class TeacherConfig(Config):
     """The [method.teacher] table."""
 
     arch: str | None = None
-    """timm's name of the teacher; a model directory says it itself."""
+    """timm's name of the teacher; a model directory and a repository of the Hub say it themselves."""
     weights: str | None = None
-    """A model directory, a .safetensors or .pth file of timm's tensors, "timm" for timm's hub, or "untrained"."""
+    """As [host] init: a model directory, a .safetensors or .pth file of timm's tensors, "timm", "hf-hub:USER/NAME" or
+    "untrained"."""
     view: Literal["augmented", "plain"] = "augmented"
     """What the teacher sees: the student's own views, or the center of each picture, always the same."""
     cache: bool = True
