@@ -755,8 +755,12 @@ class InputForm(Table):
 
     name: Text
     shape: list[Count] = Field(min_length=4, max_length=4)
-    """Batch, channels, height, width."""
-    dtype: Text = "float32"
+    """In the order of the layout."""
+    dtype: Literal["float32", "uint8"] = "float32"
+    layout: Literal["nchw", "nhwc"] = "nchw"
+    """Batch, channels, height, width; or the channels last, as decoders leave pictures in memory."""
+    normalization: Literal["outside", "inside"] = "outside"
+    """Whether whoever runs the net subtracts the mean and divides by std, or the graph does, of bytes 0 to 255."""
     dynamic_batch: bool
     max_batch: Count = Field(ge=1)
 
@@ -766,7 +770,9 @@ class OutputForm(Table):
 
     name: Text
     shape: list[Count] = Field(min_length=2, max_length=2)
-    """Batch, features."""
+    """Batch, features or classes."""
+    softmax: bool = False
+    """Whether the graph ends in softmax: probabilities, not logits."""
 
 
 class ExportedNet(Table):
@@ -1006,6 +1012,43 @@ class BenchRecord(Record):
     """What casts doubt on the whole session."""
     onboard_command: Text | None = None
     """What ran on the device."""
+
+
+class Guess(Table):
+    """A class that a picture may show."""
+
+    label: Count
+    """Its position among the net's classes."""
+    name: Text
+    score: float = Field(ge=0, le=1)
+    """Probability, 0 to 1; where a picture may be of several classes, each class has its own."""
+
+
+class Prediction(Table):
+    """What a net sees on a picture; a line of `predict --out FILE.jsonl`."""
+
+    file: Text
+    top: list[Guess] = []
+    """The likeliest first."""
+    problem: Text | None = None
+    """Why the picture cannot be read."""
+
+
+class Predictions(Table):
+    """What `predict --json` prints."""
+
+    made_from: Text
+    """The sha256 of model.json or manifest.json."""
+    runtime: Text
+    """What ran the net, with its version."""
+    precision: Text
+    decoders: list[Text]
+    """What decoded the pictures, with versions."""
+    images: Count
+    """Pictures, unreadable ones among them."""
+    unreadable: Count
+    predictions: list[Prediction]
+    """In the order of the files."""
 
 
 class DoctorCheck(Table):
