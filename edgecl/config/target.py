@@ -25,6 +25,7 @@ from edgecl.onboard.versions import bounds_of
 Precision = Literal["fp32", "fp16", "int8"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
 Int8Form = Literal["int8-trt", "int8-trt-fp16", "int8-cpu"]
+GraphInput = Literal["float32", "uint8", "uint8-nchw"]
 ComputeCapability = Literal["SM75", "SM80", "SM86", "SM89", "SM120", "SM121"]
 
 
@@ -43,6 +44,11 @@ class Graph(Config):
     dynamic_batch: bool = False
     """Accept any batch from 1 to max_batch."""
     max_batch: int = Field(64, ge=1, le=65_536)
+    input: GraphInput = "float32"
+    """float32: (N, 3, H, W), normalized by whoever runs the net. uint8: (N, H, W, 3) RGB bytes as decoders give them, and
+    uint8-nchw: (N, 3, H, W) bytes, both normalized in the graph."""
+    softmax: bool = False
+    """End a classifier in softmax: probabilities, not logits."""
 
 
 class Build(Config):

@@ -676,8 +676,12 @@ class InputForm(Table):
 
     name: Text
     shape: list[Count] = Field(min_length=4, max_length=4)
-    """Batch, channels, height, width."""
-    dtype: Text = "float32"
+    """In the order of the layout."""
+    dtype: Literal["float32", "uint8"] = "float32"
+    layout: Literal["nchw", "nhwc"] = "nchw"
+    """Batch, channels, height, width; or the channels last, as decoders leave pictures in memory."""
+    normalization: Literal["outside", "inside"] = "outside"
+    """Whether whoever runs the net subtracts the mean and divides by std, or the graph does, of bytes 0 to 255."""
     dynamic_batch: bool
     max_batch: Count = Field(ge=1)
 
@@ -687,7 +691,9 @@ class OutputForm(Table):
 
     name: Text
     shape: list[Count] = Field(min_length=2, max_length=2)
-    """Batch, features."""
+    """Batch, features or classes."""
+    softmax: bool = False
+    """Whether the graph ends in softmax: probabilities, not logits."""
 
 
 class ExportedNet(Table):
