@@ -1,9 +1,9 @@
-"""What a program must know to feed a bundle's net and to read its answer: the one place where the manifest is asked for it."""
+"""What a program must know to feed a bundle's net and to read its answer, read from the manifest in this one place."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -23,18 +23,37 @@ class Contract:
     batch: int
     max_batch: int | None
     """Where any batch up to it is taken; None where `batch` is the only one."""
-    image_size: int
+    dims: list[int]
+    """Of one input: channels, height, width, in the order of the layout."""
+    dtype: Literal["float32", "uint8"]
+    channels_last: bool
+    normalize: bool
+    """Whether whoever runs the net divides by 255, subtracts the mean and divides by std."""
     preprocessing: Preprocessing
     outputs: int
     """Classes, or features."""
+    softmax: bool
+    """Whether the outputs are probabilities."""
     labels: list[str] | None
     """Names of the classes, one line each; None of a net without a classifier."""
     on_gpu: bool
 
     @property
+    def image_size(self) -> int:
+        """The side of the square picture, pixels."""
+        return self.preprocessing.image_size
+
+    @property
     def batch_words(self) -> str:
         """How many pictures one call takes."""
         return str(self.batch) if self.max_batch is None else f"1 to {self.max_batch}"
+
+    @property
+    def value_words(self) -> str:
+        """What the input's numbers are."""
+        if not self.normalize:
+            return f"RGB from 0 to 255, {'channels last' if self.channels_last else 'channels first'}"
+        return f"RGB / 255, minus mean {self.preprocessing.mean}, divided by std {self.preprocessing.std}"
 
 
 def contract_of(manifest: Manifest) -> Contract:
@@ -47,9 +66,13 @@ def contract_of(manifest: Manifest) -> Contract:
         output=manifest.output.name,
         batch=form.shape[0],
         max_batch=form.max_batch if form.dynamic_batch else None,
-        image_size=form.shape[2],
+        dims=form.shape[1:],
+        dtype=form.dtype,
+        channels_last=form.layout == "nhwc",
+        normalize=form.normalization == "outside",
         preprocessing=manifest.preprocessing,
         outputs=manifest.output.shape[1],
+        softmax=manifest.output.softmax,
         labels=None if manifest.classes is None else [one_line(name) for name in manifest.classes],
         on_gpu=not RUNTIMES[manifest.runtime].on_host,
     )

@@ -24,9 +24,10 @@ def bundle_readme(manifest: Manifest, handover: Mapping[str, str]) -> str:
         f"{net.arch} at width {net.width:g}, {outputs}, for {manifest.target_name} ({manifest.made_by})",
         f"picture: RGB, upright by its EXIF; the shorter side resized to {preprocessing.resize_size} pixels (bilinear, "
         f"antialiased, as Pillow's BILINEAR), the other in proportion; the center {side} x {side} cut out",
-        f"input  '{contract.input}': float32, {contract.batch_words} x 3 x {side} x {side}, RGB / 255, "
-        f"minus mean {preprocessing.mean}, divided by std {preprocessing.std}",
-        f"output '{contract.output}': float32, {contract.batch_words} x {contract.outputs}",
+        f"input  '{contract.input}': {contract.dtype}, {contract.batch_words} x {' x '.join(map(str, contract.dims))}, "
+        + contract.value_words,
+        f"output '{contract.output}': float32, {contract.batch_words} x {contract.outputs}"
+        + (", probabilities" if contract.softmax else ""),
         f"holds  {holds}; the default is {manifest.precision}",
         f"needs  Python 3.6 or newer, NumPy and {runtime.needs or runtime.title}; nothing is installed",
         "python3 onboard.pyz doctor     what will fail here, and how to mend it",

@@ -1,7 +1,7 @@
 """What a bundle hands to programs that know nothing of edgecl: a file a kind, found by listing this folder.
 
-Each has `write(bundle, manifest)`: it writes its files into the bundle, and returns a line of the bundle's README for each that
-a person begins with, by name; nothing where the bundle is not for that program.
+Each has `write(bundle, manifest)`: it writes its files into the bundle, and returns a line of the bundle's README for
+each that a person begins with, by name; nothing where the bundle is not for that program.
 """
 
 from __future__ import annotations

@@ -27,14 +27,15 @@ MODEL, CONFIG, LABELS = "deepstream.onnx", "deepstream.txt", "deepstream-labels.
 
 
 def write(bundle: Bundle, manifest: Manifest) -> dict[str, str]:
-    """Write configuration, net and names into a bundle for TensorRT, which nvinfer runs."""
-    if manifest.runtime != "tensorrt":
-        return {}
+    """Write configuration, net and names into a bundle for TensorRT, which nvinfer runs; it gives no net bytes."""
     contract = contract_of(manifest)
+    if manifest.runtime != "tensorrt" or not contract.normalize:
+        return {}
     factor, ratios = scale_and_ratios(contract.preprocessing.std)
     model = fold_scale(onnx.load(bundle.path / onnx_name("fp32")), ratios)
     if contract.labels is not None:
-        end_with_softmax(model)
+        if not contract.softmax:
+            end_with_softmax(model)
         # One line: each stands for an output, and nvinfer splits it at semicolons.
         names = ";".join(name.replace(";", ",") for name in contract.labels)
         write_bytes(bundle.path / LABELS, f"{names}\n".encode())

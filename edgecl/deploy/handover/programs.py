@@ -8,7 +8,7 @@ from edgecl.storage.records import Manifest
 from edgecl.storage.writing import write_bytes
 
 PROGRAMS = {
-    "main.py": "a picture's answer in 20 lines of Python and ONNX Runtime: python3 main.py IMAGE",
+    "main.py": "the answer for a picture, by Python and ONNX Runtime: python3 main.py IMAGE",
     "main.cpp": "the same in C++ by ONNX Runtime's C API",
     "main_tensorrt.cpp": "the same in C++ by TensorRT",
 }
