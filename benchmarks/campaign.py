@@ -69,7 +69,7 @@ class Run:
         learn_from: labelled images that a probe learns from, an even share of each class; None means all.
         threads: of its process.
         device: as for `edgecl pretrain`.
-        untrained: evaluator the net as it is initialized.
+        untrained: evaluate the net as it is initialized.
         machine: set where a result belongs to one kind of processor.
     """
 
@@ -316,7 +316,7 @@ def finish(run: Run, place: Path) -> dict:
     labelled = read_evaluated(run, recipe, preprocessing)
     if run.untrained:
         write_untrained(run, recipe, labelled, preprocessing, out=place / "slim")
-    return {**what, **trained, **evaluator(run, labelled, place / "slim")}
+    return {**what, **trained, **evaluate(run, labelled, place / "slim")}
 
 
 def train(run: Run, recipe: Recipe, out: Path) -> dict:
@@ -389,7 +389,7 @@ def write_untrained(run: Run, recipe: Recipe, labelled, preprocessing: dict, *, 
     write_random(out, record, labelled, seed=run.seed, force=True)
 
 
-def evaluator(run: Run, labelled, slim: Path) -> dict:
+def evaluate(run: Run, labelled, slim: Path) -> dict:
     """Evaluate the carved net's features: kNN, a linear probe, a probe on few labels, RankMe."""
     import torch
 

@@ -32,7 +32,7 @@ __all__ = ["bench", "carve", "cost", "export", "finetune", "pretrain", "probe", 
 
 # A record as it stands in a JSON file.
 Record = dict[str, Any]
-# Settings to change: {"optim.lr": 0.2}, or ["optim.lr=0.2"] as the command line writes them.
+# Settings to change: {"optim.lr": 0.2} or {"optim": {"lr": 0.2}}, or ["optim.lr=0.2"] as the command line writes them.
 Changes = Mapping[str, object] | Sequence[str]
 AnyPath = str | Path
 
@@ -428,9 +428,12 @@ def report(dirs: AnyPath | Sequence[AnyPath], *, out: AnyPath, force: bool = Fal
 def _assignments(changes: Changes) -> list[str]:
     """Return changed settings as `--set` takes them: KEY=VALUE, the value in TOML."""
     if isinstance(changes, Mapping):
+        from edgecl.config.recipe import flatten
+
         # Of strings, numbers, truth values and lists of these, JSON is TOML.
         return [
-            f"{key}={json.dumps(value, ensure_ascii=False, default=str)}" for key, value in changes.items()
+            f"{key}={json.dumps(value, ensure_ascii=False, default=str)}"
+            for key, value in flatten(changes).items()
         ]
     return [changes] if isinstance(changes, str) else list(changes)
 

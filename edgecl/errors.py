@@ -146,7 +146,8 @@ def first_of(names: Sequence[str]) -> str:
 def near_matches(name: str, known: Iterable[str]) -> str:
     """Say which known names are close to a wrong one, for an error's hint."""
     known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    by_lower = {one.lower(): one for one in known}
+    close = [by_lower[one] for one in difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.5)]
     if close:
         return "did you mean " + " or ".join(repr(match) for match in close) + "?"
     if len(known) > _FEW:

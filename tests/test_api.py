@@ -144,7 +144,7 @@ def model(tmp_path, carved_model):
 def test_pretrain_takes_a_recipe_by_path_and_changes(tmp_path, recipe_file, image_folder, capsys):
     out = tmp_path / "run"
     record = edgecl.pretrain(
-        str(recipe_file), data=image_folder, out=str(out), set={"optim.lr": 0.02}, device="cpu"
+        str(recipe_file), data=image_folder, out=str(out), set={"optim": {"lr": 0.02}}, device="cpu"
     )
     assert record.to_json() == written(out / "run.json")
     assert record.recipe["optim"]["lr"] == 0.02

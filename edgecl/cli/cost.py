@@ -46,6 +46,8 @@ def cost_command(
             _print_table(rows)
         return
     if Path(subject).is_dir():
+        if set_ or images:
+            raise typer.BadParameter("--set and --images are for a recipe, and this is a model directory")
         from edgecl.evaluate.cost import cost
 
         record: CostRecord | RecipeCost = cost(Path(subject))
@@ -96,7 +98,7 @@ def _training_rows(training: "RecipeTraining", widths: "list[WidthCost]") -> lis
             "slim forward passes per image; backward = 2",
         ),
         ("training", f"{_flops(training.flops_per_image)} per image", "projector apart"),
-        ("training, total", _total(total), "projector apart"),
+        ("training, total", _total(total), "all images and epochs, what a teacher computes once included"),
         ("projector", _total(projector), f"{100 * projector / total:.1f} % on top"),
     ]
     if training.local_views_flops_per_image:

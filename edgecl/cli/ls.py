@@ -20,10 +20,15 @@ def ls_command(
     names: list[ListName] = [list_] if list_ else list(get_args(ListName))
     found = {name: _entries(name) for name in names}
     if json_:
+        if list_ == "methods":
+            # Only where they are asked for alone: their files import torch.
+            from edgecl.config.recipe import method_settings
+
+            found["methods"] = [{**entry, **method_settings(entry["name"])} for entry in found["methods"]]
         print_json([entry for name in names for entry in found[name]])
         return
     for name in names:
-        print_rows(name, ["name", ""], [(entry["name"], entry["summary"]) for entry in found[name]])
+        print_rows(name, ["name", "what it is"], [(entry["name"], entry["summary"]) for entry in found[name]])
 
 
 def _entries(name: ListName) -> Sequence[dict[str, Any]]:

@@ -368,6 +368,17 @@ def describe_methods() -> list[dict[str, str]]:
     ]
 
 
+def method_settings(name: str) -> dict[str, Any]:
+    """Return a method's settings, "[method] key" -> default, and whether it needs a teacher or labels."""
+    config = find_method(name).Config
+    settings = flatten(config.model_validate({}).model_dump(mode="json"))
+    return {
+        "needs_teacher": "teacher" in config.model_fields,
+        "needs_labels": config.needs_labels,
+        "settings": {key: value for key, value in settings.items() if key != "name"},
+    }
+
+
 def find_method(name: Any, *, where: dict[str, object] | None = None) -> Any:
     """Import the file of a method, and torch with it: a module that has `Config` and `METHOD`.
 

@@ -17,7 +17,7 @@ from torch.nn import functional
 from edgecl.config.recipe import ForwardPasses, Panel, Recipe
 from edgecl.config.settings import Fraction
 from edgecl.methods.losses import correlation_of, mean_of, mean_over_batch, wide
-from edgecl.methods.method import Embeddings, Method, RatedConfig, Terms
+from edgecl.methods.method import Embeddings, Method, RatedConfig, RunContext, Terms
 from edgecl.methods.momentum import Follower, rising_momentum
 from edgecl.nets.heads import Projector
 from edgecl.nets.slimming import SlimmableNet
@@ -45,10 +45,10 @@ class Byol(Method):
 
     config: Config
 
-    def __init__(self, recipe: Recipe, net: SlimmableNet, *, steps_per_epoch: int):
-        super().__init__(recipe, net, steps_per_epoch=steps_per_epoch)
-        dimensions = recipe.projector.sizes[-1]
-        self.predictor = Projector(dimensions, [self.config.predictor, dimensions])
+    def __init__(self, config: Config, net: SlimmableNet, context: RunContext):
+        super().__init__(config, net, context)
+        dimensions = context.dimensions
+        self.predictor = Projector(dimensions, [config.predictor, dimensions])
         self.target = Follower(net.host)
 
     def embed(self, views: Sequence[Tensor], step: int) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from torch.nn import functional
 from edgecl.config.recipe import Panel, Recipe
 from edgecl.config.views import ViewSpec
 from edgecl.methods.losses import check_pair, correlation_of, mean_of, mean_over_batch, wide
-from edgecl.methods.method import Embeddings, Terms
+from edgecl.methods.method import Embeddings, RunContext, Terms
 from edgecl.methods.momentum import Queue
 from edgecl.methods.teacher import TaughtConfig, TaughtMethod
 from edgecl.nets.heads import Projector
@@ -49,13 +49,13 @@ class Crd(TaughtMethod):
 
     config: Config
 
-    def __init__(self, recipe: Recipe, net: SlimmableNet, *, steps_per_epoch: int):
-        super().__init__(recipe, net, steps_per_epoch=steps_per_epoch)
-        dimensions, queue = self.config.dimensions, self.config.queue_steps * recipe.data.batch_size
-        self.adapter = Projector(recipe.projector.sizes[-1], [dimensions])
+    def __init__(self, config: Config, net: SlimmableNet, context: RunContext):
+        super().__init__(config, net, context)
+        dimensions, queue = config.dimensions, config.queue_steps * context.data.batch_size
+        self.adapter = Projector(context.dimensions, [dimensions])
         self.teachers_adapter = Projector(self.teacher.features, [dimensions])
         self.students, self.teachers = Queue(queue, dimensions), Queue(queue, dimensions)
-        self._pictures = steps_per_epoch * recipe.data.batch_size
+        self._pictures = context.steps_per_epoch * context.data.batch_size
 
     def embed(self, views: Sequence[Tensor], step: int) -> dict[str, Tensor]:
         """Run the student, and the teacher, whose last layer learns."""

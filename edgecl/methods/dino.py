@@ -17,7 +17,7 @@ from torch.nn import functional
 from edgecl.config.recipe import ForwardPasses, Panel, Recipe
 from edgecl.config.settings import Fraction
 from edgecl.methods.losses import correlation_of, mean_of, mean_over_batch, wide
-from edgecl.methods.method import Embeddings, Method, RatedConfig, Terms
+from edgecl.methods.method import Embeddings, Method, RatedConfig, RunContext, Terms
 from edgecl.methods.momentum import Follower, rising_momentum
 from edgecl.nets.slimming import SlimmableNet
 from edgecl.nets.sync_norms import process_count, sum_over_processes
@@ -82,13 +82,11 @@ class Dino(Method):
 
     config: Config
 
-    def __init__(self, recipe: Recipe, net: SlimmableNet, *, steps_per_epoch: int):
-        super().__init__(recipe, net, steps_per_epoch=steps_per_epoch)
-        self.assigner = Assigner(
-            recipe.projector.sizes[-1], self.config.prototypes, learn=self.config.learn_prototypes
-        )
+    def __init__(self, config: Config, net: SlimmableNet, context: RunContext):
+        super().__init__(config, net, context)
+        self.assigner = Assigner(context.dimensions, config.prototypes, learn=config.learn_prototypes)
         self.target, self.target_assigner = Follower(net.host), Follower(self.assigner)
-        self.register_buffer("center", torch.zeros(self.config.prototypes))
+        self.register_buffer("center", torch.zeros(config.prototypes))
         self.center: Tensor
         self._mean: Tensor | None = None
 

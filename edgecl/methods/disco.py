@@ -15,9 +15,9 @@ from torch import Tensor
 from edgecl.config.recipe import ForwardPasses, Panel, Recipe
 from edgecl.config.settings import Fraction, Weight
 from edgecl.methods.byol import prediction_loss
-from edgecl.methods.losses import correlation_of, mean_of, queue_contrastive_loss
-from edgecl.methods.method import Embeddings, Terms
-from edgecl.methods.momentum import Follower, Queue, rising_momentum
+from edgecl.methods.losses import correlation_of, mean_of
+from edgecl.methods.method import Embeddings, RunContext, Terms
+from edgecl.methods.momentum import Follower, Queue, ask, rising_momentum
 from edgecl.methods.teacher import TaughtConfig, TaughtMethod
 from edgecl.nets.slimming import SlimmableNet
 
@@ -55,10 +55,10 @@ class Disco(TaughtMethod):
 
     config: Config
 
-    def __init__(self, recipe: Recipe, net: SlimmableNet, *, steps_per_epoch: int):
-        super().__init__(recipe, net, steps_per_epoch=steps_per_epoch)
+    def __init__(self, config: Config, net: SlimmableNet, context: RunContext):
+        super().__init__(config, net, context)
         self.target = Follower(net.host)
-        self.queue = Queue(self.config.queue_steps * recipe.data.batch_size, recipe.projector.sizes[-1])
+        self.queue = Queue(config.queue_steps * context.data.batch_size, context.dimensions)
 
     def embed(self, views: Sequence[Tensor], step: int) -> dict[str, Tensor]:
         """Run the student."""
@@ -78,19 +78,8 @@ class Disco(TaughtMethod):
         Its terms are "contrastive", "distillation", and those of the correlation of the two whole views.
         """
         learnt, targets = embeddings
-        answers = {"view_0": "key_1", "view_1": "key_0"}
-        contrastive = mean_of(
-            [
-                queue_contrastive_loss(
-                    query,
-                    targets[answers.get(name, "key_0")],
-                    self.queue.rows,
-                    temperature=self.config.temperature,
-                )
-                for name, query in learnt.items()
-                if not name.startswith("guess")
-            ]
-        )
+        queries = {name: z for name, z in learnt.items() if not name.startswith("guess")}
+        contrastive = ask(queries, targets, self.queue, temperature=self.config.temperature)
         # Of unit vectors the squared distance is 2 - 2 cos.
         distillation = mean_of(
             [prediction_loss(learnt[f"guess_{number}"], targets[f"teacher_{number}"]) for number in range(2)]

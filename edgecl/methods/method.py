@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from edgecl.config.recipe import ForwardPasses, MethodConfig, Recipe, find_method
+from edgecl.config.recipe import Data, ForwardPasses, MethodConfig, Recipe, Slim, find_method
+from edgecl.config.views import ViewSpec
 from edgecl.data.loading import TrainingImages
 from edgecl.methods.losses import CodingRate
 from edgecl.nets.slimming import SlimmableNet
@@ -57,6 +58,33 @@ class RatedConfig(MethodConfig):
         )
 
 
+class RunContext(NamedTuple):
+    """What a method knows of the run that it is part of.
+
+    Attributes:
+        views: of each picture, in the order in which the method is given them.
+        data: the recipe's [data] table.
+        slim: its [slim] table.
+        projector: the widths of its layers, the last D.
+        epochs: of the run.
+        steps_per_epoch: of the run.
+        seed: of the run.
+    """
+
+    views: tuple[ViewSpec, ...]
+    data: Data
+    slim: Slim
+    projector: tuple[int, ...]
+    epochs: int
+    steps_per_epoch: int
+    seed: int
+
+    @property
+    def dimensions(self) -> int:
+        """D, the length of an embedding."""
+        return self.projector[-1]
+
+
 class Method(nn.Module):
     """A way to train host and slim nets without labels; what data-parallel training wraps.
 
@@ -67,21 +95,20 @@ class Method(nn.Module):
     Whatever it draws must be a function of seed and step, so that a resumed run repeats the one that was not stopped.
 
     Args:
-        recipe: what to train and how.
+        config: the recipe's [method] table, of the class `Config` in the method's file.
         net: host and slim nets.
-        steps_per_epoch: of the run.
+        context: of the run.
     """
 
     config: MethodConfig
-    """The recipe's [method] table, of the class `Config` in the method's file."""
 
-    def __init__(self, recipe: Recipe, net: SlimmableNet, *, steps_per_epoch: int):
+    def __init__(self, config: MethodConfig, net: SlimmableNet, context: RunContext):
         super().__init__()
         self.net = net
-        self.config = recipe.method
-        self.whole_views = self.config.count_views(recipe, local=False)
-        self.seed = recipe.run.seed
-        self.total_steps = steps_per_epoch * recipe.run.epochs
+        self.config = config
+        self.whole_views = sum(view.count for view in context.views if not (view.local or view.teacher))
+        self.seed = context.seed
+        self.total_steps = context.steps_per_epoch * context.epochs
 
     def forward(self, views: Sequence[Tensor], step: int, learning_only: bool = False) -> Embeddings:
         """Embed the views of this process's share, or of a part of it.
@@ -191,9 +218,18 @@ class Method(nn.Module):
 
 def create_method(recipe: Recipe, net: SlimmableNet, *, steps_per_epoch: int) -> Method:
     """Build the method a recipe names; what it draws for its own modules is a function of the seed alone."""
+    context = RunContext(
+        recipe.view_specs,
+        recipe.data,
+        recipe.slim,
+        recipe.projector.sizes,
+        recipe.run.epochs,
+        steps_per_epoch,
+        recipe.run.seed,
+    )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.run.seed)
-        method: Method = find_method(recipe.method.name).METHOD(recipe, net, steps_per_epoch=steps_per_epoch)
+        torch.manual_seed(context.seed)
+        method: Method = find_method(recipe.method.name).METHOD(recipe.method, net, context)
     # The first is the net's, whose device and precision the method's own modules take.
     like = next(method.parameters(), None)
     return method if like is None else method.to(like.device, like.dtype)

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from edgecl.config.recipe import ForwardPasses, Panel, Recipe
 from edgecl.config.settings import Fraction
-from edgecl.methods.losses import correlation_of, mean_of, queue_contrastive_loss
-from edgecl.methods.method import Embeddings, Method, RatedConfig, Terms
-from edgecl.methods.momentum import Follower, Queue, rising_momentum
+from edgecl.methods.losses import correlation_of
+from edgecl.methods.method import Embeddings, Method, RatedConfig, RunContext, Terms
+from edgecl.methods.momentum import Follower, Queue, ask, rising_momentum
 from edgecl.nets.slimming import SlimmableNet
 
 
@@ -53,10 +53,10 @@ class MocoV2(Method):
 
     config: Config
 
-    def __init__(self, recipe: Recipe, net: SlimmableNet, *, steps_per_epoch: int):
-        super().__init__(recipe, net, steps_per_epoch=steps_per_epoch)
+    def __init__(self, config: Config, net: SlimmableNet, context: RunContext):
+        super().__init__(config, net, context)
         self.target = Follower(net.host)
-        self.queue = Queue(self.config.queue_steps * recipe.data.batch_size, recipe.projector.sizes[-1])
+        self.queue = Queue(config.queue_steps * context.data.batch_size, context.dimensions)
 
     def embed(self, views: Sequence[Tensor], step: int) -> dict[str, Tensor]:
         """Run what asks."""
@@ -72,18 +72,7 @@ class MocoV2(Method):
     def loss(self, embeddings: Embeddings, step: int) -> tuple[Tensor, Terms]:
         """Compute the loss of one step; its terms are those of the correlation of a query and its key."""
         learnt, keys = embeddings
-        answers = {"view_0": "key_1", "view_1": "key_0"}
-        total = mean_of(
-            [
-                queue_contrastive_loss(
-                    query,
-                    keys[answers.get(name, "key_1")],
-                    self.queue.rows,
-                    temperature=self.config.temperature,
-                )
-                for name, query in learnt.items()
-            ]
-        )
+        total = ask(learnt, keys, self.queue, temperature=self.config.temperature)
         asking = [query for name, query in learnt.items() if name.startswith("view")]
         total, rate = self.less_rate(total, asking, step)
         self.queue.hold(keys["key_1"])

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from edgecl.methods.losses import of_all_processes
+from edgecl.methods.losses import mean_of, of_all_processes, queue_contrastive_loss
 from edgecl.nets.backbone import is_norm
 
 
@@ -75,3 +76,23 @@ class Queue(nn.Module):
         newest = of_all_processes(self._newest.to(self.rows.dtype))
         self.rows.copy_(torch.cat([newest, self.rows])[: len(self.rows)])
         self._newest = None
+
+
+def ask(
+    queries: Mapping[str, Tensor], keys: Mapping[str, Tensor], queue: Queue, *, temperature: float
+) -> Tensor:
+    """Return the () mean InfoNCE of queries: "view_1" asks for "key_0", every other view for "key_1".
+
+    Args:
+        queries: name of a view -> (N, D) projections; any scale.
+        keys: "key_0" and "key_1", or the latter -> (N, D) projections of the net that follows; any scale.
+        queue: of earlier keys.
+        temperature: of the softmax over cosines, > 0.
+    """
+    losses = [
+        queue_contrastive_loss(
+            query, keys["key_0" if name == "view_1" else "key_1"], queue.rows, temperature=temperature
+        )
+        for name, query in queries.items()
+    ]
+    return mean_of(losses)

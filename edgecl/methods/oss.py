@@ -18,7 +18,7 @@ from edgecl.config.recipe import ForwardPasses, Panel, Recipe
 from edgecl.config.settings import Fraction
 from edgecl.methods.dino import Assigner, assignment_loss, even_codes
 from edgecl.methods.losses import correlation_of, mean_of, wide
-from edgecl.methods.method import Embeddings, Method, Terms
+from edgecl.methods.method import Embeddings, Method, RunContext, Terms
 from edgecl.methods.momentum import Follower
 from edgecl.methods.teacher import TaughtConfig, load_teacher
 from edgecl.nets.backbone import feature_count
@@ -71,18 +71,18 @@ class Oss(Method):
 
     config: Config
 
-    def __init__(self, recipe: Recipe, net: SlimmableNet, *, steps_per_epoch: int):
-        super().__init__(recipe, net, steps_per_epoch=steps_per_epoch)
+    def __init__(self, config: Config, net: SlimmableNet, context: RunContext):
+        super().__init__(config, net, context)
         # A copy: what was loaded is kept, for a run that must start anew.
-        backbone = copy.deepcopy(load_teacher(self.config.teacher).net).requires_grad_(True)
-        sizes, prototypes = recipe.projector.sizes, self.config.prototypes
+        backbone = copy.deepcopy(load_teacher(config.teacher).net).requires_grad_(True)
+        sizes, prototypes = context.projector, config.prototypes
         self.teacher = torch.nn.Sequential(
             backbone,
             Projector(feature_count(backbone), sizes),
-            Assigner(sizes[-1], prototypes, learn=self.config.learn_prototypes),
+            Assigner(sizes[-1], prototypes, learn=config.learn_prototypes),
         )
         self.target = Follower(self.teacher)
-        self.assigner = Assigner(sizes[-1], prototypes, learn=self.config.learn_prototypes)
+        self.assigner = Assigner(sizes[-1], prototypes, learn=config.learn_prototypes)
 
     def embed(self, views: Sequence[Tensor], step: int) -> dict[str, Tensor]:
         """Assign each view, by the student and the whole ones by the teacher."""

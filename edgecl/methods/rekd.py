@@ -18,9 +18,9 @@ from torch.nn import functional
 
 from edgecl.config.recipe import ForwardPasses, Panel, Recipe
 from edgecl.config.settings import Fraction, Weight
-from edgecl.methods.losses import correlation_of, mean_of, mean_over_batch, queue_contrastive_loss, wide
-from edgecl.methods.method import Embeddings, Terms
-from edgecl.methods.momentum import Follower, Queue, rising_momentum
+from edgecl.methods.losses import correlation_of, mean_of, mean_over_batch, wide
+from edgecl.methods.method import Embeddings, RunContext, Terms
+from edgecl.methods.momentum import Follower, Queue, ask, rising_momentum
 from edgecl.methods.teacher import TaughtConfig, TaughtMethod
 from edgecl.nets.slimming import SlimmableNet
 
@@ -78,12 +78,12 @@ class Rekd(TaughtMethod):
 
     config: Config
 
-    def __init__(self, recipe: Recipe, net: SlimmableNet, *, steps_per_epoch: int):
-        super().__init__(recipe, net, steps_per_epoch=steps_per_epoch)
+    def __init__(self, config: Config, net: SlimmableNet, context: RunContext):
+        super().__init__(config, net, context)
         del self.adapter  # nothing of the teacher's features is guessed
         self.target = Follower(net.host)
-        kept = self.config.queue_steps * recipe.data.batch_size
-        self.queue = Queue(kept, recipe.projector.sizes[-1])
+        kept = config.queue_steps * context.data.batch_size
+        self.queue = Queue(kept, context.dimensions)
         self.taught = Queue(kept, self.teacher.features)
 
     def embed(self, views: Sequence[Tensor], step: int) -> dict[str, Tensor]:
@@ -102,14 +102,7 @@ class Rekd(TaughtMethod):
         """
         config, (learnt, targets) = self.config, embeddings
         alike = nearest(targets["teacher_0"], self.taught.rows, count=config.neighbors)
-        contrastive = mean_of(
-            [
-                queue_contrastive_loss(
-                    query, targets["key_1"], self.queue.rows, temperature=config.temperature
-                )
-                for query in learnt.values()
-            ]
-        )
+        contrastive = ask(learnt, targets, self.queue, temperature=config.temperature)
         relation = mean_of(
             [
                 relation_loss(query, self.queue.rows, alike, temperature=config.temperature)

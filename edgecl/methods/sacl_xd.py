@@ -30,7 +30,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from edgecl.config.recipe import ForwardPasses, MethodConfig, Panel, Recipe
+from edgecl.config.recipe import ForwardPasses, MethodConfig, Panel, Recipe, Slim
 from edgecl.config.settings import Factor, Fraction, Weight
 from edgecl.data.randomness import uniforms
 from edgecl.methods.losses import (
@@ -41,7 +41,7 @@ from edgecl.methods.losses import (
     cross_correlation_loss,
     mean_of,
 )
-from edgecl.methods.method import Embeddings, Method, Terms
+from edgecl.methods.method import Embeddings, Method, RunContext, Terms
 from edgecl.nets.slimming import SlimmableNet
 
 _LOSS_NAMES = {"barlow-twins": "Barlow Twins", "simclr": "SimCLR", "cosine": "cosine and coding rate"}
@@ -118,7 +118,7 @@ class Config(MethodConfig):
     def forward_passes(self, recipe: Recipe) -> ForwardPasses:
         """Return the passes of the epochs of a slow start and of the others, in their shares."""
         host, slim = recipe.host.width, recipe.slim.width
-        slow_start = _slow_epochs(recipe) / recipe.run.epochs
+        slow_start = _slow_epochs(recipe.slim, recipe.run.epochs) / recipe.run.epochs
         # The passes of host and widest slim net are those of a run without the narrower ones.
         units = forward_units(
             slim_only=host == slim,
@@ -169,9 +169,9 @@ class SaclXd(Method):
 
     config: Config
 
-    def __init__(self, recipe: Recipe, net: SlimmableNet, *, steps_per_epoch: int):
-        super().__init__(recipe, net, steps_per_epoch=steps_per_epoch)
-        self._slow_steps = _slow_epochs(recipe) * steps_per_epoch
+    def __init__(self, config: Config, net: SlimmableNet, context: RunContext):
+        super().__init__(config, net, context)
+        self._slow_steps = _slow_epochs(context.slim, context.epochs) * context.steps_per_epoch
 
     def embed(self, views: Sequence[Tensor], step: int) -> dict[str, Tensor]:
         """Run the passes that carry gradient."""
@@ -296,9 +296,9 @@ class SaclXd(Method):
 METHOD = SaclXd
 
 
-def _slow_epochs(recipe: Recipe) -> int:
+def _slow_epochs(slim: Slim, epochs: int) -> int:
     """Return how many epochs of a slow start there are: whole ones."""
-    return ceil(recipe.slim.slow_start * recipe.run.epochs)
+    return ceil(slim.slow_start * epochs)
 
 
 def _slim_b(width: float, net: SlimmableNet) -> str:

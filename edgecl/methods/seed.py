@@ -17,7 +17,7 @@ from torch.nn import functional
 from edgecl.config.recipe import Panel, Recipe
 from edgecl.config.views import ViewSpec
 from edgecl.methods.losses import check_pair, correlation_of, mean_of, mean_over_batch, wide
-from edgecl.methods.method import Embeddings, Terms
+from edgecl.methods.method import Embeddings, RunContext, Terms
 from edgecl.methods.momentum import Queue
 from edgecl.methods.teacher import TaughtConfig, TaughtMethod
 from edgecl.nets.slimming import SlimmableNet
@@ -49,9 +49,9 @@ class Seed(TaughtMethod):
 
     config: Config
 
-    def __init__(self, recipe: Recipe, net: SlimmableNet, *, steps_per_epoch: int):
-        super().__init__(recipe, net, steps_per_epoch=steps_per_epoch)
-        self.queue = Queue(self.config.queue, self.teacher.features)
+    def __init__(self, config: Config, net: SlimmableNet, context: RunContext):
+        super().__init__(config, net, context)
+        self.queue = Queue(config.queue, self.teacher.features)
 
     def embed(self, views: Sequence[Tensor], step: int) -> dict[str, Tensor]:
         """Guess the teacher's features of each view; of a local one those of view 0."""

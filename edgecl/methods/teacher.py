@@ -16,14 +16,14 @@ from accelerate.utils import gather_object
 from pydantic import Field
 from torch import Tensor
 
-from edgecl.config.recipe import ForwardPasses, Recipe
+from edgecl.config.recipe import Data, ForwardPasses, Recipe
 from edgecl.config.settings import Config
 from edgecl.config.views import ViewSpec
 from edgecl.data.loading import TrainingImages
 from edgecl.data.views import make_views
 from edgecl.distributed import processes
 from edgecl.errors import RecipeError, first_line
-from edgecl.methods.method import Method, RatedConfig
+from edgecl.methods.method import Method, RatedConfig, RunContext
 from edgecl.nets.backbone import feature_count
 from edgecl.nets.given import GivenNet, load_given
 from edgecl.nets.heads import Projector
@@ -59,13 +59,13 @@ class TaughtConfig(RatedConfig):
         super().check(recipe)
         if self.teacher.weights is None:
             raise ValueError(
-                f"'method.name' {self.name} learns from a teacher: set 'method.teacher.weights' to a model directory, or "
-                "'method.teacher.arch' and 'method.teacher.weights' to timm's name and a file"
+                f"'method.name' {self.name} learns from a teacher: set 'method.teacher.weights' to a model directory or a "
+                "file of weights, and for a file also 'method.teacher.arch' to timm's name of the net"
             )
 
     def prepare(self, recipe: Recipe) -> dict[str, str]:
         """Load the teacher, and refuse one that does not take the recipe's pictures."""
-        given = Teacher(load_teacher(self.teacher), recipe).given
+        given = Teacher(load_teacher(self.teacher), recipe.data).given
         return {"teacher": given.sha256}
 
     def taught_views(self, recipe: Recipe) -> int:
@@ -98,25 +98,25 @@ class Teacher:
 
     Args:
         given: the net.
-        recipe: how the pictures that it is given were normalized, and how large they are.
+        data: how the pictures that it is given were normalized, and how large they are.
 
     Raises:
         RecipeError: it does not take pictures of that size.
     """
 
-    def __init__(self, given: GivenNet, recipe: Recipe):
+    def __init__(self, given: GivenNet, data: Data):
         self.given = given
         self.features = feature_count(given.net)
         """F, the length of a feature vector."""
         self._net = given.net.requires_grad_(False).eval()
-        mean, std = (torch.tensor(one).view(3, 1, 1) for one in (recipe.data.mean, recipe.data.std))
+        mean, std = (torch.tensor(one).view(3, 1, 1) for one in (data.mean, data.std))
         own_mean, own_std = (
             torch.tensor(one).view(3, 1, 1) if one else other
             for one, other in ((given.mean, mean), (given.std, std))
         )
         # From the recipe's normalization to the teacher's own.
         self._scale, self._shift = std / own_std, (mean - own_mean) / own_std
-        side = recipe.data.image_size
+        side = data.image_size
         try:
             self(torch.zeros(1, 3, side, side))
         except (RuntimeError, AssertionError, ValueError) as exc:
@@ -161,11 +161,12 @@ class TaughtMethod(Method):
 
     config: TaughtConfig
 
-    def __init__(self, recipe: Recipe, net: SlimmableNet, *, steps_per_epoch: int):
-        super().__init__(recipe, net, steps_per_epoch=steps_per_epoch)
-        self.teacher = Teacher(load_teacher(self.config.teacher), recipe)
-        self.adapter = Projector(recipe.projector.sizes[-1], [self.teacher.features])
-        self._recipe = recipe
+    def __init__(self, config: TaughtConfig, net: SlimmableNet, context: RunContext):
+        super().__init__(config, net, context)
+        self.teacher = Teacher(load_teacher(config.teacher), context.data)
+        self.adapter = Projector(context.dimensions, [self.teacher.features])
+        self._data = context.data
+        self._plain = [view for view in context.views if view.teacher]
 
     def features_of(self, views: Sequence[Tensor], count: int) -> list[Tensor]:
         """Return the teacher's (N, F) features of the first `count` views; of a plain one, so many times."""
@@ -179,7 +180,7 @@ class TaughtMethod(Method):
 
     def look_up(self, images: TrainingImages, *, cache: Path) -> Tensor | None:
         """Return the teacher's (len(images), F) features of plain views, found once and kept in a file."""
-        settings, data = self.config.teacher, self._recipe.data
+        settings, data = self.config.teacher, self._data
         if settings.view == "augmented" or not settings.cache:
             return None
         identity = (
@@ -203,13 +204,12 @@ class TaughtMethod(Method):
 
     def _features_of_all(self, images: TrainingImages) -> Tensor:
         """Find the features of every picture, each process those of its share."""
-        data = self._recipe.data
-        plain = [spec for spec in self._recipe.view_specs if spec.teacher]
+        data = self._data
         found = torch.zeros(len(images), self.teacher.features)
         share = np.arange(processes.rank(), len(images), processes.world_size())
         with Progress("teacher", total=len(share), unit="images") as progress:
             for batch in images.in_order(share, batch_size=_AT_ONCE):
-                (view,) = make_views(batch, plain, mean=data.mean, std=data.std, seed=0, epoch=0)
+                (view,) = make_views(batch, self._plain, mean=data.mean, std=data.std, seed=0, epoch=0)
                 found[torch.from_numpy(batch.indices)] = self.teacher.one_by_one(view).cpu().float()
                 progress.advance(len(view))
         if processes.world_size() > 1:

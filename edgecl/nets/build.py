@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
 from edgecl.config.recipe import Recipe, width_as_given
-from edgecl.errors import RecipeError, SliceError
+from edgecl.errors import RecipeError, SliceError, first_line
 from edgecl.nets.heads import Encoder
 from edgecl.nets.slimming import SlimmableNet
 
@@ -27,32 +29,39 @@ def create_slimmable(recipe: Recipe) -> SlimmableNet:
             stem_stride=recipe.host.stem_stride,
         )
 
-    net = SlimmableNet(
-        build,
-        host_width=recipe.host.width,
-        slim_width=recipe.slim.width,
-        other_widths=recipe.slim.all_widths[1:],
-    )
-    for size in dict.fromkeys(spec.size for spec in recipe.view_specs):
-        _try_image_size(net, recipe.host.arch, size)
+    sizes = dict.fromkeys(spec.size for spec in recipe.view_specs)
+    try:
+        net = SlimmableNet(
+            build,
+            host_width=recipe.host.width,
+            slim_width=recipe.slim.width,
+            other_widths=recipe.slim.all_widths[1:],
+        )
+    except SliceError:
+        # Where the net alone does not take the pictures, that is what is wrong.
+        _try_image_sizes(build(recipe.slim.width), recipe, sizes)
+        raise
+    _try_image_sizes(net, recipe, sizes)
     if recipe.host.nested_start:
         net.nest()
     return net
 
 
-def _try_image_size(net: SlimmableNet, arch: str, size: int) -> None:
-    """Run one blank picture: some nets, such as transformers, take one size only."""
+def _try_image_sizes(net: nn.Module, recipe: Recipe, sizes: Iterable[int]) -> None:
+    """Run one blank picture of each size: some nets, such as transformers, take one size only."""
+    forward = net.forward_slim if isinstance(net, SlimmableNet) else net
     net.eval()
-    try:
-        with torch.no_grad():
-            net.forward_slim(torch.zeros(1, 3, size, size))
-    except (RuntimeError, AssertionError, ValueError) as exc:
-        raise RecipeError(
-            f"'{arch}' does not take pictures of {size} x {size}: {str(exc).splitlines()[0]}",
-            hint="set [data] image_size or [views] local_size to a size the net takes, or choose another net",
-        ) from exc
-    finally:
-        net.train()
+    for size in sizes:
+        try:
+            with torch.no_grad():
+                forward(torch.zeros(1, 3, size, size))
+        except (RuntimeError, AssertionError, ValueError) as exc:
+            stem = f" with 'host.stem_stride' {stride}" if (stride := recipe.host.stem_stride) else ""
+            raise RecipeError(
+                f"'{recipe.host.arch}'{stem} does not take pictures of {size} x {size}: {first_line(exc)}",
+                hint="set [data] image_size or [views] local_size to a size the net takes, or choose another net",
+            ) from exc
+    net.train()
 
 
 def backbone_tensors(net: SlimmableNet, *, width: float) -> dict[str, Tensor]:

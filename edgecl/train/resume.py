@@ -82,8 +82,10 @@ def check_recipe(run_dir: RunDir, recipe: Recipe, *, allowed: Sequence[str]) -> 
     refused = {key: text for key, text in changes.items() if key not in allowed}
     if refused:
         could = [key for key in refused if key in MAY_CHANGE]
+        # Another method has other settings too.
+        told = [refused["method.name"]] if "method.name" in refused else refused.values()
         raise RecipeError(
-            "cannot resume with another recipe: " + "; ".join(refused.values()),
+            "cannot resume with another recipe: " + "; ".join(told),
             where={"run": run_dir.path},
             hint=(
                 "to change that on purpose, add " + " ".join(f"--allow {key}" for key in could)

@@ -225,7 +225,16 @@ def test_ls_of_a_shelf_is_a_list_of_names_and_summaries(edgecl, shelf):
     assert all(entry["name"] and entry["summary"] for entry in entries)
     others = {key for entry in entries for key in entry} - {"name", "summary"}
     of_nets = {"params_m", "macs_m", "image_size", "parts", "fused", "nests", "widths", "reason"}
-    assert others == (of_nets if shelf == "nets" else set())
+    of_methods = {"needs_teacher", "needs_labels", "settings"}
+    assert others == {"nets": of_nets, "methods": of_methods}.get(shelf, set())
+
+
+def test_methods_alone_are_listed_with_what_they_need_and_their_defaults(edgecl):
+    found = {entry["name"]: entry for entry in json.loads(edgecl("ls", "methods", "--json")[1])}
+    assert found["moco-v2"]["settings"]["temperature"] == 0.2
+    assert [name for name, entry in found.items() if entry["needs_labels"]] == ["supcon"]
+    taught = {"seed", "disco", "rekd", "crd", "xd-teacher", "oss"}
+    assert {name for name, entry in found.items() if entry["needs_teacher"]} == taught
 
 
 def test_verify_prints_one_json_value(edgecl, tmp_path, exported_bundle):

@@ -346,6 +346,9 @@ def test_an_unknown_method_is_named_with_those_there_are(write):
     with pytest.raises(RecipeError, match="'simclrr', not one of barlow-twins, byol,") as caught:
         read_recipe(write(MINIMAL), ["method.name=simclrr"])
     assert caught.value.hint == "did you mean 'simclr'?"
+    with pytest.raises(RecipeError) as caught:
+        read_recipe(write(MINIMAL), ["method.name=BYOL"])
+    assert caught.value.hint == "did you mean 'byol'?"
 
 
 @pytest.mark.parametrize("table", ["loss", "coding_rate"])

@@ -384,3 +384,12 @@ def test_a_net_that_takes_one_size_only_is_refused_by_name(image_size, views, re
     with pytest.raises(RecipeError, match=text) as caught:
         create_slimmable(recipe_from_tables(tables, source="test"))
     assert "local_size" in caught.value.hint
+
+
+def test_in_a_host_too_a_net_that_does_not_take_the_pictures_is_refused_for_that():
+    tables = {
+        "host": {"arch": "vit_tiny_patch16_224", "width": 2.0, "stem_stride": 1},
+        "data": {"image_size": 32},
+    }
+    with pytest.raises(RecipeError, match=r"'host.stem_stride' 1 does not take pictures of 32 x 32"):
+        create_slimmable(recipe_from_tables(tables, source="test"))

@@ -14,6 +14,7 @@ import pytest
 import torch
 from worlds import run_script
 
+from edgecl.config.recipe import recipe_from_tables
 from edgecl.errors import ArtifactError, RecipeError
 from edgecl.storage.checkpoint import read_newest
 from edgecl.storage.directories import RunDir
@@ -229,6 +230,11 @@ def test_what_decides_a_step_cannot_change(earlier, make_recipe, labelled_pictur
         )
     assert caught.value.problem == "cannot resume with another recipe: optim.lr was 0.001, now 0.5"
     assert caught.value.hint.startswith("repeat the command")
+    tables = make_recipe().model_dump(mode="json") | {"method": {"name": "byol"}}
+    tables["host"]["width"] = tables["slim"]["width"]
+    with pytest.raises(RecipeError) as caught:
+        train(recipe_from_tables(tables, source="test"), earlier, labelled_pictures, resume=True)
+    assert caught.value.problem.endswith(": method.name was 'sacl-xd', now 'byol'")
     with pytest.raises(RecipeError, match=r"'optim\.lr' cannot change within a run"):
         train(make_recipe("optim.lr=0.5"), earlier, labelled_pictures, resume=True, allow=["optim.lr"])
     with pytest.raises(RecipeError, match=r"there is no setting 'run\.epoch'"):

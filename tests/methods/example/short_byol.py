@@ -26,9 +26,9 @@ class Config(MethodConfig):
 class Byol(Method):
     """One encoder, a predictor that is trained with it, and a target that follows it."""
 
-    def __init__(self, recipe, net, *, steps_per_epoch):
-        super().__init__(recipe, net, steps_per_epoch=steps_per_epoch)
-        self.predictor = nn.Linear(recipe.projector.sizes[-1], recipe.projector.sizes[-1])
+    def __init__(self, config, net, context):
+        super().__init__(config, net, context)
+        self.predictor = nn.Linear(context.dimensions, context.dimensions)
         self.target = copy.deepcopy(net.host).requires_grad_(False)
 
     def embed(self, views, step):
