@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from edgecl.deploy.contract import one_line, render
+from edgecl.deploy.contract import contract_of, one_line, render
+from edgecl.errors import counted
 from edgecl.storage.directories import ModelDir
 from edgecl.storage.record_files import read_record
 from edgecl.storage.records import (
@@ -61,6 +62,7 @@ def model_card(
         precisions=None
         if manifest is None
         else {key: about.model for key, about in manifest.precisions.items()},
+        contract=None if manifest is None else contract_of(manifest),
         default=None if manifest is None else manifest.precision,
         method=None if record.method is None else _cell(record.method),
     )
@@ -123,7 +125,8 @@ def _of_bundle(bundle: Path, manifest: Manifest) -> Iterator[Measured]:
                     f"{one.precision}: median latency",
                     f"{latency.p50:.3g} ms{interval}",
                     f"{record.device.name}, {record.runtime}, {one.mode}, batch {record.batch}, "
-                    f"{record.threads} threads" + (f"; marked {doubts}" if doubts else ""),
+                    + counted(record.threads, "thread")
+                    + (f"; marked {doubts}" if doubts else ""),
                 )
 
 

@@ -44,16 +44,27 @@ class Contract:
         return self.preprocessing.image_size
 
     @property
-    def batch_words(self) -> str:
-        """How many pictures one call takes."""
-        return str(self.batch) if self.max_batch is None else f"1 to {self.max_batch}"
-
-    @property
     def value_words(self) -> str:
         """What the input's numbers are."""
         if not self.normalize:
             return f"RGB from 0 to 255, {'channels last' if self.channels_last else 'channels first'}"
         return f"RGB / 255, minus mean {self.preprocessing.mean}, divided by std {self.preprocessing.std}"
+
+    @property
+    def input_words(self) -> str:
+        """The input's name, type, shape and numbers."""
+        shape = " x ".join(map(str, [self._batch_words, *self.dims]))
+        return f"'{self.input}': {self.dtype}, {shape}, {self.value_words}"
+
+    @property
+    def output_words(self) -> str:
+        """The output's name, type and shape."""
+        kind = ", probabilities" if self.softmax else ""
+        return f"'{self.output}': float32, {self._batch_words} x {self.outputs}{kind}"
+
+    @property
+    def _batch_words(self) -> str:
+        return str(self.batch) if self.max_batch is None else f"1 to {self.max_batch}"
 
 
 def contract_of(manifest: Manifest) -> Contract:

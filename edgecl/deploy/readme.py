@@ -24,10 +24,8 @@ def bundle_readme(manifest: Manifest, handover: Mapping[str, str]) -> str:
         f"{net.arch} at width {net.width:g}, {outputs}, for {manifest.target_name} ({manifest.made_by})",
         f"picture: RGB, upright by its EXIF; the shorter side resized to {preprocessing.resize_size} pixels (bilinear, "
         f"antialiased, as Pillow's BILINEAR), the other in proportion; the center {side} x {side} cut out",
-        f"input  '{contract.input}': {contract.dtype}, {contract.batch_words} x {' x '.join(map(str, contract.dims))}, "
-        + contract.value_words,
-        f"output '{contract.output}': float32, {contract.batch_words} x {contract.outputs}"
-        + (", probabilities" if contract.softmax else ""),
+        f"input  {contract.input_words}",
+        f"output {contract.output_words}",
         f"holds  {holds}; the default is {manifest.precision}",
         f"needs  Python 3.6 or newer, NumPy and {runtime.needs or runtime.title}; nothing is installed",
         "python3 onboard.pyz doctor     what will fail here, and how to mend it",
@@ -38,7 +36,7 @@ def bundle_readme(manifest: Manifest, handover: Mapping[str, str]) -> str:
         ),
         "python3 onboard.pyz verify     hashes, and outputs against torch's",
         "python3 onboard.pyz bench      latency and energy, as one JSON record",
-        *(f"{name:<26} {line}" for name, line in handover.items()),
+        *(f"{name:<30} {line}" for name, line in handover.items()),
         "manifest.json says where everything came from and what was measured.",
     ]
     return "\n".join(lines) + "\n"
