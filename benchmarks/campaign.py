@@ -407,7 +407,7 @@ def evaluate(run: Run, labelled, slim: Path) -> dict:
         labels_per_class=run.labels_per_class,
         draws=run.draws,
         made_from=None,
-    )
+    ).record
     images = labelled.train.images
     spread = images[:: max(1, len(images) // RANKME_IMAGES)][:RANKME_IMAGES]
     features = extract_features(

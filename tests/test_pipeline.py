@@ -61,7 +61,9 @@ def quick(monkeypatch, exported_bundle):
     monkeypatch.setattr(edgecl.deploy.export, "verify", verify)
     monkeypatch.setattr("edgecl.deploy.device.verify", verify)
     # Nor about probing,
-    chance = SimpleNamespace(top1=lambda features, labels: 33.0)
+    chance = SimpleNamespace(
+        top1=lambda features, labels: 33.0, logits=lambda features: features.new_zeros(len(features), 3)
+    )
     monkeypatch.setattr("edgecl.evaluate.probe.fit_linear", lambda features, labels, *, classes: chance)
     # nor about reports.
     monkeypatch.setattr(sys.modules[report.__module__], "report", lambda dirs, *, out, force: {"made": True})

@@ -21,6 +21,7 @@ from edgecl.cli.report import ReportCommand, report_command
 from edgecl.cli.run import demo_command, run_command
 from edgecl.cli.selftest import selftest_app
 from edgecl.cli.verify import verify_command
+from edgecl.cli.watch import watch_command
 
 
 @contextlib.contextmanager
@@ -62,6 +63,7 @@ app.command("ls")(ls_command)
 app.command("run")(run_command)
 app.command("demo")(demo_command)
 app.command("pretrain")(pretrain_command)
+app.command("watch")(watch_command)
 app.command("carve")(carve_command)
 app.command("probe")(probe_command)
 app.command("finetune")(finetune_command)

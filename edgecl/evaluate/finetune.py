@@ -7,26 +7,31 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from edgecl.config.settings import override, validate
 from edgecl.data.loading import normalize
 from edgecl.data.sources import absolute_uri
 from edgecl.errors import ArtifactError, DataError, RecipeError, first_of
+from edgecl.evaluate.inspection import inspect
 from edgecl.evaluate.labelled import Labelled, Part, read_labelled
+from edgecl.evaluate.probe import load_feature_net
 from edgecl.evaluate.supervised import (
     FinetuneConfig,
     QuantizedFinetuneConfig,
+    classifier_logits,
     classifier_top1,
+    top1_of,
     train_classifier,
 )
+from edgecl.metrics.collapse import extract_features
 from edgecl.metrics.intervals import proportion_interval
 from edgecl.nets.fake_quant import learning_scales, quantize_net
 from edgecl.nets.model_dir import create_blank, load_backbone, load_model, write_model
 from edgecl.storage.directories import ModelDir
 from edgecl.storage.outputs import refuse_existing, refuse_own_input
 from edgecl.storage.record_files import write_record
-from edgecl.storage.records import EvaluationRecord, FinetunedModel, ModelRecord, Preprocessing, Quantization
+from edgecl.storage.records import EvaluationRecord, FinetunedModel, ModelRecord, Quantization
 
 DEFAULT_EPOCHS = 20
 DEFAULT_QUANTIZED_EPOCHS = 3
@@ -96,15 +101,17 @@ def finetune(
         quantization=trained.quantization,
         force=force,
     )
+    logits = classifier_logits(trained.net, labelled.test, record.preprocessing)
     evaluation = _evaluation(
         trained,
-        record.preprocessing,
+        logits,
         labelled,
         settings=settings,
         test=test,
         made_from=ModelDir(out).sha256,
     )
     write_record(ModelDir(out).evaluation_file, evaluation)
+    _write_inspection(out, logits, labelled)
     return FinetunedModel(**dict(written), evaluation=evaluation)
 
 
@@ -185,9 +192,28 @@ def _train_quantized(
     return _Trained(quantized, epochs, Quantization(keep=kept, learnt=settings.learn_scales), before)
 
 
+def _write_inspection(model: Path, logits: Tensor, labelled: Labelled) -> None:
+    """Write what the classifier confuses beside a fine-tuned net."""
+    net, record = load_feature_net(model)
+    images = record.preprocessing
+    features = extract_features(
+        net, labelled.test.images, normalize=lambda part: normalize(part, images.mean, images.std)
+    )
+    inspection = inspect(
+        features,
+        logits,
+        labelled.test,
+        classes=labelled.classes,
+        predicted_by="classifier",
+        test_from=labelled.test_from,
+        made_from=ModelDir(model).sha256,
+    )
+    write_record(ModelDir(model).inspection_file, inspection)
+
+
 def _evaluation(
     trained: _Trained,
-    preprocessing: Preprocessing,
+    logits: Tensor,
     labelled: Labelled,
     *,
     settings: FinetuneConfig,
@@ -197,7 +223,7 @@ def _evaluation(
     def interval(top1: float) -> list[float]:
         return list(proportion_interval(top1, len(labelled.test)))
 
-    top1 = classifier_top1(trained.net, labelled.test, preprocessing)
+    top1 = top1_of(logits, labelled.test)
     in_float, calibrated = trained.before or (None, None)
     return EvaluationRecord(
         made_from=made_from,

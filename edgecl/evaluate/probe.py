@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from edgecl.data.loading import normalize
 from edgecl.errors import ArtifactError
 from edgecl.evaluate.cost import forward_cost
+from edgecl.evaluate.inspection import inspect
 from edgecl.evaluate.labelled import Labelled, draw_few, read_labelled
 from edgecl.metrics.collapse import extract_features, knn_top1
 from edgecl.metrics.intervals import mean_interval, proportion_interval
-from edgecl.metrics.linear import fit_linear
+from edgecl.metrics.linear import LinearClassifier, fit_linear
 from edgecl.nets.backbone import count_parameters
 from edgecl.nets.model_dir import create_blank, load_model
 from edgecl.progress import Progress
@@ -100,17 +102,46 @@ def side_by_side(models: Sequence[Path], records: Sequence[ProbeRecord]) -> list
 
 
 def write_probe(model: Path, labelled: Labelled, *, labels_per_class: int, draws: int) -> ProbeRecord:
-    """Evaluate a model directory's net on images prepared for it, and write probe.json into it."""
+    """Evaluate a model directory's net on images prepared for it, and write probe.json into it.
+
+    Of a net without a classifier also inspection.json: what the linear probe confuses.
+    """
     net, record = load_feature_net(model)
+    files = ModelDir(model)
     found = probe_net(
         net,
         labelled,
         preprocessing=record.preprocessing,
         labels_per_class=labels_per_class,
         draws=draws,
-        made_from=ModelDir(model).sha256,
+        made_from=files.sha256,
     )
-    return write_record(ModelDir(model).probe_file, found)
+    if not record.classes:
+        inspection = inspect(
+            found.features,
+            found.linear.logits(found.features),
+            labelled.test,
+            classes=labelled.classes,
+            predicted_by="linear probe",
+            test_from=labelled.test_from,
+            made_from=files.sha256,
+        )
+        write_record(files.inspection_file, inspection)
+    return write_record(files.probe_file, found.record)
+
+
+class Probed(NamedTuple):
+    """What a probe found, and with what.
+
+    Attributes:
+        record: the accuracies.
+        features: (N, F) of the held-out images.
+        linear: the linear probe on all labels.
+    """
+
+    record: ProbeRecord
+    features: Tensor
+    linear: LinearClassifier
 
 
 def load_feature_net(model: Path) -> tuple[nn.Module, ModelRecord]:
@@ -137,7 +168,7 @@ def probe_net(
     labels_per_class: int,
     draws: int,
     made_from: str | None,
-) -> ProbeRecord:
+) -> Probed:
     """Evaluate the features of a net.
 
     Args:
@@ -162,7 +193,8 @@ def probe_net(
         progress.advance(note="features")
         knn = knn_top1(train_features, train.labels, test_features, test.labels)
         progress.advance(note="nearest neighbors")
-        linear = fit_linear(train_features, train.labels, classes=classes).top1(test_features, test.labels)
+        classifier = fit_linear(train_features, train.labels, classes=classes)
+        linear = classifier.top1(test_features, test.labels)
         progress.advance(note="linear probe")
         few = []
         for draw in range(draws):
@@ -170,7 +202,7 @@ def probe_net(
             fitted = fit_linear(train_features[chosen], train.labels[chosen], classes=classes)
             few.append(fitted.top1(test_features, test.labels))
             progress.advance(note=f"few-label draw {draw + 1}")
-    return ProbeRecord(
+    record = ProbeRecord(
         made_from=made_from,
         knn_top1=knn,
         knn_ci95=list(proportion_interval(knn, len(test))),
@@ -183,6 +215,7 @@ def probe_net(
         data=labelled.train_from,
         test=labelled.test_from,
     )
+    return Probed(record, test_features, classifier)
 
 
 def summary(draws: Sequence[float], *, labels_per_class: int) -> FewLabelAccuracy:

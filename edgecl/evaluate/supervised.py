@@ -6,7 +6,7 @@ from typing import Any, Literal, cast
 
 import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from edgecl.config.settings import Config, Decay, Fraction, Rate, Seed
@@ -157,15 +157,23 @@ def _create_optimizer(net: nn.Module, settings: FinetuneConfig) -> torch.optim.O
     return torch.optim.AdamW(groups, fused=True)
 
 
-@torch.no_grad()
 def classifier_top1(net: nn.Module, part: Part, preprocessing: Preprocessing) -> float:
     """Return the accuracy of a classifier in evaluation mode, percent."""
+    return top1_of(classifier_logits(net, part, preprocessing), part)
+
+
+@torch.no_grad()
+def classifier_logits(net: nn.Module, part: Part, preprocessing: Preprocessing) -> Tensor:
+    """Return the (N, K) logits of a classifier in evaluation mode."""
     net.eval()
-    correct = 0
-    for images, labels in zip(part.images.split(256), part.labels.split(256), strict=True):
-        logits = net(normalize(images, preprocessing.mean, preprocessing.std))
-        correct += int((logits.argmax(1) == labels).sum())
-    return 100 * correct / len(part)
+    return torch.cat(
+        [net(normalize(images, preprocessing.mean, preprocessing.std)) for images in part.images.split(256)]
+    )
+
+
+def top1_of(logits: Tensor, part: Part) -> float:
+    """Return the accuracy of (N, K) logits, percent."""
+    return 100 * int((logits.argmax(1) == part.labels).sum()) / len(part)
 
 
 def choose_device(name: str) -> torch.device:

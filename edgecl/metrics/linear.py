@@ -33,9 +33,13 @@ class LinearClassifier:
     bias: Tensor
     penalty: float
 
+    def logits(self, features: Tensor) -> Tensor:
+        """Return (N, K) logits of (N, F) features."""
+        return functional.linear((features - self.mean) / self.deviation, self.weight, self.bias)
+
     def predict(self, features: Tensor) -> Tensor:
         """Return (N,) labels of (N, F) features."""
-        return functional.linear((features - self.mean) / self.deviation, self.weight, self.bias).argmax(1)
+        return self.logits(features).argmax(1)
 
     def top1(self, features: Tensor, labels: Tensor) -> float:
         """Return the accuracy on (N, F) features, percent."""

@@ -5,6 +5,7 @@ Nothing here loads a net. A missing piece is left out; a piece that belongs to s
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import math
@@ -23,6 +24,7 @@ from edgecl.storage.records import (
     ComparisonRecord,
     CostRecord,
     EvaluationRecord,
+    InspectionRecord,
     Json,
     Manifest,
     ModelRecord,
@@ -40,6 +42,7 @@ Line = dict[str, float]
 # The order of a pipeline's folders in the report; others follow by name.
 _ORDER = ("pretrain", "slim", "finetuned", "random", "bundles")
 _PNG = b"\x89PNG\r\n\x1a\n"
+_JPEG = b"\xff\xd8\xff"
 
 
 R = TypeVar("R", bound=Record)
@@ -63,6 +66,8 @@ class Source(Generic[R_co]):
     """Of a run: one line per measurement of the features."""
     views_png: bytes | None = None
     """Of a run: images and their views."""
+    inspection: InspectionRecord | None = None
+    """Of a net: what it confuses."""
 
     @property
     def shown(self) -> str:
@@ -100,6 +105,8 @@ class Collection:
         digest = hashlib.sha256()
         for source in self.sources:
             digest.update(source.sha256.encode())
+            if source.inspection:
+                digest.update(json.dumps(content_of(source.inspection), sort_keys=True).encode())
             for name, record in sorted(source.beside.items()):
                 digest.update(f"{name} {json.dumps(content_of(record), sort_keys=True)}".encode())
         return digest.hexdigest()
@@ -201,6 +208,7 @@ def read_cleaned(file: Path, kind: type[R]) -> R:
     return parse_record(_cleaned(content_of(record)), kind, path=file)
 
 
+_BESIDE_A_NET: tuple[type[Record], ...] = (ProbeRecord, CostRecord, EvaluationRecord, InspectionRecord)
 _KINDS: dict[str | None, type[Record]] = {kind.KIND: kind for kind in (RunRecord, ModelRecord, Manifest)}
 
 
@@ -210,12 +218,27 @@ def _read_source(path: Path, kind: type[Record], notes: list[str]) -> Source[Rec
         _read_run(source, source.record, notes)
     files: list[tuple[Path, type[Record]]] = []
     if kind is ModelRecord:
-        files = [(path / beside.FILE, beside) for beside in (ProbeRecord, CostRecord, EvaluationRecord)]
+        files = [(path / beside.FILE, beside) for beside in _BESIDE_A_NET]
     elif kind is Manifest:
         files = [(file, BenchRecord) for file in sorted(path.glob("bench-*.json"))]
         files.insert(0, (path / VerifyRecord.FILE, VerifyRecord))
     _read_beside(source, files, notes)
+    # Apart from what lies beside: its pictures are shown, and are no numbers for the list of records.
+    inspection = source.beside.pop(InspectionRecord.FILE, None)
+    if isinstance(inspection, InspectionRecord):
+        if all(_is_jpeg(one.picture) for one in inspection.mistakes):
+            source.inspection = inspection
+        else:
+            notes.append(f"{source.shown}: {inspection.FILE} has pictures that are no JPEG and is left out.")
     return source
+
+
+def _is_jpeg(picture: str) -> bool:
+    """Return whether a text is a JPEG in base64, and so nothing that a page would take for markup."""
+    try:
+        return base64.b64decode(picture, validate=True).startswith(_JPEG)
+    except ValueError:
+        return False
 
 
 def _read_run(source: Source[Record], record: RunRecord, notes: list[str]) -> None:

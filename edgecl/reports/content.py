@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from edgecl.errors import printable
+from edgecl.errors import counted, printable
 from edgecl.reports.collect import Collection, Line, Source, content_of
 from edgecl.reports.families import Family, families_of, family_in_words, lines_in
 from edgecl.reports.notation import duration, fixed
@@ -19,6 +19,9 @@ from edgecl.reports.sentences import decision_of, plateaus_in_words, warnings_of
 from edgecl.storage.directories import ReportDir
 from edgecl.storage.records import (
     ComparisonRecord,
+    Confusion,
+    FeatureMap,
+    InspectionRecord,
     Json,
     Manifest,
     ModelRecord,
@@ -115,6 +118,26 @@ class RunSummary(Part):
         return f"{text}."
 
 
+class ConfidentMistake(Part):
+    """A held-out image that was taken for another class."""
+
+    label: str
+    predicted: str
+    confidence: float
+
+
+class Inspection(Part):
+    """Which held-out images a net confuses, and how its features lie."""
+
+    name: str
+    in_words: str
+    classes: list[str]
+    confusion: list[Confusion]
+    mistakes: list[ConfidentMistake]
+    """The most confident ones; their pictures are on the page."""
+    map: FeatureMap
+
+
 _HEADER = ("command", "made_by", "made_from", "schema", "kind")
 
 
@@ -154,6 +177,8 @@ class Report(Record):
     """Accuracy against MACs or parameters, where no latency joins the nets of one run."""
     families: list[Family]
     """Nets of several widths out of one checkpoint."""
+    inspections: list[Inspection]
+    """Of every net but those at random initialization."""
     runs: list[RunSummary]
     notes: list[Text]
     conditions: list[Origin]
@@ -190,7 +215,8 @@ def report_of(collection: Collection) -> Report:
         trade_off=trade,
         size_trade_off=None if has_line else size_trade_off(rows, [family.rows for family in families]),
         families=families,
-        runs=[_run_summary(run) for run in collection.of(RunRecord)],
+        inspections=[_inspection(one.name, record) for one, record in inspected(collection)],
+        runs=[run_summary(run) for run in collection.of(RunRecord)],
         notes=[*collection.notes, *warnings_of(rows, collection)],
         conditions=list(_origins(collection)),
     )
@@ -203,7 +229,42 @@ def _title(collection: Collection) -> str:
     return f"edgecl report: {names[0]}" + (" and others" if len(names) > 1 else "")
 
 
-def _run_summary(run: Source[RunRecord]) -> RunSummary:
+def inspected(collection: Collection) -> list[tuple[Source[ModelRecord], InspectionRecord]]:
+    """Return the nets whose inspection is shown, with it."""
+    return [
+        (one, one.inspection)
+        for one in collection.of(ModelRecord)
+        if one.inspection and one.record.origin != "random"
+    ]
+
+
+def _inspection(name: str, record: InspectionRecord) -> Inspection:
+    wrong = [pair for pair in record.confusion if pair.label != pair.predicted]
+    text = f"The {record.predicted_by} takes {sum(pair.images for pair in wrong):,} of "
+    text += f"{counted(record.n_test, 'held-out image')} for another class"
+    if wrong:
+        most = max(wrong, key=lambda pair: pair.images)
+        label, predicted = record.classes[most.label], record.classes[most.predicted]
+        text += f", most often {label} for {predicted} ({most.images:,})"
+    return Inspection(
+        name=name,
+        in_words=f"{text}.",
+        classes=record.classes,
+        confusion=record.confusion,
+        mistakes=[
+            ConfidentMistake(
+                label=record.classes[one.label],
+                predicted=record.classes[one.predicted],
+                confidence=one.confidence,
+            )
+            for one in record.mistakes
+        ],
+        map=record.map,
+    )
+
+
+def run_summary(run: Source[RunRecord]) -> RunSummary:
+    """Return what a page shows of a run, whether it is done or not."""
     record = run.record
     total, per_epoch = record.total_steps, record.steps_per_epoch
     at = [line["epoch"] for line in (*run.steps, *run.quality)]

@@ -8,18 +8,20 @@ from __future__ import annotations
 import base64
 import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from edgecl.reports.content import Report, RunSummary
+from edgecl.reports.content import Inspection, Report, RunSummary
 from edgecl.reports.families import family_tables
 from edgecl.reports.figures.curves import panel_figure
 from edgecl.reports.figures.dots import comparison_figure, difference_figure
 from edgecl.reports.figures.drawing import BLUE, INK, MUTED, ORANGE, PURPLE
+from edgecl.reports.figures.inspections import classes_shown, confusion_figure, map_figure
 from edgecl.reports.figures.scatter import scatter_figure
 from edgecl.reports.notation import MISSING
 from edgecl.reports.pareto import SIZES, TradeOff
@@ -37,9 +39,20 @@ class Chart:
     title: str = ""
 
 
-def page(report: Report, *, views: Mapping[str, bytes]) -> str:
-    """Return the report as HTML, with the views.png of runs by their names."""
-    env = _environment(label=_label, value=_value, with_whole_interval=_with_whole_interval)
+def page(
+    report: Report,
+    *,
+    views: Mapping[str, bytes],
+    pictures: Mapping[str, Sequence[str]] = MappingProxyType({}),
+) -> str:
+    """Return the report as HTML.
+
+    Args:
+        report: what it says.
+        views: name of a run -> its views.png.
+        pictures: name of an inspected net -> JPEGs of its mistakes, in base64, in their order.
+    """
+    env = environment(label=_label, value=_value, with_whole_interval=_with_whole_interval)
     env.tests["list_of_tables"] = _is_list_of_tables
     assert env.loader is not None
     return env.get_template("report.html.j2").render(
@@ -49,19 +62,24 @@ def page(report: Report, *, views: Mapping[str, bytes]) -> str:
             list(_comparison_charts(one, f"compare{i}")) for i, one in enumerate(report.comparisons)
         ],
         scatters=list(_scatters(report)),
-        run_charts=[list(_run_charts(run, f"run{i}")) for i, run in enumerate(report.runs)],
+        inspection_charts=[
+            list(_inspection_charts(one, f"inspect{i}")) for i, one in enumerate(report.inspections)
+        ],
+        pictures=pictures,
+        run_charts=[list(run_charts(run, f"run{i}")) for i, run in enumerate(report.runs)],
         views={name: base64.b64encode(png).decode("ascii") for name, png in views.items()},
     )
 
 
 def markdown(report: Report) -> str:
     """Return the report in GitHub Markdown: decision, tables, comparisons, warnings and commands."""
-    env = _environment(code=_code)
+    env = environment(code=_code)
     env.finalize = _markdown
     return env.get_template("report.md.j2").render(report=report)
 
 
-def _environment(**filters: Callable[..., Any]) -> Environment:
+def environment(**filters: Callable[..., Any]) -> Environment:
+    """Return the templates of this folder, with what they call; everything put into them is escaped."""
     env = Environment(
         loader=PackageLoader("edgecl.reports"),
         autoescape=True,
@@ -106,6 +124,23 @@ def _scatters(report: Report) -> Iterator[Chart]:
         yield Chart(Markup(svg), caption, f"Accuracy against {SIZES[trade.cost]}")
 
 
+def _inspection_charts(inspection: Inspection, prefix: str) -> Iterator[Chart]:
+    """Draw what a net confuses, and its features."""
+    shown, every = len(classes_shown(inspection)), len(inspection.classes)
+    some = f" Of {every:,} classes the {shown} that are confused most." if shown < every else ""
+    yield Chart(
+        Markup(confusion_figure(inspection, prefix=prefix + "c")),
+        f"Rows are true classes, columns predicted ones; the darker, the larger the share of the row.{some}",
+        "Classes against predicted classes",
+    )
+    yield Chart(
+        Markup(map_figure(inspection, prefix=prefix + "m")),
+        f"{len(inspection.map.x):,} held-out images by the net's features ({inspection.map.made_by}): what lies together "
+        f"looks alike to it.{some}",
+        "Features in the plane",
+    )
+
+
 def _caption(trade: TradeOff, rows: list[Row]) -> str:
     """Return how to read a scatter: its bars, shapes, colors and lines."""
     parts = [
@@ -139,7 +174,7 @@ def _caption(trade: TradeOff, rows: list[Row]) -> str:
     return " ".join(parts)
 
 
-def _run_charts(run: RunSummary, prefix: str) -> Iterator[Chart]:
+def run_charts(run: RunSummary, prefix: str) -> Iterator[Chart]:
     """Draw the panels of a run that have a curve."""
     for place, panel in enumerate(run.panels):
         others = itertools.cycle((PURPLE, ORANGE, BLUE, MUTED))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from edgecl.reports.collect import collect
-from edgecl.reports.content import Report, report_of
+from edgecl.reports.content import Report, inspected, report_of
 from edgecl.reports.render import markdown, page
 from edgecl.storage.directories import ReportDir
 from edgecl.storage.outputs import new_directory, refuse_existing
@@ -24,7 +24,8 @@ def report(dirs: Sequence[Path], *, out: Path, force: bool = False) -> Report:
     collection = collect(dirs)
     found = report_of(collection)
     views = {run.name: run.views_png for run in collection.of(RunRecord) if run.views_png}
-    html = page(found, views=views)
+    pictures = {one.name: [each.picture for each in record.mistakes] for one, record in inspected(collection)}
+    html = page(found, views=views, pictures=pictures)
     with new_directory(out, kind=ReportDir.KIND, force=force) as aside:
         files = ReportDir(aside)
         write_bytes(files.page_file, html.encode("utf-8"))

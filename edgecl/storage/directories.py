@@ -49,6 +49,7 @@ class ModelDir:
         self.probe_file = self.path / "probe.json"
         self.cost_file = self.path / "cost.json"
         self.evaluation_file = self.path / "evaluation.json"
+        self.inspection_file = self.path / "inspection.json"
 
     def read(self) -> ModelRecord:
         """Return the model's record after comparing it and the weights with their hashes.

@@ -11,7 +11,15 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, WithJsonSchema
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from edgecl import __version__
@@ -413,6 +421,67 @@ class EvaluationRecord(Record):
     epochs: Count
     settings: Json
     """Of fine-tuning."""
+
+
+class Confusion(Table):
+    """How many held-out images of one class were taken for another, or rightly for their own."""
+
+    label: Count
+    """The class, by its place in `classes`."""
+    predicted: Count
+    images: Count
+
+
+class Mistake(Table):
+    """A held-out image that was taken for another class."""
+
+    picture: Text
+    """A small JPEG, in base64."""
+    label: Count
+    predicted: Count
+    confidence: float = Field(ge=0, le=1)
+    """The softmax of the class that was predicted."""
+
+
+class FeatureMap(Table):
+    """Held-out images as points of a plane, by their features."""
+
+    made_by: Literal["PCA", "UMAP"]
+    explained: Interval | None
+    """Of each of the two axes: its share of the features' variance; null where axes have no such meaning."""
+    x: list[float] = Field(max_length=10_000)
+    y: list[float]
+    label: list[Count]
+
+
+class InspectionRecord(Record):
+    """inspection.json: which held-out images a net confuses, and how its features lie."""
+
+    KIND = "inspection"
+    FILE = "inspection.json"
+
+    kind: Literal["inspection"] = "inspection"
+    predicted_by: Literal["linear probe", "classifier"]
+    classes: list[Text]
+    confusion: list[Confusion]
+    """Pairs of classes that occur."""
+    mistakes: list[Mistake] = Field(max_length=100)
+    """The most confident ones, the most confident first."""
+    map: FeatureMap
+    n_test: Count
+    """Held-out images."""
+    test: Text
+    """The held-out images, in words."""
+
+    @model_validator(mode="after")
+    def _is_of_its_classes(self) -> InspectionRecord:
+        pairs: list[Confusion | Mistake] = [*self.confusion, *self.mistakes]
+        labels = [label for pair in pairs for label in (pair.label, pair.predicted)]
+        if max([*labels, *self.map.label], default=-1) >= len(self.classes):
+            raise ValueError("a label is none of the classes")
+        if not len(self.map.x) == len(self.map.y) == len(self.map.label):
+            raise ValueError("the points of the map have different numbers of coordinates and labels")
+        return self
 
 
 class FinetunedModel(ModelRecord):
@@ -1038,6 +1107,7 @@ KINDS: tuple[type[Record], ...] = (
     ProbeRecord,
     ComparisonRecord,
     EvaluationRecord,
+    InspectionRecord,
     CostRecord,
     VerifyRecord,
     BenchRecord,

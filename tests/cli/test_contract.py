@@ -34,6 +34,7 @@ OPTIONS = {
     "doctor": ("--host --target --json", ""),
     "publish": ("--out --push --force", "--bundle --json"),
     "report": ("--out --json", "--force"),
+    "watch": ("", "--port"),
 }
 DEFAULTS = {
     ("probe", "seeds"): 3,

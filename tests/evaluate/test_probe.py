@@ -29,7 +29,7 @@ def evaluator(tiny_backbone, colored, preprocessing):
             labelled,
             preprocessing=preprocessing,
             **{"labels_per_class": 2, "draws": 3, "made_from": None, **options},
-        )
+        ).record
 
     return evaluator
 

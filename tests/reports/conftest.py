@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import math
 from hashlib import sha256
@@ -9,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from sealed import write_sealed
 
 from edgecl.onboard.bundle import SCHEMA, sha256_of_file
@@ -155,8 +158,6 @@ class Maker:
 
     def views(self, run: Path) -> None:
         """Write a picture of the size of views beside a run."""
-        from PIL import Image
-
         Image.new("RGB", (8 * 68 - 4, 3 * 68 - 4), "teal").save(run / "views.png")
 
     def model(
@@ -237,6 +238,42 @@ class Maker:
                 },
             )
         return path
+
+    def inspection(self, model: Path, *, classes: list[str], picture: str | None = None) -> Path:
+        """Write what a net confuses: each class once for the next one, and 9 times for itself."""
+        if picture is None:
+            buffer = io.BytesIO()
+            Image.new("RGB", (32, 32), "teal").save(buffer, "JPEG")
+            picture = base64.b64encode(buffer.getvalue()).decode("ascii")
+        count = len(classes)
+        pairs = [
+            (label, (label + wrong) % count, 1 if wrong else 9) for label in range(count) for wrong in (0, 1)
+        ]
+        return write(
+            model / "inspection.json",
+            {
+                **header("inspection", sha256_of_file(model / "model.json"), f"edgecl probe {model}"),
+                "predicted_by": "linear probe",
+                "classes": classes,
+                "confusion": [
+                    {"label": label, "predicted": predicted, "images": images}
+                    for label, predicted, images in pairs
+                ],
+                "mistakes": [
+                    {"picture": picture, "label": label, "predicted": (label + 1) % count, "confidence": 0.9}
+                    for label in range(min(count, 16))
+                ],
+                "map": {
+                    "made_by": "PCA",
+                    "explained": [0.4, 0.2],
+                    "x": [math.cos(6.3 * label / count) for label in range(count)],
+                    "y": [math.sin(6.3 * label / count) for label in range(count)],
+                    "label": list(range(count)),
+                },
+                "n_test": 10 * count,
+                "test": "demo (test split)",
+            },
+        )
 
     def precision(
         self, name: str, *, accuracy: dict[str, Any] | None = None, decision: dict[str, Any] | None = None
