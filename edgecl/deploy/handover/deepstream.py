@@ -33,6 +33,11 @@ def write(bundle: Bundle, manifest: Manifest) -> dict[str, str]:
         return {}
     factor, ratios = scale_and_ratios(contract.preprocessing.std)
     model = fold_scale(onnx.load(bundle.path / onnx_name("fp32")), ratios)
+    # Of the other input.
+    props = {entry.key: entry.value for entry in model.metadata_props}
+    helper.set_model_props(
+        model, {key: props[key] for key in props if key not in ("edgecl.mean", "edgecl.std")}
+    )
     if contract.labels is not None:
         if not contract.softmax:
             end_with_softmax(model)
