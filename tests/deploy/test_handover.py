@@ -312,6 +312,15 @@ def test_deepstreams_net_gives_the_probabilities_of_the_bundles_net(for_deepstre
     assert names.removesuffix("\n").split(";") == ['a "quoted" \\ name', "two\\nlines,\\x1b[2J", "плёс"]
 
 
+def test_net_that_ends_in_softmax_gets_no_second_one(tmp_path, without_trtexec):
+    manifest, _ = write_bundle(tmp_path / "b", runtime="tensorrt")
+    for softmax in (False, True):
+        manifest.output.softmax = softmax
+        write_handover(Bundle(tmp_path / "b"), manifest)
+        nodes = onnx.load(tmp_path / "b" / "deepstream.onnx").graph.node
+        assert [node.op_type for node in nodes].count("Softmax") == (not softmax)
+
+
 def test_net_that_begins_otherwise_multiplies_its_input(picture):
     images = RANDOM.normal(size=(1, 3, SIDE, SIDE)).astype(np.float32)
     ratios = [1.5, 0.25, 3.0]
