@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from edgecl.config.settings import override, validate
 from edgecl.data.loading import normalize
 from edgecl.data.sources import absolute_uri
-from edgecl.errors import ArtifactError, DataError, RecipeError, first_of
+from edgecl.errors import ArtifactError, DataError, RecipeError, first_line, first_of
 from edgecl.evaluate.inspection import inspect
 from edgecl.evaluate.labelled import Labelled, Part, read_labelled
 from edgecl.evaluate.probe import load_feature_net
@@ -21,6 +21,7 @@ from edgecl.evaluate.supervised import (
     QuantizedFinetuneConfig,
     classifier_logits,
     classifier_top1,
+    hold_out,
     top1_of,
     train_classifier,
 )
@@ -78,7 +79,12 @@ def finetune(
             where={"model": model},
             hint="start from the float net that it was made from",
         )
+    deployed = settings.deployed(record.preprocessing)
+    _try_size(net, record, deployed.image_size)
     labelled = read_labelled(data, test=test, preprocessing=record.preprocessing, download=download)
+    if deployed != record.preprocessing:
+        larger = read_labelled(data, test=test, preprocessing=deployed, download=download)
+        labelled = replace(labelled, test=larger.test)
     torch.manual_seed(settings.seed)
     trained = (
         _train_quantized(net, record, labelled, epochs=epochs, settings=settings, model=model, data=data)
@@ -92,7 +98,7 @@ def finetune(
         width=record.width,
         stem_stride=record.stem_stride,
         classes=list(labelled.classes),
-        preprocessing=record.preprocessing,
+        preprocessing=deployed,
         origin="finetuned",
         made_from=ModelDir(model).sha256,
         data=absolute_uri(data),
@@ -101,7 +107,7 @@ def finetune(
         quantization=trained.quantization,
         force=force,
     )
-    logits = classifier_logits(trained.net, labelled.test, record.preprocessing)
+    logits = classifier_logits(trained.net, labelled.test, deployed)
     evaluation = _evaluation(
         trained,
         logits,
@@ -136,18 +142,18 @@ def _train_float(
     net: nn.Module, record: ModelRecord, labelled: Labelled, *, epochs: int | None, settings: FinetuneConfig
 ) -> _Trained:
     """Add a new classifier to the net and train both."""
-    epochs = epochs or DEFAULT_EPOCHS
+    steps = _steps(epochs or DEFAULT_EPOCHS, labelled.train, settings)
     classifier = create_blank(record, classes=len(labelled.classes))
     load_backbone(classifier, net)
-    train_classifier(
+    taken = train_classifier(
         classifier,
         labelled.train,
-        steps=_steps(epochs, labelled.train, settings),
+        steps=steps,
         settings=settings,
         preprocessing=record.preprocessing,
         what="finetune",
     )
-    return _Trained(classifier, epochs)
+    return _Trained(classifier, _epochs(taken, labelled.train, settings))
 
 
 def _train_quantized(
@@ -176,12 +182,13 @@ def _train_quantized(
     quantized, kept = quantize_net(
         net, normalize(images, preprocessing.mean, preprocessing.std), keep=settings.keep
     )
+    deployed = settings.deployed(preprocessing)
     before = (
-        classifier_top1(net, labelled.test, preprocessing),
-        classifier_top1(quantized, labelled.test, preprocessing),
+        classifier_top1(net, labelled.test, deployed),
+        classifier_top1(quantized, labelled.test, deployed),
     )
     with learning_scales(quantized) if settings.learn_scales else contextlib.nullcontext():
-        train_classifier(
+        taken = train_classifier(
             quantized,
             labelled.train,
             steps=_steps(epochs, labelled.train, settings),
@@ -189,6 +196,7 @@ def _train_quantized(
             preprocessing=preprocessing,
             what="finetune int8",
         )
+    epochs = _epochs(taken, labelled.train, settings)
     return _Trained(quantized, epochs, Quantization(keep=kept, learnt=settings.learn_scales), before)
 
 
@@ -243,5 +251,26 @@ def _evaluation(
     )
 
 
+def _try_size(net: nn.Module, record: ModelRecord, size: int) -> None:
+    """Run one blank picture of the size that the net will be deployed at."""
+    try:
+        with torch.no_grad():
+            net(torch.zeros(1, 3, size, size))
+    except (RuntimeError, AssertionError, ValueError) as exc:
+        raise RecipeError(
+            f"'{record.arch}' does not take pictures of {size} x {size}: {first_line(exc)}",
+            hint="leave test_size out, or set one that the net takes",
+        ) from exc
+
+
 def _steps(epochs: int, part: Part, settings: FinetuneConfig) -> int:
-    return epochs * max(1, len(part) // min(settings.batch_size, len(part)))
+    return epochs * _steps_per_epoch(part, settings)
+
+
+def _epochs(steps: int, part: Part, settings: FinetuneConfig) -> int:
+    return round(steps / _steps_per_epoch(part, settings))
+
+
+def _steps_per_epoch(part: Part, settings: FinetuneConfig) -> int:
+    images = hold_out(part, seed=settings.seed)[0] if settings.early_stop else part
+    return max(1, len(images) // min(settings.batch_size, len(images)))

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 from typing import Any, Literal, cast
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from edgecl.config.settings import Config, Decay, Fraction, Rate, Seed
 from edgecl.config.views import Views
-from edgecl.data.loading import normalize
+from edgecl.data.loading import normalize, split_holdout
 from edgecl.data.randomness import permutation
 from edgecl.data.views import draw_parameters, render_view, standardized
 from edgecl.errors import DeviceError, NonFiniteError
+from edgecl.evaluate.augment import mixed, rand_augmented
 from edgecl.evaluate.labelled import Part
 from edgecl.nets.small_maps import small_maps_sped_up
 from edgecl.progress import Progress
 from edgecl.storage.records import Preprocessing
 from edgecl.train.allocator import keep_freed_memory
 from edgecl.train.optim import cosine_schedule
+
+_HELD_OUT = 0.1
 
 
 class FinetuneConfig(Config):
@@ -39,8 +44,30 @@ class FinetuneConfig(Config):
     flip_vertical: Fraction = 0.0
     jitter: Fraction = 0.0
     """Probability of color jitter."""
+    rand_augment: int = Field(0, ge=0, le=30)
+    """Magnitude of RandAugment's two operations on each picture; 0 does none."""
+    mixup: float = Field(0.0, ge=0, le=100)
+    """Blend pictures in pairs, by shares of a Beta(alpha, alpha) distribution; 0 does not."""
+    cutmix: float = Field(0.0, ge=0, le=100)
+    """Paste a part of each picture into another, its area drawn in the same way; 0 does not."""
+    class_weights: Literal["none", "balanced"] = "none"
+    """Whether the loss of rare classes weighs more: N / (K n_k) each."""
+    ema: float = Field(0.0, ge=0, lt=1)
+    """Keep a moving average of the weights, with this share of the old at each step; 0 keeps the last weights."""
+    early_stop: int | None = Field(None, ge=1, le=10**6)
+    """Hold a tenth of the labelled pictures out, keep the weights that are best on it, and stop after so many epochs
+    without better ones; None trains to the end on all."""
+    test_size: int | None = Field(None, ge=8, le=8192)
+    """Height and width of pictures when it is evaluated and deployed, pixels: a net takes larger ones than it was trained
+    on, often to its gain. None keeps those of the training."""
     seed: Seed = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    def deployed(self, preprocessing: Preprocessing) -> Preprocessing:
+        """Return how pictures are prepared when the net is evaluated and deployed."""
+        size = self.test_size or preprocessing.image_size
+        resize = round(preprocessing.resize_size * size / preprocessing.image_size)
+        return preprocessing.model_copy(update={"image_size": size, "resize_size": resize})
 
     def views(self) -> Views:
         """Return the variation of the images: crop, flips and color, neither blur nor solarization."""
@@ -77,7 +104,7 @@ def train_classifier(
     preprocessing: Preprocessing,
     what: str | None = None,
     views: Views | None = None,
-) -> None:
+) -> int:
     """Train a net in place, on views of the images that differ at every step.
 
     Args:
@@ -89,6 +116,9 @@ def train_classifier(
         what: for the progress bar; without, none is shown.
         views: how the images are varied, in place of the settings' own.
 
+    Returns:
+        the steps that were taken: fewer where it stopped early.
+
     Raises:
         NonFiniteError: the loss is not a number.
     """
@@ -98,47 +128,163 @@ def train_classifier(
     net.to(device)
     # Several times faster than the default layout for the depthwise convolutions of small nets on a CPU.
     net.to(memory_format=torch.channels_last)
+    best = None
+    if settings.early_stop:
+        part, held_out = hold_out(part, seed=settings.seed)
+        best = _Best(held_out, preprocessing, patience=settings.early_stop)
+    classes = cast(Any, net).num_classes
+    batches = _Batches(part, settings, views or settings.views(), preprocessing, device, classes=classes)
+    average = _average_of(net, settings)
     optimizer = _create_optimizer(net, settings)
     schedule = cosine_schedule(optimizer, warmup_steps=min(max(1, steps // 10), steps - 1), total_steps=steps)
-    batch = min(settings.batch_size, len(part))
-    per_epoch = max(1, len(part) // batch)
-    size = part.images.shape[-1]
-    sizes = torch.full((len(part), 2), size).numpy()
-    spec = (views or settings.views()).specs(size)[0]
-    net.train()
-    if settings.backbone_lr_fraction == 0:
-        net.eval()
-    order = permutation(settings.seed, 0, len(part))
+    net.train(settings.backbone_lr_fraction > 0)
+    weight = class_weights(part.labels, classes).to(device) if settings.class_weights != "none" else None
+    taken = 0
     with small_maps_sped_up(net), Progress(what, total=steps, unit="steps") as progress:
         for step in range(steps):
-            epoch, place = divmod(step, per_epoch)
-            if place == 0:
-                order = permutation(settings.seed, epoch, len(part))
-            index = order[place * batch : (place + 1) * batch]
-            drawn = draw_parameters(
-                index, sizes[index], spec, name=spec.names[0], seed=settings.seed, epoch=epoch
-            )
-            pictures = part.images[torch.from_numpy(index)].to(device).float().div_(255)
-            images = render_view(pictures, sizes[index], drawn, spec)
-            images = standardized(images, preprocessing.mean, preprocessing.std)
+            images, targets = batches.at(step)
             loss = functional.cross_entropy(
-                net(images.contiguous(memory_format=torch.channels_last)),
-                part.labels[torch.from_numpy(index)].to(device),
-                label_smoothing=settings.label_smoothing,
+                net(images), targets, weight=weight, label_smoothing=settings.label_smoothing
             )
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             schedule.step_update(step)
             optimizer.step()
-            if step % 20 == 0 or step == steps - 1:
-                value = float(loss.detach())
-                if not value < float("inf"):
-                    raise NonFiniteError(
-                        f"the loss is {value:g} at step {step + 1}", hint="lower the rate, e.g. --set lr=3e-4"
-                    )
-                progress.advance(0, note=f"loss {value:.3g}")
+            taken = step + 1
+            if average:
+                average.update_parameters(net)
+            if step % 20 == 0 or taken == steps:
+                progress.advance(0, note=f"loss {_finite(loss, step):.3g}")
             progress.advance()
+            if best and taken % batches.per_epoch == 0 and best.is_over(average.module if average else net):
+                break
+    if average:
+        net.load_state_dict(average.module.state_dict())
+    if best and best.state:
+        net.load_state_dict(best.state)
     net.eval().to("cpu").to(memory_format=torch.contiguous_format)
+    return taken
+
+
+class _Batches:
+    """The batches of a training: which pictures, varied how, is a function of the seed and the step.
+
+    Args:
+        part: labelled images.
+        settings: of the training.
+        views: how images are varied.
+        preprocessing: of the net.
+        device: where the batches go.
+        classes: K.
+    """
+
+    def __init__(
+        self,
+        part: Part,
+        settings: FinetuneConfig,
+        views: Views,
+        preprocessing: Preprocessing,
+        device: torch.device,
+        *,
+        classes: int,
+    ):
+        self._part, self._settings, self._preprocessing, self._device = part, settings, preprocessing, device
+        size = part.images.shape[-1]
+        self._sizes = torch.full((len(part), 2), size).numpy()
+        self._spec = views.specs(size)[0]
+        self._batch = min(settings.batch_size, len(part))
+        self.per_epoch = max(1, len(part) // self._batch)
+        self._classes = classes
+        self._epoch, self._order = -1, np.zeros(0, np.int64)
+
+    def at(self, step: int) -> tuple[Tensor, Tensor]:
+        """Return (N, 3, H, W) standardized images and their labels, or (N, K) shares of classes where images are mixed."""
+        settings, spec = self._settings, self._spec
+        epoch, place = divmod(step, self.per_epoch)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, permutation(settings.seed, epoch, len(self._part))
+        index = self._order[place * self._batch : (place + 1) * self._batch]
+        sizes, rows = self._sizes[index], torch.from_numpy(index)
+        drawn = draw_parameters(index, sizes, spec, name=spec.names[0], seed=settings.seed, epoch=epoch)
+        pictures = self._part.images[rows].to(self._device).float().div_(255)
+        images = render_view(pictures, sizes, drawn, spec)
+        if settings.rand_augment:
+            images = rand_augmented(
+                images, index, magnitude=settings.rand_augment, seed=settings.seed, epoch=epoch
+            )
+        images = standardized(images, self._preprocessing.mean, self._preprocessing.std)
+        targets = self._part.labels[rows].to(self._device)
+        if settings.mixup or settings.cutmix:
+            images, targets = mixed(
+                images,
+                targets,
+                classes=self._classes,
+                mixup=settings.mixup,
+                cutmix=settings.cutmix,
+                seed=settings.seed,
+                step=step,
+            )
+        return images.contiguous(memory_format=torch.channels_last), targets
+
+
+class _Best:
+    """The weights that are best on held-out images.
+
+    Args:
+        held_out: the images.
+        preprocessing: of the net.
+        patience: epochs without better ones after which it is over.
+    """
+
+    def __init__(self, held_out: Part, preprocessing: Preprocessing, *, patience: int):
+        self._held_out, self._preprocessing, self._patience = held_out, preprocessing, patience
+        self._top1, self._without = -1.0, 0
+        self.state: dict[str, Tensor] = {}
+
+    def is_over(self, net: nn.Module) -> bool:
+        """Evaluate a net, keep its weights if they are the best, and return whether the patience is at its end."""
+        was_training = net.training
+        device = next(net.parameters()).device
+        images = Part(self._held_out.images.to(device), self._held_out.labels.to(device))
+        top1 = classifier_top1(net, images, self._preprocessing)
+        net.train(was_training)
+        self._without += 1
+        if top1 > self._top1:
+            self._top1, self._without = top1, 0
+            self.state = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+        return self._without >= self._patience
+
+
+def hold_out(part: Part, *, seed: int) -> tuple[Part, Part]:
+    """Split a tenth off, an even share of each class.
+
+    Raises:
+        DataError: every class has one image only.
+    """
+    stay, held_out = split_holdout(part.labels.numpy(), _HELD_OUT, seed=seed)
+    return part.take(torch.from_numpy(stay)), part.take(torch.from_numpy(held_out))
+
+
+def class_weights(labels: Tensor, classes: int) -> Tensor:
+    """Return (K,) weights N / (K n_k) of (N,) labels, under which every class counts the same."""
+    counts = labels.bincount(minlength=classes).clamp(min=1)
+    return len(labels) / (classes * counts.float())
+
+
+def _average_of(net: nn.Module, settings: FinetuneConfig) -> AveragedModel | None:
+    """Return a moving average of the net's weights, its norms' statistics averaged too; None where none is kept."""
+    if not settings.ema:
+        return None
+    return AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(settings.ema), use_buffers=True)
+
+
+def _finite(loss: Tensor, step: int) -> float:
+    value = float(loss.detach())
+    if not value < float("inf"):
+        raise NonFiniteError(
+            f"the loss is {value:g} at step {step + 1}", hint="lower the rate, e.g. --set lr=3e-4"
+        )
+    return value
 
 
 def _create_optimizer(net: nn.Module, settings: FinetuneConfig) -> torch.optim.Optimizer:

@@ -27,6 +27,7 @@ class TinyNet(torch.nn.Module):
 
     def __init__(self, classes: int = 3):
         super().__init__()
+        self.num_classes = classes
         self.backbone = torch.nn.Sequential(
             torch.nn.Conv2d(3, 8, 3, padding=1),
             torch.nn.BatchNorm2d(8),

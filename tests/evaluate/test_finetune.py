@@ -110,6 +110,28 @@ def test_features_below_the_classifier_are_what_a_probe_evaluates(tuned, plain_m
         assert torch.equal(features(images), plain(images))
 
 
+def test_a_net_may_be_deployed_at_another_size_than_it_was_trained_at(tmp_path, plain_model, image_folder):
+    out = tmp_path / "m"
+    settings = ["test_size=48", "batch_size=16", "device=cpu"]
+    record = finetune(plain_model, data=str(image_folder), out=out, epochs=1, assignments=settings)
+    net, model = load_model(out)
+    trained_at = ModelDir(plain_model).read().preprocessing
+    assert (model.preprocessing.image_size, trained_at.image_size) == (48, 32)
+    assert model.preprocessing.resize_size == round(trained_at.resize_size * 48 / 32)
+    held_out = read_labelled(str(image_folder), test=None, preprocessing=model.preprocessing).test
+    assert record.evaluation.top1 == classifier_top1(net, held_out, model.preprocessing)
+
+
+def test_a_size_that_the_net_does_not_take_is_refused_before_training(
+    tmp_path, plain_model, image_folder, monkeypatch
+):
+    monkeypatch.setattr("edgecl.evaluate.finetune.train_classifier", None)
+    vit = timm.create_model("vit_tiny_patch16_224", num_classes=0)
+    monkeypatch.setattr("edgecl.evaluate.finetune.load_model", lambda model: (vit, ModelDir(model).read()))
+    with pytest.raises(RecipeError, match="does not take pictures of 48 x 48"):
+        finetune(plain_model, data=str(image_folder), out=tmp_path / "m", assignments=["test_size=48"])
+
+
 def test_unknown_setting_suggests_a_near_one(tmp_path, plain_model, image_folder):
     with pytest.raises(RecipeError) as caught:
         finetune(plain_model, data=str(image_folder), out=tmp_path / "m", assignments=["flp=0.5"])

@@ -19,7 +19,9 @@ from edgecl.evaluate.supervised import (
     FinetuneConfig,
     QuantizedFinetuneConfig,
     choose_device,
+    class_weights,
     classifier_top1,
+    hold_out,
     train_classifier,
 )
 from edgecl.nets.fake_quant import FakeQuant, learning_scales, quantize_net
@@ -143,6 +145,80 @@ def test_views_are_those_of_the_settings_unless_others_are_given(train, colored,
     assert (seen[0].flip, seen[0].grayscale, seen[0].blur) == (0.125, 0, 0)
     train(steps=1, views=Views(flip=0.25))
     assert seen[1] == Views(flip=0.25).specs(colored.train.images.shape[-1])[0]
+
+
+# --- what timm's training has ---
+
+
+@pytest.fixture
+def after_each_step(monkeypatch, tiny_net):
+    """The net's tensors after each of the optimizer's steps."""
+    seen = []
+    take = torch.optim.AdamW.step
+    monkeypatch.setattr(
+        torch.optim.AdamW, "step", lambda self: (take(self), seen.append(copied(tiny_net)))[0]
+    )
+    return seen
+
+
+def test_the_average_is_the_sum_of_all_weights_by_their_age(train, after_each_step):
+    found = copied(train(steps=6, ema=0.75))
+    for name in ("backbone.0.weight", "classifier.bias", "backbone.1.running_var"):
+        expected = after_each_step[0][name].double()
+        for tensors in after_each_step[1:]:
+            expected = 0.75 * expected + 0.25 * tensors[name].double()
+        torch.testing.assert_close(found[name].double(), expected, atol=1e-6, rtol=1e-5)
+    assert not torch.equal(found["classifier.bias"], after_each_step[-1]["classifier.bias"])
+
+
+def test_rare_classes_weigh_more_in_inverse_proportion():
+    labels = torch.tensor([0] * 6 + [1] * 3 + [2])
+    weights = class_weights(labels, 3)
+    assert (weights * torch.tensor([6, 3, 1])).tolist() == pytest.approx([10 / 3] * 3)
+
+
+def test_balanced_weights_are_those_of_the_loss(train, colored, monkeypatch):
+    seen = []
+    loss = torch.nn.functional.cross_entropy
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "cross_entropy",
+        lambda *given, weight, **named: (seen.append(weight), loss(*given, weight=weight, **named))[1],
+    )
+    part = colored.train.take(torch.arange(len(colored.train))[colored.train.labels != 2])
+    train(steps=1, part=part, class_weights="balanced")
+    train(steps=1, part=part)
+    assert torch.equal(seen[0], class_weights(part.labels, 3))
+    assert seen[1] is None
+
+
+def test_it_stops_after_epochs_without_better_weights_and_keeps_the_best(
+    train, tiny_net, colored, preprocessing, monkeypatch
+):
+    drawn = torch.Generator().manual_seed(0)
+    part = Part(colored.train.images, colored.train.labels[torch.randperm(36, generator=drawn)])
+    stay, held_out = hold_out(part, seed=0)
+    assert sorted(stay.labels.tolist() + held_out.labels.tolist()) == sorted(part.labels.tolist())
+    seen = []
+    top1 = edgecl.evaluate.supervised.classifier_top1
+
+    def watching(net, images, preparing):
+        assert torch.equal(images.images, held_out.images)
+        seen.append((top1(net, images, preparing), copied(net)))
+        return seen[-1][0]
+
+    monkeypatch.setattr(edgecl.evaluate.supervised, "classifier_top1", watching)
+    settings = FinetuneConfig(lr=0.02, batch_size=12, device="cpu", early_stop=2)
+    taken = train_classifier(tiny_net, part, steps=200, settings=settings, preprocessing=preprocessing)
+    found = [value for value, _ in seen]
+    best = found.index(max(found))
+    assert len(found) == best + 3 == taken / (len(stay) // 12) < 100
+    assert unchanged(tiny_net, seen[best][1]) == list(seen[best][1])
+
+
+@pytest.mark.parametrize("settings", [{"mixup": 0.5, "cutmix": 1.0}, {"rand_augment": 9}], ids=str)
+def test_classes_are_learned_from_mixed_and_changed_pictures_too(train, colored, preprocessing, settings):
+    assert classifier_top1(train(steps=60, **settings), colored.test, preprocessing) > 90
 
 
 @pytest.mark.parametrize("key", FinetuneConfig.model_fields)
