@@ -64,7 +64,7 @@ def model_card(
         else {key: about.model for key, about in manifest.precisions.items()},
         contract=None if manifest is None else contract_of(manifest),
         default=None if manifest is None else manifest.precision,
-        method=None if record.method is None else _cell(record.method),
+        cell=_cell,
     )
 
 

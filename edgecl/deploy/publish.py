@@ -8,7 +8,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import onnx
 import timm
@@ -66,11 +66,13 @@ def publish(
     trained, record = load_model(model)
     net = without_fake_quant(trained) if record.quantization else trained
     manifest = None if bundle is None else _read_bundle(bundle, ModelDir(model))
-    found, why_not = _in_timm(net, record)
-    say(why_not or f"timm builds it as '{found}'")
+    plain = _from_timm(net, record)
+    why_not = plain if isinstance(plain, str) else None
+    name = None if isinstance(plain, str) else str(cast(Any, plain).pretrained_cfg["architecture"])
+    say(why_not or f"timm builds it as '{name}'")
     with new_directory(out, kind=PublishedRecord.KIND, force=force) as aside:
-        if found is not None:
-            _write_for_timm(aside, net, record, name=found)
+        if name is not None:
+            _write_for_timm(aside, plain, record)
         if record.classes is not None:
             lines = "".join(f"{one_line(name)}\n" for name in record.classes)
             write_bytes(aside / LABELS, lines.encode())
@@ -83,7 +85,7 @@ def publish(
         published = PublishedRecord(
             made_from=ModelDir(model).sha256,
             command="edgecl publish",  # another one's paths are nobody's business
-            timm=found,
+            timm=name,
             why_not_timm=why_not,
             files={},
         )
@@ -129,37 +131,29 @@ def _read_bundle(bundle: Path, model: ModelDir) -> Manifest:
     return manifest
 
 
-def _in_timm(net: nn.Module, record: ModelRecord) -> tuple[str | None, str | None]:
-    """Return the name by which timm builds exactly this net; or None, and why there is no such name.
+def _from_timm(net: nn.Module, record: ModelRecord) -> nn.Module | str:
+    """Return the net as timm builds it by a name alone, with these weights; or why there is no such name.
 
     A narrower net may be one that timm has under another name: mobilenetv3_small_100 at width 0.5 is mobilenetv3_small_050.
     """
     if record.quantization is not None:
-        return None, "timm cannot build this net: its batch norms were folded when it was trained for INT8"
+        return "timm cannot build this net: its batch norms were folded when it was trained for INT8"
     name = record.arch
     if record.width != 1.0:
         name = f"{re.sub('_100$', '', name)}_{round(100 * record.width):03d}"
     at_width = f"'{record.arch}' at width {record.width:g}"
     if not is_model(name):
-        return None, f"timm cannot build this net: it has no {at_width}"
-    plain = timm.create_model(name, num_classes=len(record.classes or ())).eval()
+        return f"timm cannot build this net: it has no {at_width}"
+    plain: nn.Module = timm.create_model(name, num_classes=len(record.classes or ())).eval()
     try:
         plain.load_state_dict(net.state_dict())
     except RuntimeError:
-        return None, f"timm cannot build this net: its '{name}' is not {at_width}"
+        return f"timm cannot build this net: its '{name}' is not {at_width}"
     noise = _noise(record)
-    if not torch.equal(
-        torch.from_numpy(torch_outputs(plain, noise)), torch.from_numpy(torch_outputs(net, noise))
-    ):
-        return None, (
-            f"timm cannot build this net: its '{name}' computes something else"
-            + (
-                ""
-                if record.stem_stride is None
-                else f"; the stem of this one has stride {record.stem_stride}"
-            )
-        )
-    return name, None
+    if not (torch_outputs(plain, noise) == torch_outputs(net, noise)).all():
+        stem = "" if record.stem_stride is None else f"; the stem of this one has stride {record.stem_stride}"
+        return f"timm cannot build this net: its '{name}' computes something else{stem}"
+    return plain
 
 
 def _noise(record: ModelRecord) -> torch.Tensor:
@@ -168,10 +162,8 @@ def _noise(record: ModelRecord) -> torch.Tensor:
     return torch.randn(4, 3, side, side, generator=torch.Generator().manual_seed(0))
 
 
-def _write_for_timm(folder: Path, net: Any, record: ModelRecord, *, name: str) -> None:
+def _write_for_timm(folder: Path, plain: Any, record: ModelRecord) -> None:
     """Write config.json and model.safetensors: weights, names of the classes, and how pictures are prepared."""
-    plain: Any = timm.create_model(name, num_classes=len(record.classes or ()))
-    plain.load_state_dict(net.state_dict())
     plain.pretrained_cfg = {
         key: value for key, value in plain.pretrained_cfg.items() if key not in _OF_TIMMS_WEIGHTS
     }

@@ -218,7 +218,7 @@ def test_net_that_timm_cannot_build_is_published_as_onnx_alone_and_says_why(
 def test_net_trained_for_int8_is_none_of_timms(model):
     net, record = load_model(model)
     record = record.model_copy(update={"quantization": Quantization(keep=[])})
-    assert "trained for INT8" in publishing._in_timm(net, record)[1]
+    assert "trained for INT8" in publishing._from_timm(net, record)
 
 
 # --- a bundle's files ---
