@@ -56,7 +56,10 @@ def finetune_command(
         if quantize
         else ""
     )
+    metric = "top-1" if found.metric == "top1" else "F1"
+    precision = found.mean_average_precision
+    beside = "" if precision is None else f", mean average precision {precision:.1f} %"
     print_line(
-        f"{before}top-1 {found.top1:.1f} % [{low:.1f}, {high:.1f}] on {found.n_test} held-out images, "
+        f"{before}{metric} {found.top1:.1f} % [{low:.1f}, {high:.1f}]{beside} on {found.n_test} held-out images, "
         f"{len(record.classes or ())} classes -> {out}"
     )

@@ -18,7 +18,7 @@ DataOption = Annotated[
     typer.Option(
         "--data",
         metavar="URI",
-        help="A folder of images, `demo`, shards:PATTERN (paths or URLs), or e.g. cifar10:PATH (`edgecl ls datasets`).",
+        help="A folder of images, `demo`, shards:PATTERN, csv:FILE, or e.g. cifar10:PATH (`edgecl ls datasets`).",
     ),
 ]
 LabelledOption = Annotated[

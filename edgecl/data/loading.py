@@ -65,6 +65,8 @@ class EvalImages(NamedTuple):
     """(N,) int64."""
     skipped: tuple[str, ...]
     """Names of the unreadable ones."""
+    label_sets: Tensor | None
+    """(N, K) float32 of zeros and ones, where a picture may be of several classes."""
 
 
 def eval_image(image: Image.Image, *, resize_size: int, image_size: int) -> Tensor:
@@ -432,8 +434,12 @@ def load_eval_images(
         wait_s=read_timeout_s,
         stalled=stalled,
     )
-    labels = None if source.labels is None else torch.from_numpy(source.labels[chosen[readable]])
-    return EvalImages(images[: len(readable)], labels, bad.names)
+    source = source.take(chosen[readable])
+    labels, label_sets = (
+        None if part is None else torch.from_numpy(part) for part in (source.labels, source.label_sets)
+    )
+    sets = None if label_sets is None else label_sets.float()
+    return EvalImages(images[: len(readable)], labels, bad.names, sets)
 
 
 def _read_all(

@@ -66,6 +66,8 @@ class ImageSource:
     classes: tuple[str, ...] | None = None
     labels: Labels | None = field(default=None, repr=False)
     """(N,) positions in `classes`."""
+    label_sets: NDArray[np.bool_] | None = field(default=None, repr=False)
+    """(N, K) which of `classes` each picture is of, where it may be of several, or none; `labels` then is None."""
     order: Callable[[int, int, NDArray[np.int64]], NDArray[np.int64]] | None = field(default=None, repr=False)
     """(seed, epoch, (M,) images that take part) -> (M,) positions among these, shuffled so that reading stays local;
     None where any order costs the same."""
@@ -73,6 +75,11 @@ class ImageSource:
     """Index -> the bytes of its file, where pictures are files; raises OSError or UnreadableImage."""
     memory: Memory | None = field(default=None, repr=False)
     """Of the files that were unreadable before, where an index is kept."""
+
+    @property
+    def strata(self) -> Labels | None:
+        """(N,) of what a held-out part has an even share: classes, or the sizes of sets of classes; None without labels."""
+        return self.labels if self.label_sets is None else self.label_sets.sum(1, dtype=np.int64)
 
     def __len__(self) -> int:
         """Count the images, unreadable ones included."""
@@ -94,6 +101,7 @@ class ImageSource:
             memory=None,
             namer=lambda index: self.namer(int(indices[index])),
             labels=None if self.labels is None else self.labels[indices],
+            label_sets=None if self.label_sets is None else self.label_sets[indices],
             order=order and (lambda seed, epoch, chosen: order(seed, epoch, indices[chosen])),
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from edgecl.data import demo_images, folder, shards, torchvision_sets
+from edgecl.data import demo_images, folder, label_table, shards, torchvision_sets
 from edgecl.data.source import ImageSource, Split, expanded
 from edgecl.errors import DataError, near_matches
 from edgecl.storage.redaction import without_secrets
@@ -14,6 +14,7 @@ _SUMMARIES = {
     **folder.SUMMARIES,
     **torchvision_sets.SUMMARIES,
     **shards.SUMMARIES,
+    **label_table.SUMMARIES,
 }
 
 
@@ -37,6 +38,8 @@ def open_source(
             return demo_images.open_demo(split)
         if scheme == shards.SCHEME:
             return shards.open_shards(uri, split=split)
+        if scheme == label_table.SCHEME:
+            return label_table.open_table(uri, split=split)
         if scheme in torchvision_sets.SETS:
             return torchvision_sets.open_set(uri, split=split, download=download)
         if expanded(uri).is_dir():
@@ -58,7 +61,7 @@ def folder_of(uri: str) -> Path | None:
 def absolute_uri(uri: str) -> str:
     """Return a data URI that means the same from any working directory, for records that others read later."""
     scheme = _scheme(uri)
-    if scheme in torchvision_sets.SETS:
+    if scheme in (*torchvision_sets.SETS, label_table.SCHEME):
         return f"{scheme}:{Path(uri.partition(':')[2]).absolute()}"
     if scheme == shards.SCHEME:
         return shards.absolute_shards(uri)
@@ -78,7 +81,7 @@ def list_datasets() -> list[dict[str, str]]:
 def _scheme(uri: str) -> str:
     """Return the scheme of a data URI; "" for a folder."""
     scheme, colon, _ = uri.partition(":")
-    known = scheme in torchvision_sets.SETS or (colon and scheme == shards.SCHEME)
+    known = scheme in torchvision_sets.SETS or (colon and scheme in (shards.SCHEME, label_table.SCHEME))
     return "demo" if uri == "demo" else scheme if known else ""
 
 

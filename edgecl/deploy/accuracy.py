@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import numpy
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,13 +18,15 @@ from edgecl.data.unreadable import say_skipped
 from edgecl.deploy.session import Run
 from edgecl.errors import DataError
 from edgecl.metrics.collapse import knn_correct
-from edgecl.metrics.intervals import proportion_interval
+from edgecl.metrics.intervals import mean_interval, proportion_interval
+from edgecl.metrics.label_sets import image_f1
 from edgecl.storage.records import Accuracy, ModelRecord, Preprocessing
 
-Metric = Literal["top1", "knn_top1", "mean_cosine"]
+Metric = Literal["top1", "f1", "knn_top1", "mean_cosine"]
 
 METRICS: dict[str | None, str] = {
     "top1": "top-1",
+    "f1": "F1",
     "knn_top1": "kNN top-1",
     "mean_cosine": "mean cosine similarity with fp32",
 }
@@ -51,7 +53,7 @@ class Evaluator:
     """Images on which the forms of one net are compared.
 
     The (N, 3, H, W) uint8 images have (N,) labels for the metrics top1, of a classifier, and knn_top1, of features, where
-    the bank holds others with known labels; without labels it is mean_cosine.
+    the bank holds others with known labels, and (N, K) sets of classes for f1; without labels it is mean_cosine.
     """
 
     metric: Metric
@@ -90,13 +92,15 @@ class Evaluator:
     def _run(self, run: Run, images: Tensor) -> Tensor:
         mean, std = self.preprocessing.mean, self.preprocessing.std
         parts = [run(normalize(part, mean, std).numpy()) for part in images.split(BATCH)]
-        return torch.from_numpy(numpy.concatenate(parts))
+        return torch.from_numpy(np.concatenate(parts))
 
     def scores(self, outputs: Outputs, fp32: Outputs) -> Tensor:
-        """Return (N,) one number per image: right or wrong in percent, or the cosine similarity with fp32."""
+        """Return (N,) one number per image: right or wrong, or its F1, in percent, or the cosine similarity with fp32."""
         if self.metric == "mean_cosine":
             return cosines(outputs.queries, fp32.queries)
         assert self.labels is not None
+        if self.metric == "f1":
+            return 100 * image_f1(outputs.queries, self.labels)
         if self.metric == "top1":
             correct = outputs.queries.argmax(1) == self.labels
         else:
@@ -109,7 +113,11 @@ class Evaluator:
         """Return the accuracy of one precision."""
         scores = self.scores(outputs, fp32)
         value = float(scores.mean())
-        interval = None if self.metric == "mean_cosine" else list(proportion_interval(value, len(scores)))
+        interval = None
+        if self.metric == "f1":
+            interval = list(mean_interval(scores.tolist()))
+        elif self.metric != "mean_cosine":
+            interval = list(proportion_interval(value, len(scores)))
         return Accuracy(
             metric=self.metric,
             value=value,
@@ -130,7 +138,7 @@ def cosines(found: Tensor, expected: Tensor) -> Tensor:
 def read_images(
     source: ImageSource, named: str, preprocessing: Preprocessing, *, limit: int
 ) -> tuple[Tensor, Tensor | None]:
-    """Read up to so many images, (N, 3, H, W) uint8 at the net's size, and their (N,) labels; say what was skipped."""
+    """Read up to so many images, (N, 3, H, W) uint8 at the net's size, and their labels; say what was skipped."""
     loaded = load_eval_images(
         source,
         resize_size=preprocessing.resize_size,
@@ -139,7 +147,7 @@ def read_images(
         limit=limit,
     )
     say_skipped(loaded.skipped, named)
-    return loaded.images, loaded.labels
+    return loaded.images, loaded.labels if loaded.label_sets is None else loaded.label_sets
 
 
 def open_evaluator(
@@ -162,23 +170,26 @@ def open_evaluator(
     split: Split = "test" if has_test_split(named) else "train"
     source = open_source(named, split=split, download=download)
     classes = record.classes
-    usable = source.labels is not None and (classes is None or list(source.classes or ()) == list(classes))
+    wanted = source.label_sets if record.label_sets else source.labels
+    usable = wanted is not None and (classes is None or list(source.classes or ()) == list(classes))
     if uri and not usable:
         raise DataError(
-            "these images have no labels"
-            if source.labels is None
+            "these images have no labels" + (" that are sets" if record.label_sets else "")
+            if wanted is None
             else f"these images have other classes than the net: {_only_in(source.classes or (), classes or ())}",
             where={"eval": uri},
             hint="put each class in a folder of its own, named as the net's classes: ROOT/CLASS/image.jpg",
         )
-    if source.labels is not None and not uri and split == "train":
-        source = source.take(split_holdout(source.labels, HOLDOUT, seed=0)[1])
+    strata = source.strata
+    if strata is not None and not uri and split == "train":
+        source = source.take(split_holdout(strata, HOLDOUT, seed=0)[1])
     limit = MOST_IMAGES if usable else MOST_UNLABELLED
     images, labels = read_images(source, named, preprocessing, limit=limit)
     labels = labels if usable else None
-    held_out = "" if uri or split == "test" else " (held out)" if source.labels is not None else ""
+    held_out = "" if uri or split == "test" else " (held out)" if strata is not None else ""
     bank = bank_labels = None
-    metric: Metric = "mean_cosine" if labels is None else "top1" if classes else "knn_top1"
+    metric: Metric = "knn_top1" if not classes else "f1" if record.label_sets else "top1"
+    metric = metric if usable else "mean_cosine"
     if metric == "knn_top1":
         assert labels is not None
         known, asked = (torch.from_numpy(part) for part in split_holdout(labels.numpy(), 0.5, seed=1))

@@ -179,8 +179,8 @@ def _read_images(
         wanted = max(wanted, settings.calibration_images + settings.holdout_images)
     source = open_source(uri, split="train", download=download)
     source_length = len(source)
-    if hold_out and source.labels is not None and not has_test_split(uri):
-        stay = split_holdout(source.labels, HOLDOUT, seed=0)[0]
+    if hold_out and source.strata is not None and not has_test_split(uri):
+        stay = split_holdout(source.strata, HOLDOUT, seed=0)[0]
         source = source.take(stay)
     images, labels = read_images(source, uri, preprocessing, limit=wanted)
     aside = " beside the fifth that is held out" if hold_out and len(source) < source_length else ""
@@ -201,7 +201,8 @@ def _read_images(
     order = torch.from_numpy(permutation(0, 0, len(images), stream="calibration"))
     images = normalize(images[order], preprocessing.mean, preprocessing.std)
     fits = record.classes is not None and list(source.classes or ()) == record.classes
-    return images, labels[order] if labels is not None and fits else None
+    one_each = labels is not None and labels.ndim == 1
+    return images, labels[order] if labels is not None and one_each and fits else None
 
 
 def _manifest(

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from edgecl.config.views import Views
 from edgecl.errors import ProcessError
 from edgecl.evaluate.labelled import Part
-from edgecl.evaluate.supervised import FinetuneConfig, classifier_top1, train_classifier
+from edgecl.evaluate.supervised import FinetuneConfig, classifier_accuracy, train_classifier
 from edgecl.nets.model_dir import create_blank, load_backbone, load_model
 from edgecl.progress import Progress
 from edgecl.storage.records import ModelRecord
@@ -86,7 +86,7 @@ def train_on_few(jobs: Sequence[FewLabels], test: Part) -> Iterator[float]:
                 ) from None
             net.load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()})
             progress.advance()
-            yield classifier_top1(net, test, job.record.preprocessing)
+            yield classifier_accuracy(net, test, job.record.preprocessing)
 
 
 def _begin_worker(threads: int) -> None:

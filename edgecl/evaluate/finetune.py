@@ -19,14 +19,14 @@ from edgecl.evaluate.probe import load_feature_net
 from edgecl.evaluate.supervised import (
     FinetuneConfig,
     QuantizedFinetuneConfig,
+    accuracies,
     classifier_logits,
-    classifier_top1,
     hold_out,
-    top1_of,
     train_classifier,
 )
 from edgecl.metrics.collapse import extract_features
-from edgecl.metrics.intervals import proportion_interval
+from edgecl.metrics.intervals import mean_interval, proportion_interval
+from edgecl.metrics.label_sets import mean_average_precision
 from edgecl.nets.fake_quant import learning_scales, quantize_net
 from edgecl.nets.model_dir import create_blank, load_backbone, load_model, write_model
 from edgecl.storage.directories import ModelDir
@@ -81,9 +81,11 @@ def finetune(
         )
     deployed = settings.deployed(record.preprocessing)
     _try_size(net, record, deployed.image_size)
-    labelled = read_labelled(data, test=test, preprocessing=record.preprocessing, download=download)
+    labelled = read_labelled(
+        data, test=test, preprocessing=record.preprocessing, download=download, label_sets=True
+    )
     if deployed != record.preprocessing:
-        larger = read_labelled(data, test=test, preprocessing=deployed, download=download)
+        larger = read_labelled(data, test=test, preprocessing=deployed, download=download, label_sets=True)
         labelled = replace(labelled, test=larger.test)
     torch.manual_seed(settings.seed)
     trained = (
@@ -105,6 +107,7 @@ def finetune(
         recipe_name=record.recipe_name,
         method=record.method,
         quantization=trained.quantization,
+        label_sets=labelled.test.labels.ndim == 2,
         force=force,
     )
     logits = classifier_logits(trained.net, labelled.test, deployed)
@@ -117,7 +120,8 @@ def finetune(
         made_from=ModelDir(out).sha256,
     )
     write_record(ModelDir(out).evaluation_file, evaluation)
-    _write_inspection(out, logits, labelled)
+    if labelled.test.labels.ndim == 1:
+        _write_inspection(out, logits, labelled)
     return FinetunedModel(**dict(written), evaluation=evaluation)
 
 
@@ -129,13 +133,13 @@ class _Trained:
         net: with its classifier.
         epochs: passes over the data.
         quantization: of a net trained for INT8.
-        before: of such a net, its accuracy in float and calibrated, before it was trained so, percent.
+        before: of such a net, the (N,) accuracies in float and calibrated, before it was trained so, percent.
     """
 
     net: nn.Module
     epochs: int
     quantization: Quantization | None = None
-    before: tuple[float, float] | None = None
+    before: tuple[Tensor, Tensor] | None = None
 
 
 def _train_float(
@@ -184,8 +188,8 @@ def _train_quantized(
     )
     deployed = settings.deployed(preprocessing)
     before = (
-        classifier_top1(net, labelled.test, deployed),
-        classifier_top1(quantized, labelled.test, deployed),
+        accuracies(classifier_logits(net, labelled.test, deployed), labelled.test),
+        accuracies(classifier_logits(quantized, labelled.test, deployed), labelled.test),
     )
     with learning_scales(quantized) if settings.learn_scales else contextlib.nullcontext():
         taken = train_classifier(
@@ -228,19 +232,31 @@ def _evaluation(
     test: str | None,
     made_from: str,
 ) -> EvaluationRecord:
-    def interval(top1: float) -> list[float]:
-        return list(proportion_interval(top1, len(labelled.test)))
+    sets = labelled.test.labels.ndim == 2
 
-    top1 = top1_of(logits, labelled.test)
-    in_float, calibrated = trained.before or (None, None)
+    def summed(found: Tensor | None) -> tuple[float, list[float]] | tuple[None, None]:
+        """Return the mean of what each image gives, and its interval."""
+        if found is None:
+            return None, None
+        mean = float(found.mean())
+        # The F1 of an image is no yes or no.
+        low, high = mean_interval(found.tolist()) if sets else proportion_interval(mean, len(found))
+        return mean, [max(low, 0.0), min(high, 100.0)]
+
+    top1, top1_ci95 = summed(accuracies(logits, labelled.test))
+    assert top1 is not None
+    assert top1_ci95 is not None
+    (in_float, float_ci95), (calibrated, calibrated_ci95) = map(summed, trained.before or (None, None))
     return EvaluationRecord(
         made_from=made_from,
+        metric="f1" if sets else "top1",
         top1=top1,
-        top1_ci95=interval(top1),
+        top1_ci95=top1_ci95,
+        mean_average_precision=100 * mean_average_precision(logits, labelled.test.labels) if sets else None,
         float_top1=in_float,
-        float_top1_ci95=None if in_float is None else interval(in_float),
+        float_top1_ci95=float_ci95,
         calibrated_top1=calibrated,
-        calibrated_top1_ci95=None if calibrated is None else interval(calibrated),
+        calibrated_top1_ci95=calibrated_ci95,
         n_test=len(labelled.test),
         n_train=len(labelled.train),
         data=labelled.train_from,

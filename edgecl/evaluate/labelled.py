@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from edgecl.data.loading import choose_images, load_eval_images, split_holdout
@@ -25,7 +26,7 @@ class Part:
 
     Attributes:
         images: (N, 3, H, W) uint8, resized and cropped.
-        labels: (N,) int64.
+        labels: (N,) int64; or (N, K) float32 of zeros and ones, where an image may be of several classes.
     """
 
     images: Tensor
@@ -66,6 +67,7 @@ def read_labelled(
     max_bad_fraction: float = 0.01,
     limit: int | None = None,
     download: bool = False,
+    label_sets: bool = False,
 ) -> Labelled:
     """Read labelled images: the data set's own test split, another URI, or a stratified fifth held out.
 
@@ -76,11 +78,13 @@ def read_labelled(
         max_bad_fraction: unreadable images skipped before it is an error.
         limit: use only so many of the images to learn from, an even choice per class.
         download: let torchvision fetch what is not on the disk.
+        label_sets: whether an image may be of several classes.
 
     Raises:
-        DataError: no labels, other classes in the test part, or too many unreadable images.
+        DataError: no labels, sets of classes where they are not taken, other classes in the test part, or too many
+            unreadable images.
     """
-    source = _with_labels(open_source(data, split="train", download=download))
+    source = _with_labels(open_source(data, split="train", download=download), label_sets=label_sets)
 
     def load(source: ImageSource, limit: int | None = None) -> Part:
         loaded = load_eval_images(
@@ -91,14 +95,16 @@ def read_labelled(
             limit=limit,
         )
         say_skipped(loaded.skipped, source.uri)
-        assert loaded.labels is not None
-        return Part(loaded.images, loaded.labels)
+        labels = loaded.labels if loaded.label_sets is None else loaded.label_sets
+        assert labels is not None
+        return Part(loaded.images, labels)
 
     classes = source.classes or ()
     if test is None and not has_test_split(data):
         whole = load(source)
-        train_index, test_index = split_holdout(whole.labels.numpy(), HOLDOUT, seed=0)
-        stay = choose_images(whole.labels.numpy()[train_index], len(train_index), limit)
+        strata = strata_of(whole.labels)
+        train_index, test_index = split_holdout(strata, HOLDOUT, seed=0)
+        stay = choose_images(strata[train_index], len(train_index), limit)
         return Labelled(
             whole.take(torch.from_numpy(train_index[stay])),
             whole.take(torch.from_numpy(test_index)),
@@ -107,7 +113,7 @@ def read_labelled(
             test_from=f"{data} ({100 * HOLDOUT:.0f} % held out, stratified; a net pretrained on this folder has seen "
             "these images, without labels)",
         )
-    held_out = _open_test(test or data, source, download=download)
+    held_out = _open_test(test or data, source, download=download, label_sets=label_sets)
     return Labelled(
         load(source, limit),
         load(held_out),
@@ -132,7 +138,7 @@ def check_labelled(
     if source.labels is None:
         return False
     if test is not None or has_test_split(data):
-        _open_test(test or data, source, download=download)
+        _open_test(test or data, source, download=download, label_sets=False)
         part = source.labels
     else:
         part = source.labels[split_holdout(source.labels, HOLDOUT, seed=0)[0]]
@@ -141,9 +147,14 @@ def check_labelled(
     return True
 
 
-def _open_test(test: str, source: ImageSource, *, download: bool) -> ImageSource:
+def strata_of(labels: Tensor) -> NDArray[np.int64]:
+    """Return (N,) of what an even share is held out: the classes, or of sets of classes the number in each."""
+    return (labels if labels.ndim == 1 else labels.sum(1).long()).numpy()
+
+
+def _open_test(test: str, source: ImageSource, *, download: bool, label_sets: bool) -> ImageSource:
     split: Split = "test" if has_test_split(test) else "train"
-    held_out = _with_labels(open_source(test, split=split, download=download))
+    held_out = _with_labels(open_source(test, split=split, download=download), label_sets=label_sets)
     if held_out.classes != source.classes:
         theirs, ours = (first_of(one.classes or ()) for one in (held_out, source))
         raise DataError(
@@ -154,7 +165,15 @@ def _open_test(test: str, source: ImageSource, *, download: bool) -> ImageSource
     return held_out
 
 
-def _with_labels(source: ImageSource) -> ImageSource:
+def _with_labels(source: ImageSource, *, label_sets: bool) -> ImageSource:
+    if source.label_sets is not None:
+        if label_sets:
+            return source
+        raise DataError(
+            "an image may be of several classes here, and this needs one class of each",
+            where={"data": source.uri},
+            hint="`edgecl finetune` takes sets of classes; a table with one class of each has the column 'label'",
+        )
     if source.labels is None or source.classes is None:
         raise DataError(
             "these images have no labels",
@@ -182,7 +201,7 @@ def draw_few(labels: Tensor, *, per_class: int, draw: int) -> Tensor:
     order = permutation(draw, 0, len(labels))
     truth = labels.numpy()[order]
     chosen = []
-    for label in numpy.unique(truth):
+    for label in np.unique(truth):
         members = order[truth == label]
         if len(members) < per_class:
             raise DataError(
@@ -191,4 +210,4 @@ def draw_few(labels: Tensor, *, per_class: int, draw: int) -> Tensor:
                 hint="lower --labels-per-class",
             )
         chosen.append(members[:per_class])
-    return torch.from_numpy(numpy.concatenate(chosen))
+    return torch.from_numpy(np.concatenate(chosen))

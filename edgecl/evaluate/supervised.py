@@ -18,7 +18,8 @@ from edgecl.data.randomness import permutation
 from edgecl.data.views import draw_parameters, render_view, standardized
 from edgecl.errors import DeviceError, NonFiniteError
 from edgecl.evaluate.augment import mixed, rand_augmented
-from edgecl.evaluate.labelled import Part
+from edgecl.evaluate.labelled import Part, strata_of
+from edgecl.metrics.label_sets import image_f1
 from edgecl.nets.small_maps import small_maps_sped_up
 from edgecl.progress import Progress
 from edgecl.storage.records import Preprocessing
@@ -138,14 +139,11 @@ def train_classifier(
     optimizer = _create_optimizer(net, settings)
     schedule = cosine_schedule(optimizer, warmup_steps=min(max(1, steps // 10), steps - 1), total_steps=steps)
     net.train(settings.backbone_lr_fraction > 0)
-    weight = class_weights(part.labels, classes).to(device) if settings.class_weights != "none" else None
     taken = 0
     with small_maps_sped_up(net), Progress(what, total=steps, unit="steps") as progress:
         for step in range(steps):
             images, targets = batches.at(step)
-            loss = functional.cross_entropy(
-                net(images), targets, weight=weight, label_smoothing=settings.label_smoothing
-            )
+            loss = batches.loss(net(images), targets)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             schedule.step_update(step)
@@ -193,9 +191,19 @@ class _Batches:
         self._sizes = torch.full((len(part), 2), size).numpy()
         self._spec = views.specs(size)[0]
         self._batch = min(settings.batch_size, len(part))
+        balanced = settings.class_weights == "balanced"
+        self._weights = class_weights(part.labels, classes).to(device) if balanced else None
         self.per_epoch = max(1, len(part) // self._batch)
         self._classes = classes
         self._epoch, self._order = -1, np.zeros(0, np.int64)
+
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return the () cross-entropy of (N, K) logits; a binary one for each class where pictures are of several."""
+        smoothing = self._settings.label_smoothing
+        if self._part.labels.ndim == 1:
+            return functional.cross_entropy(logits, targets, weight=self._weights, label_smoothing=smoothing)
+        targets = targets * (1 - smoothing) + smoothing / 2
+        return functional.binary_cross_entropy_with_logits(logits, targets, pos_weight=self._weights)
 
     def at(self, step: int) -> tuple[Tensor, Tensor]:
         """Return (N, 3, H, W) standardized images and their labels, or (N, K) shares of classes where images are mixed."""
@@ -238,7 +246,7 @@ class _Best:
 
     def __init__(self, held_out: Part, preprocessing: Preprocessing, *, patience: int):
         self._held_out, self._preprocessing, self._patience = held_out, preprocessing, patience
-        self._top1, self._without = -1.0, 0
+        self._accuracy, self._without = -1.0, 0
         self.state: dict[str, Tensor] = {}
 
     def is_over(self, net: nn.Module) -> bool:
@@ -246,11 +254,11 @@ class _Best:
         was_training = net.training
         device = next(net.parameters()).device
         images = Part(self._held_out.images.to(device), self._held_out.labels.to(device))
-        top1 = classifier_top1(net, images, self._preprocessing)
+        accuracy = classifier_accuracy(net, images, self._preprocessing)
         net.train(was_training)
         self._without += 1
-        if top1 > self._top1:
-            self._top1, self._without = top1, 0
+        if accuracy > self._accuracy:
+            self._accuracy, self._without = accuracy, 0
             self.state = {name: tensor.clone() for name, tensor in net.state_dict().items()}
         return self._without >= self._patience
 
@@ -261,12 +269,15 @@ def hold_out(part: Part, *, seed: int) -> tuple[Part, Part]:
     Raises:
         DataError: every class has one image only.
     """
-    stay, held_out = split_holdout(part.labels.numpy(), _HELD_OUT, seed=seed)
+    stay, held_out = split_holdout(strata_of(part.labels), _HELD_OUT, seed=seed)
     return part.take(torch.from_numpy(stay)), part.take(torch.from_numpy(held_out))
 
 
 def class_weights(labels: Tensor, classes: int) -> Tensor:
-    """Return (K,) weights N / (K n_k) of (N,) labels, under which every class counts the same."""
+    """Return (K,) weights under which every class counts the same: N / (K n_k) of (N,) labels, (N - n_k) / n_k of (N, K)."""
+    if labels.ndim == 2:
+        counts = labels.sum(0).clamp(min=1)
+        return (len(labels) - counts).clamp(min=1) / counts
     counts = labels.bincount(minlength=classes).clamp(min=1)
     return len(labels) / (classes * counts.float())
 
@@ -303,9 +314,9 @@ def _create_optimizer(net: nn.Module, settings: FinetuneConfig) -> torch.optim.O
     return torch.optim.AdamW(groups, fused=True)
 
 
-def classifier_top1(net: nn.Module, part: Part, preprocessing: Preprocessing) -> float:
-    """Return the accuracy of a classifier in evaluation mode, percent."""
-    return top1_of(classifier_logits(net, part, preprocessing), part)
+def classifier_accuracy(net: nn.Module, part: Part, preprocessing: Preprocessing) -> float:
+    """Return the accuracy of a classifier in evaluation mode, percent: top-1, or where images have sets of classes, F1."""
+    return float(accuracies(classifier_logits(net, part, preprocessing), part).mean())
 
 
 @torch.no_grad()
@@ -317,9 +328,11 @@ def classifier_logits(net: nn.Module, part: Part, preprocessing: Preprocessing) 
     )
 
 
-def top1_of(logits: Tensor, part: Part) -> float:
-    """Return the accuracy of (N, K) logits, percent."""
-    return 100 * int((logits.argmax(1) == part.labels).sum()) / len(part)
+def accuracies(logits: Tensor, part: Part) -> Tensor:
+    """Return (N,) how right (N, K) logits are, percent: 0 or 100, or where images have sets of classes, the F1 of each."""
+    if part.labels.ndim == 2:
+        return 100 * image_f1(logits, part.labels)
+    return 100 * (logits.argmax(1) == part.labels).double()
 
 
 def choose_device(name: str) -> torch.device:

@@ -39,11 +39,13 @@ def write_model(
     epoch: int | None = None,
     step: int | None = None,
     quantization: Quantization | None = None,
+    label_sets: bool = False,
     force: bool = False,
 ) -> ModelRecord:
     """Write a net as a model directory: weights that timm loads, and what rebuilds the net around them.
 
     Args:
+        label_sets: whether its classifier was trained on pictures that may be of several classes.
         quantization: of a net with fake quantizers, whose weights are those of the folded net and the scales.
 
     Raises:
@@ -71,6 +73,7 @@ def write_model(
             epoch=epoch,
             step=step,
             quantization=quantization,
+            label_sets=label_sets,
             data=data,
             weights_sha256=sha256_of_file(directory.weights_file),
         )

@@ -183,7 +183,11 @@ def _runs_in_words(runs: Sequence[Source[RunRecord]]) -> str:
 
 def warnings_of(rows: Sequence[Row], collection: Collection) -> list[str]:
     """Return what a reader must know before trusting the rows."""
-    notes = []
+    notes = [
+        f"{model.name}: a picture may be of several classes; its accuracy is the mean F1 of a picture's set of classes."
+        for model in collection.of(ModelRecord)
+        if model.record.label_sets
+    ]
     flagged: dict[str, list[str]] = {}
     for row in rows:
         label = row_label(row, rows)

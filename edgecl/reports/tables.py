@@ -23,6 +23,7 @@ from edgecl.storage.records import ParityCheck
 
 _METRICS = {
     "top1": "top-1",
+    "f1": "F1",
     "knn_top1": "kNN top-1",
     "mean_cosine": "cosine",
     # Measured on the net in torch, not on the exported file.

@@ -281,6 +281,8 @@ class ModelRecord(SealedRecord):
     """Stride of the first convolution; null is the architecture's own."""
     classes: list[Text] | None
     """Names by label; null of a net without classifier."""
+    label_sets: bool = False
+    """Whether a picture may be of several classes: each output then is a class's own yes or no, its chance the sigmoid."""
     features: int
     """Length of a feature vector."""
     params: int
@@ -400,9 +402,13 @@ class EvaluationRecord(Record):
     FILE = "evaluation.json"
 
     kind: Literal["evaluation"] = "evaluation"
+    metric: Literal["top1", "f1"] = "top1"
+    """What `top1` and the like are: of images with sets of classes the mean F1 of an image's set."""
     top1: float
     """Percent."""
     top1_ci95: Interval
+    mean_average_precision: float | None = None
+    """Of images with sets of classes: over the classes, percent."""
     float_top1: float | None = None
     """Before quantization, percent."""
     float_top1_ci95: Interval | None = None
@@ -773,6 +779,8 @@ class ExportedNet(Table):
     stem_stride: int | None = None
     features: Count | None = None
     classes: list[Text] | None = None
+    label_sets: bool = False
+    """As of the model."""
     origin: Text | None = None
     params: Count | None = None
     model_sha256: Text | None = None

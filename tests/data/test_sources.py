@@ -311,7 +311,7 @@ def test_demo_gives_the_images_of_its_split(split, count):
 
 def test_every_form_of_a_uri_is_listed():
     assert [row["name"].partition(":")[0] for row in list_datasets()] == [
-        "demo", "FOLDER", "cifar10", "cifar100", "fashion-mnist", "flowers102", "stl10", "shards",
+        "demo", "FOLDER", "cifar10", "cifar100", "fashion-mnist", "flowers102", "stl10", "shards", "csv",
     ]  # fmt: skip
 
 

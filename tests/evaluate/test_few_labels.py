@@ -58,7 +58,7 @@ def test_nets_trained_in_processes_are_those_trained_here(carved_model, labelled
         evaluated.append([value.clone() for value in net.state_dict().values()])
         return 0.0
 
-    monkeypatch.setattr(few_labels, "classifier_top1", evaluator)
+    monkeypatch.setattr(few_labels, "classifier_accuracy", evaluator)
     assert len(list(train_on_few(jobs, labelled.test))) == 3
     assert not multiprocessing.active_children()
     torch.set_num_threads(1)
@@ -87,7 +87,7 @@ def test_killed_process_is_named(carved_model, labelled, two_threads, monkeypatc
         os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
         return 0.0
 
-    monkeypatch.setattr(few_labels, "classifier_top1", kill_one)
+    monkeypatch.setattr(few_labels, "classifier_accuracy", kill_one)
     with pytest.raises(ProcessError, match="killed"):
         list(train_on_few(jobs, labelled.test))
     assert not multiprocessing.active_children()
@@ -99,7 +99,7 @@ def test_interruption_ends_the_processes_at_once(carved_model, labelled, two_thr
     def interrupted(net, part, preprocessing):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(few_labels, "classifier_top1", interrupted)
+    monkeypatch.setattr(few_labels, "classifier_accuracy", interrupted)
     with pytest.raises(KeyboardInterrupt):
         list(train_on_few(jobs, labelled.test))
     assert not multiprocessing.active_children()

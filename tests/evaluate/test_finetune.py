@@ -11,13 +11,15 @@ import torch
 from conftest import write_folder
 from safetensors.torch import load_file
 
+from edgecl.deploy.export import export
 from edgecl.errors import ArtifactError, DataError, RecipeError
 from edgecl.evaluate.cost import cost
 from edgecl.evaluate.finetune import finetune
 from edgecl.evaluate.labelled import read_labelled
 from edgecl.evaluate.probe import load_feature_net, probe
-from edgecl.evaluate.supervised import classifier_top1
+from edgecl.evaluate.supervised import classifier_accuracy, classifier_logits
 from edgecl.metrics.intervals import proportion_interval
+from edgecl.metrics.label_sets import image_f1, mean_average_precision
 from edgecl.nets.backbone import create_backbone
 from edgecl.nets.fake_quant import FakeQuant
 from edgecl.nets.model_dir import load_model, write_model
@@ -82,7 +84,7 @@ def test_evaluation_is_of_the_written_net(tuned, image_folder):
     held_out = read_labelled(str(image_folder), test=None, preprocessing=model.preprocessing).test
     evaluation = json.loads(ModelDir(out).evaluation_file.read_text())
     assert evaluation == record.evaluation.to_json()
-    assert evaluation["top1"] == classifier_top1(net, held_out, model.preprocessing)
+    assert evaluation["top1"] == classifier_accuracy(net, held_out, model.preprocessing)
     assert evaluation["made_from"] == ModelDir(out).sha256
 
 
@@ -119,7 +121,7 @@ def test_a_net_may_be_deployed_at_another_size_than_it_was_trained_at(tmp_path, 
     assert (model.preprocessing.image_size, trained_at.image_size) == (48, 32)
     assert model.preprocessing.resize_size == round(trained_at.resize_size * 48 / 32)
     held_out = read_labelled(str(image_folder), test=None, preprocessing=model.preprocessing).test
-    assert record.evaluation.top1 == classifier_top1(net, held_out, model.preprocessing)
+    assert record.evaluation.top1 == classifier_accuracy(net, held_out, model.preprocessing)
 
 
 def test_a_size_that_the_net_does_not_take_is_refused_before_training(
@@ -147,6 +149,52 @@ def test_existing_output_is_refused_before_training(tmp_path, plain_model, image
         finetune(plain_model, data=str(image_folder), out=tmp_path / "m")
 
 
+# --- sets of classes ---
+
+
+@pytest.fixture(scope="module")
+def in_sets(tmp_path_factory, image_folder):
+    """A table of the folder's pictures, each of its color and of "even" or not."""
+    file = image_folder.parent / "sets.csv"
+    pictures = sorted(image_folder.rglob("*.png"))
+    rows = [
+        f"{picture.relative_to(file.parent)},{picture.parent.name}" + (";even" if index % 2 else "")
+        for index, picture in enumerate(pictures)
+    ]
+    file.write_text("\n".join(["file,labels", *rows]))
+    return f"csv:{file}"
+
+
+def test_a_net_for_sets_of_classes_says_so_and_its_export_is_evaluated_by_f1(tmp_path, plain_model, in_sets):
+    out = tmp_path / "m"
+    record = finetune(
+        plain_model, data=in_sets, out=out, epochs=2, assignments=["batch_size=16", "device=cpu", "lr=3e-3"]
+    )
+    assert record.label_sets
+    assert "even" in record.classes
+    assert record.evaluation.metric == "f1"
+    net, model = load_model(out)
+    held_out = read_labelled(in_sets, test=None, preprocessing=model.preprocessing, label_sets=True).test
+    assert held_out.labels.shape == (12, 4)
+    logits = classifier_logits(net, held_out, model.preprocessing)
+    assert record.evaluation.top1 == pytest.approx(100 * float(image_f1(logits, held_out.labels).mean()))
+    assert record.evaluation.mean_average_precision == pytest.approx(
+        100 * mean_average_precision(logits, held_out.labels)
+    )
+    assert not ModelDir(out).inspection_file.exists()
+    manifest = export(out, target="ort-cpu", out=tmp_path / "b", precisions=["fp32"], eval_uri=in_sets)
+    accuracy = manifest.precisions["fp32"].accuracy
+    assert (accuracy.metric, manifest.net.label_sets) == ("f1", True)
+    every = read_labelled(in_sets, test=in_sets, preprocessing=model.preprocessing, label_sets=True).test
+    expected = image_f1(classifier_logits(net, every, model.preprocessing), every.labels)
+    assert accuracy.value == pytest.approx(100 * float(expected.mean()))
+
+
+def test_a_probe_needs_one_class_of_each_picture(plain_model, in_sets):
+    with pytest.raises(DataError, match="several classes"):
+        probe(plain_model, data=in_sets)
+
+
 # --- quantized ---
 
 
@@ -169,7 +217,7 @@ def test_quantized_model_loads_as_it_was_trained(quantized, image_folder):
     out, record = quantized
     net, model = load_model(out)
     held_out = read_labelled(str(image_folder), test=None, preprocessing=model.preprocessing).test
-    assert record.evaluation.top1 == classifier_top1(net, held_out, model.preprocessing)
+    assert record.evaluation.top1 == classifier_accuracy(net, held_out, model.preprocessing)
     scales = [module.scale for module in net.modules() if isinstance(module, FakeQuant)]
     assert scales
     assert not any((scale == 1).any() for scale in scales)

@@ -18,9 +18,11 @@ from edgecl.evaluate.labelled import Part
 from edgecl.evaluate.supervised import (
     FinetuneConfig,
     QuantizedFinetuneConfig,
+    accuracies,
     choose_device,
     class_weights,
-    classifier_top1,
+    classifier_accuracy,
+    classifier_logits,
     hold_out,
     train_classifier,
 )
@@ -53,7 +55,7 @@ def unchanged(module, before):
 
 
 def test_separable_classes_are_learned(train, colored, preprocessing):
-    assert classifier_top1(train(steps=40), colored.test, preprocessing) == 100
+    assert classifier_accuracy(train(steps=40), colored.test, preprocessing) == 100
 
 
 @pytest.mark.parametrize("steps", [1, 2])
@@ -66,7 +68,7 @@ def test_accuracy_is_in_percent(train, colored, preprocessing):
     net = train(steps=40)
     half = colored.test.labels.clone()
     half[::2] = (half[::2] + 1) % 3
-    assert classifier_top1(net, Part(colored.test.images, half), preprocessing) == 50
+    assert classifier_accuracy(net, Part(colored.test.images, half), preprocessing) == 50
 
 
 def test_everything_is_trained_by_default(train, tiny_net):
@@ -200,14 +202,14 @@ def test_it_stops_after_epochs_without_better_weights_and_keeps_the_best(
     stay, held_out = hold_out(part, seed=0)
     assert sorted(stay.labels.tolist() + held_out.labels.tolist()) == sorted(part.labels.tolist())
     seen = []
-    top1 = edgecl.evaluate.supervised.classifier_top1
+    top1 = edgecl.evaluate.supervised.classifier_accuracy
 
     def watching(net, images, preparing):
         assert torch.equal(images.images, held_out.images)
         seen.append((top1(net, images, preparing), copied(net)))
         return seen[-1][0]
 
-    monkeypatch.setattr(edgecl.evaluate.supervised, "classifier_top1", watching)
+    monkeypatch.setattr(edgecl.evaluate.supervised, "classifier_accuracy", watching)
     settings = FinetuneConfig(lr=0.02, batch_size=12, device="cpu", early_stop=2)
     taken = train_classifier(tiny_net, part, steps=200, settings=settings, preprocessing=preprocessing)
     found = [value for value, _ in seen]
@@ -216,9 +218,44 @@ def test_it_stops_after_epochs_without_better_weights_and_keeps_the_best(
     assert unchanged(tiny_net, seen[best][1]) == list(seen[best][1])
 
 
+@pytest.fixture
+def in_sets(colored):
+    """The pictures to learn from, each of two classes: its color, and "dark" or not by a rule that its pixels show."""
+    images = colored.train.images.clone()
+    dark = torch.arange(len(images)) % 2 == 0
+    images[dark] = images[dark] // 4
+    colors = torch.nn.functional.one_hot(colored.train.labels, 3)
+    return Part(images, torch.cat([colors[:, :2], dark[:, None]], 1).float())
+
+
+def test_sets_of_classes_are_learned(train, tiny_net, in_sets, preprocessing):
+    train(steps=400, part=in_sets, label_smoothing=0.0)
+    found = accuracies(classifier_logits(tiny_net, in_sets, preprocessing), in_sets)
+    assert float(found.mean()) > 95
+
+
+def test_the_loss_of_sets_is_the_mean_of_a_binary_one_for_each_class(train, in_sets, monkeypatch):
+    seen = []
+    loss = torch.nn.functional.binary_cross_entropy_with_logits
+
+    def watching(logits, targets, *, pos_weight):
+        seen.append((loss(logits, targets, pos_weight=pos_weight), logits.detach(), targets, pos_weight))
+        return seen[-1][0]
+
+    monkeypatch.setattr(torch.nn.functional, "binary_cross_entropy_with_logits", watching)
+    train(steps=1, part=in_sets, label_smoothing=0.2, class_weights="balanced")
+    ((found, logits, targets, weights),) = seen
+    assert targets.unique().tolist() == pytest.approx([0.1, 0.9])
+    counts = in_sets.labels.sum(0)
+    assert torch.equal(weights, (len(in_sets) - counts) / counts)
+    chance = logits.sigmoid()
+    expected = -(weights * targets * chance.log() + (1 - targets) * (1 - chance).log()).mean()
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("settings", [{"mixup": 0.5, "cutmix": 1.0}, {"rand_augment": 9}], ids=str)
 def test_classes_are_learned_from_mixed_and_changed_pictures_too(train, colored, preprocessing, settings):
-    assert classifier_top1(train(steps=60, **settings), colored.test, preprocessing) > 90
+    assert classifier_accuracy(train(steps=60, **settings), colored.test, preprocessing) > 90
 
 
 @pytest.mark.parametrize("key", FinetuneConfig.model_fields)
@@ -227,7 +264,8 @@ def test_no_setting_is_dead(key):
     read = {
         node.attr
         for node in ast.walk(tree)
-        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("settings", "self")
+        if isinstance(node, ast.Attribute)
+        and ast.unparse(node.value) in ("settings", "self", "self._settings")
     }
     assert key in read
 
@@ -243,11 +281,11 @@ def badly_calibrated(train, tiny_net, colored, preprocessing):
         train(steps=40)
         images = normalize(colored.train.images, preprocessing.mean, preprocessing.std)
         quantized, _ = quantize_net(tiny_net, images, keep=[])
-        assert classifier_top1(quantized, colored.test, preprocessing) == 100
+        assert classifier_accuracy(quantized, colored.test, preprocessing) == 100
         for module in quantized.modules():
             if isinstance(module, FakeQuant):
                 module.scale.mul_(factor)
-        assert classifier_top1(quantized, colored.test, preprocessing) < 70
+        assert classifier_accuracy(quantized, colored.test, preprocessing) < 70
         return quantized
 
     return make
@@ -261,8 +299,8 @@ def test_learnt_scales_repair_steps_that_are_too_narrow(train, badly_calibrated,
     with learning_scales(net):
         train(net, steps=150)
     train(fixed, steps=150)
-    assert classifier_top1(net, colored.test, preprocessing) == 100
-    assert classifier_top1(fixed, colored.test, preprocessing) < 70
+    assert classifier_accuracy(net, colored.test, preprocessing) == 100
+    assert classifier_accuracy(fixed, colored.test, preprocessing) < 70
     assert unchanged(net, before) == []
 
 
@@ -270,7 +308,7 @@ def test_gradients_reach_the_weights_through_the_rounding(train, badly_calibrate
     net = badly_calibrated(200)
     before = copied(net)
     train(net, steps=150)
-    assert classifier_top1(net, colored.test, preprocessing) == 100
+    assert classifier_accuracy(net, colored.test, preprocessing) == 100
     assert [name.rpartition(".")[2] for name in unchanged(net, before)] == ["scale"] * 4
 
 

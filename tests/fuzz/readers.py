@@ -160,6 +160,23 @@ def indices(mutator: Mutator, seeds: Seeds, place: Path) -> None:
     memory.remember(dict.fromkeys(range(len(listing.names)), "again"))
 
 
+def tables(mutator: Mutator, seeds: Seeds, place: Path) -> None:
+    from edgecl.data.source import UnreadableImage
+    from edgecl.data.sources import absolute_uri
+
+    file, column = place / "t.csv", "labels" if mutator.chance(0.5) else "label"
+    rows = [f"x/{row}.png,{'red;dark' if row % 2 else 'blue'}" for row in range(5)]
+    file.write_bytes(mutator.bytes("\n".join([f"file,{column}", *rows]).encode()))
+    if mutator.chance(0.05):
+        _spoil(mutator, file)
+    absolute_uri(f"csv:{file}")
+    source = _open(f"csv:{file}")
+    for position in range(min(3, len(source))):
+        source.describe(position)
+        with contextlib.suppress(UnreadableImage):
+            source.read(position)
+
+
 def shards(mutator: Mutator, seeds: Seeds, place: Path) -> None:
     from edgecl.data.source import UnreadableImage
     from edgecl.data.sources import absolute_uri
@@ -387,9 +404,10 @@ GROUPS: dict[str, tuple[int, Callable[[Mutator, Seeds, Path], None]]] = {
     "recipes": (300, recipes),
     "targets": (150, targets),
     "pictures": (350, pictures),
-    "folders": (100, folders),
+    "folders": (50, folders),
     "indices": (150, indices),
     "shards": (200, shards),
+    "tables": (50, tables),
     "models": (150, models),
     "runs": (120, runs),
     "metrics": (100, metrics),
