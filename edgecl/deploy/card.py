@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from edgecl.deploy.accuracy import METRICS
 from edgecl.deploy.contract import contract_of, one_line, render
 from edgecl.errors import counted
 from edgecl.storage.directories import ModelDir
@@ -78,7 +79,7 @@ def _of_net(model: ModelDir) -> Iterator[Measured]:
         found = read_record(model.evaluation_file, EvaluationRecord)
         held_out = f"{found.n_test:,} held-out pictures of {_data(found.test)}"
         yield Measured(
-            "top-1",
+            METRICS[found.metric],
             _percent(found.top1, found.top1_ci95),
             f"{held_out}; fine-tuned on {found.n_train:,} of {_data(found.data)}, {found.epochs} epochs",
         )
@@ -107,9 +108,8 @@ def _of_bundle(bundle: Path, manifest: Manifest) -> Iterator[Measured]:
                 if accuracy.metric == "mean_cosine"
                 else _percent(accuracy.value, accuracy.ci95)
             )
-            metric = accuracy.metric.replace("_", " ").replace("top1", "top-1")
             pictures = f"{accuracy.n or 0:,} pictures of {_data(accuracy.data or 'unknown')}"
-            yield Measured(f"{precision}: {metric}", value, pictures)
+            yield Measured(f"{precision}: {METRICS[accuracy.metric]}", value, pictures)
         if about.decision is not None and about.decision.words:
             yield Measured(
                 f"{precision}: decision", "kept" if about.decision.kept else "not kept", about.decision.words

@@ -34,6 +34,8 @@ class Contract:
     """Classes, or features."""
     softmax: bool
     """Whether the outputs are probabilities."""
+    label_sets: bool
+    """Whether a picture may be of several classes, each output a class's own yes or no."""
     labels: list[str] | None
     """Names of the classes, one line each; None of a net without a classifier."""
     on_gpu: bool
@@ -51,6 +53,11 @@ class Contract:
         return f"RGB / 255, minus mean {self.preprocessing.mean}, divided by std {self.preprocessing.std}"
 
     @property
+    def one_class(self) -> bool:
+        """Whether a picture is of one class, the largest output's."""
+        return self.labels is not None and not self.label_sets
+
+    @property
     def input_words(self) -> str:
         """The input's name, type, shape and numbers."""
         shape = " x ".join(map(str, [self._batch_words, *self.dims]))
@@ -60,6 +67,10 @@ class Contract:
     def output_words(self) -> str:
         """The output's name, type and shape."""
         kind = ", probabilities" if self.softmax else ""
+        if self.label_sets:
+            kind = (
+                ", several classes may be in a picture: the sigmoid of each output is the chance of its own"
+            )
         return f"'{self.output}': float32, {self._batch_words} x {self.outputs}{kind}"
 
     @property
@@ -84,6 +95,7 @@ def contract_of(manifest: Manifest) -> Contract:
         preprocessing=manifest.preprocessing,
         outputs=manifest.output.shape[1],
         softmax=manifest.output.softmax,
+        label_sets=manifest.net is not None and manifest.net.label_sets,
         labels=None if manifest.classes is None else [one_line(name) for name in manifest.classes],
         on_gpu=not RUNTIMES[manifest.runtime].on_host,
     )

@@ -7,7 +7,7 @@ import io
 import json
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import onnx
@@ -57,11 +57,11 @@ def onnx_from_net(
     model = portable(program.model_proto, opset=graph.opset, hard_swish=graph.hard_swish)
     model.producer_name, _, model.producer_version = MADE_BY.partition(" ")
     ours = {f"edgecl.{key}": json.dumps(value) for key, value in metadata.items()}
-    onnx.helper.set_model_props(model, {**ours, **_for_others(metadata.get("classes"), graph, shape)})
+    onnx.helper.set_model_props(model, {**ours, **_for_others(metadata, graph, shape)})
     return model
 
 
-def _for_others(classes: Sequence[str] | None, graph: Graph, shape: tuple[int, int, int]) -> dict[str, str]:
+def _for_others(metadata: dict[str, Any], graph: Graph, shape: tuple[int, int, int]) -> dict[str, str]:
     """Return what other programs look for in an ONNX file, under the keys and as the Python literals of Ultralytics."""
     found: dict[str, Any] = {
         "imgsz": list(shape[1:]),
@@ -69,8 +69,10 @@ def _for_others(classes: Sequence[str] | None, graph: Graph, shape: tuple[int, i
         "stride": 1,
         "batch": graph.batch,
     }
-    if classes is not None:
-        found.update(task="classify", names=dict(enumerate(classes)))
+    if metadata.get("classes") is not None:
+        found["names"] = dict(enumerate(metadata["classes"]))
+        if not metadata.get("label_sets"):  # they know one class a picture
+            found["task"] = "classify"
     return {key: str(value) for key, value in found.items()}
 
 

@@ -191,7 +191,8 @@ def crop_fraction(images: Preprocessing) -> float:
 def _checked_onnx(net: nn.Module, record: ModelRecord) -> onnx.ModelProto:
     """Export a net in fp32 for any batch, and compare it with torch."""
     target, side = read_target(_TARGET), record.preprocessing.image_size
-    metadata = {**record.preprocessing.to_json(), "classes": record.classes, "arch": record.arch}
+    about = {key: getattr(record, key) for key in ("classes", "label_sets", "arch")}
+    metadata = {**record.preprocessing.to_json(), **about}
     model = onnx_from_net(net, graph=target.graph, shape=(3, side, side), metadata=metadata)
     noise = _noise(record)
     found = session_of(model, runtime=target.runtime)(noise.numpy())

@@ -321,6 +321,19 @@ def test_net_that_ends_in_softmax_gets_no_second_one(tmp_path, without_trtexec):
         assert [node.op_type for node in nodes].count("Softmax") == (not softmax)
 
 
+def test_several_classes_in_a_picture_are_no_classifier_of_nvinfers(tmp_path, without_trtexec):
+    manifest, _ = write_bundle(tmp_path / "b", runtime="tensorrt")
+    manifest.net.label_sets = True
+    lines = write_handover(Bundle(tmp_path / "b"), manifest)
+    text = (tmp_path / "b" / "deepstream.txt").read_text()
+    assert "network-type=100" in text
+    assert "labelfile" not in text
+    assert "Softmax" not in {
+        node.op_type for node in onnx.load(tmp_path / "b" / "deepstream.onnx").graph.node
+    }
+    assert "the sigmoid of each output" in bundle_readme(manifest, lines)
+
+
 def test_net_that_begins_otherwise_multiplies_its_input(picture):
     images = RANDOM.normal(size=(1, 3, SIDE, SIDE)).astype(np.float32)
     ratios = [1.5, 0.25, 3.0]

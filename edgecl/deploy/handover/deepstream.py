@@ -38,7 +38,7 @@ def write(bundle: Bundle, manifest: Manifest) -> dict[str, str]:
     helper.set_model_props(
         model, {key: props[key] for key in props if key not in ("edgecl.mean", "edgecl.std")}
     )
-    if contract.labels is not None:
+    if contract.labels is not None and contract.one_class:
         if not contract.softmax:
             end_with_softmax(model)
         # One line: each stands for an output, and nvinfer splits it at semicolons.
