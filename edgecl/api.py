@@ -102,7 +102,8 @@ def carve(
         out: the model directory to write.
         width: a trained width, the host's among them; None takes the widest slim net.
         checkpoint: the newest, or the one with the best features.
-        recalibrate_norms: re-estimate batch-norm statistics on the run's own images; without, a bit-for-bit copy.
+        recalibrate_norms: re-estimate batch-norm statistics on the run's own images; without, or where the run has taken
+            no step from the weights it starts from, a bit-for-bit copy.
         force: replace an earlier model directory.
 
     Returns:

@@ -15,13 +15,14 @@ from edgecl.errors import ArtifactError, RecipeError, TargetError
 from edgecl.storage.directories import Bundle, ModelDir, PipelineDir, RunDir
 from edgecl.storage.lock import NAME as LOCK
 from edgecl.storage.lock import hold
-from edgecl.storage.outputs import refuse_existing
+from edgecl.storage.outputs import refuse_existing, refuse_own_input
 from edgecl.storage.record_files import read_record, write_record
-from edgecl.storage.records import Json, PipelineRecord, Stage
+from edgecl.storage.records import Json, ModelRecord, PipelineRecord, Stage
 from edgecl.storage.redaction import record_without_secrets
 from edgecl.storage.writing import clear_directory, disk_errors
 
 if TYPE_CHECKING:
+    from edgecl.evaluate.comparison import Compared
     from edgecl.reports.content import Report
 
 BENCH_S = 5.0
@@ -83,14 +84,22 @@ def run(
     _check_targets(targets, precisions)
     pipeline = PipelineDir(out)
     resume = resume and pipeline.record_file.exists()
+    init, scratch = recipe.host.init, recipe.probe.pretrained_from_scratch
     if not resume and not _only_a_lock(out):
         refuse_existing(out, force=force, kind=PipelineDir.KIND)
+        for weights in (init, scratch):
+            if weights is not None:
+                refuse_own_input(out, Path(weights))
     from edgecl.evaluate.labelled import check_labelled
 
     # Before hours of training: labels that cannot be used.
     labelled_data = check_labelled(
         uri, test=test, per_class=recipe.probe.labels_per_class, limit=recipe.data.limit, download=download
     )
+    if scratch is not None and not resume:
+        from edgecl.nets.given import load_start
+
+        load_start(scratch, host=recipe.host, width=recipe.slim.width, data=recipe.data)
     record = PipelineRecord(
         made_from=None,
         recipe_name=recipe_name,
@@ -261,22 +270,45 @@ class _Stages:
             download=self.download,
         )
         write_random(pipeline.random, record, labelled, seed=recipe.run.seed, force=True)
+        nets = self._nets_to_compare(record)
         comparison = compare(
-            pipeline.slim,
-            pipeline.random,
+            nets,
             labelled,
             settings=settings,
             views=recipe.views,
             seed=recipe.run.seed,
+            wall_s=RunDir(pipeline.run).read().wall_s,
         )
         write_record(pipeline.comparison_file, comparison)
-        cost(pipeline.random)
+        baselines = [path for path in nets.features.values() if path != pipeline.slim]
+        for path in baselines:
+            cost(path)
         others = [path for path in self._nets.values() if path != pipeline.slim]
         for path in others:
             # On the same images and draws as the widest.
             write_probe(path, labelled, labels_per_class=settings.labels_per_class, draws=settings.draws)
-        probed = [ModelDir(path).probe_file for path in (*others, pipeline.slim, pipeline.random)]
-        return [pipeline.comparison_file, *probed, ModelDir(pipeline.random).weights_file]
+        probed = [ModelDir(path).probe_file for path in (*others, pipeline.slim, *baselines)]
+        return [pipeline.comparison_file, *probed, *(ModelDir(path).weights_file for path in baselines)]
+
+    def _nets_to_compare(self, record: ModelRecord) -> Compared:
+        """Write the weights that the run started from, and those that it is to be compared with, beside its own."""
+        from edgecl.evaluate.comparison import Compared, write_given
+        from edgecl.train.resume import check_rests_on
+
+        pipeline, init, scratch = (
+            self.pipeline,
+            self.recipe.host.init,
+            self.recipe.probe.pretrained_from_scratch,
+        )
+        if init is None:
+            return Compared(pipeline.slim, pipeline.random)
+        sha256 = write_given(pipeline.given, init, record, origin="given", force=True)
+        check_rests_on(RunDir(pipeline.run), {"init": sha256})
+        if scratch is not None:
+            write_given(pipeline.scratch, scratch, record, origin="pretrained from scratch", force=True)
+        return Compared(
+            pipeline.slim, pipeline.random, pipeline.given, None if scratch is None else pipeline.scratch
+        )
 
     def _export(self, name: str, net: Path, target: str, bundle: Bundle) -> list[Path]:
         """Export, verify, and measure where this machine has the target's runtime; a board's it measures later."""

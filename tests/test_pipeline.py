@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from types import SimpleNamespace
@@ -17,8 +18,8 @@ from edgecl.onboard.bundle import sha256_of_file
 from edgecl.pipeline import run
 from edgecl.reports.report import report
 from edgecl.storage.directories import Bundle, ModelDir, PipelineDir, ReportDir, RunDir
-from edgecl.storage.record_files import kind_of, write_record
-from edgecl.storage.records import BenchRecord, DeviceInfo, VerifyRecord
+from edgecl.storage.record_files import kind_of, read_record, write_record
+from edgecl.storage.records import BenchRecord, ComparisonRecord, DeviceInfo, VerifyRecord
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +145,35 @@ def test_progress_is_on_stderr_and_the_report_on_stdout(walked):
     assert "export ort-cpu: fp32: exporting" in told
     assert done.stdout.rstrip().endswith(f"report: {ReportDir(out / 'report').page_file}")
     assert ReportDir(out / "report").page_file.is_file()
+
+
+# --- from given weights ---
+
+
+def test_a_run_from_given_weights_is_compared_with_them(again, tmp_path, walked):
+    weights, pipeline = (
+        shutil.copytree(walked[0] / "slim", tmp_path / "weights"),
+        PipelineDir(tmp_path / "further"),
+    )
+    settings = [f"host.init={weights}", "host.nested_start=true", f"probe.pretrained_from_scratch={weights}"]
+    again(assignments=settings, out=pipeline.path, resume=False)
+    verdict = read_record(pipeline.comparison_file, ComparisonRecord).verdict
+    assert re.search(r"pretraining .* points \[.*\] for .* seconds", verdict)
+    for written in (pipeline.given, pipeline.scratch):
+        assert ModelDir(written).read().weights_sha256 == ModelDir(weights).read().weights_sha256
+    before = hashes(pipeline.path)
+    again(assignments=settings, out=pipeline.path)
+    assert hashes(pipeline.path) == before
+    shutil.rmtree(pipeline.given)
+    shutil.copytree(walked[0] / "random", weights, dirs_exist_ok=True)
+    with pytest.raises(RecipeError, match="another init"):
+        again(assignments=settings, out=pipeline.path)
+
+
+def test_what_a_run_is_to_be_compared_with_is_looked_at_before_training(again, tmp_path):
+    with pytest.raises(ArtifactError, match="neither a file of weights nor a model directory at 'nowhere'"):
+        again(assignments=["probe.pretrained_from_scratch=nowhere"], out=tmp_path / "new", resume=False)
+    assert not (tmp_path / "new").exists()
 
 
 # --- again ---

@@ -49,6 +49,9 @@ class Host(Config):
     """Stride of the first convolution; None keeps the architecture's. 1 suits images of 32 pixels."""
     nested_start: bool = False
     """Begin as the slim net plus channels that do not touch it yet: both compute the same at step 0."""
+    init: str | None = None
+    """Weights that the slim net starts from: a model directory, a .safetensors or .pth file of timm's tensors, "timm" for
+    timm's pretrained ones, "hf-hub:USER/NAME", or "untrained". A wider host needs `nested_start` with them."""
 
 
 class Slim(Config):
@@ -286,6 +289,8 @@ class Probe(Config):
     scratch_steps: Count = 200
     """Steps of the same net trained, from scratch and from the pretrained weights, on the same few labels."""
     scratch_lr: Rate = 3e-3
+    pretrained_from_scratch: str | None = None
+    """With [host] init: the same net pretrained without it, given as [host] init is, to be compared on the same labels."""
 
 
 class Recipe(Config):
@@ -308,6 +313,11 @@ class Recipe(Config):
             raise ValueError(
                 f"slim width {width_as_given(width)} is above the host's {width_as_given(self.host.width)}; "
                 "the slim net is a part of the host: widen [host] width or narrow [slim] width"
+            )
+        if self.host.init is not None and self.host.width > width and not self.host.nested_start:
+            raise ValueError(
+                "'host.init' starts the slim net, and a wider host would begin as another net: set 'host.nested_start' "
+                f"= true, or 'host.width' = {width_as_given(width)}"
             )
         if widths and max(widths) != width:
             raise ValueError(

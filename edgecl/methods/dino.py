@@ -26,7 +26,19 @@ from edgecl.nets.sync_norms import process_count, sum_over_processes
 class Config(RatedConfig):
     """L = mean over whole views t and other views v of H(softmax((g_t - c) / tau_t), softmax(g_v / tau_s))."""
 
-    brings: ClassVar[dict[str, dict[str, Any]]] = {"views": {"local_count": 4, "local_scale": [0.1, 0.4]}}
+    # The paper's colors, as BYOL's. Of views that differ more, a net that begins tells nothing alike, and targets are noise.
+    brings: ClassVar[dict[str, dict[str, Any]]] = {
+        "views": {
+            "local_count": 4,
+            "local_scale": [0.1, 0.4],
+            "jitter": 0.8,
+            "brightness": 0.4,
+            "contrast": 0.4,
+            "saturation": 0.2,
+            "hue": 0.1,
+            "grayscale": 0.2,
+        }
+    }
     panels: ClassVar[tuple[Panel, ...]] = (
         Panel("Loss terms", {"loss": "cross-entropy", "target_entropy": "entropy of targets"}, unit="nats"),
     )

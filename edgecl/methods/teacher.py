@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import io
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 import torch.distributed
 from accelerate.utils import gather_object
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from edgecl.config.recipe import Data, ForwardPasses, Recipe
 from edgecl.config.settings import Config
@@ -38,9 +39,10 @@ class TeacherConfig(Config):
     """The [method.teacher] table."""
 
     arch: str | None = None
-    """timm's name of the teacher; a model directory says it itself."""
+    """timm's name of the teacher; a model directory and a repository of the Hub say it themselves."""
     weights: str | None = None
-    """A model directory, a .safetensors or .pth file of timm's tensors, "timm" for timm's hub, or "untrained"."""
+    """As [host] init: a model directory, a .safetensors or .pth file of timm's tensors, "timm", "hf-hub:USER/NAME" or
+    "untrained"."""
     view: Literal["augmented", "plain"] = "augmented"
     """What the teacher sees: the student's own views, or the center of each picture, always the same."""
     cache: bool = True
@@ -108,7 +110,7 @@ class Teacher:
         self.given = given
         self.features = feature_count(given.net)
         """F, the length of a feature vector."""
-        self._net = given.net.requires_grad_(False).eval()
+        self._net = _for_pictures_of(given.net, data.image_size).requires_grad_(False).eval()
         mean, std = (torch.tensor(one).view(3, 1, 1) for one in (data.mean, data.std))
         own_mean, own_std = (
             torch.tensor(one).view(3, 1, 1) if one else other
@@ -143,6 +145,18 @@ class Teacher:
             return view
         with torch.autocast(view.device.type, enabled=False):
             return torch.cat([self(picture[None].contiguous()) for picture in view])
+
+
+def _for_pictures_of(net: nn.Module, side: int) -> nn.Module:
+    """Return a ViT whose positions timm has interpolated for pictures of this side; any other net as it is."""
+    patches = getattr(net, "patch_embed", None)
+    resize = getattr(net, "set_input_size", None)
+    if resize is None or getattr(patches, "img_size", None) == (side, side) or side % patches.patch_size[0]:
+        return net
+    # The one that was given is kept, for a run with other pictures.
+    net = copy.deepcopy(net)
+    cast(Any, net).set_input_size(img_size=side)
+    return net
 
 
 @lru_cache(maxsize=1)

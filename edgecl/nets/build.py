@@ -9,8 +9,11 @@ from torch import Tensor, nn
 
 from edgecl.config.recipe import Recipe, width_as_given
 from edgecl.errors import RecipeError, SliceError, first_line
+from edgecl.nets.given import GivenNet
 from edgecl.nets.heads import Encoder
 from edgecl.nets.slimming import SlimmableNet
+
+_BACKBONE = "backbone."
 
 
 def create_slimmable(recipe: Recipe) -> SlimmableNet:
@@ -45,6 +48,11 @@ def create_slimmable(recipe: Recipe) -> SlimmableNet:
     if recipe.host.nested_start:
         net.nest()
     return net
+
+
+def start_from(net: SlimmableNet, given: GivenNet) -> None:
+    """Put a trained net, norms included, in the place of the widest slim net's backbone; the projector stays random."""
+    net.start_from({f"{_BACKBONE}{name}": tensor for name, tensor in given.net.state_dict().items()})
 
 
 def _try_image_sizes(net: nn.Module, recipe: Recipe, sizes: Iterable[int]) -> None:
@@ -82,9 +90,8 @@ def backbone_tensors(net: SlimmableNet, *, width: float) -> dict[str, Tensor]:
             hint="each width has batch norms of its own, so only a trained width can be carved",
         )
     tensors = net.slim_tensors(width) if width in net.slim_widths else net.host.state_dict()
-    prefix = "backbone."
     return {
-        name.removeprefix(prefix): tensors[name].detach().clone().contiguous()
+        name.removeprefix(_BACKBONE): tensors[name].detach().clone().contiguous()
         for name in net.host.state_dict()
-        if name.startswith(prefix)
+        if name.startswith(_BACKBONE)
     }

@@ -1,4 +1,4 @@
-"""A net that somebody has trained: from a file of timm's tensors, a model directory or timm's own hub."""
+"""A net that somebody has trained: from a file of timm's tensors, a model directory, timm's hub or the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from edgecl.config.recipe import Data, Host, width_as_given
 from edgecl.errors import ArtifactError, DeviceError, RecipeError, first_line
 from edgecl.nets.backbone import create_backbone
-from edgecl.nets.model_dir import create_blank, load_backbone, load_model
+from edgecl.nets.model_dir import create_blank, load_model
 from edgecl.onboard.bundle import sha256_of_file
 from edgecl.storage.directories import ModelDir
 
 HUB = "timm"
+HUGGING_FACE = "hf-hub:"
 UNTRAINED = "untrained"
 
 
@@ -31,6 +33,7 @@ class GivenNet(NamedTuple):
         mean: of each channel, in 0..1; None where nothing says so.
         std: of each channel, in 0..1; None where nothing says so.
         sha256: of its weights' file, or of the weights themselves where there is none.
+        left_out: names of the tensors that were there and are not in the net: its classifier's.
     """
 
     net: nn.Module
@@ -38,68 +41,123 @@ class GivenNet(NamedTuple):
     mean: Sequence[float] | None
     std: Sequence[float] | None
     sha256: str
+    left_out: tuple[str, ...] = ()
 
 
-def load_given(weights: str, *, arch: str | None) -> GivenNet:
+def load_given(
+    weights: str, *, arch: str | None, width: float | None = None, stem_stride: int | None = None
+) -> GivenNet:
     """Load a net without its classifier.
 
     Args:
         weights: a model directory; a .safetensors or .pth file of timm's tensors; "timm" for timm's own pretrained
-            weights, which needs a network; "untrained" for random ones, always the same.
-        arch: timm's name; None where a model directory says it.
+            weights or "hf-hub:USER/NAME" for a repository of timm's form, which need a network or what it brought
+            before; "untrained" for random ones, always the same.
+        arch: timm's name; None where a model directory or a repository says it.
+        width: that the net must have; None for a model directory's own and 1 for all others.
+        stem_stride: that the net must have, if a width is named.
 
     Raises:
-        RecipeError: no architecture named or no such, or weights of another one.
+        RecipeError: no architecture named or no such, or weights of another one, another width or other shapes.
         ArtifactError: no such file, or not one of tensors.
-        DeviceError: timm's hub does not answer.
+        DeviceError: a hub does not answer.
     """
     path = Path(weights)
-    if weights not in (HUB, UNTRAINED) and path.is_dir():
-        return _of_model_dir(path, arch=arch)
-    if weights not in (HUB, UNTRAINED) and not path.exists():
-        raise ArtifactError(f"there is neither a file of weights nor a model directory at '{path}'")
+    hub = weights == HUB or weights.startswith(HUGGING_FACE)
+    if not hub and weights != UNTRAINED:
+        if path.is_dir():
+            return _of_model_dir(path, arch=arch, width=width, stem_stride=stem_stride)
+        if not path.exists():
+            raise ArtifactError(f"there is neither a file of weights nor a model directory at '{path}'")
+    if weights.startswith(HUGGING_FACE):
+        return _of_hub(weights, arch=arch, width=width, stem_stride=stem_stride)
     if arch is None:
         raise RecipeError(
             f"the weights '{weights}' do not say of which net they are",
-            hint="name its architecture too; only a model directory knows its own",
+            hint="name its architecture too; only a model directory and a repository of the Hub know their own",
         )
     if weights == HUB:
-        return _of_hub(arch)
+        return _of_hub(arch, arch=arch, width=width, stem_stride=stem_stride)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = create_backbone(arch, width=width or 1.0, stem_stride=stem_stride).eval()
     if weights == UNTRAINED:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            net = create_backbone(arch).eval()
         return GivenNet(net, arch, None, None, _sha256_of_tensors(net))
-    net = create_backbone(arch).eval()
-    _put(net, _read_tensors(path), file=path, arch=arch)
-    return GivenNet(net, arch, None, None, sha256_of_file(path))
+    left_out = _put(net, _read_tensors(path), source=weights, arch=arch, width=width)
+    return GivenNet(net, arch, None, None, sha256_of_file(path), left_out)
 
 
-def _of_model_dir(path: Path, *, arch: str | None) -> GivenNet:
+def load_start(weights: str, *, host: Host, width: float, data: Data) -> GivenNet:
+    """Load a net for a recipe's slim net.
+
+    Args:
+        weights: as in `load_given`.
+        host: says what it must be.
+        width: of the slim net.
+        data: how its pictures will be normalized.
+
+    Raises:
+        RecipeError, ArtifactError, DeviceError: as `load_given`; also where it was trained on pictures that were
+            normalized in another way.
+    """
+    given = load_given(weights, arch=host.arch, width=width, stem_stride=host.stem_stride)
+    for key in ("mean", "std"):
+        its, here = getattr(given, key), getattr(data, key)
+        if its is not None and tuple(its) != here:
+            raise RecipeError(
+                f"the weights '{weights}' are for pictures with the {key} {list(its)}, and 'data.{key}' is {list(here)}",
+                hint=f"set [data] {key} = {list(its)}",
+            )
+    return given
+
+
+def _of_model_dir(path: Path, *, arch: str | None, width: float | None, stem_stride: int | None) -> GivenNet:
     whole, record = load_model(path)
-    if arch not in (None, record.arch):
-        raise RecipeError(f"'{path}' holds a '{record.arch}', not a '{arch}'")
-    net = create_blank(record, classes=0)
-    load_backbone(net, whole)
-    images = record.preprocessing
-    return GivenNet(
-        net.eval(), record.arch, images.mean, images.std, sha256_of_file(ModelDir(path).weights_file)
-    )
+    _check_arch(str(path), record.arch, arch)
+    if width is None:
+        net = create_blank(record, classes=0)
+    elif record.quantization:
+        raise RecipeError(f"'{path}' was trained for INT8", hint="name the float net that it was made from")
+    elif record.stem_stride != stem_stride:
+        raise RecipeError(
+            f"'{path}' holds a net with the stem stride {record.stem_stride}, not {stem_stride}",
+            hint=f"set [host] stem_stride = {record.stem_stride}"
+            if record.stem_stride
+            else "leave out [host] stem_stride",
+        )
+    else:
+        net = create_backbone(record.arch, width=width, stem_stride=stem_stride)
+    left_out = _put(net, whole.state_dict(), source=str(path), arch=record.arch, width=width)
+    images, file = record.preprocessing, ModelDir(path).weights_file
+    return GivenNet(net.eval(), record.arch, images.mean, images.std, sha256_of_file(file), left_out)
 
 
-def _of_hub(arch: str) -> GivenNet:
-    create_backbone(arch)  # names an unknown architecture as everywhere
+def _of_hub(name: str, *, arch: str | None, width: float | None, stem_stride: int | None) -> GivenNet:
+    """Load what timm finds by a name of its own or of a repository."""
+    where = "the Hugging Face Hub" if name.startswith(HUGGING_FACE) else "timm's hub"
+    if arch is not None:
+        create_backbone(arch)  # names an unknown architecture as everywhere
     try:
-        net: Any = timm.create_model(arch, pretrained=True, num_classes=0)
-    except (OSError, RuntimeError, ValueError) as exc:
+        whole: Any = timm.create_model(name, pretrained=True)
+    except (OSError, RuntimeError, ValueError, LookupError) as exc:
         raise DeviceError(
-            f"timm's hub gives no weights of '{arch}': {first_line(exc)}",
+            f"{where} gives no weights of '{name.removeprefix(HUGGING_FACE)}': {first_line(exc)}",
             hint="without a network, name a file of its weights",
         ) from exc
-    settings = net.pretrained_cfg
+    settings = whole.pretrained_cfg
+    _check_arch(name, settings["architecture"], arch)
+    arch = arch or str(settings["architecture"])
+    net = create_backbone(arch, width=width or 1.0, stem_stride=stem_stride).eval()
+    left_out = _put(net, whole.state_dict(), source=name, arch=arch, width=width)
     return GivenNet(
-        net.eval(), arch, tuple(settings["mean"]), tuple(settings["std"]), _sha256_of_tensors(net)
+        net, arch, tuple(settings["mean"]), tuple(settings["std"]), _sha256_of_tensors(net), left_out
     )
+
+
+def _check_arch(source: str, its: str, wanted: str | None) -> None:
+    # What follows the dot says how timm's own weights were trained.
+    if wanted is not None and its.partition(".")[0] != wanted.partition(".")[0]:
+        raise RecipeError(f"'{source}' holds a '{its}', not a '{wanted}'")
 
 
 def _sha256_of_tensors(net: nn.Module) -> str:
@@ -130,26 +188,34 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     return {str(name).removeprefix("module."): tensor for name, tensor in found.items()}
 
 
-def _put(net: nn.Module, tensors: dict[str, Tensor], *, file: Path, arch: str) -> None:
-    """Copy tensors into a net; those of a classifier, which the net has not, are left."""
+def _put(
+    net: nn.Module, tensors: Mapping[str, Tensor], *, source: str, arch: str, width: float | None
+) -> tuple[str, ...]:
+    """Copy tensors into a net; return the names of those of a classifier, which the net has not."""
+    wanted = f"'{arch}'" + (f" at width {width_as_given(width)}" if width is not None else "")
+    where = {"weights": source}
     own = net.state_dict()
     for name, mine in own.items():
         given = tensors.get(name)
         if given is None or given.shape != mine.shape:
             what = "is missing" if given is None else f"has the shape {tuple(given.shape)}"
             raise RecipeError(
-                f"the weights are not those of '{arch}': '{name}' {what}, and is {tuple(mine.shape)} in the net",
-                where={"file": file},
+                f"the weights are not those of {wanted}: '{name}' {what}, and is {tuple(mine.shape)} in the net",
+                where=where,
             )
-    classifier: Any = getattr(net, "pretrained_cfg", {}).get("classifier") or ()
-    heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
-    foreign = [
-        name for name in tensors if name not in own and not any(name.startswith(f"{head}.") for head in heads)
-    ]
+    others = sorted(tensors.keys() - own.keys())
+    foreign = sorted(set(others) - _classifier_of(arch, own)) if others else []
     if foreign:
         raise RecipeError(
-            f"the weights are not those of '{arch}': the net has no '{foreign[0]}'"
+            f"the weights are not those of {wanted}: the net has no '{foreign[0]}'"
             + (f", nor {len(foreign) - 1} others of the file" if len(foreign) > 1 else ""),
-            where={"file": file},
+            where=where,
         )
     net.load_state_dict({name: tensors[name] for name in own})
+    return tuple(others)
+
+
+def _classifier_of(arch: str, backbone: Mapping[str, Tensor]) -> set[str]:
+    """Return the names of what a net has with a classifier only."""
+    with torch.random.fork_rng(devices=[]):
+        return create_backbone(arch, num_classes=2).state_dict().keys() - backbone.keys()

@@ -189,7 +189,7 @@ class SlimmableNet(nn.Module):
             for name, _ in wider_layer_norms(self.host, view.skeleton):
                 raise SliceError(
                     f"a host cannot begin as its slim nets where a layer norm is over more channels in it, as '{name}' is",
-                    hint="set [host] nested_start = false",
+                    hint="set [host] nested_start = false, or [host] width to the slim net's",
                 )
         whole = dict(self.host.named_parameters())
         with torch.no_grad():
@@ -198,6 +198,24 @@ class SlimmableNet(nn.Module):
                     if name in whole and len(index) > 1:
                         whole[name].masked_fill_(inward_weights(whole[name], index), 0)
         self._match_skips()
+
+    def start_from(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put tensors in the place of the widest slim net's; after `nest`, the host computes what they do.
+
+        Narrower nets begin as the leading part of these, the statistics of their norms too.
+
+        Args:
+            tensors: parameters and buffers by name, all that their layers have and each as large as the slim net's.
+        """
+        whole, widest = self.host.state_dict(), self._view(None)
+        places: dict[str, Any] = {} if widest is None else {**widest.index, **widest.norm_index}
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                whole[name][places.get(name, ...)] = tensor
+            for view in self._views.values():
+                for name, mine in view.private_tensors().items():
+                    if name in tensors:
+                        mine.copy_(whole[name][view.norm_index[name]])
 
     def _match_skips(self) -> None:
         """Set the host's skip connections to those of the slim nets."""

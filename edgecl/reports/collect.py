@@ -40,7 +40,7 @@ Line = dict[str, float]
 """One line of a run's metrics: the numbers in it."""
 
 # The order of a pipeline's folders in the report; others follow by name.
-_ORDER = ("pretrain", "slim", "finetuned", "random", "bundles")
+_ORDER = ("pretrain", "slim", "finetuned", "given", "scratch", "random", "bundles")
 _PNG = b"\x89PNG\r\n\x1a\n"
 _JPEG = b"\xff\xd8\xff"
 

@@ -36,7 +36,12 @@ from edgecl.storage.records import (
     ProbeRecord,
 )
 
-ORIGINS = {"pretrained": "pretrained", "random": "random init", "finetuned": "fine-tuned"}
+ORIGINS = {
+    "pretrained": "pretrained",
+    "given": "given",
+    "random": "random init",
+    "finetuned": "fine-tuned",
+}
 
 # The accuracies a chart may show; it takes the first that most timed nets have.
 ACCURACIES = {
@@ -196,6 +201,8 @@ class Comparison(Part):
     """The accuracy of guessing, in percent."""
     nets: list[ComparedNet]
     differences: list[Difference]
+    verdict: str | None = None
+    """Whether pretraining given weights further paid."""
 
     @property
     def in_words(self) -> str:
@@ -357,6 +364,7 @@ def comparison_of(source: Source[ComparisonRecord], collection: Collection) -> C
         chance=_chance(inside),
         nets=nets,
         differences=[_difference(one, draws) for one in record.differences],
+        verdict=record.verdict,
     )
 
 

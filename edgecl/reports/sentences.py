@@ -81,6 +81,11 @@ _NETS = {
     "random init": "its random initialization",
     "fine-tuned": "the pretrained net, fine-tuned on these labels,",
     "from scratch": "the same net trained from scratch",
+    "given": "the given net",
+    "given, fine-tuned": "the given net, fine-tuned on these labels,",
+    "pretrained further": "the net pretrained further",
+    "pretrained further, fine-tuned": "the net pretrained further and fine-tuned on these labels",
+    "pretrained from scratch, fine-tuned": "the net pretrained from scratch and fine-tuned on these labels",
 }
 
 
@@ -88,7 +93,11 @@ def _differences_in_words(comparisons: Sequence[Comparison]) -> Iterator[str]:
     for comparison in comparisons:
         where = f"{comparison.name}: " if len(comparisons) > 1 else ""
         at = f" with {counted(comparison.labels_per_class, 'label')} per class"
-        for difference in sorted(comparison.differences, key=lambda one: one.b != "random init"):
+        if comparison.verdict:
+            yield _ended(f"{where}{comparison.verdict[:1].upper()}{comparison.verdict[1:]}{at}")
+        # The verdict is the first one's.
+        others = comparison.differences[1 if comparison.verdict else 0 :]
+        for difference in sorted(others, key=lambda one: one.b != "random init"):
             yield where + _difference_in_words(difference, at)
 
 

@@ -127,6 +127,8 @@ class PipelineDir:
         self.run = self.path / "pretrain"
         self.slim = self.path / "slim"
         self.random = self.path / "random"
+        self.given = self.path / "given"
+        self.scratch = self.path / "scratch"
         self.comparison_file = self.path / "comparison.json"
         self.bundles = self.path / "bundles"
         self.report = self.path / "report"

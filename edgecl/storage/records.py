@@ -158,7 +158,9 @@ class RunRecord(Record):
     host_skips: dict[str, Count] = {}
     """Block of the host -> to how many channels a nested start adds its input."""
     rests_on: dict[str, Text] = {}
-    """What the method rests on besides pictures, such as a teacher -> its sha256."""
+    """What the run rests on besides pictures, "teacher" or "init" -> its sha256."""
+    left_out: list[Text] = []
+    """Tensors of the weights it starts from that it does not take: their classifier's."""
     launch: Text | None = None
     """Which start of torchrun it was; a restart by the same one resumes."""
     plateau: Plateau | None = None
@@ -393,6 +395,8 @@ class ComparisonRecord(Record):
     scratch: Scratch
     rows: list[ComparedRow]
     differences: list[Difference]
+    verdict: Text | None = None
+    """Whether pretraining given weights further paid: the first difference, in words. Null where a run began at random."""
 
 
 class EvaluationRecord(Record):

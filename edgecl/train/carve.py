@@ -55,6 +55,8 @@ def carve(
         )
     backbone = create_backbone(recipe.host.arch, width=width, stem_stride=recipe.host.stem_stride)
     backbone.load_state_dict(tensors)
+    # Before the first step the norms are those of the weights that the run starts from.
+    recalibrate_norms = recalibrate_norms and read.step > 0
     if recalibrate_norms:
         _recalibrate_on_run(backbone, record.data, recipe)
     return write_model(

@@ -49,6 +49,7 @@ class Training:
         run: how long, and how often to look.
         known: what the method knows of each picture beside its views, (len(images), ...); None for nothing.
         fresh: builds the method anew, as it was before the first step.
+        trained: whether the net starts from given weights: it is looked at as it is, and saved before the first step too.
         accelerator: device, precision and processes.
         run_dir: where the main process writes.
     """
@@ -64,6 +65,7 @@ class Training:
         run: Run,
         known: Tensor | None,
         fresh: Callable[[], Method],
+        trained: bool,
         accelerator: Accelerator,
         run_dir: RunDir,
     ):
@@ -81,6 +83,7 @@ class Training:
         self._run = run
         self._known = known
         self._fresh = fresh
+        self._trained = trained
         self.guard = Guard(max_skipped=run.max_skipped)
         self.alarm = CollapseAlarm(run=run_dir.path, warn=_warn)
         self.plateau = PlateauAlarm(warn=_warn)
@@ -151,7 +154,10 @@ class Training:
         run, batch_size = self._run, self._data.batch_size
         epoch, done = divmod(self.step, self.steps_per_epoch)
         if self.step == 0:
-            self._record_quality(self.quality.measure(self.net, untrained=True))
+            looks = self.quality.measure(self.net, untrained=not self._trained)
+            self._record_quality(looks)
+            if self._trained:
+                self._save(on_checkpoint, quality=quality_of(looks))
         batches = self.images.batches(
             run.seed,
             epoch,
@@ -401,6 +407,7 @@ def create_training(
         run=recipe.run,
         known=step.method.look_up(images, cache=run_dir.beside),
         fresh=fresh,
+        trained=recipe.host.init is not None,
         accelerator=accelerator,
         run_dir=run_dir,
     )

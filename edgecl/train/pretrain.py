@@ -34,11 +34,12 @@ from edgecl.errors import (
     first_line,
     tell,
 )
-from edgecl.nets.build import create_slimmable
+from edgecl.nets.build import create_slimmable, start_from
+from edgecl.nets.given import GivenNet, load_start
 from edgecl.storage.directories import RunDir
 from edgecl.storage.lock import NAME as LOCK
 from edgecl.storage.lock import hold
-from edgecl.storage.outputs import refuse_existing
+from edgecl.storage.outputs import refuse_existing, refuse_own_input
 from edgecl.storage.record_files import write_record
 from edgecl.storage.records import RunRecord, command_line
 from edgecl.storage.redaction import record_without_secrets
@@ -57,7 +58,7 @@ from edgecl.train.resume import (
     other_surroundings,
     was_launched_as,
 )
-from edgecl.train.run_file import RunFile, State, describe_run
+from edgecl.train.run_file import RunFile, State, describe_run, what_it_rests_on
 
 # Of a view: three channels of float32.
 _BYTES_PER_PIXEL = 3 * 4
@@ -106,7 +107,7 @@ def pretrain(
     processes.join(device)
     with processes.explain_lost_peers(), contextlib.ExitStack() as stack:
         _check_shares(recipe)
-        run_dir = RunDir(out)
+        run_dir, init = RunDir(out), recipe.host.init
         main = processes.is_main()
         changes: list[str] = []
         if main:
@@ -119,6 +120,8 @@ def pretrain(
                 changes = check_recipe(run_dir, recipe, allowed=allow)
             else:
                 refuse_existing(out, force=force, kind=RunDir.KIND)
+                if init is not None:
+                    refuse_own_input(out, Path(init))
                 _refuse_inside(run_dir, uri)
         resume = processes.from_main(resume)
         if main:
@@ -126,10 +129,20 @@ def pretrain(
         # Before anything is read for hours, and before anything is removed.
         processes.agree({"version of edgecl": __version__, **_settings_of(recipe)})
         stack.enter_context(_threads(recipe.run.threads))
+        start = None
+        if init is not None:
+            start = load_start(init, host=recipe.host, width=recipe.slim.width, data=recipe.data)
         training, more_changes = _build(
-            recipe, run_dir=run_dir, uri=uri, device=device, resume=resume, allow=allow, download=download
+            recipe,
+            start,
+            run_dir=run_dir,
+            uri=uri,
+            device=device,
+            resume=resume,
+            allow=allow,
+            download=download,
         )
-        record = describe_run(recipe, training, recipe_name=recipe_name, uri=uri)
+        record = describe_run(recipe, training, start=start, recipe_name=recipe_name, uri=uri)
         if main:
             _open_run_dir(training, record, resume=resume, changes=[*changes, *more_changes])
         return _train(training, record, trackers=bool(recipe.run.trackers))
@@ -137,6 +150,7 @@ def pretrain(
 
 def _build(
     recipe: Recipe,
+    start: GivenNet | None,
     *,
     run_dir: RunDir,
     uri: str,
@@ -156,12 +170,14 @@ def _build(
     going_on = resume and accelerator.is_main_process
     # Before the images are read, which can take hours: what the recipe asks for may not be possible.
     _check_memory(recipe, accelerator.device)
-    rests_on = recipe.method.prepare(recipe)
+    rests_on = what_it_rests_on(recipe, start)
     if going_on:
         check_rests_on(run_dir, rests_on)
     processes.agree(rests_on)
     torch.manual_seed(recipe.run.seed)
     net = create_slimmable(recipe)
+    if start:
+        start_from(net, start)
     source = open_source(uri, split="train", download=download, index_dir=run_dir.beside)
     if recipe.method.needs_labels and source.labels is None:
         raise DataError(
@@ -214,6 +230,9 @@ def _open_run_dir(training: Training, record: RunRecord, *, resume: bool, change
         ]
         tell(f"nested start: the host's skip connections are made like the slim net's; {', '.join(skips)}")
     if not resume:
+        if init := record.recipe["host"]["init"]:
+            left_out = f"; without its classifier: {', '.join(record.left_out)}" if record.left_out else ""
+            tell(f"the slim net starts from '{init}'{left_out}")
         _start_run_dir(run_dir, record)
         return
     earlier = run_dir.read()

@@ -17,6 +17,7 @@ from edgecl.data.unreadable import say_skipped
 from edgecl.distributed import processes
 from edgecl.errors import ArtifactError
 from edgecl.nets.backbone import count_parameters
+from edgecl.nets.given import GivenNet
 from edgecl.nets.slimming import SlimmableNet
 from edgecl.storage.record_files import write_record
 from edgecl.storage.records import ImagesRead, RunRecord
@@ -76,12 +77,24 @@ class RunFile:
         write_record(self._training.run_dir.record_file, self._record)
 
 
-def describe_run(recipe: Recipe, training: Training, *, recipe_name: str, uri: str) -> RunRecord:
+def what_it_rests_on(recipe: Recipe, start: GivenNet | None) -> dict[str, str]:
+    """Load what a run needs besides pictures; return what it is -> the sha256 of its content.
+
+    Raises:
+        EdgeclError: as `MethodConfig.prepare`.
+    """
+    return {**recipe.method.prepare(recipe), **({"init": start.sha256} if start else {})}
+
+
+def describe_run(
+    recipe: Recipe, training: Training, *, start: GivenNet | None, recipe_name: str, uri: str
+) -> RunRecord:
     """Return the record of a run as it begins.
 
     Args:
         recipe: what is trained and how.
         training: the run.
+        start: the net of [host] init, where there is one.
         recipe_name: short name of the recipe.
         uri: of the images.
     """
@@ -119,7 +132,8 @@ def describe_run(recipe: Recipe, training: Training, *, recipe_name: str, uri: s
             **{name: version(name) for name in ("timm", "accelerate", "numpy")},
         },
         host_skips=net.host_skips,
-        rests_on=recipe.method.prepare(recipe),
+        rests_on=what_it_rests_on(recipe, start),
+        left_out=list(start.left_out) if start else [],
         launch=processes.launch(),
         plateau=training.plateau.decision(),
         state="running",

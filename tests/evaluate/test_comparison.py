@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import edgecl.evaluate.few_labels
 from edgecl.config.recipe import Probe
 from edgecl.config.views import Views
-from edgecl.evaluate.comparison import compare, difference, write_random
+from edgecl.evaluate.comparison import Compared, compare, did_it_pay, difference, write_given, write_random
 from edgecl.evaluate.labelled import Part, draw_few, read_labelled
 from edgecl.metrics.intervals import mean_interval
+from edgecl.nets.backbone import create_backbone
 from edgecl.nets.model_dir import load_model
 from edgecl.storage.directories import ModelDir
 from edgecl.storage.record_files import read_record
@@ -39,7 +42,8 @@ def compared(tmp_path_factory, carved_model, image_folder):
         patch.setattr(edgecl.evaluate.few_labels, "train_classifier", watching)
         patch.setattr(edgecl.evaluate.few_labels, "MAX_PROCESSES", 1)
         settings = Probe(labels_per_class=3, draws=2, scratch_steps=7, scratch_lr=0.003)
-        comparison = compare(pretrained, home / "random", labelled, settings=settings, views=VIEWS, seed=5)
+        nets = Compared(pretrained, home / "random")
+        comparison = compare(nets, labelled, settings=settings, views=VIEWS, seed=5)
     return home, labelled, comparison, trained_on
 
 
@@ -133,6 +137,84 @@ def test_random_nets_norms_never_see_the_held_out_images(compared, tmp_path):
     black = Part(torch.zeros_like(labelled.test.images), labelled.test.labels)
     write_random(tmp_path / "m", record, type(labelled)(**{**vars(labelled), "test": black}), seed=0)
     assert ModelDir(tmp_path / "m").read().weights_sha256 == ModelDir(home / "random").read().weights_sha256
+
+
+# --- weights that somebody has ---
+
+
+@pytest.fixture(scope="module")
+def compared_further(compared, tmp_path_factory):
+    """The same comparison of a run that started from given weights, beside a net pretrained from scratch."""
+    home, labelled, *_ = compared
+    record = ModelDir(home / "slim").read()
+    place = tmp_path_factory.mktemp("further")
+    for name in ("given", "scratch"):
+        weights = place / f"{name}.safetensors"
+        net = create_backbone(record.arch, width=record.width, num_classes=4, stem_stride=record.stem_stride)
+        save_file(net.state_dict(), weights)
+        write_given(place / name, str(weights), record, origin=name)
+    nets = Compared(home / "slim", home / "random", place / "given", place / "scratch")
+    trained = []
+    chance = SimpleNamespace(top1=lambda features, labels: 33.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("edgecl.evaluate.probe.fit_linear", lambda features, labels, *, classes: chance)
+        patch.setattr(
+            edgecl.evaluate.few_labels,
+            "train_classifier",
+            lambda net, part, **options: trained.append(next(net.parameters()).detach().clone()),
+        )
+        patch.setattr(edgecl.evaluate.few_labels, "MAX_PROCESSES", 1)
+        settings = Probe(labels_per_class=3, draws=2, scratch_steps=7)
+        comparison = compare(nets, labelled, settings=settings, views=VIEWS, seed=5, wall_s=7200)
+    return nets, comparison, trained
+
+
+def test_given_weights_stand_beside_what_became_of_them(compared_further):
+    _, comparison, _ = compared_further
+    features, tuned = (
+        [row.name for row in comparison.rows if (row.knn_top1 is None) == trained]
+        for trained in (False, True)
+    )
+    assert features == ["pretrained further", "given", "pretrained from scratch", "random init"]
+    assert tuned == [*(f"{name}, fine-tuned" for name in features[:-1]), "from scratch"]
+    decisive = comparison.differences[0]
+    assert (decisive.a, decisive.b) == (tuned[0], "given, fine-tuned")
+    assert comparison.verdict == did_it_pay(decisive, wall_s=7200)
+
+
+def test_each_is_fine_tuned_from_its_own_weights(compared_further):
+    nets, _, trained = compared_further
+    for place, path in enumerate((nets.pretrained, nets.given, nets.from_scratch)):
+        for start in trained[2 * place : 2 * place + 2]:
+            assert torch.equal(start, next(load_model(path)[0].parameters()))
+
+
+def test_given_weights_are_written_as_they_are(compared_further):
+    nets = compared_further[0]
+    given, written = (
+        load_file(nets.given.with_suffix(".safetensors")),
+        load_file(nets.given / "weights.safetensors"),
+    )
+    assert set(given) - set(written) == {"classifier.weight", "classifier.bias"}
+    assert all(torch.equal(tensor, given[name]) for name, tensor in written.items())
+    assert ModelDir(nets.given).read().origin == "given"
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "wall_s", "words"),
+    [
+        (
+            [52, 63, 71],
+            [50, 61, 69],
+            12_240,
+            "further pretraining gained 2.0 points [2.0, 2.0] for 3.4 hours",
+        ),
+        ([52, 60, 71], [50, 61, 69], 90, "fine-tune your weights: pretraining did not pay (1.0 points [-"),
+        ([48, 59, 67], [50, 61, 69], 30, "did not pay (-2.0 points [-2.0, -2.0] for 30.0 seconds)"),
+    ],
+)
+def test_the_verdict_says_what_was_gained_and_what_it_cost(ours, theirs, wall_s, words):
+    assert words in did_it_pay(difference("a", "b", ours, theirs), wall_s=wall_s)
 
 
 # --- differences ---

@@ -7,8 +7,9 @@ import timm
 import torch
 from safetensors.torch import save_file
 
+from edgecl.config.recipe import Data, Host
 from edgecl.errors import ArtifactError, DeviceError, RecipeError
-from edgecl.nets.given import load_given
+from edgecl.nets.given import load_given, load_start
 from edgecl.nets.model_dir import load_model
 
 ARCH = "mobilenetv3_small_050"
@@ -52,6 +53,7 @@ def test_the_features_are_those_of_the_net_in_the_file(tmp_path, trained, pictur
     with torch.no_grad():
         assert torch.equal(given.net(pictures), features(trained, pictures))
     assert (given.arch, given.mean, len(given.sha256)) == (ARCH, None, 64)
+    assert given.left_out == ("classifier.bias", "classifier.weight")
 
 
 def test_a_model_directory_says_its_architecture_and_normalization(carved_model, pictures):
@@ -130,3 +132,49 @@ def test_without_a_network_the_hub_is_named(monkeypatch):
     monkeypatch.setenv("HF_HUB_CACHE", "/nonexistent")
     with pytest.raises(DeviceError, match="timm's hub gives no weights of 'mobilenetv3_small_050'"):
         load_given("timm", arch=ARCH)
+
+
+def test_a_model_directory_must_have_the_width_the_stride_and_the_normalization(carved_model):
+    record = load_model(carved_model)[1]
+    host = Host(arch=record.arch, init=str(carved_model), stem_stride=record.stem_stride)
+    data = Data(mean=tuple(record.preprocessing.mean), std=tuple(record.preprocessing.std))
+    assert load_start(host.init, host=host, width=record.width, data=data).arch == record.arch
+    with pytest.raises(
+        RecipeError, match=r"at width 2: '[\w.]+' has the shape \([\d, ]+\), and is \([\d, ]+\)"
+    ):
+        load_start(host.init, host=host, width=2.0, data=data)
+    with pytest.raises(RecipeError, match=r"'data\.mean' is") as caught:
+        load_start(
+            host.init, host=host, width=record.width, data=data.model_copy(update={"mean": (0.5, 0.5, 0.5)})
+        )
+    assert "set [data] mean = [" in caught.value.hint
+    other = host.model_copy(update={"stem_stride": 1 if record.stem_stride != 1 else 2})
+    with pytest.raises(RecipeError, match="the stem stride"):
+        load_start(other.init, host=other, width=record.width, data=data)
+
+
+def in_the_hubs_cache(folder, net, repository):
+    """Lay a net into the cache of huggingface_hub as a download would, by what timm itself publishes."""
+    place = folder / f"models--{repository.replace('/', '--')}"
+    timm.models.save_for_hf(net, place / "snapshots" / ("a" * 40), safe_serialization=True)
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text("a" * 40)
+
+
+def test_a_repository_of_the_hub_gives_what_timm_loads_from_it(tmp_path, monkeypatch, trained, pictures):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.file_download.constants.HF_HUB_CACHE", str(tmp_path))
+    in_the_hubs_cache(tmp_path, trained, "somebody/net")
+    timms = timm.create_model("hf-hub:somebody/net", pretrained=True, num_classes=0).eval()
+    given = load_given("hf-hub:somebody/net", arch=None)
+    with torch.no_grad():
+        assert torch.equal(given.net(pictures), timms(pictures))
+        assert torch.equal(given.net(pictures), features(trained, pictures))
+    assert (given.arch, given.left_out) == (ARCH, ("classifier.bias", "classifier.weight"))
+    assert list(given.mean) == list(timms.pretrained_cfg["mean"])
+    assert given.sha256 == load_given("hf-hub:somebody/net", arch=ARCH, width=1.0).sha256
+    with pytest.raises(RecipeError, match=f"holds a '{ARCH}', not a 'resnet18'"):
+        load_given("hf-hub:somebody/net", arch="resnet18")
+    with pytest.raises(DeviceError, match="the Hugging Face Hub gives no weights of 'nobody/net'"):
+        load_given("hf-hub:nobody/net", arch=ARCH)

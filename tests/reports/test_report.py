@@ -70,6 +70,15 @@ def test_decision_says_by_how_much_the_pretrained_net_wins(whole):
     )
 
 
+def test_decision_begins_with_whether_pretraining_given_weights_paid(make, tmp_path):
+    file = make.comparison(tmp_path / "out")
+    words = "further pretraining gained 2.1 points [0.6, 3.6] for 3.4 hours"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "verdict": words}))
+    record = report([tmp_path / "out"], out=tmp_path / "report")
+    assert record["decision"] == f"F{words[1:]} with 5 labels per class."
+    assert record["comparison"]["verdict"] == words
+
+
 def test_decision_says_not_resolved_when_the_interval_includes_zero(make, tmp_path):
     make.pipeline(tmp_path / "demo", pretrained=[35.0, 34.9, 36.6, 34.3, 36.2])
     record = report([tmp_path / "demo"], out=tmp_path / "report")

@@ -16,6 +16,7 @@ from worlds import free_port, run_script
 
 from edgecl.config.recipe import recipe_from_tables
 from edgecl.data.sources import open_source
+from edgecl.nets.backbone import create_backbone
 from edgecl.nets.build import create_slimmable
 from edgecl.storage.checkpoint import read_newest
 from edgecl.storage.directories import RunDir
@@ -103,7 +104,11 @@ def scenarios(tmp_path_factory, tables, labelled_pictures):
 
     # Norms over four samples of one pixel divide rounding by next to nothing; these have ten of four.
     apart = {"run__sync_norms": "none", "data__batch_size": 20, "host__stem_stride": 1}
+    torch.save(
+        create_backbone("mobilenetv3_small_100", width=0.5, stem_stride=1).state_dict(), folder / "start.pth"
+    )
     everything = {
+        "host__init": str(folder / "start.pth"),
         "host__stem_stride": 1,
         "host__nested_start": True,
         "data__batch_size": 20,
@@ -193,7 +198,7 @@ def test_two_processes_are_one(scenarios):
     assert_close_runs(folder / "one", folder / "two")
 
 
-def test_two_processes_are_one_with_rate_symmetric_passes_and_local_views(scenarios):
+def test_two_processes_are_one_with_given_weights_rate_symmetric_passes_and_local_views(scenarios):
     folder, codes = scenarios
     assert codes["all in one"] == [0]
     assert codes["all in two"] == [0, 0], said(folder, "all in two")

@@ -3,15 +3,18 @@
 import math
 
 import pytest
+import timm
 import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
+from timm.layers import resample_abs_pos_embed
 
-from edgecl.config.recipe import find_method, list_methods, recipe_from_tables
+from edgecl.config.recipe import Data, find_method, list_methods, recipe_from_tables
 from edgecl.errors import DataError, Preempted, RecipeError
-from edgecl.methods.teacher import load_teacher
+from edgecl.methods.teacher import Teacher, load_teacher
 from edgecl.nets.backbone import create_backbone
 from edgecl.nets.build import create_slimmable
+from edgecl.nets.given import load_given
 from edgecl.storage.checkpoint import read_newest
 from edgecl.storage.directories import RunDir
 from edgecl.train import loop
@@ -144,9 +147,24 @@ def test_a_damaged_file_of_features_is_made_anew(tmp_path, recipe_of, pictures):
 
 
 def test_the_teacher_of_another_picture_size_is_named_before_pictures_are_read(tmp_path, recipe_of):
-    recipe = recipe_of("seed", teacher={"arch": "vit_tiny_patch16_224"})
-    with pytest.raises(RecipeError, match="'vit_tiny_patch16_224' does not take pictures of 32 x 32"):
+    # Its patches have 14 pixels.
+    recipe = recipe_of("seed", teacher={"arch": "vit_small_patch14_dinov2"})
+    with pytest.raises(RecipeError, match="'vit_small_patch14_dinov2' does not take pictures of 32 x 32"):
         train(recipe, tmp_path / "run", tmp_path / "no pictures")
+
+
+def test_a_vit_teaches_at_any_size_that_its_patches_divide():
+    given = load_given("untrained", arch="vit_tiny_patch16_224")
+    teacher = Teacher(given, Data(image_size=64))
+    # As timm builds it for this size, given the same tensors, the positions interpolated.
+    expected = timm.create_model("vit_tiny_patch16_224", img_size=64, num_classes=0).eval()
+    tensors = given.net.state_dict()
+    tensors["pos_embed"] = resample_abs_pos_embed(tensors["pos_embed"], new_size=[4, 4])
+    expected.load_state_dict(tensors)
+    pictures = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(teacher(pictures), expected(pictures))
+    assert given.net.patch_embed.img_size == (224, 224)
 
 
 def test_a_method_that_learns_from_classes_refuses_pictures_without(tmp_path, recipe_of, pictures):

@@ -26,7 +26,13 @@ from edgecl.storage.records import Interval
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_COLORS = {"pretrained": BLUE, "random init": MUTED, "from scratch": ORANGE}
+_COLORS = {
+    "pretrained": BLUE,
+    "pretrained further": BLUE,
+    "given": INK,
+    "random init": MUTED,
+    "from scratch": ORANGE,
+}
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,10 @@ class _Dots:
     color: str
     value: str
     hollow: bool = False
+
+    @property
+    def lines(self) -> list[str]:
+        return self.label.replace(", ", "\n").split("\n")
 
     @property
     def values(self) -> list[float]:
@@ -87,7 +97,8 @@ def _dot_plot(
     title: str,
 ) -> str:
     """Draw lines of dots between bounds, with a named value marked."""
-    top, bottom, pitch = 26.0, 44.0, 52.0 if len(rows) > 2 else 78.0
+    lines = max(len(row.lines) for row in rows)
+    top, bottom, pitch = 26.0, 44.0, max(52.0 if len(rows) > 2 else 78.0, 18.0 * lines)
     height = top + pitch * len(rows) + bottom
     figure, axes = new_axes(460.0, height, left=122.0, right=20.0, top=top, bottom=bottom)
     values = [value for row in rows for value in row.values] + ([line[0]] if line else [])
@@ -117,7 +128,7 @@ def _mark(axes: Axes, value: float, name: str) -> None:
 
 
 def _draw(axes: Axes, row: _Dots, place: int) -> None:
-    label = "\n".join(shortened(part, 18) for part in row.label.split("\n"))
+    label = "\n".join(shortened(part, 18) for part in row.lines)
     look: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "ha": "right", "linespacing": 1.25}
     beside(axes, label, (0, place), (-10, 0), color=INK, fontsize=TEXT, **look)
     # Single values lie under their interval, stepped a little so that equal ones stay countable.
