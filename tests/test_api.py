@@ -15,7 +15,19 @@ import edgecl
 from edgecl import api
 from edgecl.errors import EdgeclError, RecipeError
 
-VERBS = ["bench", "carve", "cost", "export", "finetune", "pretrain", "probe", "publish", "report", "verify"]
+VERBS = [
+    "bench",
+    "carve",
+    "cost",
+    "export",
+    "finetune",
+    "predict",
+    "pretrain",
+    "probe",
+    "publish",
+    "report",
+    "verify",
+]
 # The function that each verb calls, and its parameters under other names here, or not here.
 BENEATH = {
     "pretrain": ("edgecl.train.pretrain", {"recipe_name"}),
@@ -23,6 +35,7 @@ BENEATH = {
     "probe": ("edgecl.evaluate.probe", set()),
     "finetune": ("edgecl.evaluate.finetune", {"assignments"}),
     "export": ("edgecl.deploy.export", set()),
+    "predict": ("edgecl.deploy.predict", set()),
     "verify": ("edgecl.deploy.device", {"report"}),
     "bench": ("edgecl.deploy.device", {"report"}),
     "publish": ("edgecl.deploy.publish", set()),
@@ -89,7 +102,7 @@ def test_verb_hands_on_what_it_is_given(verb, monkeypatch):
         module, verb, lambda *words, **named: seen.update(signature.bind(*words, **named).arguments)
     )
     here = inspect.signature(getattr(api, verb)).parameters
-    known = {"recipe": "demo", "dirs": ["<dirs>"], "set": {"optim.lr": 0.5}}
+    known = {"recipe": "demo", "dirs": ["<dirs>"], "pictures": ["<pictures>"], "set": {"optim.lr": 0.5}}
     given = {name: known.get(name, f"<{name}>") for name in here}
     getattr(edgecl, verb)(given.pop(next(iter(here))), **given)
     for name in here.keys() & seen.keys() - known.keys():

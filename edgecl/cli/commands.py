@@ -14,6 +14,7 @@ from edgecl.cli.doctor import doctor_command
 from edgecl.cli.export import export_command
 from edgecl.cli.finetune import finetune_command
 from edgecl.cli.ls import ls_command
+from edgecl.cli.predict import predict_command
 from edgecl.cli.pretrain import pretrain_command
 from edgecl.cli.probe import probe_command
 from edgecl.cli.publish import publish_command
@@ -68,6 +69,7 @@ app.command("carve")(carve_command)
 app.command("probe")(probe_command)
 app.command("finetune")(finetune_command)
 app.command("cost")(cost_command)
+app.command("predict")(predict_command)
 app.command("export")(export_command)
 app.command("verify")(verify_command)
 app.command("bench")(bench_command)

@@ -1031,6 +1031,43 @@ class BenchRecord(Record):
     """What ran on the device."""
 
 
+class Guess(Table):
+    """A class that a picture may show."""
+
+    label: Count
+    """Its position among the net's classes."""
+    name: Text
+    score: float = Field(ge=0, le=1)
+    """Probability, 0 to 1; where a picture may be of several classes, each class has its own."""
+
+
+class Prediction(Table):
+    """What a net sees on a picture; a line of `predict --out FILE.jsonl`."""
+
+    file: Text
+    top: list[Guess] = []
+    """The likeliest first."""
+    problem: Text | None = None
+    """Why the picture cannot be read."""
+
+
+class Predictions(Table):
+    """What `predict --json` prints."""
+
+    made_from: Text
+    """The sha256 of model.json or manifest.json."""
+    runtime: Text
+    """What ran the net, with its version."""
+    precision: Text
+    decoders: list[Text]
+    """What decoded the pictures, with versions."""
+    images: Count
+    """Pictures, unreadable ones among them."""
+    unreadable: Count
+    predictions: list[Prediction]
+    """In the order of the files."""
+
+
 class DoctorCheck(Table):
     """One check of a device."""
 

@@ -92,10 +92,13 @@ def test_manifest_says_the_form_of_input_and_output(manifest):
         "name": "input",
         "shape": [1, 3, 32, 32],
         "dtype": "float32",
+        "layout": "nchw",
+        "normalization": "outside",
         "dynamic_batch": False,
         "max_batch": 1,
     }
-    assert manifest["output"] == {"name": "output", "shape": [1, manifest["net"]["features"]]}
+    features = manifest["net"]["features"]
+    assert manifest["output"] == {"name": "output", "shape": [1, features], "softmax": False}
 
 
 def test_preprocessing_is_the_same_in_model_manifest_and_onnx(carved_model, exported_bundle, manifest):
@@ -112,7 +115,10 @@ def test_preprocessing_is_the_same_in_model_manifest_and_onnx(carved_model, expo
 
 def test_parity_is_recorded_with_its_images(image_folder, manifest):
     parity = manifest["precisions"]["fp32"]["parity"]
-    assert manifest["parity"] == [parity]
+    assert manifest["parity"][0] == parity
+    (last,) = manifest["parity"][1:]
+    assert (last["from"], last["to"]) == ("JPEG file through torch", "JPEG file through model.onnx")
+    assert last["max_relative_difference"] < 1e-4
     assert (parity["from"], parity["to"]) == ("carved torch net", "ONNX fp32")
     # A fifth of the 60 is held out for judging.
     assert parity["images"] == 48
@@ -242,8 +248,12 @@ def test_parity_report_goes_from_torch_to_int8(three):
         ("carved torch net", "ONNX fp32"),
         ("ONNX fp32", "ONNX fp16"),
         ("ONNX fp32", "ONNX int8"),
+        *[
+            ("JPEG file through torch", f"JPEG file through {name}")
+            for name in ("model.onnx", "model.fp16.onnx", "model.int8.onnx")
+        ],
     ]
-    fp32, fp16, int8 = (step["max_abs_difference"] for step in parity)
+    fp32, fp16, int8 = (step["max_abs_difference"] for step in parity[:3])
     assert fp32 < fp16 < int8
 
 
