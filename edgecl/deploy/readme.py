@@ -35,6 +35,7 @@ def bundle_readme(manifest: Manifest, handover: Mapping[str, str]) -> str:
             else []
         ),
         "python3 onboard.pyz verify     hashes, and outputs against torch's",
+        "python3 onboard.pyz predict .  the answer for pictures: IMAGE or FOLDER, several",
         "python3 onboard.pyz bench      latency and energy, as one JSON record",
         *(f"{name:<30} {line}" for name, line in handover.items()),
         "manifest.json says where everything came from and what was measured.",
