@@ -1,15 +1,27 @@
 """Train, then compile: small vision networks from unlabelled images, measured on the device that runs them.
 
 The verbs of the command line are functions here: `edgecl.pretrain`, `carve`, `probe`, `finetune`, `cost`, `predict`,
-`export`, `verify`, `bench` and `report`; see `edgecl.api`. Importing edgecl imports neither them nor torch before they are
-used.
+`export`, `verify`, `bench`, `publish` and `report`; see `edgecl.api`. Importing edgecl imports neither them nor torch
+before they are used.
 """
 
 import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from edgecl.api import bench, carve, cost, export, finetune, predict, pretrain, probe, report, verify
+    from edgecl.api import (
+        bench,
+        carve,
+        cost,
+        export,
+        finetune,
+        predict,
+        pretrain,
+        probe,
+        publish,
+        report,
+        verify,
+    )
 
 # Libraries that report what they are used for read these while they are imported; onnxruntime's own switch acts too late.
 # `edgecl.onboard`, which travels alone, says the first for itself.
@@ -26,6 +38,7 @@ __all__ = [
     "predict",
     "pretrain",
     "probe",
+    "publish",
     "report",
     "verify",
 ]

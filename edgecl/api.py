@@ -23,12 +23,25 @@ if TYPE_CHECKING:
         ModelRecord,
         Predictions,
         ProbeRecord,
+        PublishedRecord,
         RecipeCost,
         RunRecord,
         VerifyRecord,
     )
 
-__all__ = ["bench", "carve", "cost", "export", "finetune", "predict", "pretrain", "probe", "report", "verify"]
+__all__ = [
+    "bench",
+    "carve",
+    "cost",
+    "export",
+    "finetune",
+    "predict",
+    "pretrain",
+    "probe",
+    "publish",
+    "report",
+    "verify",
+]
 
 # A record as it stands in a JSON file.
 Record = dict[str, Any]
@@ -419,6 +432,45 @@ def bench(
         power=power,
         host=host,
         report=say,
+    )
+
+
+def publish(
+    model: AnyPath,
+    *,
+    out: AnyPath,
+    bundle: AnyPath | None = None,
+    push: str | None = None,
+    force: bool = False,
+    say: Callable[[str], None] | None = None,
+) -> PublishedRecord:
+    """Write a folder for others: what timm loads, ONNX files, a model card with what was measured.
+
+    Args:
+        model: a model directory.
+        out: the folder to write, for `timm.create_model("local-dir:FOLDER", pretrained=True)` where timm has the net.
+        bundle: a bundle of this net, whose ONNX files and measurements are taken; None exports one file, in fp32.
+        push: USER/NAME on the Hugging Face Hub, or where HF_ENDPOINT points, to push the folder to; None sends nothing.
+        force: replace an earlier folder.
+        say: called with a line at each stage.
+
+    Returns:
+        What edgecl.json in the folder holds, with `timm` (the name, or None), `why_not_timm` and, once pushed, `url`.
+
+    Raises:
+        ArtifactError: not a model directory, a bundle of another net, or the output exists.
+        ParityError: the ONNX file computes something else than torch.
+        DeviceError: no name of a repository, or the hub refused it; then the folder is whole.
+    """
+    from edgecl.deploy.publish import publish as publish_model
+
+    return publish_model(
+        Path(model),
+        out=Path(out),
+        bundle=None if bundle is None else Path(bundle),
+        push=push,
+        force=force,
+        say=say or _silence,
     )
 
 

@@ -15,7 +15,19 @@ import edgecl
 from edgecl import api
 from edgecl.errors import EdgeclError, RecipeError
 
-VERBS = ["bench", "carve", "cost", "export", "finetune", "predict", "pretrain", "probe", "report", "verify"]
+VERBS = [
+    "bench",
+    "carve",
+    "cost",
+    "export",
+    "finetune",
+    "predict",
+    "pretrain",
+    "probe",
+    "publish",
+    "report",
+    "verify",
+]
 # The function that each verb calls, and its parameters under other names here, or not here.
 BENEATH = {
     "pretrain": ("edgecl.train.pretrain", {"recipe_name"}),
@@ -26,6 +38,7 @@ BENEATH = {
     "predict": ("edgecl.deploy.predict", set()),
     "verify": ("edgecl.deploy.device", {"report"}),
     "bench": ("edgecl.deploy.device", {"report"}),
+    "publish": ("edgecl.deploy.publish", set()),
     "report": ("edgecl.reports.report", set()),
 }
 

@@ -17,6 +17,7 @@ from edgecl.cli.ls import ls_command
 from edgecl.cli.predict import predict_command
 from edgecl.cli.pretrain import pretrain_command
 from edgecl.cli.probe import probe_command
+from edgecl.cli.publish import publish_command
 from edgecl.cli.report import ReportCommand, report_command
 from edgecl.cli.run import demo_command, run_command
 from edgecl.cli.selftest import selftest_app
@@ -73,6 +74,7 @@ app.command("export")(export_command)
 app.command("verify")(verify_command)
 app.command("bench")(bench_command)
 app.command("doctor")(doctor_command)
+app.command("publish")(publish_command)
 app.command("report", cls=ReportCommand)(report_command)
 app.add_typer(selftest_app, name="selftest")
 

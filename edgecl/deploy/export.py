@@ -21,6 +21,7 @@ from edgecl.deploy.accuracy import HOLDOUT, Evaluator, open_evaluator, read_imag
 from edgecl.deploy.decision import conclude
 from edgecl.deploy.device import verify
 from edgecl.deploy.graph import opset_of
+from edgecl.deploy.handover import write_handover
 from edgecl.deploy.onboard_zip import write_onboard
 from edgecl.deploy.onnx import INPUT, OUTPUT
 from edgecl.deploy.parity import slim_view_check
@@ -306,9 +307,8 @@ def _finish(bundle: Bundle, manifest: Manifest, *, target: Target, say: Callable
         if about.decision:
             about.decision = conclude(about.decision, speed=None, higher="fp16")
     manifest.precision = _preferred(manifest, target)
-    if target.runtime in extras.OF_BUNDLE:
-        extras.OF_BUNDLE[target.runtime](bundle, manifest)
-    write_bytes(bundle.readme_file, bundle_readme(manifest).encode())
+    handover = write_handover(bundle, manifest)
+    write_bytes(bundle.readme_file, bundle_readme(manifest, handover).encode())
     sealed = _seal(bundle, manifest)
     say("verifying the bundle")
     try:

@@ -94,7 +94,8 @@ class Source:
 
     def graph_of(self, net: nn.Module) -> onnx.ModelProto:
         """Export the net, or the net without fake quantization."""
-        metadata = {**self.preprocessing.to_json(), "classes": self.record.classes, "arch": self.record.arch}
+        about = {key: getattr(self.record, key) for key in ("classes", "label_sets", "arch")}
+        metadata = {**self.preprocessing.to_json(), **about}
         shape = (3, self.images.shape[2], self.images.shape[3])
         return onnx_from_net(net, graph=self.target.graph, shape=shape, metadata=metadata)
 

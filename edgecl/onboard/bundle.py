@@ -20,6 +20,7 @@ REFERENCE = "reference.npz"
 VERIFY = "verify.json"
 ONBOARD = "onboard.pyz"
 README = "README.txt"
+LABELS = "labels.txt"
 TRTEXEC = "trtexec.sh"
 
 PRECISIONS = ("fp32", "fp16", "int8")

@@ -848,6 +848,23 @@ class VerifyRecord(Record):
     """Of a check that failed, in words."""
 
 
+class PublishedRecord(Record):
+    """edgecl.json: a folder for timm, for ONNX Runtime and for a hub."""
+
+    KIND = "published"
+    FILE = "edgecl.json"
+
+    kind: Literal["published"] = "published"
+    timm: Text | None
+    """The name under which timm builds the net; null where it cannot."""
+    why_not_timm: Text | None
+    """Why timm cannot build it."""
+    files: dict[str, Text]
+    """File -> its sha256."""
+    url: Text | None = None
+    """Where it was pushed; null in the file, which is written before."""
+
+
 class PowerMode(Table):
     """A Jetson's power mode."""
 
@@ -1143,6 +1160,7 @@ KINDS: tuple[type[Record], ...] = (
     CostRecord,
     VerifyRecord,
     BenchRecord,
+    PublishedRecord,
 )
 
 

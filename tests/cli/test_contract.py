@@ -36,6 +36,7 @@ OPTIONS = {
     "verify": ("--host --json", "--precision --runtime"),
     "bench": ("--precision --runtime --host --duration-s --threads --json", ""),
     "doctor": ("--host --target --json", ""),
+    "publish": ("--out --push --force", "--bundle --json"),
     "report": ("--out --json", "--force"),
     "watch": ("", "--port"),
 }

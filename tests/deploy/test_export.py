@@ -61,12 +61,15 @@ def manifest(exported_bundle):
     return Bundle(exported_bundle).read().to_json()
 
 
-FILES = {"README.txt", "model.onnx", "onboard.pyz", "reference.npz"}
+FILES = {
+    *("README.txt", "model.onnx", "onboard.pyz", "reference.npz"),
+    *("config.pbtxt", "main.cpp", "main.py", "triton.sh"),
+}
 
 
 def test_readme_names_the_net_and_the_verbs_that_the_runtime_has(exported_bundle):
     lines = (exported_bundle / "README.txt").read_text().splitlines()
-    assert len(lines) == 9  # nothing is built for a processor
+    assert not any("build" in line for line in lines)  # nothing is built for a processor
     assert lines[0].startswith("mobilenetv3_small_100 at width 0.5, features, for ort-cpu")
     for verb in ("doctor", "verify", "bench"):
         assert sum(f"python3 onboard.pyz {verb}" in line for line in lines) == 1
@@ -314,6 +317,26 @@ def test_classifier_without_labelled_images_is_not_evaluated(tmp_path, classifie
     )
 
 
+def check_deepstream(bundle, manifest):
+    """nvinfer's formula on the pixels behind the reference images, into its net: softmax of the reference outputs."""
+    with np.load(bundle / "reference.npz", allow_pickle=False) as reference:
+        inputs, outputs = reference["inputs"], reference["outputs"].astype(np.float64)
+    mean, std = (np.array(manifest["preprocessing"][key]).reshape(3, 1, 1) for key in ("mean", "std"))
+    config = dict(
+        line.split("=") for line in (bundle / "deepstream.txt").read_text().splitlines() if "=" in line[1:]
+    )
+    offsets = np.float32(config["offsets"].split(";")).reshape(3, 1, 1)
+    pixels = ((inputs * std + mean) * 255).round().astype(np.float32)
+    images = np.float32(config["net-scale-factor"]) * (pixels - offsets)
+    session = onnxruntime.InferenceSession(
+        str(bundle / config["onnx-file"]), providers=["CPUExecutionProvider"]
+    )
+    found = np.concatenate([session.run(None, {"input": image[None]})[0] for image in images])
+    exponents = np.exp(outputs - outputs.max(1, keepdims=True))
+    assert np.abs(found - exponents / exponents.sum(1, keepdims=True)).max() < 1e-4
+    assert (bundle / "deepstream-labels.txt").read_text() == "blue;green;red\n"
+
+
 def test_jetson_bundle_verifies_here_by_its_onnx_files_and_carries_trtexec(tmp_path, classifier):
     out = tmp_path / "b"
     manifest = export(classifier[0], target="jetson", out=out)
@@ -326,6 +349,7 @@ def test_jetson_bundle_verifies_here_by_its_onnx_files_and_carries_trtexec(tmp_p
     for about in manifest["precisions"].values():
         assert f"--onnx={about['model']}" in script
     assert verify(out, runtime="onnxruntime")["ok"] is True
+    check_deepstream(out, manifest)
     with pytest.raises(DeviceError, match="tensorrt"):
         verify(out)
 
