@@ -1,8 +1,8 @@
 """Train, then compile: small vision networks from unlabelled images, measured on the device that runs them.
 
 The verbs of the command line are functions here: `edgecl.init`, `pretrain`, `carve`, `probe`, `pick`, `finetune`, `cost`,
-`export`, `verify`, `bench` and `report`; see `edgecl.api`. Importing edgecl imports neither them nor torch before they are
-used.
+`predict`, `export`, `verify`, `bench`, `publish` and `report`; see `edgecl.api`. Importing edgecl imports neither them nor
+torch before they are used.
 """
 
 import os
@@ -17,8 +17,10 @@ if TYPE_CHECKING:
         finetune,
         init,
         pick,
+        predict,
         pretrain,
         probe,
+        publish,
         report,
         verify,
     )
@@ -37,8 +39,10 @@ __all__ = [
     "finetune",
     "init",
     "pick",
+    "predict",
     "pretrain",
     "probe",
+    "publish",
     "report",
     "verify",
 ]

@@ -23,8 +23,10 @@ VERBS = [
     "finetune",
     "init",
     "pick",
+    "predict",
     "pretrain",
     "probe",
+    "publish",
     "report",
     "verify",
 ]
@@ -37,8 +39,10 @@ BENEATH = {
     "init": ("edgecl.evaluate.init", set()),
     "pick": ("edgecl.evaluate.pick", set()),
     "export": ("edgecl.deploy.export", set()),
+    "predict": ("edgecl.deploy.predict", set()),
     "verify": ("edgecl.deploy.device", {"report"}),
     "bench": ("edgecl.deploy.device", {"report"}),
+    "publish": ("edgecl.deploy.publish", set()),
     "report": ("edgecl.reports.report", set()),
 }
 
@@ -102,7 +106,7 @@ def test_verb_hands_on_what_it_is_given(verb, monkeypatch):
         module, verb, lambda *words, **named: seen.update(signature.bind(*words, **named).arguments)
     )
     here = inspect.signature(getattr(api, verb)).parameters
-    known = {"recipe": "demo", "dirs": ["<dirs>"], "set": {"optim.lr": 0.5}}
+    known = {"recipe": "demo", "dirs": ["<dirs>"], "pictures": ["<pictures>"], "set": {"optim.lr": 0.5}}
     given = {name: known.get(name, f"<{name}>") for name in here}
     getattr(edgecl, verb)(given.pop(next(iter(here))), **given)
     for name in here.keys() & seen.keys() - known.keys():

@@ -16,8 +16,10 @@ from edgecl.cli.finetune import finetune_command
 from edgecl.cli.init import init_command
 from edgecl.cli.ls import ls_command
 from edgecl.cli.pick import pick_command
+from edgecl.cli.predict import predict_command
 from edgecl.cli.pretrain import pretrain_command
 from edgecl.cli.probe import probe_command
+from edgecl.cli.publish import publish_command
 from edgecl.cli.report import ReportCommand, report_command
 from edgecl.cli.run import demo_command, run_command
 from edgecl.cli.selftest import selftest_app
@@ -71,10 +73,12 @@ app.command("probe")(probe_command)
 app.command("pick")(pick_command)
 app.command("finetune")(finetune_command)
 app.command("cost")(cost_command)
+app.command("predict")(predict_command)
 app.command("export")(export_command)
 app.command("verify")(verify_command)
 app.command("bench")(bench_command)
 app.command("doctor")(doctor_command)
+app.command("publish")(publish_command)
 app.command("report", cls=ReportCommand)(report_command)
 app.add_typer(selftest_app, name="selftest")
 

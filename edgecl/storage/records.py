@@ -838,8 +838,12 @@ class InputForm(Table):
 
     name: Text
     shape: list[Count] = Field(min_length=4, max_length=4)
-    """Batch, channels, height, width."""
-    dtype: Text = "float32"
+    """In the order of the layout."""
+    dtype: Literal["float32", "uint8"] = "float32"
+    layout: Literal["nchw", "nhwc"] = "nchw"
+    """Batch, channels, height, width; or the channels last, as decoders leave pictures in memory."""
+    normalization: Literal["outside", "inside"] = "outside"
+    """Whether whoever runs the net subtracts the mean and divides by std, or the graph does, of bytes 0 to 255."""
     dynamic_batch: bool
     max_batch: Count = Field(ge=1)
 
@@ -849,7 +853,9 @@ class OutputForm(Table):
 
     name: Text
     shape: list[Count] = Field(min_length=2, max_length=2)
-    """Batch, features."""
+    """Batch, features or classes."""
+    softmax: bool = False
+    """Whether the graph ends in softmax: probabilities, not logits."""
 
 
 class ExportedNet(Table):
@@ -923,6 +929,23 @@ class VerifyRecord(Record):
     precisions: dict[str, VerifiedPrecision] = {}
     problem: Text | None = None
     """Of a check that failed, in words."""
+
+
+class PublishedRecord(Record):
+    """edgecl.json: a folder for timm, for ONNX Runtime and for a hub."""
+
+    KIND = "published"
+    FILE = "edgecl.json"
+
+    kind: Literal["published"] = "published"
+    timm: Text | None
+    """The name under which timm builds the net; null where it cannot."""
+    why_not_timm: Text | None
+    """Why timm cannot build it."""
+    files: dict[str, Text]
+    """File -> its sha256."""
+    url: Text | None = None
+    """Where it was pushed; null in the file, which is written before."""
 
 
 class PowerMode(Table):
@@ -1091,6 +1114,43 @@ class BenchRecord(Record):
     """What ran on the device."""
 
 
+class Guess(Table):
+    """A class that a picture may show."""
+
+    label: Count
+    """Its position among the net's classes."""
+    name: Text
+    score: float = Field(ge=0, le=1)
+    """Probability, 0 to 1; where a picture may be of several classes, each class has its own."""
+
+
+class Prediction(Table):
+    """What a net sees on a picture; a line of `predict --out FILE.jsonl`."""
+
+    file: Text
+    top: list[Guess] = []
+    """The likeliest first."""
+    problem: Text | None = None
+    """Why the picture cannot be read."""
+
+
+class Predictions(Table):
+    """What `predict --json` prints."""
+
+    made_from: Text
+    """The sha256 of model.json or manifest.json."""
+    runtime: Text
+    """What ran the net, with its version."""
+    precision: Text
+    decoders: list[Text]
+    """What decoded the pictures, with versions."""
+    images: Count
+    """Pictures, unreadable ones among them."""
+    unreadable: Count
+    predictions: list[Prediction]
+    """In the order of the files."""
+
+
 class DoctorCheck(Table):
     """One check of a device."""
 
@@ -1183,6 +1243,7 @@ KINDS: tuple[type[Record], ...] = (
     CostRecord,
     VerifyRecord,
     BenchRecord,
+    PublishedRecord,
 )
 
 

@@ -30,10 +30,15 @@ OPTIONS = {
     "probe": ("--data --test --labels-per-class --seeds --json", "--download"),
     "finetune": ("--data --test --out --epochs --quantize --set --force", "--download"),
     "cost": ("--json --table", "--images --set"),
-    "export": ("--target --out --precision --calibration --eval --force", "--run --json --download"),
+    "export": (
+        "--target --out --precision --calibration --eval --force",
+        "--run --json --download --input --softmax",
+    ),
+    "predict": ("--top --json", "--out --precision --runtime --force"),
     "verify": ("--host --json", "--precision --runtime"),
     "bench": ("--precision --runtime --host --duration-s --threads --json", ""),
     "doctor": ("--host --target --json", ""),
+    "publish": ("--out --push --force", "--bundle --json"),
     "report": ("--out --json", "--force"),
     "watch": ("", "--port"),
 }
