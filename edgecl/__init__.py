@@ -1,8 +1,8 @@
 """Train, then compile: small vision networks from unlabelled images, measured on the device that runs them.
 
-The verbs of the command line are functions here: `edgecl.pretrain`, `carve`, `probe`, `finetune`, `cost`, `predict`,
-`export`, `verify`, `bench`, `publish` and `report`; see `edgecl.api`. Importing edgecl imports neither them nor torch
-before they are used.
+The verbs of the command line are functions here: `edgecl.init`, `pretrain`, `carve`, `probe`, `pick`, `finetune`, `cost`,
+`predict`, `export`, `verify`, `bench`, `publish` and `report`; see `edgecl.api`. Importing edgecl imports neither them nor
+torch before they are used.
 """
 
 import os
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
         cost,
         export,
         finetune,
+        init,
+        pick,
         predict,
         pretrain,
         probe,
@@ -35,6 +37,8 @@ __all__ = [
     "cost",
     "export",
     "finetune",
+    "init",
+    "pick",
     "predict",
     "pretrain",
     "probe",

@@ -21,8 +21,10 @@ if TYPE_CHECKING:
         FinetunedModel,
         Manifest,
         ModelRecord,
+        PickedImage,
         Predictions,
         ProbeRecord,
+        Proposal,
         PublishedRecord,
         RecipeCost,
         RunRecord,
@@ -35,6 +37,8 @@ __all__ = [
     "cost",
     "export",
     "finetune",
+    "init",
+    "pick",
     "predict",
     "pretrain",
     "probe",
@@ -48,6 +52,79 @@ Record = dict[str, Any]
 # Settings to change: {"optim.lr": 0.2} or {"optim": {"lr": 0.2}}, or ["optim.lr=0.2"] as the command line writes them.
 Changes = Mapping[str, object] | Sequence[str]
 AnyPath = str | Path
+
+
+def init(
+    photos: AnyPath,
+    *,
+    out: AnyPath,
+    labels: AnyPath | None = None,
+    target: AnyPath | None = None,
+    hours: float | None = None,
+    weights: AnyPath | None = None,
+    force: bool = False,
+) -> Proposal:
+    """Look at pictures and at this machine, and write a recipe for them, with reasons and price as comments.
+
+    Args:
+        photos: a folder of images, or another data URI; of more than 5,000, 5,000 are read.
+        out: the .toml file to write.
+        labels: a data URI of labelled images, to be looked for among the others.
+        target: what the net is for: a packaged target (`edgecl ls targets`) or a TOML file.
+        hours: that training may take on this machine; None takes the packaged recipe's epochs.
+        weights: to start from, as [host] init takes them.
+        force: replace an earlier file.
+
+    Returns:
+        What was seen, chosen and timed: `advice`, `reasons`, `hours`, `total_flops`, `survey`, `machine`, `timing`.
+
+    Raises:
+        DataError: no images, or none that can be read.
+        TargetError: unknown target.
+        RecipeError: a name that does not end in .toml, or weights of another net.
+        ArtifactError: the output exists, or there are no such weights.
+        DeviceError: the smallest batch does not fit into the GPU's memory.
+    """
+    from edgecl.evaluate.init import init as write_recipe
+
+    return write_recipe(
+        str(photos),
+        out=Path(out),
+        labels=_uri(labels),
+        target=_uri(target),
+        hours=hours,
+        weights=_uri(weights),
+        force=force,
+    )
+
+
+def pick(
+    photos: AnyPath,
+    *,
+    model: AnyPath,
+    count: int = 200,
+    out: AnyPath,
+    force: bool = False,
+) -> list[PickedImage]:
+    """Pick which pictures to label first, and write their list and a page that shows them.
+
+    Args:
+        photos: a folder of images, or another data URI.
+        model: a model directory, whose net tells what is alike.
+        count: how many to pick.
+        out: the list to write, a .csv, .jsonl or .txt file; the page lies beside it, as .html.
+        force: replace earlier files.
+
+    Returns:
+        The pictures in the order in which to label them, each with its reason; then those that are unlike all others.
+
+    Raises:
+        ArtifactError: not a model directory, a name that ends otherwise, or the output exists.
+        DataError: no images, none that can be read, or fewer than `count`.
+    """
+    from edgecl.evaluate.pick import pick as pick_images
+
+    return pick_images(str(photos), model=Path(model), count=count, out=Path(out), force=force)
 
 
 def pretrain(

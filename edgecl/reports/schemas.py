@@ -19,8 +19,10 @@ from edgecl.storage.records import (
     KINDS,
     DoctorReport,
     MetricsLine,
+    PickedImage,
     Predictions,
     ProbedNet,
+    Proposal,
     PublishedCost,
     RecipeCost,
     Record,
@@ -40,6 +42,8 @@ SCHEMAS: dict[str, type[Table]] = {
     "recipe-cost": RecipeCost,
     "published-cost": PublishedCost,
     "probed-net": ProbedNet,
+    "proposal": Proposal,
+    "picked-image": PickedImage,
 }
 """Name of a file in docs/schemas -> what it describes."""
 

@@ -606,6 +606,89 @@ class ProbedNet(Table):
     probe: ProbeRecord
 
 
+# --- a recipe for a folder, pictures to label ---
+
+
+class Survey(Table):
+    """What a folder of pictures holds, from those that were read."""
+
+    uri: Text
+    images: Count
+    read: Count
+    """How many were read and could be; of many, runs of neighbors by name, evenly spread."""
+    unreadable: list[Text]
+    """Of those that were read."""
+    shorter_side: list[int] = Field(min_length=3, max_length=3)
+    """5th percentile, median and 95th, pixels."""
+    aspect: list[float] = Field(min_length=3, max_length=3)
+    """Longer side / shorter side: 5th percentile, median and 95th."""
+    grayscale: float
+    """The fraction without color."""
+    duplicates: list[list[Text]]
+    """Groups of pictures that look the same."""
+    smallest_class: Count | None = None
+    """Pictures of the class that has fewest, where sub-folders are classes."""
+    labelled: Count | None = None
+    """Pictures in the labelled folder, where one was named."""
+    labelled_read: Count | None = None
+    leaks: list[list[Text]] = []
+    """Pictures that also lie in the labelled folder: each with the one there."""
+
+
+class Machine(Table):
+    """Where a recipe would be trained."""
+
+    device: Literal["cpu", "cuda"]
+    name: Text
+    """Of the processor or GPU."""
+    cores: Count
+    """That this process may use."""
+    memory_mib: Count
+    """Free for decoded pictures; with a GPU, of its memory or the machine's what is less."""
+    bf16: bool
+    """Whether it is a GPU that computes in bfloat16."""
+
+
+class Timing(Table):
+    """A few steps of training, taken and timed."""
+
+    steps: Count
+    images_per_s: float
+    peak_mib: float
+    """Most memory in use: of the GPU, or of this process."""
+
+
+class Proposal(Table):
+    """What `init --json` prints: the recipe it wrote, what it rests on and what it costs."""
+
+    recipe: Text
+    """The file."""
+    advice: Literal["pretrain", "fine-tune"]
+    why: Text
+    base: Text
+    """The packaged recipe it began with."""
+    reasons: dict[str, Text]
+    """Of each setting that is not the packaged recipe's: why."""
+    hours: float
+    """That the training will take on this machine, by the timed steps."""
+    total_flops: float
+    """As `edgecl cost` prices it, projector apart."""
+    survey: Survey
+    machine: Machine
+    timing: Timing
+
+
+class PickedImage(Table):
+    """A row of what `pick --json` prints and a line of its .jsonl: a picture to label, or one unlike all others."""
+
+    path: Text
+    order: Count | None
+    """From 1 on; null for one that is only named, being unlike all others."""
+    reason: Text
+    near_duplicates: list[Text]
+    """Pictures that look the same; none of them is picked too."""
+
+
 # --- bundles ---
 
 

@@ -24,6 +24,8 @@ OPTIONS = {
     "demo": ("--out --force", "--resume"),
     "pretrain": ("--data --out --set --device --resume --force", "--download --allow"),
     "selftest": ("", ""),
+    "init": ("", "--out --labels --target --hours --weights --force --json"),
+    "pick": ("", "--model --out --count --force --json"),
     "carve": ("--out --width --recalibrate --no-recalibrate --force", "--best"),
     "probe": ("--data --test --labels-per-class --seeds --json", "--download"),
     "finetune": ("--data --test --out --epochs --quantize --set --force", "--download"),
