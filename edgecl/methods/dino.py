@@ -29,8 +29,6 @@ class Config(RatedConfig):
     # The paper's colors, as BYOL's. Of views that differ more, a net that begins tells nothing alike, and targets are noise.
     brings: ClassVar[dict[str, dict[str, Any]]] = {
         "views": {
-            "local_count": 4,
-            "local_scale": [0.1, 0.4],
             "jitter": 0.8,
             "brightness": 0.4,
             "contrast": 0.4,

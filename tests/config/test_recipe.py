@@ -394,8 +394,8 @@ def test_any_recipe_takes_any_method_with_that_methods_defaults(packaged, name):
 
 
 def test_what_a_method_brings_gives_way_to_what_is_said(write):
-    recipe = read_recipe(write(MINIMAL), ["method.name=dino", "views.local_count=1"])
-    assert (recipe.views.local_count, recipe.views.local_scale) == (1, (0.1, 0.4))
+    recipe = read_recipe(write(MINIMAL), ["method.name=dino", "views.hue=0.3"])
+    assert (recipe.views.hue, recipe.views.brightness) == (0.3, 0.4)
     text = MINIMAL + '\n[method]\nname = "ssl-small"\n[projector]\nsizes = [64]\n'
     recipe = read_recipe(write(text), ["host.width=1.0"])
     assert (recipe.projector.sizes, recipe.views.jitter) == ((64,), 1.0)

@@ -414,7 +414,7 @@ def test_a_method_is_priced_by_its_passes(method, students, teachers):
 
 
 def test_dino_is_priced_with_its_local_views():
-    training = priced("dino")
+    training = priced("dino", "views.local_count=4")
     local = training.local_views_flops_per_image
     assert training.flops_per_image == 8 * training.slim_forward_flops + local
     assert 3 < local / training.slim_forward_flops < 6  # four of half the side, three passes each
