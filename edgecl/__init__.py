@@ -1,14 +1,29 @@
 """Train, then compile: small vision networks from unlabelled images, measured on the device that runs them.
 
-The verbs of the command line are functions here: `edgecl.pretrain`, `carve`, `probe`, `finetune`, `cost`, `export`,
-`verify`, `bench` and `report`; see `edgecl.api`. Importing edgecl imports neither them nor torch before they are used.
+The verbs of the command line are functions here: `edgecl.init`, `pretrain`, `carve`, `probe`, `pick`, `finetune`, `cost`,
+`predict`, `export`, `verify`, `bench`, `publish` and `report`; see `edgecl.api`. Importing edgecl imports neither them nor
+torch before they are used.
 """
 
 import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from edgecl.api import bench, carve, cost, export, finetune, pretrain, probe, report, verify
+    from edgecl.api import (
+        bench,
+        carve,
+        cost,
+        export,
+        finetune,
+        init,
+        pick,
+        predict,
+        pretrain,
+        probe,
+        publish,
+        report,
+        verify,
+    )
 
 # Libraries that report what they are used for read these while they are imported; onnxruntime's own switch acts too late.
 # `edgecl.onboard`, which travels alone, says the first for itself.
@@ -22,8 +37,12 @@ __all__ = [
     "cost",
     "export",
     "finetune",
+    "init",
+    "pick",
+    "predict",
     "pretrain",
     "probe",
+    "publish",
     "report",
     "verify",
 ]

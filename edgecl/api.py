@@ -21,19 +21,110 @@ if TYPE_CHECKING:
         FinetunedModel,
         Manifest,
         ModelRecord,
+        PickedImage,
+        Predictions,
         ProbeRecord,
+        Proposal,
+        PublishedRecord,
         RecipeCost,
         RunRecord,
         VerifyRecord,
     )
 
-__all__ = ["bench", "carve", "cost", "export", "finetune", "pretrain", "probe", "report", "verify"]
+__all__ = [
+    "bench",
+    "carve",
+    "cost",
+    "export",
+    "finetune",
+    "init",
+    "pick",
+    "predict",
+    "pretrain",
+    "probe",
+    "publish",
+    "report",
+    "verify",
+]
 
 # A record as it stands in a JSON file.
 Record = dict[str, Any]
 # Settings to change: {"optim.lr": 0.2} or {"optim": {"lr": 0.2}}, or ["optim.lr=0.2"] as the command line writes them.
 Changes = Mapping[str, object] | Sequence[str]
 AnyPath = str | Path
+
+
+def init(
+    photos: AnyPath,
+    *,
+    out: AnyPath,
+    labels: AnyPath | None = None,
+    target: AnyPath | None = None,
+    hours: float | None = None,
+    weights: AnyPath | None = None,
+    force: bool = False,
+) -> Proposal:
+    """Look at pictures and at this machine, and write a recipe for them, with reasons and price as comments.
+
+    Args:
+        photos: a folder of images, or another data URI; of more than 5,000, 5,000 are read.
+        out: the .toml file to write.
+        labels: a data URI of labelled images, to be looked for among the others.
+        target: what the net is for: a packaged target (`edgecl ls targets`) or a TOML file.
+        hours: that training may take on this machine; None takes the packaged recipe's epochs.
+        weights: to start from, as [host] init takes them.
+        force: replace an earlier file.
+
+    Returns:
+        What was seen, chosen and timed: `advice`, `reasons`, `hours`, `total_flops`, `survey`, `machine`, `timing`.
+
+    Raises:
+        DataError: no images, or none that can be read.
+        TargetError: unknown target.
+        RecipeError: a name that does not end in .toml, or weights of another net.
+        ArtifactError: the output exists, or there are no such weights.
+        DeviceError: the smallest batch does not fit into the GPU's memory.
+    """
+    from edgecl.evaluate.init import init as write_recipe
+
+    return write_recipe(
+        str(photos),
+        out=Path(out),
+        labels=_uri(labels),
+        target=_uri(target),
+        hours=hours,
+        weights=_uri(weights),
+        force=force,
+    )
+
+
+def pick(
+    photos: AnyPath,
+    *,
+    model: AnyPath,
+    count: int = 200,
+    out: AnyPath,
+    force: bool = False,
+) -> list[PickedImage]:
+    """Pick which pictures to label first, and write their list and a page that shows them.
+
+    Args:
+        photos: a folder of images, or another data URI.
+        model: a model directory, whose net tells what is alike.
+        count: how many to pick.
+        out: the list to write, a .csv, .jsonl or .txt file; the page lies beside it, as .html.
+        force: replace earlier files.
+
+    Returns:
+        The pictures in the order in which to label them, each with its reason; then those that are unlike all others.
+
+    Raises:
+        ArtifactError: not a model directory, a name that ends otherwise, or the output exists.
+        DataError: no images, none that can be read, or fewer than `count`.
+    """
+    from edgecl.evaluate.pick import pick as pick_images
+
+    return pick_images(str(photos), model=Path(model), count=count, out=Path(out), force=force)
 
 
 def pretrain(
@@ -246,6 +337,8 @@ def export(
     calibration: AnyPath | None = None,
     eval_uri: AnyPath | None = None,
     run: AnyPath | None = None,
+    input: Literal["float32", "uint8", "uint8-nchw"] | None = None,
+    softmax: bool = False,
     force: bool = False,
     download: bool = False,
     say: Callable[[str], None] | None = None,
@@ -261,6 +354,9 @@ def export(
         eval_uri: a data URI of labelled images to evaluate the precisions on; None takes the held-out part of the
             net's own.
         run: the run directory that the model was carved from, to compare with the slim net in its host too.
+        input: what the net takes: "float32", (N, 3, H, W), normalized; "uint8", RGB bytes (N, H, W, 3); "uint8-nchw", bytes
+            (N, 3, H, W). None takes the target's.
+        softmax: end a classifier in softmax, also where the target does not.
         force: replace an earlier bundle.
         download: let torchvision fetch a data set that is not on the disk.
         say: called with one line at a time on how far it is, `print` for example.
@@ -270,7 +366,8 @@ def export(
 
     Raises:
         ArtifactError: not a model directory, or the output exists.
-        TargetError: unknown target, or a precision that the target's device lacks.
+        TargetError: unknown target, a precision that the target's device lacks or an input that its runtime does not
+            take, or softmax of features.
         DataError: no images to compare on, or too few to calibrate on.
         ParityError: a precision outside the target's tolerance; no bundle is left.
         DeviceError: the target needs a compiler that is not installed.
@@ -285,8 +382,57 @@ def export(
         calibration=_uri(calibration),
         eval_uri=_uri(eval_uri),
         run=None if run is None else Path(run),
+        input=input,
+        softmax=softmax,
         force=force,
         download=download,
+        say=say or _silence,
+    )
+
+
+def predict(
+    model: AnyPath,
+    pictures: AnyPath | Sequence[AnyPath],
+    *,
+    top: int = 5,
+    out: AnyPath | None = None,
+    precision: Literal["fp32", "fp16", "int8"] | None = None,
+    runtime: str | None = None,
+    force: bool = False,
+    say: Callable[[str], None] | None = None,
+) -> Predictions:
+    """Name what is on pictures, by a classifier in torch or by a bundle.
+
+    Args:
+        model: a model directory with a classifier, or a bundle of one.
+        pictures: files, and folders of them at any depth; one or several.
+        top: how many classes to name of each, >= 1.
+        out: a .csv or .jsonl to write, a line a picture; None writes nothing.
+        precision: which net of a bundle to run; None takes the bundle's own.
+        runtime: to run a bundle with, a name of `edgecl ls runtimes`; None takes the one it is made for.
+        force: replace an earlier `out`.
+        say: called with one line at a time where an engine must be built first.
+
+    Returns:
+        What `predict --json` prints: `predictions` in the order of the files, each with `top` or, where the file is no
+        readable picture, `problem`; scores are probabilities.
+
+    Raises:
+        ArtifactError: neither a model directory nor a bundle, no classifier in it, or `out` exists.
+        DataError: no such file or folder, or no pictures in a folder.
+        DeviceError: the runtime is not installed or cannot run the net.
+    """
+    from edgecl.deploy.predict import predict as predict_pictures
+
+    several = [pictures] if isinstance(pictures, str | Path) else pictures
+    return predict_pictures(
+        Path(model),
+        [Path(path) for path in several],
+        top=top,
+        out=None if out is None else Path(out),
+        precision=precision,
+        runtime=runtime,
+        force=force,
         say=say or _silence,
     )
 
@@ -363,6 +509,45 @@ def bench(
         power=power,
         host=host,
         report=say,
+    )
+
+
+def publish(
+    model: AnyPath,
+    *,
+    out: AnyPath,
+    bundle: AnyPath | None = None,
+    push: str | None = None,
+    force: bool = False,
+    say: Callable[[str], None] | None = None,
+) -> PublishedRecord:
+    """Write a folder for others: what timm loads, ONNX files, a model card with what was measured.
+
+    Args:
+        model: a model directory.
+        out: the folder to write, for `timm.create_model("local-dir:FOLDER", pretrained=True)` where timm has the net.
+        bundle: a bundle of this net, whose ONNX files and measurements are taken; None exports one file, in fp32.
+        push: USER/NAME on the Hugging Face Hub, or where HF_ENDPOINT points, to push the folder to; None sends nothing.
+        force: replace an earlier folder.
+        say: called with a line at each stage.
+
+    Returns:
+        What edgecl.json in the folder holds, with `timm` (the name, or None), `why_not_timm` and, once pushed, `url`.
+
+    Raises:
+        ArtifactError: not a model directory, a bundle of another net, or the output exists.
+        ParityError: the ONNX file computes something else than torch.
+        DeviceError: no name of a repository, or the hub refused it; then the folder is whole.
+    """
+    from edgecl.deploy.publish import publish as publish_model
+
+    return publish_model(
+        Path(model),
+        out=Path(out),
+        bundle=None if bundle is None else Path(bundle),
+        push=push,
+        force=force,
+        say=say or _silence,
     )
 
 

@@ -15,16 +15,34 @@ import edgecl
 from edgecl import api
 from edgecl.errors import EdgeclError, RecipeError
 
-VERBS = ["bench", "carve", "cost", "export", "finetune", "pretrain", "probe", "report", "verify"]
+VERBS = [
+    "bench",
+    "carve",
+    "cost",
+    "export",
+    "finetune",
+    "init",
+    "pick",
+    "predict",
+    "pretrain",
+    "probe",
+    "publish",
+    "report",
+    "verify",
+]
 # The function that each verb calls, and its parameters under other names here, or not here.
 BENEATH = {
     "pretrain": ("edgecl.train.pretrain", {"recipe_name"}),
     "carve": ("edgecl.train.carve", set()),
     "probe": ("edgecl.evaluate.probe", set()),
     "finetune": ("edgecl.evaluate.finetune", {"assignments"}),
+    "init": ("edgecl.evaluate.init", set()),
+    "pick": ("edgecl.evaluate.pick", set()),
     "export": ("edgecl.deploy.export", set()),
+    "predict": ("edgecl.deploy.predict", set()),
     "verify": ("edgecl.deploy.device", {"report"}),
     "bench": ("edgecl.deploy.device", {"report"}),
+    "publish": ("edgecl.deploy.publish", set()),
     "report": ("edgecl.reports.report", set()),
 }
 
@@ -88,7 +106,7 @@ def test_verb_hands_on_what_it_is_given(verb, monkeypatch):
         module, verb, lambda *words, **named: seen.update(signature.bind(*words, **named).arguments)
     )
     here = inspect.signature(getattr(api, verb)).parameters
-    known = {"recipe": "demo", "dirs": ["<dirs>"], "set": {"optim.lr": 0.5}}
+    known = {"recipe": "demo", "dirs": ["<dirs>"], "pictures": ["<pictures>"], "set": {"optim.lr": 0.5}}
     given = {name: known.get(name, f"<{name}>") for name in here}
     getattr(edgecl, verb)(given.pop(next(iter(here))), **given)
     for name in here.keys() & seen.keys() - known.keys():

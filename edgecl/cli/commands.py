@@ -13,9 +13,13 @@ from edgecl.cli.cost import cost_command
 from edgecl.cli.doctor import doctor_command
 from edgecl.cli.export import export_command
 from edgecl.cli.finetune import finetune_command
+from edgecl.cli.init import init_command
 from edgecl.cli.ls import ls_command
+from edgecl.cli.pick import pick_command
+from edgecl.cli.predict import predict_command
 from edgecl.cli.pretrain import pretrain_command
 from edgecl.cli.probe import probe_command
+from edgecl.cli.publish import publish_command
 from edgecl.cli.report import ReportCommand, report_command
 from edgecl.cli.run import demo_command, run_command
 from edgecl.cli.selftest import selftest_app
@@ -59,18 +63,22 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command("ls")(ls_command)
+app.command("init")(init_command)
 app.command("run")(run_command)
 app.command("demo")(demo_command)
 app.command("pretrain")(pretrain_command)
 app.command("watch")(watch_command)
 app.command("carve")(carve_command)
 app.command("probe")(probe_command)
+app.command("pick")(pick_command)
 app.command("finetune")(finetune_command)
 app.command("cost")(cost_command)
+app.command("predict")(predict_command)
 app.command("export")(export_command)
 app.command("verify")(verify_command)
 app.command("bench")(bench_command)
 app.command("doctor")(doctor_command)
+app.command("publish")(publish_command)
 app.command("report", cls=ReportCommand)(report_command)
 app.add_typer(selftest_app, name="selftest")
 

@@ -1,7 +1,7 @@
 """`edgecl export`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -50,6 +50,17 @@ def export_command(
             "--run", metavar="RUN_DIR", help="Compare with the slim view in this run's host as well."
         ),
     ] = None,
+    input_: Annotated[
+        Literal["float32", "uint8", "uint8-nchw"] | None,
+        typer.Option(
+            "--input",
+            help="What the net takes: float32 (N, 3, H, W), normalized; uint8, RGB bytes (N, H, W, 3); "
+            "uint8-nchw, bytes (N, 3, H, W). [default: the target's]",
+        ),
+    ] = None,
+    softmax: Annotated[
+        bool, typer.Option("--softmax", help="End a classifier in softmax, if the target does not.")
+    ] = False,
     json_: JsonOption = False,
     force: ForceOption = False,
     download: DownloadOption = False,
@@ -69,6 +80,8 @@ def export_command(
         calibration=calibration,
         eval_uri=eval_,
         run=run,
+        input=input_,
+        softmax=softmax,
         force=force,
         download=download,
         say=tell,

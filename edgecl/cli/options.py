@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 Device = Literal["auto", "cpu", "cuda"]
+Precision = Literal["fp32", "fp16", "int8"]
 
 RecipeArgument = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A packaged recipe (`edgecl ls recipes`) or a TOML file.")

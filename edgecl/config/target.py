@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from typing import Annotated, Literal
 
@@ -25,6 +25,7 @@ from edgecl.onboard.versions import bounds_of
 Precision = Literal["fp32", "fp16", "int8"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
 Int8Form = Literal["int8-trt", "int8-trt-fp16", "int8-cpu"]
+GraphInput = Literal["float32", "uint8", "uint8-nchw"]
 ComputeCapability = Literal["SM75", "SM80", "SM86", "SM89", "SM120", "SM121"]
 
 
@@ -43,6 +44,11 @@ class Graph(Config):
     dynamic_batch: bool = False
     """Accept any batch from 1 to max_batch."""
     max_batch: int = Field(64, ge=1, le=65_536)
+    input: GraphInput = "float32"
+    """float32: (N, 3, H, W), normalized by whoever runs the net. uint8: (N, H, W, 3) RGB bytes as decoders give them, and
+    uint8-nchw: (N, 3, H, W) bytes, both normalized in the graph."""
+    softmax: bool = False
+    """End a classifier in softmax: probabilities, not logits."""
 
 
 class Build(Config):
@@ -164,6 +170,12 @@ class Target(Config):
         most = min((number for sign, number in bounds if sign in ("<", "<=")), default=None)
         if least and most and least > most:
             raise ValueError(f"'versions' = '{self.versions}' holds no version")
+        if least and least < runtime.bytes_from and self.graph.input != "float32":
+            first = ".".join(map(str, runtime.bytes_from))
+            raise ValueError(
+                f"'graph.input' = '{self.graph.input}', but {runtime.title} takes bytes from {first} on, "
+                f"and 'versions' = '{self.versions}' begins before it; take 'float32'"
+            )
         if least and runtime.opsets:
             opset = max((opset for version, opset in runtime.opsets if version <= least), default=13)
             if self.graph.opset > opset:
@@ -195,16 +207,25 @@ class Target(Config):
         return tolerance.model_copy(update={"top1_agreement": 0.0}) if features else tolerance
 
 
-def read_target(name: str, *, precisions: Sequence[str] | None = None) -> Target:
-    """Read a packaged target or a TOML file, with other precisions if asked; an alias is followed.
+def read_target(
+    name: str,
+    *,
+    precisions: Sequence[str] | None = None,
+    graph: Mapping[str, object] | None = None,
+) -> Target:
+    """Read a packaged target or a TOML file, with other precisions and settings of its graph if asked; an alias is followed.
 
     Raises:
         TargetError: unknown name, key or value, every problem at once; or a precision the target's device lacks.
     """
     target = _read(name)[1]
-    if precisions is None:
+    if precisions is None and not graph:
         return target
-    tables = {**target.model_dump(mode="json", exclude_unset=True), "precisions": list(precisions)}
+    tables = target.model_dump(mode="json", exclude_unset=True)
+    if precisions is not None:
+        tables["precisions"] = list(precisions)
+    if graph:
+        tables["graph"] = {**tables.get("graph", {}), **graph}
     return validate(Target, tables, source=name, error=TargetError)
 
 

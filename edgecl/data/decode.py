@@ -15,14 +15,17 @@ import numpy as np
 import simplejpeg
 import torch
 import torch.nn.functional as F  # noqa: N812
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from edgecl.data.source import SIDES_SWAP, ImageSource, exif_turn, open_picture
+from edgecl.data.source import SIDES_SWAP, ImageSource
 from edgecl.errors import DeviceError, first_line
+from edgecl.onboard.pictures import exif_turn, open_with_pillow
 
 _PLAIN_COLORS = ("YCbCr", "Gray", "RGB")
-_JPEG = b"\xff\xd8\xff"
+JPEG = b"\xff\xd8\xff"
+"""How every JPEG file begins."""
 # EXIF and XMP, where a camera says how it was held. The bytes may also stand elsewhere by chance: then Pillow looks
 # at the header for nothing.
 _APP1 = b"\xff\xe1"
@@ -151,17 +154,12 @@ def squeeze(image: Image.Image, side: int) -> Tensor:
     Returns:
         (3, side, side) uint8.
     """
-    return as_tensor(resized(image, side, side))
+    if image.size != (side, side):
+        image = image.resize((side, side), Image.Resampling.BILINEAR)
+    return as_tensor(image)
 
 
-def resized(image: Image.Image, width: int, height: int) -> Image.Image:
-    """Resize with antialiased bilinear, if it has another size."""
-    if image.size == (width, height):
-        return image
-    return image.resize((width, height), Image.Resampling.BILINEAR)
-
-
-def as_tensor(image: Image.Image) -> Tensor:
+def as_tensor(image: Image.Image | NDArray[np.uint8]) -> Tensor:
     """Return an RGB picture's pixels, (3, H, W) uint8."""
     return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
 
@@ -181,7 +179,7 @@ def _by_torchvision(contents: Sequence[bytes], device: torch.device) -> list[Ten
 
 
 def _plain(content: bytes) -> PlainJpeg | None:
-    if not content.startswith(_JPEG):
+    if not content.startswith(JPEG):
         return None
     try:
         height, width, colors, _ = simplejpeg.decode_jpeg_header(content)
@@ -193,7 +191,7 @@ def _plain(content: bytes) -> PlainJpeg | None:
         return None
     turn = None
     if _APP1 in content:
-        with contextlib.suppress(Exception), open_picture(content) as image:
+        with contextlib.suppress(Exception), open_with_pillow(content) as image:
             turn = exif_turn(image)
     if turn in SIDES_SWAP:
         height, width = width, height

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from edgecl.data.index import EXTENSIONS, list_folder
+from edgecl.data.index import list_folder
 from edgecl.data.source import ImageSource, Labels, Split, expanded, read_plain_file
 from edgecl.errors import DataError
+from edgecl.onboard.pictures import EXTENSIONS
 
 SUMMARIES = {"FOLDER": "JPEG, PNG, WebP and BMP files at any depth; sub-folders are classes"}
 

@@ -26,11 +26,10 @@ from numpy.typing import NDArray
 
 from edgecl.distributed.processes import is_main
 from edgecl.errors import EdgeclError, first_of, tell
+from edgecl.onboard.pictures import EXTENSIONS
 from edgecl.progress import Progress
 from edgecl.storage.reading import parse_json, read_bytes, read_json
 from edgecl.storage.writing import write_bytes
-
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 _MAGIC = "edgecl-index 2"
 _SAMPLE = 1024

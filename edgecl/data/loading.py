@@ -26,7 +26,6 @@ from edgecl.data.decode import (
     read_encoded,
     read_picture,
     refuse_without_nvjpeg,
-    resized,
 )
 from edgecl.data.randomness import permutation
 from edgecl.data.source import ImageSource, Labels, UnreadableImage
@@ -34,6 +33,7 @@ from edgecl.data.threads import read_ahead
 from edgecl.data.unreadable import BadImages, say_skipped
 from edgecl.errors import DataError, counted
 from edgecl.metrics.linear import place_in_class
+from edgecl.onboard.pictures import fit
 from edgecl.progress import Progress
 
 Indices = NDArray[np.int64]
@@ -70,7 +70,7 @@ class EvalImages(NamedTuple):
 
 
 def eval_image(image: Image.Image, *, resize_size: int, image_size: int) -> Tensor:
-    """Resize the shorter side, then crop the center: torchvision's Resize and CenterCrop.
+    """Resize the shorter side, then crop the center, as devices do: torchvision's Resize and CenterCrop.
 
     Args:
         image: RGB, any size; small ones are enlarged.
@@ -80,14 +80,7 @@ def eval_image(image: Image.Image, *, resize_size: int, image_size: int) -> Tens
     Returns:
         (3, image_size, image_size) uint8.
     """
-    width, height = image.size
-    if width <= height:
-        width, height = resize_size, resize_size * height // width
-    else:
-        width, height = resize_size * width // height, resize_size
-    left, top = round((width - image_size) / 2), round((height - image_size) / 2)
-    image = resized(image, width, height)
-    return as_tensor(image.crop((left, top, left + image_size, top + image_size)))
+    return as_tensor(fit(image, resize_size=resize_size, image_size=image_size))
 
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import stat
 from collections.abc import Callable
@@ -17,26 +16,16 @@ from PIL import Image, UnidentifiedImageError
 
 from edgecl.data.index import Memory
 from edgecl.errors import DataError
+from edgecl.onboard.pictures import exif_turn, open_with_pillow, rgb_with_pillow
 
 # A larger file is no picture.
 _LARGEST_FILE = 2**30
-# What the README lists. Pillow knows dozens more, and hands some of them to other programs (PostScript to Ghostscript).
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 
 Split = Literal["train", "test"]
 Labels = NDArray[np.int64]
 
-_ORIENTATION_TAG = 0x0112
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-SIDES_SWAP = {_TURNS[orientation] for orientation in (5, 6, 7, 8)}
+_T = Image.Transpose
+SIDES_SWAP = {_T.TRANSPOSE, _T.ROTATE_270, _T.TRANSVERSE, _T.ROTATE_90}
 
 
 class UnreadableImage(Exception):  # noqa: N818 - a condition that the loader counts, not an error of edgecl's
@@ -165,7 +154,7 @@ class ImageSource:
                 turn = exif_turn(image)
                 if turn in SIDES_SWAP:
                     width, height = height, width
-                return _rgb(image if turn is None else image.transpose(turn)), height, width
+                return rgb_with_pillow(image if turn is None else image.transpose(turn)), height, width
         except UnreadableImage:
             raise
         except Exception as exc:
@@ -175,18 +164,10 @@ class ImageSource:
 
     def _open(self, index: int, content: bytes | None) -> Image.Image:
         if content is not None:
-            return open_picture(content)
+            picture: Image.Image = open_with_pillow(content)
+            return picture
         assert self.opener is not None
         return self.opener(index)
-
-
-def open_picture(content: bytes) -> Image.Image:
-    """Open a picture of one of the formats edgecl reads; no other is tried, whatever the file is called.
-
-    Raises:
-        UnidentifiedImageError: it is of none of them.
-    """
-    return Image.open(io.BytesIO(content), formats=_FORMATS)
 
 
 def read_plain_file(path: str) -> bytes:
@@ -223,27 +204,6 @@ def expanded(path: str) -> Path:
         raise DataError(
             f"'{path}' begins with a user who has no home here", hint="write ./~ for a name"
         ) from exc
-
-
-def exif_turn(image: Image.Image) -> Image.Transpose | None:
-    """Return what sets a picture upright that was stored turned; None where nothing is to be done."""
-    # A picture with broken EXIF is still a picture; ImageOps.exif_transpose would rewrite the EXIF and fail.
-    try:
-        return _TURNS.get(image.getexif().get(_ORIENTATION_TAG, 1))
-    except Exception:
-        return None
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        # convert() would clip 16 bits to 8 instead of scaling them.
-        grayscale = np.asarray(image).astype(np.float64).clip(0, 65535) / 257
-        return Image.fromarray(np.rint(grayscale).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
 
 
 def _reason(exc: Exception) -> str:

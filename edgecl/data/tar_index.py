@@ -15,8 +15,8 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from edgecl.data.index import EXTENSIONS
 from edgecl.errors import ArtifactError, DataError, counted
+from edgecl.onboard.pictures import EXTENSIONS
 from edgecl.storage.writing import write_bytes
 
 _VERSION = 2

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from edgecl.data.source import ImageSource, Labels, Split, expanded, open_picture, read_plain_file, sha256_of
+from edgecl.data.source import ImageSource, Labels, Split, expanded, read_plain_file, sha256_of
 from edgecl.errors import DataError
+from edgecl.onboard.pictures import open_with_pillow
 
 # torchvision's class and the `train`/`split` argument that picks each half.
 SETS: dict[str, tuple[str, dict[Split, dict[str, object]]]] = {
@@ -48,7 +49,7 @@ def open_set(uri: str, *, split: Split, download: bool) -> ImageSource:
     options = dict(arguments[split])
     if scheme == "flowers102":
         # The one set whose pictures are files; torchvision holds the folder to no sum, and would open them as anything.
-        options["loader"] = lambda path: open_picture(read_plain_file(str(path)))
+        options["loader"] = lambda path: open_with_pillow(read_plain_file(str(path)))
     try:
         with warnings.catch_warnings():
             # NumPy 2.4 dislikes how CIFAR's old pickles spell a dtype.

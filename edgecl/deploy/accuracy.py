@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -10,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from edgecl.data.decode import JPEG
 from edgecl.data.loading import load_eval_images, normalize, split_holdout
 from edgecl.data.randomness import permutation
-from edgecl.data.source import ImageSource, Split
+from edgecl.data.source import ImageSource, Split, UnreadableImage
 from edgecl.data.sources import has_test_split, open_source
 from edgecl.data.unreadable import say_skipped
 from edgecl.deploy.session import Run
@@ -148,6 +151,21 @@ def read_images(
     )
     say_skipped(loaded.skipped, named)
     return loaded.images, loaded.labels if loaded.label_sets is None else loaded.label_sets
+
+
+def read_jpegs(source: ImageSource, *, count: int) -> list[bytes]:
+    """Return so many JPEG files, evenly chosen: those of the images that are none are made from them."""
+    files: list[bytes] = []
+    for index in range(0, len(source), max(1, len(source) // count)):
+        with contextlib.suppress(UnreadableImage):
+            picture = source.read(index)
+            content = source.read_bytes(index)
+            if content is None or not content.startswith(JPEG):
+                written = io.BytesIO()
+                picture.save(written, "JPEG", quality=95)
+                content = written.getvalue()
+            files.append(content)
+    return files[:count]
 
 
 def open_evaluator(

@@ -12,31 +12,33 @@ import numpy
 import torch
 from torch import Tensor
 
-from edgecl.config.target import Target, read_target, target_name
-from edgecl.data.loading import normalize, split_holdout
+from edgecl.config.target import GraphInput, Target, read_target, target_name
+from edgecl.data.loading import split_holdout
 from edgecl.data.randomness import permutation
 from edgecl.data.sources import has_test_split, open_source
 from edgecl.deploy import extras
-from edgecl.deploy.accuracy import HOLDOUT, Evaluator, open_evaluator, read_images
+from edgecl.deploy.accuracy import HOLDOUT, Evaluator, open_evaluator, read_images, read_jpegs
 from edgecl.deploy.decision import conclude
 from edgecl.deploy.device import verify
 from edgecl.deploy.graph import opset_of
+from edgecl.deploy.handover import write_handover
 from edgecl.deploy.onboard_zip import write_onboard
 from edgecl.deploy.onnx import INPUT, OUTPUT
 from edgecl.deploy.parity import slim_view_check
 from edgecl.deploy.process import run_here
 from edgecl.deploy.readme import bundle_readme
 from edgecl.deploy.variants import (
+    JPEG_FILES,
     PARITY_IMAGES,
     REFERENCE_IMAGES,
     Source,
     Variants,
     check_variants,
     evaluate_variants,
+    finish_variants,
     make_variants,
-    torch_outputs,
 )
-from edgecl.errors import DataError, ParityError
+from edgecl.errors import DataError, ParityError, TargetError
 from edgecl.nets.model_dir import load_model
 from edgecl.onboard.bundle import onnx_name, sha256_of_file
 from edgecl.onboard.runtimes import RUNTIMES
@@ -73,6 +75,8 @@ def export(
     calibration: str | None = None,
     eval_uri: str | None = None,
     run: Path | None = None,
+    input: GraphInput | None = None,  # noqa: A002 - as on the command line
+    softmax: bool = False,
     force: bool = False,
     download: bool = False,
     say: Callable[[str], None] = lambda line: None,
@@ -81,9 +85,17 @@ def export(
 
     `edgecl.export` tells arguments, result and errors.
     """
-    chosen = read_target(target, precisions=precisions)
+    asked = {**({"input": input} if input else {}), **({"softmax": True} if softmax else {})}
+    chosen = read_target(target, precisions=precisions, graph=asked)
     refuse_existing(out, force=force, kind=Bundle.KIND)
     net, record = load_model(model)
+    if chosen.graph.softmax and (record.classes is None or record.label_sets):
+        what = "gives features" if record.classes is None else "names several classes for a picture"
+        raise TargetError(
+            f"softmax needs a classifier of one class for each picture, and this net {what}",
+            where={"model": model},
+            hint="leave softmax out, also of [graph] in the target",
+        )
     uri = calibration or record.data
     if uri is None:
         raise DataError(
@@ -98,15 +110,17 @@ def export(
         variants = make_variants(source)
         parity += check_variants(variants, source)
         evaluate_variants(variants, source)
-        few = source.images[:REFERENCE_IMAGES]
-        expected = torch_outputs(source.plain, few)
-        numpy.savez(bundle.reference_file, inputs=few.numpy(), outputs=expected)
+        form = _input_form(source)
+        last, reference = finish_variants(variants, source, form)
+        parity += last
+        numpy.savez(bundle.reference_file, inputs=reference.inputs, outputs=reference.outputs)
         manifest = _manifest(
             source,
             parity,
+            form,
             target=target_name(target),
             model=ModelDir(model),
-            outputs=expected.shape[1],
+            outputs=reference.outputs.shape[1],
             uri=uri,
         )
         _write_variants(bundle, manifest, variants, source)
@@ -128,7 +142,7 @@ def _gather(
     preprocessing = _preprocessing(record.preprocessing, target.graph.image_size)
     tested_on = _tested_on(ModelDir(model))
     # Images named to evaluate on leave all of the others to calibrate on.
-    images, labels = _read_images(
+    images, labels, jpegs = _read_images(
         uri, target, record, preprocessing, hold_out=not (eval_uri or tested_on), download=download
     )
     evaluator: Evaluator | None = None
@@ -140,7 +154,7 @@ def _gather(
             preprocessing=preprocessing,
             download=download,
         )
-    return Source(net, record, images, labels, target, preprocessing, evaluator, say)
+    return Source(net, record, images, labels, jpegs, target, preprocessing, evaluator, say)
 
 
 def _tested_on(model: ModelDir) -> str | None:
@@ -166,11 +180,12 @@ def _read_images(
     *,
     hold_out: bool,
     download: bool,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | None, list[bytes]]:
     """Read real images to compare and to calibrate on, none of them from what is held out for the evaluator.
 
     Returns:
-        (N, 3, H, W) after preprocessing, in a random order, and (N,) labels of the net's classes or None.
+        (N, 3, H, W) uint8 of the net's size, in a random order, (N,) labels of the net's classes or None, and some of
+        them as JPEG files.
     """
     settings = target.quantization
     wanted = PARITY_IMAGES
@@ -198,14 +213,35 @@ def _read_images(
             + (",".join(name for name in target.precisions if name != "int8") or "fp32"),
         )
     order = torch.from_numpy(permutation(0, 0, len(images), stream="calibration"))
-    images = normalize(images[order], preprocessing.mean, preprocessing.std)
     fits = record.classes is not None and list(source.classes or ()) == record.classes
     one_each = labels is not None and labels.ndim == 1
-    return images, labels[order] if labels is not None and one_each and fits else None
+    labels = labels[order] if labels is not None and one_each and fits else None
+    return images[order], labels, read_jpegs(source, count=JPEG_FILES)
+
+
+def _input_form(source: Source) -> InputForm:
+    graph, side = source.target.graph, source.preprocessing.image_size
+    raw, last = graph.input != "float32", graph.input == "uint8"
+    return InputForm(
+        name=INPUT,
+        shape=[graph.batch, side, side, 3] if last else [graph.batch, 3, side, side],
+        dtype="uint8" if raw else "float32",
+        layout="nhwc" if last else "nchw",
+        normalization="inside" if raw else "outside",
+        dynamic_batch=graph.dynamic_batch,
+        max_batch=graph.max_batch if graph.dynamic_batch else graph.batch,
+    )
 
 
 def _manifest(
-    source: Source, parity: list[ParityCheck], *, target: str, model: ModelDir, outputs: int, uri: str
+    source: Source,
+    parity: list[ParityCheck],
+    form: InputForm,
+    *,
+    target: str,
+    model: ModelDir,
+    outputs: int,
+    uri: str,
 ) -> Manifest:
     """Return the manifest as far as it is known before the files are written."""
     record, graph = source.record, source.target.graph
@@ -217,13 +253,8 @@ def _manifest(
         runtime=source.target.runtime,
         precision="fp32",
         precisions={},
-        input=InputForm(
-            name=INPUT,
-            shape=[graph.batch, *source.images.shape[1:]],
-            dynamic_batch=graph.dynamic_batch,
-            max_batch=graph.max_batch if graph.dynamic_batch else graph.batch,
-        ),
-        output=OutputForm(name=OUTPUT, shape=[graph.batch, outputs]),
+        input=form,
+        output=OutputForm(name=OUTPUT, shape=[graph.batch, outputs], softmax=graph.softmax),
         net=ExportedNet(**net, model_sha256=model.sha256),
         preprocessing=source.preprocessing,
         classes=record.classes,
@@ -276,9 +307,8 @@ def _finish(bundle: Bundle, manifest: Manifest, *, target: Target, say: Callable
         if about.decision:
             about.decision = conclude(about.decision, speed=None, higher="fp16")
     manifest.precision = _preferred(manifest, target)
-    if target.runtime in extras.OF_BUNDLE:
-        extras.OF_BUNDLE[target.runtime](bundle, manifest)
-    write_bytes(bundle.readme_file, bundle_readme(manifest).encode())
+    handover = write_handover(bundle, manifest)
+    write_bytes(bundle.readme_file, bundle_readme(manifest, handover).encode())
     sealed = _seal(bundle, manifest)
     say("verifying the bundle")
     try:

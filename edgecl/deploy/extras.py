@@ -1,4 +1,4 @@
-"""What a bundle holds for one runtime alone: commands, scripts, engines compiled ahead of time."""
+"""What a precision of a bundle holds for one runtime alone: commands, engines compiled ahead of time."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ from edgecl.errors import TargetError
 from edgecl.onboard import trtexec_flags
 from edgecl.onboard.bundle import engine_name
 from edgecl.onboard.errors import OnboardError
-from edgecl.storage.directories import Bundle
 from edgecl.storage.records import Manifest
-from edgecl.storage.writing import write_bytes
 
 
 def _trtexec_commands(file: Path, precision: str, manifest: Manifest, target: Target) -> None:
@@ -39,16 +37,8 @@ def _rtx_engine(file: Path, precision: str, manifest: Manifest, target: Target) 
     }
 
 
-def _trtexec_script(bundle: Bundle, manifest: Manifest) -> None:
-    write_bytes(bundle.trtexec_file, trtexec_flags.script(manifest.to_json()).encode())
-    bundle.trtexec_file.chmod(0o755)
-
-
 OF_PRECISION: dict[str, Callable[[Path, str, Manifest, Target], None]] = {
     "tensorrt": _trtexec_commands,
     "tensorrt_rtx": _rtx_engine,
 }
 """Runtime -> (ONNX file, precision, manifest, target): adds to the manifest's precision, and files beside the ONNX file."""
-
-OF_BUNDLE: dict[str, Callable[[Bundle, Manifest], None]] = {"tensorrt": _trtexec_script}
-"""Runtime -> (bundle, manifest): writes more files into the bundle."""

@@ -34,7 +34,7 @@ def onnx_from_net(
         net: (N, 3, H, W) float32 -> (N, F) or (N, K).
         graph: opset, forms and batch.
         shape: (3, H, W) of the input.
-        metadata: written into the model, each value as JSON.
+        metadata: written into the model, each value as JSON under `edgecl.KEY`; the classes also as others read them.
 
     Raises:
         TargetError, ParityError: an operator has no form in that opset.
@@ -55,12 +55,25 @@ def onnx_from_net(
         )
     assert program is not None
     model = portable(program.model_proto, opset=graph.opset, hard_swish=graph.hard_swish)
-    del model.metadata_props[:]
     model.producer_name, _, model.producer_version = MADE_BY.partition(" ")
-    for key, value in metadata.items():
-        entry = model.metadata_props.add()
-        entry.key, entry.value = f"edgecl.{key}", json.dumps(value)
+    ours = {f"edgecl.{key}": json.dumps(value) for key, value in metadata.items()}
+    onnx.helper.set_model_props(model, {**ours, **_for_others(metadata, graph, shape)})
     return model
+
+
+def _for_others(metadata: dict[str, Any], graph: Graph, shape: tuple[int, int, int]) -> dict[str, str]:
+    """Return what other programs look for in an ONNX file, under the keys and as the Python literals of Ultralytics."""
+    found: dict[str, Any] = {
+        "imgsz": list(shape[1:]),
+        "channels": shape[0],
+        "stride": 1,
+        "batch": graph.batch,
+    }
+    if metadata.get("classes") is not None:
+        found["names"] = dict(enumerate(metadata["classes"]))
+        if not metadata.get("label_sets"):  # they know one class a picture
+            found["task"] = "classify"
+    return {key: str(value) for key, value in found.items()}
 
 
 @contextlib.contextmanager

@@ -1,10 +1,11 @@
-"""The net in each precision, in three passes: make the variants, check each against its source, evaluate them."""
+"""The net in each precision, in four passes: make the variants, check each against its source, evaluate, and finish them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy
 import onnx
@@ -13,7 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from edgecl.config.target import Precision, Target, Tolerance
+from edgecl.data.loading import eval_image, normalize
+from edgecl.data.source import ImageSource
 from edgecl.deploy.accuracy import Evaluator
+from edgecl.deploy.ends import with_ends
 from edgecl.deploy.fp16 import half
 from edgecl.deploy.int8 import evaluate_trained, make_int8
 from edgecl.deploy.onnx import onnx_from_net
@@ -27,33 +31,52 @@ from edgecl.deploy.parity import (
     onnx_layers,
     torch_layers,
 )
-from edgecl.deploy.session import session_of
+from edgecl.deploy.session import Run, session_of
 from edgecl.nets.fake_quant import without_fake_quant
-from edgecl.storage.records import Accuracy, Decision, Json, ModelRecord, ParityCheck, Preprocessing
+from edgecl.onboard.bundle import onnx_name
+from edgecl.onboard.pictures import as_input, decode, fit
+from edgecl.onboard.predict import softmax
+from edgecl.storage.records import (
+    Accuracy,
+    Decision,
+    InputForm,
+    Json,
+    ModelRecord,
+    ParityCheck,
+    Preprocessing,
+)
 
-Array = NDArray[numpy.float32]
+Array = NDArray[Any]
 
 PARITY_IMAGES = 64
 # The first of them, by which a bundle is verified on a device.
 REFERENCE_IMAGES = 16
+# Whole files, photographs of several megabytes among them.
+JPEG_FILES = 32
 
 
 @dataclass(frozen=True)
 class Source:
     """What the variants are made from.
 
-    The net is in evaluation mode, with the fake quantization it may have been trained with; the (N, 3, H, W) images are
-    real ones after preprocessing, in a random order, the labels of the net's classes.
+    The net is in evaluation mode, with the fake quantization it may have been trained with; the (N, 3, H, W) uint8 pixels
+    are of real images, resized and cropped, in a random order, the labels of the net's classes; the JPEGs are files.
     """
 
     net: nn.Module
     record: ModelRecord
-    images: Tensor
+    pixels: Tensor
     labels: Tensor | None
+    jpegs: list[bytes]
     target: Target
     preprocessing: Preprocessing
     evaluator: Evaluator | None
     say: Callable[[str], None]
+
+    @cached_property
+    def images(self) -> Tensor:
+        """The pixels normalized, as the net between the ends takes them."""
+        return normalize(self.pixels, self.preprocessing.mean, self.preprocessing.std)
 
     @cached_property
     def plain(self) -> nn.Module:
@@ -71,14 +94,15 @@ class Source:
 
     def graph_of(self, net: nn.Module) -> onnx.ModelProto:
         """Export the net, or the net without fake quantization."""
-        metadata = {**self.preprocessing.to_json(), "classes": self.record.classes, "arch": self.record.arch}
+        about = {key: getattr(self.record, key) for key in ("classes", "label_sets", "arch")}
+        metadata = {**self.preprocessing.to_json(), **about}
         shape = (3, self.images.shape[2], self.images.shape[3])
         return onnx_from_net(net, graph=self.target.graph, shape=shape, metadata=metadata)
 
     def outputs(self, model: onnx.ModelProto, form: str) -> Array:
         """Return the outputs of a variant for the images of the parity check."""
         run = session_of(model, runtime=self.target.runtime, form=form)
-        return numpy.concatenate([run(part.numpy()) for part in self.images[:PARITY_IMAGES].split(16)])
+        return run_in_parts(run, self.images[:PARITY_IMAGES].numpy())
 
 
 @dataclass
@@ -99,6 +123,18 @@ class Variant:
 
 
 Variants = dict[Precision, Variant]
+
+
+class Reference(NamedTuple):
+    """Inputs as the nets of a bundle take them, and what torch makes of them."""
+
+    inputs: Array
+    outputs: Array
+
+
+def run_in_parts(run: Run, inputs: Array) -> Array:
+    """Return the (N, F) outputs for any number of images."""
+    return numpy.concatenate([run(inputs[start : start + 16]) for start in range(0, len(inputs), 16)])
 
 
 def torch_outputs(net: nn.Module, images: Tensor) -> Array:
@@ -200,18 +236,75 @@ def _check_variant(
     found = onnx_layers(variant.model, few, names=list(fp32_layers))
     step.first_diverging_layer = first_outside(found, fp32_layers, tolerance)
     variant.parity = step
-    if variant.decision is None:
-        check_tolerance(step, tolerance)
-        return step
-    # A net that does not survive INT8 is no wrong graph: the decision says so, and the file stays here. It counts as
-    # outside on all images, or on those by which a device is verified.
-    reference = check_parity(
-        step.source, step.variant, outputs[:REFERENCE_IMAGES], fp32_outputs[:REFERENCE_IMAGES]
-    )
-    problems = breaches(step, tolerance) or breaches(reference, tolerance)
-    if problems:
-        variant.decision = variant.decision.model_copy(update={"kept": False, "outside_tolerance": problems})
+    # On all images, and on those by which a device is verified.
+    few_outputs = outputs[:REFERENCE_IMAGES], fp32_outputs[:REFERENCE_IMAGES]
+    _settle(variant, tolerance, step, check_parity(step.source, step.variant, *few_outputs))
     return step
+
+
+def _settle(variant: Variant, tolerance: Tolerance, *steps: ParityCheck) -> None:
+    """Refuse checks outside the tolerance; of INT8 the decision takes them, and the file stays here.
+
+    A net that does not survive INT8 is no wrong graph.
+    """
+    for step in steps:
+        if variant.decision is None:
+            check_tolerance(step, tolerance)
+        elif problems := breaches(step, tolerance):
+            variant.decision = variant.decision.model_copy(
+                update={"kept": False, "outside_tolerance": problems}
+            )
+            return
+
+
+def finish_variants(
+    variants: Variants, source: Source, form: InputForm
+) -> tuple[list[ParityCheck], Reference]:
+    """Give every variant the input and output of the target, and take JPEG files through torch and through each.
+
+    The files are decoded, resized and cropped for torch as all images of the host are, and for the variants as
+    `edgecl.onboard.predict` does it on a device.
+
+    Returns:
+        the last checks of the parity report, and the images by which devices verify the bundle.
+
+    Raises:
+        ParityError: fp32 or fp16 gives another answer than torch within its tolerance. INT8 is left to the decision.
+    """
+    preprocessing, steps = source.preprocessing, []
+    size = {"resize_size": preprocessing.resize_size, "image_size": preprocessing.image_size}
+    files = ImageSource("", "", len(source.jpegs), None, str, reader=source.jpegs.__getitem__)
+    pictures = torch.stack([eval_image(files.read(index), **size) for index in range(len(files))])
+    expected = _torch_answers(source, normalize(pictures, preprocessing.mean, preprocessing.std))
+    squares = numpy.stack([fit(decode(content).picture, **size) for content in source.jpegs])
+
+    def as_inputs(squares: Array) -> Array:
+        return as_input(squares, form.to_json(), preprocessing.to_json())
+
+    reference = Reference(
+        as_inputs(source.pixels[:REFERENCE_IMAGES].permute(0, 2, 3, 1).numpy()),
+        _torch_answers(source, source.images[:REFERENCE_IMAGES]),
+    )
+    for precision, variant in variants.items():
+        variant.model = with_ends(variant.model, graph=source.target.graph, preprocessing=preprocessing)
+        run = session_of(variant.model, runtime=source.target.runtime, form=variant.form)
+        file = onnx_name(precision)
+        step = check_parity(
+            "JPEG file through torch",
+            f"JPEG file through {file}",
+            run_in_parts(run, as_inputs(squares)),
+            expected,
+        )
+        known = check_parity("torch", file, run_in_parts(run, reference.inputs), reference.outputs)
+        _settle(variant, source.tolerance(precision), step, known)
+        steps.append(step)
+    return steps, reference
+
+
+def _torch_answers(source: Source, images: Tensor) -> Array:
+    """Return what a finished variant should give for preprocessed images: (N, F) features, logits or probabilities."""
+    outputs = torch_outputs(source.plain, images)
+    return softmax(outputs) if source.target.graph.softmax else outputs
 
 
 def evaluate_variants(variants: Variants, source: Source) -> None:

@@ -149,9 +149,8 @@ class Teacher:
 
 def _for_pictures_of(net: nn.Module, side: int) -> nn.Module:
     """Return a ViT whose positions timm has interpolated for pictures of this side; any other net as it is."""
-    patches = getattr(net, "patch_embed", None)
-    resize = getattr(net, "set_input_size", None)
-    if resize is None or getattr(patches, "img_size", None) == (side, side) or side % patches.patch_size[0]:
+    patches: Any = getattr(net, "patch_embed", None)
+    if not hasattr(net, "set_input_size") or patches.img_size == (side, side) or side % patches.patch_size[0]:
         return net
     # The one that was given is kept, for a run with other pictures.
     net = copy.deepcopy(net)

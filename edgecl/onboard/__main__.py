@@ -1,4 +1,4 @@
-"""`python3 onboard.pyz VERB`: check, build, verify or measure a bundle on this device; one JSON object on stdout."""
+"""`python3 onboard.pyz VERB`: check, build, verify, measure or use a bundle on this device; one JSON object on stdout."""
 
 import argparse
 import json
@@ -25,7 +25,7 @@ _UNFORESEEN = (
 
 
 def main(arguments: Optional[List[str]] = None) -> int:
-    """Run one verb and return its exit status: 0 done, 1 a named error or a failed check, 2 usage.
+    """Run one verb and return its exit status: 0 done, 1 a named error, a failed check or an unreadable picture, 2 usage.
 
     stdout, or the file of --out, gets one JSON object: the record, or
     `{"error": {"name", "problem", "hint", "record"}}`. stderr gets progress, the doctor's checks and the error
@@ -53,6 +53,9 @@ def main(arguments: Optional[List[str]] = None) -> int:
         if options.verb == "doctor":
             _say("\n".join(_in_words(record)))
             status = 0 if record["ok"] else 1
+        elif options.verb == "predict" and record["unreadable"]:
+            _say("edgecl: %d of %d pictures could not be read" % (record["unreadable"], record["images"]))
+            status = 1
     except OnboardError as error:
         _say("edgecl: %s" % error.problem)
         if error.hint:
@@ -98,6 +101,11 @@ def _parser() -> argparse.ArgumentParser:
     build = verbs.add_parser("build", help="build engines ahead of verify and bench")
     verify = verbs.add_parser("verify", help="check hashes and reference outputs")
     bench = verbs.add_parser("bench", help="measure latency, and energy where the board has a power monitor")
+    predict = verbs.add_parser("predict", help="name what is on pictures")
+    predict.add_argument(
+        "--precision", choices=PRECISIONS, help="which net to run (default: the bundle's own)"
+    )
+    predict.add_argument("--top", type=int, default=5, help="classes to name of each picture (default 5)")
     for verb in (build, verify, bench):
         verb.add_argument(
             "--precision",
@@ -105,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
             choices=PRECISIONS,
             help="repeatable (default: %s)" % ("the bundle's own" if verb is bench else "all of the bundle"),
         )
-    for verb in (verify, bench):
+    for verb in (verify, bench, predict):
         verb.add_argument(
             "--runtime",
             choices=[*option_names(), *([TRTEXEC] if verb is bench else ())],
@@ -114,6 +122,8 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--duration-s", type=float, default=10.0, help="seconds to sample for (default 10)")
     bench.add_argument("--threads", type=int, help="threads to compute with (default: every core available)")
     bench.add_argument("--no-power", action="store_true", help="do not read the power rails")
+    predict.add_argument("bundle", metavar="BUNDLE", help="its directory, such as .")
+    predict.add_argument("pictures", metavar="IMAGE|FOLDER", nargs="+", help="what to look at")
     for verb in (doctor, build, verify, bench):
         verb.add_argument(
             "bundle",
@@ -121,6 +131,7 @@ def _parser() -> argparse.ArgumentParser:
             nargs="?",
             help="its directory (default: where onboard.pyz lies, if a bundle is there)",
         )
+    for verb in (doctor, build, verify, bench, predict):
         verb.add_argument("--out", metavar="FILE", help="write the JSON object here instead of printing it")
     return parser
 
@@ -192,6 +203,11 @@ def _run(options: argparse.Namespace) -> Dict[str, Any]:
     def report(line: str) -> None:
         _say(PROGRESS + line)
 
+    if options.verb == "predict":
+        from .predict import predict
+
+        chosen = {name: getattr(options, name) for name in ("top", "precision", "runtime")}
+        return predict(options.bundle, options.pictures, report=report, **chosen)
     bundle, common = options.bundle, {"precisions": options.precision, "report": report}
     if options.verb == "verify":
         from .verify import verify

@@ -20,6 +20,7 @@ REFERENCE = "reference.npz"
 VERIFY = "verify.json"
 ONBOARD = "onboard.pyz"
 README = "README.txt"
+LABELS = "labels.txt"
 TRTEXEC = "trtexec.sh"
 
 PRECISIONS = ("fp32", "fp16", "int8")
@@ -73,6 +74,11 @@ def choose_precision(manifest: Dict[str, Any], precision: Optional[str] = None) 
             "export it again with --precision %s" % chosen,
         )
     return chosen, manifest["precisions"][chosen]
+
+
+def input_dtype(manifest: Dict[str, Any]) -> str:
+    """Return NumPy's name of the type that the nets of a bundle take: 'float32', or 'uint8' of raw pixels."""
+    return str(manifest["input"].get("dtype") or "float32")
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -285,6 +291,18 @@ def _are_texts(found: Any) -> bool:
     return isinstance(found, list) and all(map(_is_text, found))
 
 
+def _is_flag(found: Any) -> bool:
+    return isinstance(found, bool)
+
+
+def _is_one_of(*known: str) -> Callable[[Any], bool]:
+    return lambda found: _is_text(found) and found in known
+
+
+def _is_per_channel(found: Any) -> bool:
+    return isinstance(found, list) and len(found) == 3 and all(map(_is_number, found))
+
+
 def _is_shape(rank: int, found: Any) -> bool:
     return (
         isinstance(found, list)
@@ -320,12 +338,31 @@ _RULES: Tuple[Tuple[str, Callable[[Any], bool], str], ...] = (
     ("precisions.*.engines?.*", _is_object, "an object"),
     ("input", _is_object, "an object"),
     ("input.name", _is_text, "a text"),
-    ("input.shape", partial(_is_shape, 4), "[batch, channels, height, width], " + _BYTES),
-    ("input.dynamic_batch", lambda found: isinstance(found, bool), "true or false"),
+    (
+        "input.shape",
+        partial(_is_shape, 4),
+        "[batch, channels, height, width] or with channels last, " + _BYTES,
+    ),
+    ("input.dtype?", _is_one_of("float32", "uint8"), "'float32' or 'uint8'"),
+    ("input.layout?", _is_one_of("nchw", "nhwc"), "'nchw' or 'nhwc'"),
+    ("input.dynamic_batch", _is_flag, "true or false"),
     ("input.max_batch", _is_count, "a whole number from 1"),
     ("output", _is_object, "an object"),
     ("output.name", _is_text, "a text"),
     ("output.shape", partial(_is_shape, 2), "[batch, features], " + _BYTES),
+    ("output.softmax?", _is_flag, "true or false"),
+    ("classes?", _are_texts, "a list of names"),
+    ("net?", _is_object, "an object"),
+    ("net?.label_sets?", _is_flag, "true or false"),
+    ("preprocessing?", _is_object, "an object"),
+    ("preprocessing?.image_size", _is_count, "a whole number from 1"),
+    (
+        "preprocessing?.resize_size",
+        lambda found: _is_count(found) and found <= 8192,
+        "a whole number from 1 to 8192",
+    ),
+    ("preprocessing?.mean", _is_per_channel, "three numbers"),
+    ("preprocessing?.std", _is_per_channel, "three numbers"),
     ("files", _are_files, "an object of file names and hashes"),
     ("target?", _is_object, "an object"),
     ("target?.runtime", _is_text, "the name of a runtime"),

@@ -210,11 +210,11 @@ class Cudart:
         )
 
 
-def array_at(address: int, shape: Tuple[int, ...]) -> np.ndarray:
-    """Return float32 host memory at an address as an array that lives only as long as the memory."""
-    count = int(np.prod(shape))
-    floats = (ctypes.c_float * count).from_address(address)
-    array: np.ndarray = np.ctypeslib.as_array(floats).reshape(shape)
+def array_at(address: int, shape: Tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
+    """Return host memory at an address as an array that lives only as long as the memory."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    memory = np.ctypeslib.as_array((ctypes.c_ubyte * size).from_address(address))
+    array: np.ndarray = memory.view(dtype).reshape(shape)
     return array
 
 

@@ -48,6 +48,9 @@ STRONGLY_TYPED_FROM = (10, 12)
 # fp16 scales of Q/DQ need a strongly typed network, and no version before this one takes them.
 FP16_SCALES_FROM = (10, 0)
 
+TYPES = {"float32": "FLOAT", "uint8": "UINT8"}
+"""The manifest's name of a type -> TensorRT's, from 8.5 on for bytes."""
+
 _KEPT_MESSAGES = 2000
 _OUT_OF_MEMORY = re.compile(
     r"out ?of ?memory|insufficient memory|requested amount of gpu memory|alloc\w* fail", re.IGNORECASE
@@ -176,7 +179,7 @@ def build_plan(
     """Parse an ONNX file and build its engine.
 
     Args:
-        onnx_file: float32 inputs and outputs whatever the precision.
+        onnx_file: with float32 outputs whatever the precision.
         runtime: 'tensorrt' or 'tensorrt_rtx'.
         precision: 'fp32', 'fp16' or 'int8'.
         form: of the graph, such as 'int8-trt'.
@@ -317,11 +320,11 @@ class _Build:
                 "'%s' has the inputs %s and outputs %s, the manifest says the input '%s' and one output"
                 % (self.file.name, inputs, outputs, name)
             )
-        for name, kind in dict(asked["inputs"], **asked["outputs"]).items():
-            if kind != "FLOAT":
+        for tensor, kind in dict(asked["inputs"], **asked["outputs"]).items():
+            wanted = TYPES[self.input_form.get("dtype", "float32") if tensor == name else "float32"]
+            if kind != wanted:
                 raise BundleError(
-                    "'%s' of '%s' is %s, a bundle's inputs and outputs are FLOAT"
-                    % (name, self.file.name, kind)
+                    "'%s' of '%s' is %s, the manifest says %s" % (tensor, self.file.name, kind, wanted)
                 )
 
     def check_asked(self, asked: Dict[str, Any]) -> None:

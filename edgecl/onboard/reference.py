@@ -6,18 +6,18 @@ from typing import Any, Dict, Tuple, Union
 
 import numpy as np
 
-from .bundle import ARRAY_BYTES, REFERENCE, plain_file, prod
+from .bundle import ARRAY_BYTES, REFERENCE, input_dtype, plain_file, prod
 from .errors import BundleError
 
 
 def read_reference(bundle: Union[str, Path], manifest: Dict[str, Any]) -> Tuple[np.ndarray, np.ndarray]:
-    """Return the reference images after preprocessing, and torch's outputs for them.
+    """Return the reference images as the nets take them, and torch's outputs for them.
 
     The headers of the arrays are checked against the manifest before they are unpacked: a file of a few megabytes can
     unpack to as many gigabytes.
 
     Returns:
-        inputs: (N, C, H, W) float32, C, H and W as the manifest says.
+        inputs: (N, C, H, W) or (N, H, W, C), float32 or uint8, as the manifest says.
         outputs: (N, F) or (N, K) float32.
 
     Raises:
@@ -26,10 +26,13 @@ def read_reference(bundle: Union[str, Path], manifest: Dict[str, Any]) -> Tuple[
     path = plain_file(bundle, REFERENCE, most_bytes=ARRAY_BYTES)
     try:
         with zipfile.ZipFile(str(path)) as archive:
-            shapes = [_shape_of(archive, name) for name in ("inputs.npy", "outputs.npy")]
+            shapes = [
+                _shape_of(archive, name, dtype)
+                for name, dtype in (("inputs.npy", input_dtype(manifest)), ("outputs.npy", "float32"))
+            ]
             _check_shapes(shapes[0], shapes[1], manifest)
         with np.load(str(path), allow_pickle=False) as arrays:
-            inputs = np.ascontiguousarray(arrays["inputs.npy"], dtype=np.float32)
+            inputs = np.ascontiguousarray(arrays["inputs.npy"], dtype=input_dtype(manifest))
             outputs = np.ascontiguousarray(arrays["outputs.npy"], dtype=np.float32)
     except BundleError:
         raise
@@ -43,15 +46,15 @@ def read_reference(bundle: Union[str, Path], manifest: Dict[str, Any]) -> Tuple[
     return inputs, outputs
 
 
-def _shape_of(archive: zipfile.ZipFile, name: str) -> Tuple[int, ...]:
+def _shape_of(archive: zipfile.ZipFile, name: str, wanted: str) -> Tuple[int, ...]:
     """Return the shape that the header of an array states."""
     with archive.open(name) as member:
         # Later versions are for headers above 64 KiB, and state a length of up to 4 GiB.
         if np.lib.format.read_magic(member) != (1, 0):
             raise ValueError("'%s' has a header of a version that edgecl does not write" % name)
         shape, _, dtype = np.lib.format.read_array_header_1_0(member)
-    if dtype.kind != "f" or dtype.itemsize > 8:
-        raise ValueError("'%s' holds %s, not float32" % (name, dtype))
+    if dtype.kind != np.dtype(wanted).kind or dtype.itemsize > 8:
+        raise ValueError("'%s' holds %s, not %s" % (name, dtype, wanted))
     return tuple(int(side) for side in shape)
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Dict, List, NamedTuple, Optional, Tuple, Type
 
-from .bundle import choose_precision
+from .bundle import choose_precision, input_dtype
 from .errors import BundleError, DeviceError
 
 if TYPE_CHECKING:  # no Protocol before Python 3.8; and records are read where there is no NumPy
@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # no Protocol before Python 3.8; and records are read where t
         """A loaded net."""
 
         def run(self, images: "np.ndarray") -> "np.ndarray":
-            """Return the outputs (N, F) for images (N, C, H, W) float32; N is the manifest's batch unless dynamic."""
+            """Return the outputs (N, F) for images as the manifest's input; N is its batch unless that is dynamic."""
 
         def bind(self, images: "np.ndarray") -> None:
             """Keep a batch in place to be timed."""
@@ -38,7 +38,7 @@ else:
     Session = Any
 
 Run = Callable[["np.ndarray"], "np.ndarray"]
-"""Images (N, C, H, W) float32 -> outputs (N, F)."""
+"""Images as the net takes them -> outputs (N, F)."""
 Report = Callable[[str], None]
 
 
@@ -66,6 +66,8 @@ class Runtime(NamedTuple):
     """It builds an engine on the device before it runs, which takes minutes."""
     opsets: Tuple[Tuple[Tuple[int, ...], int], ...] = ()
     """(version, the newest opset that it reads), oldest first; none where it reads every opset edgecl writes."""
+    bytes_from: Tuple[int, ...] = ()
+    """The first version that takes uint8 inputs; every version does where it is empty."""
     hidden: Tuple[str, ...] = ()
     """Modules that must not be imported along with it."""
     evaluate: Optional[Callable[[bytes, str], Run]] = None
@@ -122,6 +124,7 @@ class ProcessorSession:
         self._precision, about = choose_precision(manifest, precision)
         self._threads = threads
         self._input, self._output = manifest["input"]["name"], manifest["output"]["name"]
+        self._dtype = input_dtype(manifest)
         self._title = "%s %s" % (self.module, self._import())
         file = bundle / about["model"]
         try:
@@ -155,7 +158,7 @@ class ProcessorSession:
         raise NotImplementedError
 
     def _place(self, images: "np.ndarray") -> None:
-        """Keep float32 images in place, so that a timed run neither converts nor copies them."""
+        """Keep images of the net's type in place, so that a timed run neither converts nor copies them."""
         raise NotImplementedError
 
     def _settings(self) -> Dict[str, Any]:
@@ -177,7 +180,7 @@ class ProcessorSession:
     def bind(self, images: "np.ndarray") -> None:
         """Keep a batch in place to be timed."""
         self.run(images)  # a shape the net refuses is named here
-        self._place(images.astype("float32", order="C", copy=False))
+        self._place(images.astype(self._dtype, order="C", copy=False))
 
     def modes(self) -> List[str]:
         """Return what can be timed."""

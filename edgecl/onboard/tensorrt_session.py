@@ -12,13 +12,14 @@ from . import cudart
 from .bundle import (
     choose_precision,
     engine_name,
+    input_dtype,
     is_plain_file,
     read_plain,
     sha256_of_file,
     slug,
     write_whole,
 )
-from .engine import build_plan, import_runtime, log_of, made
+from .engine import TYPES, build_plan, import_runtime, log_of, made
 from .errors import BundleError, DeviceError
 from .layers import check_delivered, layers_of_engine, precision_shares, summarize
 from .runtime import Report
@@ -71,7 +72,8 @@ class TensorrtSession:
         self._threads = threads
         self._form = manifest["input"]
         self._most = int(self._form["max_batch"] if self._form["dynamic_batch"] else self._form["shape"][0])
-        self._pixels = int(np.prod(self._form["shape"][1:]))
+        self._dtype = np.dtype(input_dtype(manifest))
+        self._image_bytes = self._dtype.itemsize * int(np.prod(self._form["shape"][1:]))
         self._width = int(manifest["output"]["shape"][1])
         # What to free, the newest first, and by which function; also where making the rest fails.
         self._held: List[Tuple[str, int]] = []
@@ -103,12 +105,12 @@ class TensorrtSession:
         )
         self._names = self._tensor_names(about["model"])
         self._context = self._made(self._engine.create_execution_context, "an execution context")
-        most, pixels = self._most, self._pixels
+        most, image_bytes = self._most, self._image_bytes
         self._stream = self._hold("cudaStreamDestroy", "cudaStreamCreateWithFlags", cudart.NON_BLOCKING)
         self._events = [self._hold("cudaEventDestroy", "cudaEventCreate") for _ in range(2)]
-        self._device_in = self._hold("cudaFree", "cudaMalloc", 4 * most * pixels)
+        self._device_in = self._hold("cudaFree", "cudaMalloc", most * image_bytes)
         self._device_out = self._hold("cudaFree", "cudaMalloc", 4 * most * self._width)
-        self._host_in = self._hold("cudaFreeHost", "cudaHostAlloc", 4 * most * pixels, 0)
+        self._host_in = self._hold("cudaFreeHost", "cudaHostAlloc", most * image_bytes, 0)
         self._host_out = self._hold("cudaFreeHost", "cudaHostAlloc", 4 * most * self._width, 0)
 
     def _hold(self, free: str, make: str, *arguments: int) -> int:
@@ -267,12 +269,13 @@ class TensorrtSession:
                 "the engine of '%s' has the inputs %s of the tensors %s, the manifest says '%s' and one output"
                 % (model, inputs, names, self._form["name"])
             )
-        wrong = [kind for kind in kinds if kind.rpartition(".")[2] != "FLOAT"]
-        if wrong:
-            raise BundleError(
-                "the engine of '%s' has a tensor of type %s, not FLOAT as every bundle's are"
-                % (model, wrong[0])
-            )
+        for name, kind in zip(names, kinds):  # noqa: B905
+            wanted = TYPES[str(self._dtype) if name in inputs else "float32"]
+            if kind.rpartition(".")[2] != wanted:
+                raise BundleError(
+                    "'%s' of the engine of '%s' is of type %s, the manifest says %s"
+                    % (name, model, kind, wanted)
+                )
         return names
 
     def _place(self, batch: int) -> None:
@@ -308,7 +311,7 @@ class TensorrtSession:
             raise self._cannot("run the net")
 
     def _upload(self) -> None:
-        size = 4 * (self._bound or 0) * self._pixels
+        size = (self._bound or 0) * self._image_bytes
         self.cuda.call(
             "cudaMemcpyAsync", self._device_in, self._host_in, size, cudart.HOST_TO_DEVICE, self._stream
         )
@@ -322,7 +325,7 @@ class TensorrtSession:
     # --- running ---
 
     def run(self, images: np.ndarray) -> np.ndarray:
-        """Return the outputs (N, F) for images (N, C, H, W) float32.
+        """Return the outputs (N, F) for images as the manifest's input describes them.
 
         Raises:
             DeviceError: a batch of another shape than the net takes, or a failure on the GPU.
@@ -354,7 +357,7 @@ class TensorrtSession:
             self._drop_graphs()  # captured for another shape
             self._bound = batch
             self._place(batch)
-        cudart.array_at(self._host_in, images.shape)[...] = images
+        cudart.array_at(self._host_in, images.shape, self._dtype)[...] = images
 
     def bind(self, images: np.ndarray) -> None:
         """Keep a batch on the GPU, and capture CUDA graphs of running it.

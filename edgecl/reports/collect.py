@@ -178,7 +178,7 @@ def _not_ours(path: Path) -> str:
         return f"there is no directory '{path}'"
     if not path.is_dir():
         return f"'{path}' is a file, not a directory"
-    names = ", ".join(name for kind, name in RECORD_FILES.items() if kind != "report")
+    names = ", ".join(name for kind, name in RECORD_FILES.items() if kind in _KINDS or kind == "pipeline")
     return f"'{path}' is not a directory edgecl wrote: it has none of {names}"
 
 

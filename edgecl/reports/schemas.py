@@ -19,7 +19,10 @@ from edgecl.storage.records import (
     KINDS,
     DoctorReport,
     MetricsLine,
+    PickedImage,
+    Predictions,
     ProbedNet,
+    Proposal,
     PublishedCost,
     RecipeCost,
     Record,
@@ -34,10 +37,13 @@ SCHEMAS: dict[str, type[Table]] = {
     "report-diff": diff.Diff,
     "metrics": MetricsLine,
     "doctor": DoctorReport,
+    "predictions": Predictions,
     "selftest": SelftestReport,
     "recipe-cost": RecipeCost,
     "published-cost": PublishedCost,
     "probed-net": ProbedNet,
+    "proposal": Proposal,
+    "picked-image": PickedImage,
 }
 """Name of a file in docs/schemas -> what it describes."""
 

@@ -41,6 +41,21 @@ def refuse_existing(path: Path, *, force: bool, kind: str) -> None:
         )
 
 
+def refuse_existing_file(path: Path, *, force: bool) -> None:
+    """Check that a single file may be written: nothing is there, or, with force, a file.
+
+    Raises:
+        ArtifactError: the output exists and may not be replaced.
+    """
+    with disk_errors(path):
+        exists, is_file = path.exists(), path.is_file()
+    if exists and not (force and is_file):
+        raise ArtifactError(
+            f"output '{path}' already exists" + ("" if is_file else ", and is no file"),
+            hint="choose another --out" + (", or replace it with --force" if is_file else ""),
+        )
+
+
 def refuse_own_input(out: Path, made_from: Path) -> None:
     """Check that an output neither is, holds, nor lies inside the directory that it is made from.
 

@@ -11,6 +11,7 @@ from edgecl.storage.records import (
     Manifest,
     ModelRecord,
     PipelineRecord,
+    PublishedRecord,
     RecordT,
     RunRecord,
     SealedRecord,
@@ -20,7 +21,7 @@ from edgecl.storage.redaction import record_without_secrets
 from edgecl.storage.writing import write_json
 
 RECORD_FILES = {
-    **{kind.KIND: kind.FILE for kind in (RunRecord, ModelRecord, Manifest, PipelineRecord)},
+    **{kind.KIND: kind.FILE for kind in (RunRecord, ModelRecord, Manifest, PipelineRecord, PublishedRecord)},
     "report": "report.json",
 }
 """Kind of directory -> the file of its record."""

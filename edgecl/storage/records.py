@@ -606,6 +606,89 @@ class ProbedNet(Table):
     probe: ProbeRecord
 
 
+# --- a recipe for a folder, pictures to label ---
+
+
+class Survey(Table):
+    """What a folder of pictures holds, from those that were read."""
+
+    uri: Text
+    images: Count
+    read: Count
+    """How many were read and could be; of many, runs of neighbors by name, evenly spread."""
+    unreadable: list[Text]
+    """Of those that were read."""
+    shorter_side: list[int] = Field(min_length=3, max_length=3)
+    """5th percentile, median and 95th, pixels."""
+    aspect: list[float] = Field(min_length=3, max_length=3)
+    """Longer side / shorter side: 5th percentile, median and 95th."""
+    grayscale: float
+    """The fraction without color."""
+    duplicates: list[list[Text]]
+    """Groups of pictures that look the same."""
+    smallest_class: Count | None = None
+    """Pictures of the class that has fewest, where sub-folders are classes."""
+    labelled: Count | None = None
+    """Pictures in the labelled folder, where one was named."""
+    labelled_read: Count | None = None
+    leaks: list[list[Text]] = []
+    """Pictures that also lie in the labelled folder: each with the one there."""
+
+
+class Machine(Table):
+    """Where a recipe would be trained."""
+
+    device: Literal["cpu", "cuda"]
+    name: Text
+    """Of the processor or GPU."""
+    cores: Count
+    """That this process may use."""
+    memory_mib: Count
+    """Free for decoded pictures; with a GPU, of its memory or the machine's what is less."""
+    bf16: bool
+    """Whether it is a GPU that computes in bfloat16."""
+
+
+class Timing(Table):
+    """A few steps of training, taken and timed."""
+
+    steps: Count
+    images_per_s: float
+    peak_mib: float
+    """Most memory in use: of the GPU, or of this process."""
+
+
+class Proposal(Table):
+    """What `init --json` prints: the recipe it wrote, what it rests on and what it costs."""
+
+    recipe: Text
+    """The file."""
+    advice: Literal["pretrain", "fine-tune"]
+    why: Text
+    base: Text
+    """The packaged recipe it began with."""
+    reasons: dict[str, Text]
+    """Of each setting that is not the packaged recipe's: why."""
+    hours: float
+    """That the training will take on this machine, by the timed steps."""
+    total_flops: float
+    """As `edgecl cost` prices it, projector apart."""
+    survey: Survey
+    machine: Machine
+    timing: Timing
+
+
+class PickedImage(Table):
+    """A row of what `pick --json` prints and a line of its .jsonl: a picture to label, or one unlike all others."""
+
+    path: Text
+    order: Count | None
+    """From 1 on; null for one that is only named, being unlike all others."""
+    reason: Text
+    near_duplicates: list[Text]
+    """Pictures that look the same; none of them is picked too."""
+
+
 # --- bundles ---
 
 
@@ -755,8 +838,12 @@ class InputForm(Table):
 
     name: Text
     shape: list[Count] = Field(min_length=4, max_length=4)
-    """Batch, channels, height, width."""
-    dtype: Text = "float32"
+    """In the order of the layout."""
+    dtype: Literal["float32", "uint8"] = "float32"
+    layout: Literal["nchw", "nhwc"] = "nchw"
+    """Batch, channels, height, width; or the channels last, as decoders leave pictures in memory."""
+    normalization: Literal["outside", "inside"] = "outside"
+    """Whether whoever runs the net subtracts the mean and divides by std, or the graph does, of bytes 0 to 255."""
     dynamic_batch: bool
     max_batch: Count = Field(ge=1)
 
@@ -766,7 +853,9 @@ class OutputForm(Table):
 
     name: Text
     shape: list[Count] = Field(min_length=2, max_length=2)
-    """Batch, features."""
+    """Batch, features or classes."""
+    softmax: bool = False
+    """Whether the graph ends in softmax: probabilities, not logits."""
 
 
 class ExportedNet(Table):
@@ -840,6 +929,23 @@ class VerifyRecord(Record):
     precisions: dict[str, VerifiedPrecision] = {}
     problem: Text | None = None
     """Of a check that failed, in words."""
+
+
+class PublishedRecord(Record):
+    """edgecl.json: a folder for timm, for ONNX Runtime and for a hub."""
+
+    KIND = "published"
+    FILE = "edgecl.json"
+
+    kind: Literal["published"] = "published"
+    timm: Text | None
+    """The name under which timm builds the net; null where it cannot."""
+    why_not_timm: Text | None
+    """Why timm cannot build it."""
+    files: dict[str, Text]
+    """File -> its sha256."""
+    url: Text | None = None
+    """Where it was pushed; null in the file, which is written before."""
 
 
 class PowerMode(Table):
@@ -1008,6 +1114,43 @@ class BenchRecord(Record):
     """What ran on the device."""
 
 
+class Guess(Table):
+    """A class that a picture may show."""
+
+    label: Count
+    """Its position among the net's classes."""
+    name: Text
+    score: float = Field(ge=0, le=1)
+    """Probability, 0 to 1; where a picture may be of several classes, each class has its own."""
+
+
+class Prediction(Table):
+    """What a net sees on a picture; a line of `predict --out FILE.jsonl`."""
+
+    file: Text
+    top: list[Guess] = []
+    """The likeliest first."""
+    problem: Text | None = None
+    """Why the picture cannot be read."""
+
+
+class Predictions(Table):
+    """What `predict --json` prints."""
+
+    made_from: Text
+    """The sha256 of model.json or manifest.json."""
+    runtime: Text
+    """What ran the net, with its version."""
+    precision: Text
+    decoders: list[Text]
+    """What decoded the pictures, with versions."""
+    images: Count
+    """Pictures, unreadable ones among them."""
+    unreadable: Count
+    predictions: list[Prediction]
+    """In the order of the files."""
+
+
 class DoctorCheck(Table):
     """One check of a device."""
 
@@ -1100,6 +1243,7 @@ KINDS: tuple[type[Record], ...] = (
     CostRecord,
     VerifyRecord,
     BenchRecord,
+    PublishedRecord,
 )
 
 

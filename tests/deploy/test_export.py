@@ -61,12 +61,15 @@ def manifest(exported_bundle):
     return Bundle(exported_bundle).read().to_json()
 
 
-FILES = {"README.txt", "model.onnx", "onboard.pyz", "reference.npz"}
+FILES = {
+    *("README.txt", "model.onnx", "onboard.pyz", "reference.npz"),
+    *("config.pbtxt", "main.cpp", "main.py", "triton.sh"),
+}
 
 
 def test_readme_names_the_net_and_the_verbs_that_the_runtime_has(exported_bundle):
     lines = (exported_bundle / "README.txt").read_text().splitlines()
-    assert len(lines) == 9  # nothing is built for a processor
+    assert not any("build" in line for line in lines)  # nothing is built for a processor
     assert lines[0].startswith("mobilenetv3_small_100 at width 0.5, features, for ort-cpu")
     for verb in ("doctor", "verify", "bench"):
         assert sum(f"python3 onboard.pyz {verb}" in line for line in lines) == 1
@@ -89,10 +92,13 @@ def test_manifest_says_the_form_of_input_and_output(manifest):
         "name": "input",
         "shape": [1, 3, 32, 32],
         "dtype": "float32",
+        "layout": "nchw",
+        "normalization": "outside",
         "dynamic_batch": False,
         "max_batch": 1,
     }
-    assert manifest["output"] == {"name": "output", "shape": [1, manifest["net"]["features"]]}
+    features = manifest["net"]["features"]
+    assert manifest["output"] == {"name": "output", "shape": [1, features], "softmax": False}
 
 
 def test_preprocessing_is_the_same_in_model_manifest_and_onnx(carved_model, exported_bundle, manifest):
@@ -109,7 +115,10 @@ def test_preprocessing_is_the_same_in_model_manifest_and_onnx(carved_model, expo
 
 def test_parity_is_recorded_with_its_images(image_folder, manifest):
     parity = manifest["precisions"]["fp32"]["parity"]
-    assert manifest["parity"] == [parity]
+    assert manifest["parity"][0] == parity
+    (last,) = manifest["parity"][1:]
+    assert (last["from"], last["to"]) == ("JPEG file through torch", "JPEG file through model.onnx")
+    assert last["max_relative_difference"] < 1e-4
     assert (parity["from"], parity["to"]) == ("carved torch net", "ONNX fp32")
     # A fifth of the 60 is held out for judging.
     assert parity["images"] == 48
@@ -239,8 +248,12 @@ def test_parity_report_goes_from_torch_to_int8(three):
         ("carved torch net", "ONNX fp32"),
         ("ONNX fp32", "ONNX fp16"),
         ("ONNX fp32", "ONNX int8"),
+        *[
+            ("JPEG file through torch", f"JPEG file through {name}")
+            for name in ("model.onnx", "model.fp16.onnx", "model.int8.onnx")
+        ],
     ]
-    fp32, fp16, int8 = (step["max_abs_difference"] for step in parity)
+    fp32, fp16, int8 = (step["max_abs_difference"] for step in parity[:3])
     assert fp32 < fp16 < int8
 
 
@@ -304,6 +317,26 @@ def test_classifier_without_labelled_images_is_not_evaluated(tmp_path, classifie
     )
 
 
+def check_deepstream(bundle, manifest):
+    """nvinfer's formula on the pixels behind the reference images, into its net: softmax of the reference outputs."""
+    with np.load(bundle / "reference.npz", allow_pickle=False) as reference:
+        inputs, outputs = reference["inputs"], reference["outputs"].astype(np.float64)
+    mean, std = (np.array(manifest["preprocessing"][key]).reshape(3, 1, 1) for key in ("mean", "std"))
+    config = dict(
+        line.split("=") for line in (bundle / "deepstream.txt").read_text().splitlines() if "=" in line[1:]
+    )
+    offsets = np.float32(config["offsets"].split(";")).reshape(3, 1, 1)
+    pixels = ((inputs * std + mean) * 255).round().astype(np.float32)
+    images = np.float32(config["net-scale-factor"]) * (pixels - offsets)
+    session = onnxruntime.InferenceSession(
+        str(bundle / config["onnx-file"]), providers=["CPUExecutionProvider"]
+    )
+    found = np.concatenate([session.run(None, {"input": image[None]})[0] for image in images])
+    exponents = np.exp(outputs - outputs.max(1, keepdims=True))
+    assert np.abs(found - exponents / exponents.sum(1, keepdims=True)).max() < 1e-4
+    assert (bundle / "deepstream-labels.txt").read_text() == "blue;green;red\n"
+
+
 def test_jetson_bundle_verifies_here_by_its_onnx_files_and_carries_trtexec(tmp_path, classifier):
     out = tmp_path / "b"
     manifest = export(classifier[0], target="jetson", out=out)
@@ -316,6 +349,7 @@ def test_jetson_bundle_verifies_here_by_its_onnx_files_and_carries_trtexec(tmp_p
     for about in manifest["precisions"].values():
         assert f"--onnx={about['model']}" in script
     assert verify(out, runtime="onnxruntime")["ok"] is True
+    check_deepstream(out, manifest)
     with pytest.raises(DeviceError, match="tensorrt"):
         verify(out)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 
 import numpy as np
@@ -62,9 +63,18 @@ def test_dynamic_batch_takes_any_and_computes_what_torch_computes(dynamic_file, 
     assert np.abs(found - expected).max() < 1e-4 * max(1.0, np.abs(expected).max())
 
 
-def test_metadata_is_json_by_key(dynamic_file):
-    metadata = {entry.key: json.loads(entry.value) for entry in onnx.load(dynamic_file).metadata_props}
-    assert metadata == {"edgecl.classes": ["a", "b"], "edgecl.mean": [0.5, 0.25, 0.125]}
+def test_metadata_is_json_by_key_and_pythons_literals_by_the_keys_of_others(dynamic_file):
+    metadata = {entry.key: entry.value for entry in onnx.load(dynamic_file).metadata_props}
+    ours = {key: json.loads(value) for key, value in metadata.items() if key.startswith("edgecl.")}
+    assert ours == {"edgecl.classes": ["a", "b"], "edgecl.mean": [0.5, 0.25, 0.125]}
+    assert metadata.pop("task") == "classify"
+    assert {key: ast.literal_eval(value) for key, value in metadata.items() if key not in ours} == {
+        "names": {0: "a", 1: "b"},
+        "imgsz": [32, 32],
+        "channels": 3,
+        "stride": 1,
+        "batch": 2,
+    }
 
 
 def test_file_says_that_edgecl_made_it(static):

@@ -16,6 +16,7 @@ from torch import nn
 
 from edgecl.config.target import Build, Graph, read_target
 from edgecl.deploy.calibrate import calibrate
+from edgecl.deploy.ends import with_ends
 from edgecl.deploy.fp16 import half
 from edgecl.deploy.int8 import quantize
 from edgecl.deploy.onnx import onnx_from_net
@@ -27,6 +28,7 @@ from edgecl.nets.folding import fuse_branches
 from edgecl.onboard.cudart import Gpu
 from edgecl.onboard.errors import DeviceError as OnboardDeviceError
 from edgecl.onboard.tensorrt_session import TensorrtSession
+from edgecl.storage.records import Preprocessing
 
 SIDE = 64
 BUILD = Build(compute_capabilities=("SM86", "SM89", "SM120"))
@@ -117,6 +119,20 @@ def test_every_net_compiles_in_every_form(made, tmp_path, name, form):
     assert record["size_bytes"] == (tmp_path / "engine.plan").stat().st_size > 100_000
     allowed = "Converting conv" if form == "int8-trt-fp16" else "nothing"
     assert not [warning for warning in record["warnings"] if allowed not in warning]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", ["uint8", "uint8-nchw"])
+def test_bytes_in_and_probabilities_out_compile(made, tmp_path, form, kind):
+    _, models = made(QUICK)
+    about = Preprocessing(image_size=SIDE, resize_size=SIDE, mean=[0.485] * 3, std=[0.229] * 3)
+    model = with_ends(models[form], graph=Graph(opset=19, input=kind, softmax=True), preprocessing=about)
+    sides = [SIDE, SIDE, 3] if kind == "uint8" else [3, SIDE, SIDE]
+    record = compile_(
+        model, tmp_path, form=form, input_form={**INPUT, "shape": [1, *sides], "dtype": "uint8"}
+    )
+    assert record["io"] == {"input": "UINT8", "output": "FLOAT"}
+    assert record["layers"]["SOFTMAX"] == 1
 
 
 @pytest.mark.parametrize("form", ["fp32", "fp16", "int8-trt"])

@@ -11,14 +11,19 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from edgecl.config.target import Graph
+from edgecl.deploy.ends import with_ends
 from edgecl.onboard import cudart
 from edgecl.onboard.bundle import sha256_of_file
+from edgecl.storage.records import Preprocessing
 from onboard.fake_cudart import FakeCudart
 from onboard.fake_tensorrt import FakeTensorrt
 from onboard.tiny_bundle import FEATURES, SIDE, make_bundle, read_manifest, write_manifest
 
 FORMS = {"fp32": "fp32", "fp16": "fp16", "int8": "int8-trt"}
 OPSET = 19
+RAW = Graph(opset=OPSET, input="uint8")
+PIXELS = Preprocessing(image_size=SIDE, resize_size=SIDE, mean=[0.5] * 3, std=[0.25] * 3)
 
 
 def weights() -> tuple[np.ndarray, np.ndarray]:
@@ -69,7 +74,11 @@ def net(form: str, *, batch: int | str) -> onnx.ModelProto:
 
 
 def make_engine_bundle(path: Path, *, int8: str = "int8-trt", **options: Any) -> Path:
-    """Write a bundle of the tiny net for TensorRT in every precision; `options` are those of make_bundle, and build."""
+    """Write a bundle of the tiny net for TensorRT in every precision.
+
+    `options` are those of make_bundle, build, and raw: its nets then take bytes, channels last.
+    """
+    raw = options.pop("raw", False)
     build = options.pop("build", {"workspace_mib": 256, "optimization_level": 5, "tf32": False})
     make_bundle(
         path, precisions=("fp16", "fp32", "int8"), runtime="tensorrt", target_name="jetson", **options
@@ -79,8 +88,14 @@ def make_engine_bundle(path: Path, *, int8: str = "int8-trt", **options: Any) ->
     for precision, about in manifest["precisions"].items():
         about["form"] = int8 if precision == "int8" else FORMS[precision]
         batch = "N" if manifest["input"]["dynamic_batch"] else manifest["input"]["shape"][0]
-        onnx.save(net(about["form"], batch=batch), path / about["model"])
+        model = net(about["form"], batch=batch)
+        onnx.save(with_ends(model, graph=RAW, preprocessing=PIXELS) if raw else model, path / about["model"])
         manifest["files"][about["model"]] = sha256_of_file(path / about["model"])
+    if raw:
+        side = manifest["input"]["shape"][2]
+        manifest["input"].update(
+            shape=[manifest["input"]["shape"][0], side, side, 3], dtype="uint8", layout="nhwc"
+        )
     write_manifest(path, manifest)
     return path
 

@@ -121,7 +121,7 @@ class FakeTensorrt(types.ModuleType):
         kinds = ["EXPLICIT_BATCH"] if number < (11, 0) else []
         kinds += ["STRONGLY_TYPED"] if number >= (10, 0) else []
         self.NetworkDefinitionCreationFlag = enum("NetworkDefinitionCreationFlag", kinds)
-        self.DataType = enum("DataType", ["FLOAT", "HALF", "INT8"])
+        self.DataType = enum("DataType", ["FLOAT", "HALF", "INT8"] + (["UINT8"] if number >= (8, 5) else []))
         self.LayerType = enum("LayerType", sorted(set(LAYER_TYPES.values())) + ["ELEMENTWISE"])
         self.DeviceType = enum("DeviceType", ["GPU", "DLA"])
         self.ProfilingVerbosity = enum("ProfilingVerbosity", ["LAYER_NAMES_ONLY", "NONE", "DETAILED"])
@@ -248,16 +248,19 @@ def _config(module):
     return (Config if module.number < (8, 4) else LaterConfig)(**attributes)
 
 
+def kind_of_end(module, value):
+    return module.DataType.UINT8 if value.type == "tensor(uint8)" else module.DataType.FLOAT
+
+
 class Network(Strict):
     """What the parser filled in."""
 
     def read(self, content):
         self.__dict__.update(content=content, nodes=nodes_of(content))
         session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-        kind = self.module.DataType
         self.__dict__.update(
-            inputs=[Tensor(value.name, kind.FLOAT) for value in session.get_inputs()],
-            outputs=[Tensor(value.name, kind.FLOAT) for value in session.get_outputs()],
+            inputs=[Tensor(value.name, kind_of_end(self.module, value)) for value in session.get_inputs()],
+            outputs=[Tensor(value.name, kind_of_end(self.module, value)) for value in session.get_outputs()],
         )
 
     num_layers = property(lambda self: len(self.nodes))
@@ -397,7 +400,8 @@ class Engine(PlainEngine):
         return modes.INPUT if name == self.names[0] else modes.OUTPUT
 
     def get_tensor_dtype(self, name):
-        return self.module.DataType.FLOAT
+        ends = self.session.get_inputs() + self.session.get_outputs()
+        return next(kind_of_end(self.module, value) for value in ends if value.name == name)
 
 
 class Inspector:
@@ -474,17 +478,18 @@ class PlainContext:
         source, to = addresses
 
         def compute():
-            images = floats_at(source, shape)
+            raw = engine.session.get_inputs()[0].type == "tensor(uint8)"
+            images = array_at(source, shape, ctypes.c_ubyte if raw else ctypes.c_float)
             outputs = engine.session.run(None, {engine.names[0]: images.copy()})[0]
-            floats_at(to, outputs.shape)[...] = outputs
+            array_at(to, outputs.shape)[...] = outputs
 
         stream.add("net", compute)
         return True
 
 
-def floats_at(address, shape):
+def array_at(address, shape, kind=ctypes.c_float):
     count = int(np.prod(shape))
-    return np.ctypeslib.as_array((ctypes.c_float * count).from_address(address)).reshape(shape)
+    return np.ctypeslib.as_array((kind * count).from_address(address)).reshape(shape)
 
 
 class OldContext(PlainContext):

@@ -23,6 +23,7 @@ RUNTIMES = {
     "tensorrt_session.py": {"tensorrt"},
     "engine.py": {"tensorrt"},
     "power.py": {"jtop"},
+    "pictures.py": {"PIL"},
 }
 NEWER_THAN_3_6 = {"dataclasses", "contextvars", "graphlib", "zoneinfo", "tomllib", "__future__"}
 

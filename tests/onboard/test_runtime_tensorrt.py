@@ -60,6 +60,29 @@ def test_runs_what_the_file_computes(monkeypatch, bundle, version, precision):
     assert cuda.live() == 0
 
 
+@pytest.mark.parametrize("version", VERSIONS[1:])  # the first takes no bytes
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_net_of_bytes_is_given_bytes(monkeypatch, tmp_path, version, precision):
+    install(monkeypatch, version)
+    bundle = make_engine_bundle(tmp_path / "bundle", raw=True)
+    session = open_(bundle, precision)
+    images = np.random.default_rng(1).integers(0, 256, (3, 1, SIDE, SIDE, 3), dtype=np.uint8)
+    for image in images:
+        assert np.array_equal(session.run(image), of_onnxruntime(bundle, precision, image))
+    session.bind(images[0])
+    assert session.modes() == MODES
+
+
+def test_an_engine_of_another_type_than_the_manifests_is_refused(monkeypatch, tmp_path):
+    install(monkeypatch, VERSIONS[-1])
+    bundle = make_engine_bundle(tmp_path / "bundle", raw=True)
+    manifest = read_manifest(bundle)
+    del manifest["input"]["dtype"]
+    write_manifest(bundle, manifest)
+    with pytest.raises(BundleError, match="UINT8"):
+        open_(bundle)
+
+
 @pytest.mark.parametrize("version", VERSIONS)
 def test_dynamic_batch_runs_any_number_of_images(monkeypatch, tmp_path, version):
     fake, _ = install(monkeypatch, version)

@@ -68,7 +68,7 @@ class OpenvinoSession(ProcessorSession):
         return Loaded(devices, *[[list(value.get_names()) for value in values] for values in ends])
 
     def _compute(self, images: "np.ndarray") -> "np.ndarray":
-        self._place(images.astype("float32", order="C", copy=False))
+        self._place(images.astype(self._dtype, order="C", copy=False))
         self._request.infer()
         outputs: "np.ndarray" = self._request.get_output_tensor().data.copy()
         return outputs

@@ -65,6 +65,8 @@ RUNTIME = Runtime(
     builds_engines=True,
     # Source: onnx-tensorrt's branches, docs/operators.md.
     opsets=(((8, 0), 13), ((8, 4), 17), ((9, 0), 19), ((10, 0), 20), ((11, 0), 22)),
+    # Source: github.com/NVIDIA/TensorRT, issue 1503.
+    bytes_from=(8, 5),
     fix_import=_fix_import,
     checks=_checks,
 )
