@@ -155,7 +155,9 @@ def compared_further(compared, tmp_path_factory):
         write_given(place / name, str(weights), record, origin=name)
     nets = Compared(home / "slim", home / "random", place / "given", place / "scratch")
     trained = []
-    chance = SimpleNamespace(top1=lambda features, labels: 33.0)
+    chance = SimpleNamespace(
+        top1=lambda features, labels: 33.0, logits=lambda features: features.new_zeros(len(features), 3)
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("edgecl.evaluate.probe.fit_linear", lambda features, labels, *, classes: chance)
         patch.setattr(
