@@ -213,10 +213,15 @@ def advise(choice: Choice, survey: Survey, *, hours: float) -> tuple[Literal["pr
         )
     if epochs < _FEWEST_EPOCHS:
         return "fine-tune", (
-            f"{hours:.1f} h on this machine are {counted(epochs, 'epoch')}, too few to learn much: fine-tune given "
+            f"{length_in_words(hours)} on this machine are {counted(epochs, 'epoch')}, too few to learn much: fine-tune given "
             "weights, allow more hours or train on a GPU"
         )
-    return "pretrain", f"{counted(usable, 'picture')}, {epochs} epochs in {hours:.1f} h on this machine"
+    return "pretrain", f"{counted(usable, 'picture')}, {epochs} epochs in {length_in_words(hours)} on this machine"
+
+
+def length_in_words(hours: float) -> str:
+    """Write how long a run takes: minutes below an hour."""
+    return f"{hours:.1f} h" if hours >= 1 else f"{max(1, round(60 * hours))} min"
 
 
 def _usable(survey: Survey) -> int:

@@ -15,6 +15,7 @@ from edgecl.config.proposal import (
     choose_recipe,
     describe,
     hours_of,
+    length_in_words,
     recipe_text,
     with_batch,
 )
@@ -157,7 +158,7 @@ def _header(found: Proposal, *, labels: str | None, target: str | None, weights:
         + (f" --target {target}" if target else "")
         + "   # the whole road",
         "",
-        f"Price: {found.total_flops:.4g} FLOPs, projector apart; {found.hours:.1f} hours on this machine at the timed rate,",
+        f"Price: {found.total_flops:.4g} FLOPs, projector apart; {length_in_words(found.hours)} on this machine at the timed rate,",
         "reading the pictures for the first time apart. `--hours` chooses the length.",
         "",
         *describe(found.survey, found.machine, found.timing),
