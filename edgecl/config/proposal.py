@@ -216,7 +216,10 @@ def advise(choice: Choice, survey: Survey, *, hours: float) -> tuple[Literal["pr
             f"{length_in_words(hours)} on this machine are {counted(epochs, 'epoch')}, too few to learn much: fine-tune given "
             "weights, allow more hours or train on a GPU"
         )
-    return "pretrain", f"{counted(usable, 'picture')}, {epochs} epochs in {length_in_words(hours)} on this machine"
+    return (
+        "pretrain",
+        f"{counted(usable, 'picture')}, {epochs} epochs in {length_in_words(hours)} on this machine",
+    )
 
 
 def length_in_words(hours: float) -> str:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from edgecl.config.target import Quantization
 from edgecl.deploy.accuracy import METRICS, Evaluator, Outputs, cosines
 from edgecl.deploy.session import Run
+from edgecl.errors import counted
 from edgecl.storage.records import Attempt, Budget, Decision, Speed
 
 Array = NDArray[numpy.float32]
@@ -161,11 +162,10 @@ def conclude(decision: Decision, *, speed: Speed | None, higher: str) -> Decisio
     if budget is None:  # of `unevaluated`
         return decision.model_copy(update={"speed": speed})
     cost = _cost(decision, budget)
-    pace = (
-        "speed not measured here"
-        if speed is None
-        else f"{100 * (speed.ratio - 1):+.0f} % speed against {speed.against}"
-    )
+    pace = "speed not measured here"
+    if speed is not None:
+        pace = f"{100 * (speed.ratio - 1):+.0f} % speed against {speed.against}"
+        pace += f" with {counted(speed.threads, 'thread')}" if speed.threads else ""
     slower = speed is not None and speed.ratio <= 1.0
     kept = bool(decision.kept) and not slower
     nodes = len(decision.kept_nodes)

@@ -142,11 +142,11 @@ def test_words_of_a_net_with_kept_nodes_name_their_precision():
 def test_accurate_net_that_is_slower_is_rejected_for_its_speed():
     found = conclude(
         decision_of(Net({"conv": 0.0})),
-        speed=Speed(against="fp32", ratio=0.8, ci95=[0.79, 0.81]),
+        speed=Speed(against="fp32", ratio=0.8, ci95=[0.79, 0.81], threads=1),
         higher="fp32",
     )
     assert found.kept is False
-    assert found.words.startswith("rejected because it is slower: -20 % speed against fp32")
+    assert found.words.startswith("rejected because it is slower: -20 % speed against fp32 with 1 thread")
 
 
 def test_rejected_net_is_told_the_way_out():
