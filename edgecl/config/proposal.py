@@ -213,8 +213,8 @@ def advise(choice: Choice, survey: Survey, *, hours: float) -> tuple[Literal["pr
         )
     if epochs < _FEWEST_EPOCHS:
         return "fine-tune", (
-            f"{length_in_words(hours)} on this machine are {counted(epochs, 'epoch')}, too few to learn much: fine-tune given "
-            "weights, allow more hours or train on a GPU"
+            f"{length_in_words(hours)} on this machine are {counted(epochs, 'epoch')}, too few to learn much: "
+            "fine-tune given weights, allow more hours or train on a GPU"
         )
     return (
         "pretrain",

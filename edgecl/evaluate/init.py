@@ -158,8 +158,8 @@ def _header(found: Proposal, *, labels: str | None, target: str | None, weights:
         + (f" --target {target}" if target else "")
         + "   # the whole road",
         "",
-        f"Price: {found.total_flops:.4g} FLOPs, projector apart; {length_in_words(found.hours)} on this machine at the timed rate,",
-        "reading the pictures for the first time apart. `--hours` chooses the length.",
+        f"Price: {found.total_flops:.4g} FLOPs, projector apart; {length_in_words(found.hours)} on this machine at the",
+        "timed rate, reading the pictures for the first time apart. `--hours` chooses the length.",
         "",
         *describe(found.survey, found.machine, found.timing),
         "",
