@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
+from edgecl.data.randomness import permutation
 from edgecl.evaluate.labelled import Part
 from edgecl.storage.records import Confusion, FeatureMap, InspectionRecord, Mistake
 
@@ -77,11 +78,12 @@ def feature_map(features: Tensor, labels: Tensor) -> FeatureMap:
         labels: (N,) int64.
 
     Returns:
-        at most MAP_POINTS of them, spread over the images.
+        at most MAP_POINTS of them, drawn at random, always the same.
     """
-    step = -(-len(features) // MAP_POINTS)
+    # Not every so many: images often come with their classes in turn.
+    chosen = torch.from_numpy(permutation(0, 0, len(features), stream="map")[:MAP_POINTS].copy())
     # Of length 1, as the nearest neighbors compare them: a few bright pictures would else fill the plane.
-    features, labels = functional.normalize(features[::step].double(), dim=1), labels[::step]
+    features, labels = functional.normalize(features[chosen].double(), dim=1), labels[chosen]
     projected = _by_umap(features)
     if projected is None:
         points, explained = principal_components(features)

@@ -83,9 +83,14 @@ def test_principal_components_are_the_eigenvectors_of_the_covariance():
 @pytest.mark.parametrize("images", [1, 2, MAP_POINTS + 1])
 def test_a_map_has_a_point_for_each_image_up_to_its_most(images):
     found = feature_map(torch.randn(images, 4), torch.arange(images) % 2)
-    expected = images if images <= MAP_POINTS else -(-images // 2)
+    expected = min(images, MAP_POINTS)
     assert len(found.x) == len(found.y) == len(found.label) == expected
     assert np.isfinite([*found.x, *found.y]).all()
+
+
+def test_of_images_whose_classes_come_in_turn_all_are_on_the_map():
+    found = feature_map(torch.randn(4 * MAP_POINTS, 4), torch.arange(4 * MAP_POINTS) % 8)
+    assert min(found.label.count(label) for label in range(8)) > MAP_POINTS / 16
 
 
 def test_features_without_any_difference_lie_in_one_point():
