@@ -30,7 +30,7 @@ SHORTER = {
 
 def commands():
     blocks = re.findall(r"^```sh\n(.*?)^```", PAGE.read_text(encoding="utf-8"), flags=re.S | re.M)
-    return [line for block in blocks for line in block.splitlines()]
+    return [line for block in blocks for line in block.replace("\\\n", "").splitlines()]
 
 
 def write(folder, split, count, *, labelled):
@@ -67,6 +67,7 @@ def shell(tmp_path, board):  # noqa: F811
     return start
 
 
+@pytest.mark.slow
 def test_every_command_of_the_page_works_as_it_stands(shell, tmp_path):
     lines = commands()
     assert len(lines) >= 13
@@ -75,12 +76,13 @@ def test_every_command_of_the_page_works_as_it_stands(shell, tmp_path):
         old, new = SHORTER.get(verb, ("", ""))
         assert old in line
         line = line.replace(old, new, 1) if old else line
-        process = shell(line)
         if verb == "watch":
-            assert "steps" in urllib.request.urlopen(process.stdout.readline().split()[0]).read().decode()
-            process.kill()
+            with shell(f"exec {line}") as process:
+                with urllib.request.urlopen(process.stdout.readline().split()[0]) as page:
+                    assert "steps" in page.read().decode()
+                process.kill()
             continue
-        out, _ = process.communicate(timeout=240)
+        out, _ = (process := shell(line)).communicate(timeout=240)
         assert process.returncode == 0, f"{line}\n{out}"
     with (tmp_path / "predictions.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
