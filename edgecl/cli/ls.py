@@ -28,7 +28,10 @@ def ls_command(
         print_json([entry for name in names for entry in found[name]])
         return
     for name in names:
-        print_rows(name, ["name", "what it is"], [(entry["name"], entry["summary"]) for entry in found[name]])
+        rows = [(entry["name"], entry["summary"]) for entry in found[name]]
+        if name == "nets" and list_ is None:
+            rows = [("…", f"{len(rows)} nets of timm: `edgecl ls nets` lists them")]
+        print_rows(name, ["name", "what it is"], rows)
 
 
 def _entries(name: ListName) -> Sequence[dict[str, Any]]:

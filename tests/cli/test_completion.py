@@ -32,7 +32,11 @@ def completed(line):
 
 @pytest.mark.parametrize(
     ("line", "offered"),
-    [("edgecl pre", ["pretrain"]), ("edgecl export --pre", ["--precision"]), ("edgecl selftest d", ["ddp"])],
+    [
+        ("edgecl pre", ["pretrain", "predict"]),
+        ("edgecl export --pre", ["--precision"]),
+        ("edgecl selftest d", ["ddp"]),
+    ],
 )
 def test_bash_is_offered_verbs_and_options(line, offered):
     assert completed(line) == offered

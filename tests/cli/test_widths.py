@@ -119,7 +119,9 @@ def test_the_best_checkpoint_is_carved_on_request(edgecl, trained, tmp_path):
 
 
 def test_probe_shows_the_nets_of_a_run_side_by_side(edgecl, carved, image_folder, monkeypatch):
-    chance = SimpleNamespace(top1=lambda features, labels: 33.0)
+    chance = SimpleNamespace(
+        top1=lambda features, labels: 33.0, logits=lambda features: features.new_zeros(len(features), 3)
+    )
     monkeypatch.setattr("edgecl.evaluate.probe.fit_linear", lambda features, labels, *, classes: chance)
     models = [carved / f"{width}" for width in WIDTHS]
     words = ("probe", *models, "--data", image_folder, "--labels-per-class", 2, "--seeds", 2)

@@ -370,8 +370,10 @@ def commands(mutator: Mutator, seeds: Seeds, place: Path) -> None:
     options = [
         name for one in (command.params if command else ()) for name in (*one.opts, *one.secondary_opts)
     ]
+    # `cost` writes beside the net.
+    model = shutil.copytree(seeds.model, place / "model") if verb == "cost" else seeds.model
     things = [
-        *map(str, (seeds.run, seeds.model, seeds.bundle, place)),
+        *map(str, (seeds.run, model, seeds.bundle, place)),
         "ls",
         "ort-cpu",
         "demo",
