@@ -21,7 +21,7 @@ from edgecl.evaluate.supervised import (
     QuantizedFinetuneConfig,
     accuracies,
     classifier_logits,
-    hold_out,
+    steps_per_epoch,
     train_classifier,
 )
 from edgecl.metrics.collapse import extract_features
@@ -280,13 +280,8 @@ def _try_size(net: nn.Module, record: ModelRecord, size: int) -> None:
 
 
 def _steps(epochs: int, part: Part, settings: FinetuneConfig) -> int:
-    return epochs * _steps_per_epoch(part, settings)
+    return epochs * steps_per_epoch(part, settings)
 
 
 def _epochs(steps: int, part: Part, settings: FinetuneConfig) -> int:
-    return round(steps / _steps_per_epoch(part, settings))
-
-
-def _steps_per_epoch(part: Part, settings: FinetuneConfig) -> int:
-    images = hold_out(part, seed=settings.seed)[0] if settings.early_stop else part
-    return max(1, len(images) // min(settings.batch_size, len(images)))
+    return round(steps / steps_per_epoch(part, settings))

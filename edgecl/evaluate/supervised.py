@@ -132,6 +132,7 @@ def train_classifier(
     best = None
     if settings.early_stop:
         part, held_out = hold_out(part, seed=settings.seed)
+        held_out = Part(held_out.images.to(device), held_out.labels.to(device))
         best = _Best(held_out, preprocessing, patience=settings.early_stop)
     classes = cast(Any, net).num_classes
     batches = _Batches(part, settings, views or settings.views(), preprocessing, device, classes=classes)
@@ -239,7 +240,7 @@ class _Best:
     """The weights that are best on held-out images.
 
     Args:
-        held_out: the images.
+        held_out: the images, on the net's device.
         preprocessing: of the net.
         patience: epochs without better ones after which it is over.
     """
@@ -252,9 +253,7 @@ class _Best:
     def is_over(self, net: nn.Module) -> bool:
         """Evaluate a net, keep its weights if they are the best, and return whether the patience is at its end."""
         was_training = net.training
-        device = next(net.parameters()).device
-        images = Part(self._held_out.images.to(device), self._held_out.labels.to(device))
-        accuracy = classifier_accuracy(net, images, self._preprocessing)
+        accuracy = classifier_accuracy(net, self._held_out, self._preprocessing)
         net.train(was_training)
         self._without += 1
         if accuracy > self._accuracy:
@@ -271,6 +270,14 @@ def hold_out(part: Part, *, seed: int) -> tuple[Part, Part]:
     """
     stay, held_out = split_holdout(strata_of(part.labels), _HELD_OUT, seed=seed)
     return part.take(torch.from_numpy(stay)), part.take(torch.from_numpy(held_out))
+
+
+def steps_per_epoch(part: Part, settings: FinetuneConfig) -> int:
+    """Return how many steps go once through a part, less what is held out of it; no picture is copied for it."""
+    images = len(part)
+    if settings.early_stop:
+        images = len(split_holdout(strata_of(part.labels), _HELD_OUT, seed=settings.seed)[0])
+    return max(1, images // min(settings.batch_size, images))
 
 
 def class_weights(labels: Tensor, classes: int) -> Tensor:

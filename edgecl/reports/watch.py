@@ -77,14 +77,15 @@ class WatchedRun:
     def _draw(self, silent_min: int) -> str:
         collection = collect([self.files.path])
         (run,) = collection.of(RunRecord)
+        summary = run_summary(run)
         return (
             environment()
             .get_template("watching.html.j2")
             .render(
-                run=run_summary(run),
+                run=summary,
                 progress=progress_in_words(run, silent_min=silent_min),
                 warnings=warnings_in_words(self.files.metrics_file),
-                charts=list(run_charts(run_summary(run), "run")),
+                charts=list(run_charts(summary, "run")),
                 views=hashlib.sha256(run.views_png).hexdigest()[:8] if run.views_png else None,
             )
         )
