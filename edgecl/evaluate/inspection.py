@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 from typing import Literal
 
@@ -13,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from edgecl.data.randomness import permutation
+from edgecl.data.thumbnail import small_jpeg
 from edgecl.evaluate.labelled import Part
 from edgecl.storage.records import Confusion, FeatureMap, InspectionRecord, Mistake
 
@@ -57,7 +56,11 @@ def inspect(
         ],
         mistakes=[
             Mistake(
-                picture=_small_jpeg(part.images[index]),
+                picture=small_jpeg(
+                    Image.fromarray(part.images[index].permute(1, 2, 0).numpy()),
+                    side=_PICTURE_SIDE,
+                    quality=85,
+                ),
                 label=int(part.labels[index]),
                 predicted=int(predicted[index]),
                 confidence=min(float(confidences[index]), 1.0),
@@ -126,12 +129,3 @@ def principal_components(features: Tensor) -> tuple[Tensor, list[float]]:
     variances = functional.pad(singular.square(), (0, 2))
     shares = variances[:2] / variances.sum().clamp(min=torch.finfo(variances.dtype).tiny)
     return points, shares.tolist()
-
-
-def _small_jpeg(image: Tensor) -> str:
-    """Return a (3, H, W) uint8 image as a small JPEG in base64."""
-    picture = Image.fromarray(image.permute(1, 2, 0).numpy())
-    picture.thumbnail((_PICTURE_SIDE, _PICTURE_SIDE))
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=85)
-    return base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import csv
 import io
 import json
@@ -19,6 +18,7 @@ from edgecl.data.loading import load_eval_images, normalize
 from edgecl.data.source import ImageSource
 from edgecl.data.sources import open_source
 from edgecl.data.survey import alike, perceptual_hash
+from edgecl.data.thumbnail import small_jpeg
 from edgecl.errors import ArtifactError, DataError, counted, first_of, printable
 from edgecl.evaluate.probe import load_feature_net
 from edgecl.metrics.collapse import extract_features
@@ -159,10 +159,7 @@ def _list_text(picked: list[PickedImage], suffix: str) -> str:
 def _thumbnail(source: ImageSource, index: int) -> str:
     """Return a small JPEG of a picture, in base64."""
     image = source.read_reduced(index, at_least=_THUMBNAIL)[0]
-    image.thumbnail((_THUMBNAIL, _THUMBNAIL))
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=80)
-    return base64.b64encode(file.getvalue()).decode()
+    return small_jpeg(image, side=_THUMBNAIL, quality=80)
 
 
 def _page(pictures: list[tuple[PickedImage, str]], *, photos: str, model: Path, seen: _Seen) -> str:
