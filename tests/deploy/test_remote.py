@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import venv
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,12 @@ def free_port():
 
 def children_of(pid):
     return [int(number) for number in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def kill_all(pids):
+    for pid in pids:
+        with suppress(ProcessLookupError):  # it ended by itself in the meantime
+            os.kill(pid, signal.SIGKILL)
 
 
 def processes_naming(text):
@@ -103,15 +110,13 @@ class Board:
         pytest.skip("sshd does not start here: " + (self.folder / "sshd.log").read_text().strip()[-200:])
 
     def drop_connections(self):
-        for child in children_of(self.server.pid):
-            os.kill(child, signal.SIGKILL)
+        kill_all(children_of(self.server.pid))
 
     def stop(self):
         connections = children_of(self.server.pid) if self.server.poll() is None else []
         self.server.kill()
         self.server.wait()
-        for child in connections:
-            os.kill(child, signal.SIGKILL)
+        kill_all(connections)
         self.log.close()
 
     def left_of_runs(self):
