@@ -9,9 +9,13 @@ import pytest
 import timm
 import torch
 from conftest import write_folder
+from PIL import Image
 from safetensors.torch import load_file
 
+from edgecl.data.loading import eval_image, normalize
 from edgecl.deploy.export import export
+from edgecl.deploy.predict import predict
+from edgecl.deploy.publish import publish
 from edgecl.errors import ArtifactError, DataError, RecipeError
 from edgecl.evaluate.cost import cost
 from edgecl.evaluate.finetune import finetune
@@ -23,7 +27,7 @@ from edgecl.metrics.label_sets import image_f1, mean_average_precision
 from edgecl.nets.backbone import create_backbone
 from edgecl.nets.fake_quant import FakeQuant
 from edgecl.nets.model_dir import load_model, write_model
-from edgecl.storage.directories import ModelDir
+from edgecl.storage.directories import Bundle, ModelDir
 from edgecl.storage.records import Quantization
 
 
@@ -165,11 +169,23 @@ def in_sets(tmp_path_factory, image_folder):
     return f"csv:{file}"
 
 
-def test_a_net_for_sets_of_classes_says_so_and_its_export_is_evaluated_by_f1(tmp_path, plain_model, in_sets):
-    out = tmp_path / "m"
+@pytest.fixture(scope="module")
+def tuned_in_sets(tmp_path_factory, plain_model, in_sets):
+    """The net with a classifier for sets of classes, the record returned, and a bundle of it."""
+    folder = tmp_path_factory.mktemp("in-sets")
     record = finetune(
-        plain_model, data=in_sets, out=out, epochs=2, assignments=["batch_size=16", "device=cpu", "lr=3e-3"]
+        plain_model,
+        data=in_sets,
+        out=folder / "m",
+        epochs=2,
+        assignments=["batch_size=16", "device=cpu", "lr=3e-3"],
     )
+    export(folder / "m", target="ort-cpu", out=folder / "b", precisions=["fp32"], eval_uri=in_sets)
+    return folder / "m", record, folder / "b"
+
+
+def test_a_net_for_sets_of_classes_says_so_and_its_export_is_evaluated_by_f1(tuned_in_sets, in_sets):
+    out, record, bundle = tuned_in_sets
     assert record.label_sets
     assert "even" in record.classes
     assert record.evaluation.metric == "f1"
@@ -182,12 +198,39 @@ def test_a_net_for_sets_of_classes_says_so_and_its_export_is_evaluated_by_f1(tmp
         100 * mean_average_precision(logits, held_out.labels)
     )
     assert not ModelDir(out).inspection_file.exists()
-    manifest = export(out, target="ort-cpu", out=tmp_path / "b", precisions=["fp32"], eval_uri=in_sets)
+    manifest = Bundle(bundle).read()
     accuracy = manifest.precisions["fp32"].accuracy
     assert (accuracy.metric, manifest.net.label_sets) == ("f1", True)
     every = read_labelled(in_sets, test=in_sets, preprocessing=model.preprocessing, label_sets=True).test
     expected = image_f1(classifier_logits(net, every, model.preprocessing), every.labels)
     assert accuracy.value == pytest.approx(100 * float(expected.mean()))
+
+
+def test_each_class_of_a_set_has_a_probability_of_its_own(tuned_in_sets, image_folder):
+    out, record, bundle = tuned_in_sets
+    net, model = load_model(out)
+    picture = min(image_folder.rglob("*.png"))
+    images = model.preprocessing
+    pixels = eval_image(Image.open(picture), resize_size=images.resize_size, image_size=images.image_size)
+    with torch.no_grad():
+        expected = torch.sigmoid(net(normalize(pixels[None], images.mean, images.std)))[0]
+    for asked in (out, bundle):
+        (found,) = predict(asked, [picture], top=4).predictions
+        assert {one.name: one.score for one in found.top} == pytest.approx(
+            dict(zip(record.classes, expected.tolist(), strict=True)), abs=1e-4
+        )
+    assert sum(one.score for one in found.top) != pytest.approx(1, abs=1e-2)  # as a softmax's would
+
+
+def test_a_published_net_for_sets_says_how_its_scores_are_read(tuned_in_sets, tmp_path):
+    out, record, bundle = tuned_in_sets
+    publish(out, bundle=bundle, out=tmp_path / "published")
+    card = (tmp_path / "published" / "README.md").read_text()
+    assert ".sigmoid()" in card
+    assert "argmax" not in card
+    assert "F1" in card
+    assert f"{record.evaluation.top1:.1f}" in card
+    assert "top-1" not in card
 
 
 def test_a_probe_needs_one_class_of_each_picture(plain_model, in_sets):
