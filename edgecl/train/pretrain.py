@@ -132,6 +132,10 @@ def pretrain(
         start = None
         if init is not None:
             start = load_start(init, host=recipe.host, width=recipe.slim.width, data=recipe.data)
+        rests_on = what_it_rests_on(recipe, start)
+        if main and resume:
+            check_rests_on(run_dir, rests_on)
+        processes.agree(rests_on)
         training, more_changes = _build(
             recipe,
             start,
@@ -142,7 +146,9 @@ def pretrain(
             allow=allow,
             download=download,
         )
-        record = describe_run(recipe, training, start=start, recipe_name=recipe_name, uri=uri)
+        record = describe_run(
+            recipe, training, rests_on=rests_on, start=start, recipe_name=recipe_name, uri=uri
+        )
         if main:
             _open_run_dir(training, record, resume=resume, changes=[*changes, *more_changes])
         return _train(training, record, trackers=bool(recipe.run.trackers))
@@ -170,10 +176,6 @@ def _build(
     going_on = resume and accelerator.is_main_process
     # Before the images are read, which can take hours: what the recipe asks for may not be possible.
     _check_memory(recipe, accelerator.device)
-    rests_on = what_it_rests_on(recipe, start)
-    if going_on:
-        check_rests_on(run_dir, rests_on)
-    processes.agree(rests_on)
     torch.manual_seed(recipe.run.seed)
     net = create_slimmable(recipe)
     if start:

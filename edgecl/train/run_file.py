@@ -87,13 +87,20 @@ def what_it_rests_on(recipe: Recipe, start: GivenNet | None) -> dict[str, str]:
 
 
 def describe_run(
-    recipe: Recipe, training: Training, *, start: GivenNet | None, recipe_name: str, uri: str
+    recipe: Recipe,
+    training: Training,
+    *,
+    rests_on: dict[str, str],
+    start: GivenNet | None,
+    recipe_name: str,
+    uri: str,
 ) -> RunRecord:
     """Return the record of a run as it begins.
 
     Args:
         recipe: what is trained and how.
         training: the run.
+        rests_on: as `what_it_rests_on` tells it.
         start: the net of [host] init, where there is one.
         recipe_name: short name of the recipe.
         uri: of the images.
@@ -132,7 +139,7 @@ def describe_run(
             **{name: version(name) for name in ("timm", "accelerate", "numpy")},
         },
         host_skips=net.host_skips,
-        rests_on=what_it_rests_on(recipe, start),
+        rests_on=rests_on,
         left_out=list(start.left_out) if start else [],
         launch=processes.launch(),
         plateau=training.plateau.decision(),
