@@ -103,6 +103,7 @@ class Run:
         settings = self.settings()
         # Settings at their default leave no trace: a version that adds one must not start everything anew.
         told = settings.model_dump(mode="json", exclude_defaults=True)
+        told["method"] = {"name": settings.method.name, **told.get("method", {})}  # each method's own default
         told = json.dumps([told, self.threads, self.untrained, self.machine], sort_keys=True)
         digest = hashlib.sha256(told.encode()).hexdigest()[:10]
         return f"{re.sub(r'[^a-z0-9]+', '-', self.name.lower())}-{settings.run.epochs}-epochs-seed{self.seed}-{digest}"

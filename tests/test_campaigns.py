@@ -93,6 +93,7 @@ def finished(tmp_path_factory, listed):
 # --- stopping, resuming, sharing ---
 
 
+@pytest.mark.slow
 def test_two_processes_on_one_directory_do_each_run_once(finished):
     out, _ = finished
     assert Counter(line["arm"] for line in lines_of(out)) == {"sacl-xd": 1, "barlow-twins": 1}
@@ -101,6 +102,7 @@ def test_two_processes_on_one_directory_do_each_run_once(finished):
     assert not any(record["resumed_with"] for record in records)
 
 
+@pytest.mark.slow
 def test_a_campaign_that_was_killed_and_stopped_gives_what_it_gives_in_one_go(finished, listed, tmp_path):
     (whole,) = [accuracy(line) for line in lines_of(finished[0]) if line["arm"] == "sacl-xd"]
     alone = listed.with_name("alone.toml")
@@ -130,6 +132,7 @@ def test_a_campaign_that_was_killed_and_stopped_gives_what_it_gives_in_one_go(fi
     assert record["resumed_with"]
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_script_around_a_campaign_too(listed, tmp_path):
     process = begin("arms", listed, "--data", "demo", "--out", tmp_path)
     while process.poll() is None and not list(tmp_path.glob("runs/*/log.txt")):
@@ -141,6 +144,7 @@ def test_ctrl_c_ends_the_script_around_a_campaign_too(listed, tmp_path):
     assert "Unfinished, 2 of 2 runs" in said
 
 
+@pytest.mark.slow
 def test_a_run_that_is_finished_is_evaluated_on_test_images_without_being_trained_again(
     finished, listed, tmp_path, monkeypatch
 ):
@@ -195,8 +199,8 @@ def test_equal_settings_are_one_run_and_others_another(tmp_path):
 
     default = read_recipe("demo").method.alpha
     assert run().key == run(f"method.alpha={default}").key
-    keys = [run().key, run("method.alpha=0.5").key, run(threads=2).key, run(machine="another").key]
-    assert len(set(keys)) == 4
+    others = [run("method.alpha=0.5"), run("method.name=simclr"), run("method.name=byol"), run(threads=2)]
+    assert len({one.identity for one in (run(), *others, run(machine="another"))}) == 6
     assert run().key == run(labels_per_class=3).key
     assert run().identity != run(labels_per_class=3).identity
 
@@ -300,14 +304,14 @@ def test_every_campaign_can_be_planned(file):
     given = arms.read_campaign(file)
     rows = arms.plan(given, data="demo", evaluate_on="")
     assert {row.arm for row in rows} == set(given.arms)
-    assert len({run.key for row in rows if not row.target for run in row.runs}) == given.seeds * len(
-        given.arms
-    )
+    found = {run.identity for row in rows if not row.target for run in row.runs}
+    assert len(found) == given.seeds * len(given.arms)
 
 
 # --- start.py ---
 
 
+@pytest.mark.slow
 def test_start_runs_each_thread_count_in_a_process_of_its_own(tmp_path):
     words = ["--recipe", BENCHMARKS / "tiny.toml", "--set", "data.limit=60", "--seeds", 1, "--threads", "1,2"]
     said, found = complete(begin("start", "--out", tmp_path, *words))
@@ -333,6 +337,7 @@ def test_the_worst_and_the_median_are_those_of_each_number_alone():
 # --- gpu.sh ---
 
 
+@pytest.mark.slow
 def test_the_gpu_run_goes_through_as_a_toy_on_a_cpu(tmp_path):
     done = subprocess.run(
         ["bash", str(BENCHMARKS / "gpu.sh"), "--toy", "--out", str(tmp_path)],
