@@ -270,10 +270,9 @@ def describe(survey: Survey, machine: Machine, timing: Timing) -> list[str]:
     """Say what was seen of pictures and machine, a sentence a line."""
     sides, ratios = survey.shorter_side, survey.aspect
     tested = survey.read + len(survey.unreadable)
-    read = "all read" if tested == survey.images else f"{tested:,} of them read, runs of neighbors by name"
-    alike = sum(map(len, survey.duplicates))
+    looked = "all" if tested == survey.images else f"{tested:,} of them, runs of neighbors by name"
     lines = [
-        f"{counted(survey.images, 'picture')} in '{survey.uri}' ({read}).",
+        f"{counted(survey.images, 'picture')} in '{survey.uri}' (looked at: {looked}).",
         f"Shorter side: {sides[0]} to {sides[2]} pixels, median {sides[1]}; longer / shorter side: {ratios[0]:g} to "
         f"{ratios[2]:g}, median {ratios[1]:g} (5th to 95th percentile).",
     ]
@@ -283,20 +282,38 @@ def describe(survey: Survey, machine: Machine, timing: Timing) -> list[str]:
         )
     if survey.unreadable:
         lines.append(f"Unreadable: {len(survey.unreadable):,}: {first_of(survey.unreadable)}.")
-    if alike:
-        groups = counted(len(survey.duplicates), "group")
-        lines.append(f"Near-duplicates: {alike:,} pictures in {groups}: {first_of(survey.duplicates[0])}.")
-    if survey.leaks:
-        ours, theirs = survey.leaks[0]
-        lines.append(
-            f"LEAK: {len(survey.leaks):,} of {survey.labelled_read:,} labelled pictures that were read lie in this folder "
-            f"too: {theirs} is {ours}. Take them out of one of the two before a net is tested on them."
-        )
+    if survey.duplicates:
+        alike, groups = sum(map(len, survey.duplicates)), counted(len(survey.duplicates), "group")
+        named = first_of([" = ".join(group[:3]) + " = …" * (len(group) > 3) for group in survey.duplicates])
+        lines.append(f"Near-duplicates: {alike:,} pictures in {groups}: {named}.")
+    if survey.labelled is not None:
+        lines += _describe_leaks(survey)
+    if any("…" in line for line in lines):
+        lines.append("Where … stands, `--json` names all.")
     lines.append(
         f"Machine: {machine.name}, {counted(machine.cores, 'core')}, {machine.memory_mib:,} MiB free: "
         f"{timing.images_per_s:,.1f} pictures/s over {counted(timing.steps, 'step')}, {timing.peak_mib:,.0f} MiB in use."
     )
     return lines
+
+
+def _describe_leaks(survey: Survey) -> list[str]:
+    """Say which labelled pictures lie in the folder too, and in how much of it they were looked for."""
+    lines = []
+    if survey.leaks:
+        named = first_of([f"{theirs} is {ours}" for ours, theirs in survey.leaks])
+        lines.append(
+            f"LEAK: {len(survey.leaks):,} of {survey.labelled:,} labelled pictures lie in this folder too: {named}. "
+            "Take them out of one of the two before a net is tested on them."
+        )
+    exactly = f"all byte for byte among {survey.searched:,} of {survey.images:,} pictures; " * bool(
+        survey.searched
+    )
+    return [
+        *lines,
+        f"{'Leaks' if lines else 'No leak found'}: {counted(survey.labelled or 0, 'labelled picture')} looked for, {exactly}"
+        f"{survey.labelled_read:,} by their looks among {survey.read:,} ({survey.read / survey.images:.0%} of the folder).",
+    ]
 
 
 def _comment(text: str) -> str:

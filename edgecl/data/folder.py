@@ -55,6 +55,7 @@ def open_folder(uri: str, *, split: Split, index_dir: Path | None) -> ImageSourc
         classes=classes,
         labels=labels,
         memory=memory,
+        sizes=listing.sizes,
     )
 
 

@@ -64,6 +64,8 @@ class ImageSource:
     """Index -> the bytes of its file, where pictures are files; raises OSError or UnreadableImage."""
     memory: Memory | None = field(default=None, repr=False)
     """Of the files that were unreadable before, where an index is kept."""
+    sizes: NDArray[np.int64] | None = field(default=None, repr=False)
+    """(N,) bytes of each file, where the pictures are those of a folder."""
 
     @property
     def strata(self) -> Labels | None:
@@ -91,6 +93,7 @@ class ImageSource:
             namer=lambda index: self.namer(int(indices[index])),
             labels=None if self.labels is None else self.labels[indices],
             label_sets=None if self.label_sets is None else self.label_sets[indices],
+            sizes=None if self.sizes is None else self.sizes[indices],
             order=order and (lambda seed, epoch, chosen: order(seed, epoch, indices[chosen])),
         )
 

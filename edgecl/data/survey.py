@@ -6,6 +6,7 @@ Near-duplicates are found by a perceptual hash of 120 bits; `imagehash` has one,
 
 from __future__ import annotations
 
+import hashlib
 import math
 
 import numpy as np
@@ -14,7 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edgecl.data.loading import TrainingImages
-from edgecl.data.source import ImageSource
+from edgecl.data.source import ImageSource, UnreadableImage
+from edgecl.progress import Progress
 from edgecl.storage.records import Survey
 
 MOST_READ = 5_000
@@ -29,6 +31,9 @@ _SAME_BITS = 18
 _CHUNK = 1024
 # Mean difference between channels below which a picture has no color; JPEGs of gray scenes have a little.
 _GRAY = 2.0
+# Of files that are compared byte for byte: of those of one size, as uncompressed frames have, a part.
+_MOST_BYTES = 2**33
+_OPENING = 2**16  # to open a file takes as long as to read so many bytes
 
 
 def survey(source: ImageSource, labelled: ImageSource | None = None) -> Survey:
@@ -36,7 +41,8 @@ def survey(source: ImageSource, labelled: ImageSource | None = None) -> Survey:
 
     Args:
         source: the pictures; of more than MOST_READ, runs of neighbors by name are read, evenly spread.
-        labelled: other pictures, that a net is to be tested with or to learn from; MOST_READ of them at most.
+        labelled: other pictures, that a net is to be tested with or to learn from; of two folders all are compared byte
+            for byte, and of each the pictures that are read by their looks.
 
     Raises:
         DataError: none can be read.
@@ -44,12 +50,17 @@ def survey(source: ImageSource, labelled: ImageSource | None = None) -> Survey:
     names, skipped, pixels, sizes = _read(source)
     hashes = perceptual_hash(pixels)
     shorter, longer = np.sort(sizes, axis=1).T
-    leaks: list[list[str]] = []
+    leaks: dict[str, str] = {}
     others: list[str] = []
+    searched = 0
     if labelled is not None:
+        same, searched = copies(source, labelled)
+        leaks = {labelled.describe(there): source.describe(here) for there, here in same.items()}
         others, _, their_pixels, _ = _read(labelled)
         found = first_alike(perceptual_hash(their_pixels), hashes)
-        leaks = [[names[here], others[there]] for there, here in enumerate(found.tolist()) if here >= 0]
+        for there, here in enumerate(found.tolist()):
+            if here >= 0:
+                leaks.setdefault(others[there], names[here])
     return Survey(
         uri=source.uri,
         images=len(source),
@@ -62,8 +73,43 @@ def survey(source: ImageSource, labelled: ImageSource | None = None) -> Survey:
         smallest_class=None if source.labels is None else int(np.bincount(source.labels).min()),
         labelled=None if labelled is None else len(labelled),
         labelled_read=None if labelled is None else len(others),
-        leaks=leaks,
+        searched=None if labelled is None else searched,
+        leaks=[[ours, theirs] for theirs, ours in leaks.items()],
     )
+
+
+def copies(source: ImageSource, others: ImageSource) -> tuple[dict[int, int], int]:
+    """Find which pictures of a folder lie in another one too, byte for byte.
+
+    Args:
+        source: the folder that is searched.
+        others: what is looked for.
+
+    Returns:
+        place in `others` -> place in `source` of each that was found; and how many of `source` were searched: all, but
+        where too many have a size that one of the others has; 0 where one of the two is no folder.
+    """
+    if source.sizes is None or others.sizes is None:
+        return {}, 0
+    ours = np.flatnonzero(np.isin(source.sizes, others.sizes))
+    theirs = np.flatnonzero(np.isin(others.sizes, source.sizes))
+    every = -(-int((source.sizes[ours] + _OPENING).sum()) // _MOST_BYTES) or 1
+    compared = ours[::every]
+    with Progress("looking for copies", total=len(compared) + len(theirs), unit="files") as progress:
+
+        def hashed(where: ImageSource, index: int) -> bytes | None:
+            progress.advance()
+            try:
+                return hashlib.sha256(where.read_bytes(index) or b"").digest()
+            except UnreadableImage:
+                return None
+
+        # Backwards, so that the first of several stays.
+        known = {hashed(source, index): index for index in reversed(compared.tolist())}
+        known.pop(None, None)
+        found = ((index, known.get(hashed(others, index))) for index in theirs.tolist())
+        same = {there: here for there, here in found if here is not None}
+    return same, len(source) - len(ours) + len(compared)
 
 
 def _read(source: ImageSource) -> tuple[list[str], tuple[str, ...], Tensor, NDArray[np.int64]]:

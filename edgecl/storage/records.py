@@ -291,7 +291,7 @@ class ModelRecord(SealedRecord):
     """Parameters, the classifier's among them."""
     preprocessing: Preprocessing
     origin: Text
-    """"pretrained", "finetuned" or "random"."""
+    """"pretrained", "finetuned", "random", or "given" of weights that somebody else trained."""
     recalibrated: bool = False
     """Whether the batch norms were re-estimated after carving."""
     recipe_name: Text | None
@@ -631,6 +631,9 @@ class Survey(Table):
     labelled: Count | None = None
     """Pictures in the labelled folder, where one was named."""
     labelled_read: Count | None = None
+    """Of these, how many were compared by their looks, with those that were read."""
+    searched: Count | None = None
+    """Pictures with which all labelled ones were compared byte for byte; 0 where one of the two is no folder."""
     leaks: list[list[Text]] = []
     """Pictures that also lie in the labelled folder: each with the one there."""
 
@@ -679,14 +682,15 @@ class Proposal(Table):
 
 
 class PickedImage(Table):
-    """A row of what `pick --json` prints and a line of its .jsonl: a picture to label, or one unlike all others."""
+    """A row of what `pick --json` prints and a line of its .jsonl: a picture to label, or one only named."""
 
     path: Text
     order: Count | None
-    """From 1 on; null for one that is only named, being unlike all others."""
+    """From 1 on; null for one that is only named: unlike all others, or not readable."""
     reason: Text
     near_duplicates: list[Text]
     """Pictures that look the same; none of them is picked too."""
+    readable: bool = True
 
 
 # --- bundles ---

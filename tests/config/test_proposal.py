@@ -149,6 +149,23 @@ def test_a_name_cannot_leave_its_comment_or_its_text():
     assert choice.recipe.data.uri == name
 
 
+def test_leaks_say_how_many_were_found_where():
+    """Nothing found is worth as much as what was searched."""
+    looked = {"images": 50_000, "labelled": 100, "labelled_read": 90}
+    none = "\n".join(describe(seen(**looked, searched=0), CPU, TIMING))
+    assert (
+        "No leak found: 100 labelled pictures looked for, 90 by their looks among 5,000 (10% of the folder)"
+        in none
+    )
+    assert "--json" not in none
+    pairs = [[f"photos/{one}", f"labelled/{one}"] for one in range(7)]
+    some = "\n".join(describe(seen(**looked, searched=50_000, leaks=pairs), CPU, TIMING))
+    assert "LEAK: 7 of 100 labelled pictures" in some
+    assert "labelled/4 is photos/4 …" in some
+    assert "all byte for byte among 50,000 of 50,000" in some
+    assert "`--json` names all" in some
+
+
 # --- whole recipes ---
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -11,8 +12,9 @@ import pytest
 import torch
 from PIL import Image, ImageEnhance
 
+from edgecl.data import survey as module
 from edgecl.data.sources import open_source
-from edgecl.data.survey import MOST_READ, groups_alike, perceptual_hash, sample, survey
+from edgecl.data.survey import MOST_READ, copies, groups_alike, perceptual_hash, sample, survey
 from edgecl.errors import DataError
 
 
@@ -55,6 +57,29 @@ def test_planted_duplicates_leaks_and_unreadable_files_are_found_and_nothing_els
         ["11.png", "11.jpg"],
         ["12.png", "12.jpg"],
     ]
+
+
+def test_copies_are_found_among_those_that_are_not_looked_at_and_the_share_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "MOST_READ", 20)
+    photos, labelled = tmp_path / "photos", tmp_path / "labelled"
+    photos.mkdir()
+    labelled.mkdir()
+    for index in range(200):
+        scene(index, (24, 16)).save(photos / f"{index:03}.bmp")  # all of one size
+    for index in (3, 77, 140):
+        shutil.copy(photos / f"{index:03}.bmp", labelled)
+    scene(900, (24, 16)).save(labelled / "other.bmp")
+    for folder in (photos, labelled):
+        (folder / "empty.bmp").touch()
+    ours, theirs = open_source(str(photos)), open_source(str(labelled))
+    found = survey(ours, theirs)
+    assert [pair[0].rpartition("/")[2] for pair in found.leaks] == ["003.bmp", "077.bmp", "140.bmp"]
+    assert (found.images, found.searched, found.read) == (201, 201, 20)
+    # No more may be read than fifty: every fourth, and the one whose size none has.
+    monkeypatch.setattr(module, "_MOST_BYTES", 60 * (module._OPENING + 1206))
+    same, searched = copies(ours, theirs)
+    assert searched == 51
+    assert [ours.describe(here).rpartition("/")[2] for here in same.values()] == ["140.bmp"]
 
 
 def test_sides_and_ratios_are_those_of_the_files(folders):
