@@ -13,8 +13,9 @@ from edgecl.data.loading import choose_images, load_eval_images, split_holdout
 from edgecl.data.randomness import permutation
 from edgecl.data.source import ImageSource, Split
 from edgecl.data.sources import has_test_split, open_source
+from edgecl.data.survey import copies
 from edgecl.data.unreadable import say_skipped
-from edgecl.errors import DataError, first_of
+from edgecl.errors import DataError, counted, first_of, tell
 from edgecl.storage.records import Preprocessing
 
 HOLDOUT = 0.2
@@ -81,8 +82,8 @@ def read_labelled(
         label_sets: whether an image may be of several classes.
 
     Raises:
-        DataError: no labels, sets of classes where they are not taken, other classes in the test part, or too many
-            unreadable images.
+        DataError: no labels, sets of classes where they are not taken, other classes in the test part or the same
+            images, or too many unreadable ones.
     """
     source = _with_labels(open_source(data, split="train", download=download), label_sets=label_sets)
 
@@ -132,7 +133,7 @@ def check_labelled(
         whether the images have labels at all.
 
     Raises:
-        DataError: other classes in the test part, or fewer images of a class than labels asked for.
+        DataError: other classes in the test part or the same images, or fewer of a class than labels asked for.
     """
     source = open_source(data, split="train", download=download)
     if source.labels is None:
@@ -161,6 +162,21 @@ def _open_test(test: str, source: ImageSource, *, download: bool, label_sets: bo
             f"the test images have other classes: {theirs} against {ours}",
             where={"data": source.uri, "test": test},
             hint="class folders must have the same names on both sides",
+        )
+    same = copies(source, held_out)[0]
+    # What is no folder has no files to compare.
+    if len(same) == len(held_out) or (held_out.sizes is None and held_out.fingerprint == source.fingerprint):
+        raise DataError(
+            "every held-out image is among those to learn from",
+            where={"data": source.uri, "test": test},
+            hint="name others, or leave --test out: a fifth is held out",
+        )
+    if same:
+        named = first_of(
+            [f"{held_out.describe(there)} is {source.describe(here)}" for there, here in same.items()]
+        )
+        tell(
+            f"LEAK: {len(same):,} of {counted(len(held_out), 'held-out image')} are learned from too: {named}"
         )
     return held_out
 

@@ -201,8 +201,13 @@ def test_a_net_for_sets_of_classes_says_so_and_its_export_is_evaluated_by_f1(tun
     manifest = Bundle(bundle).read()
     accuracy = manifest.precisions["fp32"].accuracy
     assert (accuracy.metric, manifest.net.label_sets) == ("f1", True)
-    every = read_labelled(in_sets, test=in_sets, preprocessing=model.preprocessing, label_sets=True).test
-    expected = image_f1(classifier_logits(net, every, model.preprocessing), every.labels)
+    whole = read_labelled(in_sets, test=None, preprocessing=model.preprocessing, label_sets=True)
+    expected = torch.cat(
+        [
+            image_f1(classifier_logits(net, part, model.preprocessing), part.labels)
+            for part in (whole.train, whole.test)
+        ]
+    )
     assert accuracy.value == pytest.approx(100 * float(expected.mean()))
 
 

@@ -67,6 +67,22 @@ def test_test_folder_with_other_classes_is_refused_naming_both(image_folder, tmp
     assert caught.value.hint == "class folders must have the same names on both sides"
 
 
+def test_held_out_pictures_that_are_learned_from_are_refused_or_named(image_folder, tmp_path, capsys):
+    other = shutil.copytree(image_folder, tmp_path / "other")
+    table = tmp_path / "table.csv"
+    table.write_text(
+        "file,label\n" + "".join(f"{path},{path.parent.name}\n" for path in other.rglob("*.png"))
+    )
+    for data, test in ((image_folder, other), (f"csv:{table}", f"csv:{table}")):
+        with pytest.raises(DataError, match="every held-out image is among those to learn from"):
+            read(data, test=str(test))
+    for path in other.rglob("*.png"):
+        if path.stem != "001":
+            path.write_bytes(path.read_bytes() + b"changed")
+    assert len(read(image_folder, test=str(other)).test) == 60
+    assert "LEAK: 3 of 60 held-out images" in capsys.readouterr().err
+
+
 def test_folder_without_labels_is_refused(unlabelled_folder):
     with pytest.raises(DataError) as caught:
         read(unlabelled_folder)
