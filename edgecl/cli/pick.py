@@ -24,17 +24,20 @@ def pick_command(
     force: ForceOption = False,
     json_: JsonOption = False,
 ) -> None:
-    """Pick the pictures to label first."""
+    """Pick the pictures to label first; exit 1 if one of them all cannot be read, after the list is written."""
     from edgecl.cli.output import print_json, print_line
     from edgecl.errors import counted
     from edgecl.evaluate.pick import pick
 
     picked = pick(photos, model=model, count=count, out=out, force=force)
+    readable = [one for one in picked if one.readable]
     if json_:
         print_json(picked)
-        return
-    alone = sum(one.order is None for one in picked)
-    print_line(
-        f"{counted(len(picked) - alone, 'picture')} to label, {counted(alone, 'outlier')} named -> {out}, "
-        f"{out.with_suffix('.html')}"
-    )
+    else:
+        alone = sum(one.order is None for one in readable)
+        print_line(
+            f"{counted(len(readable) - alone, 'picture')} to label, {counted(alone, 'outlier')} named -> {out}, "
+            f"{out.with_suffix('.html')}"
+        )
+    if len(readable) < len(picked):
+        raise typer.Exit(1)

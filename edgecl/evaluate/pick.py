@@ -19,7 +19,7 @@ from edgecl.data.source import ImageSource
 from edgecl.data.sources import open_source
 from edgecl.data.survey import alike, perceptual_hash
 from edgecl.data.thumbnail import small_jpeg
-from edgecl.errors import ArtifactError, DataError, counted, first_of, printable
+from edgecl.errors import ArtifactError, DataError, counted, first_of, printable, tell
 from edgecl.evaluate.probe import load_feature_net
 from edgecl.metrics.collapse import extract_features
 from edgecl.metrics.diversity import clusters, isolation, outliers, typical_first
@@ -56,29 +56,37 @@ def pick(photos: str, *, model: Path, count: int = 200, out: Path, force: bool =
         )
     seen = _look(net, record, source)
     picked = _choose(seen, source, count=min(count, len(seen.places)))
+    broken = [
+        PickedImage(path=name, order=None, reason="unreadable", near_duplicates=[], readable=False)
+        for name in seen.unreadable
+    ]
     pictures = [(one, _thumbnail(source, index)) for one, index in picked]
     with disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(page, _page(pictures, photos=photos, model=model, seen=seen).encode())
-        write_bytes(out, _list_text([one for one, _ in picked], out.suffix).encode(errors="surrogateescape"))
-    return [one for one, _ in picked]
+        found = [*(one for one, _ in picked), *broken]
+        write_bytes(out, _list_text(found, out.suffix).encode(errors="surrogateescape"))
+    if broken:
+        tell(f"{len(broken):,} of {len(source):,} pictures could not be read: {first_of(seen.unreadable)}")
+    return found
 
 
 class _Seen(NamedTuple):
-    """What is known of the readable pictures, by their places in the source; and how many could not be read."""
+    """What is known of the readable pictures, by their places in the source; and the names of the others."""
 
     places: list[int]
     features: Tensor
     """(N, F)."""
     hashes: Tensor
     """(N, 120)."""
-    unreadable: int
+    unreadable: list[str]
 
 
 def _look(net: torch.nn.Module, record: ModelRecord, source: ImageSource) -> _Seen:
     about = record.preprocessing
     parts = -(-len(source) // _AT_A_TIME)
     index: list[int] = []
+    unreadable: list[str] = []
     features, hashes = [], []
     for part in range(parts):
         # Every so manieth: a folder of broken files is spread over the parts.
@@ -90,6 +98,7 @@ def _look(net: torch.nn.Module, record: ModelRecord, source: ImageSource) -> _Se
             max_bad_fraction=1.0,
         )
         bad = set(images.skipped)
+        unreadable += images.skipped
         index += [row for row in rows.tolist() if source.describe(row) not in bad]
         features.append(
             extract_features(
@@ -104,7 +113,7 @@ def _look(net: torch.nn.Module, record: ModelRecord, source: ImageSource) -> _Se
         [index[place] for place in order],
         torch.cat(features)[rank],
         torch.cat(hashes)[rank],
-        len(source) - len(index),
+        sorted(unreadable),
     )
 
 
@@ -179,4 +188,5 @@ def _page(pictures: list[tuple[PickedImage, str]], *, photos: str, model: Path, 
         model=printable(model),
         images=len(seen.places),
         unreadable=seen.unreadable,
+        some=first_of(seen.unreadable),
     )

@@ -68,9 +68,10 @@ def test_every_class_is_picked_and_no_picture_twice(picked):
     assert {one.path.split("/")[-2] for one in chosen} == {"blue", "green", "red"}
     for one in chosen:
         assert not {other.path for other in chosen} & set(one.near_duplicates)
-    assert all("broken" not in one.path for one in found)
-    assert "<script>" in found[3].path
-    assert found[3].order is None
+    alone, broken = found[3:]
+    assert "<script>" in alone.path
+    assert alone.order is None
+    assert (broken.path.rpartition("/")[2], broken.order, broken.readable) == ("broken.jpg", None, False)
 
 
 def test_near_duplicates_are_named_and_count_once(photos, carved_model, tmp_path):
@@ -96,7 +97,7 @@ def test_list_and_page_say_what_was_returned(picked):
     page = out.with_suffix(".html").read_text(encoding="utf-8")
     assert "beside 1 that cannot be read" in page
     pictures = re.findall(r'src="data:image/jpeg;base64,([^"]+)"', page)
-    assert len(pictures) == len(found)
+    assert len(pictures) == sum(one.readable for one in found)
     assert "<script" not in page
     assert "default-src 'none'" in page
     assert not re.search(r'(src|href)="(?!data:)', page)
@@ -104,8 +105,11 @@ def test_list_and_page_say_what_was_returned(picked):
 
 def test_json_lines_and_json_are_the_record(photos, carved_model, tmp_path, edgecl):
     out = tmp_path / "list.jsonl"
-    code, printed, _ = edgecl("pick", photos, "--model", carved_model, "--count", 3, "--out", out, "--json")
-    assert code == 0
+    code, printed, said = edgecl(
+        "pick", photos, "--model", carved_model, "--count", 3, "--out", out, "--json"
+    )
+    assert code == 1  # of the broken one, after the list
+    assert "1 of 66 pictures could not be read" in said
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert json.loads(printed) == lines
     assert [PickedImage.model_validate(line).order for line in lines][:3] == [1, 2, 3]
