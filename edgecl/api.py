@@ -59,9 +59,11 @@ def init(
     *,
     out: AnyPath,
     labels: AnyPath | None = None,
+    test: AnyPath | None = None,
     target: AnyPath | None = None,
     hours: float | None = None,
     weights: AnyPath | None = None,
+    arch: str | None = None,
     force: bool = False,
 ) -> Proposal:
     """Look at pictures and at this machine, and write a recipe for them, with reasons and price as comments.
@@ -69,10 +71,12 @@ def init(
     Args:
         photos: a folder of images, or another data URI; of more than 5,000, 5,000 are read.
         out: the .toml file to write.
-        labels: a data URI of labelled images, to be looked for among the others.
+        labels: a data URI of labelled images to learn from later, to be looked for among the others.
+        test: a data URI of held-out labelled images, to be looked for in place of those.
         target: what the net is for: a packaged target (`edgecl ls targets`) or a TOML file.
         hours: that training may take on this machine; None takes the packaged recipe's epochs.
         weights: to start from, as [host] init takes them.
+        arch: timm's name of the net that a file of weights is of; None takes that of the recipe `continue`.
         force: replace an earlier file.
 
     Returns:
@@ -81,9 +85,9 @@ def init(
     Raises:
         DataError: no images, or none that can be read.
         TargetError: unknown target.
-        RecipeError: a name that does not end in .toml, or weights of another net.
+        RecipeError: a name that does not end in .toml, weights of another net, or an architecture of none.
         ArtifactError: the output exists, or there are no such weights.
-        DeviceError: the smallest batch does not fit into the GPU's memory.
+        DeviceError: the smallest batch does not fit into the GPU's memory, or a hub of weights does not answer.
     """
     from edgecl.evaluate.init import init as write_recipe
 
@@ -91,9 +95,11 @@ def init(
         str(photos),
         out=Path(out),
         labels=_uri(labels),
+        test=_uri(test),
         target=_uri(target),
         hours=hours,
         weights=_uri(weights),
+        arch=arch,
         force=force,
     )
 
@@ -116,7 +122,8 @@ def pick(
         force: replace earlier files.
 
     Returns:
-        The pictures in the order in which to label them, each with its reason; then those that are unlike all others.
+        The pictures in the order in which to label them, each with its reason; then those that are unlike all others; last
+        those that cannot be read, with `readable` False.
 
     Raises:
         ArtifactError: not a model directory, a name that ends otherwise, or the output exists.
@@ -188,7 +195,8 @@ def carve(
     """Carve a slim net out of a run's host and write it as a model directory.
 
     Args:
-        run: a run directory.
+        run: a run directory; or a recipe's .toml file, of which the weights that it starts from ([host] init) are written
+            as they are.
         out: the model directory to write.
         width: a trained width, the host's among them; None takes the widest slim net.
         checkpoint: the newest, or the one with the best features.
@@ -202,6 +210,7 @@ def carve(
     Raises:
         ArtifactError: not a run directory, no whole checkpoint in it, or the output exists.
         SliceError: the run was not trained at this width, or it is that of a host with the slim net's skip connections.
+        RecipeError: the recipe starts from no given weights, or from those of another net.
         DataError: the run's images are gone, and recalibration needs them.
     """
     from edgecl.train.carve import carve as carve_run

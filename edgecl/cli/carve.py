@@ -9,7 +9,14 @@ from edgecl.cli.options import ForceOption
 
 
 def carve_command(
-    run: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A directory that `edgecl pretrain` wrote.")],
+    run: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN_DIR|RECIPE.toml",
+            help="A directory that `edgecl pretrain` wrote; or a recipe, for the weights that it starts from.",
+            show_default=False,
+        ),
+    ],
     out: Annotated[Path, typer.Option("--out", help="Model directory to write.")],
     width: Annotated[
         float | None,
@@ -47,7 +54,8 @@ def carve_command(
         recalibrate_norms=recalibrate,
         force=force,
     )
+    step = "as given" if record.step is None else f"step {record.step:,}"
     print_line(
-        f"{record.arch} at width {record.width:g}, step {record.step:,}: "
+        f"{record.arch} at width {record.width:g}, {step}: "
         f"{record.params:,} parameters, {record.features} features -> {out}"
     )

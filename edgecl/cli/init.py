@@ -13,7 +13,13 @@ def init_command(
     out: Annotated[Path, typer.Option("--out", help="The recipe to write, a .toml file.")],
     labels: Annotated[
         str | None,
-        typer.Option("--labels", metavar="URI", help="Labelled images, to be looked for among the others."),
+        typer.Option(
+            "--labels", metavar="URI", help="Labelled images to learn from later; looked for among PHOTOS."
+        ),
+    ] = None,
+    test: Annotated[
+        str | None,
+        typer.Option("--test", metavar="URI", help="Held-out labelled images; looked for in place of those."),
     ] = None,
     target: Annotated[
         str | None,
@@ -34,6 +40,14 @@ def init_command(
         str | None,
         typer.Option("--weights", metavar="PATH", help="Weights to start from, as [host] init takes them."),
     ] = None,
+    arch: Annotated[
+        str | None,
+        typer.Option(
+            "--arch",
+            metavar="NAME",
+            help="timm's name of the net that a file of weights is of [default: that of the recipe `continue`]",
+        ),
+    ] = None,
     force: ForceOption = False,
     json_: JsonOption = False,
 ) -> None:
@@ -41,7 +55,17 @@ def init_command(
     from edgecl.cli.output import print_json, print_line
     from edgecl.evaluate.init import init
 
-    found = init(photos, out=out, labels=labels, target=target, hours=hours, weights=weights, force=force)
+    found = init(
+        photos,
+        out=out,
+        labels=labels,
+        test=test,
+        target=target,
+        hours=hours,
+        weights=weights,
+        arch=arch,
+        force=force,
+    )
     if json_:
         print_json(found)
         return

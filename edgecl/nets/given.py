@@ -188,6 +188,9 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     return {str(name).removeprefix("module."): tensor for name, tensor in found.items()}
 
 
+_OF_WHAT = "say what they are of: `--arch` of `edgecl init`, or `arch` and `width` in a recipe"
+
+
 def _put(
     net: nn.Module, tensors: Mapping[str, Tensor], *, source: str, arch: str, width: float | None
 ) -> tuple[str, ...]:
@@ -202,6 +205,7 @@ def _put(
             raise RecipeError(
                 f"the weights are not those of {wanted}: '{name}' {what}, and is {tuple(mine.shape)} in the net",
                 where=where,
+                hint=_OF_WHAT,
             )
     others = sorted(tensors.keys() - own.keys())
     foreign = sorted(set(others) - _classifier_of(arch, own)) if others else []
@@ -210,6 +214,7 @@ def _put(
             f"the weights are not those of {wanted}: the net has no '{foreign[0]}'"
             + (f", nor {len(foreign) - 1} others of the file" if len(foreign) > 1 else ""),
             where=where,
+            hint=_OF_WHAT,
         )
     net.load_state_dict({name: tensors[name] for name in own})
     return tuple(others)

@@ -27,7 +27,8 @@ RECORD_FILES = {
 """Kind of directory -> the file of its record."""
 _HOW_TO_MAKE = {
     RunRecord.KIND: "`edgecl pretrain` writes run directories",
-    ModelRecord.KIND: "`edgecl carve` and `edgecl finetune` write model directories",
+    ModelRecord.KIND: "`edgecl carve` and `edgecl finetune` write model directories; for a file of weights, first "
+    "`edgecl init PHOTOS --weights FILE --arch NAME --out RECIPE.toml`, then `edgecl carve RECIPE.toml`",
     Manifest.KIND: "`edgecl export` writes bundles",
 }
 

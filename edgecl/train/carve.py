@@ -1,4 +1,4 @@
-"""The verb `carve`: a run directory in, a model directory with one slim net as a plain timm net out."""
+"""The verb `carve`: a run directory in, or given weights, a model directory with one slim net as a plain timm net out."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from edgecl.config.recipe import Recipe, recipe_from_tables, width_as_given
+from edgecl.config.recipe import Recipe, read_recipe, recipe_from_tables, width_as_given
 from edgecl.data.loading import load_eval_images, normalize
-from edgecl.data.sources import open_source
-from edgecl.errors import SliceError, tell
+from edgecl.data.sources import absolute_uri, open_source
+from edgecl.errors import RecipeError, SliceError, tell
 from edgecl.nets.backbone import create_backbone, recalibrate
 from edgecl.nets.build import backbone_tensors, create_slimmable
+from edgecl.nets.given import load_start
 from edgecl.nets.model_dir import write_model
 from edgecl.storage.checkpoint import read_best, read_newest
 from edgecl.storage.directories import RunDir
@@ -38,6 +39,13 @@ def carve(
 
     `edgecl.api.carve` says what the arguments are and what is raised.
     """
+    if run.suffix == ".toml" and not run.is_dir():
+        if width is not None or checkpoint == "best":
+            raise RecipeError(
+                f"'{run}' is a recipe: the weights that it starts from have one width and no checkpoints",
+                hint="leave out --width and --best, or name a run directory",
+            )
+        return _write_start(run, out=out, force=force)
     refuse_own_input(out, run)
     run_dir = RunDir(run)
     record = run_dir.read()
@@ -75,6 +83,33 @@ def carve(
         method=recipe.title,
         epoch=read.epoch,
         step=read.step,
+        force=force,
+    )
+
+
+def _write_start(file: Path, *, out: Path, force: bool) -> ModelRecord:
+    """Write the weights that a recipe starts from, to be used as they are: prepared for its pictures."""
+    recipe = read_recipe(str(file))
+    host, data, width = recipe.host, recipe.data, recipe.slim.width
+    if host.init is None:
+        raise RecipeError(
+            "the recipe starts from no given weights",
+            where={"file": file},
+            hint="name some: `edgecl init --weights`, or [host] init; or carve the directory of a run",
+        )
+    given = load_start(host.init, host=host, width=width, data=data)
+    return write_model(
+        out,
+        given.net,
+        arch=host.arch,
+        width=width,
+        stem_stride=host.stem_stride,
+        classes=None,
+        preprocessing=preprocessing_of(recipe),
+        origin="given",
+        made_from=given.sha256,
+        data=data.uri and absolute_uri(data.uri),
+        recipe_name=file.stem,
         force=force,
     )
 

@@ -24,7 +24,7 @@ OPTIONS = {
     "demo": ("--out --force", "--resume"),
     "pretrain": ("--data --out --set --device --resume --force", "--download --allow"),
     "selftest": ("", ""),
-    "init": ("", "--out --labels --target --hours --weights --force --json"),
+    "init": ("", "--out --labels --test --arch --target --hours --weights --force --json"),
     "pick": ("", "--model --out --count --force --json"),
     "carve": ("--out --width --recalibrate --no-recalibrate --force", "--best"),
     "probe": ("--data --test --labels-per-class --seeds --json", "--download"),

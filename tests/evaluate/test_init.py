@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 
 import pytest
+import timm
 import torch
+from conftest import write_folder
+from safetensors.torch import load_file, save_file
 
 import edgecl as package
 from edgecl.config.proposal import choose_recipe
@@ -51,7 +55,7 @@ def test_json_is_the_record(written, edgecl, image_folder, tmp_path, monkeypatch
     code, out, _ = edgecl("init", image_folder, "--out", tmp_path / "r.toml", "--json")
     assert code == 0
     found = Proposal.model_validate(json.loads(out))
-    unlabelled = {"leaks": [], "labelled": None, "labelled_read": None}
+    unlabelled = {"leaks": [], "labelled": None, "labelled_read": None, "searched": None}
     assert found.survey == written[0].survey.model_copy(update=unlabelled)
     assert found.reasons.keys() <= written[0].reasons.keys() | {"run.epochs"}
 
@@ -98,6 +102,38 @@ def test_given_weights_decide_the_net_and_how_its_pictures_are_normalized(
     package.pretrain(out, out=tmp_path / "run", set={"run.epochs": 1})
 
 
+def test_a_file_of_weights_is_fine_tuned_by_the_commands_that_the_recipe_names(
+    edgecl, image_folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("edgecl.train.timing._MOST_STEPS", 3)
+    monkeypatch.chdir(tmp_path)
+    arch = "mobilenetv3_small_050"
+    save_file(timm.create_model(arch).state_dict(), "w.safetensors")
+    shutil.copytree(image_folder, "photos")
+    (tmp_path / "photos" / "red" / "unreadable.jpg").touch()
+    write_folder(tmp_path / "held-out", per_class=3)
+    asked = ("init", "photos", "--labels", image_folder, "--test", "held-out", "--out", "r.toml")
+    code, plain, said = edgecl(*asked, "--hours", "1")
+    assert code == 0
+    assert said.count("left out") == 1
+    (again,) = re.findall(r"^  edgecl (init .*)$", plain, flags=re.M)
+    again = again.replace("FILE", "w.safetensors")
+    code, _, said = edgecl(*again.replace("NAME", "resnet18").split())
+    assert code == 1
+    assert "not those of 'resnet18'" in said
+    assert "`--arch` of `edgecl init`" in said
+    code, text, said = edgecl(*again.replace("NAME", arch).split())
+    assert code == 0
+    assert "`--hours` chooses" in text
+    assert "`--hours` chooses" not in plain
+    carve, finetune = re.findall(r"^  edgecl ((?:carve|finetune) .*)$", text, flags=re.M)
+    assert edgecl(*carve.split())[0] == 0
+    given, written = load_file("w.safetensors"), load_file(ModelDir("models/given").weights_file)
+    assert all(torch.equal(given[name], tensor) for name, tensor in written.items())
+    assert edgecl(*finetune.split(), "--epochs", "1")[0] == 0
+    assert ModelDir("models/classifier").read().made_from == ModelDir("models/given").sha256
+
+
 @pytest.mark.parametrize(
     ("given", "error", "words"),
     [
@@ -107,6 +143,8 @@ def test_given_weights_decide_the_net_and_how_its_pictures_are_normalized(
         ({"labels": "nowhere"}, DataError, "no folder 'nowhere'"),
         ({"target": "jetsno"}, TargetError, "jetsno"),
         ({"weights": "nowhere.pth"}, ArtifactError, "nowhere.pth"),
+        ({"arch": "resnet18"}, RecipeError, "of no weights"),
+        ({"test": "nowhere"}, DataError, "no folder 'nowhere'"),
     ],
 )
 def test_bad_input_is_named_before_anything_is_read_or_written(

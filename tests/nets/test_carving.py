@@ -274,6 +274,16 @@ def test_a_run_without_a_evaluated_checkpoint_has_no_best(tmp_path):
     assert not (tmp_path / "model").exists()
 
 
+def test_a_recipe_is_carved_only_for_weights_that_it_starts_from(tmp_path):
+    file = tmp_path / "recipe.toml"
+    file.write_text(f'[host]\narch = "{SMALL}"\n')
+    with pytest.raises(RecipeError, match="starts from no given weights"):
+        carve(file, out=tmp_path / "model")
+    with pytest.raises(RecipeError, match="leave out --width and --best"):
+        carve(file, out=tmp_path / "model", width=1.0)
+    assert not (tmp_path / "model").exists()
+
+
 def test_stem_stride_travels_with_the_model(tmp_path):
     write_run(tmp_path / "run", tables={**TABLES, "host": {**TABLES["host"], "stem_stride": 1}})
     carve(tmp_path / "run", out=tmp_path / "model", recalibrate_norms=False)
