@@ -248,9 +248,7 @@ def bundle_summary(bundle: Source[Manifest]) -> BundleSummary:
         )
         for name, about in manifest.precisions.items()
     ]
-    precisions += [
-        Precision(precision=name, **_found_of(about)) for name, about in manifest.left_out.items()
-    ]
+    precisions += [Precision(precision=name, **_found_of(about)) for name, about in manifest.left_out.items()]
     rejected = {one.precision for one in precisions if one.is_rejected}
     benches = bundle.all_beside(BenchRecord)
     return BundleSummary(

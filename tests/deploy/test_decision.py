@@ -137,7 +137,9 @@ def test_a_loss_below_zero_is_called_a_gain():
         update={"loss_points": -4.35, "loss_ci95": [-8.81, 0.11]}
     )
     words = conclude(decision, speed=None, higher="fp32").words
-    assert words.startswith("kept: 4.35 points of top-1 gained [-0.11, 8.81], a loss of 1 allowed (on 200 images)")
+    assert words.startswith(
+        "kept: 4.35 points of top-1 gained [-0.11, 8.81], a loss of 1 allowed (on 200 images)"
+    )
 
 
 def test_net_whose_outputs_left_the_tolerance_is_rejected_for_that():
@@ -146,8 +148,12 @@ def test_net_whose_outputs_left_the_tolerance_is_rejected_for_that():
         conclude(decision.model_copy(update=outside), speed=None, higher="fp32")
         for decision in (decision_of(Net({"conv": 0.0})), unevaluated("no images"))
     )
-    reason = "rejected because its outputs are too far from fp32's: the top-1 agreement is 0.4, required is 0.5; "
-    assert measured.words.startswith(f"{reason}0.00 points of top-1 lost [0.00, 0.00], 1 allowed (on 200 images)")
+    reason = (
+        "rejected because its outputs are too far from fp32's: the top-1 agreement is 0.4, required is 0.5; "
+    )
+    assert measured.words.startswith(
+        f"{reason}0.00 points of top-1 lost [0.00, 0.00], 1 allowed (on 200 images)"
+    )
     assert unmeasured.words.startswith(f"{reason}not evaluated: no images")
     assert not measured.kept
 
