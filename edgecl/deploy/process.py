@@ -170,7 +170,9 @@ def _onboard_error(error: dict[str, Any]) -> OnboardError:
     problem, hint = str(error.get("problem")), error.get("hint")
     if error.get("name") == onboard_errors.DisagreementError.name:
         return onboard_errors.DisagreementError(problem, hint, error.get("record"))
-    kinds = {kind.name: kind for kind in (onboard_errors.BundleError, onboard_errors.DataError)}
+    kinds: dict[Any, type[OnboardError]] = {
+        kind.name: kind for kind in (onboard_errors.BundleError, onboard_errors.DataError)
+    }
     return kinds.get(error.get("name"), onboard_errors.DeviceError)(problem, hint)
 
 
