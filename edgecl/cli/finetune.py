@@ -10,8 +10,14 @@ from edgecl.cli.options import (
     ForceOption,
     LabelledOption,
     ModelArgument,
-    SetOption,
     TestOption,
+)
+
+# Written out, since the settings' own module takes a second to import; held to it by a test.
+SETTINGS = (
+    "lr, backbone_lr_fraction, weight_decay, batch_size, label_smoothing, crop_min, flip, flip_vertical, jitter, "
+    "rand_augment, mixup, cutmix, class_weights, ema, early_stop, test_size, seed, device; with "
+    "--quantize also learn_scales, keep"
 )
 
 
@@ -30,7 +36,12 @@ def finetune_command(
         Literal["int8"] | None,
         typer.Option("--quantize", help="Train the net as the int8 net it will be, from its own classifier."),
     ] = None,
-    set_: SetOption = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help=f"Change a setting. Repeatable. Settings: {SETTINGS}."
+        ),
+    ] = None,
     force: ForceOption = False,
     download: DownloadOption = False,
 ) -> None:

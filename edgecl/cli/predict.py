@@ -37,9 +37,9 @@ def predict_command(
     force: ForceOption = False,
 ) -> None:
     """Name what is on pictures; exit 1 if one of them cannot be read, after the others."""
-    from edgecl.cli.output import print_json
+    from edgecl.cli.output import print_json, print_line
     from edgecl.deploy.predict import predict
-    from edgecl.errors import tell
+    from edgecl.errors import counted, tell
 
     record = predict(
         model, pictures, top=top, out=out, precision=precision, runtime=runtime, force=force, say=tell
@@ -48,6 +48,8 @@ def predict_command(
         print_json(record)
     elif out is None:
         _print_pictures(record)
+    else:
+        print_line(f"{counted(record.images, 'picture')} -> {out}")
     if record.unreadable:
         tell(f"{record.unreadable:,} of {record.images:,} pictures could not be read")
         raise typer.Exit(1)

@@ -193,6 +193,7 @@ class TrainingImages:
             chosen=self._chosen,
             max_bad_fraction=max_bad_fraction,
             left_out=left_out if fits else (),
+            setting="[data] max_bad_fraction",
         )
         self._cache: tuple[Tensor, Tensor] | None = self._read_everything() if fits else None
 

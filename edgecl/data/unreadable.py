@@ -27,6 +27,7 @@ class BadImages:
         chosen: (N,) positions in the source that take part.
         max_bad_fraction: of these that may be unreadable.
         left_out: names of some that count as unreadable, whatever they are now.
+        setting: what would allow more of them, where there is such a thing.
     """
 
     def __init__(
@@ -36,10 +37,12 @@ class BadImages:
         chosen: NDArray[np.int64],
         max_bad_fraction: float,
         left_out: Collection[str] = (),
+        setting: str | None = None,
     ):
         self._source = source
         self._total = len(chosen)
         self._max_bad_fraction = max_bad_fraction
+        self._setting = setting
         self._lock = threading.Lock()
         self._news: dict[int, str] = {}
         known = source.memory.known() if source.memory else {}
@@ -103,7 +106,7 @@ class BadImages:
             f"{bad} of {self._total} images cannot be read: {bad / self._total:.1%}, "
             f"{self._max_bad_fraction:.1%} are allowed",
             where=where,
-            hint="repair or remove them, or raise [data] max_bad_fraction",
+            hint="repair or remove them" + (f", or raise {self._setting}" if self._setting else ""),
         )
 
 

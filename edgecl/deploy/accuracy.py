@@ -191,13 +191,7 @@ def open_evaluator(
     wanted = source.label_sets if record.label_sets else source.labels
     usable = wanted is not None and (classes is None or list(source.classes or ()) == list(classes))
     if uri and not usable:
-        raise DataError(
-            "these images have no labels" + (" that are sets" if record.label_sets else "")
-            if wanted is None
-            else f"these images have other classes than the net: {_only_in(source.classes or (), classes or ())}",
-            where={"eval": uri},
-            hint="put each class in a folder of its own, named as the net's classes: ROOT/CLASS/image.jpg",
-        )
+        raise _unusable(source, record, uri)
     strata = source.strata
     if strata is not None and not uri and split == "train":
         source = source.take(split_holdout(strata, HOLDOUT, seed=0)[1])
@@ -215,6 +209,24 @@ def open_evaluator(
     if len(images) < 2:
         raise DataError(f"{len(images)} images are too few to evaluate a precision on", where={"eval": named})
     return Evaluator(metric, images, labels, bank, bank_labels, preprocessing, f"{named}{held_out}")
+
+
+def _unusable(source: ImageSource, record: ModelRecord, uri: str) -> DataError:
+    """Return what is wrong with the labels of images that were named for them."""
+    if record.label_sets:
+        needed = "sets of classes"
+        hint = "name a table, csv:FILE, with the columns 'file' and 'labels', of the net's classes"
+    else:
+        needed = "one class each"
+        hint = "put each class in a folder of its own, named as the net's classes: ROOT/CLASS/image.jpg"
+    if source.strata is None:
+        problem = "these images have no labels"
+    elif (source.label_sets is not None) != record.label_sets:
+        has = "one class each" if record.label_sets else "sets of classes"
+        problem = f"these images have {has}, and this net needs {needed}"
+    else:
+        problem = f"these images have other classes than the net: {_only_in(source.classes or (), record.classes or ())}"
+    return DataError(problem, where={"eval": uri}, hint=hint)
 
 
 def _only_in(found: Sequence[str], own: Sequence[str]) -> str:

@@ -159,9 +159,14 @@ def conclude(decision: Decision, *, speed: Speed | None, higher: str) -> Decisio
     precision `higher`.
     """
     budget = decision.budget
+    cost = decision.words if budget is None else _cost(decision, budget)
+    way_out = "it was trained for INT8 already" if decision.trained_for_int8 else WAY_OUT
+    if decision.outside_tolerance:
+        too_far = "; ".join(decision.outside_tolerance)
+        words = f"rejected because its outputs are too far from fp32's: {too_far}; {cost}; {way_out}"
+        return decision.model_copy(update={"kept": False, "speed": speed, "words": words})
     if budget is None:  # of `unevaluated`
         return decision.model_copy(update={"speed": speed})
-    cost = _cost(decision, budget)
     pace = "speed not measured here"
     if speed is not None:
         pace = f"{100 * (speed.ratio - 1):+.0f} % speed against {speed.against}"
@@ -175,19 +180,19 @@ def conclude(decision: Decision, *, speed: Speed | None, higher: str) -> Decisio
     elif decision.kept:
         words = f"rejected because it is slower: {pace}; {cost}"
     else:
-        words = f"rejected because it costs too much: {cost}, for {pace}; " + (
-            "it was trained for INT8 already" if decision.trained_for_int8 else WAY_OUT
-        )
+        words = f"rejected because it costs too much: {cost}, for {pace}; {way_out}"
     return decision.model_copy(update={"kept": kept, "speed": speed, "words": words})
 
 
 def _cost(decision: Decision, budget: Budget) -> str:
     parts = []
     if decision.loss_points is not None and decision.loss_ci95 is not None:
-        low, high = decision.loss_ci95
+        points, (low, high) = round(decision.loss_points, 2), decision.loss_ci95
+        what = f"{abs(points):.2f} points of {METRICS[decision.metric]}"
         parts.append(
-            f"{decision.loss_points:.2f} points of {METRICS[decision.metric]} lost [{low:.2f}, {high:.2f}], "
-            f"{budget.max_loss_points:g} allowed"
+            f"{what} gained [{0 - high:.2f}, {0 - low:.2f}], a loss of {budget.max_loss_points:g} allowed"
+            if points < 0
+            else f"{what} lost [{low:.2f}, {high:.2f}], {budget.max_loss_points:g} allowed"
         )
         if low <= budget.max_loss_points < high:
             parts[-1] += " (more images would tell better)"

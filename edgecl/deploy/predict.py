@@ -54,6 +54,8 @@ def predict(
         files = find_pictures(pictures)
     except OnboardError as error:
         raise DataError(error.problem, hint=error.hint) from error
+    # Loaded before the progress's clock starts: importing torch takes longer than a few pictures.
+    classifier = None if is_bundle else _classifier(model)
     with Progress("predict" if len(files) > 1 else None, total=len(files), unit="pictures") as progress:
         done = 0
 
@@ -65,14 +67,14 @@ def predict(
             else:
                 say(line)
 
-        if is_bundle:
+        if classifier is None:
             made_from, found = _by_bundle(model, pictures, top, precision, runtime, report)
             # As they were given, not as they lie.
             given = {str(file.absolute()): str(file) for file in files}
             for prediction in found["predictions"]:
                 prediction["file"] = given.get(prediction["file"], prediction["file"])
         else:
-            made_from, found = _by_torch(model, files, top, report)
+            made_from, found = _by_torch(model, classifier, files, top, report)
         progress.advance(len(files) - done)
     record = Predictions.model_validate({"made_from": made_from, **found})
     if out is not None:
@@ -92,7 +94,8 @@ def _check_out(out: Path, *, force: bool) -> None:
         raise ArtifactError(f"there is no folder '{out.parent}'", where={"out": out})
 
 
-def _by_torch(model: Path, files: Sequence[Path], top: int, report: Report) -> tuple[str, Json]:
+def _classifier(model: Path) -> Classifier:
+    """Load a model directory's net, to be run in torch."""
     import torch
 
     from edgecl.nets.model_dir import load_model
@@ -111,10 +114,16 @@ def _by_torch(model: Path, files: Sequence[Path], top: int, report: Report) -> t
 
     form = {"dtype": "float32", "layout": "nchw"}
     score = sigmoid if record.label_sets else softmax
-    classifier = Classifier(run, form, record.preprocessing.to_json(), record.classes, score)
+    return Classifier(run, form, record.preprocessing.to_json(), record.classes, score)
+
+
+def _by_torch(
+    model: Path, classifier: Classifier, files: Sequence[Path], top: int, report: Report
+) -> tuple[str, Json]:
+    import torch
+
     found = classify(classifier, files, top=top, threads=available_cores(), report=report)
-    made_from = ModelDir(model).sha256
-    return made_from, {**found, "runtime": f"torch {torch.__version__}", "precision": "fp32"}
+    return ModelDir(model).sha256, {**found, "runtime": f"torch {torch.__version__}", "precision": "fp32"}
 
 
 def _by_bundle(

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import edgecl
-from edgecl.errors import ArtifactError, DeviceError, EdgeclError, ParityError
+from edgecl.errors import ArtifactError, DataError, DeviceError, EdgeclError, ParityError
 from edgecl.onboard import errors as onboard_errors
 from edgecl.onboard.bench import PROGRESS
 from edgecl.onboard.errors import OnboardError
@@ -41,6 +41,7 @@ BUILDING_SILENCE_S = BUILD_LIMIT_S + SILENCE_S
 _ERRORS: dict[str, type[EdgeclError]] = {
     onboard_errors.BundleError.name: ArtifactError,
     onboard_errors.DisagreementError.name: ParityError,
+    onboard_errors.DataError.name: DataError,
     onboard_errors.DeviceError.name: DeviceError,
 }
 
@@ -169,9 +170,10 @@ def _onboard_error(error: dict[str, Any]) -> OnboardError:
     problem, hint = str(error.get("problem")), error.get("hint")
     if error.get("name") == onboard_errors.DisagreementError.name:
         return onboard_errors.DisagreementError(problem, hint, error.get("record"))
-    if error.get("name") == onboard_errors.BundleError.name:
-        return onboard_errors.BundleError(problem, hint)
-    return onboard_errors.DeviceError(problem, hint)
+    kinds: dict[Any, type[OnboardError]] = {
+        kind.name: kind for kind in (onboard_errors.BundleError, onboard_errors.DataError)
+    }
+    return kinds.get(error.get("name"), onboard_errors.DeviceError)(problem, hint)
 
 
 def error_from_onboard(error: OnboardError, *, where: Mapping[str, object]) -> EdgeclError:

@@ -22,8 +22,8 @@ def bundle_readme(manifest: Manifest, handover: Mapping[str, str]) -> str:
     runtime = RUNTIMES[manifest.runtime]
     lines = [
         f"{net.arch} at width {net.width:g}, {outputs}, for {manifest.target_name} ({manifest.made_by})",
-        f"picture: RGB, upright by its EXIF; the shorter side resized to {preprocessing.resize_size} pixels (bilinear, "
-        f"antialiased, as Pillow's BILINEAR), the other in proportion; the center {side} x {side} cut out",
+        f"picture: RGB of 8 bits, upright by its EXIF, on white; the shorter side resized to {preprocessing.resize_size} "
+        f"pixels (bilinear, antialiased, as Pillow's BILINEAR), the other in proportion; the center {side} x {side} cut out",
         f"input  {contract.input_words}",
         f"output {contract.output_words}",
         f"holds  {holds}; the default is {manifest.precision}",

@@ -217,7 +217,8 @@ def did_it_pay(found: Difference, *, wall_s: float) -> str:
     size = f"{found.mean:.1f} points [{low:.1f}, {high:.1f}] for {_duration(wall_s)}"
     if low > 0:
         return f"further pretraining gained {size}"
-    return f"fine-tune your weights: pretraining did not pay ({size})"
+    paid = "pretraining did not pay" if high < 0 else "whether pretraining pays is not resolved"
+    return f"fine-tune your weights: {paid} ({size})"
 
 
 def _duration(seconds: float) -> str:

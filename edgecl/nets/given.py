@@ -59,7 +59,7 @@ def load_given(
 
     Raises:
         RecipeError: no architecture named or no such, or weights of another one, another width or other shapes.
-        ArtifactError: no such file, or not one of tensors.
+        ArtifactError: no such file, not one of tensors, or numbers in it that are not finite.
         DeviceError: a hub does not answer.
     """
     path = Path(weights)
@@ -207,6 +207,8 @@ def _put(
                 where=where,
                 hint=_OF_WHAT,
             )
+        if not given.isfinite().all():
+            raise ArtifactError(f"'{name}' of the weights holds numbers that are not finite", where=where)
     others = sorted(tensors.keys() - own.keys())
     foreign = sorted(set(others) - _classifier_of(arch, own)) if others else []
     if foreign:

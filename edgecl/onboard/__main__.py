@@ -133,6 +133,7 @@ def _parser() -> argparse.ArgumentParser:
         )
     for verb in (doctor, build, verify, bench, predict):
         verb.add_argument("--out", metavar="FILE", help="write the JSON object here instead of printing it")
+        verb.add_argument("--json", action="store_true", help="as always; taken because `edgecl` has it")
     return parser
 
 

@@ -3,6 +3,7 @@
 OnboardError                a problem, and what to do next
 ├── BundleError             a bundle: missing, torn, changed, or not what its manifest says
 ├── DisagreementError       outputs further from torch than the manifest allows
+├── DataError               pictures that are not there
 └── DeviceError             a runtime or device that is not there, or cannot do what was asked
 """
 
@@ -74,6 +75,12 @@ class DisagreementError(OnboardError):
     ) -> None:
         super().__init__(problem, hint)
         self.record = record or {}
+
+
+class DataError(OnboardError):
+    """Pictures that are not there."""
+
+    name = "data"
 
 
 class DeviceError(OnboardError):

@@ -13,7 +13,7 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Sequence, Tuple, Union
 
 import numpy as np
 
-from .errors import DeviceError
+from .errors import DataError, DeviceError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 """Of the files that are looked for in a folder."""
@@ -62,21 +62,21 @@ def find_pictures(paths: Sequence[Union[str, Path]]) -> List[Path]:
     """Return the files named, and the pictures of the folders named, at any depth, sorted; dot files are left out.
 
     Raises:
-        DeviceError: there is no such file or folder, or a folder holds no picture.
+        DataError: there is no such file or folder, or a folder holds no picture.
     """
     files: List[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
             inside = sorted(_pictures_in(path))
             if not inside:
-                raise DeviceError(
+                raise DataError(
                     "no pictures in the folder '%s'" % path, "looked for " + ", ".join(EXTENSIONS + NETPBM)
                 )
             files += inside
         elif path.exists():
             files.append(path)
         else:
-            raise DeviceError("there is no file or folder '%s'" % path)
+            raise DataError("there is no file or folder '%s'" % path)
     return files
 
 

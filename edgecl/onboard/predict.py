@@ -64,8 +64,8 @@ def predict(
 
     Raises:
         BundleError: a file is missing or changed, not what the manifest says, no such precision, or no classifier.
-        DeviceError: no such picture or folder, nothing that decodes it, or the runtime is not there or cannot run
-            the net.
+        DataError: no such picture or folder, or no picture in it.
+        DeviceError: nothing that decodes a picture, or the runtime is not there or cannot run the net.
     """
     if top < 1:
         raise DeviceError("cannot name %d classes" % top, "ask for 1 or more")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from pydantic import Field
 
@@ -16,6 +17,7 @@ from edgecl.storage.records import (
     BundlePrecision,
     Energy,
     Latency,
+    LeftOut,
     Manifest,
     ParityCheck,
     Ratio,
@@ -143,6 +145,11 @@ class Precision(Part):
         """Whether it is not worth its cost."""
         return self.decision is not None and self.decision.state == REJECTED
 
+    @property
+    def is_left_out(self) -> bool:
+        """Whether it was made and is not in the bundle."""
+        return self.form is None
+
 
 class BundleSummary(Part):
     """What the page shows of one bundle apart from its rows."""
@@ -161,7 +168,7 @@ def joined(*parts: str | None, by: str = ", ") -> str:
     return by.join(part for part in parts if part)
 
 
-def decision_on(about: BundlePrecision | None) -> Decision | None:
+def decision_on(about: BundlePrecision | LeftOut | None) -> Decision | None:
     """Return a precision's decision, or None where the precision was not evaluated."""
     found = about.decision if about else None
     if not found or found.kept is None:
@@ -235,14 +242,13 @@ def bundle_summary(bundle: Source[Manifest]) -> BundleSummary:
             form=about.form,
             opset=about.opset,
             file_bytes=file_bytes(manifest, about),
-            max_relative_difference=about.parity.max_relative_difference if about.parity else None,
-            top1_agreement=about.parity.top1_agreement if about.parity else None,
             verified=verified(bundle, name),
-            decision=decision_on(about),
             default=name == manifest.precision,
+            **_found_of(about),
         )
         for name, about in manifest.precisions.items()
     ]
+    precisions += [Precision(precision=name, **_found_of(about)) for name, about in manifest.left_out.items()]
     rejected = {one.precision for one in precisions if one.is_rejected}
     benches = bundle.all_beside(BenchRecord)
     return BundleSummary(
@@ -254,6 +260,15 @@ def bundle_summary(bundle: Source[Manifest]) -> BundleSummary:
         ratios=[ratio for bench in benches for ratio in ratios_of(bench, rejected)],
         parity=manifest.parity,
     )
+
+
+def _found_of(about: BundlePrecision | LeftOut) -> dict[str, Any]:
+    parity = about.parity
+    return {
+        "max_relative_difference": parity.max_relative_difference if parity else None,
+        "top1_agreement": parity.top1_agreement if parity else None,
+        "decision": decision_on(about),
+    }
 
 
 def verified(bundle: Source[Manifest], precision: str | None) -> bool | None:

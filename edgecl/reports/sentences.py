@@ -38,10 +38,11 @@ def decision_of(
         return decision, [*support, *precisions]
     accurate = [(row, key, found) for row in rows for key in ACCURACIES if (found := row.of_net(key))]
     if accurate:
-        row, key, found = accurate[0]
+        # A classifier is what people deploy; without one, the first net.
+        row, key, found = min(accurate, key=lambda one: one[1] != "finetuned")
         value = joined(f"{percent(found.top1)} %", between(found.ci95), ACCURACIES[key], by=" ")
         decision = f"{row_label(row, rows)} reaches {value}; nothing was compared and nothing was timed."
-        return decision, [*precisions, _what_measures(rows, accuracy=False)]
+        return decision, [*precisions, _what_measures([row, *rows], accuracy=False)]
     if rows:
         names = {row.name for row in rows}
         decision = f"{counted(len(names), 'net')} found, with no accuracy and no latency measured yet."
@@ -193,7 +194,8 @@ def _runs_in_words(runs: Sequence[Source[RunRecord]]) -> str:
 def warnings_of(rows: Sequence[Row], collection: Collection) -> list[str]:
     """Return what a reader must know before trusting the rows."""
     notes = [
-        f"{model.name}: a picture may be of several classes; its accuracy is the mean F1 of a picture's set of classes."
+        f"{model.name}: a picture may be of several classes; its accuracy is the mean F1 of a picture's set of "
+        "classes, and it has no confusion matrix."
         for model in collection.of(ModelRecord)
         if model.record.label_sets
     ]

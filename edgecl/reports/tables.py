@@ -213,7 +213,7 @@ def precision_table(bundle: BundleSummary) -> Table | None:
     )
     for one in bundle.precisions:
         table.add(
-            one.precision + (" (default)" if one.default else ""),
+            one.precision + (" (default)" if one.default else " (left out)" if one.is_left_out else ""),
             one.form or MISSING,
             str(one.opset or MISSING),
             megabytes(one.file_bytes),

@@ -19,9 +19,9 @@ from edgecl.storage.records import ModelRecord, Preprocessing
 PREPROCESSING = Preprocessing(image_size=8, resize_size=8, mean=[0.5, 0.5, 0.5], std=[0.25, 0.25, 0.25])
 
 
-def model_of(classes):
+def model_of(classes, *, label_sets=False):
     """All that is read of a model's record here."""
-    read: dict[str, Any] = {"classes": classes}
+    read: dict[str, Any] = {"classes": classes, "label_sets": label_sets}
     return ModelRecord.model_construct(**read)
 
 
@@ -72,6 +72,25 @@ def test_images_of_other_classes_are_refused(image_folder):
         open_evaluator(
             model_of(["a", "b"]), uri=str(image_folder), fallback="demo", preprocessing=PREPROCESSING
         )
+
+
+def test_one_class_each_and_sets_of_classes_are_told_apart(image_folder, tmp_path):
+    (tmp_path / "one.png").write_bytes((image_folder / "red" / "000.png").read_bytes())
+    (tmp_path / "sets.csv").write_text("file,labels\none.png,blue;green;red\n")
+    classes = ["blue", "green", "red"]
+    for uri, label_sets, words, hint in (
+        (
+            f"csv:{tmp_path / 'sets.csv'}",
+            False,
+            "have sets of classes, and this net needs one class each",
+            "ROOT/CLASS",
+        ),
+        (str(image_folder), True, "have one class each, and this net needs sets of classes", "'labels'"),
+    ):
+        record = model_of(classes, label_sets=label_sets)
+        with pytest.raises(DataError, match=words) as caught:
+            open_evaluator(record, uri=uri, fallback="demo", preprocessing=PREPROCESSING)
+        assert hint in caught.value.hint
 
 
 def test_top1_is_the_percentage_of_right_answers():

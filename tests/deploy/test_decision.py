@@ -132,6 +132,32 @@ def test_words_of_a_kept_net_name_loss_budget_and_speed():
     )
 
 
+def test_a_loss_below_zero_is_called_a_gain():
+    decision = decision_of(Net({"conv": 0.0})).model_copy(
+        update={"loss_points": -4.35, "loss_ci95": [-8.81, 0.11]}
+    )
+    words = conclude(decision, speed=None, higher="fp32").words
+    assert words.startswith(
+        "kept: 4.35 points of top-1 gained [-0.11, 8.81], a loss of 1 allowed (on 200 images)"
+    )
+
+
+def test_net_whose_outputs_left_the_tolerance_is_rejected_for_that():
+    outside = {"kept": False, "outside_tolerance": ["the top-1 agreement is 0.4, required is 0.5"]}
+    measured, unmeasured = (
+        conclude(decision.model_copy(update=outside), speed=None, higher="fp32")
+        for decision in (decision_of(Net({"conv": 0.0})), unevaluated("no images"))
+    )
+    reason = (
+        "rejected because its outputs are too far from fp32's: the top-1 agreement is 0.4, required is 0.5; "
+    )
+    assert measured.words.startswith(
+        f"{reason}0.00 points of top-1 lost [0.00, 0.00], 1 allowed (on 200 images)"
+    )
+    assert unmeasured.words.startswith(f"{reason}not evaluated: no images")
+    assert not measured.kept
+
+
 def test_words_of_a_net_with_kept_nodes_name_their_precision():
     decision = decision_of(Net({**{f"conv{place}": 0.0 for place in range(9)}, "bad": 4.0}))
     words = conclude(decision, speed=None, higher="fp16").words

@@ -431,8 +431,9 @@ def test_int8_outside_its_tolerance_is_left_out_and_the_rest_is_written(
         carved_model, target="ort-cpu", precisions=["int8"], calibration=str(pictures), out=tmp_path / "b"
     )
     assert list(manifest["precisions"]) == ["fp32"]
-    assert manifest["left_out"]["int8"]["decision"]["outside_tolerance"] == ["too far"]
-    assert not manifest["left_out"]["int8"]["decision"]["kept"]
+    decision = manifest["left_out"]["int8"]["decision"]
+    assert (decision["kept"], decision["outside_tolerance"]) == (False, ["too far"])
+    assert decision["words"].startswith("rejected because its outputs are too far from fp32's: too far; ")
 
 
 # --- odd pictures ---

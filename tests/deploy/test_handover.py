@@ -5,6 +5,7 @@ from __future__ import annotations
 import configparser
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
 from google.protobuf import text_format
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
@@ -22,6 +24,7 @@ from edgecl.data.loading import eval_image, normalize
 from edgecl.deploy.contract import contract_of
 from edgecl.deploy.handover import deepstream, write_handover
 from edgecl.deploy.readme import bundle_readme
+from edgecl.onboard.pictures import read_picture
 from edgecl.storage.directories import Bundle
 from edgecl.storage.records import (
     BundlePrecision,
@@ -129,8 +132,12 @@ def cropped(picture):
         return eval_image(image.convert("RGB"), resize_size=IMAGES.resize_size, image_size=SIDE)
 
 
-def expected_scores(bundle, picture, *, bytes_in, batch):
-    pixels = cropped(picture)[None]
+def expected_scores(bundle, picture, **form):
+    return scores_of(bundle, cropped(picture), **form)
+
+
+def scores_of(bundle, pixels, *, bytes_in=False, batch=1):
+    pixels = pixels[None]
     images = pixels.permute(0, 2, 3, 1) if bytes_in else normalize(pixels, IMAGES.mean, IMAGES.std)
     session = onnxruntime.InferenceSession(bundle / "model.onnx", providers=["CPUExecutionProvider"])
     return session.run(None, {"input": np.repeat(images.numpy(), batch, axis=0)})[0][0]
@@ -186,6 +193,50 @@ def test_python_program_answers_as_edgecl_evaluates(tmp_path, picture, form):
         tmp_path / "b", picture, bytes_in=form.get("bytes_in", False), batch=form.get("batch", 1)
     )
     check_answer(done.stdout.splitlines(), scores, contract_of(manifest).labels)
+
+
+def odd_pictures(folder):
+    """Pictures that are turned, of 16 bits or transparent, of sides that ImageMagick rounds as edgecl does."""
+    pixels = RANDOM.integers(0, 256, (61, 122, 4)).astype(np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels[..., :3].copy()).save(folder / "turned.jpg", exif=exif)
+    Image.fromarray(pixels[..., 0].astype(np.uint16) * 257).save(folder / "deep.png")
+    Image.fromarray(pixels).save(folder / "transparent.png")
+    return sorted(folder.iterdir())
+
+
+def test_python_program_reads_odd_pictures_as_edgecl_does(tmp_path):
+    manifest, _ = write_bundle(tmp_path / "b")
+    (tmp_path / "odd").mkdir()
+    labels, found = contract_of(manifest).labels, {}
+    files = odd_pictures(tmp_path / "odd")
+    done = run(sys.executable, tmp_path / "b" / "main.py", *files)
+    for line in done.stdout.splitlines():
+        name, label, score = line.split("\t")
+        found[name, label] = float(score)
+    for file in files:
+        square, _ = read_picture(file, resize_size=IMAGES.resize_size, image_size=SIDE)
+        scores = scores_of(tmp_path / "b", torch.from_numpy(square).permute(2, 0, 1))
+        assert [found[str(file), label] for label in labels] == pytest.approx(scores.tolist(), abs=1e-4)
+
+
+def magick_is_there():
+    """Some other program may have the name."""
+    convert = shutil.which("convert")
+    return convert is not None and "ImageMagick" in run(convert, "--version").stdout
+
+
+@pytest.mark.skipif(not magick_is_there(), reason="no ImageMagick on the PATH")
+def test_imagemagicks_line_gives_edgecls_pixels(tmp_path):
+    write_bundle(tmp_path / "b")
+    (line,) = re.findall("//   convert photo.jpg (.*) picture.ppm", (tmp_path / "b" / "main.cpp").read_text())
+    (tmp_path / "odd").mkdir()
+    for file in odd_pictures(tmp_path / "odd"):
+        run("convert", file, *line.split(), tmp_path / "found.ppm")
+        found, _ = read_picture(tmp_path / "found.ppm", resize_size=SIDE, image_size=SIDE)
+        expected, _ = read_picture(file, resize_size=IMAGES.resize_size, image_size=SIDE)
+        assert np.abs(found.astype(int) - expected).max() <= 2, file.name
 
 
 compiles = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ on the PATH")

@@ -157,7 +157,7 @@ def test_an_unreadable_picture_is_a_line_and_an_exit_code(bundle, model, jpegs, 
     for asked in (bundle, model):
         out = tmp_path / f"{asked.name}.csv"
         code, said, err = edgecl("predict", asked, broken, jpegs / "001.jpg", "--out", out, "--top", 2)
-        assert (code, said) == (1, "")
+        assert (code, said) == (1, f"2 pictures -> {out}\n")
         assert "1 of 2 pictures" in err
         first, second = csv.DictReader(out.read_text().splitlines())
         assert (first["file"], first["class_1"]) == (str(broken), "")
@@ -165,13 +165,16 @@ def test_an_unreadable_picture_is_a_line_and_an_exit_code(bundle, model, jpegs, 
         assert second["class_1"].startswith("class ")
         assert float(second["score_1"]) >= float(second["score_2"]) > 0
         assert second["problem"] == ""
-    code, found, err = by_onboard(bundle, broken, jpegs / "001.jpg")
+    code, found, err = by_onboard(bundle, "--json", broken, jpegs / "001.jpg")
     assert (code, found["unreadable"], [bool(one["problem"]) for one in found["predictions"]]) == (
         1,
         1,
         [True, False],
     )
     assert "1 of 2 pictures" in err
+    code, found, err = by_onboard(bundle, "nowhere.jpg")
+    assert (code, found["error"]["name"]) == (1, "data")
+    assert "'nowhere.jpg'" in err
 
 
 def test_json_lines_hold_a_prediction_each(model, jpegs, in_torch, tmp_path):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import shutil
 import socket
+from typing import Any
 
 import huggingface_hub.constants
 import numpy as np
@@ -24,6 +26,7 @@ from edgecl.deploy.publish import crop_fraction, publish
 from edgecl.errors import ArtifactError, DeviceError, ParityError
 from edgecl.nets.backbone import create_backbone
 from edgecl.nets.model_dir import load_model, write_model
+from edgecl.onboard.pictures import read_picture
 from edgecl.storage.directories import Bundle, ModelDir
 from edgecl.storage.record_files import write_record
 from edgecl.storage.records import (
@@ -129,6 +132,22 @@ def test_timms_transform_gives_the_net_what_edgecl_gives_it(folder, size):
     found = timm.data.create_transform(**settings, is_training=False)(picture)
     own = eval_image(picture, resize_size=IMAGES.resize_size, image_size=IMAGES.image_size)
     assert torch.allclose(found, normalize(own[None], IMAGES.mean, IMAGES.std)[0], atol=1e-6)
+
+
+def test_cards_own_code_answers_as_edgecl_does(tmp_path, monkeypatch, capsys, folder, model):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pixels = np.random.default_rng(0).integers(0, 256, (183, 161, 3)).astype(np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photo.jpg", exif=exif)
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall("```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    done: dict[str, Any] = {}
+    exec(code.replace("FOLDER", str(folder)), done)
+    sizes = {"resize_size": IMAGES.resize_size, "image_size": IMAGES.image_size}
+    square = torch.from_numpy(read_picture(tmp_path / "photo.jpg", **sizes)[0]).permute(2, 0, 1)
+    expected = outputs_of(load_model(model)[0], normalize(square[None], IMAGES.mean, IMAGES.std))
+    assert done["scores"].detach().numpy() == pytest.approx(expected, abs=1e-5)
+    assert capsys.readouterr().out == f"{HOSTILE[expected.argmax()]}\n"
 
 
 def test_crop_fraction_survives_timms_rounding_down():

@@ -211,7 +211,12 @@ def test_given_weights_are_written_as_they_are(compared_further):
             12_240,
             "further pretraining gained 2.0 points [2.0, 2.0] for 3.4 hours",
         ),
-        ([52, 60, 71], [50, 61, 69], 90, "fine-tune your weights: pretraining did not pay (1.0 points [-"),
+        (
+            [52, 60, 71],
+            [50, 61, 69],
+            90,
+            "fine-tune your weights: whether pretraining pays is not resolved (1.0 points [-",
+        ),
         ([48, 59, 67], [50, 61, 69], 30, "did not pay (-2.0 points [-2.0, -2.0] for 30.0 seconds)"),
     ],
 )

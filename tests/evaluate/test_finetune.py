@@ -12,6 +12,7 @@ from conftest import write_folder
 from PIL import Image
 from safetensors.torch import load_file
 
+from edgecl.cli.finetune import SETTINGS
 from edgecl.data.loading import eval_image, normalize
 from edgecl.deploy.export import export
 from edgecl.deploy.predict import predict
@@ -21,7 +22,12 @@ from edgecl.evaluate.cost import cost
 from edgecl.evaluate.finetune import finetune
 from edgecl.evaluate.labelled import read_labelled
 from edgecl.evaluate.probe import load_feature_net, probe
-from edgecl.evaluate.supervised import classifier_accuracy, classifier_logits
+from edgecl.evaluate.supervised import (
+    FinetuneConfig,
+    QuantizedFinetuneConfig,
+    classifier_accuracy,
+    classifier_logits,
+)
 from edgecl.metrics.intervals import proportion_interval
 from edgecl.metrics.label_sets import image_f1, mean_average_precision
 from edgecl.nets.backbone import create_backbone
@@ -151,6 +157,12 @@ def test_existing_output_is_refused_before_training(tmp_path, plain_model, image
     (tmp_path / "m" / "mine").touch()
     with pytest.raises(ArtifactError, match="already exists"):
         finetune(plain_model, data=str(image_folder), out=tmp_path / "m")
+
+
+def test_help_names_every_setting():
+    plain, _, quantized = SETTINGS.partition("; with --quantize also ")
+    assert plain.split(", ") == list(FinetuneConfig.model_fields)
+    assert [*plain.split(", "), *quantized.split(", ")] == list(QuantizedFinetuneConfig.model_fields)
 
 
 # --- sets of classes ---

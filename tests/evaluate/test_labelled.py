@@ -94,6 +94,9 @@ def test_folder_without_labels_is_refused(unlabelled_folder):
 def test_unreadable_picture_keeps_the_others_with_their_labels(image_folder, tmp_path):
     folder = shutil.copytree(image_folder, tmp_path / "copy")
     (folder / "green" / "005.png").write_bytes(b"")
+    with pytest.raises(DataError, match="1 of 60 images cannot be read") as caught:
+        read(folder)
+    assert caught.value.hint == "repair or remove them", "no recipe is here to allow more"
     labelled = read(folder, max_bad_fraction=0.1)
     assert len(labelled.train) + len(labelled.test) == 59
     for part in (labelled.train, labelled.test):

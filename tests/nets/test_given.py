@@ -93,6 +93,16 @@ def test_weights_of_another_net_are_named_with_both_shapes(tmp_path, trained):
         load_given(str(file), arch=ARCH)
 
 
+def test_numbers_that_are_not_finite_are_named(tmp_path, trained):
+    tensors = {**trained.state_dict()}
+    tensors["conv_stem.weight"] = (
+        tensors["conv_stem.weight"].clone().index_fill_(0, torch.tensor([3]), torch.nan)
+    )
+    save_file(tensors, tmp_path / "weights.safetensors")
+    with pytest.raises(ArtifactError, match=r"'conv_stem.weight'.* not finite"):
+        load_given(str(tmp_path / "weights.safetensors"), arch=ARCH)
+
+
 class Bomb:
     def __reduce__(self):
         return (open, ("bomb-went-off", "w"))

@@ -12,7 +12,7 @@ from PIL import Image
 
 from edgecl.data.loading import normalize
 from edgecl.onboard import pictures
-from edgecl.onboard.errors import DeviceError
+from edgecl.onboard.errors import DataError, DeviceError
 from edgecl.onboard.pictures import UnreadablePicture, as_input, decode, find_pictures, fit, read_picture
 
 RANDOM = np.random.default_rng(0)
@@ -120,10 +120,10 @@ def test_folders_are_searched_and_what_is_missing_is_named(tmp_path):
         "b/two.PNG",
         "five.ppm",
     ]
-    with pytest.raises(DeviceError, match=r"nowhere\.jpg"):
+    with pytest.raises(DataError, match=r"nowhere\.jpg"):
         find_pictures([tmp_path / "nowhere.jpg"])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DeviceError, match="no pictures"):
+    with pytest.raises(DataError, match="no pictures"):
         find_pictures([tmp_path / "empty"])
     with pytest.raises(UnreadablePicture, match="no file"):
         read_picture(tmp_path, resize_size=8, image_size=8)

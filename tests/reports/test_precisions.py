@@ -106,6 +106,20 @@ def test_parity_report_names_the_first_layer_out_of_tolerance(kept):
     )
 
 
+def test_precision_that_was_left_out_of_the_bundle_has_its_decision(make, tmp_path):
+    int8 = make.precision("int8", decision={"kept": False, "words": "rejected because it is too far"})
+    bundle = make.bundle(
+        tmp_path / "b",
+        model=None,
+        left_out={"int8": {"decision": int8["decision"], "parity": int8["parity"]}},
+    )
+    record = report([bundle], out=tmp_path / "report")
+    assert "int8 rejected because it is too far." in record["support"]
+    markdown = (tmp_path / "report" / "report.md").read_text()
+    assert "| int8 (left out) | – | – | – | 3.5e−2 | 93.8 | – | rejected |" in markdown
+    assert page_of(tmp_path / "report").text.count("int8 (left out)") == 1
+
+
 def test_hostile_words_in_a_decision_and_a_layer_do_nothing(make, tmp_path):
     hostile = "<script>alert(1)</script>"
     parity = make.parity()

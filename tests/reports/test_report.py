@@ -278,6 +278,13 @@ def test_bundle_without_bench(make, tmp_path):
     assert record["support"][-1] == f"Next: `edgecl bench {tmp_path / 'bundle'}` for latency."
 
 
+def test_the_classifier_is_the_net_that_counts(make, tmp_path):
+    net, classifier = make.model(tmp_path / "net"), make.model(tmp_path / "classifier", draws=None, top1=71.0)
+    record = report([net, classifier], out=tmp_path / "report")
+    assert "classifier reaches 71.0 %" in record["decision"]
+    assert f"edgecl export {classifier}" in record["support"][-1]
+
+
 def test_net_without_any_measurement(make, tmp_path):
     net = make.model(tmp_path / "a net", draws=None)
     (net / "cost.json").unlink()
