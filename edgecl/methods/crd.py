@@ -25,8 +25,9 @@ from edgecl.nets.slimming import SlimmableNet
 
 
 class Config(TaughtConfig):
-    """L = -log h(t, s) - sum over others s' of log(1 - h(t, s')), and the same over others t'; h = e / (e + N / M),
-    e = exp(cos / tau), N others, M pictures."""
+    """L = -log h(t, s) - sum over others s' of log(1 - h(t, s')), and the same over others t'; h = e / (e + N),
+    e = exp(cos / tau), N others. The paper has N / M there, of M pictures, and its public code divides e by M times its
+    mean in the first batch, which makes N of it where pictures are as good as unrelated at first."""
 
     panels: ClassVar[tuple[Panel, ...]] = (Panel("Loss", {"loss": "NCE"}, unit="nats", log=True),)
 
@@ -55,7 +56,6 @@ class Crd(TaughtMethod):
         self.adapter = Projector(context.dimensions, [dimensions])
         self.teachers_adapter = Projector(self.teacher.features, [dimensions])
         self.students, self.teachers = Queue(queue, dimensions), Queue(queue, dimensions)
-        self._pictures = context.steps_per_epoch * context.data.batch_size
 
     def embed(self, views: Sequence[Tensor], step: int) -> dict[str, Tensor]:
         """Run the student, and the teacher, whose last layer learns."""
@@ -68,9 +68,7 @@ class Crd(TaughtMethod):
         teacher = students.pop("teacher_0")
 
         def told(anchor: Tensor, positive: Tensor, others: Tensor) -> Tensor:
-            return nce_loss(
-                anchor, positive, others, temperature=self.config.temperature, pictures=self._pictures
-            )
+            return nce_loss(anchor, positive, others, temperature=self.config.temperature)
 
         total = mean_of(
             [
@@ -92,9 +90,7 @@ class Crd(TaughtMethod):
 METHOD = Crd
 
 
-def nce_loss(
-    anchors: Tensor, positives: Tensor, others: Tensor, *, temperature: float, pictures: int
-) -> Tensor:
+def nce_loss(anchors: Tensor, positives: Tensor, others: Tensor, *, temperature: float) -> Tensor:
     """Tell the embedding of the same picture from those of others, one by one.
 
     Args:
@@ -102,7 +98,6 @@ def nce_loss(
         positives: (N, D) of the same pictures; any scale.
         others: (K, D) of others, without gradient; any scale.
         temperature: of the cosines, > 0.
-        pictures: M, how many there are in all.
 
     Returns:
         () mean over the global batch, nats; float32 even under autocast.
@@ -113,8 +108,8 @@ def nce_loss(
     check_pair(anchors, positives)
     with torch.autocast(device_type=anchors.device.type, enabled=False):
         a, p, o = (functional.normalize(wide(z), dim=1) for z in (anchors, positives, others))
-        # log h = log sigmoid(cos / tau - log(N / M)), and log(1 - h) that of its negative.
-        offset = torch.tensor(len(o) / pictures, dtype=a.dtype, device=a.device).log()
+        # log h = log sigmoid(cos / tau - log N), and log(1 - h) that of its negative.
+        offset = torch.tensor(len(o), dtype=a.dtype, device=a.device).log()
         same = functional.logsigmoid((a * p).sum(1) / temperature - offset)
         other = functional.logsigmoid(offset - a @ o.T / temperature)
         return mean_over_batch(-same - other.sum(1))
