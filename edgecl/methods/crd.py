@@ -1,7 +1,8 @@
 """CRD: which pair of student's and teacher's embeddings is of one picture, and which of two, is to be told.
 
 Source: Tian, Krishnan, Isola, "Contrastive Representation Distillation", ICLR 2020, arXiv:1910.10699, equations 17 to 19,
-without its term for labels; the negatives are the pictures of the last steps instead of a memory of all.
+without its term for labels; the negatives are the batch's other pictures instead of a memory of all. (A queue of the last
+steps does not do: both last layers learn, and old embeddings are told from new ones by their age.)
 """
 
 from __future__ import annotations
@@ -16,9 +17,8 @@ from torch.nn import functional
 
 from edgecl.config.recipe import Panel, Recipe
 from edgecl.config.views import ViewSpec
-from edgecl.methods.losses import check_pair, correlation_of, mean_of, mean_over_batch, wide
+from edgecl.methods.losses import check_pair, correlation_of, mean_of, of_all_processes, wide
 from edgecl.methods.method import Embeddings, RunContext, Terms
-from edgecl.methods.momentum import Queue
 from edgecl.methods.teacher import TaughtConfig, TaughtMethod
 from edgecl.nets.heads import Projector
 from edgecl.nets.slimming import SlimmableNet
@@ -27,7 +27,7 @@ from edgecl.nets.slimming import SlimmableNet
 class Config(TaughtConfig):
     """L = -log h(t, s) - sum over others s' of log(1 - h(t, s')), and the same over others t'; h = e / (e + N),
     e = exp(cos / tau), N others. The paper has N / M there, of M pictures, and its public code divides e by M times its
-    mean in the first batch, which makes N of it where pictures are as good as unrelated at first."""
+    mean in the first batch, which makes N of it where embeddings are unrelated at first."""
 
     panels: ClassVar[tuple[Panel, ...]] = (Panel("Loss", {"loss": "NCE"}, unit="nats", log=True),)
 
@@ -35,8 +35,6 @@ class Config(TaughtConfig):
     name: Literal["crd"] = "crd"
     temperature: float = Field(0.07, gt=0, le=100)
     """tau; the public code's."""
-    queue_steps: int = Field(4, ge=1, le=100_000)
-    """The pictures of so many last steps stand for all others; 16,384 from a memory of all in the paper."""
     dimensions: int = Field(128, ge=1, le=32_768)
     """Of the space in which student and teacher are compared; the paper's."""
 
@@ -52,10 +50,8 @@ class Crd(TaughtMethod):
 
     def __init__(self, config: Config, net: SlimmableNet, context: RunContext):
         super().__init__(config, net, context)
-        dimensions, queue = config.dimensions, config.queue_steps * context.data.batch_size
-        self.adapter = Projector(context.dimensions, [dimensions])
-        self.teachers_adapter = Projector(self.teacher.features, [dimensions])
-        self.students, self.teachers = Queue(queue, dimensions), Queue(queue, dimensions)
+        self.adapter = Projector(context.dimensions, [config.dimensions])
+        self.teachers_adapter = Projector(self.teacher.features, [config.dimensions])
 
     def embed(self, views: Sequence[Tensor], step: int) -> dict[str, Tensor]:
         """Run the student, and the teacher, whose last layer learns."""
@@ -66,37 +62,23 @@ class Crd(TaughtMethod):
         """Compute the loss of one step; its terms are those of the correlation of student's and teacher's embedding."""
         students = dict(embeddings.learnt)
         teacher = students.pop("teacher_0")
-
-        def told(anchor: Tensor, positive: Tensor, others: Tensor) -> Tensor:
-            return nce_loss(anchor, positive, others, temperature=self.config.temperature)
-
+        temperature = self.config.temperature
         total = mean_of(
-            [
-                told(student, teacher, self.teachers.rows) + told(teacher, student, self.students.rows)
-                for student in students.values()
-            ]
+            [nce_loss(student, teacher, temperature=temperature) for student in students.values()]
         )
         total, rate = self.less_rate(total, [students["view_0"]], step)
-        self.students.hold(students["view_0"])
-        self.teachers.hold(teacher)
         return total, {"coding_rate": rate, **correlation_of(students["view_0"], teacher)}
-
-    def after_step(self, step: int) -> None:
-        """Put both embeddings into their queues."""
-        self.students.push()
-        self.teachers.push()
 
 
 METHOD = Crd
 
 
-def nce_loss(anchors: Tensor, positives: Tensor, others: Tensor, *, temperature: float) -> Tensor:
-    """Tell the embedding of the same picture from those of others, one by one.
+def nce_loss(students: Tensor, teachers: Tensor, *, temperature: float) -> Tensor:
+    """Tell, one by one, the pairs of embeddings of one picture from those of two.
 
     Args:
-        anchors: (N, D) embeddings; any scale.
-        positives: (N, D) of the same pictures; any scale.
-        others: (K, D) of others, without gradient; any scale.
+        students: (N, D) embeddings; any scale.
+        teachers: (N, D) of the same pictures; any scale.
         temperature: of the cosines, > 0.
 
     Returns:
@@ -105,11 +87,12 @@ def nce_loss(anchors: Tensor, positives: Tensor, others: Tensor, *, temperature:
     Raises:
         ShapeError: shapes differ, or N < 2.
     """
-    check_pair(anchors, positives)
-    with torch.autocast(device_type=anchors.device.type, enabled=False):
-        a, p, o = (functional.normalize(wide(z), dim=1) for z in (anchors, positives, others))
+    check_pair(students, teachers)
+    with torch.autocast(device_type=students.device.type, enabled=False):
+        s, t = (of_all_processes(functional.normalize(wide(z), dim=1)) for z in (students, teachers))
         # log h = log sigmoid(cos / tau - log N), and log(1 - h) that of its negative.
-        offset = torch.tensor(len(o), dtype=a.dtype, device=a.device).log()
-        same = functional.logsigmoid((a * p).sum(1) / temperature - offset)
-        other = functional.logsigmoid(offset - a @ o.T / temperature)
-        return mean_over_batch(-same - other.sum(1))
+        distance = s @ t.T / temperature - torch.tensor(len(s) - 1, dtype=s.dtype, device=s.device).log()
+        same = torch.eye(len(s), dtype=torch.bool, device=s.device)
+        told = functional.logsigmoid(torch.where(same, distance, -distance))
+        # Each pair counts twice: with the student for an anchor, and with the teacher.
+        return -2 * told.sum() / len(s)
