@@ -24,11 +24,11 @@ test:
 	$(BIN)pytest -q --durations=10
 
 # Tests of minutes: every precision of the nets of old compiled by TensorRT-RTX, the device code against the official stubs
-# (skipped without `pip install --no-deps "tensorrt-stubs>=10.13"`), campaigns of benchmarks, the notebook and the tutorial. Without -k, every
-# net of docs/nets.md.
+# (skipped without `pip install --no-deps "tensorrt-stubs>=10.13"`), campaigns of benchmarks, one more killed run, the notebook and
+# the tutorial. Without -k, every net of docs/nets.md.
 long:
 	$(BIN)pytest -q -m slow tests/deploy/test_rtx.py tests/onboard/test_engine.py tests/test_campaigns.py tests/test_notebook.py \
-		tests/test_tutorial.py -k "mobilenet or efficientnet or resnet50 or not compiles_in_every_form"
+		tests/test_tutorial.py tests/train/test_resume.py -k "mobilenet or efficientnet or resnet50 or not compiles_in_every_form"
 
 # The README's promises about the demo. Elsewhere, where the working tree is not in the way of an installed edgecl.
 demo:

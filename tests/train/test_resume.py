@@ -120,7 +120,11 @@ MORE = [
 
 
 @pytest.mark.parametrize(
-    ("more", "kills"), [([], KILLS), (MORE, 4)], ids=["SACL-XD", "rate, symmetric, local views"]
+    ("more", "kills"),
+    [
+        pytest.param([], KILLS, id="SACL-XD"),
+        pytest.param(MORE, 4, id="rate, symmetric, local views", marks=pytest.mark.slow),
+    ],
 )
 def test_killed_many_times_is_uninterrupted(tmp_path, make_recipe, labelled_pictures, more, kills):
     """SIGKILL at random moments, the middle of a checkpoint's write included."""
