@@ -232,7 +232,7 @@ def test_an_arm_that_matches_flops_trains_for_as_long_as_the_other_costs(listed)
     (matched,) = [row for row in rows if row.target]
     price = {}
     for width in (0.75, 0.5):
-        net = create_backbone("mobilenetv3_small_100", width=width)
+        net = create_backbone("test_efficientnet", width=width)
         projector = feature_count(net) * 16 + 16 * 16
         price[width] = forward_cost(net, (1, 3, 32, 32)).training_flops + 2 * projector
     assert matched.epochs == round(100 * 4 * (price[0.75] + price[0.5]) / (6 * price[0.5]))

@@ -64,7 +64,7 @@ class Variant(NamedTuple):
 def _variant_of(name: str) -> Variant:
     """Return a method by its own settings, with a local view, and an untrained teacher where it has one."""
     taught = "teacher" in find_method(name).Config.model_fields
-    teacher = {"teacher": {"arch": "mobilenetv3_small_050", "weights": "untrained"}} if taught else {}
+    teacher = {"teacher": {"arch": "test_efficientnet", "weights": "untrained"}} if taught else {}
     method = {"name": name, **teacher}
     return Variant(name, {"host": {"width": 1.0}, "views": {"local_count": 1}, "method": method})
 
@@ -87,9 +87,9 @@ VARIANTS = (
 
 
 def recipe_of(variant: Variant, *, batch_size: int) -> Recipe:
-    """Return the recipe a variant is tried with: a net of real layers, small enough for a step in a second."""
+    """Return the recipe a variant is tried with: a net of few layers, and every kind that a convolutional net nests by."""
     tables: dict[str, Mapping[str, object]] = {
-        "host": {"arch": "mobilenetv3_small_050", "width": 1.5, "stem_stride": 1},
+        "host": {"arch": "test_efficientnet", "width": 1.5, "stem_stride": 1},
         "slim": {"width": 1.0},
         "projector": {"sizes": [32, 32, 16]},
         "method": {"alpha": 0.7, "off_diagonal": 0.05, "scale": 1.0},

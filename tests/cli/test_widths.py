@@ -83,7 +83,7 @@ def test_carved_net_of_every_width_is_its_slim_view_bit_for_bit(carved, net, wid
         assert torch.equal(found(images), net.forward_slim_part("backbone", images, width=width))
     weights = load_file(carved / f"{width}" / "weights.safetensors")
     slim = net.slim_tensors(width)
-    assert len(weights) > 100
+    assert len(weights) > 80
     assert all(torch.equal(tensor, slim[f"backbone.{name}"]) for name, tensor in weights.items())
 
 
@@ -159,7 +159,7 @@ def test_small_costs_are_written_in_small_units(edgecl, recipe_file):
         f"{record['params'] / 1e3:.4g} k ",
         f"{record['training']['flops_per_image'] / 1e6:.4g} MFLOPs per image",
         f"{record['training']['total_flops'] / 1e6:.4g} MFLOPs ",
-        f"{record['training']['projector_total_flops'] / 1e6:.4g} MFLOPs ",
+        f"{record['training']['projector_total_flops'] / 1e3:.4g} kFLOPs ",
         "16 images, 1 epoch ",
     ):
         assert cell in said, cell

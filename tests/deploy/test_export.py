@@ -70,7 +70,7 @@ FILES = {
 def test_readme_names_the_net_and_the_verbs_that_the_runtime_has(exported_bundle):
     lines = (exported_bundle / "README.txt").read_text().splitlines()
     assert not any("build" in line for line in lines)  # nothing is built for a processor
-    assert lines[0].startswith("mobilenetv3_small_100 at width 0.5, features, for ort-cpu")
+    assert lines[0].startswith("test_efficientnet at width 0.5, features, for ort-cpu")
     for verb in ("doctor", "verify", "bench"):
         assert sum(f"python3 onboard.pyz {verb}" in line for line in lines) == 1
 

@@ -93,7 +93,7 @@ def test_every_layer_of_onnx_computes_what_torch_computes(net, model):
     in_torch = torch_layers(net, IMAGES)
     in_onnx = onnx_layers(model, IMAGES.numpy(), names=list(in_torch))
     assert in_onnx.keys() == in_torch.keys()
-    assert len(in_torch) > 30
+    assert len(in_torch) > 15
     assert first_outside(in_onnx, in_torch, Tolerance(max_relative_difference=1e-4)) is None
 
 
@@ -102,7 +102,7 @@ def test_layer_that_was_changed_is_the_first_outside(net, model):
     names = list(in_torch)
     changed = onnx.ModelProto()
     changed.CopyFrom(model)
-    place = 20
+    place = 10
     convolution = [node for node in changed.graph.node if node.op_type == "Conv"][place]
     weight = next(tensor for tensor in changed.graph.initializer if tensor.name == convolution.input[1])
     weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * 1.5, weight.name))

@@ -313,12 +313,12 @@ def test_force_replaces_a_published_folder_and_nothing_else(tmp_path, folder, mo
 # --- the hub ---
 
 
-def test_pushed_files_are_those_of_the_folder(tmp_path, edgecl_process, carved_model, exported_bundle):
+def test_pushed_files_are_those_of_the_folder(tmp_path, edgecl_process, model):
     """By the command, in a process of its own: what the hub holds then is what timm loads."""
     with running_hub() as hub:
         # The store of chunks that Xet speaks to is not the hub's API.
         settings = {"HF_ENDPOINT": hub.address, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
-        words = ["publish", carved_model, "--bundle", exported_bundle, "--out", tmp_path / "out"]
+        words = ["publish", model, "--out", tmp_path / "out"]
         done = edgecl_process(
             *words, "--push", "me/flowers", env={**settings, "HF_HOME": str(tmp_path / "hf")}
         )

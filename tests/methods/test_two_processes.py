@@ -172,7 +172,7 @@ def test_arm_gives_the_optimizer_gradients_and_moves_the_statistics(results, var
     """Nothing is compared with nothing."""
     found = results["2-1"]["right"][variant]
     tensors, with_gradient = found["gradients of the host"]
-    assert tensors == with_gradient > 90
+    assert tensors == with_gradient > 50
     assert found["batches tracked"] > 0
 
 

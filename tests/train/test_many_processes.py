@@ -105,7 +105,7 @@ def scenarios(tmp_path_factory, tables, labelled_pictures):
     # Norms over four samples of one pixel divide rounding by next to nothing; these have ten of four.
     apart = {"run__sync_norms": "none", "data__batch_size": 20, "host__stem_stride": 1}
     torch.save(
-        create_backbone("mobilenetv3_small_100", width=0.5, stem_stride=1).state_dict(), folder / "start.pth"
+        create_backbone(tables["host"]["arch"], width=0.5, stem_stride=1).state_dict(), folder / "start.pth"
     )
     everything = {
         "host__init": str(folder / "start.pth"),

@@ -38,7 +38,7 @@ def recipe_of(tables):
     def make(name, *, teacher=None, **changed):
         method = {"name": name, **SMALL.get(name, {})}
         if name in TAUGHT:
-            method["teacher"] = {"arch": "mobilenetv3_small_050", "weights": "untrained", **(teacher or {})}
+            method["teacher"] = {"arch": "test_efficientnet", "weights": "untrained", **(teacher or {})}
         own = {"method": method, "host": {**tables["host"], "width": 0.5}}
         return recipe_from_tables({**tables, **own, **changed}, source="test")
 
@@ -188,7 +188,7 @@ def test_a_teacher_is_no_part_of_a_checkpoint_and_does_not_change(tmp_path, reci
 
 def test_another_teacher_is_refused_when_a_run_is_resumed(tmp_path, monkeypatch, recipe_of, pictures):
     weights = tmp_path / "teacher.safetensors"
-    net = create_backbone("mobilenetv3_small_050")
+    net = create_backbone("test_efficientnet")
     save_file(net.state_dict(), weights)
     recipe = recipe_of("seed", teacher={"weights": str(weights)})
     with monkeypatch.context() as patch:
@@ -196,7 +196,7 @@ def test_another_teacher_is_refused_when_a_run_is_resumed(tmp_path, monkeypatch,
         with pytest.raises(Preempted):
             train(recipe, tmp_path / "run", pictures)
     load_teacher.cache_clear()
-    save_file(create_backbone("mobilenetv3_small_050").state_dict(), weights)
+    save_file(create_backbone("test_efficientnet").state_dict(), weights)
     with pytest.raises(RecipeError, match="another teacher"):
         train(recipe, tmp_path / "run", pictures, resume=True)
     load_teacher.cache_clear()
