@@ -7,9 +7,10 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -214,11 +215,11 @@ def training_cost(recipe: Recipe, *, images: int) -> TrainingCost:
         images: images per epoch.
     """
     size = recipe.data.image_size
-    backbones = {
-        width: create_backbone(recipe.host.arch, width=width, stem_stride=recipe.host.stem_stride)
+    counted = {
+        width: _count(recipe, width, size)
         for width in dict.fromkeys([recipe.host.width, *recipe.slim.all_widths])
     }
-    flops = {width: forward_cost(net, (1, 3, size, size)).training_flops for width, net in backbones.items()}
+    flops = {width: one.trained.training_flops for width, one in counted.items()}
     passes = recipe.method.forward_passes(recipe)
     host, slim = recipe.host.width, recipe.slim.width
     # A slim net as wide as the host is the host, and so are its passes.
@@ -227,8 +228,8 @@ def training_cost(recipe: Recipe, *, images: int) -> TrainingCost:
         OtherWidth(width, flops[width], passes.whole[width]) for width in recipe.slim.all_widths[1:]
     )
     heads = {
-        width: 2 * sum(layer.weight.numel() for layer in _linears(feature_count(net), recipe))
-        for width, net in backbones.items()
+        width: 2 * sum(layer.weight.numel() for layer in _linears(one.features, recipe))
+        for width, one in counted.items()
     }
     return TrainingCost(
         host_flops=flops[host],
@@ -241,32 +242,30 @@ def training_cost(recipe: Recipe, *, images: int) -> TrainingCost:
         images=images,
         epochs=recipe.run.epochs,
         others=others,
-        local_flops_per_image=_local_flops(recipe, passes.local, backbones),
+        local_flops_per_image=_local_flops(recipe, passes.local),
         rate_flops=passes.coding_rates * _coding_rate_flops(recipe),
         rate_share=passes.coding_rate_share,
-        teacher_flops=_teacher_flops(recipe, (1, 3, size, size)),
+        teacher_flops=_teacher_flops(recipe, size),
         teacher_passes=passes.teacher,
         teacher_passes_once=passes.teacher_once,
     )
 
 
-def _teacher_flops(recipe: Recipe, shape: tuple[int, ...]) -> int:
+def _teacher_flops(recipe: Recipe, size: int) -> int:
     """Return the FLOPs of a forward pass of the method's teacher, 0 where it has none; its weights need not be there."""
     if not isinstance(recipe.method, TaughtConfig):
         return 0
     settings = recipe.method.teacher
-    known = settings.arch is None or Path(settings.weights or "").exists()
-    net = load_teacher(settings).net if known else create_backbone(str(settings.arch))
-    return forward_cost(net, shape).training_flops
+    if settings.arch is None or Path(settings.weights or "").exists():
+        return forward_cost(load_teacher(settings).net, (1, 3, size, size)).training_flops
+    return _count_timm(settings.arch, 1.0, None, size).trained.training_flops
 
 
-def _local_flops(recipe: Recipe, passes: dict[float, float], backbones: dict[float, nn.Module]) -> float:
+def _local_flops(recipe: Recipe, passes: dict[float, float]) -> float:
     """Return one image's FLOPs for its local views, which share the passes of each width evenly."""
     count = recipe.method.count_views(recipe, local=True)
     return sum(
-        passes[width]
-        * (spec.count / count)
-        * forward_cost(backbones[width], (1, 3, spec.size, spec.size)).training_flops
+        passes[width] * (spec.count / count) * _count(recipe, width, spec.size).trained.training_flops
         for width in passes
         for spec in recipe.view_specs
         if spec.local and passes[width]
@@ -297,7 +296,7 @@ def cost(model: Path) -> CostRecord:
     net, record = load_model(model)
     size = record.preprocessing.image_size
     with reading(ModelDir(model).record_file, AssertionError):  # a net may not take pictures of that size
-        counted = _net_cost(net, (1, 3, size, size))
+        counted = _deployed_cost(net, (1, 3, size, size))
     result = CostRecord(made_from=ModelDir(model).sha256, **dict(counted))
     return write_record(ModelDir(model).cost_file, result)
 
@@ -321,13 +320,7 @@ def cost_of_recipe(recipe: Recipe, *, recipe_name: str, images: int | None = Non
             f"'{recipe_name}' has {images} images, fewer than its batch of {recipe.data.batch_size}"
         )
     size = recipe.data.image_size
-    nets = {
-        width: _net_cost(
-            create_backbone(recipe.host.arch, width=width, stem_stride=recipe.host.stem_stride),
-            (1, 3, size, size),
-        )
-        for width in recipe.slim.all_widths
-    }
+    nets = {width: _count(recipe, width, size).deployed for width in recipe.slim.all_widths}
     priced = training_cost(recipe, images=images)
     # A slim net as wide as the host is the host, and so are its passes.
     widest = "host" if recipe.slim.width == recipe.host.width else "slim"
@@ -381,13 +374,31 @@ def _images_of(recipe: Recipe) -> int:
     return min(found, recipe.data.limit or found)
 
 
-def _net_cost(net: nn.Module, shape: tuple[int, ...]) -> NetCost:
-    net = fuse_branches(net)
-    counted = forward_cost(net, shape)
+class _Counted(NamedTuple):
+    features: int
+    trained: ForwardCost
+    deployed: NetCost
+    """Its branches fused."""
+
+
+def _count(recipe: Recipe, width: float, size: int) -> _Counted:
+    """Count a recipe's net of a width for pictures of `size` pixels."""
+    return _count_timm(recipe.host.arch, width, recipe.host.stem_stride, size)
+
+
+@cache  # a recipe asks for one net several times, and the arms of a campaign for the same few
+def _count_timm(arch: str, width: float, stem_stride: int | None, size: int) -> _Counted:
+    net, shape = create_backbone(arch, width=width, stem_stride=stem_stride), (1, 3, size, size)
+    return _Counted(feature_count(net), forward_cost(net, shape), _deployed_cost(net, shape))
+
+
+def _deployed_cost(net: nn.Module, shape: tuple[int, ...]) -> NetCost:
+    fused = fuse_branches(net)
+    counted = forward_cost(fused, shape)
     return NetCost(
         macs=counted.macs,
         flops=2 * counted.macs,
-        params=count_parameters(net),
+        params=count_parameters(fused),
         input=list(shape),
         by_operator=counted.by_operator,
         elementwise=counted.elementwise,
@@ -427,13 +438,9 @@ def published_rows() -> list[PublishedRow]:
 
 def cost_table() -> list[PublishedCost]:
     """Price every row of the paper's training-cost column by one rule, ImageNet-1K at 224 pixels."""
-    shape = (1, 3, 224, 224)
-    flops: dict[tuple[str, float], int] = {}
 
     def of(arch: str, width: float = 1.0) -> int:
-        if (arch, width) not in flops:
-            flops[arch, width] = forward_cost(create_backbone(arch, width=width), shape).training_flops
-        return flops[arch, width]
+        return _count_timm(arch, width, None, 224).trained.training_flops
 
     rows = []
     for row in published_rows():
