@@ -54,12 +54,13 @@ def rows(queue):
     return queue.rows.numpy().copy()
 
 
-def check(method, reference, learnt, targets=None, *, rel=1e-9):
+def check(method, reference, learnt, targets=None, *, held=None, rel=1e-9):
     """Compare value and gradient of a method's loss with a reference of the learnt embeddings, by name."""
     targets = targets or {}
     given = {name: torch.from_numpy(z).requires_grad_() for name, z in learnt.items()}
     frozen = {name: torch.from_numpy(z) for name, z in targets.items()}
-    total, terms = method.loss(Embeddings(given, frozen), 0)
+    others = {name: torch.from_numpy(z) for name, z in (held or {}).items()}
+    total, terms = method.loss(Embeddings({**others, **given}, frozen), 0)
     assert float(total.detach()) == pytest.approx(reference(learnt), rel=rel)
     total.backward()
     step = 1e-5
@@ -130,16 +131,29 @@ def two_minus_cosine(a, b):
     return (2 - 2 * (unit(a) * unit(b)).sum(-1)).mean()
 
 
-def test_byol_pairs_each_guess_with_the_other_views_targets(method):
-    one = method("byol", local_count=1)
+def rate(z, epsilon=0.5):
+    """1/2 logdet(I + D / (N epsilon) U^T U), U the standardized rows at length 1."""
+    u = unit(standardized(z))
+    return np.linalg.slogdet(np.eye(u.shape[1]) + u.shape[1] / (len(u) * epsilon) * u.T @ u)[1] / 2
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.3])
+def test_byol_pairs_each_guess_with_the_other_views_targets_and_rates_the_projections(method, weight):
+    one = method("byol", local_count=1, coding_rate={"weight": weight})
     t0, t1 = embeddings(2, first=10)
-    v0, v1, local = embeddings(3)
+    g0, g1, local = embeddings(3)
+    v0, v1 = embeddings(2, first=20)
 
     def reference(z):
-        pairs = [("view_0", t1), ("view_1", t0), ("local_0", t0), ("local_0", t1)]
-        return np.mean([two_minus_cosine(z[name], target) for name, target in pairs])
+        pairs = [("guess_0", t1), ("guess_1", t0), ("guess_2", t0), ("guess_2", t1)]
+        loss = np.mean([two_minus_cosine(z[name], target) for name, target in pairs])
+        return loss - weight * (rate(z["view_0"]) + rate(z["view_1"])) / 2
 
-    check(one, reference, {"view_0": v0, "view_1": v1, "local_0": local}, {"target_0": t0, "target_1": t1})
+    guesses, whole = {"guess_0": g0, "guess_1": g1, "guess_2": local}, {"view_0": v0, "view_1": v1}
+    if weight:
+        check(one, reference, {**whole, **guesses}, {"target_0": t0, "target_1": t1})
+    else:  # the projections learn through their guesses alone
+        check(one, lambda z: reference({**whole, **z}), guesses, {"target_0": t0, "target_1": t1}, held=whole)
 
 
 def info_nce(query, key, queue, temperature):
