@@ -127,6 +127,8 @@ class _Rewriter:
             yield from self._clipped(node.input[0], node.output[0], alpha=alpha, beta=beta, name=node.name)
         elif node.op_type == "LayerNormalization" and self._target < 17 and self._is_over_last(node):
             yield from self._write_layer_norm(node)
+        elif node.op_type == "Shape" and self._target < 15 and node.attribute:
+            yield from self._write_part_of_shape(node)
         else:
             yield self._restate(node)
 
@@ -192,6 +194,13 @@ class _Rewriter:
         if bias:
             yield self._node("Add", [scaled, bias[0]], result)
 
+    def _write_part_of_shape(self, node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
+        """Write some of a shape's numbers, which opset 15 can ask for, as a slice of all of them."""
+        whole = self._names.new(f"{node.output[0]}_whole")
+        ends = (attribute(node, "start", 0), attribute(node, "end", len(self._shapes[node.input[0]])))
+        yield self._node("Shape", [node.input[0]], whole, name=node.name)
+        yield self._node("Slice", [whole, *(self._integer(end) for end in ends)], node.output[0])
+
     def _restate(self, node: onnx.NodeProto) -> onnx.NodeProto:
         """Return a node as the target's opset writes it."""
         if not onnx.defs.has(node.op_type, self._target, ""):
@@ -232,6 +241,12 @@ class _Rewriter:
         )
         node.attribute.extend(helper.make_attribute(key, value) for key, value in attributes.items())
         return node
+
+    def _integer(self, value: int) -> str:
+        """Return the name of a new (1,) constant."""
+        name = self._names.new("constant_integer")
+        self.constants[name] = numpy_helper.from_array(np.array([value], dtype=np.int64), name)
+        return name
 
     def _scalar(self, wish: str, value: float) -> str:
         """Return the name of a constant of this value; equal ones wished for by one name are one."""

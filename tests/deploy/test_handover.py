@@ -224,7 +224,8 @@ def test_python_program_reads_odd_pictures_as_edgecl_does(tmp_path):
 def magick_is_there():
     """Some other program may have the name."""
     convert = shutil.which("convert")
-    return convert is not None and "ImageMagick" in run(convert, "--version").stdout
+    told = convert and subprocess.run([convert, "--version"], capture_output=True, text=True, check=False)
+    return bool(told) and told.returncode == 0 and "ImageMagick" in told.stdout
 
 
 @pytest.mark.skipif(not magick_is_there(), reason="no ImageMagick on the PATH")
