@@ -3,10 +3,10 @@
     python benchmarks/methods.py --core 1                                    # every method on the demo's net: some minutes
     python benchmarks/methods.py --recipe cifar10-smoke --methods simclr moco-v2
 
-Each method has the recipe's net, pictures and batch and settings of its own; a teacher is an untrained ResNet-18 with the
-recipe's stem, whose passes are computed in every step (no features kept). All methods take turns, one step each per round,
-every other round backwards; it is processor time that is compared, and a ratio is the median over rounds of the ratios
-within a round. FLOPs are `edgecl cost`'s per step, projector and coding rate included.
+Each method has the recipe's net, pictures and batch and settings of its own; a teacher is an untrained ResNet-18 with
+timm's stem, or what --teacher says, whose passes are computed in every step (no features kept). All methods take turns,
+one step each per round, every other round backwards; it is processor time that is compared, and a ratio is the median
+over rounds of the ratios within a round. FLOPs are `edgecl cost`'s per step, projector and coding rate included.
 """
 
 import itertools
@@ -45,11 +45,8 @@ def recipe_of(method: str, given) -> Recipe:
         return own
     changes = [*given.set, f"method.name={method}"]
     if issubclass(find_method(method).Config, TaughtConfig):
-        changes += [
-            "method.teacher.arch=resnet18",
-            "method.teacher.weights=untrained",
-            "method.teacher.cache=false",
-        ]
+        arch = [] if Path(given.teacher).is_dir() else ["method.teacher.arch=resnet18"]
+        changes += [*arch, f"method.teacher.weights={given.teacher}", "method.teacher.cache=false"]
     return read_recipe(given.recipe, changes)
 
 
@@ -84,6 +81,7 @@ def main() -> None:
     options.add_argument("--set", action="append", default=[], help="a change to the recipe")
     options.add_argument("--data", default="demo")
     options.add_argument("--methods", nargs="+", default=list_methods())
+    options.add_argument("--teacher", default="untrained", help="a model directory")
     options.add_argument("--rounds", type=int, default=12)
     options.add_argument("--core", type=int, help="pin to this core [default: leave it to the system]")
     given = options.parse_args()

@@ -261,3 +261,17 @@ def test_nets_take_turns_in_both_precisions():
         for precision in ("fp32", "int8"):
             low, high = row[f"{precision}_middle_half_ms"]
             assert 0 < low <= row[f"{precision}_p50_ms"] <= high
+
+
+# --- methods.py ---
+
+
+def test_methods_take_turns_by_their_own_settings():
+    names = ["moco-v2", "supcon", "seed"]
+    table, found = run("methods", "--recipe", BENCHMARKS / "tiny.toml", "--methods", *names, "--rounds", 2)
+    assert list(found["methods"]) == ["simclr", *names]
+    assert all(name in table for name in names)
+    steps = found["methods"]
+    assert steps["simclr"]["range"] == [1, 1]
+    assert steps["moco-v2"]["gflop"] < steps["simclr"]["gflop"] < steps["seed"]["gflop"]
+    assert all(0 < one["range"][0] <= one["ratio"] <= one["range"][1] for one in steps.values())
