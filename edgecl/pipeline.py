@@ -30,12 +30,7 @@ Device = Literal["auto", "cpu", "cuda"]
 
 
 class PipelineRun(NamedTuple):
-    """What a pipeline leaves.
-
-    Attributes:
-        record: in pipeline.json.
-        report: in report.json.
-    """
+    """What a pipeline leaves in pipeline.json and report.json."""
 
     record: PipelineRecord
     report: Report

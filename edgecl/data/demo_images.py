@@ -153,7 +153,6 @@ def render(split: str, count: int, *, size: int = 32) -> tuple[NDArray[np.uint8]
 
     Args:
         split: one of SPLITS.
-        count: N.
         size: height and width, pixels.
 
     Returns:

@@ -73,7 +73,6 @@ def fetch(url: str, *, count: Callable[[int], None], stop: threading.Event) -> t
     Args:
         url: https, http, s3, gs or az.
         count: called with the bytes that arrived.
-        stop: ends the transfer.
 
     Raises:
         DataError: not there, refused, silent for too long, cut short, not a tar, or no room for it.

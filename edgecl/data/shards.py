@@ -105,13 +105,8 @@ class _ShardImages:
         Reading stays within a few shards at a time, where a plain shuffle would ask every shard of a slow disk for
         every batch. Windows are of WINDOW_SHARDS shards, or of more until they hold WINDOW_IMAGES images.
 
-        Args:
-            seed: of the run.
-            epoch: 0-based.
-            chosen: (M,) images that take part.
-
         Returns:
-            (M,) positions in `chosen`, every one once: a function of the arguments alone.
+            (M,) positions in (M,) `chosen`, every one once: a function of the arguments alone.
         """
         shard_of = np.searchsorted(self.first, chosen, side="right") - 1
         shards = permutation(seed, epoch, len(self.shards), stream="shards")

@@ -111,7 +111,6 @@ class ImageSource:
         """Decode one image like `read`, where the format allows it at a reduced scale.
 
         Args:
-            index: which image.
             at_least: pixels that both sides keep, if they had them.
             content: its file, where `read_bytes` has read it already.
 

@@ -85,8 +85,6 @@ def write_checkpoint(
     """Write a checkpoint aside, flush it, rename it into place, and drop those no longer wanted.
 
     Args:
-        run_dir: the run.
-        step: steps done.
         epoch: whole epochs done.
         model: the training net's tensors by name.
         optimizer: the optimizer's state dict.
