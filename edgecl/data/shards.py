@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from edgecl.data.fetching import cache_folder, cached_place, fetch
 from edgecl.data.randomness import permutation
-from edgecl.data.source import ImageSource, Labels, Split, UnreadableImage, expanded
+from edgecl.data.source import ImageSource, Labels, UnreadableImage, expanded
 from edgecl.data.tar_index import TarIndex, basename, indexed, stamp_of
 from edgecl.distributed.processes import is_main
 from edgecl.errors import DataError, counted, tell
@@ -130,7 +130,7 @@ def _windows(counts: Indices) -> Indices:
     return np.array(numbers, dtype=np.int64)
 
 
-def open_shards(uri: str, *, split: Split = "train") -> ImageSource:
+def open_shards(uri: str) -> ImageSource:
     """Open the images of WebDataset shards.
 
     Every shard is indexed once, and the index kept in the cache. Remote ones are fetched whole into the cache first.
@@ -139,17 +139,12 @@ def open_shards(uri: str, *, split: Split = "train") -> ImageSource:
     Args:
         uri: shards:PATTERN. The pattern is a folder, a path or URL with WebDataset's braces, or several of these with
             '::' between.
-        split: 'test' is refused: held-out shards have a pattern of their own.
 
     Raises:
         DataError: a package is missing, the pattern is wrong, a shard is missing, cannot be fetched, is no whole tar
             or has a member that climbs out, or there are no images.
     """
     shown = without_secrets(uri)
-    if split == "test":
-        raise DataError(
-            f"the shards '{shown}' have no test split", hint="name a second pattern with the held-out shards"
-        )
     urls = _expand(uri.partition(":")[2], shown)
     _refuse_missing(urls, shown)
     _refuse_twice(urls, shown)

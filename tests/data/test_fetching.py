@@ -10,10 +10,10 @@ import time
 import traceback
 import warnings
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import numpy as np
 import pytest
+from disks import largest_file
 
 pytest.importorskip("webdataset")
 pytest.importorskip("aiohttp")
@@ -284,20 +284,10 @@ def test_a_cache_that_cannot_be_written_is_named(write_shards, server, monkeypat
     assert error.hint.startswith("EDGECL_CACHE names another place")
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 def test_a_full_disk_is_named(write_shards, server, cache):
     write_shards(1)
-    url = f"{server.url}/x-000.tar"
-    cache.mkdir(parents=True)
-
-    def full(place, who):
-        part = place.with_name(f"{place.name}.{who}.part")
-        part.symlink_to("/dev/full")
-        return part
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fetching, "_part", full)
-        error = exc(f"shards:{url}")
+    with largest_file(1000):
+        error = exc(f"shards:{server.url}/x-000.tar")
     assert "no room" in error.problem
     assert [path.suffix for path in cache.iterdir()] == [".lock"]
 

@@ -14,7 +14,7 @@ from webdataset.shardlists import expand_urls
 from edgecl.data import shards
 from edgecl.data.loading import TrainingImages
 from edgecl.data.source import UnreadableImage
-from edgecl.data.sources import absolute_uri, has_test_split, open_source
+from edgecl.data.sources import absolute_uri, open_source
 from edgecl.errors import DataError
 
 from .tar_shards import exc, numbers, pattern, picture, write_tar
@@ -328,13 +328,6 @@ def test_a_variable_that_is_not_set_is_named():
 
 def test_an_empty_pattern_is_an_error():
     assert exc("shards:").problem == "'shards:' names no shards"
-
-
-def test_shards_have_no_test_split():
-    assert not has_test_split("shards:x.tar")
-    with pytest.raises(DataError, match=r"the shards 'shards:x\.tar' have no test split") as caught:
-        open_source("shards:x.tar", split="test")
-    assert caught.value.hint == "name a second pattern with the held-out shards"
 
 
 def test_a_tar_file_without_the_scheme_is_told_the_scheme(write_shards):

@@ -13,7 +13,7 @@ from torchvision import datasets
 from edgecl.data.decode import read_picture
 from edgecl.data.demo_images import CLASSES, render
 from edgecl.data.source import UnreadableImage
-from edgecl.data.sources import list_datasets, open_source
+from edgecl.data.sources import has_test_split, list_datasets, open_source
 from edgecl.errors import DataError
 
 RED = np.zeros((4, 6, 3), dtype=np.uint8)
@@ -226,9 +226,11 @@ def test_a_scheme_without_a_path_is_an_error():
         open_source("stl10")
 
 
-def test_a_folder_has_no_test_split(write_images):
+@pytest.mark.parametrize("uri", [".", "shards:x.tar", "csv:x.csv"])
+def test_what_has_no_test_split_says_so(uri):
+    assert not has_test_split(uri)
     with pytest.raises(DataError, match="has no test split"):
-        open_source(str(write_images(2)), split="test")
+        open_source(uri, split="test")
 
 
 @pytest.mark.parametrize("scheme", ["cifar10", "cifar100", "fashion-mnist", "flowers102", "stl10"])
