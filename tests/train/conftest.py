@@ -7,6 +7,9 @@ from PIL import Image
 
 from edgecl.config.recipe import recipe_from_tables
 from edgecl.config.settings import override
+from edgecl.storage.checkpoint import read_newest
+from edgecl.storage.directories import RunDir
+from edgecl.train.monitor import read_metrics
 from edgecl.train.pretrain import pretrain
 
 
@@ -61,6 +64,43 @@ def make_recipe():
 
 def train(recipe, out, data, **settings):
     return pretrain(recipe, recipe_name="tiny", out=out, data=str(data), device="cpu", **settings)
+
+
+def steps_of(path):
+    return [record for record in read_metrics(path / "metrics.jsonl") if "loss" in record]
+
+
+def looks_of(path):
+    return [record for record in read_metrics(path / "metrics.jsonl") if "rankme_host" in record]
+
+
+def events_of(path):
+    return [record for record in read_metrics(path / "metrics.jsonl") if "event" in record]
+
+
+def without_clock(path):
+    return [
+        {key: value for key, value in record.items() if key != "images_per_s"}
+        for record in read_metrics(path / "metrics.jsonl")
+    ]
+
+
+def assert_same_run(one, other):
+    """Hold two runs to the same weights, moments and metrics, bit for bit."""
+    first, second = (read_newest(RunDir(path)) for path in (one, other))
+    assert (first.step, first.epoch, first.state) == (second.step, second.epoch, second.state)
+    assert_same_state(first, second)
+    assert without_clock(one) == without_clock(other)
+
+
+def assert_same_state(first, second):
+    """Hold two checkpoints to the same weights and moments, bit for bit."""
+    assert first.model.keys() == second.model.keys()
+    assert all(torch.equal(first.model[name], second.model[name]) for name in first.model)
+    assert first.optimizer["param_groups"] == second.optimizer["param_groups"]
+    for index, entries in first.optimizer["state"].items():
+        for key, value in entries.items():
+            assert torch.equal(value, second.optimizer["state"][index][key])
 
 
 def write_pictures(root, count, classes=()):

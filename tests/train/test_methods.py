@@ -18,10 +18,9 @@ from edgecl.nets.given import load_given
 from edgecl.storage.checkpoint import read_newest
 from edgecl.storage.directories import RunDir
 from edgecl.train import loop
-from edgecl.train.monitor import read_metrics
 from edgecl.train.step import create_step
 
-from .conftest import train
+from .conftest import steps_of, train
 
 COMMON = {"step", "epoch", "loss", "std", "grad_norm_host", "grad_norm_slim", "lr", "images_per_s"}
 
@@ -57,7 +56,7 @@ def images_of(pictures, labelled_pictures):
 def test_a_run_logs_what_its_panels_draw(tmp_path, recipe_of, images_of, name):
     train(recipe_of(name, views={"local_count": 1}), tmp_path / "run", images_of(name))
     run = RunDir(tmp_path / "run")
-    records = [record for record in read_metrics(run.metrics_file) if "loss" in record]
+    records = steps_of(run.path)
     assert len(records) == 10
     drawn = {key for panel in run.read().panels for key in panel["lines"]}
     for record in records:

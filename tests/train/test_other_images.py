@@ -11,9 +11,8 @@ from edgecl.errors import ArtifactError, DataError, RecipeError
 from edgecl.storage.checkpoint import read_newest
 from edgecl.storage.directories import RunDir
 from edgecl.train import loop
-from edgecl.train.monitor import read_metrics
 
-from .conftest import train, write_pictures
+from .conftest import steps_of, train, write_pictures
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +54,7 @@ def blank(path):
 
 
 def losses(out):
-    return [record["loss"] for record in read_metrics(RunDir(out).metrics_file) if "loss" in record]
+    return [record["loss"] for record in steps_of(out)]
 
 
 def test_a_picture_in_memory_that_became_unreadable_is_named_and_may_be_allowed(
