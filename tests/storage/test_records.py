@@ -92,17 +92,11 @@ def test_a_whole_record_lacks_nothing(key):
     ("key", "value"),
     [
         ("width", float("inf")),
-        ("width", float("nan")),
         ("width", "1"),
         ("width", 5),
-        ("features", 1.5),
         ("features", True),
         ("arch", 3),
-        ("arch", None),
-        ("classes", "cat"),
         ("classes", [1]),
-        ("stem_stride", 3),
-        ("preprocessing", []),
     ],
 )
 def test_a_value_of_another_type_is_named(key, value):
