@@ -43,9 +43,7 @@ def test_patterns_joined_by_two_colons_and_folders_name_their_shards(write_shard
 
 
 def test_no_cls_members_means_no_labels(write_shards, capsys):
-    source = open_source(pattern(write_shards(2, classes=0), 1))
-    assert source.labels is None
-    assert source.classes is None
+    assert open_source(pattern(write_shards(2, classes=0), 1)).labels is None
     assert capsys.readouterr().err == ""
 
 
@@ -226,9 +224,6 @@ def test_a_shard_named_twice_is_refused(write_shards, twice):
     error = exc(pattern)
     assert error.problem == "the shard 'x-000.tar' is named twice"
     assert error.where["data"] == pattern
-    assert error.where["first"].endswith("x-000.tar")
-    assert error.where["again"].endswith("x-000.tar")
-    assert "name each shard once" in error.hint
 
 
 def test_a_remote_shard_named_twice_is_refused_however_it_is_signed():
