@@ -22,6 +22,12 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def index_at_once(monkeypatch):
+    """Keep an index of a folder also when it has just been written."""
+    monkeypatch.setattr("edgecl.data.index._RACY_NS", 0)
+
+
 TABLES = {
     "host": {"arch": "test_efficientnet", "width": 0.75, "stem_stride": 2},
     "slim": {"width": 0.5},
@@ -101,6 +107,26 @@ def assert_same_state(first, second):
     for index, entries in first.optimizer["state"].items():
         for key, value in entries.items():
             assert torch.equal(value, second.optimizer["state"][index][key])
+
+
+def gradients_of(step, views):
+    """Take a step in evaluation, where parts see what the whole sees; give its outcome and every gradient."""
+    step.method.eval()
+    step.passes.train = lambda mode=True: step.passes
+    seen = {}
+    step.optimizer.step = lambda: seen.update(
+        {key: one.grad.clone() for key, one in step.method.named_parameters() if one.grad is not None}
+    )
+    return step(views, number=0, watch=True), seen
+
+
+def assert_close_gradients(found, expected, *, rtol, atol):
+    """Hold gradients to others; what is absolute is relative to the largest."""
+    assert found.keys() == expected.keys()
+    largest = max(float(gradient.abs().max()) for gradient in expected.values())
+    assert largest > 0
+    for key, gradient in expected.items():
+        torch.testing.assert_close(found[key], gradient, rtol=rtol, atol=atol * largest, msg=key)
 
 
 def write_pictures(root, count, classes=()):

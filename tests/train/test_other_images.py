@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from edgecl.data import index
 from edgecl.errors import ArtifactError, DataError, RecipeError
 from edgecl.storage.checkpoint import read_newest
 from edgecl.storage.directories import RunDir
@@ -14,11 +13,7 @@ from edgecl.train import loop
 
 from .conftest import steps_of, train, write_pictures
 
-
-@pytest.fixture(autouse=True)
-def index_at_once(monkeypatch):
-    """Keep an index of a folder also when it has just been written."""
-    monkeypatch.setattr(index, "_RACY_NS", 0)
+pytestmark = pytest.mark.usefixtures("index_at_once")
 
 
 @pytest.fixture
