@@ -22,7 +22,7 @@ from edgecl.data.randomness import permutation
 from edgecl.data.source import ImageSource, Labels, UnreadableImage, expanded
 from edgecl.data.tar_index import TarIndex, basename, indexed, stamp_of
 from edgecl.distributed.processes import is_main
-from edgecl.errors import DataError, counted, tell
+from edgecl.errors import DataError, counted, first_of, tell
 from edgecl.progress import Progress
 from edgecl.storage.redaction import without_secrets
 
@@ -34,7 +34,6 @@ SUMMARIES = {
 WINDOW_SHARDS = 8
 WINDOW_IMAGES = 8192
 _THREADS = 4
-_NAMED_MISSING = 5
 # Each is a file of its own to look for, open and index; the largest public sets have a quarter of this.
 _MOST_SHARDS = 1_000_000
 _DEEPEST_BRACES = 20
@@ -311,14 +310,15 @@ def _refuse_missing(urls: Sequence[str], shown: str) -> None:
     missing = [url for url in local if not _local(url).exists()]
     if not missing:
         return
-    named = "\n".join(missing[:_NAMED_MISSING]).replace("\n", "\n" + " " * len("  missing: "))
-    if len(missing) > _NAMED_MISSING:
-        named += f" and {len(missing) - _NAMED_MISSING} more"
     raise DataError(
         f"{len(missing)} of {len(local)} shards are missing"
         if len(local) > 1
         else f"there is no shard '{missing[0]}'",
-        where={"data": shown, "missing": named, "there": f"{len(local) - len(missing)} of {len(local)}"},
+        where={
+            "data": shown,
+            "missing": first_of(missing),
+            "there": f"{len(local) - len(missing)} of {len(local)}",
+        },
         hint="compare the pattern's braces with what is there",
     )
 

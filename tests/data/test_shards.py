@@ -197,16 +197,12 @@ def test_missing_shards_are_named_and_the_others_counted(write_shards):
     (root / "x-001.tar").unlink()
     error = exc(pattern(root, 3))
     assert error.problem == "2 of 4 shards are missing"
-    assert error.where["missing"].split() == [f"{root}/x-001.tar", f"{root}/x-003.tar"]
+    assert error.where["missing"] == f"{root}/x-001.tar, {root}/x-003.tar"
 
 
 def test_a_folder_without_shards_says_what_was_looked_for(tmp_path):
     (tmp_path / "x.tar.gz").touch()
     assert "no .tar files" in exc(f"shards:{tmp_path}").problem
-
-
-def test_many_missing_shards_are_counted(tmp_path):
-    assert f"{tmp_path}/x-004.tar and 15 more\n" in str(exc(pattern(tmp_path, 19)))
 
 
 @pytest.mark.parametrize(
