@@ -7,10 +7,12 @@ from PIL import Image
 
 from edgecl.config.recipe import recipe_from_tables
 from edgecl.config.settings import override
+from edgecl.errors import Preempted
 from edgecl.storage.checkpoint import read_newest
 from edgecl.storage.directories import RunDir
 from edgecl.train.monitor import read_metrics
 from edgecl.train.pretrain import pretrain
+from edgecl.train.step import Step
 
 
 @pytest.fixture(autouse=True)
@@ -70,6 +72,19 @@ def make_recipe():
 
 def train(recipe, out, data, **settings):
     return pretrain(recipe, recipe_name="tiny", out=out, data=str(data), device="cpu", **settings)
+
+
+def train_until(step, recipe, out, data):
+    """Train until SIGTERM comes during a step, which is the last one then."""
+    take = Step.__call__
+
+    def stopped(self, views, *, number, watch=False, stop=0):
+        return take(self, views, number=number, watch=watch, stop=15 if number + 1 == step else stop)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Step, "__call__", stopped)
+        with pytest.raises(Preempted, match=rf"stopped by SIGTERM after step {step} of \d+, and saved"):
+            train(recipe, out, data)
 
 
 def steps_of(path):

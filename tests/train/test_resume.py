@@ -19,7 +19,7 @@ from edgecl.storage.directories import RunDir
 from edgecl.storage.lock import NAME as LOCK
 from edgecl.storage.lock import hold
 
-from .conftest import assert_same_run, steps_of, train
+from .conftest import assert_same_run, steps_of, train, train_until
 
 KILLS = 7
 
@@ -274,31 +274,11 @@ def test_two_runs_cannot_write_to_one_directory(earlier, make_recipe, labelled_p
 
 
 @pytest.mark.parametrize("setting", ["run.checkpoint_steps=3", "run.accumulate=2", "slim.slow_start=0.5"])
-def test_a_stop_within_an_epoch_leaves_no_trace(
-    tmp_path, make_recipe, labelled_pictures, setting, monkeypatch
-):
-    from edgecl.errors import Preempted
-    from edgecl.train import preemption
-
+def test_a_stop_within_an_epoch_leaves_no_trace(tmp_path, make_recipe, labelled_pictures, setting):
     recipe = make_recipe(setting, "run.epochs=3")
     train(recipe, tmp_path / "whole", labelled_pictures)
 
-    class AfterSevenLooks(preemption.StopRequest):
-        looks = 0
-
-        @property
-        def asked(self):
-            AfterSevenLooks.looks += 1
-            return signal.SIGTERM if AfterSevenLooks.looks == 7 else 0
-
-        @asked.setter
-        def asked(self, value):
-            pass
-
-    with monkeypatch.context() as patch:
-        patch.setattr("edgecl.train.pretrain.StopRequest", AfterSevenLooks)
-        with pytest.raises(Preempted, match="stopped by SIGTERM after step 7 of 15, and saved"):
-            train(recipe, tmp_path / "stopped", labelled_pictures)
+    train_until(7, recipe, tmp_path / "stopped", labelled_pictures)
     assert read_newest(RunDir(tmp_path / "stopped")).step == 7
     train(recipe, tmp_path / "stopped", labelled_pictures, resume=True)
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
