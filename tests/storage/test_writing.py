@@ -13,20 +13,17 @@ from pathlib import Path
 
 import pytest
 from disks import flip, largest_file
+from sealed import header
 
 from edgecl.errors import ArtifactError
 from edgecl.storage.directories import Bundle, ModelDir, PipelineDir, ReportDir, RunDir
 from edgecl.storage.outputs import new_directory, refuse_existing
 from edgecl.storage.record_files import kind_of
-from edgecl.storage.records import MADE_BY, SCHEMA, command_line
+from edgecl.storage.records import command_line
 from edgecl.storage.writing import write_bytes, write_json
 
 KINDS = (RunDir, ModelDir, Bundle, ReportDir, PipelineDir)
 REPOSITORY = Path(__file__).parents[2]
-
-
-def header(kind):
-    return {"schema": SCHEMA, "kind": kind, "made_by": MADE_BY, "made_from": None, "command": "edgecl"}
 
 
 def make(path, kind, **more):
