@@ -143,15 +143,9 @@ def test_writes_follow_one_another_off_the_training_thread(run_dir):
     assert not thread.is_alive()
 
 
-def test_training_goes_on_while_the_disk_takes_its_time(run_dir, slow_disk):
-    with Saver(run_dir, keep=2, keep_best=True) as saver:
-        save(saver, 1)
-        assert not has_checkpoint(run_dir)
-        slow_disk.set()
-    assert has_checkpoint(run_dir)
-
-
-def test_a_second_save_waits_for_the_first(run_dir, slow_disk):
+def test_training_goes_on_while_the_disk_takes_its_time_and_a_second_save_waits_for_the_first(
+    run_dir, slow_disk
+):
     steps = []
     with Saver(run_dir, keep=2, keep_best=False) as saver:
         save(saver, 1, on_written=lambda: steps.append(1))

@@ -178,16 +178,8 @@ def test_other_weights_are_refused_when_a_run_is_resumed(tmp_path, tables_from, 
 @pytest.mark.parametrize(
     ("host", "error", "words"),
     [
-        (
-            {"init": "nowhere.pth"},
-            ArtifactError,
-            "neither a file of weights nor a model directory at 'nowhere.pth'",
-        ),
-        (
-            {"arch": "mobilenetv3_small_075"},
-            RecipeError,
-            r"'[\w.]+' has the shape \([\d, ]+\), and is \([\d, ]+\)",
-        ),
+        ({"init": "nowhere.pth"}, ArtifactError, "neither a file of weights nor a model directory"),
+        ({"arch": "mobilenetv3_small_075"}, RecipeError, r"'[\w.]+' has the shape \([\d, ]+\), and is"),
         ({"nested_start": False}, RecipeError, "'host.nested_start' = true, or 'host.width' = 1"),
     ],
 )
