@@ -30,12 +30,7 @@ Device = Literal["auto", "cpu", "cuda"]
 
 
 class PipelineRun(NamedTuple):
-    """What a pipeline leaves.
-
-    Attributes:
-        record: in pipeline.json.
-        report: in report.json.
-    """
+    """What a pipeline leaves in pipeline.json and report.json."""
 
     record: PipelineRecord
     report: Report
@@ -59,17 +54,12 @@ def run(
     """Run every verb of a recipe, from images to a measured bundle and a report.
 
     Args:
-        recipe: what to train and how to evaluate it.
-        recipe_name: for the records.
         out: the directory to write; each stage has a folder in it, and with several slim widths each net.
         data: a data URI in place of the recipe's.
         test: a data URI of held-out labelled images; None takes the data set's own or holds out a fifth.
         targets: what to export for; each is verified and measured here.
         precisions: to export, in place of each target's, the preferred one first.
-        device: where to train.
         resume: keep the stages that are done and unchanged, and go on from there.
-        force: replace an earlier output.
-        download: let torchvision fetch a data set that is not on the disk.
         say: told what starts, one line each.
 
     Returns:

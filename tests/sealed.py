@@ -6,7 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from edgecl.onboard.bundle import digest_of_record
+from edgecl.storage.records import MADE_BY, SCHEMA
 from edgecl.storage.writing import write_json
+
+
+def header(kind: str) -> dict[str, Any]:
+    """Return what every record begins with."""
+    return {"schema": SCHEMA, "kind": kind, "made_by": MADE_BY, "made_from": None, "command": "edgecl"}
 
 
 def write_sealed(path: Path, record: dict[str, Any]) -> None:

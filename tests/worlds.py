@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,18 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def wait_until(
+    condition: Callable[[], object], *processes: subprocess.Popen[str], limit_s: float = 120
+) -> None:
+    """Wait for something that these processes bring about."""
+    until = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < until, "never happened"
+        for process in processes:
+            assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
 
 
 def launcher_environment(rank: int, world_size: int, port: int) -> dict[str, str]:

@@ -51,13 +51,13 @@ def ddp_command(
     from edgecl.cli.output import status_line
     from edgecl.distributed import processes
     from edgecl.errors import RecipeError
-    from edgecl.train.selftest import STATUS, chosen_variants, compare, is_launched, launch
+    from edgecl.train.selftest import STATUS, chosen_variants, compare, launch
 
     try:
         chosen_variants(variant or ())
     except RecipeError as exc:
         raise typer.BadParameter(f"{exc.problem}; {exc.hint}", param_hint="--variant") from exc
-    if not is_launched():
+    if not processes.is_launched():
         with status_line() as report:
             record = launch(count=count, device=device, report=report, names=variant or ())
     elif count not in (None, processes.world_size()):

@@ -105,11 +105,6 @@ def decode_plain(jpeg: PlainJpeg, side: int) -> Picture | None:
 def decode_on(device: torch.device, jpegs: Sequence[PlainJpeg], side: int) -> Tensor | None:
     """Decode plain JPEGs where they are wanted, on a GPU with nvJPEG, and resize them there.
 
-    Args:
-        device: where.
-        jpegs: N of them.
-        side: of the squares, pixels.
-
     Returns:
         (N, 3, side, side) uint8 on the device; None where the decoder refused one of them.
     """

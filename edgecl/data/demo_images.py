@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from edgecl.data.source import ImageSource, Labels, Split, sha256_of
+from edgecl.data.source import ImageSource, Split, sha256_of
 
 Field = NDArray[np.floating[Any]]
 # (x, y, shape) -> signed distance to the part's outline, negative inside.  The
@@ -153,7 +153,6 @@ def render(split: str, count: int, *, size: int = 32) -> tuple[NDArray[np.uint8]
 
     Args:
         split: one of SPLITS.
-        count: N.
         size: height and width, pixels.
 
     Returns:
@@ -168,10 +167,14 @@ def render(split: str, count: int, *, size: int = 32) -> tuple[NDArray[np.uint8]
     return images, labels
 
 
+# Once per process, however often they are opened.
+_drawn = cache(render)
+
+
 def open_demo(split: Split) -> ImageSource:
     """Open the demo's pictures."""
     count = TRAIN_IMAGES if split == "train" else TEST_IMAGES
-    pictures, labels = _drawn(split, count)
+    pictures, labels = _drawn(split, count, size=SIZE)
     return ImageSource(
         uri="demo",
         fingerprint=sha256_of(f"demo {split} {count} of {SIZE} px"),
@@ -179,11 +182,5 @@ def open_demo(split: Split) -> ImageSource:
         opener=lambda index: Image.fromarray(pictures[index]),
         namer=lambda index: f"demo {split} {index}",
         classes=tuple(CLASSES),
-        labels=labels.astype(np.int64),
+        labels=labels,
     )
-
-
-@cache
-def _drawn(split: Split, count: int) -> tuple[NDArray[np.uint8], Labels]:
-    """Draw the pictures once per process, however often they are opened."""
-    return render(split, count, size=SIZE)

@@ -73,7 +73,6 @@ def fetch(url: str, *, count: Callable[[int], None], stop: threading.Event) -> t
     Args:
         url: https, http, s3, gs or az.
         count: called with the bytes that arrived.
-        stop: ends the transfer.
 
     Raises:
         DataError: not there, refused, silent for too long, cut short, not a tar, or no room for it.
@@ -95,7 +94,7 @@ def fetch(url: str, *, count: Callable[[int], None], stop: threading.Event) -> t
         with _only_one(place, shown, stop):
             with suppress(DataError):
                 return place, indexed(place, shown=shown, cached_at=cached_at)
-            aside = _part(place, str(os.getpid()))
+            aside = place.with_name(f"{place.name}.{os.getpid()}.part")
             try:
                 _download(url, aside, shown=shown, count=count, stop=stop)
                 flush(aside)
@@ -260,7 +259,3 @@ def _failure(exc: BaseException) -> _Failed:
 
 def _stopped(shown: str) -> DataError:
     return DataError(f"fetching the shard '{basename(shown)}' was stopped", where={"url": shown})
-
-
-def _part(place: Path, who: str) -> Path:
-    return place.with_name(f"{place.name}.{who}.part")

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from edgecl.data.index import list_folder
-from edgecl.data.source import ImageSource, Labels, Split, expanded, read_plain_file
+from edgecl.data.source import ImageSource, Labels, expanded, read_plain_file
 from edgecl.errors import DataError
 from edgecl.onboard.pictures import EXTENSIONS
 
@@ -16,31 +16,18 @@ SUMMARIES = {"FOLDER": "JPEG, PNG, WebP and BMP files at any depth; sub-folders 
 _SPLIT_FOLDERS = {"train", "training", "test", "testing", "val", "valid", "validation"}
 
 
-def open_folder(uri: str, *, split: Split, index_dir: Path | None) -> ImageSource:
+def open_folder(uri: str, *, index_dir: Path | None) -> ImageSource:
     """Open a folder, links to folders included, dot files left out.
 
     When every image lies under at least one sub-folder, and there are two or more of these, the first path component
     below the root is the class.
 
-    Args:
-        uri: the folder.
-        split: 'test' is refused: held-out images have a folder of their own.
-        index_dir: where an index is kept, so that the next start need not read all of it.
-
     Raises:
-        DataError: no images, a test split, or folders named after splits.
+        DataError: no images, or folders named after splits.
+        OSError: a folder cannot be read.
     """
-    if split == "test":
-        raise DataError(
-            f"the folder '{uri}' has no test split", hint="name a second folder with the held-out images"
-        )
     root = expanded(uri)
-    try:
-        listing, memory = list_folder(root, index_dir=index_dir)
-    except OSError as exc:
-        raise DataError(
-            f"the folder '{uri}' cannot be read: {exc.strerror}", where={"place": exc.filename}
-        ) from exc
+    listing, memory = list_folder(root, index_dir=index_dir)
     names = listing.names
     if not names:
         raise DataError(f"no images in the folder '{uri}'", hint="looked for " + ", ".join(EXTENSIONS))

@@ -63,12 +63,9 @@ class Listing:
 
 
 class Memory:
-    """The files of a folder that could not be decoded, remembered in a small file until they change.
+    """The files of a folder that could not be decoded, remembered until they change.
 
-    Args:
-        file: JSON, relative name -> size, time of change and what was wrong.
-        root: the folder.
-        names: of all pictures, sorted.
+    The file is JSON: relative name -> size, time of change and what was wrong. `names` are those of all pictures, sorted.
     """
 
     def __init__(self, file: Path, root: Path, names: list[str]):
@@ -114,11 +111,7 @@ class Memory:
 
 
 def list_folder(root: Path, *, index_dir: Path | None) -> tuple[Listing, Memory | None]:
-    """Find every picture below a folder, links to folders included, dot files left out.
-
-    Args:
-        root: the folder.
-        index_dir: where its index is kept; None keeps none.
+    """Find every picture below a folder, links to folders included, dot files left out; no `index_dir` keeps no index.
 
     Raises:
         OSError: a folder cannot be read.

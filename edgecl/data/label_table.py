@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edgecl.data.source import ImageSource, Split, expanded, read_plain_file
+from edgecl.data.source import ImageSource, expanded, read_plain_file
 from edgecl.errors import DataError, counted
 from edgecl.storage.reading import read_bytes
 
@@ -21,23 +21,15 @@ BETWEEN = ";"
 _MOST_BYTES = 1 << 30
 
 
-def open_table(uri: str, *, split: Split) -> ImageSource:
-    """Open the pictures that a CSV file names; paths are relative to its folder.
+def open_table(uri: str) -> ImageSource:
+    """Open the pictures that csv:FILE names; paths are relative to its folder.
 
     Its header has `file`, and `label` for one class of each picture or `labels` for a set: classes parted by a semicolon,
     nothing for none. Other columns are left alone.
 
-    Args:
-        uri: csv:FILE.
-        split: 'test' is refused: held-out pictures have a table of their own.
-
     Raises:
         DataError: no such file, no such columns, no rows, a picture named twice, or no class at all.
     """
-    if split == "test":
-        raise DataError(
-            f"the table '{uri}' has no test split", hint="name a second table with the held-out images"
-        )
     file = expanded(uri.partition(":")[2])
     if not file.is_file():
         raise DataError(f"there is no table '{file}'")

@@ -151,7 +151,6 @@ class TrainingImages:
     otherwise each is replaced, when it is met, by the next readable one.
 
     Args:
-        source: where the pictures come from.
         decode_size: side of the squares to which pictures are decoded, pixels.
         cache_mib: memory for decoded pictures; 0 decodes for every batch.
         max_bad_fraction: of the pictures that may be unreadable.
@@ -274,11 +273,7 @@ class TrainingImages:
         return self._cached_batches(self._cache, parts) if self._cache else self._streamed_batches(parts)
 
     def in_order(self, rows: Indices, *, batch_size: int) -> Iterator[Batch]:
-        """Go through pictures of one's choice, in their order; the last batch may be smaller.
-
-        Args:
-            rows: which of len(self).
-            batch_size: pictures at once.
+        """Go through these rows of the pictures, in their order; the last batch may be smaller.
 
         Raises:
             DataError: on the way, too many are unreadable.
@@ -400,7 +395,6 @@ def load_eval_images(
     """Decode pictures as a net will be tested with them.
 
     Args:
-        source: where the pictures come from.
         resize_size: shorter side before the center crop, pixels.
         image_size: side of the crop, pixels.
         max_bad_fraction: of the pictures that may be unreadable.

@@ -23,8 +23,6 @@ def uniforms(
     """Return uniform numbers that depend on the seed, the epoch and the image alone.
 
     Args:
-        seed: of the run, >= 0.
-        epoch: 0-based.
         indices: (N,) images, >= 0.
         stream: what the numbers are for; another name gives independent numbers.
         count: numbers per image.

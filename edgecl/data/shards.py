@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 
 from edgecl.data.fetching import cache_folder, cached_place, fetch
 from edgecl.data.randomness import permutation
-from edgecl.data.source import ImageSource, Labels, Split, UnreadableImage, expanded
+from edgecl.data.source import ImageSource, Labels, UnreadableImage, expanded
 from edgecl.data.tar_index import TarIndex, basename, indexed, stamp_of
 from edgecl.distributed.processes import is_main
-from edgecl.errors import DataError, counted, tell
+from edgecl.errors import DataError, counted, first_of, tell
 from edgecl.progress import Progress
 from edgecl.storage.redaction import without_secrets
 
@@ -34,7 +34,6 @@ SUMMARIES = {
 WINDOW_SHARDS = 8
 WINDOW_IMAGES = 8192
 _THREADS = 4
-_NAMED_MISSING = 5
 # Each is a file of its own to look for, open and index; the largest public sets have a quarter of this.
 _MOST_SHARDS = 1_000_000
 _DEEPEST_BRACES = 20
@@ -105,13 +104,8 @@ class _ShardImages:
         Reading stays within a few shards at a time, where a plain shuffle would ask every shard of a slow disk for
         every batch. Windows are of WINDOW_SHARDS shards, or of more until they hold WINDOW_IMAGES images.
 
-        Args:
-            seed: of the run.
-            epoch: 0-based.
-            chosen: (M,) images that take part.
-
         Returns:
-            (M,) positions in `chosen`, every one once: a function of the arguments alone.
+            (M,) positions in (M,) `chosen`, every one once: a function of the arguments alone.
         """
         shard_of = np.searchsorted(self.first, chosen, side="right") - 1
         shards = permutation(seed, epoch, len(self.shards), stream="shards")
@@ -135,7 +129,7 @@ def _windows(counts: Indices) -> Indices:
     return np.array(numbers, dtype=np.int64)
 
 
-def open_shards(uri: str, *, split: Split = "train") -> ImageSource:
+def open_shards(uri: str) -> ImageSource:
     """Open the images of WebDataset shards.
 
     Every shard is indexed once, and the index kept in the cache. Remote ones are fetched whole into the cache first.
@@ -144,17 +138,12 @@ def open_shards(uri: str, *, split: Split = "train") -> ImageSource:
     Args:
         uri: shards:PATTERN. The pattern is a folder, a path or URL with WebDataset's braces, or several of these with
             '::' between.
-        split: 'test' is refused: held-out shards have a pattern of their own.
 
     Raises:
         DataError: a package is missing, the pattern is wrong, a shard is missing, cannot be fetched, is no whole tar
             or has a member that climbs out, or there are no images.
     """
     shown = without_secrets(uri)
-    if split == "test":
-        raise DataError(
-            f"the shards '{shown}' have no test split", hint="name a second pattern with the held-out shards"
-        )
     urls = _expand(uri.partition(":")[2], shown)
     _refuse_missing(urls, shown)
     _refuse_twice(urls, shown)
@@ -321,14 +310,15 @@ def _refuse_missing(urls: Sequence[str], shown: str) -> None:
     missing = [url for url in local if not _local(url).exists()]
     if not missing:
         return
-    named = "\n".join(missing[:_NAMED_MISSING]).replace("\n", "\n" + " " * len("  missing: "))
-    if len(missing) > _NAMED_MISSING:
-        named += f" and {len(missing) - _NAMED_MISSING} more"
     raise DataError(
         f"{len(missing)} of {len(local)} shards are missing"
         if len(local) > 1
         else f"there is no shard '{missing[0]}'",
-        where={"data": shown, "missing": named, "there": f"{len(local) - len(missing)} of {len(local)}"},
+        where={
+            "data": shown,
+            "missing": first_of(missing),
+            "there": f"{len(local) - len(missing)} of {len(local)}",
+        },
         hint="compare the pattern's braces with what is there",
     )
 

@@ -103,25 +103,7 @@ class ImageSource:
         Raises:
             UnreadableImage: truncated, corrupt, empty, gone, or suspiciously large.
         """
-        return self._decode(index, at_least=None)[0]
-
-    def read_reduced(
-        self, index: int, at_least: int, *, content: bytes | None = None
-    ) -> tuple[Image.Image, int, int]:
-        """Decode one image like `read`, where the format allows it at a reduced scale.
-
-        Args:
-            index: which image.
-            at_least: pixels that both sides keep, if they had them.
-            content: its file, where `read_bytes` has read it already.
-
-        Returns:
-            The picture, and the true height and width it would have had in full.
-
-        Raises:
-            UnreadableImage: as in `read`.
-        """
-        return self._decode(index, at_least=at_least, content=content)
+        return self.read_reduced(index, at_least=None)[0]
 
     def read_bytes(self, index: int) -> bytes | None:
         """Read the file of one image; None where the images are no files.
@@ -141,9 +123,21 @@ class ImageSource:
             raise UnreadableImage("empty file", lasting=True)
         return content
 
-    def _decode(
-        self, index: int, *, at_least: int | None, content: bytes | None = None
+    def read_reduced(
+        self, index: int, at_least: int | None, *, content: bytes | None = None
     ) -> tuple[Image.Image, int, int]:
+        """Decode one image like `read`, where the format allows it at a reduced scale.
+
+        Args:
+            at_least: pixels that both sides keep, if they had them; None keeps all.
+            content: its file, where `read_bytes` has read it already.
+
+        Returns:
+            The picture, and the true height and width it would have had in full.
+
+        Raises:
+            UnreadableImage: as in `read`.
+        """
         content = content or self.read_bytes(index)
         # Decoders meet every kind of broken file with every kind of exception.
         try:

@@ -25,25 +25,30 @@ def open_source(
 
     Args:
         uri: a folder, `demo`, or SCHEME:PATH as `list_datasets` names them.
-        split: 'test' gives held-out images; folders and shards have none.
+        split: 'test' gives held-out images, where `has_test_split`.
         download: let torchvision fetch a set that is missing.
         index_dir: where the index of a folder is kept, so that the next start need not read all of it.
 
     Raises:
-        DataError: unknown, missing or empty; or a test split asked of a folder.
+        DataError: unknown, missing or empty; or a test split where there is none.
     """
+    if split == "test" and not has_test_split(uri):
+        raise DataError(
+            f"'{without_secrets(uri)}' has no test split",
+            hint="name a second data URI with the held-out images",
+        )
     scheme = _scheme(uri)
     try:
         if scheme == "demo":
             return demo_images.open_demo(split)
         if scheme == shards.SCHEME:
-            return shards.open_shards(uri, split=split)
+            return shards.open_shards(uri)
         if scheme == label_table.SCHEME:
-            return label_table.open_table(uri, split=split)
+            return label_table.open_table(uri)
         if scheme in torchvision_sets.SETS:
             return torchvision_sets.open_set(uri, split=split, download=download)
         if expanded(uri).is_dir():
-            return folder.open_folder(uri, split=split, index_dir=index_dir)
+            return folder.open_folder(uri, index_dir=index_dir)
         raise _unknown(uri)
     except OSError as exc:
         raise DataError(

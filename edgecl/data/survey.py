@@ -81,10 +81,6 @@ def survey(source: ImageSource, labelled: ImageSource | None = None) -> Survey:
 def copies(source: ImageSource, others: ImageSource) -> tuple[dict[int, int], int]:
     """Find which pictures of a folder lie in another one too, byte for byte.
 
-    Args:
-        source: the folder that is searched.
-        others: what is looked for.
-
     Returns:
         place in `others` -> place in `source` of each that was found; and how many of `source` were searched: all, but
         where too many have a size that one of the others has; 0 where one of the two is no folder.

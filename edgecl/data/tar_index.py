@@ -88,12 +88,7 @@ def stamp_of(status: os.stat_result) -> Stamp:
 
 
 def indexed(shard: Path, *, shown: str, cached_at: Path) -> TarIndex:
-    """Return a shard's index: the kept one if the shard is as it was then, else a new one, which is kept.
-
-    Args:
-        shard: a file on this machine.
-        shown: how to name it in errors.
-        cached_at: where the index is kept; where that cannot be written, it is made anew each time.
+    """Return a shard's index: the kept one if the shard is as it was then, else a new one, which is kept if it can be.
 
     Raises:
         DataError: as in `read_index`.
@@ -113,11 +108,7 @@ def read_index(shard: Path, *, shown: str) -> TarIndex:
 
     A sample is what shares a name up to the first dot of its last part, as WebDataset has it, wherever in the shard
     its members lie. Its image is the member with an image's suffix, its label the text of `.cls`. Folders, samples
-    without an image and names like `__this__` are passed over.
-
-    Args:
-        shard: a file on this machine.
-        shown: how to name it in errors.
+    without an image and names like `__this__` are passed over. Errors name the shard as `shown`.
 
     Raises:
         DataError: not there, no tar, compressed, cut short, damaged, or with a member that has no place in a shard:

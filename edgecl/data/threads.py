@@ -37,7 +37,6 @@ def read_ahead(
     Args:
         read: item -> result; any thread may call it.
         parts: items that are given together.
-        threads: how many, >= 1.
         ahead: parts read before they are asked for.
         wait_s: longest wait for one part.
         stalled: of the item that a thread is held by and for how long, seconds -> the error to raise.

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
 
 import numpy as np
 
-from edgecl.data.source import ImageSource, Labels, Split, expanded, read_plain_file, sha256_of
+from edgecl.data.source import ImageSource, Split, expanded, read_plain_file, sha256_of
 from edgecl.errors import DataError
 from edgecl.onboard.pictures import open_with_pillow
 
@@ -69,7 +68,9 @@ def open_set(uri: str, *, split: Split, download: bool) -> ImageSource:
             where={"place": root},
             hint="--download lets torchvision fetch it",
         ) from exc
-    labels = _torchvision_labels(dataset)
+    # Each set keeps its labels under another name; reading them through items would decode every image.
+    kept = next(getattr(dataset, name) for name in ("targets", "labels", "_labels") if hasattr(dataset, name))
+    labels = np.asarray(kept, dtype=np.int64)
     classes = getattr(dataset, "classes", None) or [str(label) for label in range(int(labels.max()) + 1)]
     return ImageSource(
         uri=uri,
@@ -80,11 +81,3 @@ def open_set(uri: str, *, split: Split, download: bool) -> ImageSource:
         classes=tuple(str(name) for name in classes),
         labels=labels,
     )
-
-
-def _torchvision_labels(dataset: Any) -> Labels:
-    # Each set keeps its labels under another name; reading them through items would decode every image.
-    for name in ("targets", "labels", "_labels"):
-        if hasattr(dataset, name):
-            return np.asarray(getattr(dataset, name), dtype=np.int64)
-    return np.array([dataset[index][1] for index in range(len(dataset))], dtype=np.int64)

@@ -23,7 +23,6 @@ class BadImages:
     """The unreadable images known so far; too many of them are an error.
 
     Args:
-        source: of the images.
         chosen: (N,) positions in the source that take part.
         max_bad_fraction: of these that may be unreadable.
         left_out: names of some that count as unreadable, whatever they are now.

@@ -79,10 +79,8 @@ def make_views(
 
     Args:
         batch: pictures, on the device where the views are wanted.
-        specs: of the views.
         mean: of each channel, in 0..1.
         std: of each channel, in 0..1.
-        seed: of the run.
         epoch: 0-based.
 
     Returns:
@@ -124,9 +122,6 @@ def draw_parameters(
     Args:
         indices: (N,) pictures.
         sizes: (N, 2) true height and width, pixels.
-        spec: probabilities and strengths.
-        name: of the view.
-        seed: of the run.
         epoch: 0-based.
     """
 
@@ -163,7 +158,6 @@ def render_view(
     Args:
         pictures: (N, 3, S, S) float32 in 0..1: whole pictures, squeezed to squares.
         sizes: (N, 2) true height and width, pixels.
-        parameters: of N samples.
         spec: the one that the parameters were drawn with.
 
     Returns:
@@ -195,11 +189,7 @@ def write_views_grid(
     """Write a PNG: pictures in their true proportions above, below them a row for each view.
 
     Args:
-        path: of the PNG.
-        batch: pictures.
-        views: (N, 3, H, W) float32 each, normalized; all are drawn at the side of the first.
-        mean: that the views were normalized with.
-        std: that the views were normalized with.
+        views: (N, 3, H, W) float32 each, normalized with mean and std; all are drawn at the side of the first.
         count: of pictures shown, the first of the batch.
 
     Raises:

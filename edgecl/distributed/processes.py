@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from edgecl.distributed.rendezvous import meet
-from edgecl.errors import DeviceError, ProcessError, RecipeError
+from edgecl.errors import DeviceError, ProcessError, RecipeError, first_line
 
 _T = TypeVar("_T")
 
@@ -79,6 +79,18 @@ def wait_s() -> float:
     return seconds
 
 
+def check_device(device: str) -> None:
+    """Check that there is a GPU where one is asked for.
+
+    Raises:
+        DeviceError: there is none.
+    """
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise DeviceError("no CUDA device is available", hint="use --device auto or --device cpu")
+
+
 def launch() -> str | None:
     """Return the name of this launch, drawn by chance, the same in all its processes and all its attempts; see `join`.
 
@@ -99,16 +111,13 @@ def join(device: str = "auto") -> None:
 
     One process that torchrun started meets nobody; it only asks torchrun's agent for the name of the launch.
 
-    Args:
-        device: 'auto', 'cpu' or 'cuda'.
-
     Raises:
         DeviceError: more processes than GPUs on this machine.
         ProcessError: the others did not come.
     """
     global _store, _attempt, _launch, _on_its_own
     if world_size() == 1:
-        if _launch is None and _is_launched() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        if _launch is None and is_launched() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             from torch.distributed.rendezvous import rendezvous
 
             # Best effort: without a name there is just no automatic resume.
@@ -147,7 +156,7 @@ def join(device: str = "auto") -> None:
     except (RuntimeError, ValueError, OSError) as exc:
         raise ProcessError(
             f"the {world_size()} processes of the run did not find each other: "
-            f"{(str(exc).splitlines() or [type(exc).__name__])[0]}",
+            f"{first_line(exc) or type(exc).__name__}",
             where={
                 "this process": f"{rank()} of {world_size()} on {os.uname().nodename}",
                 "meeting point": f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}",
@@ -229,7 +238,7 @@ def explain_lost_peers() -> Iterator[None]:
     try:
         yield
     except RuntimeError as exc:
-        first = (str(exc).splitlines() or [""])[0]
+        first = first_line(exc)
         if world_size() == 1 or not _LOST.search(first):
             raise
         if threading.current_thread() is threading.main_thread():
@@ -311,13 +320,14 @@ def _group() -> Any:
     return None
 
 
-def _is_launched() -> bool:
+def is_launched() -> bool:
+    """Return whether torchrun or the like started this process."""
     # All of these, or nobody launched us: a shell may well have a WORLD_SIZE of its own.
     return all(variable in os.environ for variable in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))
 
 
 def _from_launcher(name: str, otherwise: int) -> int:
-    return _from_environment(name, otherwise) if _is_launched() else otherwise
+    return _from_environment(name, otherwise) if is_launched() else otherwise
 
 
 def _from_environment(name: str, otherwise: int) -> int:

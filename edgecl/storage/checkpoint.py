@@ -51,9 +51,7 @@ METHODS_OWN = "method."
 class Checkpoint:
     """The state of a run after so many steps and whole epochs.
 
-    It holds the tensors of the training net and of the method, the
-    optimizer's state dict, what else a run goes on from as JSON knows it, the quality that the last look at the features
-    gave, and the hash of state.json, which holds those of the tensors and of its own content.
+    `model` are the tensors of the training net and of the method; `sha256` is that of state.json, which holds theirs.
     """
 
     step: int
@@ -85,8 +83,6 @@ def write_checkpoint(
     """Write a checkpoint aside, flush it, rename it into place, and drop those no longer wanted.
 
     Args:
-        run_dir: the run.
-        step: steps done.
         epoch: whole epochs done.
         model: the training net's tensors by name.
         optimizer: the optimizer's state dict.

@@ -14,13 +14,13 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from edgecl.errors import ArtifactError, tell
+from edgecl.storage.reading import read_json
 from edgecl.storage.records import command_line
 from edgecl.storage.writing import remove_leftovers
 
 NAME = ".lock"
 
 _NO_LOCKS_HERE = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
-_LONGEST = 1 << 16
 _MOST_TRIES = 20
 
 
@@ -95,8 +95,8 @@ def _take(lock: FileLock, file: Path) -> None:
 def _in_use(file: Path, what: str) -> ArtifactError:
     """Return the error for a directory that is held, with its holder if the file names one."""
     holder = {}
-    with contextlib.suppress(OSError, ValueError, RecursionError), file.open("rb") as opened:
-        found = json.loads(opened.read(_LONGEST))
+    with contextlib.suppress(OSError, ArtifactError):
+        found = read_json(file)
         if isinstance(found, dict) and {"pid", "host"} <= found.keys():
             holder = found
     by = f"process {holder['pid']} on {holder['host']}" if holder else "another process"

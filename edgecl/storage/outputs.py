@@ -13,7 +13,7 @@ from edgecl.errors import ArtifactError
 from edgecl.storage.directories import PipelineDir, ReportDir, RunDir
 from edgecl.storage.record_files import RECORD_FILES, kind_of, read_record
 from edgecl.storage.records import RunRecord
-from edgecl.storage.writing import disk_errors, flush_tree
+from edgecl.storage.writing import disk_errors, flush
 
 
 def refuse_existing(path: Path, *, force: bool, kind: str) -> None:
@@ -96,10 +96,10 @@ def new_directory(path: Path, *, kind: str, force: bool = False) -> Iterator[Pat
         with disk_errors(path):
             yield aside
             aside.chmod(0o755)
-            for file in aside.rglob("*"):
-                if file.is_file() and not file.stat().st_mode & 0o044:
-                    file.chmod(0o644)  # safetensors writes for its owner alone
-            flush_tree(aside)
+            for inside in [*aside.rglob("*"), aside]:
+                if inside.is_file() and not inside.stat().st_mode & 0o044:
+                    inside.chmod(0o644)  # safetensors writes for its owner alone
+                flush(inside)
             if path.exists():
                 old = _mkdtemp_beside(path, suffix=".old")
                 path.replace(old / path.name)

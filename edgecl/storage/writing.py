@@ -119,12 +119,6 @@ def clear_directory(directory: Path, *, keep: Collection[str]) -> None:
             _remove(path)
 
 
-def flush_tree(directory: Path) -> None:
-    """Flush every file of a directory, and the directory, to the disk."""
-    for path in [*directory.rglob("*"), directory]:
-        flush(path)
-
-
 def flush(path: Path) -> None:
     """Flush one file, or the names in one directory, to the disk."""
     handle = os.open(path, os.O_RDONLY)

@@ -16,11 +16,7 @@ _HINT = (
 
 
 class Guard:
-    """Counts steps left out since the last checkpoint, and remembers whether the run has gone back.
-
-    Args:
-        max_skipped: steps that may be left out between two checkpoints.
-    """
+    """Counts steps left out since the last checkpoint, and remembers whether the run has gone back."""
 
     def __init__(self, *, max_skipped: int):
         self._max_skipped = max_skipped
@@ -34,15 +30,7 @@ class Guard:
         return SMALLER_RATE if self.went_back else 1.0
 
     def must_go_back(self, step: int, *, terms: str, where: dict[str, object]) -> bool:
-        """Count a step that was left out.
-
-        Args:
-            step: which.
-            terms: the loss and its terms, for the error.
-            where: for the error.
-
-        Returns:
-            Whether the run must go back to its last checkpoint.
+        """Count a step that was left out; return whether the run must go back to its last checkpoint.
 
         Raises:
             NonFiniteError: it already went back once.

@@ -41,17 +41,9 @@ class Training:
     """One run in memory: what is trained, from what, and how far it is; `create_training` builds one from a recipe.
 
     Args:
-        step: takes one step.
-        images: what to learn from, on the accelerator's device where they fit.
-        quality: looks at the nets.
-        specs: of the views that the method wants.
-        data: batch size and the normalization of the images.
-        run: how long, and how often to look.
         known: what the method knows of each picture beside its views, (len(images), ...); None for nothing.
         fresh: builds the method anew, as it was before the first step.
         trained: whether the net starts from given weights: it is looked at as it is, and saved before the first step too.
-        accelerator: device, precision and processes.
-        run_dir: where the main process writes.
     """
 
     def __init__(
@@ -379,16 +371,7 @@ def create_training(
     accelerator: Accelerator,
     run_dir: RunDir,
 ) -> Training:
-    """Build what a recipe asks for.
-
-    Args:
-        recipe: what to train and how.
-        net: host and slim nets.
-        images: what to learn from, on the accelerator's device where they fit.
-        source: where they come from, for the quality watch.
-        accelerator: device, precision and processes.
-        run_dir: where the main process writes.
-    """
+    """Build what a recipe asks for; the quality watch reads images of its own from the source."""
     steps_per_epoch = images.steps_per_epoch(recipe.data.batch_size)
 
     def fresh() -> Method:

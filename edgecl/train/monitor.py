@@ -28,12 +28,7 @@ FALLING_RANK_ME = 3
 
 
 class MetricsFile:
-    """Append records to metrics.jsonl, one JSON object a line.
-
-    Args:
-        path: the file.
-        after_step: drop records of later steps, which a run being resumed will make again.
-    """
+    """Append records to metrics.jsonl, one JSON object a line; those after a step, which is made again, are dropped."""
 
     def __init__(self, path: Path, *, after_step: int = 0):
         self._path = path
@@ -99,10 +94,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 class CollapseAlarm:
     """Warn when the projections no longer differ or the features lose dimensions; stop when it lasts.
 
-    Args:
-        run: the run directory, for errors.
-        warn: told each warning, one line.
-
     Source: METHOD section 4, row 11.
     """
 
@@ -123,7 +114,9 @@ class CollapseAlarm:
         """
         if not math.isfinite(record["loss"]):
             return None
-        self._low = self._low + 1 if _looks_collapsed(record) else 0
+        # Of a method that does not correlate its views, the spread alone tells.
+        collapsed = record["std"] < COLLAPSE_SPREAD and record.get("diagonal", 0.0) < COLLAPSE_DIAGONAL
+        self._low = self._low + 1 if collapsed else 0
         if self._low == 0:
             return None
         seen = (
@@ -176,13 +169,6 @@ class CollapseAlarm:
         """Restore what a checkpoint kept."""
         self._low = int(state.get("low", 0))
         self._rank_me = [float(value) for value in state.get("rank_me", [])]
-
-
-def _looks_collapsed(record: Mapping[str, Any]) -> bool:
-    apart = record.get(
-        "diagonal", 0.0
-    )  # of a method that does not correlate its views, the spread alone tells
-    return bool(record["std"] < COLLAPSE_SPREAD and apart < COLLAPSE_DIAGONAL)
 
 
 def gradient_norms(net: SlimmableNet, watched: dict[str, Tensor], *, scale: float) -> dict[str, float | None]:

@@ -16,8 +16,6 @@ def create_optimizer(net: nn.Module, settings: Optim, *, batch_size: int) -> tor
     """Build the optimizer; biases and norms get neither weight decay nor, under LARS, a trust ratio.
 
     Args:
-        net: what is trained.
-        settings: the recipe's [optim] table.
         batch_size: images per step over all processes, for the linear scaling of the rate.
     """
     learned = [parameter for parameter in net.parameters() if parameter.requires_grad]

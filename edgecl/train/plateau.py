@@ -44,9 +44,6 @@ class PlateauAlarm:
 
     Neither sign is enough alone: projections may pass through one dimension, good features may have a low RankMe, and
     those of a run that starts well are for a while no better than random ones.
-
-    Args:
-        warn: told each warning, one line.
     """
 
     def __init__(self, *, warn: Callable[[str], None]):

@@ -53,10 +53,8 @@ from edgecl.train.resume import (
     check_recipe,
     check_rests_on,
     check_source,
-    left_out_before,
     newest_checkpoint,
     other_surroundings,
-    was_launched_as,
 )
 from edgecl.train.run_file import RunFile, State, describe_run, what_it_rests_on
 
@@ -102,8 +100,7 @@ def pretrain(
         raise RecipeError(
             f"the recipe '{recipe_name}' names no images", hint="say which with --data URI, e.g. a folder"
         )
-    if device == "cuda" and not torch.cuda.is_available():
-        raise DeviceError("no CUDA device is available", hint="use --device auto or --device cpu")
+    processes.check_device(device)
     processes.join(device)
     with processes.explain_lost_peers(), contextlib.ExitStack() as stack:
         _check_shares(recipe)
@@ -112,7 +109,11 @@ def pretrain(
         changes: list[str] = []
         if main:
             # A launcher that starts failed processes again cannot add --resume.
-            resume = resume or (processes.started_again() and was_launched_as(run_dir, processes.launch()))
+            resume = resume or (
+                processes.started_again()
+                and run_dir.record_file.exists()
+                and run_dir.read().launch == processes.launch()
+            )
             if _only_traces(out):
                 resume = False
                 _refuse_inside(run_dir, uri)
@@ -187,7 +188,7 @@ def _build(
             hint="sort the images into one folder per class, or choose another method: `edgecl ls methods`",
         )
     changes = check_source(run_dir, source, allowed=allow) if going_on else []
-    left_out = left_out_before(run_dir) if going_on and not changes else []
+    left_out = run_dir.read().data.skipped if going_on and not changes else []
     data = recipe.data
     images = TrainingImages(
         source,

@@ -26,14 +26,7 @@ NORM_IMAGES = 512
 
 
 class QualityWatch:
-    """Measures the nets as they would be carved: evaluation mode, backbone only.
-
-    Args:
-        source: the run's images.
-        images: how many of them may be used.
-        data: their size and normalization.
-        host: architecture of the nets.
-        accelerator: each process runs its share of the images.
+    """Measures the nets as they would be carved: evaluation mode, backbone only; each process runs its share of the images.
 
     Raises:
         DataError: none of the images can be read.
@@ -63,7 +56,6 @@ class QualityWatch:
         """Return RankMe and, where there are labels, kNN accuracy of host and slim nets; every process must call.
 
         Args:
-            net: host and slim nets.
             untrained: before the first step, when running statistics say nothing: estimate the norms, as for the
                 random net that a carved one is compared with. (Without, features of the demo's random net, hardly
                 changed pixels, reach kNN 62 %; with, 26 %.)

@@ -43,10 +43,6 @@ _WITH_OTHERS = (
 def check_allowed(keys: Sequence[str], recipe: Recipe) -> None:
     """Check that the settings a user lets change are those that may.
 
-    Args:
-        keys: of settings.
-        recipe: that has them.
-
     Raises:
         RecipeError: one of them decides what a step computes.
     """
@@ -61,12 +57,7 @@ def check_allowed(keys: Sequence[str], recipe: Recipe) -> None:
 
 
 def check_recipe(run_dir: RunDir, recipe: Recipe, *, allowed: Sequence[str]) -> list[str]:
-    """Compare the recipe with the one the run was started with.
-
-    Args:
-        run_dir: of the earlier run.
-        recipe: to go on with.
-        allowed: settings that may differ, e.g. "run.epochs".
+    """Compare the recipe with the one the run was started with; settings such as "run.epochs" may be allowed to differ.
 
     Returns:
         What changed, one "key was …, now …" each.
@@ -94,11 +85,6 @@ def check_recipe(run_dir: RunDir, recipe: Recipe, *, allowed: Sequence[str]) -> 
             ),
         )
     return list(changes.values())
-
-
-def was_launched_as(run_dir: RunDir, launch: str | None) -> bool:
-    """Return whether a run was started by this launch of torchrun, and not by an earlier one."""
-    return launch is not None and run_dir.record_file.exists() and run_dir.read().launch == launch
 
 
 def check_source(run_dir: RunDir, source: ImageSource, *, allowed: Sequence[str]) -> list[str]:
@@ -140,11 +126,6 @@ def check_rests_on(run_dir: RunDir, rests_on: dict[str, str]) -> None:
             )
 
 
-def left_out_before(run_dir: RunDir) -> list[str]:
-    """Name the images that the run could not read so far."""
-    return run_dir.read().data.skipped
-
-
 def check_images(run_dir: RunDir, images: TrainingImages, *, allowed: Sequence[str]) -> list[str]:
     """Compare images in memory with those the run was started with: each one less moves all others in the order.
 
@@ -156,7 +137,7 @@ def check_images(run_dir: RunDir, images: TrainingImages, *, allowed: Sequence[s
     Raises:
         RecipeError: some cannot be read any more.
     """
-    known = set(left_out_before(run_dir))
+    known = set(run_dir.read().data.skipped)
     gone = [name for name in images.skipped if name not in known] if images.is_cached else []
     if not gone:
         return []

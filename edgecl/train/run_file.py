@@ -27,12 +27,7 @@ State = Literal["done", "stopped", "failed"]
 
 
 class RunFile:
-    """The record of a run, in its file; the main process writes it.
-
-    Args:
-        record: of the run as it begins or goes on.
-        training: the run.
-    """
+    """The record of a run as it begins or goes on, in its file; the main process writes it."""
 
     def __init__(self, record: RunRecord, training: Training):
         self._record = record
@@ -42,11 +37,7 @@ class RunFile:
         self._lock = threading.Lock()
 
     def keep(self, step: int) -> None:
-        """Write how far the run is, so that one that is killed keeps its step and its time; any thread may.
-
-        Args:
-            step: of the checkpoint that was written.
-        """
+        """Write which step was saved, so that a run that is killed keeps its step and its time; any thread may."""
         with self._lock:
             self._record.step = step
             self._write()
@@ -95,16 +86,7 @@ def describe_run(
     recipe_name: str,
     uri: str,
 ) -> RunRecord:
-    """Return the record of a run as it begins.
-
-    Args:
-        recipe: what is trained and how.
-        training: the run.
-        rests_on: as `what_it_rests_on` tells it.
-        start: the net of [host] init, where there is one.
-        recipe_name: short name of the recipe.
-        uri: of the images.
-    """
+    """Return the record of a run as it begins."""
     net, images, source = training.net, training.images, training.images.source
     accelerator = training.accelerator
     return RunRecord(

@@ -24,11 +24,6 @@ class Saver:
 
     A context manager: it is left only when the last checkpoint is on the disk. The memory that checkpoints are
     copied to is kept and used again, so that a run's memory does not grow from one to the next.
-
-    Args:
-        run_dir: the run.
-        keep: how many of the newest checkpoints stay.
-        keep_best: whether the one of the highest quality stays too.
     """
 
     def __init__(self, run_dir: RunDir, *, keep: int, keep_best: bool):

@@ -120,13 +120,10 @@ def run_variants(
     """Run one step with every variant, from the same weights and images wherever it runs.
 
     Args:
-        device: 'auto', 'cpu' or 'cuda'.
         world_size: processes that share the batch.
         rank: which share is taken.
         shares: for how many processes the batch is laid out. One process that takes it in parts takes as its first part
             the first parts of all shares.
-        report: told which variant is next.
-        variants: which.
 
     Returns:
         variant -> name -> tensor on the CPU: the loss, every parameter's gradient as the optimizer is given it with the
@@ -199,13 +196,7 @@ def _take(step: Step, views: Sequence[Tensor]) -> Results:
 
 
 def difference(found: Results, expected: Results, *, kind: str) -> float:
-    """Return the largest relative difference between the tensors of a kind; infinite where one is no number.
-
-    Args:
-        found: name -> tensor.
-        expected: of the same names.
-        kind: 'loss', 'gradients' or 'statistics', what the names begin with.
-    """
+    """Return the largest relative difference between the tensors of one of KINDS; infinite where one is no number."""
     names = [name for name in expected if name.startswith(f"{kind}/")]
     if not names or any(name not in found for name in names):
         return float("inf")  # a step whose loss is no number gives no gradients
@@ -236,14 +227,6 @@ def compare(*, device: str, report: Report, names: Sequence[str] = ()) -> Selfte
     Every process computes the whole for itself before it joins the others, and compares its own results
     with it; the decision is of the worst of all processes and is the same in all of them.
 
-    Args:
-        device: 'auto', 'cpu' or 'cuda'.
-        report: told how far it is.
-        names: of the variants; none for all.
-
-    Returns:
-        for every variant the largest relative differences, and the conditions.
-
     Raises:
         DeviceError: no GPU for this process.
         ProcessError: the other processes did not come, or are gone.
@@ -251,40 +234,37 @@ def compare(*, device: str, report: Report, names: Sequence[str] = ()) -> Selfte
     """
     variants = chosen_variants(names)
     world_size, rank = processes.world_size(), processes.rank()
-    if device == "cuda" and not torch.cuda.is_available():
-        raise _no_gpu()
+    processes.check_device(device)
     if device != "cpu" and torch.cuda.is_available():
         # Before joining, so that not all processes of a machine compute the whole on its first GPU.
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
-    with _alone():
-        expected = run_variants(
+
+    def run(who: str, count: int, number: int) -> dict[str, Results]:
+        return run_variants(
             device=device,
-            world_size=1,
-            rank=0,
+            world_size=count,
+            rank=number,
             shares=world_size,
-            report=lambda variant: report(f"one process: {variant}"),
+            report=lambda variant: report(f"{who}: {variant}"),
             variants=variants,
         )
+
+    with _alone():
+        expected = run("one process", 1, 0)
     processes.join(device)
     with processes.explain_lost_peers():
-        found = run_variants(
-            device=device,
-            world_size=world_size,
-            rank=rank,
-            shares=world_size,
-            report=lambda variant: report(f"{world_size} processes: {variant}"),
-            variants=variants,
-        )
+        found = run(f"{world_size} processes", world_size, rank)
         hosts = sorted(set(gather_object([os.uname().nodename])))
-        differences = _worst_of_all(
-            torch.tensor(
-                [
-                    [difference(found[variant.name], expected[variant.name], kind=kind) for kind in KINDS]
-                    for variant in variants
-                ],
-                dtype=torch.float64,
-            )
+        differences = torch.tensor(
+            [
+                [difference(found[variant.name], expected[variant.name], kind=kind) for kind in KINDS]
+                for variant in variants
+            ],
+            dtype=torch.float64,
         )
+        if world_size > 1:
+            # The group has gloo for the CPU beside whatever it has for GPUs.
+            torch.distributed.all_reduce(differences, op=torch.distributed.ReduceOp.MAX)
     on_gpu = device != "cpu" and torch.cuda.is_available()
     rows = [
         VariantDifferences(
@@ -308,13 +288,6 @@ def compare(*, device: str, report: Report, names: Sequence[str] = ()) -> Selfte
     )
 
 
-def _worst_of_all(differences: Tensor) -> Tensor:
-    if processes.world_size() > 1:
-        # The group has gloo for the CPU beside whatever it has for GPUs.
-        torch.distributed.all_reduce(differences, op=torch.distributed.ReduceOp.MAX)
-    return differences
-
-
 @contextlib.contextmanager
 def _alone() -> Iterator[None]:
     """Hide from torch and accelerate that a launcher started this process together with others."""
@@ -328,19 +301,12 @@ def _alone() -> Iterator[None]:
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def is_launched() -> bool:
-    """Return whether torchrun or the like started this process."""
-    return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))
-
-
 def launch(*, count: int | None, device: str, report: Report, names: Sequence[str] = ()) -> SelftestReport:
     """Start the processes on this machine, as torchrun does, and return their record.
 
     Args:
         count: how many; None means one for each GPU, and two on the CPU where there are fewer than two GPUs.
         device: 'auto' takes the GPUs when there is one for each process.
-        report: told how far it is.
-        names: of the variants; none for all.
 
     Raises:
         RecipeError: no such variant.
@@ -349,10 +315,9 @@ def launch(*, count: int | None, device: str, report: Report, names: Sequence[st
     """
     chosen_names = [variant.name for variant in chosen_variants(names)]
     processes.wait_s()  # refuses what the environment says, before anything is started
+    processes.check_device(device)
     gpus = torch.cuda.device_count() if device != "cpu" else 0
     count = count or (gpus if gpus > 1 or device == "cuda" else 2)
-    if device == "cuda" and not gpus:
-        raise _no_gpu()
     if device == "cuda" and gpus < count:
         raise DeviceError(
             f"{count} processes need as many GPUs, this machine has {gpus}",
@@ -409,7 +374,3 @@ def _error_among(lines: list[str], status: int) -> ProcessError:
         f"the processes ended with exit status {status} and no result",
         where={"they said": " | ".join(filter(None, lines[-8:])) or "nothing"},
     )
-
-
-def _no_gpu() -> DeviceError:
-    return DeviceError("no CUDA device is available", hint="use --device auto or --device cpu")

@@ -50,16 +50,8 @@ _Learnt = tuple[Tensor, Terms, Embeddings, Callable[[], tuple[bool, int]]]
 class Step:
     """The moving parts of training: method, optimizer and schedule; `create_step` builds one from a recipe.
 
-    Args:
-        method: on the accelerator's device.
-        passes: the method, wrapped for the accelerator's processes.
-        optimizer: wrapped, too.
-        schedule: of the optimizer's rate.
-        accelerator: device, precision and processes.
-        seed: of the run.
-        parts: how many parts of this process's share go through the net one after another.
-        clip_norm: norm above which gradients are scaled down.
-        memory_format: of the views.
+    `passes` and `optimizer` are wrapped for the accelerator's processes; so many `parts` of this process's share go
+    through the net one after another.
     """
 
     def __init__(
@@ -211,14 +203,7 @@ class Step:
 
 
 def create_step(recipe: Recipe, net: SlimmableNet, *, accelerator: Accelerator, steps_per_epoch: int) -> Step:
-    """Build what a recipe trains with.
-
-    Args:
-        recipe: what to train and how.
-        net: host and slim nets; moved to the accelerator's device and wrapped for its processes.
-        accelerator: device, precision and processes.
-        steps_per_epoch: of the run.
-    """
+    """Build what a recipe trains with; the net is moved to the accelerator's device and wrapped for its processes."""
     run, optim, device = recipe.run, recipe.optim, accelerator.device
     memory_format = torch.channels_last if run.channels_last else torch.contiguous_format
     net.to(memory_format=memory_format)
@@ -291,11 +276,8 @@ class _Statistics:
     """The running statistics of all batch norms, to be put back when a step is left out: its forward passes changed them."""
 
     def __init__(self, method: nn.Module):
-        self._method = method
         self._groups: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
-
-    def _collect(self) -> None:
-        for buffer in self._method.buffers():
+        for buffer in method.buffers():
             live, kept = self._groups.setdefault(buffer.dtype, ([], []))
             live.append(buffer)
             kept.append(torch.empty_like(buffer))
@@ -303,8 +285,6 @@ class _Statistics:
     @torch.no_grad()
     def remember(self) -> None:
         """Copy them aside."""
-        if not self._groups:
-            self._collect()
         for live, kept in self._groups.values():
             torch._foreach_copy_(kept, live)
 

@@ -51,10 +51,6 @@ def time_steps(recipe: Recipe, source: ImageSource) -> Timing:
 
     Pictures that the run would hold in memory are read before the clock starts, as there.
 
-    Args:
-        recipe: what would be trained.
-        source: the pictures.
-
     Raises:
         DataError: fewer pictures that can be read than a batch.
         EdgeclError: of another class, as `pretrain` lists them for a recipe that cannot be trained.

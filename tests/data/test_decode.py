@@ -48,14 +48,7 @@ def is_plain(source, side=32):
 
 @pytest.mark.parametrize(
     "options",
-    [
-        {},
-        {"progressive": True},
-        {"subsampling": 0},
-        {"subsampling": 2},
-        {"optimize": True},
-        {"keep_rgb": True},
-    ],
+    [{}, {"progressive": True}, {"subsampling": 0}, {"subsampling": 2}, {"keep_rgb": True}],
     ids=str,
 )
 def test_a_plain_jpeg_is_pillows_picture(tmp_path, options):

@@ -69,8 +69,6 @@ def test_what_is_no_table_is_a_named_error(table, text, words):
         open_source(table(text))
 
 
-def test_there_is_no_test_split_and_no_missing_table(table, tmp_path):
-    with pytest.raises(DataError, match="no test split"):
-        open_source(table("file,label\na.png,x"), split="test")
+def test_a_missing_table_is_a_named_error(tmp_path):
     with pytest.raises(DataError, match="no table"):
         open_source(f"csv:{tmp_path / 'none.csv'}")

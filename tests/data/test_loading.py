@@ -1,3 +1,4 @@
+import contextlib
 import os
 from pathlib import Path
 
@@ -37,11 +38,6 @@ def rows(batches):
 def spoil(root, *names):
     for name in names:
         (root / name).write_bytes(b"")
-
-
-def test_a_picture_of_the_canvas_size_keeps_its_pixels():
-    picture = noise(16, 16)
-    assert np.array_equal(squeeze(picture, 16).permute(1, 2, 0), np.asarray(picture))
 
 
 def test_the_whole_of_a_wide_picture_is_on_the_canvas():
@@ -162,17 +158,15 @@ def test_too_many_unreadable_images_are_an_error(write_images, cache_mib):
     root = write_images(20)
     spoil(root, "003.png")
     (root / "007.png").write_text("no image")
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(DataError, match="2 of 20 images cannot be read") as caught:
         list(
             training(root, cache_mib=cache_mib, workers=0, max_bad_fraction=0.05).batches(0, 0, batch_size=20)
         )
-    assert str(caught.value) == (
-        "2 of 20 images cannot be read: 10.0%, 5.0% are allowed\n"
-        f"  data:       {root}\n"
-        f"  unreadable: {root}/003.png (empty file)\n"
-        f"              {root}/007.png (not a JPEG, PNG, WebP or BMP file)\n"
-        "  hint:       repair or remove them, or raise [data] max_bad_fraction"
-    )
+    assert [line.strip() for line in caught.value.where["unreadable"].splitlines()] == [
+        f"{root}/003.png (empty file)",
+        f"{root}/007.png (not a JPEG, PNG, WebP or BMP file)",
+    ]
+    assert "[data] max_bad_fraction" in caught.value.hint
 
 
 def test_at_most_five_unreadable_images_are_listed(write_images):
@@ -193,14 +187,12 @@ def test_all_images_unreadable_is_an_error_even_if_all_are_allowed(write_images,
         list(training(root, cache_mib=cache_mib, max_bad_fraction=1.0).batches(0, 0, batch_size=3))
 
 
-def test_a_limit_is_even_over_the_classes():
-    labels = np.repeat([0, 1, 2], [50, 30, 20])
-    assert np.bincount(labels[choose_images(labels, 100, 10)]).tolist() == [4, 3, 3]
-
-
-def test_a_small_class_leaves_its_share_to_the_others():
-    labels = np.repeat([0, 1], [97, 3])
-    assert np.bincount(labels[choose_images(labels, 100, 20)]).tolist() == [17, 3]
+@pytest.mark.parametrize(
+    ("classes", "limit", "chosen"), [([50, 30, 20], 10, [4, 3, 3]), ([97, 3], 20, [17, 3])]
+)
+def test_a_limit_is_even_over_the_classes_as_far_as_they_go(classes, limit, chosen):
+    labels = np.repeat(range(len(classes)), classes)
+    assert np.bincount(labels[choose_images(labels, 100, limit)]).tolist() == chosen
 
 
 def test_a_limit_without_labels_chooses_over_the_whole_data():
@@ -225,11 +217,6 @@ def test_eval_images_skip_and_name_the_unreadable(write_images):
     assert len(loaded.images) == 9
 
 
-def test_eval_images_of_an_unlabelled_folder_have_no_labels(write_images):
-    source = open_source(str(write_images(3)))
-    assert load_eval_images(source, resize_size=8, image_size=8).labels is None
-
-
 def test_holdout_takes_the_fraction_of_every_class():
     labels = np.repeat([0, 1, 2], [100, 50, 10])
     stay, held = split_holdout(labels, 0.2, seed=0)
@@ -243,9 +230,8 @@ def test_holdout_leaves_at_least_one_of_each_class():
     assert len(held) == 2
 
 
-def test_holdout_depends_on_the_seed_alone():
+def test_another_seed_holds_out_others():
     labels = np.repeat([0, 1], 50)
-    assert np.array_equal(split_holdout(labels, 0.2, 1)[1], split_holdout(labels, 0.2, 1)[1])
     assert not np.array_equal(split_holdout(labels, 0.2, 1)[1], split_holdout(labels, 0.2, 2)[1])
 
 
@@ -304,14 +290,11 @@ def pipe_instead_of(monkeypatch):
         os.close(os.open(path, os.O_RDWR | os.O_NONBLOCK))
 
 
-def no_answer(root, path):
-    return (
-        "no pictures for 0.3 s: a file does not answer\n"
-        f"  data:        {root}\n"
-        f"  waiting for: {path} (0 s)\n"
-        "  hint:        see whether it can be copied; its disk or network share may hang, or it is no ordinary file. "
-        "Then run again, or raise [data] read_timeout_s if it is only slow"
-    )
+@contextlib.contextmanager
+def no_answer(path):
+    with pytest.raises(DataError, match="a file does not answer") as caught:
+        yield
+    assert caught.value.where == {"data": str(path.parent), "waiting for": f"{path} (0 s)"}
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -322,9 +305,8 @@ def test_a_file_that_does_not_answer_ends_the_run_with_its_name(
     root = write_images(10)
     data = training(root, cache_mib=0, workers=workers, read_timeout_s=0.3, decode=decode)
     pipe_instead_of(root / "007.png")
-    with pytest.raises(DataError) as caught:
+    with no_answer(root / "007.png"):
         list(data.batches(0, 0, batch_size=5))
-    assert str(caught.value) == no_answer(root, root / "007.png")
 
 
 def first_at(data, index, *, before):
@@ -341,19 +323,16 @@ def test_the_file_in_place_of_an_unreadable_one_is_the_one_that_is_named(write_i
     data = training(root, cache_mib=0, read_timeout_s=0.3, max_bad_fraction=0.5)
     spoil(root, "006.png")
     pipe_instead_of(root / "007.png")
-    with pytest.raises(DataError) as caught:
+    with no_answer(root / "007.png"):
         # Before the seventh picture itself is asked for, it is asked for in place of the sixth.
         list(data.batches(first_at(data, 6, before=7), 0, batch_size=1))
-    assert str(caught.value) == no_answer(root, root / "007.png")
 
 
 def test_a_file_that_does_not_answer_ends_reading_into_memory(write_images, pipe_instead_of):
     root = write_images(10)
     source = open_source(str(root))
     pipe_instead_of(root / "007.png")
-    with pytest.raises(DataError) as caught:
+    with no_answer(root / "007.png"):
         TrainingImages(source, decode_size=8, read_timeout_s=0.3)
-    assert str(caught.value) == no_answer(root, root / "007.png")
-    with pytest.raises(DataError) as caught:
+    with no_answer(root / "007.png"):
         load_eval_images(source, resize_size=8, image_size=8, read_timeout_s=0.3)
-    assert str(caught.value) == no_answer(root, root / "007.png")

@@ -13,11 +13,8 @@ from torchvision import datasets
 from edgecl.data.decode import read_picture
 from edgecl.data.demo_images import CLASSES, render
 from edgecl.data.source import UnreadableImage
-from edgecl.data.sources import list_datasets, open_source
+from edgecl.data.sources import has_test_split, list_datasets, open_source
 from edgecl.errors import DataError
-
-RED = np.zeros((4, 6, 3), dtype=np.uint8)
-RED[..., 0] = 255
 
 
 def read_one(path):
@@ -104,14 +101,12 @@ def bad_reason(tmp_path):
     return str(caught.value)
 
 
-def test_an_empty_file_is_unreadable(tmp_path):
-    (tmp_path / "x.jpg").touch()
-    assert bad_reason(tmp_path) == "empty file"
-
-
-def test_text_in_an_image_file_is_unreadable(tmp_path):
-    (tmp_path / "x.jpg").write_text("not found")
-    assert bad_reason(tmp_path) == "not a JPEG, PNG, WebP or BMP file"
+@pytest.mark.parametrize(
+    ("text", "reason"), [("", "empty file"), ("not found", "not a JPEG, PNG, WebP or BMP file")]
+)
+def test_what_is_no_picture_is_unreadable(tmp_path, text, reason):
+    (tmp_path / "x.jpg").write_text(text)
+    assert bad_reason(tmp_path) == reason
 
 
 @pytest.mark.parametrize("name", ["x.jpg", "x.png", "x.bmp", "x.webp"])
@@ -122,27 +117,17 @@ def test_a_truncated_file_is_unreadable(tmp_path, name):
     assert bad_reason(tmp_path)
 
 
-def test_class_folders_give_labels(write_images):
-    source = open_source(str(write_images(6, classes=("dog", "cat"))))
+@pytest.mark.parametrize("folders", [("dog", "cat"), ("dog/small", "cat/big/old")])
+def test_the_first_component_of_class_folders_gives_labels(write_images, folders):
+    source = open_source(str(write_images(6, classes=folders)))
     assert source.classes == ("cat", "dog")
     assert source.labels.tolist() == [0, 0, 0, 1, 1, 1]
 
 
-def test_class_is_the_first_component_however_deep(write_images):
-    root = write_images(2, classes=("dog/small", "cat/big/old"))
-    assert open_source(str(root)).classes == ("cat", "dog")
-
-
-def test_an_image_outside_all_folders_means_no_labels(write_images):
-    root = write_images(4, classes=("dog", "cat"))
-    Image.fromarray(RED).save(root / "stray.png")
-    source = open_source(str(root))
-    assert source.labels is None
-    assert source.classes is None
-
-
-def test_a_single_sub_folder_means_no_labels(write_images):
-    assert open_source(str(write_images(4, classes=("images",)))).labels is None
+@pytest.mark.parametrize("folders", [("images",), ("dog", "cat", ".")])
+def test_a_single_sub_folder_or_an_image_outside_all_means_no_labels(write_images, folders):
+    source = open_source(str(write_images(6, classes=folders)))
+    assert (source.classes, source.labels) == (None, None)
 
 
 def test_a_folder_of_splits_is_an_error(write_images):
@@ -186,49 +171,34 @@ def test_fingerprint_is_of_names_and_sizes_wherever_they_lie(write_images):
     assert len(set(seen)) == 3
 
 
-def test_an_empty_folder_is_an_error(tmp_path):
+@pytest.mark.parametrize(
+    ("uri", "problem", "hint"),
+    [
+        ("empty", "no images in the folder 'empty'", "looked for .jpg"),
+        ("no/such/folder", "no folder 'no/such/folder'", "demo, FOLDER, cifar10:PATH"),
+        ("x.png", "'x.png' is a file, not a folder", "pass the folder"),
+        ("cifar-10:/data", "unknown kind of data 'cifar-10'", "did you mean 'cifar10' or 'cifar100'?"),
+        ("https://me:secret@host/x.tar?Sig=hidden", "is a URL", "write shards:https://host/x.tar"),
+        ("stl10", "'stl10' needs a place on disk", "write stl10:PATH"),
+    ],
+)
+def test_a_uri_that_names_no_images_says_why_and_keeps_its_secrets(tmp_path, monkeypatch, uri, problem, hint):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "x.png").touch()
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError) as caught:
-        open_source(str(tmp_path))
-    assert caught.value.problem == f"no images in the folder '{tmp_path}'"
-
-
-def test_a_missing_folder_names_the_forms_of_a_uri():
-    with pytest.raises(DataError) as caught:
-        open_source("no/such/folder")
-    assert caught.value.problem == "no folder 'no/such/folder'"
-    assert "demo, FOLDER, cifar10:PATH" in caught.value.hint
-
-
-def test_a_file_instead_of_a_folder_is_an_error(tmp_path):
-    path = save(tmp_path, Image.fromarray(RED), "x.png")
-    with pytest.raises(DataError, match="is a file, not a folder of images"):
-        open_source(str(path))
-
-
-def test_an_unknown_scheme_suggests_a_near_one():
-    with pytest.raises(DataError) as caught:
-        open_source("cifar-10:/data")
-    assert "unknown kind of data 'cifar-10'" in caught.value.problem
-    assert caught.value.hint == "did you mean 'cifar10' or 'cifar100'?"
-
-
-def test_a_url_without_the_scheme_is_told_the_scheme_and_keeps_its_secrets():
-    with pytest.raises(DataError) as caught:
-        open_source("https://me:secret@host/x.tar?Signature=hidden")
-    assert "is a URL, and folders of images are read from disks" in caught.value.problem
-    assert caught.value.hint.startswith("for tar shards behind it write shards:https://")
+        open_source(uri)
+    assert problem in caught.value.problem
+    assert hint in caught.value.hint
     assert "secret" not in str(caught.value)
     assert "hidden" not in str(caught.value)
 
 
-def test_a_scheme_without_a_path_is_an_error():
-    with pytest.raises(DataError, match="'stl10' needs a place on disk"):
-        open_source("stl10")
-
-
-def test_a_folder_has_no_test_split(write_images):
+@pytest.mark.parametrize("uri", [".", "shards:x.tar", "csv:x.csv"])
+def test_what_has_no_test_split_says_so(uri):
+    assert not has_test_split(uri)
     with pytest.raises(DataError, match="has no test split"):
-        open_source(str(write_images(2)), split="test")
+        open_source(uri, split="test")
 
 
 @pytest.mark.parametrize("scheme", ["cifar10", "cifar100", "fashion-mnist", "flowers102", "stl10"])

@@ -1,5 +1,6 @@
 """What is in one shard: which members are images and labels, the index that is kept, and what is wrong with a shard."""
 
+import gzip
 import os
 import tarfile
 
@@ -103,7 +104,6 @@ def test_a_shard_cut_between_members_lacks_its_end_mark(write_shards, more):
     error = exc(f"shards:{path}")
     # The fourth sample's other members come before its picture, so three are whole.
     assert "after 3 whole samples the tar's end mark is missing" in error.problem
-    assert error.hint == "copy or fetch it again; whoever wrote it must close the writer"
 
 
 def test_a_shard_damaged_in_its_middle_is_found(write_shards):
@@ -153,17 +153,14 @@ def test_joined_tar_files_are_not_read_halfway(write_shards, tmp_path):
     assert "'::'" in error.hint
 
 
-def test_a_compressed_shard_is_refused(tmp_path):
-    with tarfile.open(tmp_path / "x.tar.gz", "w:gz") as archive:
-        archive.addfile(tarfile.TarInfo("a.png"))
-    error = exc(f"shards:{tmp_path}/x.tar.gz")
-    assert "is compressed" in error.problem
-    assert error.hint == "unpack it to a plain .tar; JPEG files do not shrink any further"
-
-
 @pytest.mark.parametrize(
     ("content", "word"),
-    [(b"", "is empty"), (b"<html>404</html>" * 100, "not a tar"), (bytes(10240), "no images")],
+    [
+        (b"", "is empty"),
+        (gzip.compress(bytes(10240), mtime=0), "is compressed"),
+        (b"<html>404</html>" * 100, "not a tar"),
+        (bytes(10240), "no images"),
+    ],
 )
 def test_what_is_no_shard_is_named(tmp_path, content, word):
     (tmp_path / "x.tar").write_bytes(content)
@@ -199,7 +196,6 @@ def link(name, target, kind):
     ("member", "problem"),
     [
         ("../../etc/cron.d/a.png", "has a path that climbs out of the shard: '../../etc/cron.d/a.png'"),
-        ("a/../../b.png", "has a path that climbs out of the shard: 'a/../../b.png'"),
         ("/etc/a.png", "has a path that climbs out of the shard: '/etc/a.png'"),
         ("../\x1b[2J.txt", "has a path that climbs out of the shard: '../\\x1b[2J.txt'"),
         (link("a.png", "/etc/passwd", tarfile.SYMTYPE), "is a symbolic link: 'a.png'"),
@@ -224,13 +220,10 @@ def test_the_same_member_twice_is_refused(tmp_path):
     path = write_tar(
         tmp_path / "x.tar", [("a.png", picture(0)), ("b.png", picture(1)), ("a.png", picture(2))]
     )
-    error = exc(f"shards:{path}")
-    assert error.problem == "the shard 'x.tar' holds 'a.png' twice"
-    assert error.hint == "write the shard again, with a key of its own for every sample"
+    assert exc(f"shards:{path}").problem == "the shard 'x.tar' holds 'a.png' twice"
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe", b"a\0b", b"long" * 500])
 def test_a_label_that_is_no_short_text_is_refused(tmp_path, content):
     path = write_tar(tmp_path / "x.tar", [("a.png", picture(0)), ("a.cls", content)])
-    error = exc(f"shards:{path}")
-    assert "'a.cls', which is no short text" in error.problem
+    assert "'a.cls', which is no short text" in exc(f"shards:{path}").problem

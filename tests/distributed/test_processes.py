@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from torch.distributed import HashStore, TCPStore
+from torch.distributed import TCPStore
 from worlds import free_port, launcher_environment
 
 from edgecl.distributed import processes, rendezvous
@@ -15,12 +15,9 @@ from edgecl.errors import DeviceError, ProcessError
 LIMIT_S = 20.0
 
 
-@pytest.fixture(params=["hash", "tcp"])
-def open_store(request):
+@pytest.fixture
+def open_store():
     """Give a function that returns the launcher's store as one more process sees it."""
-    if request.param == "hash":
-        store = HashStore()
-        return lambda: store
     server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     # The server lives as long as its first handle.
     return lambda server=server: TCPStore("127.0.0.1", server.port, is_master=False)

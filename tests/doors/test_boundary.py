@@ -22,17 +22,6 @@ LONG = "x" * 300
 NOBODY = 65534
 
 
-@pytest.fixture
-def command(edgecl):
-    """Run the command line in this process; return its exit code and stderr."""
-
-    def run(*words):
-        code, _, said = edgecl(*words)
-        return code, said
-
-    return run
-
-
 @pytest.mark.parametrize(
     "words",
     [
@@ -46,14 +35,14 @@ def command(edgecl):
     ],
     ids=lambda words: words[0],
 )
-def test_a_name_that_is_too_long_is_named(command, words):
-    code, said = command(*words)
+def test_a_name_that_is_too_long_is_named(edgecl, words):
+    code, _, said = edgecl(*words)
     assert code == 1
     assert "file name too long" in said.lower()
     assert LONG[:100] in said
 
 
-def test_a_file_that_cannot_be_read_for_a_fault_of_the_disk_is_named(command, monkeypatch, tmp_path):
+def test_a_file_that_cannot_be_read_for_a_fault_of_the_disk_is_named(edgecl, monkeypatch, tmp_path):
     file = tmp_path / "r.toml"
     file.write_text("[host]\n", encoding="utf-8")
 
@@ -71,17 +60,17 @@ def test_a_file_that_cannot_be_read_for_a_fault_of_the_disk_is_named(command, mo
     monkeypatch.setattr(
         Path, "open", lambda self, *a, **k: Failing() if self == file else opened(self, *a, **k)
     )
-    code, said = command("cost", file)
+    code, _, said = edgecl("cost", file)
     assert code == 1
     assert "input/output error" in said.lower()
     assert str(file) in said
 
 
 @pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="Linux only")
-def test_a_recipe_that_the_kernel_does_not_let_be_read_is_named(command, tmp_path):
+def test_a_recipe_that_the_kernel_does_not_let_be_read_is_named(edgecl, tmp_path):
     link = tmp_path / "mem.toml"
     link.symlink_to("/proc/self/mem")
-    code, said = command("cost", link)
+    code, _, said = edgecl("cost", link)
     assert code == 1
     assert str(link) in said
 
@@ -92,24 +81,24 @@ def test_debug_shows_the_stack_of_an_error_of_the_system(monkeypatch):
         main()
 
 
-def test_memory_that_runs_out_is_named(command, monkeypatch):
+def test_memory_that_runs_out_is_named(edgecl, monkeypatch):
     def greedy(*words, **options):
         raise MemoryError
 
     monkeypatch.setattr("edgecl.cli.commands.app", greedy)
     monkeypatch.setattr("edgecl.cli.commands.given.debug", False)
-    code, said = command("ls")
+    code, _, said = edgecl("ls")
     assert (code, said.splitlines()[0]) == (1, "edgecl: not enough memory")
 
 
-def test_an_error_of_our_own_is_not_hidden(command, monkeypatch):
+def test_an_error_of_our_own_is_not_hidden(edgecl, monkeypatch):
     def faulty(*words, **options):
         raise TypeError("a bug")
 
     monkeypatch.setattr("edgecl.cli.commands.app", faulty)
     monkeypatch.setattr("edgecl.cli.commands.given.debug", False)
     with pytest.raises(TypeError, match="a bug"):
-        command("ls")
+        edgecl("ls")
 
 
 def in_a_process(code, *words, before=(), **options):

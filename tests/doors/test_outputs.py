@@ -9,13 +9,9 @@ import sys
 
 import pytest
 
-from edgecl.cli import main
-from edgecl.errors import ArtifactError
-from edgecl.evaluate.finetune import finetune
 from edgecl.storage.lock import hold
 from edgecl.storage.outputs import new_directory
 from edgecl.storage.writing import remove_leftovers, write_bytes
-from edgecl.train.carve import carve
 
 
 def contents(folder):
@@ -29,31 +25,22 @@ def ways_to(folder, tmp_path):
     return [folder, link, folder / "." / ".." / folder.name, folder / "inside", folder.parent]
 
 
-def test_finetune_never_replaces_or_changes_its_own_input(tmp_path, carved_model, image_folder):
-    before = contents(carved_model)
-    for out in ways_to(carved_model, tmp_path):
-        with pytest.raises(ArtifactError, match="that it is made from"):
-            finetune(carved_model, data=str(image_folder), out=out, force=True)
-    assert contents(carved_model) == before
-
-
-def test_carve_never_replaces_or_changes_its_own_input(tmp_path, trained_run):
-    before = contents(trained_run)
-    for out in ways_to(trained_run, tmp_path):
-        with pytest.raises(ArtifactError, match="that it is made from"):
-            carve(trained_run, out=out, force=True)
-    assert contents(trained_run) == before
-
-
-def test_export_never_replaces_or_changes_its_own_input(tmp_path, carved_model, monkeypatch, capsys):
-    before = contents(carved_model)
-    for out in ways_to(carved_model, tmp_path):
-        words = ["edgecl", "export", str(carved_model), "--target", "ort-cpu", "--out", str(out), "--force"]
-        monkeypatch.setattr(sys, "argv", words)
-        with pytest.raises(SystemExit):
-            main()
-        assert "that it is made from" in capsys.readouterr().err
-    assert contents(carved_model) == before
+@pytest.mark.parametrize(
+    ("verb", "made_from", "options"),
+    [
+        ("finetune", "carved_model", ["--data", "demo"]),
+        ("carve", "trained_run", []),
+        ("export", "carved_model", ["--target", "ort-cpu"]),
+    ],
+)
+def test_no_verb_replaces_or_changes_its_own_input(tmp_path, request, edgecl, verb, made_from, options):
+    folder = request.getfixturevalue(made_from)
+    before = contents(folder)
+    for out in ways_to(folder, tmp_path):
+        code, _, said = edgecl(verb, folder, "--out", out, "--force", *options)
+        assert code == 1
+        assert "that it is made from" in said
+    assert contents(folder) == before
 
 
 WRITER = """

@@ -10,7 +10,6 @@ import pytest
 from reports.conftest import Maker, report
 from sealed import write_sealed
 
-from edgecl.cli import main
 from edgecl.cli.output import print_line, print_rows
 from edgecl.config.recipe import read_recipe
 from edgecl.errors import LONGEST, EdgeclError, printable, tell
@@ -37,6 +36,7 @@ def test_every_character_that_steers_a_terminal_is_escaped_and_no_other_changed(
         if unsafe(sign) or code in (0xFFFE, 0xFFFF):
             assert shown.isascii(), hex(code)
             assert shown.isprintable(), hex(code)
+            assert shown.encode().decode("unicode_escape") == sign
         else:
             assert shown == sign, hex(code)
 
@@ -62,14 +62,11 @@ def test_lines_and_tables_of_the_command_line_are_safe(capsys):
     assert "\\u202e" in said.out
 
 
-def test_a_hostile_key_of_a_recipe_is_named_without_its_escapes(tmp_path, monkeypatch, capsys):
+def test_a_hostile_key_of_a_recipe_is_named_without_its_escapes(tmp_path, edgecl):
     file = tmp_path / "esc.toml"
     file.write_text('[host]\n"\\u001b[2J\\u001b]0;x\\u0007\\u202e" = 1\narch = "a"\n', encoding="utf-8")
-    monkeypatch.setattr(sys, "argv", ["edgecl", "cost", str(file)])
-    with pytest.raises(SystemExit) as end:
-        main()
-    said = capsys.readouterr().err
-    assert end.value.code == 1
+    code, _, said = edgecl("cost", file)
+    assert code == 1
     assert "unknown key 'host.\\x1b[2J" in said
     assert not unsafe(said)
 
@@ -82,7 +79,7 @@ def test_twenty_thousand_unknown_keys_make_a_short_error(tmp_path):
     assert len(str(caught.value)) < 2 * LONGEST
 
 
-def test_no_name_in_a_record_reaches_the_report_raw(tmp_path, monkeypatch, capsys):
+def test_no_name_in_a_record_reaches_the_report_raw(tmp_path, edgecl):
     model = Maker().model(tmp_path / "net")
     for file in model.glob("*.json"):
         record = json.loads(file.read_text(encoding="utf-8"))
@@ -96,12 +93,9 @@ def test_no_name_in_a_record_reaches_the_report_raw(tmp_path, monkeypatch, capsy
             write_sealed(file, changed)
         else:
             file.write_text(json.dumps(changed), encoding="utf-8")
-    monkeypatch.setattr(sys, "argv", ["edgecl", "report", str(model), "--out", str(tmp_path / "r")])
-    with pytest.raises(SystemExit) as end:
-        main()
-    assert not end.value.code
-    said = capsys.readouterr()
-    assert unsafe(said.out) == unsafe(said.err) == set()
+    code, out, err = edgecl("report", model, "--out", tmp_path / "r")
+    assert code == 0
+    assert unsafe(out) == unsafe(err) == set()
     for name in ("report.html", "report.md", "report.json"):
         assert not unsafe((tmp_path / "r" / name).read_text(encoding="utf-8")), name
     texts = []
@@ -124,11 +118,8 @@ def test_no_name_in_a_record_reaches_the_report_raw(tmp_path, monkeypatch, capsy
 @pytest.mark.parametrize(
     "words", [["verify", "a", "b\x1b[2J\u202ec"], ["\u2066verify"], ["verify", "--\u202ejson"]]
 )
-def test_wrong_usage_is_printable(words, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["edgecl", *words])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    said = capsys.readouterr().err
-    assert ended.value.code == 2
+def test_wrong_usage_is_printable(words, edgecl):
+    code, _, said = edgecl(*words)
+    assert code == 2
     assert "\\u20" in said
-    assert not set(said) & set("\x1b\u202e\u2066")
+    assert not unsafe(said)

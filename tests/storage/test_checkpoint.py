@@ -2,6 +2,8 @@
 
 import math
 import re
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -42,13 +44,6 @@ def train(net, optimizer, steps, *, start=0):
         optimizer.zero_grad()
 
 
-@pytest.fixture
-def run_dir(tmp_path):
-    run_dir = RunDir(tmp_path / "run")
-    run_dir.checkpoints.mkdir(parents=True)
-    return run_dir
-
-
 def write(run_dir, step, *, value=0.0, quality=None, **options):
     return write_checkpoint(
         run_dir,
@@ -62,10 +57,6 @@ def write(run_dir, step, *, value=0.0, quality=None, **options):
         quality=None if quality is None else {"name": "knn_top1_slim", "value": quality},
         **options,
     )
-
-
-def names(run_dir):
-    return sorted(path.name for path in run_dir.checkpoints.iterdir())
 
 
 # --- exact ---
@@ -169,7 +160,7 @@ def test_what_a_run_keeps_besides_comes_back_exactly(run_dir):
 def test_what_json_cannot_hold_is_refused_by_its_name(run_dir, state, text):
     with pytest.raises(TypeError, match=f"^{re.escape(text)}$"):
         write(run_dir, 1, state=state)
-    assert names(run_dir) == []
+    assert not has_checkpoint(run_dir)
 
 
 def test_every_sort_of_tensor_survives(run_dir):
@@ -210,15 +201,27 @@ def test_a_checkpoint_is_found_again_by_its_hash(run_dir):
 # --- whole ---
 
 
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-8])
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors"])
-@pytest.mark.parametrize("at", [0, 9, -1])
-def test_a_flipped_byte_passes_a_checkpoint_over(run_dir, capsys, name, at):
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (flip, "{name} does not match its hash"),
+        (partial(flip, at=0), "{name} does not match its hash"),
+        (cut, "{name} has "),
+        (Path.unlink, "unreadable ([Errno 2] No such file or directory: "),
+    ],
+)
+def test_a_damaged_file_passes_a_checkpoint_over(run_dir, capsys, name, damage, words):
     write(run_dir, 1)
-    flip(write(run_dir, 2) / name, at=at)
+    damage(write(run_dir, 2) / name)
     assert read_newest(run_dir).step == 1
-    assert capsys.readouterr().err == (
-        f"edgecl: checkpoint step-000000002 passed over: {name} does not match its hash\n"
-    )
+    said = capsys.readouterr().err
+    assert said.startswith(f"edgecl: checkpoint step-000000002 passed over: {words.format(name=name)}")
+    assert name in said
 
 
 def test_no_flipped_byte_of_the_state_goes_unseen(run_dir, capsys):
@@ -232,36 +235,13 @@ def test_no_flipped_byte_of_the_state_goes_unseen(run_dir, capsys):
         assert capsys.readouterr().err.startswith("edgecl: checkpoint step-000000002 passed over: ")
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_a_missing_file_passes_a_checkpoint_over(run_dir, capsys, name):
+@pytest.mark.parametrize("content", [None, "", '{"epoch": 2', "[]", "\x00\xff", "[" * 100_000, "3"])
+def test_a_torn_or_missing_state_passes_a_checkpoint_over(run_dir, capsys, content):
     write(run_dir, 1)
-    path = write(run_dir, 2)
-    (path / name).unlink()
-    assert read_newest(run_dir).step == 1
-    assert capsys.readouterr().err == (
-        "edgecl: checkpoint step-000000002 passed over: "
-        f"unreadable ([Errno 2] No such file or directory: '{path / name}')\n"
-    )
-
-
-@pytest.mark.parametrize("content", ["", '{"epoch": 2', "[]", "\x00\xff", "[" * 100_000, "3"])
-def test_a_torn_state_passes_a_checkpoint_over(run_dir, capsys, content):
-    write(run_dir, 1)
-    (write(run_dir, 2) / "state.json").write_text(content, encoding="latin-1")
+    file = write(run_dir, 2) / "state.json"
+    file.unlink() if content is None else file.write_text(content, encoding="latin-1")
     assert read_newest(run_dir).step == 1
     assert "step-000000002 passed over: unreadable (" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors"])
-def test_a_truncated_file_passes_a_checkpoint_over(run_dir, capsys, name):
-    write(run_dir, 1)
-    file = write(run_dir, 2) / name
-    length = file.stat().st_size
-    file.write_bytes(file.read_bytes()[:-8])
-    assert read_newest(run_dir).step == 1
-    assert capsys.readouterr().err == (
-        f"edgecl: checkpoint step-000000002 passed over: {name} has {length - 8} bytes, not {length}\n"
-    )
 
 
 def test_no_whole_checkpoint_is_an_error(run_dir, capsys):
@@ -269,13 +249,9 @@ def test_no_whole_checkpoint_is_an_error(run_dir, capsys):
     for path, name in zip(written, FILES, strict=True):
         (path / name).write_bytes(b"")
     assert has_checkpoint(run_dir)
-    with pytest.raises(ArtifactError) as caught:
+    with pytest.raises(ArtifactError, match="has 3 checkpoints, and none is whole") as caught:
         read_newest(run_dir)
-    assert str(caught.value) == (
-        f"the run directory '{run_dir.path}' has 3 checkpoints, and none is whole\n"
-        "  torn: step-000000001, step-000000002, step-000000003\n"
-        "  hint: restore one from a copy, or start the run again with --force"
-    )
+    assert caught.value.where == {"torn": "step-000000001, step-000000002, step-000000003"}
     said = capsys.readouterr().err.splitlines()
     assert [line.split()[2] for line in said] == [f"step-{step:09d}" for step in (3, 2, 1)]
 

@@ -11,18 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from disks import disk_of, flip, largest_file
+from disks import disk_of, largest_file
 
 from edgecl.errors import ArtifactError
 from edgecl.storage.checkpoint import read_best, read_newest, write_checkpoint
 from edgecl.storage.directories import RunDir
 
 FILES = ["model.safetensors", "optimizer.safetensors", "state.json"]
-
-
-@pytest.fixture
-def run_dir(tmp_path):
-    return RunDir(tmp_path / "run")
 
 
 def write(run_dir, step, quality=None, *, value=None, size=16, name="knn_top1_slim", **options):
@@ -82,12 +77,9 @@ def test_the_newest_and_the_best_are_kept(run_dir, qualities, options, expected,
     assert kept(run_dir) == expected
     assert read_newest(run_dir).step == len(qualities)
     if best is None:
-        with pytest.raises(ArtifactError) as caught:
+        with pytest.raises(ArtifactError, match="no whole checkpoint with a quality") as caught:
             read_best(run_dir)
-        assert str(caught.value) == (
-            f"the run directory '{run_dir.path}' has no whole checkpoint with a quality\n"
-            "  hint: a run looks at quality every [run] quality_epochs epochs; take its newest checkpoint instead"
-        )
+        assert "[run] quality_epochs" in caught.value.hint
     else:
         assert read_best(run_dir).step == best
 
@@ -102,12 +94,10 @@ def test_qualities_of_another_name_are_not_compared(run_dir):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_flipped_best_is_passed_over_for_the_next_best(run_dir, capsys, name):
+def test_a_damaged_best_is_passed_over_for_the_next_best(run_dir, capsys, name):
     for step, quality in enumerate([0.3, 0.9, 0.2, 0.4], start=1):
         write(run_dir, step, quality, keep=4)
-    flip(run_dir.checkpoint_file(2) / name) if name != "state.json" else (
-        run_dir.checkpoint_file(2) / name
-    ).write_text("{}")
+    (run_dir.checkpoint_file(2) / name).write_text("{}")
     assert read_best(run_dir).step == 4
     said = capsys.readouterr().err
     assert "step-000000002 passed over" in said
@@ -200,13 +190,9 @@ def test_all_is_flushed_before_it_is_named_and_the_name_before_an_old_one_goes(r
 
 
 def assert_says_no_room(error, run_dir, step):
-    assert isinstance(error, ArtifactError)
-    assert str(error).splitlines() == [
-        f"no room on the disk to write 'step-{step:09d}'",
-        f"  directory: {run_dir.checkpoints}",
-        "  hint:      free some space and go on with --resume; nothing partial was left, "
-        "the checkpoints before are whole",
-    ]
+    assert error.problem == f"no room on the disk to write 'step-{step:09d}'"
+    assert error.where == {"directory": run_dir.checkpoints}
+    assert "go on with --resume" in error.hint
 
 
 def test_a_full_disk_gives_back_the_checkpoint_of_the_same_step(run_dir):

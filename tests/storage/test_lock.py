@@ -19,7 +19,6 @@ from edgecl.errors import ArtifactError
 from edgecl.storage import lock
 
 REPOSITORY = Path(__file__).parents[2]
-HINT = "wait for it or end it, or choose another --out"
 
 
 @contextlib.contextmanager
@@ -67,12 +66,10 @@ def test_a_directory_in_use_names_its_holder(tmp_path):
     with process(HOLDER, run) as holder:
         error = refused(run)
         since = json.loads((run / lock.NAME).read_text())["since"]
-    assert str(error).splitlines() == [
-        f"the run directory '{run}' is in use by process {holder.pid} on {platform.node()}",
-        f"  since:   {since}",
-        f"  command: edgecl '{run}'",
-        f"  hint:    {HINT}",
-    ]
+    assert (
+        error.problem == f"the run directory '{run}' is in use by process {holder.pid} on {platform.node()}"
+    )
+    assert error.where == {"since": since, "command": f"edgecl '{run}'"}
 
 
 def test_a_clean_end_frees_it(tmp_path):
@@ -168,27 +165,21 @@ def test_of_many_that_compete_never_two_hold_at_once(tmp_path):
 # --- children ---
 
 PARENT = """
-    import multiprocessing, os, subprocess, sys, time
+    import os, subprocess, sys, time
     from pathlib import Path
     from edgecl.storage.lock import hold
-
-    def live_on():
-        print(os.getpid(), flush=True)
-        time.sleep(600)
 
     with hold(Path(sys.argv[1]), what="run directory"):
         if sys.argv[2] == "subprocess":
             subprocess.Popen(["sh", "-c", "echo $$; exec sleep 600"], close_fds=False)
-        elif sys.argv[2] == "fork":
-            if os.fork() == 0:
-                live_on()
-        else:
-            multiprocessing.get_context("fork").Process(target=live_on).start()
+        elif os.fork() == 0:
+            print(os.getpid(), flush=True)
+            time.sleep(600)
         sys.stdin.read()
 """
 
 
-@pytest.mark.parametrize("way", ["subprocess", "fork", "multiprocessing"])
+@pytest.mark.parametrize("way", ["subprocess", "fork"])
 def test_a_child_that_outlives_its_killed_parent_does_not_hold_on(tmp_path, way):
     with process(PARENT, tmp_path, way) as parent:
         child = int(parent.first_line)
@@ -232,10 +223,7 @@ def test_a_holder_that_cannot_be_read_is_another_process(tmp_path, content):
     (tmp_path / lock.NAME).write_text(content, encoding="latin-1")
     with (tmp_path / lock.NAME).open() as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        assert str(refused(tmp_path)).splitlines() == [
-            f"the run directory '{tmp_path}' is in use by another process",
-            f"  hint: {HINT}",
-        ]
+        assert refused(tmp_path).problem == f"the run directory '{tmp_path}' is in use by another process"
     with lock.hold(tmp_path, what="run directory"):
         assert json.loads((tmp_path / lock.NAME).read_text())["pid"] == os.getpid()
 
@@ -257,11 +245,8 @@ def test_a_lock_that_is_a_link_or_a_directory_is_not_followed(tmp_path):
 
 def test_a_file_system_that_is_read_only_is_named(tmp_path):
     with mounted(tmp_path / "disk", "ro") as disk:
-        assert str(refused(disk)) == f"cannot write the run directory '{disk}': read-only file system"
-        assert (
-            str(refused(disk / "run"))
-            == f"cannot write the run directory '{disk}/run': read-only file system"
-        )
+        for place in (disk, disk / "run"):
+            assert str(refused(place)) == f"cannot write the run directory '{place}': read-only file system"
 
 
 def test_a_full_disk_is_named(tmp_path):

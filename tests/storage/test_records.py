@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
-from sealed import write_sealed
+from sealed import header, write_sealed
 
 from edgecl.errors import ArtifactError
 from edgecl.onboard.bench import bench
@@ -92,17 +92,11 @@ def test_a_whole_record_lacks_nothing(key):
     ("key", "value"),
     [
         ("width", float("inf")),
-        ("width", float("nan")),
         ("width", "1"),
         ("width", 5),
-        ("features", 1.5),
         ("features", True),
         ("arch", 3),
-        ("arch", None),
-        ("classes", "cat"),
         ("classes", [1]),
-        ("stem_stride", 3),
-        ("preprocessing", []),
     ],
 )
 def test_a_value_of_another_type_is_named(key, value):
@@ -168,10 +162,6 @@ def test_the_docs_name_every_schema_and_the_number():
 
 
 # --- devices ---
-
-
-def header(kind):
-    return {"schema": SCHEMA, "kind": kind, "made_by": "edgecl", "made_from": None, "command": "edgecl"}
 
 
 def test_what_a_device_measures_is_a_bench_record(exported_bundle):

@@ -13,22 +13,17 @@ from pathlib import Path
 
 import pytest
 from disks import flip, largest_file
+from sealed import header
 
 from edgecl.errors import ArtifactError
-from edgecl.nets.backbone import create_backbone
-from edgecl.nets.model_dir import write_model
 from edgecl.storage.directories import Bundle, ModelDir, PipelineDir, ReportDir, RunDir
 from edgecl.storage.outputs import new_directory, refuse_existing
 from edgecl.storage.record_files import kind_of
-from edgecl.storage.records import MADE_BY, SCHEMA, Preprocessing, command_line
+from edgecl.storage.records import command_line
 from edgecl.storage.writing import write_bytes, write_json
 
 KINDS = (RunDir, ModelDir, Bundle, ReportDir, PipelineDir)
 REPOSITORY = Path(__file__).parents[2]
-
-
-def header(kind):
-    return {"schema": SCHEMA, "kind": kind, "made_by": MADE_BY, "made_from": None, "command": "edgecl"}
 
 
 def make(path, kind, **more):
@@ -108,11 +103,10 @@ def test_what_can_go_on_is_said_to(tmp_path, kind, more, go_on):
     make(tmp_path / "out", kind, **more)
     with pytest.raises(ArtifactError) as caught:
         refuse_existing(tmp_path / "out", force=False, kind=kind.KIND)
-    hint = "choose another --out, or replace it with --force"
-    assert caught.value.hint == ("go on with --resume, " if go_on else "") + hint
+    assert ("--resume" in caught.value.hint) == go_on
     with pytest.raises(ArtifactError) as caught:  # another verb cannot go on with it
         refuse_existing(tmp_path / "out", force=False, kind="model")
-    assert caught.value.hint == hint
+    assert "--resume" not in caught.value.hint
 
 
 def test_pipeline_with_a_report_is_done(tmp_path):
@@ -120,7 +114,7 @@ def test_pipeline_with_a_report_is_done(tmp_path):
     make(tmp_path / "out" / "report", ReportDir)
     with pytest.raises(ArtifactError) as caught:
         refuse_existing(tmp_path / "out", force=False, kind="pipeline")
-    assert caught.value.hint == "choose another --out, or replace it with --force"
+    assert "--resume" not in caught.value.hint
 
 
 def test_force_replaces_a_directory_of_the_same_kind(tmp_path):
@@ -141,12 +135,8 @@ def test_force_refuses_a_directory_of_another_kind(tmp_path, other):
 
 def test_force_says_that_a_record_is_broken(tmp_path):
     (tmp_path / "run.json").write_text("{")
-    with pytest.raises(ArtifactError) as caught:
+    with pytest.raises(ArtifactError, match=r"is not one: its run\.json is not the record of one"):
         refuse_existing(tmp_path, force=True, kind="run")
-    assert str(caught.value) == (
-        f"--force replaces only a run directory, and '{tmp_path}' is not one: its run.json is not the record of one\n"
-        "  hint: remove it yourself, or choose another --out"
-    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -218,48 +208,14 @@ def test_threads_that_write_the_same_file_do_not_disturb_each_other(tmp_path):
 # --- a full disk ---
 
 
-def write_large_json(path):
-    write_json(path, {"text": "x" * 300_000})
-
-
-def write_large_model(path):
-    write_model(
-        path,
-        create_backbone("mobilenetv3_small_100", width=0.5),
-        arch="mobilenetv3_small_100",
-        width=0.5,
-        stem_stride=None,
-        classes=None,
-        preprocessing=Preprocessing(image_size=32, resize_size=32, mean=[0.5] * 3, std=[0.5] * 3),
-        origin="random",
-        made_from=None,
-        data=None,
-    )
-
-
-WRITERS = [write_large_json, write_large_model]
-
-
-def assert_says_no_room(error, directory):
-    assert str(error).splitlines() == [
-        "no room on the disk to write 'out'",
-        f"  directory: {directory}",
-        "  hint:      free some space and run the command again; nothing partial was left",
-    ]
-    assert names(directory) == []
-
-
-@pytest.mark.parametrize("write", WRITERS)
-def test_limit_on_file_size_reads_like_a_full_disk_and_leaves_nothing(tmp_path, write):
-    with largest_file(50_000), pytest.raises(ArtifactError) as caught:
-        write(tmp_path / "out")
-    assert_says_no_room(caught.value, tmp_path)
-
-
 def test_full_disk_leaves_the_earlier_file(tmp_path):
     write_json(tmp_path / "out", {"value": 1})
-    with largest_file(50_000), pytest.raises(ArtifactError, match="no room on the disk"):
-        write_large_json(tmp_path / "out")
+    with (
+        largest_file(50_000),
+        pytest.raises(ArtifactError, match="no room on the disk to write 'out'") as caught,
+    ):
+        write_json(tmp_path / "out", {"text": "x" * 300_000})
+    assert caught.value.where == {"directory": tmp_path}
     assert names(tmp_path) == ["out"]
     assert json.loads((tmp_path / "out").read_text()) == {"value": 1}
 
@@ -288,18 +244,12 @@ def test_directory_of_another_kind_is_named_as_what_it_is(tmp_path):
     assert "`edgecl carve` and `edgecl finetune` write model directories" in caught.value.hint
 
 
-def test_directory_without_a_record_says_what_is_missing(tmp_path):
-    with pytest.raises(ArtifactError, match=r"is not a run directory: it has no run\.json"):
-        RunDir(tmp_path).read()
-
-
 @pytest.mark.parametrize("content", [b'{"schema": 1, "ki', b"", b"\xff\xfe\x00"])
 def test_torn_record_is_named(tmp_path, content):
     (tmp_path / "model.json").write_bytes(content)
     with pytest.raises(ArtifactError, match=r"'model\.json' is not valid JSON") as caught:
         ModelDir(tmp_path).read()
     assert caught.value.where == {"file": tmp_path / "model.json"}
-    assert caught.value.hint == "restore it from a copy, or make its directory anew in another --out"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -314,13 +264,8 @@ def test_model_whose_weights_changed_is_refused_with_both_hashes(tmp_path, carve
     model = shutil.copytree(carved_model, tmp_path / "m")
     flip(model / "weights.safetensors")
     expected = json.loads((model / "model.json").read_text())["weights_sha256"][:12]
-    with pytest.raises(ArtifactError) as caught:
+    with pytest.raises(ArtifactError, match=rf"do not match their hash: .* {expected}…, the file has "):
         ModelDir(model).read()
-    assert caught.value.problem.startswith(
-        f"the weights do not match their hash: model.json says {expected}…, the file has "
-    )
-    assert caught.value.where == {"file": model / "weights.safetensors"}
-    assert caught.value.hint == "the file changed after it was written; carve or fine-tune it again"
 
 
 def test_model_without_its_weights_is_refused(tmp_path, carved_model):

@@ -8,13 +8,13 @@ import torch
 
 from edgecl.errors import NonFiniteError
 from edgecl.methods.sacl_xd import SaclXd
-from edgecl.storage.checkpoint import read_newest
+from edgecl.onboard.bundle import sha256_of_file
+from edgecl.storage.checkpoint import read_newest, read_sealed
 from edgecl.storage.directories import RunDir
 from edgecl.train import loop
 from edgecl.train.guard import Guard
-from edgecl.train.monitor import read_metrics
 
-from .conftest import train
+from .conftest import assert_same_state, events_of, steps_of, train
 
 
 def break_losses(monkeypatch, calls):
@@ -36,40 +36,24 @@ def break_losses(monkeypatch, calls):
     return count
 
 
-def events(out):
-    return [record for record in read_metrics(out / "metrics.jsonl") if "event" in record]
-
-
 def test_a_step_left_out_changes_nothing(tmp_path, make_recipe, pictures, monkeypatch):
     """Neither weights nor moments, nor the batch norms' running statistics, which the forward passes had reached."""
-    checkpoints = {}
-    for steps in (3, 4):
-        with monkeypatch.context() as patch:
-            break_losses(patch, {4})
-            recipe = make_recipe("run.epochs=1", "run.checkpoint_steps=1", "run.keep_checkpoints=9")
-            train(recipe, tmp_path / str(steps), pictures)
-    run_dir = RunDir(tmp_path / "4")
-    for step in (3, 4):
-        for path in run_dir.checkpoints.iterdir():
-            if path.name == f"step-{step:09d}":
-                copy = RunDir(tmp_path / f"only-{step}")
-                copy.checkpoints.mkdir(parents=True)
-                path.rename(copy.checkpoints / path.name)
-                checkpoints[step] = read_newest(copy)
-    before, after = checkpoints[3], checkpoints[4]
-    assert before.model.keys() == after.model.keys()
-    assert all(torch.equal(before.model[name], after.model[name]) for name in before.model)
-    for index, entries in before.optimizer["state"].items():
-        for key, value in entries.items():
-            assert torch.equal(value, after.optimizer["state"][index][key])
+    break_losses(monkeypatch, {4})
+    recipe = make_recipe("run.epochs=1", "run.checkpoint_steps=1", "run.keep_checkpoints=9")
+    train(recipe, tmp_path / "run", pictures)
+    run_dir = RunDir(tmp_path / "run")
+    before, after = (
+        read_sealed(run_dir, sha256_of_file(run_dir.checkpoint_file(step) / "state.json")) for step in (3, 4)
+    )
+    assert_same_state(before, after)
     # And the run went on from there.
     last = read_newest(run_dir)
     assert last.step == 5
     assert any(not torch.equal(last.model[name], after.model[name]) for name in last.model)
-    (event,) = events(tmp_path / "4")
+    (event,) = events_of(tmp_path / "run")
     assert (event["step"], event["event"]) == (4, "left out")
     assert event["because"].startswith("loss nan, sacl nan, xd_host nan, xd_slim nan, ")
-    broken = [record for record in read_metrics(tmp_path / "4" / "metrics.jsonl") if record["step"] == 4][-1]
+    broken = [record for record in steps_of(tmp_path / "run") if record["step"] == 4][-1]
     assert broken["loss"] is None
 
 
@@ -81,16 +65,14 @@ def test_too_many_go_back_once_with_a_smaller_rate(tmp_path, make_recipe, pictur
     assert train(recipe, out, pictures).state == "done"
     assert count[0] == 15 + 4  # steps 6 to 9 were made twice
     assert "back to step 5 with 0.5 of the learning rate" in capsys.readouterr().err
-    (event,) = events(out)
+    (event,) = events_of(out)
     assert event["event"] == "went back"
     assert (event["step"], event["from_step"], event["left_out"]) == (5, 9, [8, 9])
-    rates = {record["step"]: record["lr"] for record in read_metrics(out / "metrics.jsonl") if "lr" in record}
+    rates = {record["step"]: record["lr"] for record in steps_of(out)}
     reference = tmp_path / "reference"
     monkeypatch.undo()
     train(recipe, reference, pictures)
-    usual = {
-        record["step"]: record["lr"] for record in read_metrics(reference / "metrics.jsonl") if "lr" in record
-    }
+    usual = {record["step"]: record["lr"] for record in steps_of(reference)}
     assert list(rates) == list(range(1, 16))
     for step, rate in rates.items():
         assert rate == pytest.approx(usual[step] * (1 if step <= 5 else 0.5))
@@ -135,7 +117,7 @@ def test_having_gone_back_outlives_a_kill(tmp_path, make_recipe, pictures, monke
         break_losses(patch, {3, 4})
         with pytest.raises(NonFiniteError, match="again after going back"):
             train(recipe, out, pictures, resume=True)
-    assert [event["event"] for event in events(out)].count("went back") == 1
+    assert [event["event"] for event in events_of(out)].count("went back") == 1
 
 
 def test_weights_that_broke_are_never_saved(tmp_path, make_recipe, pictures):
@@ -147,7 +129,7 @@ def test_weights_that_broke_are_never_saved(tmp_path, make_recipe, pictures):
     with pytest.raises(NonFiniteError, match=r"hold numbers that are not finite, again after going back"):
         train(recipe, out, pictures)
     assert list(out.glob("checkpoints/*")) == []
-    (event,) = [record for record in events(out) if record["event"] == "went back"]
+    (event,) = [record for record in events_of(out) if record["event"] == "went back"]
     assert (event["step"], event["from_step"]) == (0, 5)
 
 

@@ -4,15 +4,15 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
 from accelerate import Accelerator
-from worlds import free_port, run_script
+from worlds import free_port, run_script, wait_until
 
 from edgecl.config.recipe import recipe_from_tables
 from edgecl.data.sources import open_source
@@ -20,10 +20,18 @@ from edgecl.nets.backbone import create_backbone
 from edgecl.nets.build import create_slimmable
 from edgecl.storage.checkpoint import read_newest
 from edgecl.storage.directories import RunDir
-from edgecl.train.monitor import read_metrics
+from edgecl.train.pretrain import pretrain
 from edgecl.train.quality import QualityWatch
 
+from .conftest import looks_of, steps_of
+
 STEPS = 5
+ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+}
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 # One process imports torch; every scenario's processes are forks of it that run the command line.
 SCRIPT = """
@@ -162,14 +170,6 @@ def printed(folder, name, count=2):
     return [(folder / f"{name}-{rank}.out").read_text() for rank in range(count)]
 
 
-def steps_of(path):
-    return [record for record in read_metrics(path / "metrics.jsonl") if "loss" in record]
-
-
-def looks_of(path):
-    return [record for record in read_metrics(path / "metrics.jsonl") if "rankme_host" in record]
-
-
 def assert_close_runs(one, other):
     """Hold two runs to the same metrics and weights but for rounding, which grows from step to step."""
     first, second = steps_of(one), steps_of(other)
@@ -305,24 +305,12 @@ def test_a_signal_to_one_process_saves_and_ends_all(scenarios, name, by, status)
 
 def test_another_number_of_processes_goes_on(scenarios, tmp_path):
     """Two processes began; one goes on, in the same order of samples."""
-    import shutil
-
-    from edgecl.config.recipe import recipe_from_tables
-    from edgecl.train.pretrain import pretrain
-
     folder, _ = scenarios
     run = shutil.copytree(folder / "two", tmp_path / "run")
     shutil.rmtree(run / "checkpoints" / "step-000000010")
     record = RunDir(run).read()
     recipe = recipe_from_tables(record.recipe, source="test")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        finished = pretrain(
-            recipe, recipe_name="tiny", out=run, data=record.data.uri, device="cpu", resume=True
-        )
-    finally:
-        torch.set_num_threads(threads)
+    finished = pretrain(recipe, recipe_name="tiny", out=run, data=record.data.uri, device="cpu", resume=True)
     assert (finished.state, finished.processes) == ("done", 1)
     assert_close_runs(folder / "two", run)
 
@@ -345,7 +333,7 @@ def launched(launcher, *words, tmp_path, tables, pictures, **run):
             *(sys.executable, "-m", *launcher, *words),
             *("pretrain", str(recipe), "--data", str(pictures), "--device", "cpu", "--out", str(out)),
         ],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
         timeout=300,
@@ -387,7 +375,7 @@ def test_torchrun_starts_a_failed_run_again_where_it_was(tmp_path, labelled_pict
         encoding="utf-8",
     )
     run, printed = launched(
-        ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"],
+        [*TORCHRUN, "--max-restarts", "1"],
         str(saboteur),
         tmp_path=tmp_path,
         tables=tables,
@@ -407,21 +395,17 @@ def test_ctrl_c_at_torchruns_terminal_saves_once(tmp_path, labelled_pictures, ta
     recipe, out = write_recipe(tmp_path, tables, epochs=500, quality_epochs=500), tmp_path / "run"
     with subprocess.Popen(
         [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+            *(sys.executable, "-m", *TORCHRUN),
             *("-m", "edgecl", "pretrain", str(recipe), "--data", str(labelled_pictures)),
             *("--device", "cpu", "--out", str(out)),
         ],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        env=ENVIRONMENT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     ) as launcher:
-        until = time.monotonic() + 120
-        while not ((out / "metrics.jsonl").is_file() and len(steps_of(out)) > 3):
-            assert time.monotonic() < until
-            assert launcher.poll() is None
-            time.sleep(0.05)
+        wait_until(lambda: (out / "metrics.jsonl").is_file() and len(steps_of(out)) > 3, launcher)
         os.killpg(launcher.pid, signal.SIGINT)
         printed, err = launcher.communicate(timeout=60)
     found = re.match(
@@ -458,48 +442,27 @@ def test_processes_of_two_agents_meet_again_after_one_is_killed(tmp_path):
     """Only the agent whose process died counts a restart, so no count can name where they meet."""
     script = tmp_path / "meeting.py"
     script.write_text(MEETING, encoding="utf-8")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
-    command += [
-        "--max-restarts",
-        "3",
-        "--rdzv-backend",
-        "c10d",
-        "--rdzv-endpoint",
-        f"localhost:{free_port()}",
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"),
+        *("--max-restarts", "3", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{free_port()}"),
+        *("--rdzv-id", "x", "--local-addr", "localhost", str(script), str(tmp_path)),
     ]
-    command += ["--rdzv-id", "x", "--local-addr", "localhost", str(script), str(tmp_path)]
 
-    def words_of(name, within_s):
+    def words_of(name):
         files = [tmp_path / f"{name}-{rank}" for rank in range(2)]
-        until = time.monotonic() + within_s
-        while not all(file.exists() for file in files):
-            assert time.monotonic() < until, [
-                (tmp_path / f"agent-{number}.txt").read_text() for number in range(2)
-            ]
-            time.sleep(0.05)
+        wait_until(lambda: all(file.exists() for file in files), limit_s=90)
         return [file.read_text().split() for file in files]
 
     with contextlib.ExitStack() as stack:
         agents = []
         for number in range(2):
             log = stack.enter_context((tmp_path / f"agent-{number}.txt").open("w"))
-            agents.append(
-                subprocess.Popen(
-                    command,
-                    env={
-                        **os.environ,
-                        "OMP_NUM_THREADS": "1",
-                        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-                    },
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                )
-            )
+            agents.append(subprocess.Popen(command, env=ENVIRONMENT, stdout=log, stderr=subprocess.STDOUT))
             # An agent that gets this one ends its process, too.
             stack.callback(agents[-1].terminate)
-        first = words_of("first", 90)
+        first = words_of("first")
         os.kill(int(first[1][0]), signal.SIGKILL)
-        again = words_of("again", 60)
+        again = words_of("again")
         assert [agent.wait(60) for agent in agents] == [0, 0]
     assert len({launch for _, launch, _ in first + again}) == 1
     assert [count for _, _, count in again] == ["0", "1"]

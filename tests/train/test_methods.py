@@ -10,27 +10,22 @@ from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 
 from edgecl.config.recipe import Data, find_method, list_methods, recipe_from_tables
-from edgecl.errors import DataError, Preempted, RecipeError
+from edgecl.errors import DataError, RecipeError
 from edgecl.methods.teacher import Teacher, load_teacher
 from edgecl.nets.backbone import create_backbone
 from edgecl.nets.build import create_slimmable
 from edgecl.nets.given import load_given
 from edgecl.storage.checkpoint import read_newest
 from edgecl.storage.directories import RunDir
-from edgecl.train import loop
-from edgecl.train.monitor import read_metrics
 from edgecl.train.step import create_step
 
-from .conftest import train
+from .conftest import assert_close_gradients, gradients_of, steps_of, train, train_until
 
 COMMON = {"step", "epoch", "loss", "std", "grad_norm_host", "grad_norm_slim", "lr", "images_per_s"}
 
 
 TAUGHT = [name for name in list_methods() if "teacher" in find_method(name).Config.model_fields]
-SMALL = {
-    "seed": {"queue": 24},
-    "dino": {"prototypes": 32},
-}
+SMALL = {"seed": {"queue": 24}, "dino": {"prototypes": 32}}
 
 
 @pytest.fixture
@@ -57,7 +52,7 @@ def images_of(pictures, labelled_pictures):
 def test_a_run_logs_what_its_panels_draw(tmp_path, recipe_of, images_of, name):
     train(recipe_of(name, views={"local_count": 1}), tmp_path / "run", images_of(name))
     run = RunDir(tmp_path / "run")
-    records = [record for record in read_metrics(run.metrics_file) if "loss" in record]
+    records = steps_of(run.path)
     assert len(records) == 10
     drawn = {key for panel in run.read().panels for key in panel["lines"]}
     for record in records:
@@ -76,45 +71,19 @@ def test_parts_take_the_whole_batchs_gradient_for_every_method(recipe_of, tables
         torch.manual_seed(0)
         net = create_slimmable(recipe).double()
         step = create_step(recipe, net, accelerator=Accelerator(cpu=True), steps_per_epoch=5)
-        step.method.eval()
-        step.passes.train = lambda mode=True: step.passes
-        seen = {}
-        step.optimizer.step = lambda: seen.update(
-            {key: one.grad.clone() for key, one in step.method.named_parameters() if one.grad is not None}
-        )
         generator = torch.Generator().manual_seed(1)
         whole = torch.randn(step.method.whole_views, 8, 3, 32, 32, generator=generator, dtype=torch.float64)
         known = [torch.arange(8) % 3] if recipe.method.needs_labels else []
-        step([*whole, whole[0][..., :16, :16], *known], number=0)
-        return seen
+        return gradients_of(step, [*whole, whole[0][..., :16, :16], *known])[1]
 
-    whole, parts = gradients(1), gradients(4)
-    assert whole.keys() == parts.keys()
-    largest = max(float(gradient.abs().max()) for gradient in whole.values())
-    assert largest > 0
-    for key, gradient in whole.items():
-        torch.testing.assert_close(parts[key], gradient, rtol=1e-6, atol=1e-9 * largest, msg=key)
-
-
-def stop_after(steps, monkeypatch):
-    stepper = loop.Step.__call__
-
-    def stopped(self, given, *, number, watch=False, stop=0):
-        return stepper(self, given, number=number, watch=watch, stop=15 if number + 1 == steps else 0)
-
-    monkeypatch.setattr(loop.Step, "__call__", stopped)
+    assert_close_gradients(gradients(4), gradients(1), rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", list_methods())
-def test_a_stopped_run_of_every_method_goes_on_as_if_it_had_not_been(
-    tmp_path, monkeypatch, recipe_of, images_of, name
-):
+def test_a_stopped_run_of_every_method_goes_on_as_if_it_had_not_been(tmp_path, recipe_of, images_of, name):
     recipe = recipe_of(name)
     train(recipe, tmp_path / "whole", images_of(name))
-    with monkeypatch.context() as patch:
-        stop_after(3, patch)
-        with pytest.raises(Preempted):
-            train(recipe, tmp_path / "parts", images_of(name))
+    train_until(3, recipe, tmp_path / "parts", images_of(name))
     train(recipe, tmp_path / "parts", images_of(name), resume=True)
     whole, parts = (read_newest(RunDir(tmp_path / run)) for run in ("whole", "parts"))
     assert whole.model.keys() == parts.model.keys()
@@ -186,15 +155,12 @@ def test_a_teacher_is_no_part_of_a_checkpoint_and_does_not_change(tmp_path, reci
     }
 
 
-def test_another_teacher_is_refused_when_a_run_is_resumed(tmp_path, monkeypatch, recipe_of, pictures):
+def test_another_teacher_is_refused_when_a_run_is_resumed(tmp_path, recipe_of, pictures):
     weights = tmp_path / "teacher.safetensors"
     net = create_backbone("test_efficientnet")
     save_file(net.state_dict(), weights)
     recipe = recipe_of("seed", teacher={"weights": str(weights)})
-    with monkeypatch.context() as patch:
-        stop_after(3, patch)
-        with pytest.raises(Preempted):
-            train(recipe, tmp_path / "run", pictures)
+    train_until(3, recipe, tmp_path / "run", pictures)
     load_teacher.cache_clear()
     save_file(create_backbone("test_efficientnet").state_dict(), weights)
     with pytest.raises(RecipeError, match="another teacher"):

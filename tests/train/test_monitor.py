@@ -1,5 +1,6 @@
 """What is logged, and when a run must stop."""
 
+import contextlib
 import json
 import math
 
@@ -14,17 +15,8 @@ from edgecl.nets.build import create_slimmable
 from edgecl.train.monitor import CollapseAlarm, MetricsFile, gradient_norms, read_metrics
 
 
-def record(step=1, *, loss=1.0, std=0.9, diagonal=0.9, xd_host=0.5):
-    return {
-        "step": step,
-        "loss": loss,
-        "sacl": loss,
-        "xd_host": xd_host,
-        "xd_slim": 0.5,
-        "diagonal": diagonal,
-        "std": std,
-        "lr": 0.1,
-    }
+def record(step=1, *, loss=1.0, std=0.9, diagonal=0.9):
+    return {"step": step, "loss": loss, "diagonal": diagonal, "std": std}
 
 
 @pytest.fixture
@@ -95,10 +87,19 @@ def test_an_alarm_goes_on_where_it_was(alarm, tmp_path, said):
         resumed.check(record(5, std=0.05, diagonal=0.1))
 
 
+def write_metrics(path, *records):
+    with contextlib.closing(MetricsFile(path)) as metrics:
+        for record in records:
+            metrics.append(record)
+
+
+STEPS = [{"step": step} for step in (1, 2, 3)]
+
+
 def test_records_after_a_step_are_dropped_while_the_file_is_open(tmp_path):
     metrics = MetricsFile(tmp_path / "metrics.jsonl")
-    for step in (1, 2, 3):
-        metrics.append({"step": step})
+    for step in STEPS:
+        metrics.append(step)
     metrics.keep_until(1)
     metrics.append({"step": 2, "again": True})
     metrics.close()
@@ -106,34 +107,25 @@ def test_records_after_a_step_are_dropped_while_the_file_is_open(tmp_path):
 
 
 def test_metrics_that_are_no_numbers_become_null(tmp_path):
-    metrics = MetricsFile(tmp_path / "metrics.jsonl")
-    metrics.append({"step": 1, "loss": math.nan, "std": math.inf, "lr": 0.1, "knn": None})
-    metrics.close()
+    write_metrics(
+        tmp_path / "metrics.jsonl", {"step": 1, "loss": math.nan, "std": math.inf, "lr": 0.1, "knn": None}
+    )
     assert read_metrics(tmp_path / "metrics.jsonl") == [
         {"step": 1, "loss": None, "std": None, "lr": 0.1, "knn": None}
     ]
 
 
-def write_metrics(path, steps):
-    metrics = MetricsFile(path)
-    for step in steps:
-        metrics.append({"step": step})
-    metrics.close()
-
-
 def test_a_run_that_starts_again_keeps_what_happened_but_not_its_first_look(tmp_path):
     """The look before the first step is taken again."""
-    metrics = MetricsFile(tmp_path / "metrics.jsonl")
-    for record in ({"step": 0, "rankme_host": 9.0}, {"step": 0, "event": "went back"}, {"step": 1}):
-        metrics.append(record)
-    metrics.keep_until(0)
-    metrics.close()
+    path = tmp_path / "metrics.jsonl"
+    write_metrics(path, {"step": 0, "rankme_host": 9.0}, {"step": 0, "event": "went back"}, {"step": 1})
+    MetricsFile(path, after_step=0).close()
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 0, "event": "went back"}]
 
 
 def test_a_line_torn_by_a_kill_is_left_out(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    write_metrics(path, [1, 2])
+    write_metrics(path, *STEPS[:2])
     with path.open("a", encoding="utf-8") as file:
         file.write('{"step": 3, "lo')
     assert [line["step"] for line in read_metrics(path)] == [1, 2]
@@ -141,15 +133,13 @@ def test_a_line_torn_by_a_kill_is_left_out(tmp_path):
 
 def test_a_line_that_is_no_record_costs_no_other(tmp_path, capsys):
     path = tmp_path / "metrics.jsonl"
-    write_metrics(path, [1, 2, 3])
+    write_metrics(path, *STEPS)
     first, second, third = path.read_bytes().splitlines()
     path.write_bytes(b"\n".join([first, b"[]", b"\xff", b'{"no step": 1}', second, third]) + b"\n")
     MetricsFile(path, after_step=2).close()
     said = capsys.readouterr().err
     assert [line["step"] for line in read_metrics(path)] == [1, 2]
-    assert [f"line {number} of '{path}' is no record and left out" in said for number in (2, 3, 4)] == [
-        True
-    ] * 3
+    assert all(f"line {number} of '{path}' is no record and left out" in said for number in (2, 3, 4))
 
 
 def norm(gradients):

@@ -32,7 +32,7 @@ def rates(settings, *, batch_size=8, steps_per_epoch=10, total_steps=100):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_norms_and_biases_get_no_weight_decay(make_recipe, name):
+def test_every_parameter_is_optimized_once_norms_and_biases_without_weight_decay(make_recipe, name):
     net = create_slimmable(make_recipe())
     optimizer = create_optimizer(net, Optim(name=name, weight_decay=0.03), batch_size=8)
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
@@ -41,12 +41,6 @@ def test_norms_and_biases_get_no_weight_decay(make_recipe, name):
     assert len(plain) > 50
     for name, parameter in net.named_parameters():
         assert decay[id(parameter)] == (0.0 if id(parameter) in plain else 0.03), name
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_every_parameter_is_optimized_once(make_recipe, name):
-    net = create_slimmable(make_recipe())
-    optimizer = create_optimizer(net, Optim(name=name), batch_size=8)
     held = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert sorted(held) == sorted(id(p) for p in net.parameters())
 

@@ -6,20 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from edgecl.data import index
 from edgecl.errors import ArtifactError, DataError, RecipeError
 from edgecl.storage.checkpoint import read_newest
 from edgecl.storage.directories import RunDir
 from edgecl.train import loop
-from edgecl.train.monitor import read_metrics
 
-from .conftest import train, write_pictures
+from .conftest import steps_of, train, train_until, write_pictures
 
-
-@pytest.fixture(autouse=True)
-def index_at_once(monkeypatch):
-    """Keep an index of a folder also when it has just been written."""
-    monkeypatch.setattr(index, "_RACY_NS", 0)
+pytestmark = pytest.mark.usefixtures("index_at_once")
 
 
 @pytest.fixture
@@ -28,42 +22,21 @@ def photos(tmp_path):
     return write_pictures(tmp_path / "photos", 40)
 
 
-@pytest.fixture
-def stop_after(monkeypatch):
-    """Make a run end, as by Ctrl-C, right after a step."""
-
-    def stop(step, recipe, out, data):
-        end = loop.Training._end_step
-
-        def and_end(self, outcome, on_checkpoint):
-            going = end(self, outcome, on_checkpoint)
-            if self.step == step:
-                raise KeyboardInterrupt
-            return going
-
-        with monkeypatch.context() as patch:
-            patch.setattr(loop.Training, "_end_step", and_end)
-            with pytest.raises(KeyboardInterrupt):
-                train(recipe, out, data)
-
-    return stop
-
-
 def blank(path):
     """Make a picture unreadable and leave its size."""
     path.write_bytes(bytes(path.stat().st_size))
 
 
 def losses(out):
-    return [record["loss"] for record in read_metrics(RunDir(out).metrics_file) if "loss" in record]
+    return [record["loss"] for record in steps_of(out)]
 
 
 def test_a_picture_in_memory_that_became_unreadable_is_named_and_may_be_allowed(
-    tmp_path, make_recipe, photos, stop_after, capsys
+    tmp_path, make_recipe, photos, capsys
 ):
     out = tmp_path / "run"
     recipe = make_recipe("run.checkpoint_steps=2", "data.max_bad_fraction=0.2", "data.batch_size=4")
-    stop_after(4, recipe, out, photos)
+    train_until(4, recipe, out, photos)
     for name in ("007.png", "011.png"):
         blank(photos / name)
     with pytest.raises(RecipeError) as caught:
@@ -81,22 +54,22 @@ def test_a_picture_in_memory_that_became_unreadable_is_named_and_may_be_allowed(
     assert "going on from step 4 of 18" in said
 
 
-def test_what_was_left_out_at_first_stays_left_out(tmp_path, make_recipe, photos, stop_after):
+def test_what_was_left_out_at_first_stays_left_out(tmp_path, make_recipe, photos):
     """Else a repaired picture would move all others in the order."""
     good = (photos / "007.png").read_bytes()
     blank(photos / "007.png")
     recipe = make_recipe("run.checkpoint_steps=2", "data.max_bad_fraction=0.2", "data.batch_size=4")
     train(recipe, tmp_path / "whole", photos)
-    stop_after(4, recipe, tmp_path / "run", photos)
+    train_until(4, recipe, tmp_path / "run", photos)
     shutil.rmtree(tmp_path / ".edgecl")
     (photos / "007.png").write_bytes(good)
     train(recipe, tmp_path / "run", photos, resume=True)
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
 
-def test_other_images_are_counted_and_may_be_allowed(tmp_path, make_recipe, photos, stop_after):
+def test_other_images_are_counted_and_may_be_allowed(tmp_path, make_recipe, photos):
     out, recipe = tmp_path / "run", make_recipe("run.checkpoint_steps=2", "data.batch_size=4")
-    stop_after(4, recipe, out, photos)
+    train_until(4, recipe, out, photos)
     (photos / "007.png").unlink()
     with pytest.raises(RecipeError) as caught:
         train(recipe, out, photos, resume=True)
@@ -146,9 +119,9 @@ def test_checkpoints_that_are_gone_are_missed(tmp_path, make_recipe, photos):
     assert RunDir(out).metrics_file.read_bytes() == metrics
 
 
-def test_other_surroundings_are_said_and_kept(tmp_path, make_recipe, photos, stop_after, capsys):
+def test_other_surroundings_are_said_and_kept(tmp_path, make_recipe, photos, capsys):
     out, recipe = tmp_path / "run", make_recipe("run.checkpoint_steps=2")
-    stop_after(4, recipe, out, photos)
+    train_until(4, recipe, out, photos)
     capsys.readouterr()
     torch.set_num_threads(2)
     record = train(recipe, out, photos, resume=True)

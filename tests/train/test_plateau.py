@@ -29,10 +29,8 @@ def alarm(said):
     return PlateauAlarm(warn=said.append)
 
 
-def heed(alarm, record, **shape):
-    if "loss" in record:
-        return alarm.check(record)
-    return alarm.check_quality(record, **(shape or DEMO))
+def heed(alarm, record):
+    return alarm.check(record) if "loss" in record else alarm.check_quality(record, **DEMO)
 
 
 def recorded(name):
@@ -115,15 +113,12 @@ def feed(alarm, count, start=1, **numbers):
         alarm.check(step(number, **numbers))
 
 
-def test_few_records_are_too_few_to_evaluator(alarm):
-    feed(alarm, RECORDS - 1)
-    alarm.check_quality(look(RECORDS), **DEMO)
-    assert alarm.decision() is None
-
-
-def test_without_a_look_after_the_first_step_nothing_is_evaluated(alarm):
-    alarm.check_quality(look(0, rankme=1.0, knn=10.0), **DEMO)
-    feed(alarm, 10)
+@pytest.mark.parametrize(
+    ("records", "seen"), [(RECORDS - 1, look(RECORDS)), (10, look(0, rankme=1.0, knn=10.0))]
+)
+def test_neither_few_records_nor_the_look_before_the_first_step_are_enough(alarm, records, seen):
+    alarm.check_quality(seen, **DEMO)
+    feed(alarm, records)
     assert alarm.decision() is None
 
 

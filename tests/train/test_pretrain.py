@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from edgecl.data import index
 from edgecl.errors import ArtifactError, DataError, RecipeError, SliceError
 from edgecl.nets.backbone import count_parameters, create_backbone
 from edgecl.storage.checkpoint import read_newest, write_checkpoint
@@ -19,13 +18,9 @@ from edgecl.train import loop, pretrain, run_file, saver
 
 from .conftest import train
 
+pytestmark = pytest.mark.usefixtures("index_at_once")
+
 # --- a start that is refused ---
-
-
-@pytest.fixture(autouse=True)
-def index_at_once(monkeypatch):
-    """Keep an index of a folder also when it has just been written."""
-    monkeypatch.setattr(index, "_RACY_NS", 0)
 
 
 @pytest.mark.parametrize(
@@ -78,11 +73,6 @@ IMPOSSIBLE = {
         ["data.batch_size=100000", "views.local_count=30", "views.local_size=4096"],
         RecipeError,
         r"the 100,?000 x 32 views of one step take \d+\.\d GiB, and this machine has \d+\.\d GiB of memory",
-    ),
-    "views too large for memory": (
-        ["data.batch_size=100000", "data.image_size=4096"],
-        RecipeError,
-        r"the 100,?000 x 2 views of one step take \d+\.\d GiB",
     ),
 }
 

@@ -8,11 +8,9 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
-import torch
-from worlds import run_script
+from worlds import run_script, wait_until
 
 from edgecl.config.recipe import recipe_from_tables
 from edgecl.errors import ArtifactError, RecipeError
@@ -20,9 +18,8 @@ from edgecl.storage.checkpoint import read_newest
 from edgecl.storage.directories import RunDir
 from edgecl.storage.lock import NAME as LOCK
 from edgecl.storage.lock import hold
-from edgecl.train.monitor import read_metrics
 
-from .conftest import train
+from .conftest import assert_same_run, steps_of, train, train_until
 
 KILLS = 7
 
@@ -89,26 +86,6 @@ print(json.dumps({"seen": seen, "halves": halves}))
 """
 
 
-def without_clock(path):
-    return [
-        {key: value for key, value in record.items() if key != "images_per_s"}
-        for record in read_metrics(path / "metrics.jsonl")
-    ]
-
-
-def assert_same_run(one, other):
-    """Hold two runs to the same weights, moments and metrics, bit for bit."""
-    first, second = (read_newest(RunDir(path)) for path in (one, other))
-    assert (first.step, first.epoch, first.state) == (second.step, second.epoch, second.state)
-    assert first.model.keys() == second.model.keys()
-    assert all(torch.equal(first.model[name], second.model[name]) for name in first.model)
-    assert first.optimizer["param_groups"] == second.optimizer["param_groups"]
-    for index, entries in first.optimizer["state"].items():
-        for key, value in entries.items():
-            assert torch.equal(value, second.optimizer["state"][index][key])
-    assert without_clock(one) == without_clock(other)
-
-
 MORE = [
     "host.nested_start=true",
     "method.coding_rate.weight=0.1",
@@ -158,13 +135,6 @@ def edgecl_start(recipe_file):
     return start
 
 
-def wait_for(condition, process):
-    until = time.monotonic() + 120
-    while not condition() and time.monotonic() < until and process.poll() is None:
-        time.sleep(0.005)
-    assert condition(), process.communicate()
-
-
 @pytest.mark.parametrize(
     ("number", "name", "status"), [(signal.SIGTERM, "SIGTERM", 0), (signal.SIGINT, "Ctrl-C", -signal.SIGINT)]
 )
@@ -178,7 +148,7 @@ def test_a_signal_saves_and_ends_well(
         "pretrain", recipe_file, "--data", image_folder, "--out", out, "--device", "cpu", *settings
     )
     metrics = out / "metrics.jsonl"
-    wait_for(lambda: metrics.is_file() and len(metrics.read_text().splitlines()) > 3, process)
+    wait_until(lambda: metrics.is_file() and len(metrics.read_text().splitlines()) > 3, process)
     process.send_signal(number)
     printed, said = process.communicate(timeout=120)
     assert process.returncode == status, said
@@ -201,7 +171,7 @@ def test_a_signal_saves_and_ends_well(
     assert again.returncode == 0, said
     assert RunDir(out).read().state == "done"
     assert read_newest(RunDir(out)).step == total
-    assert [line["step"] for line in read_metrics(metrics) if "loss" in line] == list(range(1, total + 1))
+    assert [line["step"] for line in steps_of(out)] == list(range(1, total + 1))
 
 
 @pytest.fixture(scope="module")
@@ -304,31 +274,11 @@ def test_two_runs_cannot_write_to_one_directory(earlier, make_recipe, labelled_p
 
 
 @pytest.mark.parametrize("setting", ["run.checkpoint_steps=3", "run.accumulate=2", "slim.slow_start=0.5"])
-def test_a_stop_within_an_epoch_leaves_no_trace(
-    tmp_path, make_recipe, labelled_pictures, setting, monkeypatch
-):
-    from edgecl.errors import Preempted
-    from edgecl.train import preemption
-
+def test_a_stop_within_an_epoch_leaves_no_trace(tmp_path, make_recipe, labelled_pictures, setting):
     recipe = make_recipe(setting, "run.epochs=3")
     train(recipe, tmp_path / "whole", labelled_pictures)
 
-    class AfterSevenLooks(preemption.StopRequest):
-        looks = 0
-
-        @property
-        def asked(self):
-            AfterSevenLooks.looks += 1
-            return signal.SIGTERM if AfterSevenLooks.looks == 7 else 0
-
-        @asked.setter
-        def asked(self, value):
-            pass
-
-    with monkeypatch.context() as patch:
-        patch.setattr("edgecl.train.pretrain.StopRequest", AfterSevenLooks)
-        with pytest.raises(Preempted, match="stopped by SIGTERM after step 7 of 15, and saved"):
-            train(recipe, tmp_path / "stopped", labelled_pictures)
+    train_until(7, recipe, tmp_path / "stopped", labelled_pictures)
     assert read_newest(RunDir(tmp_path / "stopped")).step == 7
     train(recipe, tmp_path / "stopped", labelled_pictures, resume=True)
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")

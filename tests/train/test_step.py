@@ -14,6 +14,8 @@ from edgecl.methods.method import Embeddings
 from edgecl.nets.build import create_slimmable
 from edgecl.train.step import create_step
 
+from .conftest import assert_close_gradients, gradients_of
+
 
 def make_step(recipe, steps_per_epoch=5):
     torch.manual_seed(0)
@@ -81,32 +83,13 @@ def test_parts_take_the_whole_batchs_gradient(make_recipe, way):
     """Without batch norm in training mode the parts see what the whole sees, and the steps are equal."""
     given = [*views(), *(view[..., :16, :16] for view in views())]
 
-    def gradients(setting):
-        recipe = make_recipe(setting, "optim.name='sgd'", *WAYS[way])
-        step = make_step(recipe)
-        step.passes.train = lambda mode=True: step.passes  # stay in evaluation: fixed statistics
-        step.net.eval()
-        seen = {}
-        step.optimizer.step = lambda: seen.update(
-            {
-                name: parameter.grad.clone()
-                for name, parameter in step.net.named_parameters()
-                if parameter.grad is not None
-            }
-        )
-        outcome = step(given, number=0, watch=True)
-        seen["norms"] = torch.tensor(
-            [norm or 0.0 for norm in outcome.gradient_norms.values()], dtype=torch.float32
-        )
-        return seen
-
-    whole, parts = gradients("run.accumulate=1"), gradients("run.accumulate=4")
-    assert whole.keys() == parts.keys()
-    torch.testing.assert_close(parts.pop("norms"), whole.pop("norms"), rtol=1e-3, atol=1e-4)
-    largest = max(float(gradient.abs().max()) for gradient in whole.values())
-    assert largest > 0
-    for name, gradient in whole.items():
-        torch.testing.assert_close(parts[name], gradient, rtol=1e-3, atol=1e-5 * largest, msg=name)
+    (whole, expected), (parts, found) = (
+        gradients_of(make_step(make_recipe(setting, "optim.name='sgd'", *WAYS[way])), given)
+        for setting in ("run.accumulate=1", "run.accumulate=4")
+    )
+    for name, norm in whole.gradient_norms.items():
+        assert (parts.gradient_norms[name] or 0.0) == pytest.approx(norm or 0.0, rel=1e-3, abs=1e-4), name
+    assert_close_gradients(found, expected, rtol=1e-3, atol=1e-5)
 
 
 def test_the_norm_of_the_slim_nets_gradient_is_of_all_its_passes(make_recipe):
