@@ -7,14 +7,7 @@ from typing import Literal
 import pytest
 from pydantic import Field, ValidationError
 
-from edgecl.config.settings import (
-    Config,
-    find_settings_file,
-    header_comment,
-    override,
-    parse_toml,
-    validate,
-)
+from edgecl.config.settings import Config, header_comment, override, parse_toml, read_tables, validate
 from edgecl.errors import RecipeError
 
 
@@ -164,13 +157,7 @@ def test_header_is_the_comment_at_the_top_only():
     assert header_comment(text) == "Summary.\n\nCommand: edgecl run x"
 
 
-def test_missing_file_says_where_it_was_looked_for(tmp_path):
-    with pytest.raises(RecipeError) as caught:
-        find_settings_file(f"{tmp_path}/no.toml", folder="recipes", error=RecipeError, noun="recipe")
-    assert caught.value.problem == f"no recipe file at '{tmp_path}/no.toml'"
-    assert caught.value.hint == "`edgecl ls recipes` lists the packaged ones"
-
-
-def test_folder_is_no_settings_file(tmp_path):
-    with pytest.raises(RecipeError, match="not a regular file"):
-        find_settings_file(f"{tmp_path}/", folder="recipes", error=RecipeError, noun="recipe")
+@pytest.mark.parametrize(("name", "problem"), [("no.toml", "no recipe file at"), ("", "not a regular file")])
+def test_what_is_no_settings_file_is_named(tmp_path, name, problem):
+    with pytest.raises(RecipeError, match=problem):
+        read_tables(f"{tmp_path}/{name}", folder="recipes", error=RecipeError, noun="recipe")
