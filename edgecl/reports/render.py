@@ -52,12 +52,9 @@ def page(
         views: name of a run -> its views.png.
         pictures: name of an inspected net -> JPEGs of its mistakes, in base64, in their order.
     """
-    env = environment(label=_label, value=_value, with_whole_interval=_with_whole_interval)
-    env.tests["list_of_tables"] = _is_list_of_tables
-    assert env.loader is not None
-    return env.get_template("report.html.j2").render(
+    return render(
+        "report.html.j2",
         report=report,
-        style=Markup(env.loader.get_source(env, "page.css")[0]),
         comparison_charts=[
             list(_comparison_charts(one, f"compare{i}")) for i, one in enumerate(report.comparisons)
         ],
@@ -73,24 +70,26 @@ def page(
 
 def markdown(report: Report) -> str:
     """Return the report in GitHub Markdown: decision, tables, comparisons, warnings and commands."""
-    env = environment(code=_code)
-    env.finalize = _markdown
-    return env.get_template("report.md.j2").render(report=report)
+    return render("report.md.j2", escape=_markdown, report=report)
 
 
-def environment(**filters: Callable[..., Any]) -> Environment:
-    """Return the templates of this folder, with what they call; everything put into them is escaped."""
+def render(template: str, *, escape: Callable[[object], Markup] | None = None, **content: Any) -> str:
+    """Fill in a template of this folder; everything put into it is escaped, as HTML unless told otherwise."""
+    loader = PackageLoader("edgecl.reports")
     env = Environment(
-        loader=PackageLoader("edgecl.reports"),
+        loader=loader,
         autoescape=True,
+        finalize=escape,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    env.filters.update(filters)
+    env.filters.update(label=_label, value=_value, with_whole_interval=_with_whole_interval, code=_code)
+    env.tests["list_of_tables"] = _is_list_of_tables
     tables = (report_tables, family_tables, precision_table, mode_tables, parity_table, comparison_table)
     env.globals.update({table.__name__: table for table in tables})
-    return env
+    style = Markup(loader.get_source(env, "page.css")[0])
+    return env.get_template(template).render(style=style, **content)
 
 
 def _comparison_charts(comparison: Comparison, prefix: str) -> Iterator[Chart]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pydantic import Field
 
 from edgecl.reports.collect import Collection, Source
-from edgecl.reports.notation import between, fixed, points
+from edgecl.reports.notation import between, fixed, milliseconds, points
 from edgecl.reports.precisions import (
     REJECTED,
     Conditions,
@@ -121,6 +121,11 @@ class Row(Conditions):
     def p50(self) -> float | None:
         """The median latency in ms."""
         return self.latency_ms.p50 if self.latency_ms else None
+
+    @property
+    def p50_interval(self) -> str:
+        """Its 95 % interval in words."""
+        return between(self.latency_ms.ci95_p50 if self.latency_ms else None, milliseconds)
 
     @property
     def is_timed(self) -> bool:
@@ -363,18 +368,16 @@ def comparison_of(source: Source[ComparisonRecord], collection: Collection) -> C
         test=record.test,
         chance=_chance(inside),
         nets=nets,
-        differences=[_difference(one, draws) for one in record.differences],
+        differences=[
+            Difference(**one.to_json(), draws=_paired(draws.get(one.a, []), draws.get(one.b, [])))
+            for one in record.differences
+        ],
         verdict=record.verdict,
     )
 
 
-def _difference(record: records.Difference, draws: dict[str, list[float]]) -> Difference:
-    clear = record.ci95 is not None and (record.ci95[0] > 0 or record.ci95[1] < 0)
-    a, b = draws.get(record.a, []), draws.get(record.b, [])
-    paired = [x - y for x, y in zip(a, b, strict=True)] if len(a) == len(b) else []
-    # The record's word alone is not enough: its interval must agree.
-    told = {**record.to_json(), "resolved": clear and record.resolved, "draws": paired}
-    return Difference(**told)
+def _paired(a: Sequence[float], b: Sequence[float]) -> list[float]:
+    return [x - y for x, y in zip(a, b, strict=True)] if len(a) == len(b) else []
 
 
 def _chance(models: Sequence[Source[ModelRecord]]) -> float | None:

@@ -51,13 +51,9 @@ def decision_of(
 
 
 def plateaus_in_words(runs: Sequence[Source[RunRecord]]) -> tuple[list[str], list[str]]:
-    """Return which runs are stuck on the plateau of one dimension, and what to change.
-
-    Returns:
-        what the decision must begin with, and what must stand right below it; both empty where no run is stuck.
-    """
+    """Return which runs are stuck on the plateau of one dimension, and what to change; nothing where none is."""
     stuck = [(run, plateau) for run in runs if (plateau := run.record.plateau)]
-    words = [(f"{run.name}: " if len(runs) > 1 else "") + f"{plateau.words}" for run, plateau in stuck]
+    words = [(f"{run.name}: " if len(runs) > 1 else "") + plateau.words for run, plateau in stuck]
     hints = dict.fromkeys(plateau.hint for _, plateau in stuck)
     return words, [f"To get off the plateau, start anew: {hint}." for hint in hints]
 
@@ -109,12 +105,9 @@ def _difference_in_words(difference: Difference, at: str) -> str:
         verb = "beats" if mean > 0 else "falls short of"
         size = between(sorted(abs(end) for end in interval))
         text = f"{a} {verb} {b} by {fixed(abs(mean))} points {size}{at}"
-    elif interval is None:
-        text = f"not resolved: {a} and {b} differ by {points(mean)} points{at}, with no interval"
     else:
-        includes = interval[0] <= 0 <= interval[1]
-        reason = "the interval includes zero" if includes else "the record calls it unresolved"
-        text = f"not resolved: {a} differs from {b} by {points(mean)} points {between(interval)}{at}, and {reason}"
+        size = f"{points(mean)} points {between(interval)}"
+        text = f"not resolved: {a} differs from {b} by {size}{at}, and the interval includes zero"
     return text[0].upper() + text[1:] + "."
 
 
@@ -143,7 +136,6 @@ def _speeds_in_words(timed: Sequence[Row], rows: Sequence[Row]) -> list[str]:
 
 
 def _precisions_in_words(bundle: BundleSummary, bundles: Sequence[BundleSummary]) -> Iterator[str]:
-    """Return what was decided about each evaluated precision of a bundle, and how fast those timed in turns are."""
     where = f"{bundle.name}, " if len(bundles) > 1 else ""
     for one in bundle.precisions:
         if one.decision:
@@ -166,7 +158,6 @@ def _on(row: Row) -> str:
 
 
 def _row_in_words(row: Row, rows: Sequence[Row]) -> str:
-    interval = between(row.latency_ms.ci95_p50 if row.latency_ms else None, milliseconds)
     label = _label_but_device(row, rows) + (" (rejected)" if row.is_rejected else "")
     how = joined(*row.batch_and_threads)
     size = joined(
@@ -174,7 +165,7 @@ def _row_in_words(row: Row, rows: Sequence[Row]) -> str:
         f"{scaled(row.params)} parameters" if row.params is not None else "",
         f"{megabytes(row.onnx_bytes)} MB of ONNX" if row.onnx_bytes is not None else "",
     )
-    time = joined(f"{milliseconds(row.p50)} ms", interval, by=" ")
+    time = joined(f"{milliseconds(row.p50)} ms", row.p50_interval, by=" ")
     sentence = f"{label} takes {time} at the median{_on(row)}" + (f" ({how})" if how else "")
     return sentence + (f", at {size}." if size else ".")
 

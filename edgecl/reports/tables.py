@@ -169,8 +169,7 @@ def _exported_accuracy(accuracy: ExportedAccuracy | None) -> Cell:
 
 
 def _p50(row: Row) -> Cell:
-    interval = between(row.latency_ms.ci95_p50 if row.latency_ms else None, milliseconds)
-    return Cell(milliseconds(row.p50), joined(interval, *row.flags))
+    return Cell(milliseconds(row.p50), joined(row.p50_interval, *row.flags))
 
 
 def _percentile(key: str) -> Callable[[Row], Cell]:
@@ -198,19 +197,8 @@ def precision_table(bundle: BundleSummary) -> Table | None:
     """Return the table of a bundle's precisions, or None where there is nothing to compare."""
     if len(bundle.precisions) < 2 and not any(one.decision for one in bundle.precisions):
         return None
-    table = _table(
-        "Precisions",
-        *(
-            "precision",
-            "form",
-            "opset",
-            "ONNX MB",
-            "relative difference",
-            "same top-1 %",
-            "verify",
-            "decision",
-        ),
-    )
+    headings = ["precision", "form", "opset", "ONNX MB", "relative difference", "same top-1 %", "verify"]
+    table = _table("Precisions", *headings, "decision")
     for one in bundle.precisions:
         table.add(
             one.precision + (" (default)" if one.default else " (left out)" if one.is_left_out else ""),
@@ -231,11 +219,8 @@ def _share(share: float | None) -> str:
 
 def parity_table(steps: Sequence[ParityCheck]) -> Table:
     """Return a parity report, one row per step."""
-    table = _table(
-        "Parity report",
-        *("step", "max difference", "mean difference", "relative", "same top-1 %", "cosine", "images"),
-        "first layer out of tolerance",
-    )
+    headings = ["step", "max difference", "mean difference", "relative", "same top-1 %", "cosine", "images"]
+    table = _table("Parity report", *headings, "first layer out of tolerance")
     for step in steps:
         table.add(
             f"{step.source} → {step.variant}",
@@ -251,11 +236,7 @@ def parity_table(steps: Sequence[ParityCheck]) -> Table:
 
 
 def mode_tables(bundle: BundleSummary) -> list[tuple[Table, list[str]]]:
-    """Return a bundle's timings, a table for each way of timing in which a precision has several modes.
-
-    Returns:
-        Each table, and sentences on the energy in it.
-    """
+    """Return a table for each way of timing in which a precision has several modes, and sentences on its energy."""
     ways: dict[str, list[Timing]] = {}
     for timing in bundle.timings:
         words = joined(timing.runtime, timing.device, timing.power_mode, *timing.batch_and_threads)
@@ -287,7 +268,6 @@ def _mode_table(title: str, timings: Sequence[Timing]) -> Table:
 
 
 def _energy_in_words(timings: Sequence[Timing]) -> list[str]:
-    """Return under which conditions energy was measured, once for each that differ."""
     sentences = []
     for timing in timings:
         if energy := timing.energy:
@@ -308,8 +288,8 @@ def _energy_in_words(timings: Sequence[Timing]) -> list[str]:
 
 def comparison_table(comparison: Comparison) -> Table:
     """Return a pipeline's nets side by side."""
-    few_label = f"few-label ({comparison.labels_per_class}/class)"
-    table = _table("Side by side", "net", f"{few_label} %", "kNN %", "linear %", kind="compare")
+    few_label = f"few-label ({comparison.labels_per_class}/class) %"
+    table = _table("Side by side", "net", few_label, "kNN %", "linear %", kind="compare")
     for net in comparison.nets:
         table.add(net.name, _accuracy(net.few_label), percent(net.knn_top1), percent(net.linear_top1))
     return table

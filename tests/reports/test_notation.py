@@ -4,16 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from edgecl.errors import printable
-from edgecl.reports.notation import (
-    duration,
-    megabytes,
-    milliseconds,
-    percent,
-    points,
-    scaled,
-    shortened,
-)
+from edgecl.reports.notation import duration, megabytes, milliseconds, percent, points, scaled, shortened
 
 
 @pytest.mark.parametrize(
@@ -74,7 +65,3 @@ def test_durations_read_as_said():
 
 def test_long_names_lose_their_middle():
     assert (shortened("abcdefghij", 5), shortened("abc", 5)) == ("ab…ij", "abc")
-
-
-def test_unprintable_characters_are_replaced():
-    assert printable("a\x00b\udcff\tc\r\u202e") == "a\\x00b\\udcff\tc\\x0d\\u202e"
