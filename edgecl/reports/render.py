@@ -10,7 +10,6 @@ import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -39,19 +38,8 @@ class Chart:
     title: str = ""
 
 
-def page(
-    report: Report,
-    *,
-    views: Mapping[str, bytes],
-    pictures: Mapping[str, Sequence[str]] = MappingProxyType({}),
-) -> str:
-    """Return the report as HTML.
-
-    Args:
-        report: what it says.
-        views: name of a run -> its views.png.
-        pictures: name of an inspected net -> JPEGs of its mistakes, in base64, in their order.
-    """
+def page(report: Report, *, views: Mapping[str, bytes], pictures: Mapping[str, Sequence[str]]) -> str:
+    """Return the report as HTML, with each run's views.png, and each net's mistakes as JPEGs in base64."""
     return render(
         "report.html.j2",
         report=report,
@@ -110,14 +98,9 @@ def _scatters(report: Report) -> Iterator[Chart]:
     if trade := report.size_trade_off:
         rows = [row.without_bundle() for row in report.rows]
         svg = scatter_figure(rows, trade, families=report.families, prefix="size")
-        caption = joined(
-            _caption(trade, rows),
-            "Fewer than two of them have a latency that counts"
-            if any(row.is_timed for row in report.rows)
-            else "Nothing was timed",
-            by=" ",
-        )
-        caption += ": `edgecl export` and `edgecl bench` put latency in the place of this."
+        is_timed = any(row.is_timed for row in report.rows)
+        why = "Fewer than two of them have a latency that counts" if is_timed else "Nothing was timed"
+        caption = f"{_caption(trade, rows)} {why}: `edgecl export` and `edgecl bench` put latency in the place of this."
         if trade.cost == "params":
             caption += " `edgecl cost MODEL_DIR` counts MACs, which say more about speed than parameters do."
         yield Chart(Markup(svg), caption, f"Accuracy against {SIZES[trade.cost]}")
@@ -149,9 +132,8 @@ def _caption(trade: TradeOff, rows: list[Row]) -> str:
     precisions = {row.precision for row in shown if not row.is_rejected}
     if len(precisions) > 1:
         shapes = {"fp32": "circles are fp32", "fp16": "squares fp16", "int8": "diamonds int8"}
-        parts.append(
-            f"{joined(*(words for key, words in shapes.items() if key in precisions)).capitalize()}."
-        )
+        named = joined(*(words for key, words in shapes.items() if key in precisions))
+        parts.append(f"{named.capitalize()}.")
     if any(row.is_rejected for row in shown):
         parts.append("A cross is a precision whose decision is rejected: it is on no front.")
     front = {index for group in trade.groups for index in group.front}
@@ -175,21 +157,16 @@ def _caption(trade: TradeOff, rows: list[Row]) -> str:
 
 def run_charts(run: RunSummary, prefix: str) -> Iterator[Chart]:
     """Draw the panels of a run that have a curve."""
+    epochs = (run.from_epoch, run.epochs)
     for place, panel in enumerate(run.panels):
         others = itertools.cycle((PURPLE, ORANGE, BLUE, MUTED))
-        series = [
-            (
-                name,
-                _COLORS.get(key) or _COLORS.get(name) or (MUTED if "_at_" in key else next(others)),
-                run.curves[key],
-            )
-            for key, name in panel.lines.items()
-            if key in run.curves
-        ]
+        series = []
+        for key, name in panel.lines.items():
+            if key in run.curves:
+                color = _COLORS.get(key) or _COLORS.get(name) or (MUTED if "_at_" in key else next(others))
+                series.append((name, color, run.curves[key]))
         if series:
-            svg = panel_figure(
-                series, panel, x_range=(run.from_epoch, run.epochs), prefix=f"{prefix}p{place}"
-            )
+            svg = panel_figure(series, panel, x_range=epochs, prefix=f"{prefix}p{place}")
             yield Chart(Markup(svg), panel.unit, panel.title)
 
 

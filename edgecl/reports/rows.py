@@ -60,13 +60,10 @@ _OF_THE_NET = {
 }
 # Which accuracy of an exported file compares with which of the net.
 MEASURED_AS = {"finetuned": "top1", "knn": "knn_top1"}
-# What a row has only where its net was exported.
-_OF_A_BUNDLE = (
-    *("bundle", "precision", "accuracy", "decision", "latency_ms"),
-    *("device", "power_mode", "runtime", "mode", "threads", "batch"),
-)
 # What tells rows of one net apart, the most telling first.
 _APART = ("bundle", "precision", "device", "power_mode", "runtime", "mode", "threads", "batch")
+# What a row has only where its net was exported.
+_OF_A_BUNDLE = (*_APART, "accuracy", "decision", "latency_ms")
 
 
 class Accuracy(Part):
@@ -317,10 +314,7 @@ def nets_of(rows: Sequence[Row]) -> list[Row]:
 
 
 def comparable_accuracies(rows: Sequence[Row]) -> dict[str, str]:
-    """Return those of ACCURACIES that compare in these rows, each with its full name.
-
-    Few-label accuracies at different label counts do not.
-    """
+    """Return those of ACCURACIES that compare, with their full names: few-label ones at different label counts do not."""
     counts = {row.few_label.labels_per_class for row in rows if row.few_label}
     names = {key: name for key, name in ACCURACIES.items() if key != "few_label" or len(counts) < 2}
     if len(counts) == 1:
@@ -329,10 +323,7 @@ def comparable_accuracies(rows: Sequence[Row]) -> dict[str, str]:
 
 
 def row_label(row: Row, rows: Sequence[Row], *, without: Sequence[str] = ()) -> str:
-    """Return a row's net, and as much of its bundle, precision and device as tells it from the other rows.
-
-    What is shown in another way, such as by color, is left out.
-    """
+    """Return a row's net, and as much of its bundle, precision and device as tells it from the other rows."""
     label = row.name
     alike = [other for other in rows if other.name == row.name]
     for key in _APART:
