@@ -122,7 +122,7 @@ def test_energy_has_a_column_only_where_it_is_known(make, tmp_path, joules):
     make.bench(bundle, device="board", measurements=[make.measurement("fp32", 1.0, joules=joules)])
     report([bundle], out=tmp_path / "report")
     text = (tmp_path / "report" / "report.md").read_text()
-    assert ("J/inference" in text, "| 0.0123 |" in text) == ((True, True) if joules else (False, False))
+    assert ("J/inference" in text, "| 0.0123 |" in text) == (bool(joules), bool(joules))
 
 
 def test_power_modes_of_one_board_are_told_apart(make, tmp_path):
