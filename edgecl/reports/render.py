@@ -107,7 +107,6 @@ def _scatters(report: Report) -> Iterator[Chart]:
 
 
 def _inspection_charts(inspection: Inspection, prefix: str) -> Iterator[Chart]:
-    """Draw what a net confuses, and its features."""
     shown, every = len(classes_shown(inspection)), len(inspection.classes)
     some = f" Of {every:,} classes the {shown} that are confused most." if shown < every else ""
     yield Chart(

@@ -114,9 +114,8 @@ def _difference_in_words(difference: Difference, at: str) -> str:
 def _speeds_in_words(timed: Sequence[Row], rows: Sequence[Row]) -> list[str]:
     ordered = sorted(timed, key=lambda row: (row.is_rejected, row.p50))
     if len(timed) <= 2:
-        return [
-            _row_in_words(row, rows) for row in (ordered if any(row.is_rejected for row in timed) else timed)
-        ]
+        shown = ordered if any(row.is_rejected for row in timed) else timed
+        return [_row_in_words(row, rows) for row in shown]
     # A rejected precision counts only where there is no other.
     running = [row for row in ordered if not row.is_rejected] or ordered
     if len(running) == 1:
@@ -126,11 +125,8 @@ def _speeds_in_words(timed: Sequence[Row], rows: Sequence[Row]) -> list[str]:
         for row in (running[0], running[-1])
     ]
     rejected = len(timed) - len(running)
-    besides = (
-        f"; {rejected} of rejected precisions {'does' if rejected == 1 else 'do'} not count"
-        if rejected
-        else ""
-    )
+    besides = f"; {rejected} of rejected precisions {'does' if rejected == 1 else 'do'} not count"
+    besides = besides if rejected else ""
     only = " of rejected precisions only" if running[0].is_rejected else ""
     return [f"{len(running)} median latencies{only} were measured, from {ends[0]} to {ends[1]}{besides}."]
 
@@ -203,9 +199,8 @@ def warnings_of(rows: Sequence[Row], collection: Collection) -> list[str]:
                 "`edgecl export --eval` measures it."
             )
     notes.extend(_ended(f"{', '.join(labels)}: {_FLAGS.get(flag, flag)}") for flag, labels in flagged.items())
-    measured = {
-        row.accuracy.data for row in rows if row.accuracy and row.accuracy.measured and row.accuracy.data
-    }
+    exported = [row.accuracy for row in rows if row.accuracy and row.accuracy.measured]
+    measured = {accuracy.data for accuracy in exported if accuracy.data}
     probes = [probe for model in collection.of(ModelRecord) if (probe := model.one_beside(ProbeRecord))]
     probed = {str(probe.test or probe.data) for probe in probes}
     for data, what in ((measured, "exported files were evaluated"), (probed, "nets were probed")):

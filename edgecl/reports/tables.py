@@ -125,15 +125,9 @@ def report_tables(rows: Sequence[Row]) -> list[Table]:
     counts = {row.few_label.labels_per_class for row in rows if row.few_label}
     few_label = f"few-label ({counts.pop()}/class)" if len(counts) == 1 else "few-label"
     accuracies = {"few_label": few_label, "knn": "kNN", "linear": "linear", "finetuned": "fine-tuned"}
-    of_nets = Table(
-        "Nets",
-        [
-            Column("net"),
-            *(Column(heading, "%", "Accuracy, top-1 %") for heading in accuracies.values()),
-            *(Column(heading, group="Cost") for heading in ("MACs", "params")),
-        ],
-        "rows nets",
-    )
+    of_accuracy = [Column(heading, "%", "Accuracy, top-1 %") for heading in accuracies.values()]
+    of_cost = [Column(heading, group="Cost") for heading in ("MACs", "params")]
+    of_nets = Table("Nets", [Column("net"), *of_accuracy, *of_cost], "rows nets")
     for row in nets:
         cells = [_accuracy(row.of_net(key)) for key in accuracies]
         of_nets.add(row_label(row, nets), *cells, scaled(row.macs), scaled(row.params), about=row.about_net)
@@ -143,11 +137,8 @@ def report_tables(rows: Sequence[Row]) -> list[Table]:
         # The others show also that nothing was measured.
         if not optional or not all(write(row).is_missing for row in exported)
     ]
-    of_bundles = Table(
-        "Bundles, by device and precision",
-        [Column("net"), *(column for column, _ in columns)],
-        "rows bundles",
-    )
+    title, headings = "Bundles, by device and precision", [Column("net"), *(column for column, _ in columns)]
+    of_bundles = Table(title, headings, "rows bundles")
     for row in exported:
         cells = [write(row) for _, write in columns]
         of_bundles.add(row_label(row, rows), *cells, about=row.about_bundle, rejected=row.is_rejected)

@@ -52,9 +52,8 @@ class WatchedRun:
         with self._lock:
             state: list[object] = [_stamp(file) for file in (self.files.record_file, self.files.metrics_file)]
             state.append(silent_min := _silent_min(self.files.metrics_file))
-            if (
-                state != self._state and time.monotonic() - self._drawn_at > _DRAWN_AGAIN_S
-            ) or not self._html:
+            is_due = state != self._state and time.monotonic() - self._drawn_at > _DRAWN_AGAIN_S
+            if is_due or not self._html:
                 self._html = self._draw(silent_min)
                 self._state, self._drawn_at = state, time.monotonic()
             return self._html
