@@ -85,11 +85,8 @@ def test_bundle_joins_its_net_by_hash(whole):
     _, record = whole
     slim, random = record["rows"]
     assert (slim["bundle"], slim["latency_ms"]["p50"], slim["onnx_bytes"]) == ("ort-cpu", 0.412, 934_210)
-    assert (slim["macs"], slim["linear"]["top1"], slim["few_label"]["top1"]) == (
-        4_712_000,
-        74.2,
-        pytest.approx(56.46),
-    )
+    assert (slim["macs"], slim["linear"]["top1"]) == (4_712_000, 74.2)
+    assert slim["few_label"]["top1"] == pytest.approx(56.46)
     assert (random["bundle"], random["latency_ms"]) == (None, None)
 
 
@@ -97,10 +94,8 @@ def test_bundle_of_another_net_is_a_row_of_its_own(make, tmp_path):
     net = make.model(tmp_path / "net")
     stranger = make.bundle(tmp_path / "stranger", model=None)
     record = report([net, stranger], out=tmp_path / "report")
-    assert [(row["name"], row["bundle"]) for row in record["rows"]] == [
-        ("net", None),
-        ("stranger", "stranger"),
-    ]
+    names = [(row["name"], row["bundle"]) for row in record["rows"]]
+    assert names == [("net", None), ("stranger", "stranger")]
     assert record["rows"][1]["few_label"] is None
 
 
@@ -185,30 +180,20 @@ def test_markdown_has_the_decision_and_the_table(whole):
     base, record = whole
     text = (base / "report" / "report.md").read_text()
     assert f"**{record['decision']}**" in text
-    net, bundle = (line for line in text.splitlines() if line.startswith("| slim"))
-    assert net == ("| slim | 56.5 [54.6, 58.4] | 61.5 [59.6, 63.4] | 74.2 [72.5, 75.9] | – | 4.7 M | 231 k |")
-    assert bundle == (
-        "| slim | 74.2 % [72.5, 75.9] linear, torch | 0.412 [0.406, 0.418] | 0.461 | 0.533 | 2,356 | 0.93 |"
-    )
+    assert [line for line in text.splitlines() if line.startswith("| slim")] == [
+        "| slim | 56.5 [54.6, 58.4] | 61.5 [59.6, 63.4] | 74.2 [72.5, 75.9] | – | 4.7 M | 231 k |",
+        "| slim | 74.2 % [72.5, 75.9] linear, torch | 0.412 [0.406, 0.418] | 0.461 | 0.533 | 2,356 | 0.93 |",
+    ]
 
 
 def test_conditions_hold_command_device_info_and_versions(whole):
     base, record = whole
     text = page_of(base / "report").text
-    for needle in (
-        "edgecl bench",
-        "Intel(R) Xeon(R) Platinum 8481C",
-        "1.24.0",
-        "2026-11-22T05:00:00+00:00",
-        "2.11.0",
-    ):
+    for needle in ("edgecl bench", "Platinum 8481C", "1.24.0", "2026-11-22T05:00:00+00:00", "2.11.0"):
         assert needle in text, needle
-    bench = next(one for one in record["conditions"] if one["title"] == "ort-cpu/bench-build-box.json")
-    assert bench["made_from_name"] == "ort-cpu"
-    assert (
-        next(one for one in record["conditions"] if one["title"] == "slim/model.json")["made_from_name"]
-        == "pretrain"
-    )
+    makers = {one["title"]: one["made_from_name"] for one in record["conditions"]}
+    assert makers["ort-cpu/bench-build-box.json"] == "ort-cpu"
+    assert makers["slim/model.json"] == "pretrain"
 
 
 # Missing pieces give a shorter report.
@@ -279,11 +264,8 @@ def test_terms_of_any_method_are_drawn_as_its_panels_say(make, tmp_path):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     (run / "metrics.jsonl").write_text("".join(json.dumps({**line, "pull": 1.5}) + "\n" for line in lines))
     found = report([run], out=tmp_path / "report")["runs"][0]
-    assert [panel["title"] for panel in found["panels"]][:3] == [
-        "Pull <1>",
-        "Nothing logged",
-        "Diagonal of C",
-    ]
+    titles = [panel["title"] for panel in found["panels"]]
+    assert titles[:3] == ["Pull <1>", "Nothing logged", "Diagonal of C"]
     assert found["curves"]["pull"]["mean"] == [1.5, 1.5, 1.5]
     assert "sacl" not in found["curves"]
     page = (tmp_path / "report" / "report.html").read_text()
