@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import importlib
 import json
 import os
 import subprocess
@@ -19,14 +19,6 @@ sys.path.append(str(BENCHMARKS))
 # One whose slim net has its skips where the host has them.
 ARCH = "mobilenetv3_small_100"
 TINY = ["--net", ARCH, "--size", "32", "--batch", "8", "--projector", "24", "24"]
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", BENCHMARKS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def environment():
@@ -53,19 +45,13 @@ def run(name, *words):
 
 @pytest.fixture(scope="module")
 def step():
-    return load("step")
+    return importlib.import_module("step")
 
 
-def step_options(**changes):
-    given = {
-        "device": "cpu",
-        "size": 32,
-        "batch": 8,
-        "projector": [24, 24],
-        "precision": "fp32",
-        "compile": False,
-    }
-    return argparse.Namespace(**{**given, **changes})
+def step_options(*, batch=8):
+    return argparse.Namespace(
+        device="cpu", size=32, batch=batch, projector=[24, 24], precision="fp32", compile=False
+    )
 
 
 @pytest.fixture
@@ -89,7 +75,7 @@ def test_masks_that_let_channels_through_are_found_before_anything_is_timed(step
 
 
 def test_flops_of_a_step_are_four_units_of_both_nets_and_of_masks_eight_of_the_host(step):
-    flops = step.flops_of_step(ARCH, step_options(batch=1, projector=[24, 24]))
+    flops = step.flops_of_step(ARCH, step_options(batch=1))
     losses = 7 * 2 * 24**2
     host = (flops["masks"] - losses) / 8
     slim = (flops["slices"] - losses) / 4 - host
@@ -101,8 +87,6 @@ def test_step_benchmark_prints_a_table_and_json():
     said, found = run(
         "step", "--nets", ARCH, "--size", 32, "--batch", 8, "--projector", 24, 24, "--rounds", 1
     )
-    assert found["benchmark"] == "step"
-    assert {"name", "threads", "image_size", "batch", "precision", "versions"} <= set(found["conditions"])
     assert found["conditions"]["threads"] == 1
     result = found["results"][ARCH]
     names = ["slices", "masks", "plain nets", "four passes", "losses", "optimizer", "Barlow Twins"]
@@ -110,7 +94,6 @@ def test_step_benchmark_prints_a_table_and_json():
     assert all(result["times"][name]["ms"] > 0 for name in names)
     low, high = result["ratios"]["masks"]["range"]
     assert low <= result["ratios"]["masks"]["over_slices"] <= high
-    assert {"engine_overhead"} <= set(result["ratios"]["four passes"])
     assert result["agreement"]["loss"] < 1e-5
     for name in names:
         assert f"| {name} | {result['times'][name]['ms']:.1f} ms" in said
@@ -120,7 +103,6 @@ def test_step_benchmark_prints_a_table_and_json():
 def test_step_benchmark_times_a_recipe_with_and_without_small_maps():
     said, found = run("step", "--recipe", BENCHMARKS / "tiny.toml", "--rounds", 1)
     assert list(found["ms"]) == ["torch's convolutions", "small maps as products"]
-    assert {"name", "threads", "capability", "environment", "versions"} <= set(found["conditions"])
     assert f"ratio {found['ratio']:.2f}" in said
 
 
@@ -129,7 +111,7 @@ def test_step_benchmark_times_a_recipe_with_and_without_small_maps():
 
 @pytest.fixture(scope="module")
 def scaling():
-    return load("scaling")
+    return importlib.import_module("scaling")
 
 
 COUNT = """\
@@ -214,7 +196,6 @@ def test_the_numbers_of_docs_scaling_are_computed(scaling, capsys):
 @pytest.mark.slow
 def test_scaling_benchmark_counts_in_real_jobs():
     said, found = run("scaling", *TINY, "--processes", 1, 2, "--force", "--rounds", 1, "--steps", 1)
-    assert found["benchmark"] == "scaling"
     assert list(found["results"]) == ["1", "2"]
     for result in found["results"].values():
         assert result["bytes"] == result["expected_bytes"]
@@ -229,7 +210,6 @@ def test_scaling_benchmark_counts_in_real_jobs():
 
 def test_startup_benchmark_prints_tables_and_json():
     said, found = run("startup", "--rounds", 1, "--only", "help", "ls")
-    assert found["benchmark"] == "startup"
     assert list(found["results"]) == ["python -c pass", "help", "ls"]
     assert found["results"]["python -c pass"]["processor_s"] < found["results"]["ls"]["processor_s"]
     assert list(found["imports"]) == ["help", "ls"]

@@ -282,19 +282,18 @@ def test_the_table_gives_paired_intervals_and_lists_what_is_unfinished(listed, t
     assert (counted["finished"], counted["runs"]) == (7, 9)
 
 
-def test_what_a_campaign_names_must_be_in_it(tmp_path):
-    file = tmp_path / "campaign.toml"
-    file.write_text(TINY + 'match_flops = ["sacl-dx"]\n')
-    with pytest.raises(RecipeError, match="sacl-dx"):
-        arms.read_campaign(file)
-    file.write_text(
-        TINY.replace("draws = 2", 'draws = 2\ncompare = [{ these = ["a"], others = ["sacl-xd"] }]')
-    )
-    with pytest.raises(RecipeError, match="'a'"):
-        arms.read_campaign(file)
-    file.write_text(TINY.replace('evaluate_on = "demo:validation"', ""))
-    with pytest.raises(RecipeError, match="evaluate_on"):
-        arms.read_campaign(file)
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        (TINY + 'match_flops = ["sacl-dx"]\n', "sacl-dx"),
+        (TINY.replace("draws = 2", 'compare = [{ these = ["a"], others = ["sacl-xd"] }]'), "'a'"),
+        (TINY.replace('evaluate_on = "demo:validation"', ""), "evaluate_on"),
+    ],
+)
+def test_what_a_campaign_names_must_be_in_it(tmp_path, text, named):
+    (tmp_path / "campaign.toml").write_text(text)
+    with pytest.raises(RecipeError, match=named):
+        arms.read_campaign(tmp_path / "campaign.toml")
 
 
 @pytest.mark.parametrize(

@@ -94,15 +94,11 @@ def _print_record(bundle: Path, record: "BenchRecord") -> None:
     if rails:
         print_line(f"energy of the whole module: {' + '.join(rails)}")
     for mark in record.marks:
-        print_line(f"doubtful: {_words(mark)}")
+        print_line(f"doubtful: {_MARKS.get(mark, mark)}")
     for one in record.measurements:
         for mark in one.marks:
             if mark not in record.marks:
-                print_line(f"doubtful: {one.precision}, {one.mode}: {_words(mark)}")
-
-
-def _words(mark: str) -> str:
-    return _MARKS.get(mark, mark)
+                print_line(f"doubtful: {one.precision}, {one.mode}: {_MARKS.get(mark, mark)}")
 
 
 def _quantile(latency: "Latency", name: "_Quantile") -> str:

@@ -86,17 +86,10 @@ def _training_rows(training: "RecipeTraining", widths: "list[WidthCost]") -> lis
     from edgecl.errors import counted
 
     total, projector = training.total_flops, training.projector_total_flops
+    seen = f"{counted(training.images, 'image')}, {counted(training.epochs, 'epoch')}"
     rows = [
-        (
-            "method",
-            training.method,
-            f"{counted(training.images, 'image')}, {counted(training.epochs, 'epoch')}",
-        ),
-        (
-            "forward units",
-            f"{training.forward_units:.2f}",
-            "slim forward passes per image; backward = 2",
-        ),
+        ("method", training.method, seen),
+        ("forward units", f"{training.forward_units:.2f}", "slim forward passes per image; backward = 2"),
         ("training", f"{_flops(training.flops_per_image)} per image", "projector apart"),
         ("training, total", _total(total), "all images and epochs, what a teacher computes once included"),
         ("projector", _total(projector), f"{100 * projector / total:.1f} % on top"),
@@ -108,14 +101,8 @@ def _training_rows(training: "RecipeTraining", widths: "list[WidthCost]") -> lis
     if training.teacher_total_flops:
         teacher = training.teacher_total_flops
         rows.append(("teacher's passes", _total(teacher), f"{100 * teacher / total:.1f} % of the training"))
-        own = training.teacher_training_flops
-        rows.append(
-            (
-                "teacher's training",
-                _total(own) if own else "not said",
-                "not in the total; set method.teacher.training_flops",
-            )
-        )
+        own = _total(training.teacher_training_flops) if training.teacher_training_flops else "not said"
+        rows.append(("teacher's training", own, "not in the total; set method.teacher.training_flops"))
     if training.coding_rate_total_flops:
         rate = training.coding_rate_total_flops
         rows.append(("coding rate", _total(rate), f"{100 * rate / total:.1f} % on top"))
@@ -123,13 +110,8 @@ def _training_rows(training: "RecipeTraining", widths: "list[WidthCost]") -> lis
         return rows
     further = training.further_widths_total_flops
     widest, *others = (f"{one.width:g}" for one in widths)
-    rows.append(
-        (
-            "further widths",
-            _total(further),
-            f"of the total, for {', '.join(others)}: {100 * further / (total - further):.1f} % on top of {widest} alone",
-        )
-    )
+    on_top = f"{100 * further / (total - further):.1f} % on top of {widest} alone"
+    rows.append(("further widths", _total(further), f"of the total, for {', '.join(others)}: {on_top}"))
     return rows + [
         (
             f"width {one.width:g}",

@@ -56,20 +56,11 @@ def _print_one(model: Path, record: "ProbeRecord", *, draws: int) -> None:
     from edgecl.cli.output import print_rows
 
     few = record.few_label_top1
+    all_labels, some = f"{record.n_train} labels", f"{few.labels_per_class} per class, {draws} draws"
     rows = [
-        ("kNN", f"{record.knn_top1:.1f}", _interval(record.knn_ci95), f"{record.n_train} labels"),
-        (
-            "linear",
-            f"{record.linear_top1:.1f}",
-            _interval(record.linear_ci95),
-            f"{record.n_train} labels",
-        ),
-        (
-            "few labels",
-            f"{few.mean:.1f}",
-            _interval(few.ci95),
-            f"{few.labels_per_class} per class, {draws} draws",
-        ),
+        ("kNN", f"{record.knn_top1:.1f}", _interval(record.knn_ci95), all_labels),
+        ("linear", f"{record.linear_top1:.1f}", _interval(record.linear_ci95), all_labels),
+        ("few labels", f"{few.mean:.1f}", _interval(few.ci95), some),
     ]
     print_rows(f"{model}: top-1 % on {record.n_test} held-out images", ["", "top-1", "95 %", "from"], rows)
 
@@ -77,28 +68,20 @@ def _print_one(model: Path, record: "ProbeRecord", *, draws: int) -> None:
 def _print_several(table: "list[ProbedNet]", *, draws: int) -> None:
     from edgecl.cli.output import print_rows
 
-    few = table[0].probe.few_label_top1
+    per_class, rows = table[0].probe.few_label_top1.labels_per_class, []
+    for one in table:
+        probe, few = one.probe, one.probe.few_label_top1
+        found = (
+            (probe.knn_top1, probe.knn_ci95),
+            (probe.linear_top1, probe.linear_ci95),
+            (few.mean, few.ci95),
+        )
+        size = (f"{one.width:g}", f"{one.params / 1e6:,.3f} M", f"{one.macs / 1e6:,.2f} M")
+        rows.append((one.model, *size, *(f"{value:.1f} {_interval(ci95)}" for value, ci95 in found)))
     print_rows(
-        f"top-1 % on {table[0].probe.n_test} held-out images; few labels: {few.labels_per_class} per class, "
-        f"{draws} draws",
+        f"top-1 % on {table[0].probe.n_test} held-out images; few labels: {per_class} per class, {draws} draws",
         ["net", "width", "params", "MACs", "kNN", "linear", "few labels"],
-        [
-            (
-                one.model,
-                f"{one.width:g}",
-                f"{one.params / 1e6:,.3f} M",
-                f"{one.macs / 1e6:,.2f} M",
-                *(
-                    f"{value:.1f} {_interval(ci95)}"
-                    for value, ci95 in (
-                        (one.probe.knn_top1, one.probe.knn_ci95),
-                        (one.probe.linear_top1, one.probe.linear_ci95),
-                        (one.probe.few_label_top1.mean, one.probe.few_label_top1.ci95),
-                    )
-                ),
-            )
-            for one in table
-        ],
+        rows,
     )
 
 

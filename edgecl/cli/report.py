@@ -12,6 +12,7 @@ from edgecl.cli.options import ForceOption, JsonOption
 if TYPE_CHECKING:
     from edgecl.reports.content import Report
     from edgecl.reports.diff import Diff
+    from edgecl.reports.tables import Table
 
 
 def report_command(
@@ -122,13 +123,12 @@ def print_report(report: "Report") -> None:
             console.print()
     for table in report_tables(report.rows):
         # Few rows have more columns than a terminal has room for: rows across, quantities down.
-        _show(console, table.headings, table.lines, turned=len(table.rows) <= 5)
+        _show(console, table, turned=len(table.rows) <= 5)
     for table in family_tables(report.families, report.rows):
         console.print(_text(table.title, "bold"), soft_wrap=not console.is_terminal)
-        _show(console, table.headings, table.lines)
+        _show(console, table)
     for comparison in report.comparisons:
-        table = comparison_table(comparison)
-        _show(console, table.headings, table.lines)
+        _show(console, comparison_table(comparison))
     for note in report.notes:
         console.print(_text(f"note: {note}"), soft_wrap=True)
 
@@ -138,7 +138,7 @@ def print_diff(diff: "Diff") -> None:
     console = _console()
     table = diff.table
     if table.rows:
-        _show(console, table.headings, table.lines, left=(0, 1, len(table.columns) - 1))
+        _show(console, table, left=(0, 1, len(table.columns) - 1))
     for line in diff.lines:
         console.print(_text(line), soft_wrap=True)
     console.print(_text(diff.summary, "bold"), soft_wrap=True)
@@ -158,20 +158,14 @@ def _text(words: object, style: str = "") -> Any:
     return Text(str(words), style=style)
 
 
-def _show(
-    console: Any,
-    columns: list[str],
-    rows: list[list[str]],
-    left: tuple[int, ...] = (0,),
-    *,
-    turned: bool = False,
-) -> None:
-    from rich.table import Table
+def _show(console: Any, content: "Table", *, left: tuple[int, ...] = (0,), turned: bool = False) -> None:
+    from rich import table as rich_table
 
+    columns, rows = content.headings, content.lines
     if turned:
         columns, *rows = [["", *columns[1:]], *rows]
         columns, *rows = [list(line) for line in zip(columns, *rows, strict=True)]
-    table = Table(box=None, pad_edge=False, header_style="dim")
+    table = rich_table.Table(box=None, pad_edge=False, header_style="dim")
     for place, column in enumerate(columns):
         table.add_column(_text(column), justify="left" if place in left else "right", overflow="fold")
     for row in rows:

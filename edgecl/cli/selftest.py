@@ -96,9 +96,7 @@ def _print(record: "SelftestReport", *, as_json: bool) -> None:
         [
             (
                 row.variant,
-                shown(row.loss),
-                shown(row.gradients),
-                shown(row.statistics),
+                *map(shown, (row.loss, row.gradients, row.statistics)),
                 "exact" if row.exact else "DIFFERS",
             )
             for row in record.variants

@@ -28,11 +28,7 @@ def verify_command(
         return
     rows = []
     for name, found in record.precisions.items():
-        difference, agreement, allowed = (
-            found.max_relative_difference,
-            found.top1_agreement,
-            found.tolerance,
-        )
+        difference, agreement, allowed = found.max_relative_difference, found.top1_agreement, found.tolerance
         if difference is None or agreement is None or allowed is None:
             continue
         most, least = allowed.max_relative_difference, allowed.top1_agreement

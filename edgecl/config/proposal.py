@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from edgecl.config.recipe import Recipe, flatten, recipe_from_tables
-from edgecl.config.settings import find_settings_file, override, parse_toml, read_text
+from edgecl.config.settings import override, read_tables
 from edgecl.config.target import Target
 from edgecl.errors import RecipeError, counted, first_of, printable
 from edgecl.storage.records import Machine, Survey, Timing
@@ -32,16 +32,12 @@ _SHORTEST_EPOCH = 16  # steps
 
 @dataclass(frozen=True)
 class Choice:
-    """A recipe as it differs from a packaged one.
-
-    Attributes:
-        base: the packaged recipe's name.
-        changes: setting, as `--set` names it -> value; None leaves it out.
-        reasons: setting -> why it is not the packaged recipe's.
-    """
+    """A recipe as it differs from a packaged one."""
 
     base: str
+    """The packaged recipe's name."""
     changes: dict[str, Any] = field(default_factory=dict)
+    """Setting, as `--set` names it -> value; None leaves it out."""
     reasons: dict[str, str] = field(default_factory=dict)
 
     def put(self, because: str, changes: Mapping[str, Any]) -> Choice:
@@ -54,7 +50,8 @@ class Choice:
     def tables(self) -> dict[str, Any]:
         """The recipe as TOML has it."""
         changes = [f"{name}={_toml(value)}" for name, value in self.changes.items() if value is not None]
-        tables = override(_tables_of(self.base), changes, error=RecipeError)
+        _, packaged = read_tables(self.base, folder="recipes", error=RecipeError, noun="recipe")
+        tables = override(packaged, changes, error=RecipeError)
         for name in self.changes.keys() - {change.partition("=")[0] for change in changes}:
             table, _, key = name.partition(".")
             tables[table].pop(key, None)
@@ -73,14 +70,7 @@ def choose_recipe(
     target: Target | None = None,
     weights: Mapping[str, Any] | None = None,
 ) -> Choice:
-    """Choose all but the length of a run.
-
-    Args:
-        survey: the pictures.
-        machine: where it will be trained.
-        target: what the net is for.
-        weights: settings that follow from given weights, as `--set` names them.
-    """
+    """Choose all but the length of a run; `weights` are the settings that follow from given weights."""
     size, why_size = _image_size(survey, target)
     small_device = target is not None and target.device in _SMALL_DEVICES
     many = survey.images >= _MANY and machine.device == "cuda" and not small_device
@@ -104,7 +94,6 @@ def choose_recipe(
 
 
 def _image_size(survey: Survey, target: Target | None) -> tuple[int, str]:
-    """Return the side of a view, and why."""
     if target is not None and target.graph.image_size is not None:
         return target.graph.image_size, "what the target takes"
     median = survey.shorter_side[1]
@@ -165,14 +154,7 @@ def _for_machine(choice: Choice, survey: Survey, machine: Machine) -> Choice:
 
 
 def choose_length(choice: Choice, survey: Survey, timing: Timing, *, hours: float | None) -> Choice:
-    """Choose how long a run takes: what was asked for, or what the packaged recipe says.
-
-    Args:
-        choice: all else.
-        survey: the pictures.
-        timing: of steps of this choice.
-        hours: that it may take.
-    """
+    """Choose how long a run takes: the hours that were asked for, or what the packaged recipe says."""
     recipe, usable = choice.recipe, _usable(survey)
     most = recipe.run.epochs if choice.base == CONTINUE else _MOST_EPOCHS
     if hours is None:
@@ -199,13 +181,7 @@ def hours_of(choice: Choice, survey: Survey, timing: Timing) -> float:
 
 
 def advise(choice: Choice, survey: Survey, *, hours: float) -> tuple[Literal["pretrain", "fine-tune"], str]:
-    """Say whether to train this recipe, and why.
-
-    Args:
-        choice: the recipe.
-        survey: the pictures.
-        hours: that it takes.
-    """
+    """Say whether to train this recipe, which takes so many hours, and why."""
     usable, epochs = _usable(survey), choice.recipe.run.epochs
     if usable < FEW:
         return "fine-tune", (
@@ -232,21 +208,11 @@ def _usable(survey: Survey) -> int:
     return max(1, round(survey.images * survey.read / (survey.read + len(survey.unreadable))))
 
 
-def _tables_of(base: str) -> dict[str, Any]:
-    path = find_settings_file(base, folder="recipes", error=RecipeError, noun="recipe")
-    return parse_toml(read_text(path, error=RecipeError), source=str(path), error=RecipeError)
-
-
 # --- as a file ---
 
 
 def recipe_text(choice: Choice, header: list[str]) -> str:
-    """Return a choice as a TOML file: the header and each reason as comments.
-
-    Args:
-        choice: the recipe.
-        header: lines to begin with; "" for an empty one.
-    """
+    """Return a choice as a TOML file, its header's lines and each reason as comments."""
     lines = [f"# {_comment(line)}".rstrip() for line in header]
 
     def write(table: Mapping[str, Any], name: str) -> None:
@@ -306,9 +272,8 @@ def _describe_leaks(survey: Survey) -> list[str]:
             f"LEAK: {len(survey.leaks):,} of {survey.labelled:,} labelled pictures lie in this folder too: {named}. "
             "Take them out of one of the two before a net is tested on them."
         )
-    exactly = f"all byte for byte among {survey.searched:,} of {survey.images:,} pictures; " * bool(
-        survey.searched
-    )
+    exactly = f"all byte for byte among {survey.searched:,} of {survey.images:,} pictures; "
+    exactly = exactly if survey.searched else ""
     return [
         *lines,
         f"{'Leaks' if lines else 'No leak found'}: {counted(survey.labelled or 0, 'labelled picture')} looked for, {exactly}"

@@ -102,22 +102,17 @@ class Panel(NamedTuple):
 
 
 class ForwardPasses(NamedTuple):
-    """What one image costs in forward passes; a backward pass counts as two.
-
-    Attributes:
-        whole: width -> passes of whole views.
-        local: width -> passes of local views.
-        coding_rates: sets of embeddings that the coding rate is taken of, in a step that takes it.
-        coding_rate_share: of the steps that take it.
-        teacher: passes of the teacher, in every epoch.
-        teacher_once: passes of the teacher, once in the run.
-    """
+    """What one image costs in forward passes; a backward pass counts as two."""
 
     whole: dict[float, float]
+    """Width -> passes of whole views."""
     local: dict[float, float]
     coding_rates: float = 0.0
+    """Sets of embeddings that the coding rate is taken of, in a step that takes it."""
     coding_rate_share: float = 1.0
+    """Of the steps that take it."""
     teacher: float = 0.0
+    """Passes of the teacher in every epoch."""
     teacher_once: float = 0.0
 
     def with_targets(self, count: int) -> ForwardPasses:
@@ -367,15 +362,11 @@ def list_methods() -> list[str]:
 
 def describe_methods() -> list[dict[str, str]]:
     """List the methods: name and the first line of the file, of which nothing is run."""
-    return [
-        {
-            "name": name,
-            "summary": (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").partition("\n")[
-                0
-            ],
-        }
-        for name, file in _method_files().items()
-    ]
+    found = []
+    for name, file in _method_files().items():
+        about = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+        found.append({"name": name, "summary": about.partition("\n")[0]})
+    return found
 
 
 def method_settings(name: str) -> dict[str, Any]:
@@ -407,7 +398,6 @@ def find_method(name: Any, *, where: dict[str, object] | None = None) -> Any:
 
 @cache
 def _recipe_with(config: type[MethodConfig]) -> type[Recipe]:
-    """Return the recipe whose [method] table is a method's own."""
     return create_model(
         "Recipe", __base__=Recipe, __module__=__name__, method=(config, config.model_validate({}))
     )
@@ -428,8 +418,8 @@ def read_recipe(name: str, assignments: list[str] | None = None) -> Recipe:
     assignments = assignments or []
     chosen = override(tables, assignments, error=RecipeError)
     if _method_name(chosen) != _method_name(tables):
-        with_method = _with_method(tables, _method_name(chosen), source=str(path))
-        chosen = override(with_method, assignments, error=RecipeError)
+        tables = _with_method(tables, _method_name(chosen), source=str(path))
+        chosen = override(tables, assignments, error=RecipeError)
     return recipe_from_tables(chosen, source=str(path), assignments=assignments)
 
 

@@ -29,7 +29,6 @@ class Config(BaseModel):
 
 # A settings file of edgecl has a few kB.
 _MOST_BYTES = 1 << 20
-_MOST_PROBLEMS = 20
 
 # What a setting may be, with the reason, which an error says.
 Count = Annotated[int, Field(ge=1, le=10**9, description="nothing is counted that far")]
@@ -60,12 +59,7 @@ def packaged_files(folder: str) -> dict[str, Path]:
     return {path.stem: path for path in files}
 
 
-def find_settings_file(name: str, *, folder: str, error: type[EdgeclError], noun: str) -> Path:
-    """Return the TOML file a name or a path stands for.
-
-    Raises:
-        EdgeclError: of the given class, when there is none; near names are suggested.
-    """
+def _find_file(name: str, *, folder: str, error: type[EdgeclError], noun: str) -> Path:
     if name.endswith(".toml") or "/" in name:
         path = Path(name)
         if path.exists() and not path.is_file():
@@ -79,16 +73,8 @@ def find_settings_file(name: str, *, folder: str, error: type[EdgeclError], noun
     return known[name]
 
 
-def read_text(path: Path, *, error: type[EdgeclError]) -> str:
-    """Return the text of a settings file; a byte-order mark, as Windows editors write it, is left out."""
-    try:
-        return read_bytes(path, most=_MOST_BYTES, error=error).decode("utf-8-sig")
-    except UnicodeDecodeError as exc:
-        raise error(f"not a text file: {exc}", where={"file": path}) from exc
-
-
 def parse_toml(text: str, *, source: str, error: type[EdgeclError]) -> dict[str, Any]:
-    """Parse TOML text, with the parser's exc turned into a named error."""
+    """Parse TOML text; what is wrong with it is an error of the given class."""
     try:
         return tomllib.loads(text)
     except ValueError as exc:  # of numbers with too many digits it is Python's
@@ -103,10 +89,15 @@ def read_tables(
     """Return the file that a name or a path stands for, and its tables.
 
     Raises:
-        EdgeclError: of the given class, when there is none or it is no TOML.
+        EdgeclError: of the given class, when there is none, with near names, or it is no TOML.
     """
-    path = find_settings_file(name, folder=folder, error=error, noun=noun)
-    return path, parse_toml(read_text(path, error=error), source=str(path), error=error)
+    path = _find_file(name, folder=folder, error=error, noun=noun)
+    try:
+        # Windows editors begin a file with a byte-order mark.
+        text = read_bytes(path, most=_MOST_BYTES, error=error).decode("utf-8-sig")
+    except UnicodeDecodeError as exc:
+        raise error(f"not a text file: {exc}", where={"file": path}) from exc
+    return path, parse_toml(text, source=str(path), error=error)
 
 
 def list_packaged(folder: str) -> list[dict[str, str]]:
@@ -182,12 +173,9 @@ def validate(
         # A list that lost a wrong entry is also too short, of which nobody needs to hear.
         lists = {one["loc"][:-1] for one in problems if one["loc"] and isinstance(one["loc"][-1], int)}
         problems = [problem for problem in problems if problem["loc"] not in lists]
-        lines = [_describe(problem, model) for problem in problems[:_MOST_PROBLEMS]]
-        if len(problems) > _MOST_PROBLEMS:
-            lines.append(f"and {len(problems) - _MOST_PROBLEMS:,} more")
         places = [".".join(map(str, problem["loc"])) for problem in problems]
         where = _where_set(places, source=source, assignments=assignments)
-        raise error("; ".join(lines), where=where) from exc
+        raise error("; ".join(_describe(one, model) for one in problems), where=where) from exc
 
 
 def _where_set(places: Sequence[str], *, source: str, assignments: Sequence[str]) -> dict[str, object]:
@@ -200,7 +188,6 @@ def _where_set(places: Sequence[str], *, source: str, assignments: Sequence[str]
 
 
 def _overlap(key: str, place: str) -> bool:
-    """Return whether one of two dotted keys lies in the other's table."""
     return not place or f"{place}.".startswith(f"{key}.") or f"{key}.".startswith(f"{place}.")
 
 

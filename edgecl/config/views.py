@@ -19,20 +19,17 @@ _NAMES = string.ascii_lowercase
 
 @dataclass(frozen=True, kw_only=True)
 class ViewSpec:
-    """One or more views of each picture that differ only by chance."""
+    """One or more views of each picture that differ only by chance; settings mean what they mean in [views]."""
 
     names: tuple[str, ...]
     """One for each view; what is random about a view is a function of its name, so no two specifications share one."""
     size: int
     """Height and width, pixels."""
     scale: tuple[float, float] = (0.08, 1.0)
-    """Area of the crop as a fraction of the picture's."""
     ratio: tuple[float, float] = (0.75, 4 / 3)
-    """Width / height of the crop."""
     flip: float = 0.0
     flip_vertical: float = 0.0
     jitter: float = 0.0
-    """Probability of color jitter, whose strengths follow."""
     brightness: float = 0.4
     contrast: float = 0.4
     saturation: float = 0.2
@@ -40,7 +37,6 @@ class ViewSpec:
     grayscale: float = 0.0
     blur: float = 0.0
     blur_sigma: tuple[float, float] = (0.1, 2.0)
-    """Standard deviation of the blur, pixels of a 224-pixel view; scaled with size."""
     solarize: float = 0.0
     local: bool = False
     """A small crop, which leaves running statistics alone: those are for whole pictures."""

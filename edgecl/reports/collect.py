@@ -5,7 +5,6 @@ Nothing here loads a net. A missing piece is left out; a piece that belongs to s
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 import math
@@ -41,9 +40,6 @@ Line = dict[str, float]
 
 # The order of a pipeline's folders in the report; others follow by name.
 _ORDER = ("pretrain", "slim", "finetuned", "given", "scratch", "random", "bundles")
-_PNG = b"\x89PNG\r\n\x1a\n"
-_JPEG = b"\xff\xd8\xff"
-
 
 R = TypeVar("R", bound=Record)
 R_co = TypeVar("R_co", bound=Record, covariant=True)
@@ -82,6 +78,11 @@ class Source(Generic[R_co]):
         """Return the record of a kind beside this one."""
         return next(iter(self.all_beside(kind)), None)
 
+    @property
+    def hashes(self) -> set[str]:
+        """What others may say that they were made from: the record's hash, and that of a net's weights."""
+        return {self.sha256, *([self.record.weights_sha256] if isinstance(self.record, ModelRecord) else [])}
+
 
 @dataclass
 class Collection:
@@ -96,9 +97,8 @@ class Collection:
 
     def maker_of(self, source: Source[Record]) -> Source[Record] | None:
         """Return the source whose hash this one says it was made from."""
-        made_from = source.record.made_from
         others = [other for other in self.sources if other is not source]
-        return next((other for other in others if made_from and made_from in _hashes_of(other)), None)
+        return next((other for other in others if source.record.made_from in other.hashes), None)
 
     def sha256(self) -> str:
         """Return the hash of every record's hash, so that a report names exactly what it was made from."""
@@ -110,11 +110,6 @@ class Collection:
             for name, record in sorted(source.beside.items()):
                 digest.update(f"{name} {json.dumps(content_of(record), sort_keys=True)}".encode())
         return digest.hexdigest()
-
-
-def _hashes_of(source: Source[Record]) -> set[str]:
-    record = source.record
-    return {source.sha256, record.weights_sha256} if isinstance(record, ModelRecord) else {source.sha256}
 
 
 def content_of(record: Record) -> Json:
@@ -151,9 +146,8 @@ def collect(dirs: Sequence[Path]) -> Collection:
             )
         for source in found:
             sources.setdefault((source.path / source.record.FILE).resolve(), source)
-    collection = Collection(list(sources.values()), list(dict.fromkeys(notes)))
-    _name(collection.sources)
-    return collection
+    _name(list(sources.values()))
+    return Collection(list(sources.values()), list(dict.fromkeys(notes)))
 
 
 def _sources(path: Path, notes: list[str]) -> Iterator[Source[Record]]:
@@ -226,19 +220,8 @@ def _read_source(path: Path, kind: type[Record], notes: list[str]) -> Source[Rec
     # Apart from what lies beside: its pictures are shown, and are no numbers for the list of records.
     inspection = source.beside.pop(InspectionRecord.FILE, None)
     if isinstance(inspection, InspectionRecord):
-        if all(_is_jpeg(one.picture) for one in inspection.mistakes):
-            source.inspection = inspection
-        else:
-            notes.append(f"{source.shown}: {inspection.FILE} has pictures that are no JPEG and is left out.")
+        source.inspection = inspection
     return source
-
-
-def _is_jpeg(picture: str) -> bool:
-    """Return whether a text is a JPEG in base64, and so nothing that a page would take for markup."""
-    try:
-        return base64.b64decode(picture, validate=True).startswith(_JPEG)
-    except ValueError:
-        return False
 
 
 def _read_run(source: Source[Record], record: RunRecord, notes: list[str]) -> None:
@@ -254,18 +237,14 @@ def _read_run(source: Source[Record], record: RunRecord, notes: list[str]) -> No
     elif record.state != "done":
         notes.append(f"{source.shown}: the run is not finished (state '{record.state}').")
     if run.views_file.is_file():
-        content = read_bytes(run.views_file, most=RECORD_BYTES)
-        if content.startswith(_PNG):
-            source.views_png = content
-        else:
-            notes.append(f"{source.shown}: views.png is not a PNG image and is left out.")
+        source.views_png = read_bytes(run.views_file, most=RECORD_BYTES)
 
 
 def _read_beside(
     source: Source[Record], files: Sequence[tuple[Path, type[Record]]], notes: list[str]
 ) -> None:
     # A fine-tuned net's evaluation may be written with the net, and then names what the net was made from.
-    fitting = {None, source.record.made_from, *_hashes_of(source)}
+    fitting = {None, source.record.made_from, *source.hashes}
     for file, kind in files:
         if not file.is_file():
             continue
@@ -280,18 +259,14 @@ def _read_beside(
 
 
 def read_metrics(path: Path) -> tuple[list[Line], list[Line], int]:
-    """Read a run's metrics.
+    """Return a run's step lines and quality lines by step, and how many lines could not be read.
 
-    Returns:
-        The step lines and the quality lines by step, and how many lines could not be read. Of two lines for
-        one step the later counts: a resumed run writes some steps twice.
+    Of two lines for one step the later counts: a resumed run writes some steps twice.
     """
-    if not path.exists():
-        return [], [], 0
     steps: dict[float, Line] = {}
     quality: dict[float, Line] = {}
     unreadable = 0
-    for text in read_bytes(path, most=METRICS_BYTES).splitlines():
+    for text in read_bytes(path, most=METRICS_BYTES).splitlines() if path.exists() else []:
         if not text.strip():
             continue
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -61,27 +61,18 @@ class Panel(Part):
     """A value to mark with a dashed line."""
 
 
+def _of_both(kind: str) -> dict[str, str]:
+    return {f"{kind}_host": "host", f"{kind}_slim": "slim"}
+
+
+_UP_TO_ONE: dict[str, Any] = {"low": 0.0, "high": 1.0, "reference": 1.0}
 _OF_EVERY_RUN = (
-    Panel(
-        title="Diagonal of C",
-        lines={"diagonal": "diagonal"},
-        unit="mean, goal 1",
-        low=0.0,
-        high=1.0,
-        reference=1.0,
-    ),
+    Panel(title="Diagonal of C", lines={"diagonal": "diagonal"}, unit="mean, goal 1", **_UP_TO_ONE),
     Panel(title="Off-diagonal of C", lines={"off_diagonal_rms": "off-diagonal"}, unit="RMS, goal 0", low=0.0),
-    Panel(
-        title="RankMe",
-        lines={"rankme_host": "host", "rankme_slim": "slim"},
-        unit="dimensions in use",
-        low=0.0,
-    ),
-    Panel(title="kNN top-1", lines={"knn_top1_host": "host", "knn_top1_slim": "slim"}, unit="%"),
-    Panel(
-        title="Embedding std", lines={"std": "std"}, unit="0 is collapsed", low=0.0, high=1.0, reference=1.0
-    ),
-    Panel(title="Gradient norm", lines={"grad_norm_host": "host", "grad_norm_slim": "slim"}, log=True),
+    Panel(title="RankMe", lines=_of_both("rankme"), unit="dimensions in use", low=0.0),
+    Panel(title="kNN top-1", lines=_of_both("knn_top1"), unit="%"),
+    Panel(title="Embedding std", lines={"std": "std"}, unit="0 is collapsed", **_UP_TO_ONE),
+    Panel(title="Gradient norm", lines=_of_both("grad_norm"), log=True),
     Panel(title="Learning rate", lines={"lr": "lr"}, low=0.0),
     Panel(title="Throughput", lines={"images_per_s": "images/s"}, unit="images/s", low=0.0),
 )
@@ -239,26 +230,25 @@ def inspected(collection: Collection) -> list[tuple[Source[ModelRecord], Inspect
 
 
 def _inspection(name: str, record: InspectionRecord) -> Inspection:
+    classes = record.classes
     wrong = [pair for pair in record.confusion if pair.label != pair.predicted]
     text = f"The {record.predicted_by} takes {sum(pair.images for pair in wrong):,} of "
     text += f"{counted(record.n_test, 'held-out image')} for another class"
     if wrong:
         most = max(wrong, key=lambda pair: pair.images)
-        label, predicted = record.classes[most.label], record.classes[most.predicted]
-        text += f", most often {label} for {predicted} ({most.images:,})"
+        text += f", most often {classes[most.label]} for {classes[most.predicted]} ({most.images:,})"
+    mistakes = [
+        ConfidentMistake(
+            label=classes[one.label], predicted=classes[one.predicted], confidence=one.confidence
+        )
+        for one in record.mistakes
+    ]
     return Inspection(
         name=name,
         in_words=f"{text}.",
-        classes=record.classes,
+        classes=classes,
         confusion=record.confusion,
-        mistakes=[
-            ConfidentMistake(
-                label=record.classes[one.label],
-                predicted=record.classes[one.predicted],
-                confidence=one.confidence,
-            )
-            for one in record.mistakes
-        ],
+        mistakes=mistakes,
         map=record.map,
     )
 
@@ -267,12 +257,12 @@ def run_summary(run: Source[RunRecord]) -> RunSummary:
     """Return what a page shows of a run, whether it is done or not."""
     record = run.record
     total, per_epoch = record.total_steps, record.steps_per_epoch
-    at = [line["epoch"] for line in (*run.steps, *run.quality)]
+    lines = [*run.steps, *run.quality]
+    at = [line["epoch"] for line in lines]
     first, last = min(at, default=0.0), max(at, default=1.0)
     # The axis ends where the plan ends, so that an unfinished run looks unfinished; it begins at zero unless
     # the run went on from a checkpoint so late that its own part would be a sliver.
     epochs = max(total / per_epoch if total and per_epoch else 0.0, last) or 1.0
-    lines = [*run.steps, *run.quality]
     panels = [*_own_panels(record), *(_with_narrower(panel, run.quality) for panel in _OF_EVERY_RUN)]
     keys = dict.fromkeys(key for panel in panels for key in panel.lines)
     return RunSummary(
@@ -310,20 +300,14 @@ def _with_narrower(panel: Panel, quality: Sequence[Line]) -> Panel:
     kind = next(iter(panel.lines)).removesuffix("host")
     prefix = f"{kind}slim_at_"
     found = {printable(key) for line in quality for key in line if key.startswith(prefix)}
-    return panel.model_copy(
-        update={
-            "lines": panel.lines
-            | {key: f"{key.removeprefix(prefix)}×" for key in sorted(found, reverse=True)}
-        }
-    )
+    narrower = {key: f"{key.removeprefix(prefix)}×" for key in sorted(found, reverse=True)}
+    return panel.model_copy(update={"lines": panel.lines | narrower})
 
 
 def curve(lines: Sequence[Line], key: str) -> Curve | None:
-    """Return one quantity over epochs, or None when no line has it.
+    """Return one quantity over epochs in at most MOST_POINTS points, or None when no line has it.
 
-    Returns:
-        At most MOST_POINTS points: neighboring steps are put together in equal shares, with their mean and their
-        extremes, so that a spike stays visible.
+    Neighboring steps are put together with their mean and their extremes, so that a spike stays visible.
     """
     known = [(line["epoch"], line[key]) for line in lines if key in line]
     if not known:

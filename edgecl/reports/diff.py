@@ -151,12 +151,7 @@ def diff(old: Path, new: Path, *, rules: Sequence[Rule] = ()) -> Diff:
     between several. Rows that then remain are paired by net, target and precision alone where that leaves no
     choice: their accuracy and size compare, their latency does not. A rule is broken by the point estimate;
     whether the intervals of the two overlap is written beside it. A row or value that OLD has and NEW lacks
-    breaks every rule that concerns it.
-
-    Args:
-        old: a report's directory, its report.json, or a run, model, bundle or pipeline directory.
-        new: the same.
-        rules: none only shows the changes.
+    breaks every rule that concerns it. Without rules the changes are only shown.
 
     Raises:
         ArtifactError: nothing to compare, no row of OLD that has a partner in NEW, or a rule that concerns
@@ -177,9 +172,8 @@ def diff(old: Path, new: Path, *, rules: Sequence[Rule] = ()) -> Diff:
             hint="a pair has the same architecture, width, origin, target and precision",
         )
     labels = _labels(pairs, only_old, only_new)
-    compared = [_compared(labels, before, after, rules) for before, after in pairs]
-    compared += [_compared(labels, before, None, rules) for before in only_old]
-    compared += [_compared(labels, None, after, rules) for after in only_new]
+    sides_by_side = [*pairs, *((row, None) for row in only_old), *((None, row) for row in only_new)]
+    compared = [_compared(labels, before, after, rules) for before, after in sides_by_side]
     for rule in rules:
         if not any(check.rule == rule.text for row in compared for check in row.checks):
             side = "OLD" if rule.relative else "NEW"
@@ -228,11 +222,7 @@ def _library(row: Row) -> str:
 
 
 def match(old: Sequence[Row], new: Sequence[Row]) -> tuple[list[Pair], list[Row], list[Row]]:
-    """Pair the rows of two reports, from the strictest likeness to the loosest.
-
-    Returns:
-        The pairs in OLD's order, and the rows of OLD and of NEW without a partner.
-    """
+    """Pair the rows of two reports, from the strictest likeness to the loosest, and return those without a partner."""
 
     def net(row: Row) -> Hashable:
         return (row.arch, row.width, row.origin, row.target, row.precision)
@@ -282,14 +272,8 @@ def _label(row: Row, rows: Sequence[Row]) -> str:
 
 
 def _all_labels(rows: Sequence[Row]) -> str:
-    parts = [
-        ", ".join(
-            str(value)
-            for value in (row.name, row.arch, row.width, row.origin, row.target, row.precision)
-            if value is not None
-        )
-        for row in rows[:4]
-    ]
+    about = [(row.name, row.arch, row.width, row.origin, row.target, row.precision) for row in rows[:4]]
+    parts = [", ".join(str(value) for value in one if value is not None) for one in about]
     return "; ".join(parts) + ("; …" if len(rows) > 4 else "")
 
 

@@ -43,14 +43,13 @@ def families_of(collection: Collection, rows: Sequence[Row]) -> list[Family]:
     families = []
     for (checkpoint, arch, origin, name), members in found.items():
         widths = sorted({width for index in members if (width := rows[index].width) is not None})
+        if origin != "pretrained":
+            name = f"{name}, {ORIGINS.get(origin or '', origin)}"
         if len(widths) > 1:
-            if origin != "pretrained":
-                name = f"{name}, {ORIGINS.get(origin or '', origin)}"
-            families.append(
-                Family(
-                    name=name, arch=arch, origin=origin, checkpoint=checkpoint, widths=widths, rows=members
-                )
+            family = Family(
+                name=name, arch=arch, origin=origin, checkpoint=checkpoint, widths=widths, rows=members
             )
+            families.append(family)
     names = [family.name for family in families]
     for family in families:
         if names.count(family.name) > 1:
@@ -91,13 +90,13 @@ def family_tables(families: Sequence[Family], rows: Sequence[Row]) -> list[Table
         ways = {row.key: row.in_words for row in members if row.is_timed}
         for way, words in ways.items():
             timed = [row for row in members if row.is_timed and row.key == way]
-            tables.append(_table(f"{title}, on {words}", by_width(members), timed))
+            tables.append(_table(f"{title}, on {words}", _by_width(members), timed))
         if not ways:
-            tables.append(_table(title, by_width(members), []))
+            tables.append(_table(title, _by_width(members), []))
     return tables
 
 
-def by_width(rows: Sequence[Row]) -> list[Row]:
+def _by_width(rows: Sequence[Row]) -> list[Row]:
     """Return a row for each net, narrowest first."""
     return sorted(nets_of(rows), key=lambda row: row.width or 0.0)
 
@@ -131,7 +130,7 @@ def _table(title: str, nets: Sequence[Row], timed: Sequence[Row]) -> Table:
 
 def family_in_words(family: Family, rows: Sequence[Row]) -> str:
     """Return what one run gave: how many nets, and widths, accuracies and sizes from end to end."""
-    nets = by_width([rows[index] for index in family.rows])
+    nets = _by_width([rows[index] for index in family.rows])
     parts = []
     for key in comparable_accuracies(nets):
         gains = [(net.width or 0.0, found.top1) for net in nets if (found := net.of_net(key))]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pydantic import Field
 
 from edgecl.reports.precisions import Conditions, Part
-from edgecl.reports.rows import Row, comparable_accuracies
+from edgecl.reports.rows import Row, comparable_accuracies, nets_of
 
 # What a net costs on every device; the first says more about its latency.
 SIZES = {"macs": "MACs", "params": "parameters"}
@@ -58,30 +58,23 @@ class TradeOff(Part):
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Return which (cost, gain) points no other beats by costing no more and gaining no less.
+    """Return the indices of those (cost, gain) points that no other beats by costing no more and gaining no less.
 
-    Returns:
-        Indices, cheapest first; of equal points all are on the front.
+    The cheapest comes first; of equal points all are on the front.
     """
-    front = [
-        index
-        for index, (cost, gain) in enumerate(points)
-        if not any(
-            other_cost <= cost and other_gain >= gain and (other_cost, other_gain) != (cost, gain)
-            for other_cost, other_gain in points
-        )
-    ]
+
+    def is_beaten(cost: float, gain: float) -> bool:
+        return any(one <= cost and other >= gain and (one, other) != (cost, gain) for one, other in points)
+
+    front = [index for index, point in enumerate(points) if not is_beaten(*point)]
     return sorted(front, key=lambda index: points[index])
 
 
 def trade_off(rows: Sequence[Row]) -> TradeOff | None:
-    """Choose the accuracy to set against latency, and mark the rows on each Pareto front.
+    """Choose the accuracy to set against latency, and mark the rows on each Pareto front; None where no row has both.
 
     Rows compete only with rows timed on the same device in the same mode, at the same batch and thread count.
     A rejected precision is shown, but is on no front. Sets the rows' `on_pareto_front`.
-
-    Returns:
-        None when no row has both an accuracy and a latency.
     """
     timed = [index for index, row in enumerate(rows) if row.is_timed]
     names = comparable_accuracies(rows)
@@ -133,22 +126,15 @@ def size_trade_off(rows: Sequence[Row], families: Sequence[Sequence[int]]) -> Tr
     MACs where every net of the families has them, else parameters. Other nets with the same numbers are shown, too. None
     when no family has two widths with an accuracy and a size.
     """
-    nets: dict[str, int] = {}
-    for index, row in enumerate(rows):
-        if row.model_dir is not None:
-            nets.setdefault(row.model_dir, index)
-    members = [index for found in families for index in found if index in nets.values()]
-    names = comparable_accuracies([rows[index] for index in nets.values()])
+    nets = [rows.index(net) for net in nets_of(rows)]
+    members = [index for found in families for index in found if index in nets]
+    names = comparable_accuracies([rows[index] for index in nets])
     best = max(names, key=lambda key: sum(rows[index].of_net(key) is not None for index in members))
     accurate = [rows[index] for index in members if rows[index].of_net(best)]
     cost = next((key for key in SIZES if all(getattr(row, key) is not None for row in accurate)), None)
     if cost is None:
         return None
-    shown = [
-        index
-        for index in nets.values()
-        if rows[index].of_net(best) and getattr(rows[index], cost) is not None
-    ]
+    shown = [index for index in nets if rows[index].of_net(best) and getattr(rows[index], cost) is not None]
     lines = [
         line
         for family, found in enumerate(families)

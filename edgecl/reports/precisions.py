@@ -188,10 +188,7 @@ def file_bytes(manifest: Manifest, about: BundlePrecision | None) -> int | None:
 
 
 def timings_of(bench: BenchRecord) -> Iterator[Timing]:
-    """Return a measurement's timings, one per precision and mode.
-
-    The headline of a precision is the timing that the record says, or the first.
-    """
+    """Return a measurement's timings; the headline of a precision is the one that the record says, or the first."""
     headlines: dict[str, BenchMeasurement] = {}
     for one in bench.measurements:
         first = headlines.setdefault(one.precision, one)

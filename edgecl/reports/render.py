@@ -10,7 +10,6 @@ import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -39,25 +38,11 @@ class Chart:
     title: str = ""
 
 
-def page(
-    report: Report,
-    *,
-    views: Mapping[str, bytes],
-    pictures: Mapping[str, Sequence[str]] = MappingProxyType({}),
-) -> str:
-    """Return the report as HTML.
-
-    Args:
-        report: what it says.
-        views: name of a run -> its views.png.
-        pictures: name of an inspected net -> JPEGs of its mistakes, in base64, in their order.
-    """
-    env = environment(label=_label, value=_value, with_whole_interval=_with_whole_interval)
-    env.tests["list_of_tables"] = _is_list_of_tables
-    assert env.loader is not None
-    return env.get_template("report.html.j2").render(
+def page(report: Report, *, views: Mapping[str, bytes], pictures: Mapping[str, Sequence[str]]) -> str:
+    """Return the report as HTML, with each run's views.png, and each net's mistakes as JPEGs in base64."""
+    return render(
+        "report.html.j2",
         report=report,
-        style=Markup(env.loader.get_source(env, "page.css")[0]),
         comparison_charts=[
             list(_comparison_charts(one, f"compare{i}")) for i, one in enumerate(report.comparisons)
         ],
@@ -73,24 +58,26 @@ def page(
 
 def markdown(report: Report) -> str:
     """Return the report in GitHub Markdown: decision, tables, comparisons, warnings and commands."""
-    env = environment(code=_code)
-    env.finalize = _markdown
-    return env.get_template("report.md.j2").render(report=report)
+    return render("report.md.j2", escape=_markdown, report=report)
 
 
-def environment(**filters: Callable[..., Any]) -> Environment:
-    """Return the templates of this folder, with what they call; everything put into them is escaped."""
+def render(template: str, *, escape: Callable[[object], Markup] | None = None, **content: Any) -> str:
+    """Fill in a template of this folder; everything put into it is escaped, as HTML unless told otherwise."""
+    loader = PackageLoader("edgecl.reports")
     env = Environment(
-        loader=PackageLoader("edgecl.reports"),
+        loader=loader,
         autoescape=True,
+        finalize=escape,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    env.filters.update(filters)
+    env.filters.update(label=_label, value=_value, with_whole_interval=_with_whole_interval, code=_code)
+    env.tests["list_of_tables"] = _is_list_of_tables
     tables = (report_tables, family_tables, precision_table, mode_tables, parity_table, comparison_table)
     env.globals.update({table.__name__: table for table in tables})
-    return env
+    style = Markup(loader.get_source(env, "page.css")[0])
+    return env.get_template(template).render(style=style, **content)
 
 
 def _comparison_charts(comparison: Comparison, prefix: str) -> Iterator[Chart]:
@@ -111,21 +98,15 @@ def _scatters(report: Report) -> Iterator[Chart]:
     if trade := report.size_trade_off:
         rows = [row.without_bundle() for row in report.rows]
         svg = scatter_figure(rows, trade, families=report.families, prefix="size")
-        caption = joined(
-            _caption(trade, rows),
-            "Fewer than two of them have a latency that counts"
-            if any(row.is_timed for row in report.rows)
-            else "Nothing was timed",
-            by=" ",
-        )
-        caption += ": `edgecl export` and `edgecl bench` put latency in the place of this."
+        is_timed = any(row.is_timed for row in report.rows)
+        why = "Fewer than two of them have a latency that counts" if is_timed else "Nothing was timed"
+        caption = f"{_caption(trade, rows)} {why}: `edgecl export` and `edgecl bench` put latency in the place of this."
         if trade.cost == "params":
             caption += " `edgecl cost MODEL_DIR` counts MACs, which say more about speed than parameters do."
         yield Chart(Markup(svg), caption, f"Accuracy against {SIZES[trade.cost]}")
 
 
 def _inspection_charts(inspection: Inspection, prefix: str) -> Iterator[Chart]:
-    """Draw what a net confuses, and its features."""
     shown, every = len(classes_shown(inspection)), len(inspection.classes)
     some = f" Of {every:,} classes the {shown} that are confused most." if shown < every else ""
     yield Chart(
@@ -150,9 +131,8 @@ def _caption(trade: TradeOff, rows: list[Row]) -> str:
     precisions = {row.precision for row in shown if not row.is_rejected}
     if len(precisions) > 1:
         shapes = {"fp32": "circles are fp32", "fp16": "squares fp16", "int8": "diamonds int8"}
-        parts.append(
-            f"{joined(*(words for key, words in shapes.items() if key in precisions)).capitalize()}."
-        )
+        named = joined(*(words for key, words in shapes.items() if key in precisions))
+        parts.append(f"{named.capitalize()}.")
     if any(row.is_rejected for row in shown):
         parts.append("A cross is a precision whose decision is rejected: it is on no front.")
     front = {index for group in trade.groups for index in group.front}
@@ -176,21 +156,16 @@ def _caption(trade: TradeOff, rows: list[Row]) -> str:
 
 def run_charts(run: RunSummary, prefix: str) -> Iterator[Chart]:
     """Draw the panels of a run that have a curve."""
+    epochs = (run.from_epoch, run.epochs)
     for place, panel in enumerate(run.panels):
         others = itertools.cycle((PURPLE, ORANGE, BLUE, MUTED))
-        series = [
-            (
-                name,
-                _COLORS.get(key) or _COLORS.get(name) or (MUTED if "_at_" in key else next(others)),
-                run.curves[key],
-            )
-            for key, name in panel.lines.items()
-            if key in run.curves
-        ]
+        series = []
+        for key, name in panel.lines.items():
+            if key in run.curves:
+                color = _COLORS.get(key) or _COLORS.get(name) or (MUTED if "_at_" in key else next(others))
+                series.append((name, color, run.curves[key]))
         if series:
-            svg = panel_figure(
-                series, panel, x_range=(run.from_epoch, run.epochs), prefix=f"{prefix}p{place}"
-            )
+            svg = panel_figure(series, panel, x_range=epochs, prefix=f"{prefix}p{place}")
             yield Chart(Markup(svg), panel.unit, panel.title)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pydantic import Field
 
 from edgecl.reports.collect import Collection, Source
-from edgecl.reports.notation import between, fixed, points
+from edgecl.reports.notation import between, fixed, milliseconds, points
 from edgecl.reports.precisions import (
     REJECTED,
     Conditions,
@@ -60,13 +60,10 @@ _OF_THE_NET = {
 }
 # Which accuracy of an exported file compares with which of the net.
 MEASURED_AS = {"finetuned": "top1", "knn": "knn_top1"}
-# What a row has only where its net was exported.
-_OF_A_BUNDLE = (
-    *("bundle", "precision", "accuracy", "decision", "latency_ms"),
-    *("device", "power_mode", "runtime", "mode", "threads", "batch"),
-)
 # What tells rows of one net apart, the most telling first.
 _APART = ("bundle", "precision", "device", "power_mode", "runtime", "mode", "threads", "batch")
+# What a row has only where its net was exported.
+_OF_A_BUNDLE = (*_APART, "accuracy", "decision", "latency_ms")
 
 
 class Accuracy(Part):
@@ -121,6 +118,11 @@ class Row(Conditions):
     def p50(self) -> float | None:
         """The median latency in ms."""
         return self.latency_ms.p50 if self.latency_ms else None
+
+    @property
+    def p50_interval(self) -> str:
+        """Its 95 % interval in words."""
+        return between(self.latency_ms.ci95_p50 if self.latency_ms else None, milliseconds)
 
     @property
     def is_timed(self) -> bool:
@@ -312,10 +314,7 @@ def nets_of(rows: Sequence[Row]) -> list[Row]:
 
 
 def comparable_accuracies(rows: Sequence[Row]) -> dict[str, str]:
-    """Return those of ACCURACIES that compare in these rows, each with its full name.
-
-    Few-label accuracies at different label counts do not.
-    """
+    """Return those of ACCURACIES that compare, with their full names: few-label ones at different label counts do not."""
     counts = {row.few_label.labels_per_class for row in rows if row.few_label}
     names = {key: name for key, name in ACCURACIES.items() if key != "few_label" or len(counts) < 2}
     if len(counts) == 1:
@@ -324,10 +323,7 @@ def comparable_accuracies(rows: Sequence[Row]) -> dict[str, str]:
 
 
 def row_label(row: Row, rows: Sequence[Row], *, without: Sequence[str] = ()) -> str:
-    """Return a row's net, and as much of its bundle, precision and device as tells it from the other rows.
-
-    What is shown in another way, such as by color, is left out.
-    """
+    """Return a row's net, and as much of its bundle, precision and device as tells it from the other rows."""
     label = row.name
     alike = [other for other in rows if other.name == row.name]
     for key in _APART:
@@ -363,18 +359,16 @@ def comparison_of(source: Source[ComparisonRecord], collection: Collection) -> C
         test=record.test,
         chance=_chance(inside),
         nets=nets,
-        differences=[_difference(one, draws) for one in record.differences],
+        differences=[
+            Difference(**one.to_json(), draws=_paired(draws.get(one.a, []), draws.get(one.b, [])))
+            for one in record.differences
+        ],
         verdict=record.verdict,
     )
 
 
-def _difference(record: records.Difference, draws: dict[str, list[float]]) -> Difference:
-    clear = record.ci95 is not None and (record.ci95[0] > 0 or record.ci95[1] < 0)
-    a, b = draws.get(record.a, []), draws.get(record.b, [])
-    paired = [x - y for x, y in zip(a, b, strict=True)] if len(a) == len(b) else []
-    # The record's word alone is not enough: its interval must agree.
-    told = {**record.to_json(), "resolved": clear and record.resolved, "draws": paired}
-    return Difference(**told)
+def _paired(a: Sequence[float], b: Sequence[float]) -> list[float]:
+    return [x - y for x, y in zip(a, b, strict=True)] if len(a) == len(b) else []
 
 
 def _chance(models: Sequence[Source[ModelRecord]]) -> float | None:

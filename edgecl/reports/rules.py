@@ -110,10 +110,7 @@ GRAMMAR = "METRIC>LIMIT or METRIC<LIMIT, such as p50>+5%, top1<-0.5 or p50>2.0"
 
 
 def parse_rules(text: str) -> list[Rule]:
-    """Read rules separated by commas.
-
-    `p50>+5%` is broken where NEW is more than 5 % above OLD, `top1<-0.5` where it is more than 0.5 points
-    below OLD, and `p50>2.0`, whose limit has no sign, where NEW itself is above 2 ms.
+    """Read rules separated by commas; a limit without a sign is a value of NEW itself.
 
     Raises:
         RuleError: no rule, or one that cannot be read.

@@ -62,10 +62,7 @@ class _Form(GenerateJsonSchema):
 
 @cache
 def _docstrings() -> dict[tuple[str, str], str]:
-    """Return what stands below each field: (class, field) -> text.
-
-    pydantic can read it too, but then each time that the records are imported, which takes a third of a second.
-    """
+    # pydantic can read them too, but then each time that the records are imported, which takes a third of a second.
     return {
         (table.name, field.target.id): inspect.cleandoc(text.value.value)
         for module in (content, diff, records)

@@ -51,13 +51,9 @@ def decision_of(
 
 
 def plateaus_in_words(runs: Sequence[Source[RunRecord]]) -> tuple[list[str], list[str]]:
-    """Return which runs are stuck on the plateau of one dimension, and what to change.
-
-    Returns:
-        what the decision must begin with, and what must stand right below it; both empty where no run is stuck.
-    """
+    """Return which runs are stuck on the plateau of one dimension, and what to change; nothing where none is."""
     stuck = [(run, plateau) for run in runs if (plateau := run.record.plateau)]
-    words = [(f"{run.name}: " if len(runs) > 1 else "") + f"{plateau.words}" for run, plateau in stuck]
+    words = [(f"{run.name}: " if len(runs) > 1 else "") + plateau.words for run, plateau in stuck]
     hints = dict.fromkeys(plateau.hint for _, plateau in stuck)
     return words, [f"To get off the plateau, start anew: {hint}." for hint in hints]
 
@@ -109,21 +105,17 @@ def _difference_in_words(difference: Difference, at: str) -> str:
         verb = "beats" if mean > 0 else "falls short of"
         size = between(sorted(abs(end) for end in interval))
         text = f"{a} {verb} {b} by {fixed(abs(mean))} points {size}{at}"
-    elif interval is None:
-        text = f"not resolved: {a} and {b} differ by {points(mean)} points{at}, with no interval"
     else:
-        includes = interval[0] <= 0 <= interval[1]
-        reason = "the interval includes zero" if includes else "the record calls it unresolved"
-        text = f"not resolved: {a} differs from {b} by {points(mean)} points {between(interval)}{at}, and {reason}"
+        size = f"{points(mean)} points {between(interval)}"
+        text = f"not resolved: {a} differs from {b} by {size}{at}, and the interval includes zero"
     return text[0].upper() + text[1:] + "."
 
 
 def _speeds_in_words(timed: Sequence[Row], rows: Sequence[Row]) -> list[str]:
     ordered = sorted(timed, key=lambda row: (row.is_rejected, row.p50))
     if len(timed) <= 2:
-        return [
-            _row_in_words(row, rows) for row in (ordered if any(row.is_rejected for row in timed) else timed)
-        ]
+        shown = ordered if any(row.is_rejected for row in timed) else timed
+        return [_row_in_words(row, rows) for row in shown]
     # A rejected precision counts only where there is no other.
     running = [row for row in ordered if not row.is_rejected] or ordered
     if len(running) == 1:
@@ -133,17 +125,13 @@ def _speeds_in_words(timed: Sequence[Row], rows: Sequence[Row]) -> list[str]:
         for row in (running[0], running[-1])
     ]
     rejected = len(timed) - len(running)
-    besides = (
-        f"; {rejected} of rejected precisions {'does' if rejected == 1 else 'do'} not count"
-        if rejected
-        else ""
-    )
+    besides = f"; {rejected} of rejected precisions {'does' if rejected == 1 else 'do'} not count"
+    besides = besides if rejected else ""
     only = " of rejected precisions only" if running[0].is_rejected else ""
     return [f"{len(running)} median latencies{only} were measured, from {ends[0]} to {ends[1]}{besides}."]
 
 
 def _precisions_in_words(bundle: BundleSummary, bundles: Sequence[BundleSummary]) -> Iterator[str]:
-    """Return what was decided about each evaluated precision of a bundle, and how fast those timed in turns are."""
     where = f"{bundle.name}, " if len(bundles) > 1 else ""
     for one in bundle.precisions:
         if one.decision:
@@ -166,7 +154,6 @@ def _on(row: Row) -> str:
 
 
 def _row_in_words(row: Row, rows: Sequence[Row]) -> str:
-    interval = between(row.latency_ms.ci95_p50 if row.latency_ms else None, milliseconds)
     label = _label_but_device(row, rows) + (" (rejected)" if row.is_rejected else "")
     how = joined(*row.batch_and_threads)
     size = joined(
@@ -174,7 +161,7 @@ def _row_in_words(row: Row, rows: Sequence[Row]) -> str:
         f"{scaled(row.params)} parameters" if row.params is not None else "",
         f"{megabytes(row.onnx_bytes)} MB of ONNX" if row.onnx_bytes is not None else "",
     )
-    time = joined(f"{milliseconds(row.p50)} ms", interval, by=" ")
+    time = joined(f"{milliseconds(row.p50)} ms", row.p50_interval, by=" ")
     sentence = f"{label} takes {time} at the median{_on(row)}" + (f" ({how})" if how else "")
     return sentence + (f", at {size}." if size else ".")
 
@@ -212,9 +199,8 @@ def warnings_of(rows: Sequence[Row], collection: Collection) -> list[str]:
                 "`edgecl export --eval` measures it."
             )
     notes.extend(_ended(f"{', '.join(labels)}: {_FLAGS.get(flag, flag)}") for flag, labels in flagged.items())
-    measured = {
-        row.accuracy.data for row in rows if row.accuracy and row.accuracy.measured and row.accuracy.data
-    }
+    exported = [row.accuracy for row in rows if row.accuracy and row.accuracy.measured]
+    measured = {accuracy.data for accuracy in exported if accuracy.data}
     probes = [probe for model in collection.of(ModelRecord) if (probe := model.one_beside(ProbeRecord))]
     probed = {str(probe.test or probe.data) for probe in probes}
     for data, what in ((measured, "exported files were evaluated"), (probed, "nets were probed")):

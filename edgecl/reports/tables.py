@@ -125,15 +125,9 @@ def report_tables(rows: Sequence[Row]) -> list[Table]:
     counts = {row.few_label.labels_per_class for row in rows if row.few_label}
     few_label = f"few-label ({counts.pop()}/class)" if len(counts) == 1 else "few-label"
     accuracies = {"few_label": few_label, "knn": "kNN", "linear": "linear", "finetuned": "fine-tuned"}
-    of_nets = Table(
-        "Nets",
-        [
-            Column("net"),
-            *(Column(heading, "%", "Accuracy, top-1 %") for heading in accuracies.values()),
-            *(Column(heading, group="Cost") for heading in ("MACs", "params")),
-        ],
-        "rows nets",
-    )
+    of_accuracy = [Column(heading, "%", "Accuracy, top-1 %") for heading in accuracies.values()]
+    of_cost = [Column(heading, group="Cost") for heading in ("MACs", "params")]
+    of_nets = Table("Nets", [Column("net"), *of_accuracy, *of_cost], "rows nets")
     for row in nets:
         cells = [_accuracy(row.of_net(key)) for key in accuracies]
         of_nets.add(row_label(row, nets), *cells, scaled(row.macs), scaled(row.params), about=row.about_net)
@@ -143,11 +137,8 @@ def report_tables(rows: Sequence[Row]) -> list[Table]:
         # The others show also that nothing was measured.
         if not optional or not all(write(row).is_missing for row in exported)
     ]
-    of_bundles = Table(
-        "Bundles, by device and precision",
-        [Column("net"), *(column for column, _ in columns)],
-        "rows bundles",
-    )
+    title, headings = "Bundles, by device and precision", [Column("net"), *(column for column, _ in columns)]
+    of_bundles = Table(title, headings, "rows bundles")
     for row in exported:
         cells = [write(row) for _, write in columns]
         of_bundles.add(row_label(row, rows), *cells, about=row.about_bundle, rejected=row.is_rejected)
@@ -169,8 +160,7 @@ def _exported_accuracy(accuracy: ExportedAccuracy | None) -> Cell:
 
 
 def _p50(row: Row) -> Cell:
-    interval = between(row.latency_ms.ci95_p50 if row.latency_ms else None, milliseconds)
-    return Cell(milliseconds(row.p50), joined(interval, *row.flags))
+    return Cell(milliseconds(row.p50), joined(row.p50_interval, *row.flags))
 
 
 def _percentile(key: str) -> Callable[[Row], Cell]:
@@ -198,19 +188,8 @@ def precision_table(bundle: BundleSummary) -> Table | None:
     """Return the table of a bundle's precisions, or None where there is nothing to compare."""
     if len(bundle.precisions) < 2 and not any(one.decision for one in bundle.precisions):
         return None
-    table = _table(
-        "Precisions",
-        *(
-            "precision",
-            "form",
-            "opset",
-            "ONNX MB",
-            "relative difference",
-            "same top-1 %",
-            "verify",
-            "decision",
-        ),
-    )
+    headings = ["precision", "form", "opset", "ONNX MB", "relative difference", "same top-1 %", "verify"]
+    table = _table("Precisions", *headings, "decision")
     for one in bundle.precisions:
         table.add(
             one.precision + (" (default)" if one.default else " (left out)" if one.is_left_out else ""),
@@ -231,11 +210,8 @@ def _share(share: float | None) -> str:
 
 def parity_table(steps: Sequence[ParityCheck]) -> Table:
     """Return a parity report, one row per step."""
-    table = _table(
-        "Parity report",
-        *("step", "max difference", "mean difference", "relative", "same top-1 %", "cosine", "images"),
-        "first layer out of tolerance",
-    )
+    headings = ["step", "max difference", "mean difference", "relative", "same top-1 %", "cosine", "images"]
+    table = _table("Parity report", *headings, "first layer out of tolerance")
     for step in steps:
         table.add(
             f"{step.source} → {step.variant}",
@@ -251,11 +227,7 @@ def parity_table(steps: Sequence[ParityCheck]) -> Table:
 
 
 def mode_tables(bundle: BundleSummary) -> list[tuple[Table, list[str]]]:
-    """Return a bundle's timings, a table for each way of timing in which a precision has several modes.
-
-    Returns:
-        Each table, and sentences on the energy in it.
-    """
+    """Return a table for each way of timing in which a precision has several modes, and sentences on its energy."""
     ways: dict[str, list[Timing]] = {}
     for timing in bundle.timings:
         words = joined(timing.runtime, timing.device, timing.power_mode, *timing.batch_and_threads)
@@ -287,7 +259,6 @@ def _mode_table(title: str, timings: Sequence[Timing]) -> Table:
 
 
 def _energy_in_words(timings: Sequence[Timing]) -> list[str]:
-    """Return under which conditions energy was measured, once for each that differ."""
     sentences = []
     for timing in timings:
         if energy := timing.energy:
@@ -308,8 +279,8 @@ def _energy_in_words(timings: Sequence[Timing]) -> list[str]:
 
 def comparison_table(comparison: Comparison) -> Table:
     """Return a pipeline's nets side by side."""
-    few_label = f"few-label ({comparison.labels_per_class}/class)"
-    table = _table("Side by side", "net", f"{few_label} %", "kNN %", "linear %", kind="compare")
+    few_label = f"few-label ({comparison.labels_per_class}/class) %"
+    table = _table("Side by side", "net", few_label, "kNN %", "linear %", kind="compare")
     for net in comparison.nets:
         table.add(net.name, _accuracy(net.few_label), percent(net.knn_top1), percent(net.linear_top1))
     return table

@@ -17,7 +17,7 @@ from edgecl.errors import DeviceError, printable
 from edgecl.reports.collect import Source, collect
 from edgecl.reports.content import run_summary
 from edgecl.reports.notation import duration, fixed
-from edgecl.reports.render import environment, run_charts
+from edgecl.reports.render import render, run_charts
 from edgecl.storage.directories import RunDir
 from edgecl.storage.reading import METRICS_BYTES, parse_json, read_bytes
 from edgecl.storage.records import RunRecord
@@ -35,11 +35,8 @@ _RULES = "default-src 'none'; connect-src 'self'; img-src 'self'; style-src 'uns
 class WatchedRun:
     """What a run's directory says now, as HTML; drawn anew only when it has changed.
 
-    Args:
-        path: the run directory.
-
     Raises:
-        ArtifactError: it is none.
+        ArtifactError: not a run directory.
     """
 
     def __init__(self, path: Path):
@@ -55,49 +52,37 @@ class WatchedRun:
         with self._lock:
             state: list[object] = [_stamp(file) for file in (self.files.record_file, self.files.metrics_file)]
             state.append(silent_min := _silent_min(self.files.metrics_file))
-            if (
-                state != self._state and time.monotonic() - self._drawn_at > _DRAWN_AGAIN_S
-            ) or not self._html:
+            is_due = state != self._state and time.monotonic() - self._drawn_at > _DRAWN_AGAIN_S
+            if is_due or not self._html:
                 self._html = self._draw(silent_min)
                 self._state, self._drawn_at = state, time.monotonic()
             return self._html
 
     def page(self, *, nonce: str) -> str:
         """Return the whole page, whose script asks for its inside again and again."""
-        env = environment()
-        assert env.loader is not None
-        return env.get_template("watch.html.j2").render(
+        return render(
+            "watch.html.j2",
             title=printable(self.files.path.resolve().name),
-            style=Markup(env.loader.get_source(env, "page.css")[0]),
             inside=Markup(self.html()),
             nonce=nonce,
             poll_ms=1000 * POLL_S,
         )
 
     def _draw(self, silent_min: int) -> str:
-        collection = collect([self.files.path])
-        (run,) = collection.of(RunRecord)
+        (run,) = collect([self.files.path]).of(RunRecord)
         summary = run_summary(run)
-        return (
-            environment()
-            .get_template("watching.html.j2")
-            .render(
-                run=summary,
-                progress=progress_in_words(run, silent_min=silent_min),
-                warnings=warnings_in_words(self.files.metrics_file),
-                charts=list(run_charts(summary, "run")),
-                views=hashlib.sha256(run.views_png).hexdigest()[:8] if run.views_png else None,
-            )
+        return render(
+            "watching.html.j2",
+            run=summary,
+            progress=_progress_in_words(run, silent_min),
+            warnings=_warnings_in_words(self.files.metrics_file),
+            charts=list(run_charts(summary, "run")),
+            views=hashlib.sha256(run.views_png).hexdigest()[:8] if run.views_png else None,
         )
 
 
-def progress_in_words(run: Source[RunRecord], *, silent_min: int = 0) -> str:
-    """Say how far a run is, how fast, and when it will be done.
-
-    Args:
-        run: what its directory holds.
-        silent_min: minutes since it last wrote, where that is long ago.
-    """
+def _progress_in_words(run: Source[RunRecord], silent_min: int) -> str:
+    """Say how far a run is, how fast, and when it will be done."""
     record = run.record
     step, total = (run.steps[-1]["step"] if run.steps else 0.0), record.total_steps
     parts = [f"{fixed(step, 0)} of {fixed(total, 0)} steps" if total else f"{fixed(step, 0)} steps"]
@@ -113,7 +98,7 @@ def progress_in_words(run: Source[RunRecord], *, silent_min: int = 0) -> str:
     return ", ".join(parts)
 
 
-def warnings_in_words(metrics_file: Path) -> list[str]:
+def _warnings_in_words(metrics_file: Path) -> list[str]:
     """Return what a run warned of, and how often it went back, the newest first."""
     found = []
     for text in read_bytes(metrics_file, most=METRICS_BYTES).splitlines() if metrics_file.exists() else []:

@@ -92,27 +92,19 @@ def test_set_target_and_precision_can_be_repeated():
 # --- exit codes and errors ---
 
 
-def test_done_is_0(edgecl):
-    assert edgecl("ls", "targets")[0] == 0
-
-
 @pytest.mark.parametrize(
     "words",
     [
         ["nonsense"],
         ["ls", "nonsense"],
-        ["ls", "--nonsense"],
-        ["carve"],
-        ["bench"],
         ["bench", "x", "--duration-s", "0"],
         ["bench", "x", "--precision", "fp64"],
         ["export", "x", "--target", "ort-cpu", "--out", "y", "--precision", ""],
         ["bench", "x", "--runtime", "caffe"],
+        ["verify", "x", "--runtime", "trtexec"],  # which gives no outputs
         ["doctor", "x", "--target", "jetson"],
-        ["probe", "x", "--data", "y", "--seeds", "one"],
         ["cost"],
         ["cost", "demo", "--table"],
-        ["run", "demo", "--device", "tpu"],
     ],
     ids=" ".join,
 )
@@ -144,11 +136,7 @@ def test_resume_and_force_together_are_wrong_usage(edgecl, words):
         (["verify", "DIR"], "edgecl: 'DIR' is not a bundle directory: it has no manifest.json"),
         (["bench", "DIR"], "edgecl: 'DIR' is not a bundle directory: it has no manifest.json"),
         (["doctor", "DIR"], "edgecl: 'DIR' is not a bundle directory: it has no manifest.json"),
-        (["doctor", "--target", "jetsno"], "edgecl: unknown target 'jetsno'"),
-        (
-            ["doctor", "--host", "a@b;touch x"],
-            "edgecl: --host 'a@b;touch x' is not of the form USER@BOARD[:PORT]",
-        ),
+        (["doctor", "--host", "a@b;touch x"], "edgecl: --host 'a@b;touch x' is not of the form"),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
@@ -159,19 +147,10 @@ def test_named_error_is_1_with_a_sentence_and_no_stack(edgecl, tmp_path, monkeyp
     assert code == 1
     assert out == ""
     lines = err.splitlines()
-    assert lines[0] == first
+    assert lines[0].startswith(first)
     # Below the problem: places and a hint, each on an indented line.
     assert all(line.startswith("  ") and ": " in line for line in lines[1:])
     assert "Traceback" not in err
-
-
-def test_hint_is_a_line_of_its_own(edgecl):
-    assert edgecl("run", "dem")[2].splitlines()[1:] == ["  hint: did you mean 'demo'?"]
-
-
-def test_error_about_a_file_says_which(edgecl, tmp_path):
-    (tmp_path / "mine.toml").write_text("[host\n")
-    assert f"\n  file: {tmp_path / 'mine.toml'}\n" in edgecl("pretrain", tmp_path / "mine.toml")[2]
 
 
 def test_debug_shows_the_stack(edgecl_process):
@@ -244,20 +223,12 @@ def test_methods_alone_are_listed_with_what_they_need_and_their_defaults(edgecl)
     assert {name for name, entry in found.items() if entry["needs_teacher"]} == taught
 
 
-def test_verify_prints_one_json_value(edgecl, tmp_path, exported_bundle):
+def test_verify_and_bench_print_one_json_value(edgecl, tmp_path, exported_bundle):
     bundle = shutil.copytree(exported_bundle, tmp_path / "b")
     _, out, err = edgecl("verify", bundle, "--json")
-    assert json.loads(out)["ok"] is True
-    assert err == ""
-
-
-def test_bench_prints_one_json_value_with_the_keys_of_the_contract(edgecl, tmp_path, exported_bundle):
-    bundle = shutil.copytree(exported_bundle, tmp_path / "b")
+    assert (json.loads(out)["ok"], err) == (True, "")
     record = json.loads(edgecl("bench", bundle, "--duration-s", "0.1", "--json")[1])
-    assert {"runtime", "device", "threads", "batch", "measurements", "marks"} <= record.keys()
     (measured,) = record["measurements"]
-    keys = {"precision", "mode", "latency_ms", "throughput_per_s", "samples", "warmup_samples"}
-    assert keys <= measured.keys()
     assert {"p50", "p90", "p99", "mean", "ci95_p50"} <= measured["latency_ms"].keys()
 
 
@@ -269,36 +240,20 @@ def test_doctor_prints_one_json_value_and_its_exit_code_is_the_decision(edgecl):
     assert edgecl("doctor", "--target", "ort-cpu")[0] == 0
 
 
-def test_report_prints_one_json_value(edgecl, tmp_path, trained_run):
-    _, out, _ = edgecl("report", trained_run, "--out", tmp_path / "r", "--json")
-    assert json.loads(out)["kind"] == "report"
-
-
-def test_probe_prints_one_json_value_with_the_keys_of_the_contract(
-    edgecl, tmp_path, carved_model, image_folder
-):
+def test_probe_prints_one_json_value(edgecl, tmp_path, carved_model, image_folder):
     model = shutil.copytree(carved_model, tmp_path / "m")
     code, out, _ = edgecl("probe", model, "--data", image_folder, "--labels-per-class", 2, "--json")
-    record = json.loads(out)
-    assert code == 0
-    assert {"knn_top1", "linear_top1", "few_label_top1", "n_test"} <= record.keys()
-    assert record["few_label_top1"]["labels_per_class"] == 2
-    assert len(record["few_label_top1"]["draws"]) == 3
+    few = json.loads(out)["few_label_top1"]
+    assert (code, few["labels_per_class"], len(few["draws"])) == (0, 2, 3)
 
 
-def test_cost_of_a_model_prints_the_keys_of_the_contract(edgecl, tmp_path, carved_model):
+def test_cost_of_a_model_and_of_a_recipe_which_has_its_training_too(
+    edgecl, tmp_path, carved_model, recipe_file
+):
     record = json.loads(edgecl("cost", shutil.copytree(carved_model, tmp_path / "m"), "--json")[1])
-    assert {"macs", "flops", "params", "input"} <= record.keys()
-    assert record["flops"] == 2 * record["macs"]
-    assert record["input"] == [1, 3, 32, 32]
+    assert (record["flops"], record["input"]) == (2 * record["macs"], [1, 3, 32, 32])
     assert "training" not in record
-
-
-def test_cost_of_a_recipe_prints_its_training_too(edgecl, recipe_file):
-    record = json.loads(edgecl("cost", recipe_file, "--images", 60, "--json")[1])
-    assert {"macs", "flops", "params", "input", "training"} <= record.keys()
-    training = record["training"]
-    assert {"forward_units", "flops_per_image", "total_flops"} <= training.keys()
+    training = json.loads(edgecl("cost", recipe_file, "--images", 60, "--json")[1])["training"]
     assert training["total_flops"] == pytest.approx(training["flops_per_image"] * 60)
 
 
@@ -361,14 +316,6 @@ def test_sealed_manifest_of_another_form_is_a_named_error(edgecl, tmp_path, verb
     assert problem in err.splitlines()[0]
     assert err.splitlines()[-1].split(maxsplit=1)[0] == "hint:"
     assert "Traceback" not in err
-
-
-def test_verify_does_not_offer_trtexec_which_gives_no_outputs(edgecl, tmp_path):
-    code, _, err = edgecl("verify", tmp_path, "--runtime", "trtexec")
-    assert code == 2
-    assert "'trtexec' is not one of ort, onnxruntime, openvino, tensorrt, tensorrt_rtx" in " ".join(
-        err.split()
-    )
 
 
 # --- signals ---

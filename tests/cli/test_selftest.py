@@ -11,8 +11,7 @@ from worlds import run_script
 
 from edgecl.cli import main
 from edgecl.cli.commands import app
-from edgecl.errors import RecipeError
-from edgecl.train.selftest import VARIANTS, _error_among, chosen_variants
+from edgecl.train.selftest import VARIANTS, _error_among
 
 # What torchrun starts, as one script that forks: `python -m edgecl selftest ddp …` in two processes, once per case.
 LAUNCHED = """
@@ -105,12 +104,8 @@ def test_launched_processes_compare_themselves_and_the_first_prints(launched):
     (code, out, err), other = launched("as_it_is")
     assert (code, other) == (0, [0, "", ""])
     record = json.loads(out)
-    assert record["exact"] is True
-    assert (record["processes"], record["device"], record["backend"]) == (2, "cpu", "gloo")
-    assert (record["batch_size"], record["tolerance"]) == (16, 1e-5)
+    assert (record["exact"], record["processes"], record["backend"]) == (True, 2, "gloo")
     (row,) = record["variants"]
-    assert row["variant"] == "Barlow Twins"
-    assert row["exact"] is True
     assert 0 < row["gradients"] < 1e-8
     assert 0 < row["statistics"] < 1e-8
     assert row["loss"] < 1e-8
@@ -191,11 +186,9 @@ def test_error_of_a_process_is_shown_once(edgecl_process):
 def test_words_of_processes_that_end_without_a_result_are_kept():
     error = _error_among(["W1122 torchrun starts", "edgecl: no GPU", "  hint: buy one", "Root Cause:"], 1)
     assert str(error) == "no GPU\n  hint: buy one"
-    error = _error_among(["", "Segmentation fault", ""], 139)
-    assert (
-        str(error)
-        == "the processes ended with exit status 139 and no result\n  they said: Segmentation fault"
-    )
+    error = str(_error_among(["", "Segmentation fault", ""], 139))
+    assert "exit status 139 and no result" in error
+    assert error.endswith("\n  they said: Segmentation fault")
     assert str(_error_among([], 1)).endswith("\n  they said: nothing")
 
 
@@ -224,11 +217,6 @@ def test_unknown_arm_is_wrong_usage_with_the_near_ones(refusal):
         "Invalid value for --variant: there is no variant 'SACL XD'; did you mean 'SACL-XD' or 'SACL only'"
         in said
     )
-
-
-def test_unknown_arm_is_a_named_error_from_python():
-    with pytest.raises(RecipeError, match="there is no variant 'SACL XD'"):
-        chosen_variants(["SACL-XD", "SACL XD"])
 
 
 def test_wait_that_is_no_number_is_named_before_anything_is_started(refusal):

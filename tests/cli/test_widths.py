@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
-from edgecl.cli import main
+from edgecl.cli.commands import app
 from edgecl.config.recipe import recipe_from_tables
 from edgecl.nets.build import create_slimmable
 from edgecl.nets.model_dir import load_model
@@ -23,45 +21,26 @@ WIDTHS = (0.5, 0.4, 0.35)
 SET = ("--set", "slim.widths=[0.35, 0.4, 0.5]")
 
 
-@pytest.fixture(scope="module")
-def edgecl():
-    """Run the command line in this process: a dozen commands would else load torch a dozen times."""
-
-    def run(*words):
-        out, err = io.StringIO(), io.StringIO()
-        with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
-            patch.setattr(sys, "argv", ["edgecl", *map(str, words)])
-            patch.setenv("COLUMNS", "200")
-            stack.enter_context(contextlib.redirect_stdout(out))
-            stack.enter_context(contextlib.redirect_stderr(err))
-            try:
-                main()
-                code = 0
-            except SystemExit as end:
-                code = end.code or 0
-        return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
-
-    return run
+def edgecl(*words):
+    """Run a command in this process: a dozen would else load torch a dozen times. Return what it prints."""
+    done = CliRunner(env={"COLUMNS": "200"}).invoke(app, list(map(str, words)), catch_exceptions=False)
+    assert done.exit_code == 0, done.stderr
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, edgecl, recipe_file, image_folder):
+def trained(tmp_path_factory, recipe_file, image_folder):
     out = tmp_path_factory.mktemp("widths") / "run"
-    done = edgecl(
-        "pretrain", recipe_file, "--data", image_folder, "--out", out, *SET, "--set", "run.epochs=2"
-    )
-    assert done.returncode == 0, done.stderr
+    edgecl("pretrain", recipe_file, "--data", image_folder, "--out", out, *SET, "--set", "run.epochs=2")
     return out
 
 
 @pytest.fixture(scope="module")
-def carved(tmp_path_factory, edgecl, trained):
+def carved(tmp_path_factory, trained):
     root = tmp_path_factory.mktemp("nets")
     for width in WIDTHS:
-        words = ("carve", trained, "--out", root / f"{width}", "--width", width, "--no-recalibrate")
-        done = edgecl(*words)
-        assert done.returncode == 0, done.stderr
-        assert f"at width {width:g}, step 6: " in done.stdout
+        said = edgecl("carve", trained, "--out", root / f"{width}", "--width", width, "--no-recalibrate")
+        assert f"at width {width:g}, step 6: " in said
     return root
 
 
@@ -95,20 +74,18 @@ def test_every_width_was_trained(net):
         assert sum(float((norm.bias != 0).float().mean()) > 0.5 for norm in norms.values()) > 0.9 * len(norms)
 
 
-def test_the_host_itself_can_be_carved_and_the_help_says_so(edgecl, trained, net, tmp_path):
-    done = edgecl("carve", trained, "--out", tmp_path / "host", "--width", 0.75, "--no-recalibrate")
-    assert done.returncode == 0, done.stderr
+def test_the_host_itself_can_be_carved_and_the_help_says_so(trained, net, tmp_path):
+    edgecl("carve", trained, "--out", tmp_path / "host", "--width", 0.75, "--no-recalibrate")
     images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     found, record = load_model(tmp_path / "host")
     assert record.width == 0.75
     with torch.no_grad():
         assert torch.equal(found(images), net.host.backbone(images))
-    assert "or the host's for the host itself" in " ".join(edgecl("carve", "--help").stdout.split())
+    assert "or the host's for the host itself" in " ".join(edgecl("carve", "--help").split())
 
 
-def test_the_best_checkpoint_is_carved_on_request(edgecl, trained, tmp_path):
-    done = edgecl("carve", trained, "--out", tmp_path / "net", "--best")
-    assert done.returncode == 0, done.stderr
+def test_the_best_checkpoint_is_carved_on_request(trained, tmp_path):
+    edgecl("carve", trained, "--out", tmp_path / "net", "--best")
     _, record = load_model(tmp_path / "net")
     qualities = {}
     for state in RunDir(trained).checkpoints.glob("step-*/state.json"):
@@ -118,19 +95,18 @@ def test_the_best_checkpoint_is_carved_on_request(edgecl, trained, tmp_path):
     assert record.step == max(step for step, value in qualities.items() if value == best)
 
 
-def test_probe_shows_the_nets_of_a_run_side_by_side(edgecl, carved, image_folder, monkeypatch):
+def test_probe_shows_the_nets_of_a_run_side_by_side(carved, image_folder, monkeypatch):
     chance = SimpleNamespace(
         top1=lambda features, labels: 33.0, logits=lambda features: features.new_zeros(len(features), 3)
     )
     monkeypatch.setattr("edgecl.evaluate.probe.fit_linear", lambda features, labels, *, classes: chance)
     models = [carved / f"{width}" for width in WIDTHS]
     words = ("probe", *models, "--data", image_folder, "--labels-per-class", 2, "--seeds", 2)
-    done = edgecl(*words)
-    assert done.returncode == 0, done.stderr
-    lines = [line for line in done.stdout.splitlines() if " M " in line]
+    said = edgecl(*words)
+    lines = [line for line in said.splitlines() if " M " in line]
     assert [line.split("│")[2].strip() for line in lines] == ["0.35", "0.4", "0.5"]
-    assert "2 per class, 2 draws" in done.stdout
-    table = json.loads(edgecl(*words, "--json").stdout)
+    assert "2 per class, 2 draws" in said
+    table = json.loads(edgecl(*words, "--json"))
     assert [row["width"] for row in table] == sorted(WIDTHS)
     for row in table:
         assert (
@@ -139,20 +115,18 @@ def test_probe_shows_the_nets_of_a_run_side_by_side(edgecl, carved, image_folder
         )
 
 
-def test_cost_names_every_width(edgecl, recipe_file):
-    done = edgecl("cost", recipe_file, "--images", 60, *SET)
-    assert done.returncode == 0, done.stderr
+def test_cost_names_every_width(recipe_file):
+    said = edgecl("cost", recipe_file, "--images", 60, *SET)
     for width, passes in ((0.5, "4.00"), (0.4, "3.00"), (0.35, "3.00")):
-        (line,) = [line for line in done.stdout.splitlines() if f"width {width:g} " in line]
+        (line,) = [line for line in said.splitlines() if f"width {width:g} " in line]
         assert f"{passes} of its forward passes per image" in line
-    plain = edgecl("cost", recipe_file, "--images", 60)
-    assert "width" not in plain.stdout
+    assert "width" not in edgecl("cost", recipe_file, "--images", 60)
 
 
-def test_small_costs_are_written_in_small_units(edgecl, recipe_file):
+def test_small_costs_are_written_in_small_units(recipe_file):
     words = ("--images", 16, "--set", "data.image_size=16", "--set", "slim.width=0.25")
-    said = edgecl("cost", recipe_file, *words).stdout
-    record = json.loads(edgecl("cost", recipe_file, *words, "--json").stdout)
+    said = edgecl("cost", recipe_file, *words)
+    record = json.loads(edgecl("cost", recipe_file, *words, "--json"))
     assert "e-" not in said
     for cell in (
         f"{record['macs'] / 1e3:.4g} k ",
@@ -165,6 +139,5 @@ def test_small_costs_are_written_in_small_units(edgecl, recipe_file):
         assert cell in said, cell
 
 
-def test_large_costs_are_written_as_papers_do(edgecl):
-    said = edgecl("cost", "sacl-xd-mobilenetv3-large-200").stdout
-    assert "15.12e17 FLOPs" in said
+def test_large_costs_are_written_as_papers_do():
+    assert "15.12e17 FLOPs" in edgecl("cost", "sacl-xd-mobilenetv3-large-200")

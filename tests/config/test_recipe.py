@@ -12,13 +12,13 @@ import edgecl.methods
 from edgecl.config.recipe import (
     Recipe,
     find_method,
-    flatten,
     list_methods,
     read_recipe,
     recipe_from_tables,
     recipe_name,
 )
 from edgecl.config.settings import header_comment, packaged_files
+from edgecl.config.views import Views
 from edgecl.errors import RecipeError
 
 PACKAGED = packaged_files("recipes")
@@ -40,18 +40,6 @@ def header_of(name):
     return header_comment(PACKAGED[name].read_text(encoding="utf-8"))
 
 
-def test_recipes_of_the_issue_are_packaged():
-    assert {
-        "cifar10-smoke",
-        "sacl-xd-mobilenetv1-200",
-        "sacl-xd-mobilenetv3-large-200",
-        "sacl-xd-efficientnet-b0-200",
-        "xd-mobilenetv1-100",
-        "xd-mobilenetv3-large-100",
-        "xd-mobilenetv3-large-200",
-    } <= PACKAGED.keys()
-
-
 @pytest.mark.parametrize("name", PACKAGED)
 def test_packaged_recipe_says_what_it_reproduces_costs_and_its_command(name):
     assert isinstance(read_recipe(name), Recipe)
@@ -61,13 +49,6 @@ def test_packaged_recipe_says_what_it_reproduces_costs_and_its_command(name):
     assert re.match(rf"edgecl (demo$|demo |(run|pretrain) {re.escape(name)}( |$))", command)
 
 
-@pytest.mark.parametrize("name", PACKAGED)
-def test_name_of_a_packaged_recipe_says_its_arm(name):
-    for prefix, title in (("sacl-xd-", "SACL-XD"), ("xd-", "XD only")):
-        if name.startswith(prefix):
-            assert read_recipe(name).title == title
-
-
 def test_unknown_name_suggests_a_near_one():
     with pytest.raises(RecipeError) as caught:
         read_recipe("cifar10-smok")
@@ -75,26 +56,18 @@ def test_unknown_name_suggests_a_near_one():
     assert caught.value.hint == "did you mean 'cifar10-smoke'?"
 
 
-def test_file_of_the_users_is_read(write):
-    assert read_recipe(write(MINIMAL)).host.arch == "mobilenetv3_small_100"
-
-
 def test_file_with_a_byte_order_mark_is_read(tmp_path):
     (tmp_path / "mine.toml").write_text("\ufeff" + MINIMAL, encoding="utf-8")
     assert read_recipe(str(tmp_path / "mine.toml")).host.width == 1.5
 
 
-def test_file_that_is_no_text_is_a_named_error(tmp_path):
-    (tmp_path / "mine.toml").write_bytes(b"\xff\xfe\x00[host]")
-    with pytest.raises(RecipeError, match=r"not a text file: .*(.|\n)*file: .*mine\.toml"):
+@pytest.mark.parametrize(
+    ("content", "problem"), [(b"\xff\xfe\x00[host]", "not a text file"), (b"[host\n", "not valid TOML")]
+)
+def test_file_that_is_no_toml_is_a_named_error(tmp_path, content, problem):
+    (tmp_path / "mine.toml").write_bytes(content)
+    with pytest.raises(RecipeError, match=rf"{problem}: .*(.|\n)*file: .*mine\.toml"):
         read_recipe(str(tmp_path / "mine.toml"))
-
-
-def test_text_that_is_no_toml_names_the_file(write):
-    path = write("[host\n")
-    with pytest.raises(RecipeError, match="not valid TOML") as caught:
-        read_recipe(path)
-    assert caught.value.where == {"file": path}
 
 
 def test_assignments_are_applied_over_the_file(write):
@@ -128,13 +101,7 @@ def test_single_value_where_a_list_belongs_is_refused_with_a_list(write, assignm
     ("assignments", "problem"),
     [
         (["method.alpha=1.5"], "'method.alpha' is"),
-        (["host.width=4.5"], "'host.width' is"),
-        (["data.batch_size=1"], "'data.batch_size' is"),
-        (["optim.lr=0"], "'optim.lr' is"),
-        (["run.epochs=0"], "'run.epochs' is"),
         (["projector.sizes=[]"], "'projector.sizes' is"),
-        (["probe.draws=1"], "'probe.draws' is"),
-        (["views.hue=0.6"], "'views.hue' is"),
         (["optim.lrr=0.2"], "unknown key 'optim.lrr' (did you mean 'lr"),
         (
             ["slim.width=2.0"],
@@ -154,15 +121,9 @@ def test_single_value_where_a_list_belongs_is_refused_with_a_list(write, assignm
             ["method.name=emp-ssl", "host.width=1.0", "method.coding_rate.weight=0.0"],
             "method.coding_rate.weight",
         ),
-        (["method.coding_rate.weight=-0.1"], "method.coding_rate.weight"),
         (["method.coding_rate.weight=nan"], "method.coding_rate.weight"),
-        (["method.coding_rate.epsilon=0.001"], "method.coding_rate.epsilon"),
-        (["method.coding_rate.until=1.5"], "method.coding_rate.until"),
         (["method.coding_rate.weight=0.1", "data.batch_size=2"], "data.batch_size"),
         (["method.loss='cosine'"], "method.coding_rate.weight"),
-        (["method.temperature=0.0"], "method.temperature"),
-        (["views.local_count=-1"], "views.local_count"),
-        (["views.local_size=4"], "views.local_size"),
         (["views.local_scale=[0.4, 0.1]"], "local_scale"),
     ],
 )
@@ -172,74 +133,46 @@ def test_a_wrong_key_or_value_is_refused_by_name(write, assignments, problem):
 
 
 def test_the_papers_recipes_have_neither_rate_nor_nested_start_nor_local_views():
-    for name in PACKAGED:
-        if re.match("(sacl-)?xd-", name):
-            recipe = read_recipe(name)
-            assert recipe.method.coding_rate.weight == 0
-            assert not recipe.host.nested_start
-            assert recipe.views.local_count == 0
-            assert (recipe.method.loss, recipe.method.symmetric, recipe.method.learn_targets) == (
-                "barlow-twins",
-                False,
-                False,
-            )
+    papers = [name for name in PACKAGED if re.match("(sacl-)?xd-", name)]
+    assert len(papers) == 6
+    for name in papers:
+        recipe = read_recipe(name)
+        assert recipe.title == ("SACL-XD" if name.startswith("sacl") else "XD only")
+        assert (recipe.method.coding_rate.weight, recipe.views.local_count) == (0, 0)
+        assert recipe.method.loss == "barlow-twins"
+        assert not any((recipe.host.nested_start, recipe.method.symmetric, recipe.method.learn_targets))
 
 
 @pytest.mark.parametrize(
     ("image_size", "asked", "side"), [(32, None, 16), (224, None, 112), (12, None, 8), (32, 24, 24)]
 )
 def test_a_local_view_is_half_as_wide_unless_said_otherwise(image_size, asked, side):
-    tables = {
-        "host": {"arch": "mobilenetv3_small_100"},
-        "data": {"image_size": image_size},
-        "views": {"local_size": asked},
-    }
-    assert (
-        recipe_from_tables(tables, source="test")
-        .views.model_copy(update={"local_count": 1})
-        .specs(image_size)[-1]
-        .size
-        == side
-    )
+    assert Views(local_count=1, local_size=asked).specs(image_size)[-1].size == side
 
 
 @pytest.mark.parametrize(
-    ("loss", "alpha", "host", "title"),
+    ("loss", "host", "widths", "alpha", "title"),
     [
-        ("simclr", 1.0, 1.0, "SimCLR"),
-        ("simclr", 0.9, 1.0, "XD only (SimCLR)"),
-        ("simclr", 0.9, 1.5, "SACL-XD (SimCLR)"),
-        ("cosine", 1.0, 1.0, "cosine and coding rate"),
-        ("cosine", 1.0, 1.5, "SACL only (cosine and coding rate)"),
-    ],
-)
-def test_another_loss_is_in_the_title(write, loss, alpha, host, title):
-    assignments = [
-        f"method.loss='{loss}'",
-        f"method.alpha={alpha}",
-        f"host.width={host}",
-        "method.coding_rate.weight=0.1",
-    ]
-    assert read_recipe(write(MINIMAL), assignments).title == title
-
-
-@pytest.mark.parametrize(
-    ("host", "widths", "alpha", "title"),
-    [
-        (1.0, [], 1.0, "Barlow Twins"),
-        (1.0, [], 0.95, "XD only"),
-        (1.5, [], 1.0, "SACL only"),
-        (1.5, [], 0.95, "SACL-XD"),
+        ("simclr", 1.0, [], 1.0, "SimCLR"),
+        ("simclr", 1.0, [], 0.9, "XD only (SimCLR)"),
+        ("simclr", 1.5, [], 0.9, "SACL-XD (SimCLR)"),
+        ("cosine", 1.0, [], 1.0, "cosine and coding rate"),
+        ("cosine", 1.5, [], 1.0, "SACL only (cosine and coding rate)"),
+        ("barlow-twins", 1.0, [], 1.0, "Barlow Twins"),
+        ("barlow-twins", 1.0, [], 0.95, "XD only"),
+        ("barlow-twins", 1.5, [], 1.0, "SACL only"),
+        ("barlow-twins", 1.5, [], 0.95, "SACL-XD"),
         # Narrower nets inside a slim net as wide as the host are slimmed, too.
-        (1.0, [0.5, 1.0], 1.0, "SACL only"),
-        (1.0, [0.5, 1.0], 0.95, "SACL-XD"),
-        (1.0, [1.0], 0.95, "XD only"),
-        (1.5, [0.5, 1.0], 0.95, "SACL-XD"),
+        ("barlow-twins", 1.0, [0.5, 1.0], 1.0, "SACL only"),
+        ("barlow-twins", 1.0, [0.5, 1.0], 0.95, "SACL-XD"),
+        ("barlow-twins", 1.0, [1.0], 0.95, "XD only"),
+        ("barlow-twins", 1.5, [0.5, 1.0], 0.95, "SACL-XD"),
     ],
 )
-def test_widths_and_alpha_give_the_title(write, host, widths, alpha, title):
-    settings = [f"host.width={host}", f"slim.widths={widths}", f"method.alpha={alpha}"]
-    assert read_recipe(write(MINIMAL), settings).title == title
+def test_loss_widths_and_alpha_give_the_title(write, loss, host, widths, alpha, title):
+    settings = [f"method.loss={loss}", f"host.width={host}", f"slim.widths={widths}", f"method.alpha={alpha}"]
+    rate = ["method.coding_rate.weight=0.1"] if loss == "cosine" else []
+    assert read_recipe(write(MINIMAL), [*settings, *rate]).title == title
 
 
 def test_recipe_kept_in_a_run_reads_back_equal(write):
@@ -290,13 +223,8 @@ def test_no_setting_is_dead(table, key):
     }
 
 
-def test_slim_widths_are_put_in_order_with_the_widest_first(write):
-    assert read_recipe(write(MINIMAL)).slim.all_widths == (1.0,)
-    recipe = read_recipe(write(MINIMAL), ["slim.widths=[0.5, 1.0, 0.75]"])
-    assert recipe.slim.all_widths == (1.0, 0.75, 0.5)
-
-
 def test_the_slim_width_is_the_widest_of_its_widths(write):
+    assert read_recipe(write(MINIMAL)).slim.all_widths == (1.0,)
     slim = read_recipe(write(MINIMAL), ["slim.widths=[0.5, 0.75]"]).slim
     assert (slim.width, slim.all_widths) == (0.75, (0.75, 0.5))
     with pytest.raises(RecipeError, match=r"'slim.widths' must have 'slim.width' 1 as its widest, not 0.75"):
@@ -343,10 +271,7 @@ def test_a_method_brings_its_own_table(write, name):
 
 
 def test_an_unknown_method_is_named_with_those_there_are(write):
-    with pytest.raises(RecipeError, match="'simclrr', not one of barlow-twins, byol,") as caught:
-        read_recipe(write(MINIMAL), ["method.name=simclrr"])
-    assert caught.value.hint == "did you mean 'simclr'?"
-    with pytest.raises(RecipeError) as caught:
+    with pytest.raises(RecipeError, match="'BYOL', not one of barlow-twins, byol,") as caught:
         read_recipe(write(MINIMAL), ["method.name=BYOL"])
     assert caught.value.hint == "did you mean 'byol'?"
 
@@ -366,11 +291,6 @@ def test_tables_of_older_recipes_name_the_new_ones(write, table):
 def test_a_method_of_one_encoder_refuses_a_second_width(write, name, settings):
     with pytest.raises(RecipeError, match="trains one encoder"):
         read_recipe(write(MINIMAL), [f"method.name={name}", "host.width=1.0", *settings])
-
-
-def test_settings_are_named_as_set_takes_them():
-    tables = {"run": {"seed": 0}, "method": {"coding_rate": {"weight": 0.1}}}
-    assert flatten(tables) == {"run.seed": 0, "method.coding_rate.weight": 0.1}
 
 
 @pytest.mark.parametrize("packaged", ["demo", "photos", "sacl-xd-mobilenetv3-large-200"])

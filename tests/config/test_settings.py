@@ -5,16 +5,9 @@ from __future__ import annotations
 from typing import Literal
 
 import pytest
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from edgecl.config.settings import (
-    Config,
-    find_settings_file,
-    header_comment,
-    override,
-    parse_toml,
-    validate,
-)
+from edgecl.config.settings import Config, header_comment, override, read_tables, validate
 from edgecl.errors import RecipeError
 
 
@@ -31,31 +24,12 @@ class Outer(Config):
     inner: Inner = Inner()
 
 
-def check(tables):
-    return validate(Outer, tables, source="x.toml", error=RecipeError)
-
-
-def exc(tables):
+def exc(tables, *assignments):
+    """What is wrong with tables after assignments."""
+    tables = override(tables, list(assignments), error=RecipeError)
     with pytest.raises(RecipeError) as caught:
-        check(tables)
+        validate(Outer, tables, source="x.toml", error=RecipeError, assignments=assignments)
     return caught.value
-
-
-def exc_about(*assignments, file):
-    with pytest.raises(RecipeError) as caught:
-        validate(
-            Outer,
-            override(file, list(assignments), error=RecipeError),
-            source="x.toml",
-            error=RecipeError,
-            assignments=assignments,
-        )
-    return caught.value
-
-
-def test_settings_are_frozen():
-    with pytest.raises(ValidationError, match="frozen"):
-        check({"name": "a"}).inner.speed = 2.0
 
 
 def test_all_problems_are_reported_at_once():
@@ -109,7 +83,7 @@ def test_place_inside_a_list_is_named_and_what_is_known_is_listed():
     ],
 )
 def test_a_wrong_key_or_value_is_blamed_on_what_set_it(file, assignments, where):
-    assert exc_about(*assignments, file=file).where == where
+    assert exc(file, *assignments).where == where
 
 
 @pytest.mark.parametrize(
@@ -154,23 +128,12 @@ def test_assignment_below_a_value_is_refused():
     assert caught.value.where == {"--set": "name.first=b"}
 
 
-def test_text_that_is_no_toml_names_the_file_and_the_line():
-    with pytest.raises(RecipeError, match=r"not valid TOML: .*line 2(.|\n)*file: x\.toml"):
-        parse_toml("a = 1\nb = = 2\n", source="x.toml", error=RecipeError)
-
-
 def test_header_is_the_comment_at_the_top_only():
     text = "# Summary.\n#\n# Command: edgecl run x\n\n# Not this.\n[host]\n"
     assert header_comment(text) == "Summary.\n\nCommand: edgecl run x"
 
 
-def test_missing_file_says_where_it_was_looked_for(tmp_path):
-    with pytest.raises(RecipeError) as caught:
-        find_settings_file(f"{tmp_path}/no.toml", folder="recipes", error=RecipeError, noun="recipe")
-    assert caught.value.problem == f"no recipe file at '{tmp_path}/no.toml'"
-    assert caught.value.hint == "`edgecl ls recipes` lists the packaged ones"
-
-
-def test_folder_is_no_settings_file(tmp_path):
-    with pytest.raises(RecipeError, match="not a regular file"):
-        find_settings_file(f"{tmp_path}/", folder="recipes", error=RecipeError, noun="recipe")
+@pytest.mark.parametrize(("name", "problem"), [("no.toml", "no recipe file at"), ("", "not a regular file")])
+def test_what_is_no_settings_file_is_named(tmp_path, name, problem):
+    with pytest.raises(RecipeError, match=problem):
+        read_tables(f"{tmp_path}/{name}", folder="recipes", error=RecipeError, noun="recipe")

@@ -28,12 +28,6 @@ def test_packaged_target_parses(name):
     assert isinstance(read_target(name), Target)
 
 
-def test_ort_cpu_is_static_float32_at_opset_15():
-    target = read_target("ort-cpu")
-    assert (target.runtime, target.precisions) == ("onnxruntime", ("fp32",))
-    assert (target.graph.opset, target.graph.batch, target.graph.dynamic_batch) == (15, 1, False)
-
-
 @pytest.mark.parametrize("folder", ["export", "recipes"])
 def test_list_gives_name_and_summary_of_each(folder):
     listed = list_packaged(folder)

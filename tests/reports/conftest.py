@@ -50,6 +50,7 @@ PREPROCESSING = {
     "interpolation": "bilinear",
 }
 PRETRAINED_DRAWS = [56.1, 54.9, 57.8, 55.2, 58.3]
+TERMS = {"loss": "total", "sacl": "SACL", "xd_host": "XD host", "xd_slim": "XD slim"}
 RANDOM_DRAWS = [34.2, 35.8, 36.1, 33.9, 36.4]
 SCRATCH_DRAWS = [47.0, 51.9, 44.2, 50.3, 49.1]
 
@@ -95,19 +96,7 @@ class Maker:
                     "optim": {"name": "lars", "lr": 0.8},
                 },
                 "method": "SACL-XD",
-                "panels": [
-                    {
-                        "title": "Loss terms",
-                        "lines": {
-                            "loss": "total",
-                            "sacl": "SACL",
-                            "xd_host": "XD host",
-                            "xd_slim": "XD slim",
-                        },
-                        "unit": "",
-                        "log": True,
-                    }
-                ],
+                "panels": [{"title": "Loss terms", "lines": TERMS, "unit": "", "log": True}],
                 "data": {"uri": "demo", "images": 8192, "fingerprint": "f1" * 32},
                 "steps_per_epoch": 64,
                 "total_steps": total,
@@ -247,7 +236,7 @@ class Maker:
             picture = base64.b64encode(buffer.getvalue()).decode("ascii")
         count = len(classes)
         pairs = [
-            (label, (label + wrong) % count, 1 if wrong else 9) for label in range(count) for wrong in (0, 1)
+            (label, (label + wrong) % count, 9 - 8 * wrong) for label in range(count) for wrong in (0, 1)
         ]
         return write(
             model / "inspection.json",
@@ -511,11 +500,16 @@ class Maker:
         return bundle
 
     def parity(self) -> list[dict[str, Any]]:
-        steps = ("slim view", "carved torch", "ONNX fp32", "fp16", "int8")
+        steps = (
+            ("slim view", "carved torch", 0.0, 1.0, None),
+            ("carved torch", "ONNX fp32", 2.1e-6, 1.0, None),
+            ("ONNX fp32", "fp16", 1.4e-3, 1.0, None),
+            ("fp16", "int8", 0.31, 0.953, "blocks.2.0.conv_dw"),
+        )
         return [
             {
-                "from": steps[place],
-                "to": steps[place + 1],
+                "from": source,
+                "to": variant,
                 "max_abs_difference": difference,
                 "mean_abs_difference": difference / 6,
                 "max_relative_difference": difference / 2.4,
@@ -524,14 +518,7 @@ class Maker:
                 "images": 64,
                 "first_diverging_layer": layer,
             }
-            for place, (difference, agreement, layer) in enumerate(
-                [
-                    (0.0, 1.0, None),
-                    (2.1e-6, 1.0, None),
-                    (1.4e-3, 1.0, None),
-                    (0.31, 0.953, "blocks.2.0.conv_dw"),
-                ]
-            )
+            for source, variant, difference, agreement, layer in steps
         ]
 
     def comparison(self, path: Path, *, pretrained: list[float] | None = None) -> Path:
@@ -544,15 +531,8 @@ class Maker:
         for other in ("random init", "from scratch"):
             paired = [a - b for a, b in zip(draws["pretrained"], draws[other], strict=True)]
             low, high = interval(paired)
-            differences.append(
-                {
-                    "a": "pretrained",
-                    "b": other,
-                    "mean": sum(paired) / len(paired),
-                    "ci95": [low, high],
-                    "resolved": low > 0 or high < 0,
-                }
-            )
+            found = {"mean": sum(paired) / len(paired), "ci95": [low, high], "resolved": low > 0 or high < 0}
+            differences.append({"a": "pretrained", "b": other, **found})
         probes = {"pretrained": (61.5, 74.2), "random init": (38.4, 52.0), "from scratch": (None, None)}
         return write(
             path / "comparison.json",

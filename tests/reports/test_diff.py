@@ -143,45 +143,38 @@ def test_decision_that_changed_is_named(make, tmp_path):
 
 
 def test_two_bundles_that_are_alike_are_told_apart_by_name_or_not_paired(make, tmp_path):
-    for side in ("old", "new"):
-        for place, name in enumerate(("a", "b")):
+    for side, names in (("old", "ab"), ("new", "ab"), ("renamed", "dc")):
+        for place, name in enumerate(names):
             bundle_of(make, tmp_path / side / name, {"fp32": (1.0 + place, 77.0)})
-    for side in ("old", "new"):
-        report([tmp_path / side / "a", tmp_path / side / "b"], out=tmp_path / side / "report")
-    record = diff(tmp_path / "old" / "report", tmp_path / "new" / "report", rules=parse_rules("p50>+1%"))
-    assert record["broken"] == 0
-    (tmp_path / "new" / "b").rename(tmp_path / "new" / "c")
-    (tmp_path / "new" / "a").rename(tmp_path / "new" / "d")
-    report([tmp_path / "new" / "c", tmp_path / "new" / "d"], out=tmp_path / "new" / "report", force=True)
+        report([tmp_path / side / name for name in sorted(names)], out=tmp_path / side / "report")
+    old, new, renamed = (tmp_path / side / "report" for side in ("old", "new", "renamed"))
+    assert diff(old, new, rules=parse_rules("p50>+1%"))["broken"] == 0
     with pytest.raises(ArtifactError, match=r"no row of '.*' has a partner in '.*'"):
-        diff(tmp_path / "old" / "report", tmp_path / "new" / "report", rules=parse_rules("p50>+1%"))
+        diff(old, renamed, rules=parse_rules("p50>+1%"))
 
 
 def test_nothing_in_common_is_an_error(make, tmp_path):
     old = bundle_of(make, tmp_path / "old", {"fp32": (2.0, 77.0)})
     new = bundle_of(make, tmp_path / "new", {"int8": (2.0, 77.0)})
-    with pytest.raises(ArtifactError) as caught:
+    with pytest.raises(
+        ArtifactError, match=r"no row of(.|\n)*old, mobilenetv1_100, 0\.25, pretrained, ort-cpu, fp32"
+    ):
         diff(old, new)
-    assert "no row of" in str(caught.value)
-    assert "old, mobilenetv1_100, 0.25, pretrained, ort-cpu, fp32" in str(caught.value)
 
 
 def test_rule_that_concerns_no_row_is_an_error(make, tmp_path):
     bundle = bundle_of(make, tmp_path / "bundle", {"fp32": (2.0, 77.0)})
-    with pytest.raises(ArtifactError) as caught:
+    with pytest.raises(ArtifactError, match="concerns no row: OLD knows no j_per_inference"):
         diff(bundle, bundle, rules=parse_rules("p50>+5%,j_per_inference>+5%"))
-    assert "the rule 'j_per_inference>+5%' concerns no row: OLD knows no j_per_inference" in str(caught.value)
-    assert "a check that looks at nothing cannot fail" in str(caught.value)
 
 
 def test_accuracy_of_the_net_is_not_taken_for_that_of_int8(make, tmp_path):
-    for side in ("old", "new"):
-        net = make.model(tmp_path / side / "net", top1=77.0)
-        int8 = {"int8": make.precision("int8")}
-        make.bundle(tmp_path / side / "bundle", model=net, precisions=int8, p50=None)
-        report([net, tmp_path / side / "bundle"], out=tmp_path / side / "report")
+    net = make.model(tmp_path / "net", top1=77.0)
+    int8 = {"int8": make.precision("int8")}
+    bundle = make.bundle(tmp_path / "bundle", model=net, precisions=int8, p50=None)
+    report([net, bundle], out=tmp_path / "report")
     with pytest.raises(ArtifactError, match=r"the rule 'top1<-0.5' concerns no row"):
-        diff(tmp_path / "old" / "report", tmp_path / "new" / "report", rules=parse_rules("top1<-0.5"))
+        diff(tmp_path / "report", tmp_path / "report", rules=parse_rules("top1<-0.5"))
 
 
 def test_file_that_is_no_report_is_an_error(tmp_path):

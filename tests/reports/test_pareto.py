@@ -43,13 +43,6 @@ def test_rows_know_whether_they_are_on_the_front(make, tmp_path):
     assert record["trade_off"]["label"] == "few-label top-1, 5 labels per class"
 
 
-def test_devices_do_not_compete(make, tmp_path):
-    dirs = nets(make, tmp_path / "a", [(50.0, 1.0)], device="laptop")
-    dirs += nets(make, tmp_path / "b", [(49.0, 9.0)], device="board")
-    record = report(dirs, out=tmp_path / "report")
-    assert [row["on_pareto_front"] for row in record["rows"]] == [True, True]
-
-
 def test_untimed_net_is_no_point_but_a_tick(make, tmp_path):
     dirs = nets(make, tmp_path, [(50.0, 1.0)])
     dirs.append(make.model(tmp_path / "other"))
@@ -99,15 +92,19 @@ def test_front_of_nothing_but_rejected_precisions_is_empty_and_still_drawn(make,
     )
 
 
-def test_modes_that_time_other_things_do_not_compete(make, tmp_path):
-    for place, mode in enumerate(("compute", "with transfers")):
+@pytest.mark.parametrize(
+    ("devices", "modes"),
+    [(("board", "board"), ("compute", "with transfers")), (("laptop", "board"), ("compute", "compute"))],
+)
+def test_devices_and_modes_that_time_other_things_do_not_compete(make, tmp_path, devices, modes):
+    for place, (device, mode) in enumerate(zip(devices, modes, strict=True)):
         bundle = make.bundle(
             tmp_path / f"b{place}",
             model=None,
             p50=None,
             precisions={"fp32": make.precision("fp32", accuracy=make.top1(70.0 - place))},
         )
-        make.bench(bundle, device="board", measurements=[make.measurement("fp32", 1.0 + place, mode=mode)])
+        make.bench(bundle, device=device, measurements=[make.measurement("fp32", 1.0 + place, mode=mode)])
     record = report([tmp_path / "b0", tmp_path / "b1"], out=tmp_path / "report")
     assert [row["on_pareto_front"] for row in record["rows"]] == [True, True]
 

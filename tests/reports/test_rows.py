@@ -6,7 +6,6 @@ import json
 
 import pytest
 
-from edgecl.errors import ArtifactError
 from reports.conftest import report
 
 
@@ -15,10 +14,8 @@ def test_net_timed_on_two_devices_is_two_rows_named_apart(make, tmp_path):
     dirs = [net, make.bundle(tmp_path / "bundle", model=net, p50=1.0, device="laptop")]
     make.bench(dirs[1], p50=8.0, p99=None, device="board")
     record = report(dirs, out=tmp_path / "report")
-    assert [(row["device"], row["latency_ms"]["p50"]) for row in record["rows"]] == [
-        ("board", 8.0),
-        ("laptop", 1.0),
-    ]
+    timed = [(row["device"], row["latency_ms"]["p50"]) for row in record["rows"]]
+    assert timed == [("board", 8.0), ("laptop", 1.0)]
     assert "net-0 · board" in (tmp_path / "report" / "report.html").read_text()
 
 
@@ -84,9 +81,9 @@ def test_accuracy_of_the_net_stands_in_for_fp16_but_never_for_int8(make, tmp_pat
     precisions = {name: make.precision(name) for name in ("fp32", "fp16", "int8")}
     bundle = make.bundle(tmp_path / "bundle", model=net, p50=None, precisions=precisions)
     record = report([net, bundle], out=tmp_path / "report")
-    assert [
-        row["accuracy"] and (row["accuracy"]["value"], row["accuracy"]["metric"]) for row in record["rows"]
-    ] == [(77.0, "net_top1"), (77.0, "net_top1"), None]
+    found = [row["accuracy"] and row["accuracy"]["metric"] for row in record["rows"]]
+    assert found == ["net_top1", "net_top1", None]
+    assert record["rows"][1]["accuracy"]["value"] == 77.0
     assert any("no accuracy of the int8 file is known" in note for note in record["notes"])
 
 
@@ -95,11 +92,8 @@ def test_accuracy_of_the_file_comes_before_the_nets(make, tmp_path):
     precisions = {"fp32": make.precision("fp32", accuracy=make.top1(76.8))}
     bundle = make.bundle(tmp_path / "bundle", model=net, precisions=precisions)
     (row,) = report([net, bundle], out=tmp_path / "report")["rows"]
-    assert (row["accuracy"]["value"], row["accuracy"]["metric"], row["finetuned"]["top1"]) == (
-        76.8,
-        "top1",
-        77.0,
-    )
+    assert (row["accuracy"]["value"], row["accuracy"]["metric"]) == (76.8, "top1")
+    assert row["finetuned"]["top1"] == 77.0
 
 
 def test_flags_of_the_session_stand_on_every_row_of_it(make, tmp_path):
@@ -123,14 +117,13 @@ def test_energy_has_a_column_only_where_it_is_known(make, tmp_path, joules):
     make.bench(bundle, device="board", measurements=[make.measurement("fp32", 1.0, joules=joules)])
     report([bundle], out=tmp_path / "report")
     text = (tmp_path / "report" / "report.md").read_text()
-    assert ("J/inference" in text, "| 0.0123 |" in text) == ((True, True) if joules else (False, False))
+    assert ("J/inference" in text, "| 0.0123 |" in text) == (bool(joules), bool(joules))
 
 
 def test_power_modes_of_one_board_are_told_apart(make, tmp_path):
     bundle = make.bundle(tmp_path / "bundle", model=None, p50=None)
-    for place, mode in enumerate(
-        ({"id": 0, "name": "15W"}, {"id": 2, "name": "MAXN_SUPER"}, {"id": 7, "name": None})
-    ):
+    modes = ({"id": 0, "name": "15W"}, {"id": 2, "name": "MAXN_SUPER"}, {"id": 7, "name": None})
+    for place, mode in enumerate(modes):
         file = make.bench(bundle, device=f"d{place}", p50=1.0 + place)
         content = json.loads(file.read_text())
         content["device"].update(name="Orin Nano", power_mode=mode)
@@ -138,13 +131,3 @@ def test_power_modes_of_one_board_are_told_apart(make, tmp_path):
     report([bundle], out=tmp_path / "report")
     text = (tmp_path / "report" / "report.md").read_text()
     assert all(f"| bundle · {mode} |" in text for mode in ("15W", "MAXN\\_SUPER", "mode 7"))
-
-
-@pytest.mark.parametrize("nonsense", [3, "x", [3], {"int8": {"decision": 3, "accuracy": "y"}}])
-@pytest.mark.parametrize("key", ["precisions", "parity", "size_bytes"])
-def test_nonsense_in_a_manifest_is_named(make, tmp_path, key, nonsense):
-    bundle = make.compiled(tmp_path / "bundle", model=None)
-    manifest = json.loads((bundle / "manifest.json").read_text())
-    (bundle / "manifest.json").write_text(json.dumps(manifest | {key: nonsense}))
-    with pytest.raises(ArtifactError, match=rf"manifest\.json.*{key}"):
-        report([bundle], out=tmp_path / "report")

@@ -61,7 +61,7 @@ def comparison_figure(comparison: Comparison, *, prefix: str) -> str | None:
     rows = [
         _Dots(net.name, few.top1, few.ci95, few.draws, _COLORS.get(net.name, PURPLE), percent(few.top1))
         for net in comparison.nets
-        if (few := net.few_label)
+        for few in [net.few_label]
     ]
     if not rows:
         return None
@@ -96,7 +96,6 @@ def _dot_plot(
     prefix: str,
     title: str,
 ) -> str:
-    """Draw lines of dots between bounds, with a named value marked."""
     lines = max(len(row.lines) for row in rows)
     top, bottom, pitch = 26.0, 44.0, max(52.0 if len(rows) > 2 else 78.0, 18.0 * lines)
     height = top + pitch * len(rows) + bottom
@@ -134,20 +133,11 @@ def _draw(axes: Axes, row: _Dots, place: int) -> None:
     # Single values lie under their interval, stepped a little so that equal ones stay countable.
     heights = [place + 0.22 + 0.07 * (index % 3) for index in range(len(row.draws))]
     dot: dict[str, Any] = {"color": row.color, "marker": "o"}
-    axes.plot(
-        row.draws,
-        heights,
-        **dot,
-        linestyle="none",
-        markersize=5,
-        markeredgecolor="none",
-        alpha=0.35,
-        zorder=2,
-    )
+    faint: dict[str, Any] = {"linestyle": "none", "markersize": 5, "markeredgecolor": "none", "alpha": 0.35}
+    axes.plot(row.draws, heights, **dot, **faint, zorder=2)
     if row.interval:
-        axes.plot(
-            row.interval, [place, place], color=row.color, linewidth=2.6, solid_capstyle="butt", zorder=3
-        )
+        bar: dict[str, Any] = {"color": row.color, "linewidth": 2.6, "solid_capstyle": "butt"}
+        axes.plot(row.interval, [place, place], **bar, zorder=3)
     face = PAPER if row.hollow else row.color
     axes.plot([row.mean], [place], **dot, markersize=9, markerfacecolor=face, markeredgewidth=2.2, zorder=4)
     about = {"color": INK, "fontsize": TEXT + 1, "fontweight": "bold", "zorder": 5}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 
 from edgecl.reports.content import Inspection
 from edgecl.reports.figures.drawing import (
@@ -83,7 +82,8 @@ def map_figure(inspection: Inspection, *, prefix: str) -> str:
     right = 44.0 + LETTER * SMALL * max(map(len, names), default=0)
     figure, axes = new_axes(330.0 + right, 372.0, left=8.0, right=right, top=8.0, bottom=30.0)
     for place, (label, name) in enumerate(zip(shown, names, strict=True)):
-        x, y = (_of_class(values, points.label, label) for values in (points.x, points.y))
+        of_class = [index for index, one in enumerate(points.label) if one == label]
+        x, y = ([values[index] for index in of_class] for values in (points.x, points.y))
         color, marker = SERIES[place % len(SERIES)], _MARKERS[place // len(SERIES) % len(_MARKERS)]
         axes.scatter(x, y, s=14, alpha=0.6, linewidths=0, label=name, color=color, marker=marker)
     axes.legend(
@@ -104,7 +104,3 @@ def map_figure(inspection: Inspection, *, prefix: str) -> str:
         )
     title = f"{len(points.x):,} held-out images by their features, {points.made_by}"
     return inlined(figure, prefix=prefix, title=title)
-
-
-def _of_class(values: Sequence[float], labels: Sequence[int], label: int) -> list[float]:
-    return [value for value, one in zip(values, labels, strict=True) if one == label]

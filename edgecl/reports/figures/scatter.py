@@ -173,7 +173,6 @@ def _name_family(figure: Figure, plot: _Plot, family: Family, place: int, *, dow
 
 
 def _draw_lines(axes: Axes, plot: _Plot, group: Group, color: str) -> None:
-    """Draw the families' lines and the Pareto front."""
     for line in group.families:
         style = _FAMILY_LINES[line.family % len(_FAMILY_LINES)]
         xs, ys = zip(*map(plot.place, line.rows), strict=True)
