@@ -38,7 +38,7 @@ def with_ends(model: onnx.ModelProto, *, graph: Graph, preprocessing: Preprocess
     if graph.input != "float32":
         _take_bytes(changed, channels_last=graph.input == "uint8", preprocessing=preprocessing)
     if graph.softmax:
-        _end_in_softmax(changed)
+        end_in_softmax(changed)
     return with_shapes(
         changed,
         problem="the graph does not hold with the input and output asked for",
@@ -147,7 +147,8 @@ def _per_channel(values: Array) -> Array:
     return values.astype(np.float32).reshape(1, -1, 1, 1)
 
 
-def _end_in_softmax(model: onnx.ModelProto) -> None:
+def end_in_softmax(model: onnx.ModelProto) -> None:
+    """Turn a net's logits into probabilities under the name that its output has, in place."""
     graph = model.graph
     (end,) = graph.output
     logits = Names(graph).new("logits")

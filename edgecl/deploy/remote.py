@@ -23,10 +23,11 @@ from pathlib import Path
 from typing import Any, TypedDict, TypeVar
 
 from edgecl.deploy.onboard_zip import onboard_bytes
-from edgecl.deploy.process import BUILDING_SILENCE_S, Listener, Report, record_of
+from edgecl.deploy.process import BUILDING_SILENCE_S, Listener, record_of
 from edgecl.errors import DeviceError
 from edgecl.onboard.bundle import MANIFEST, check_files, read_manifest, sha256_of_file
 from edgecl.onboard.remote import MARK
+from edgecl.onboard.runtime import Report
 
 SSH_OPTIONS = "EDGECL_SSH_OPTIONS"
 """Environment variable: more arguments for ssh, split as a shell would, such as '-F FILE' or '-i KEY'."""

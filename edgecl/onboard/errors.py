@@ -49,6 +49,8 @@ class OnboardError(Exception):
 
     name = "onboard"
     """How the error is called where it leaves the process, as JSON."""
+    record: Optional[Dict[str, Any]] = None
+    """The numbers seen, where there are any."""
 
     def __init__(self, problem: str, hint: Optional[str] = None) -> None:
         super().__init__(problem)
@@ -69,12 +71,6 @@ class DisagreementError(OnboardError):
     """Outputs further from torch than the manifest allows; `record` holds the numbers seen."""
 
     name = "disagreement"
-
-    def __init__(
-        self, problem: str, hint: Optional[str] = None, record: Optional[Dict[str, Any]] = None
-    ) -> None:
-        super().__init__(problem, hint)
-        self.record = record or {}
 
 
 class DataError(OnboardError):

@@ -55,13 +55,14 @@ def verify(
         if wrong:
             problems.append("%s: %s" % (name, ", ".join(wrong)))
     if problems:
-        raise DisagreementError(
+        error = DisagreementError(
             "%s disagrees with torch on %d reference images: %s"
             % (record["runtime"], len(images), "; ".join(problems)),
             "this runtime computes another result than the one the bundle was exported with; "
             "try another version of it, or export the bundle again",
-            record,
         )
+        error.record = record
+        raise error
     record["ok"] = True
     return record
 

@@ -224,7 +224,7 @@ def test_python_program_reads_odd_pictures_as_edgecl_does(tmp_path):
 def magick_is_there():
     """Some other program may have the name."""
     convert = shutil.which("convert")
-    return convert is not None and "ImageMagick" in run(convert, "--version").stdout
+    return convert and b"ImageMagick" in subprocess.run([convert, "--version"], capture_output=True).stdout
 
 
 @pytest.mark.skipif(not magick_is_there(), reason="no ImageMagick on the PATH")

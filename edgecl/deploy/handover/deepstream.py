@@ -16,6 +16,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from edgecl.deploy.contract import contract_of, render
+from edgecl.deploy.ends import end_in_softmax
 from edgecl.deploy.graph import Names
 from edgecl.deploy.graph_index import attribute
 from edgecl.onboard.bundle import onnx_name
@@ -40,7 +41,7 @@ def write(bundle: Bundle, manifest: Manifest) -> dict[str, str]:
     )
     if contract.labels is not None and contract.one_class:
         if not contract.softmax:
-            end_with_softmax(model)
+            end_in_softmax(model)
         # One line: each stands for an output, and nvinfer splits it at semicolons.
         names = ";".join(name.replace(";", ",") for name in contract.labels)
         write_bytes(bundle.path / LABELS, f"{names}\n".encode())
@@ -96,14 +97,3 @@ def fold_scale(model: onnx.ModelProto, ratios: Sequence[float]) -> onnx.ModelPro
     graph.initializer.append(numpy_helper.from_array(factors.astype(np.float32), ratio))
     graph.node.insert(0, helper.make_node("Mul", [name, ratio], [scaled], name=names.new("scale")))
     return model
-
-
-def end_with_softmax(model: onnx.ModelProto) -> None:
-    """Turn a net's logits into probabilities under the name that its output has, in place."""
-    graph, names = model.graph, Names(model.graph)
-    output = graph.output[0].name
-    logits = names.new("logits")
-    for node in graph.node:
-        node.input[:] = [logits if one == output else one for one in node.input]
-        node.output[:] = [logits if one == output else one for one in node.output]
-    graph.node.append(helper.make_node("Softmax", [logits], [output], axis=1, name=names.new("softmax")))
