@@ -134,13 +134,7 @@ def doctor(
     host: str | None = None,
     report: Report | None = None,
 ) -> DoctorReport:
-    """Check a device for a bundle, for a target, or as such.
-
-    Args:
-        bundle: a directory, whose own target then counts.
-        target: name or file of a target, where there is no bundle.
-        host: USER@BOARD[:PORT] to check; this machine where None.
-        report: called with a line on how far a board is.
+    """Check a device, this machine or USER@BOARD[:PORT], for a bundle, for the name or file of a target, or as such.
 
     Raises:
         TargetError: no such target, or one that cannot be read.

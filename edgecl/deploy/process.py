@@ -56,11 +56,7 @@ class Listener:
         self.words: deque[str] = deque(maxlen=_LAST_WORDS)
 
     def left_s(self) -> float:
-        """Return for how many seconds the device code may still be silent.
-
-        Raises:
-            DeviceError: for none.
-        """
+        """Return for how many seconds the device code may still be silent; for none is a DeviceError."""
         left = self._heard_s + self._limit_s - time.monotonic()
         if left <= 0:
             raise DeviceError(

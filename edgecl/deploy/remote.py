@@ -131,12 +131,9 @@ def run_on_board(
 
     Args:
         host: USER@BOARD[:PORT]; USER may be left to ssh's configuration, an IPv6 address stands in brackets.
-        verb: "doctor", "verify" or "bench".
         arguments: of the verb, without the bundle.
-        bundle: the directory to copy; None where the verb needs none.
-        target: a target, for a doctor without a bundle.
+        target: for a doctor without a bundle.
         threads: how many its libraries shall compute with; every core of the board where None.
-        report: called with each line of progress.
 
     Raises:
         OnboardError: an error of the device code on the board, or a bundle that is not whole here.

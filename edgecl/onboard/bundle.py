@@ -214,11 +214,7 @@ def _is_deeper(value: Any, limit: int) -> bool:
 
 
 def _check_manifest(path: Path, manifest: Dict[str, Any]) -> None:
-    """Check what the device code reads from a manifest: a hash does not tell who wrote it.
-
-    Raises:
-        BundleError: another schema, or a value of another type than the rules below ask for.
-    """
+    """Check what the device code reads from a manifest: a hash does not tell who wrote it."""
     for where, fits, expected in _RULES:
         for name, found in _values_at(manifest, where.split(".")):
             if not fits(found):

@@ -40,12 +40,7 @@ def _escape(match: Any) -> str:
 
 
 class OnboardError(Exception):
-    """A problem the user can act on.
-
-    Args:
-        problem: what is wrong, with the offending name and both values; no full stop.
-        hint: what to do next.
-    """
+    """A problem the user can act on, with the offending name and both values; the hint says what to do next."""
 
     name = "onboard"
     """How the error is called where it leaves the process, as JSON."""

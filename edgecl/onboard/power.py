@@ -106,9 +106,6 @@ def rails_of_tegrastats(line: str) -> Dict[str, float]:
 class PowerMeter:
     """Samples the power of the module from `start` to `stop`; says nothing where there is no meter.
 
-    Args:
-        root: where /sys and /usr lie.
-
     `source` is 'ina3221', 'tegrastats', 'jtop', or None with the cause in `reason`; `rails` are those summed.
 
         with PowerMeter() as meter:
@@ -334,14 +331,7 @@ def integrate(samples: Sequence[Sample], window: Window) -> Union[float, str]:
 
 
 def sample_until_closed(settings_json: str) -> Optional[str]:
-    """Write 'seconds watts rails' to standard output until standard input closes; the sampler's whole life.
-
-    Args:
-        settings_json: source, root, longest_s, and parent, the number of the process that started it.
-
-    Returns:
-        why there are no samples, for `sys.exit`.
-    """
+    """Write 'seconds watts rails' to standard output until standard input closes, or return why there are no samples."""
     settings = json.loads(settings_json)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the measuring process, which then closes us
     until = time.monotonic() + settings["longest_s"]

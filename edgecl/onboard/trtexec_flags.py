@@ -36,11 +36,7 @@ _DLA_AGAIN = (11, 4)
 
 
 def _lowest(versions: str) -> Version:
-    """Return the lowest version of a range, from 8.2 on.
-
-    Raises:
-        DeviceError: the whole range is older.
-    """
+    """Return the lowest version of a range, from 8.2 on."""
     bounds = bounds_of(versions if versions[:1] in "<>=" else "==" + versions)
     lowest = max([bound for sign, bound in bounds if sign in ("==", ">=", ">")] or [OLDEST])
     if lowest > OLDEST:

@@ -67,14 +67,9 @@ def scale_and_ratios(std: Sequence[float]) -> tuple[float, list[float]]:
 
 
 def fold_scale(model: onnx.ModelProto, ratios: Sequence[float]) -> onnx.ModelProto:
-    """Multiply each channel of a net's input by a ratio, within the convolutions that read it.
+    """Multiply each channel of a net's input (N, C, H, W) by a ratio, within the convolutions that read it, in place.
 
-    Args:
-        model: a float32 graph from (N, C, H, W); changed in place.
-        ratios: of each of the C channels.
-
-    Returns:
-        the model; a net that does not begin with convolutions over all channels multiplies its input.
+    A net that does not begin with convolutions over all channels multiplies its input.
     """
     graph = model.graph
     name, names = graph.input[0].name, Names(graph)
