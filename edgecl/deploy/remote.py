@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar
+from typing import Any, TypeVar
 
 from edgecl.deploy.onboard_zip import onboard_bytes
 from edgecl.deploy.process import BUILDING_SILENCE_S, Listener, record_of
@@ -96,14 +96,6 @@ _PAUSES_S = (1.0, 2.0, 4.0, 8.0)
 _BLOCK = 1 << 20
 
 _Result = TypeVar("_Result")
-
-
-class _File(TypedDict):
-    """A file to copy."""
-
-    name: str
-    size: int
-    sha256: str
 
 
 class _LostConnectionError(Exception):
@@ -187,7 +179,7 @@ def _options_of_environment() -> list[str]:
         raise DeviceError(f"cannot split {SSH_OPTIONS}={text!r} into words: {exc}") from exc
 
 
-def _files_of(bundle: Path) -> list[_File]:
+def _files_of(bundle: Path) -> list[dict[str, Any]]:
     """Return name, size and hash of what is copied: the manifest and the files it names, once they are whole."""
     manifest = read_manifest(bundle)
     check_files(bundle, manifest)
@@ -270,7 +262,9 @@ class _Board:
                         connection.hear()
                     return answer["status"], answer["record"]
 
-    def _send_files(self, connection: _Connection, files: list[_File], need: list[str], bundle: Path) -> None:
+    def _send_files(
+        self, connection: _Connection, files: list[dict[str, Any]], need: list[str], bundle: Path
+    ) -> None:
         lacking = [entry for entry in files if entry["name"] in need]
         mib = sum(entry["size"] for entry in lacking) / 2**20
         self._report(f"copying {len(lacking)} of {len(files)} files to {self._host}, {mib:.1f} MiB")
