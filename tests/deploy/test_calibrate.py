@@ -13,10 +13,12 @@ from edgecl.deploy import calibrate as module
 from edgecl.deploy.calibrate import entropy_threshold
 from edgecl.errors import DataError
 
+from .sketch import model_of
+
 METHODS = ("minmax", "entropy", "percentile")
 
 
-def make_net(batch="N", scale=1.0):
+def make_net(scale=1.0):
     """Conv, ReLU, a hard-swish as two nodes, pool: two tensors that nobody quantizes before a ReLU."""
     random = np.random.default_rng(1)
     weights = {
@@ -33,14 +35,8 @@ def make_net(batch="N", scale=1.0):
         helper.make_node("GlobalAveragePool", ["h"], ["p"], name="pool"),
         helper.make_node("Flatten", ["p"], ["output"], name="flatten"),
     ]
-    graph = helper.make_graph(
-        nodes,
-        "net",
-        [helper.make_tensor_value_info("input", TensorProto.FLOAT, [batch, 3, 12, 12])],
-        [helper.make_tensor_value_info("output", TensorProto.FLOAT, [batch, 8])],
-        [numpy_helper.from_array(values.astype(np.float32), name) for name, values in weights.items()],
-    )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    weights = {name: values.astype(np.float32) for name, values in weights.items()}
+    return model_of(nodes, weights, shape=["N", 3, 12, 12], out=["N", 8])
 
 
 def make_images(count=24):

@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 from torch import nn
 
@@ -16,7 +16,7 @@ from edgecl.deploy.onnx import onnx_from_net
 from edgecl.nets.backbone import create_backbone
 
 from . import sketch
-from .sketch import kinds, relative
+from .sketch import kinds, model_of, relative
 
 SIDE = 32
 
@@ -166,18 +166,9 @@ def test_largest_magnitude_is_that_of_any_image(scaled):
     assert about["largest"] == pytest.approx(expected, rel=1e-4)
 
 
-def hand(nodes, weights, *, opset=17):
-    for node in nodes:
-        node.name = f"{node.op_type}_{node.output[0]}"
-    value = helper.make_tensor_value_info
-    graph = helper.make_graph(
-        nodes,
-        "hand",
-        [value("x", TensorProto.FLOAT, ("N", 4))],
-        [value("y", TensorProto.FLOAT, ("N", 4))],
-        [numpy_helper.from_array(np.asarray(array, np.float32), name) for name, array in weights.items()],
-    )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
+def hand(nodes, weights):
+    weights = {name: np.asarray(array, np.float32) for name, array in weights.items()}
+    return model_of(nodes, weights, shape=("N", 4), out=("N", 4), ends="xy")
 
 
 def test_weight_beyond_float16_keeps_its_reader_in_float32():

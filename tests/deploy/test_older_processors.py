@@ -91,7 +91,7 @@ def worst(*, inputs=32, outputs=32, **shape):
     net.conv("a", "output", inputs=outputs, outputs=4)
     images = net.random.uniform(0, 1, (2, inputs, 9, 9)).astype(np.float32)
     images[0] = 1
-    return net.model(["output"], channels=inputs, side=9), images
+    return net.model(channels=inputs, side=9), images
 
 
 def wrong_steps(pairs, folder):

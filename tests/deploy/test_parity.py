@@ -120,18 +120,15 @@ def plain_model(trained_run, tmp_path_factory):
     return out
 
 
-def test_carved_net_equals_the_slim_view_bit_for_bit(plain_model, trained_run):
-    net, record = load_model(plain_model)
+@pytest.mark.parametrize(
+    ("made", "told"), [("plain_model", ""), ("carved_model", " (batch norms re-estimated)")]
+)
+def test_carved_net_equals_the_slim_view_bit_for_bit(request, trained_run, made, told):
+    """With new statistics, the slim view that is given them."""
+    net, record = load_model(request.getfixturevalue(made))
     step = slim_view_check(net, record, trained_run, IMAGES)
     assert step.max_abs_difference == 0
-    assert step.variant == "carved torch net"
-
-
-def test_carved_net_with_new_statistics_equals_the_slim_view_given_them(carved_model, trained_run):
-    net, record = load_model(carved_model)
-    step = slim_view_check(net, record, trained_run, IMAGES)
-    assert step.max_abs_difference == 0
-    assert step.variant == "carved torch net (batch norms re-estimated)"
+    assert step.variant == f"carved torch net{told}"
 
 
 def test_slim_view_shows_a_weight_that_was_changed(plain_model, trained_run):
