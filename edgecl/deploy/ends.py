@@ -5,6 +5,7 @@ A graph gets them last, after its precision: what is calibrated, kept in float32
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -33,8 +34,7 @@ def with_ends(model: onnx.ModelProto, *, graph: Graph, preprocessing: Preprocess
     """
     if graph.input == "float32" and not graph.softmax:
         return model
-    changed = onnx.ModelProto()
-    changed.CopyFrom(model)
+    changed = deepcopy(model)
     if graph.input != "float32":
         _take_bytes(changed, channels_last=graph.input == "uint8", preprocessing=preprocessing)
     if graph.softmax:
@@ -82,9 +82,7 @@ def _take_bytes(model: onnx.ModelProto, *, channels_last: bool, preprocessing: P
     kind = entry.type.tensor_type
     kind.elem_type = TensorProto.UINT8
     if channels_last:
-        sides = [
-            onnx.TensorShapeProto.Dimension.FromString(side.SerializeToString()) for side in kind.shape.dim
-        ]
+        sides = deepcopy(list(kind.shape.dim))
         del kind.shape.dim[:]
         kind.shape.dim.extend(sides[place] for place in (0, 2, 3, 1))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 
 import numpy
 import onnx
@@ -76,8 +77,7 @@ def _fixed_batch(model: onnx.ModelProto) -> int | None:
 
 def with_any_batch(model: onnx.ModelProto) -> onnx.ModelProto:
     """Return a copy that takes any batch, but where `fixed_batch` gives one."""
-    free = onnx.ModelProto()
-    free.CopyFrom(model)
+    free = deepcopy(model)
     del free.graph.value_info[:]
     for value in (*free.graph.input, *free.graph.output):
         value.type.tensor_type.shape.dim[0].dim_param = "N"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import numpy as np
-import onnx
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
@@ -49,8 +50,7 @@ def calibrate(model, images, *, method):
 
 def reference_values(model, images):
     names = ["r", "c", "g", "h", "p", "output"]
-    opened = onnx.ModelProto()
-    opened.CopyFrom(model)
+    opened = deepcopy(model)
     del opened.graph.output[:]
     opened.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names)
     found = ReferenceEvaluator(opened).run(None, {"input": images})

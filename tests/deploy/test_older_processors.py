@@ -7,6 +7,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from copy import deepcopy
 
 import numpy as np
 import onnx
@@ -63,8 +64,7 @@ def exposed(model, tensor):
         node for node in model.graph.node if node.op_type == "QuantizeLinear" and node.input[0] == tensor
     )
     back = next(node for node in model.graph.node if there.output[0] in node.input)
-    opened = onnx.ModelProto()
-    opened.CopyFrom(model)
+    opened = deepcopy(model)
     opened.graph.output.insert(0, helper.make_empty_tensor_value_info(back.output[0]))
     step = next(entry for entry in model.graph.initializer if entry.name == back.input[1])
     return opened, float(onnx.numpy_helper.to_array(step))

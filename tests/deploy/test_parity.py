@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from copy import deepcopy
 
 import numpy as np
-import onnx
 import pytest
 import torch
 from onnx import numpy_helper
@@ -100,8 +100,7 @@ def test_every_layer_of_onnx_computes_what_torch_computes(net, model):
 def test_layer_that_was_changed_is_the_first_outside(net, model):
     in_torch = torch_layers(net, IMAGES)
     names = list(in_torch)
-    changed = onnx.ModelProto()
-    changed.CopyFrom(model)
+    changed = deepcopy(model)
     place = 10
     convolution = [node for node in changed.graph.node if node.op_type == "Conv"][place]
     weight = next(tensor for tensor in changed.graph.initializer if tensor.name == convolution.input[1])

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from copy import deepcopy
 
 import numpy as np
-import onnx
 import onnxruntime
 import pytest
 from onnx import helper
@@ -192,8 +192,7 @@ def test_hard_sigmoid_as_an_integer_sum_is_the_hard_sigmoid():
     images = 4 * np.random.default_rng(0).normal(size=(8, 16, 16, 16)).astype(np.float32)
     quantized = quantize(model, form="int8-cpu", ranges=ranges_of(model, images))
     assert not kinds(quantized)["HardSigmoid"]
-    exposed = onnx.ModelProto()
-    exposed.CopyFrom(quantized)
+    exposed = deepcopy(quantized)
     gate = named(quantized, "h_Mul").input[1]
     exposed.graph.output.insert(0, helper.make_empty_tensor_value_info(gate))
     source = next(name for name in named(quantized, "h_Mul").input if name != gate)
