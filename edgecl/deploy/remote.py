@@ -210,7 +210,9 @@ class _Board:
                 return step()
             except _LostConnectionError as lost:
                 if self.heard_at is None:
-                    raise self._unreachable(str(lost)) from lost
+                    hints = (hint for said, hint in _HINTS.items() if said in str(lost))
+                    hint = next(hints, f"try `{self._login}` yourself")
+                    raise DeviceError(f"cannot connect to '{self._host}': {lost}", hint=hint) from lost
                 if time.monotonic() - self.heard_at > _PATIENCE_S:
                     raise _GoneError(
                         f"the connection to '{self._host}' was lost and did not come back within "
@@ -339,10 +341,6 @@ class _Board:
                     problem.format(**names), where={"ssh said": last}, hint=hint and hint.format(**names)
                 )
         return None
-
-    def _unreachable(self, words: str) -> DeviceError:
-        hint = next((hint for said, hint in _HINTS.items() if said in words), f"try `{self._login}` yourself")
-        return DeviceError(f"cannot connect to '{self._host}': {words}", hint=hint)
 
 
 class _Connection:

@@ -268,15 +268,12 @@ class PowerMeter:
         text = os.pread(file, os.fstat(file).st_size, 0).decode("ascii", "replace")  # moves no position
         return text[: text.rfind("\n") + 1].splitlines()
 
-    def _samples(self) -> List[Sample]:
-        return [(float(line.split()[0]), float(line.split()[1])) for line in self._lines()]
-
     def _samples_until(self, end: float) -> List[Sample]:
         """Return the samples so far, after waiting a little for one behind `end`."""
         assert self._process is not None
         until = time.monotonic() + GAP_S
         while True:
-            samples = self._samples()
+            samples = [(float(line.split()[0]), float(line.split()[1])) for line in self._lines()]
             if samples and samples[-1][0] >= end:
                 return samples
             if time.monotonic() >= until or self._process.poll() is not None:

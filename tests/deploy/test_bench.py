@@ -30,11 +30,6 @@ def measured(tmp_path_factory):
     return bundle, record.to_json(), lines
 
 
-@pytest.fixture
-def bundle(tmp_path):
-    return make_bundle(tmp_path / "bundle")
-
-
 def test_record_begins_with_its_header_and_is_kept_under_what_was_measured(measured):
     bundle, record, _ = measured
     assert list(record)[:5] == ["schema", "kind", "made_by", "made_from", "command"]

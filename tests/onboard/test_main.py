@@ -28,11 +28,6 @@ RUNTIMES = {
 NEWER_THAN_3_6 = {"dataclasses", "contextvars", "graphlib", "zoneinfo", "tomllib", "__future__"}
 
 
-@pytest.fixture
-def bundle(tmp_path):
-    return make_bundle(tmp_path / "bundle")
-
-
 @pytest.mark.parametrize("path", FILES, ids=[path.relative_to(ONBOARD).as_posix() for path in FILES])
 def test_file_keeps_the_grammar_of_python_3_6(path):
     ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 6))

@@ -18,11 +18,6 @@ BOTH = pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
 
 
 @pytest.fixture
-def bundle(tmp_path):
-    return make_bundle(tmp_path / "bundle")
-
-
-@pytest.fixture
 def several(tmp_path):
     return make_bundle(tmp_path / "several", precisions=("fp16", "fp32", "int8"))
 

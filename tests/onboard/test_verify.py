@@ -81,8 +81,7 @@ def test_a_small_difference_is_named_alone(tmp_path):
     assert "top-1" not in caught.value.problem
 
 
-def test_outputs_that_are_not_finite_disagree(tmp_path):
-    bundle = make_bundle(tmp_path / "bundle")
+def test_outputs_that_are_not_finite_disagree(bundle):
     with np.load(bundle / "reference.npz") as arrays:
         inputs, outputs = arrays["inputs"].copy(), arrays["outputs"]
         inputs[0, 0, 0, 0] = np.inf
@@ -100,8 +99,7 @@ def test_differences_are_relative_to_the_largest_output():
     assert found["top1_agreement"] == 0.5
 
 
-def test_outputs_of_another_shape_disagree(tmp_path):
-    bundle = make_bundle(tmp_path / "bundle")
+def test_outputs_of_another_shape_disagree(bundle):
     with np.load(bundle / "reference.npz") as arrays:
         np.savez(bundle / "reference.npz", inputs=arrays["inputs"], outputs=arrays["outputs"][:, :4])
     manifest = read_manifest(bundle)
@@ -122,8 +120,7 @@ def test_cosine_is_that_of_the_directions():
 
 
 @pytest.mark.parametrize("content", [b"", NPY], ids=["empty", "bare array"])
-def test_reference_that_is_no_archive_is_refused(tmp_path, content):
-    bundle = make_bundle(tmp_path / "bundle")
+def test_reference_that_is_no_archive_is_refused(bundle, content):
     (bundle / "reference.npz").write_bytes(content)
     rehash(bundle)
     with pytest.raises(BundleError, match=r"holds no reference inputs and outputs: .*zip"):
@@ -140,8 +137,7 @@ def test_reference_that_is_no_archive_is_refused(tmp_path, content):
     ],
     ids=["another size", "not finite", "no outputs", "pickled"],
 )
-def test_reference_that_no_net_can_be_held_to_is_refused(tmp_path, inputs, outputs, why):
-    bundle = make_bundle(tmp_path / "bundle")
+def test_reference_that_no_net_can_be_held_to_is_refused(bundle, inputs, outputs, why):
     np.savez(bundle / "reference.npz", inputs=inputs, outputs=outputs)
     rehash(bundle)
     with pytest.raises(BundleError, match=why):

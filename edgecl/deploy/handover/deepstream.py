@@ -32,8 +32,9 @@ def write(bundle: Bundle, manifest: Manifest) -> dict[str, str]:
     contract = contract_of(manifest)
     if manifest.runtime != "tensorrt" or not contract.normalize:
         return {}
-    factor, ratios = scale_and_ratios(contract.preprocessing.std)
-    model = fold_scale(onnx.load(bundle.path / onnx_name("fp32")), ratios)
+    std = contract.preprocessing.std
+    mean_std = sum(std) / len(std)
+    model = fold_scale(onnx.load(bundle.path / onnx_name("fp32")), [mean_std / one for one in std])
     # Of the other input.
     props = {entry.key: entry.value for entry in model.metadata_props}
     helper.set_model_props(
@@ -50,7 +51,7 @@ def write(bundle: Bundle, manifest: Manifest) -> dict[str, str]:
     config = render(
         "deepstream.txt.j2",
         contract=contract,
-        factor=factor,
+        factor=1 / (255 * mean_std),
         offsets=";".join(repr(255 * mean) for mean in contract.preprocessing.mean),
         mode=0 if manifest.precision == "fp32" else 2,
         model=MODEL,
@@ -58,12 +59,6 @@ def write(bundle: Bundle, manifest: Manifest) -> dict[str, str]:
     )
     write_bytes(bundle.path / CONFIG, config.encode())
     return {CONFIG: "a configuration of DeepStream's nvinfer, for deepstream.onnx"}
-
-
-def scale_and_ratios(std: Sequence[float]) -> tuple[float, list[float]]:
-    """Return nvinfer's factor for pixels from 0 to 255, and by what each channel must still be multiplied."""
-    mean = sum(std) / len(std)
-    return 1 / (255 * mean), [mean / one for one in std]
 
 
 def fold_scale(model: onnx.ModelProto, ratios: Sequence[float]) -> onnx.ModelProto:
