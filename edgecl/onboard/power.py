@@ -47,8 +47,6 @@ TEGRASTATS = "usr/bin/tegrastats"
 IDLE_S = 3.0
 FIRST_SAMPLE_S = 5.0
 """So long may a source take to its first sample before the next source is tried."""
-LONGEST_S = 6 * 3600.0
-"""A sampler ends after this, whatever else fails."""
 GAP_S = 1.0
 """Without a sample for so long there is no energy: what happened in between is not known."""
 SAMPLES = 3
@@ -236,7 +234,6 @@ class PowerMeter:
         settings = {
             "source": source,
             "root": str(self._root),
-            "longest_s": LONGEST_S,
             "parent": os.getpid(),
         }
         self._samples_file = tempfile.TemporaryFile()
@@ -331,13 +328,12 @@ def sample_until_closed(settings_json: str) -> Optional[str]:
     """Write 'seconds watts rails' to standard output until standard input closes, or return why there are no samples."""
     settings = json.loads(settings_json)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the measuring process, which then closes us
-    until = time.monotonic() + settings["longest_s"]
 
     def closed(wait_s: float) -> bool:
         readable = select.select([sys.stdin.fileno()], [], [], max(0.0, wait_s))[0]
         # Nothing is ever written to us: readable means closed. A forked sibling may hold the other end open
         # after the parent is gone, so the parent itself is looked at too.
-        return bool(readable) or os.getppid() != settings["parent"] or time.monotonic() > until
+        return bool(readable) or os.getppid() != settings["parent"]
 
     sources = {"ina3221": _sample_files, "tegrastats": _sample_tegrastats, "jtop": _sample_jtop}
     return sources[settings["source"]](Path(settings["root"]), closed)
