@@ -166,11 +166,7 @@ def test_remote_is_not_for_people(capsys):
     "arguments",
     [
         [],
-        ["paint"],
         ["bench"],
-        ["bench", "b", "--threads", "x"],
-        ["verify", "b", "--precision", "fp64"],
-        ["verify", "b", "--runtime", "caffe"],
         ["verify", "b", "--runtime", "trtexec"],
     ],
 )
