@@ -69,9 +69,7 @@ def export_command(
     from edgecl.cli.output import print_json
     from edgecl.deploy.export import export
     from edgecl.errors import tell
-    from edgecl.storage.outputs import refuse_own_input
 
-    refuse_own_input(out, model)
     record = export(
         model,
         target=target,

@@ -54,7 +54,6 @@ def calibrate(
     Args:
         model: one input (N, 3, H, W).
         images: (N, 3, H, W) float32 after preprocessing, the real thing.
-        methods: which to compute.
 
     Returns:
         method -> tensor -> (least, largest), for the graph's input and every float32 output of a node, but for what

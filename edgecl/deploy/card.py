@@ -40,16 +40,7 @@ def model_card(
     manifest: Manifest | None,
     name: str | None,
 ) -> str:
-    """Return the card: a head in YAML without a licence, which is its owner's to choose, and a page in Markdown.
-
-    Args:
-        model: the net's directory, whose records hold the numbers.
-        record: of the net.
-        published: what is in the folder.
-        bundle: the one whose ONNX files are published, with measurements of them.
-        manifest: of that bundle.
-        name: USER/NAME on the hub.
-    """
+    """Return the card: a head in YAML without a licence, which is its owner's to choose, and a page in Markdown."""
     rows = [*_of_net(model)]
     if bundle is not None and manifest is not None:
         rows += _of_bundle(bundle, manifest)

@@ -76,12 +76,7 @@ def search_int8(
     Args:
         quantize: the nodes to keep -> the net in INT8.
         candidates: nodes that can be quantized.
-        evaluator: the images.
-        fp32: runs the net in fp32.
-        open_run: makes a model runnable.
-        settings: the budget.
         features: the net has no classifier, so that its outputs themselves matter.
-        say: told how far it is.
     """
     search, report = evaluator.halves()
     fp32_search, fp32_report = search.outputs(fp32), report.outputs(fp32)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -17,6 +17,7 @@ from edgecl.onboard import errors as onboard_errors
 from edgecl.onboard.bundle import choose_precision, read_manifest, sha256_of_file
 from edgecl.onboard.device_info import available_cores
 from edgecl.onboard.errors import OnboardError
+from edgecl.onboard.runtime import Report
 from edgecl.onboard.runtimes import TRTEXEC
 from edgecl.storage.directories import Bundle
 from edgecl.storage.record_files import write_record
@@ -32,8 +33,6 @@ from edgecl.storage.records import (
     command_line,
     parse_record,
 )
-
-Report = Callable[[str], None]
 
 
 def verify(
@@ -57,12 +56,8 @@ def verify(
         found = _run("verify", bundle, precisions=precisions, runtime=runtime, host=host, report=report)
     except OnboardError as error:
         if error.name != onboard_errors.DeviceError.name:  # without a runtime nothing was found out
-            failed = {
-                "ok": False,
-                "files_ok": False,
-                **getattr(error, "record", {}),
-                "problem": error.problem,
-            }
+            seen = error.record or {}
+            failed = {"ok": False, "files_ok": False, **seen, "problem": error.problem}
             with contextlib.suppress(ArtifactError):  # the error matters more than its record
                 write_record(directory.verify_file, _record(VerifyRecord, made_from, failed))
         raise error_from_onboard(error, where=where) from error
@@ -139,13 +134,7 @@ def doctor(
     host: str | None = None,
     report: Report | None = None,
 ) -> DoctorReport:
-    """Check a device for a bundle, for a target, or as such.
-
-    Args:
-        bundle: a directory, whose own target then counts.
-        target: name or file of a target, where there is no bundle.
-        host: USER@BOARD[:PORT] to check; this machine where None.
-        report: called with a line on how far a board is.
+    """Check a device, this machine or USER@BOARD[:PORT], for a bundle, for the name or file of a target, or as such.
 
     Raises:
         TargetError: no such target, or one that cannot be read.

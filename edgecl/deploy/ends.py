@@ -5,6 +5,7 @@ A graph gets them last, after its precision: what is calibrated, kept in float32
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -33,12 +34,11 @@ def with_ends(model: onnx.ModelProto, *, graph: Graph, preprocessing: Preprocess
     """
     if graph.input == "float32" and not graph.softmax:
         return model
-    changed = onnx.ModelProto()
-    changed.CopyFrom(model)
+    changed = deepcopy(model)
     if graph.input != "float32":
         _take_bytes(changed, channels_last=graph.input == "uint8", preprocessing=preprocessing)
     if graph.softmax:
-        _end_in_softmax(changed)
+        end_in_softmax(changed)
     return with_shapes(
         changed,
         problem="the graph does not hold with the input and output asked for",
@@ -82,9 +82,7 @@ def _take_bytes(model: onnx.ModelProto, *, channels_last: bool, preprocessing: P
     kind = entry.type.tensor_type
     kind.elem_type = TensorProto.UINT8
     if channels_last:
-        sides = [
-            onnx.TensorShapeProto.Dimension.FromString(side.SerializeToString()) for side in kind.shape.dim
-        ]
+        sides = deepcopy(list(kind.shape.dim))
         del kind.shape.dim[:]
         kind.shape.dim.extend(sides[place] for place in (0, 2, 3, 1))
 
@@ -147,7 +145,8 @@ def _per_channel(values: Array) -> Array:
     return values.astype(np.float32).reshape(1, -1, 1, 1)
 
 
-def _end_in_softmax(model: onnx.ModelProto) -> None:
+def end_in_softmax(model: onnx.ModelProto) -> None:
+    """Turn a net's logits into probabilities under the name that its output has, in place."""
     graph = model.graph
     (end,) = graph.output
     logits = Names(graph).new("logits")

@@ -43,7 +43,7 @@ from edgecl.nets.model_dir import load_model
 from edgecl.onboard.bundle import onnx_name, sha256_of_file
 from edgecl.onboard.runtimes import RUNTIMES
 from edgecl.storage.directories import Bundle, ModelDir
-from edgecl.storage.outputs import new_directory, refuse_existing
+from edgecl.storage.outputs import new_directory, refuse_existing, refuse_own_input
 from edgecl.storage.record_files import read_record, write_record
 from edgecl.storage.records import (
     BenchRecord,
@@ -87,6 +87,7 @@ def export(
     """
     asked = {**({"input": input} if input else {}), **({"softmax": True} if softmax else {})}
     chosen = read_target(target, precisions=precisions, graph=asked)
+    refuse_own_input(out, model)
     refuse_existing(out, force=force, kind=Bundle.KIND)
     net, record = load_model(model)
     if chosen.graph.softmax and (record.classes is None or record.label_sets):

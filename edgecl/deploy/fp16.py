@@ -7,6 +7,7 @@ stand behind the nodes that read them, and ONNX's check refuses the graph.
 from __future__ import annotations
 
 from collections import defaultdict
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -40,8 +41,7 @@ def half(model: onnx.ModelProto, *, images: NDArray[np.float32]) -> tuple[onnx.M
     Raises:
         ParityError: the converted graph does not pass ONNX's own check.
     """
-    converted = onnx.ModelProto()
-    converted.CopyFrom(onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True))
+    converted = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
     peaks = _largest_magnitudes(converted, images)
     for tensor in _floats(converted.graph):
         values = numpy_helper.to_array(tensor)
@@ -131,7 +131,7 @@ def _convert(model: onnx.ModelProto, kept: set[str]) -> None:
                 renamed[tensor] = names.new(f"{tensor}_fp16")
                 node.output[index] = renamed[tensor]
                 cast(renamed[tensor], to=TensorProto.FLOAT, name=tensor)
-    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    copies = deepcopy(nodes)
     del graph.node[:], graph.value_info[:]
     graph.node.extend(copies)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from typing import Literal
 
 import numpy as np
@@ -209,8 +210,7 @@ class _Rewriter:
                 where={"node": node.name},
                 hint="set [graph] opset of the target to a later one, or replace that layer of the net",
             )
-        restated = onnx.NodeProto()
-        restated.CopyFrom(node)
+        restated = deepcopy(node)
         if node.op_type in _AXES_AS_INPUT_FROM_18 and self._target < 18 and len(node.input) > 1:
             del restated.input[1:]
             restated.attribute.append(helper.make_attribute("axes", self._axes(node)))
@@ -264,8 +264,7 @@ def _assemble(
     opset: int,
 ) -> onnx.ModelProto:
     """Put the nodes into a model like the old one, keeping only what they read, and check it."""
-    rewritten = onnx.ModelProto()
-    rewritten.CopyFrom(model)
+    rewritten = deepcopy(model)
     graph = rewritten.graph
     read = {name for node in nodes for name in node.input} | {output.name for output in graph.output}
     # In the order of the old file, new ones last, so that equal nets give equal files.
@@ -273,8 +272,7 @@ def _assemble(
     initializers = []
     for name in names:
         if name in read:
-            tensor = onnx.TensorProto()
-            tensor.CopyFrom(constants[name])
+            tensor = deepcopy(constants[name])
             tensor.name = name
             initializers.append(tensor)
     del graph.node[:], graph.initializer[:], graph.value_info[:]

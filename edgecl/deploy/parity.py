@@ -82,12 +82,7 @@ def first_outside(found: Layers, expected: Layers, tolerance: Tolerance) -> str 
 
 
 def torch_layers(net: nn.Module, images: Tensor) -> Layers:
-    """Return the output of every convolution and linear layer, batch norms folded, in the order they run.
-
-    Args:
-        net: in evaluation mode.
-        images: (N, 3, H, W).
-    """
+    """Return the output of every convolution and linear layer for (N, 3, H, W) images, batch norms folded, as they run."""
     folded = fold_batch_norm(net)
     layers: Layers = {}
 
@@ -110,12 +105,9 @@ def torch_layers(net: nn.Module, images: Tensor) -> Layers:
 
 
 def onnx_layers(model: onnx.ModelProto, images: Array, *, names: list[str]) -> Layers:
-    """Return the output of every convolution and linear layer of a model, under the names of torch's layers.
+    """Return the output of every convolution and linear layer of a model, under the names of torch's, in their order.
 
-    Args:
-        model: in any form.
-        images: (N, 3, H, W).
-        names: of the layers in the order they run; where their number differs, ONNX's own names are used.
+    Where their number differs, ONNX's own names are used.
     """
     tensors = [node.output[0] for node in model.graph.node if node.op_type in ("Conv", "Gemm", "MatMul")]
     found: dict[str, list[NDArray[Any]]] = defaultdict(list)

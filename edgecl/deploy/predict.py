@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,12 @@ from edgecl.onboard.device_info import available_cores
 from edgecl.onboard.errors import OnboardError
 from edgecl.onboard.pictures import find_pictures
 from edgecl.onboard.predict import DONE, Classifier, classify, sigmoid, softmax
+from edgecl.onboard.runtime import Report
 from edgecl.progress import Progress
 from edgecl.storage.directories import Bundle, ModelDir
 from edgecl.storage.records import Json, Predictions
 from edgecl.storage.writing import write_bytes
 
-Report = Callable[[str], None]
 _DONE = re.compile(DONE.replace("%d", r"(\d+)"))
 
 

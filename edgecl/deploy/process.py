@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,10 +21,9 @@ from edgecl.onboard import errors as onboard_errors
 from edgecl.onboard.bench import PROGRESS
 from edgecl.onboard.errors import OnboardError
 from edgecl.onboard.remote import pinned
+from edgecl.onboard.runtime import Report
 from edgecl.onboard.runtimes import RUNTIMES, full_name
 from edgecl.onboard.trtexec import BUILD_LIMIT_S
-
-Report = Callable[[str], None]
 
 # The device code, started where edgecl lies, so that neither the caller's directory nor an editable
 # install decides which edgecl is measured with.
@@ -38,12 +37,13 @@ _LONGEST_LINE = 1 << 16
 SILENCE_S = 600.0
 BUILDING_SILENCE_S = BUILD_LIMIT_S + SILENCE_S
 
-_ERRORS: dict[str, type[EdgeclError]] = {
-    onboard_errors.BundleError.name: ArtifactError,
-    onboard_errors.DisagreementError.name: ParityError,
-    onboard_errors.DataError.name: DataError,
-    onboard_errors.DeviceError.name: DeviceError,
+_ERRORS: dict[type[OnboardError], type[EdgeclError]] = {
+    onboard_errors.BundleError: ArtifactError,
+    onboard_errors.DisagreementError: ParityError,
+    onboard_errors.DataError: DataError,
+    onboard_errors.DeviceError: DeviceError,
 }
+_NAMED = {kind.name: kind for kind in _ERRORS}
 
 
 class Listener:
@@ -56,11 +56,7 @@ class Listener:
         self.words: deque[str] = deque(maxlen=_LAST_WORDS)
 
     def left_s(self) -> float:
-        """Return for how many seconds the device code may still be silent.
-
-        Raises:
-            DeviceError: for none.
-        """
+        """Return for how many seconds the device code may still be silent; for none is a DeviceError."""
         left = self._heard_s + self._limit_s - time.monotonic()
         if left <= 0:
             raise DeviceError(
@@ -167,18 +163,15 @@ def record_of(
 
 
 def _onboard_error(error: dict[str, Any]) -> OnboardError:
-    problem, hint = str(error.get("problem")), error.get("hint")
-    if error.get("name") == onboard_errors.DisagreementError.name:
-        return onboard_errors.DisagreementError(problem, hint, error.get("record"))
-    kinds: dict[Any, type[OnboardError]] = {
-        kind.name: kind for kind in (onboard_errors.BundleError, onboard_errors.DataError)
-    }
-    return kinds.get(error.get("name"), onboard_errors.DeviceError)(problem, hint)
+    kind = _NAMED.get(str(error.get("name")), onboard_errors.DeviceError)
+    found = kind(str(error.get("problem")), error.get("hint"))
+    found.record = error.get("record")
+    return found
 
 
 def error_from_onboard(error: OnboardError, *, where: Mapping[str, object]) -> EdgeclError:
     """Return the host's error for one of the device code's, with the same text."""
-    return _ERRORS.get(error.name, EdgeclError)(error.problem, where=where, hint=error.hint)
+    return _ERRORS.get(type(error), EdgeclError)(error.problem, where=where, hint=error.hint)
 
 
 def _signal_name(number: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from typing import Any
 
 import numpy
@@ -36,8 +37,7 @@ class QdqWriter:
         """Return the quantized model."""
         for node in self.model.graph.node:
             self.write_node(node)
-        written = onnx.ModelProto()
-        written.CopyFrom(self.model)
+        written = deepcopy(self.model)
         graph = written.graph
         for part in (graph.node, graph.initializer, graph.value_info):
             del part[:]
@@ -59,8 +59,7 @@ class QdqWriter:
 
     def append_with(self, node: onnx.NodeProto, inputs: Mapping[int, str]) -> onnx.NodeProto:
         """Append a copy of a node that reads other tensors at some places."""
-        changed = onnx.NodeProto()
-        changed.CopyFrom(node)
+        changed = deepcopy(node)
         for place, name in inputs.items():
             changed.input[place] = name
         self.nodes.append(changed)

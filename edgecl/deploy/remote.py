@@ -20,13 +20,14 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar
+from typing import Any, TypeVar
 
 from edgecl.deploy.onboard_zip import onboard_bytes
-from edgecl.deploy.process import BUILDING_SILENCE_S, Listener, Report, record_of
+from edgecl.deploy.process import BUILDING_SILENCE_S, Listener, record_of
 from edgecl.errors import DeviceError
 from edgecl.onboard.bundle import MANIFEST, check_files, read_manifest, sha256_of_file
 from edgecl.onboard.remote import MARK
+from edgecl.onboard.runtime import Report
 
 SSH_OPTIONS = "EDGECL_SSH_OPTIONS"
 """Environment variable: more arguments for ssh, split as a shell would, such as '-F FILE' or '-i KEY'."""
@@ -97,14 +98,6 @@ _BLOCK = 1 << 20
 _Result = TypeVar("_Result")
 
 
-class _File(TypedDict):
-    """A file to copy."""
-
-    name: str
-    size: int
-    sha256: str
-
-
 class _LostConnectionError(Exception):
     """A connection that ended early, for a reason that may pass."""
 
@@ -130,12 +123,9 @@ def run_on_board(
 
     Args:
         host: USER@BOARD[:PORT]; USER may be left to ssh's configuration, an IPv6 address stands in brackets.
-        verb: "doctor", "verify" or "bench".
         arguments: of the verb, without the bundle.
-        bundle: the directory to copy; None where the verb needs none.
-        target: a target, for a doctor without a bundle.
+        target: for a doctor without a bundle.
         threads: how many its libraries shall compute with; every core of the board where None.
-        report: called with each line of progress.
 
     Raises:
         OnboardError: an error of the device code on the board, or a bundle that is not whole here.
@@ -189,7 +179,7 @@ def _options_of_environment() -> list[str]:
         raise DeviceError(f"cannot split {SSH_OPTIONS}={text!r} into words: {exc}") from exc
 
 
-def _files_of(bundle: Path) -> list[_File]:
+def _files_of(bundle: Path) -> list[dict[str, Any]]:
     """Return name, size and hash of what is copied: the manifest and the files it names, once they are whole."""
     manifest = read_manifest(bundle)
     check_files(bundle, manifest)
@@ -220,7 +210,9 @@ class _Board:
                 return step()
             except _LostConnectionError as lost:
                 if self.heard_at is None:
-                    raise self._unreachable(str(lost)) from lost
+                    hints = (hint for said, hint in _HINTS.items() if said in str(lost))
+                    hint = next(hints, f"try `{self._login}` yourself")
+                    raise DeviceError(f"cannot connect to '{self._host}': {lost}", hint=hint) from lost
                 if time.monotonic() - self.heard_at > _PATIENCE_S:
                     raise _GoneError(
                         f"the connection to '{self._host}' was lost and did not come back within "
@@ -272,7 +264,9 @@ class _Board:
                         connection.hear()
                     return answer["status"], answer["record"]
 
-    def _send_files(self, connection: _Connection, files: list[_File], need: list[str], bundle: Path) -> None:
+    def _send_files(
+        self, connection: _Connection, files: list[dict[str, Any]], need: list[str], bundle: Path
+    ) -> None:
         lacking = [entry for entry in files if entry["name"] in need]
         mib = sum(entry["size"] for entry in lacking) / 2**20
         self._report(f"copying {len(lacking)} of {len(files)} files to {self._host}, {mib:.1f} MiB")
@@ -347,10 +341,6 @@ class _Board:
                     problem.format(**names), where={"ssh said": last}, hint=hint and hint.format(**names)
                 )
         return None
-
-    def _unreachable(self, words: str) -> DeviceError:
-        hint = next((hint for said, hint in _HINTS.items() if said in words), f"try `{self._login}` yourself")
-        return DeviceError(f"cannot connect to '{self._host}': {words}", hint=hint)
 
 
 class _Connection:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from copy import deepcopy
 
 import numpy
 import onnx
@@ -41,11 +41,6 @@ def session_of(model: onnx.ModelProto, *, runtime: str, form: str = "fp32") -> R
     )
 
 
-def open_ort(model: onnx.ModelProto, *, optimization: str) -> Any:
-    """Return ONNX Runtime's session for a model, on one thread: sums keep their order, whatever the machine."""
-    return open_model(model.SerializeToString(), threads=1, optimization=optimization)
-
-
 def open_tensors(
     model: onnx.ModelProto, names: Sequence[str], *, optimization: str
 ) -> Callable[[Array, int], Iterator[tuple[str, Array]]]:
@@ -53,7 +48,8 @@ def open_tensors(
     shown = with_any_batch(model)
     del shown.graph.output[:]
     shown.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
-    session = open_ort(shown, optimization=optimization)
+    # On one thread sums keep their order, whatever the machine.
+    session = open_model(shown.SerializeToString(), threads=1, optimization=optimization)
     source, fixed = model.graph.input[0].name, _fixed_batch(model)
 
     def run(images: Array, size: int) -> Iterator[tuple[str, Array]]:
@@ -81,8 +77,7 @@ def _fixed_batch(model: onnx.ModelProto) -> int | None:
 
 def with_any_batch(model: onnx.ModelProto) -> onnx.ModelProto:
     """Return a copy that takes any batch, but where `fixed_batch` gives one."""
-    free = onnx.ModelProto()
-    free.CopyFrom(model)
+    free = deepcopy(model)
     del free.graph.value_info[:]
     for value in (*free.graph.input, *free.graph.output):
         value.type.tensor_type.shape.dim[0].dim_param = "N"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -16,10 +16,13 @@ from torch import Tensor, nn
 from edgecl.config.target import Precision, Target, Tolerance
 from edgecl.data.loading import eval_image, normalize
 from edgecl.data.source import ImageSource
-from edgecl.deploy.accuracy import Evaluator
+from edgecl.deploy.accuracy import Evaluator, cosines
+from edgecl.deploy.calibrate import calibrate
+from edgecl.deploy.decision import Quantize, search_int8, unevaluated
 from edgecl.deploy.ends import with_ends
 from edgecl.deploy.fp16 import half
-from edgecl.deploy.int8 import evaluate_trained, make_int8
+from edgecl.deploy.graph_index import quantizable
+from edgecl.deploy.int8 import quantize
 from edgecl.deploy.onnx import onnx_from_net
 from edgecl.deploy.parity import (
     LAYER_IMAGES,
@@ -53,6 +56,10 @@ PARITY_IMAGES = 64
 REFERENCE_IMAGES = 16
 # Whole files, photographs of several megabytes among them.
 JPEG_FILES = 32
+# On which what overflows fp16 is looked for, each time a graph is quantized.
+FP16_IMAGES = 16
+# Half of them to search on, half to report on; with fewer, a point of accuracy is less than one image.
+LEAST_EVALUATED = 200
 
 
 @dataclass(frozen=True)
@@ -132,9 +139,9 @@ class Reference(NamedTuple):
     outputs: Array
 
 
-def run_in_parts(run: Run, inputs: Array) -> Array:
+def run_in_parts(run: Run, inputs: Array, size: int = 16) -> Array:
     """Return the (N, F) outputs for any number of images."""
-    return numpy.concatenate([run(inputs[start : start + 16]) for start in range(0, len(inputs), 16)])
+    return numpy.concatenate([run(inputs[start : start + size]) for start in range(0, len(inputs), size)])
 
 
 def torch_outputs(net: nn.Module, images: Tensor) -> Array:
@@ -161,43 +168,97 @@ def make_variants(source: Source) -> Variants:
 
 
 def _trained_int8(source: Source, fp32: onnx.ModelProto) -> Variant:
+    """Export the scales that a net was trained with: there is nothing to choose and nothing to search."""
     source.say("INT8: exporting the scales it was trained with")
-    model = source.graph_of(source.net)
+    form, images = source.target.graph.int8, source.images[:PARITY_IMAGES]
+    exported = source.graph_of(source.net)
     trained = check_parity(
         "torch net with fake quantization",
         "ONNX int8-trt",
-        source.outputs(model, "int8-trt"),
-        torch_outputs(source.net, source.images[:PARITY_IMAGES]),
+        source.outputs(exported, "int8-trt"),
+        torch_outputs(source.net, images),
     )
-    if source.target.graph.int8 == "int8-trt-fp16":
-        model, _ = half(model, images=source.images[:PARITY_IMAGES].numpy())
-    decision = evaluate_trained(
-        model,
-        fp32,
-        target=source.target,
-        evaluator=source.evaluator,
-        features=source.features,
-        say=source.say,
-    )
-    return Variant(model, source.target.graph.int8, earlier=[trained], decision=decision)
+    model = half(exported, images=images.numpy())[0] if form == "int8-trt-fp16" else exported
+    chosen = {"form": form, "method": "trained", "trained_for_int8": True}
+    run_fp32 = session_of(fp32, runtime=source.target.runtime)
+    _, decision = _decide(source, lambda kept: model, [], fp32=run_fp32, chosen=chosen)
+    return Variant(model, form, earlier=[trained], decision=decision)
 
 
 def _calibrated_int8(source: Source, fp32: onnx.ModelProto) -> Variant:
-    settings = source.target.quantization
+    """Quantize a net by the best of the target's methods, and find what must stay in higher precision."""
+    target, settings, form = source.target, source.target.quantization, source.target.graph.int8
     count = min(settings.calibration_images, len(source.images) // 2)
-    holdout = slice(count, count + settings.holdout_images)
-    model, decision = make_int8(
-        fp32,
-        target=source.target,
-        calibration=source.images[:count].numpy(),
-        holdout=source.images[holdout].numpy(),
-        holdout_labels=None if source.labels is None else source.labels[holdout],
+    others = slice(count, count + settings.holdout_images)
+    calibration, holdout = source.images[:count].numpy(), source.images[others].numpy()
+    labels = None if source.labels is None else source.labels[others]
+    source.say(f"INT8: calibrating on {len(calibration)} images")
+    ranges = calibrate(fp32, calibration, settings.methods)
+    few = calibration[:FP16_IMAGES]
+    run_fp32 = session_of(fp32, runtime=target.runtime)
+    expected = _outputs(run_fp32, holdout)
+    compared: dict[str, dict[str, float]] = {}
+    for method in settings.methods:
+        model = quantize(fp32, form=form, ranges=ranges[method], images=few)
+        found = _outputs(session_of(model, runtime=target.runtime, form=form), holdout)
+        compared[method] = {"mean_cosine": float(cosines(found, expected).mean())}
+        if labels is not None:
+            compared[method]["top1"] = 100 * float((found.argmax(1) == labels).double().mean())
+    # The more telling number first; of equal methods the one named first in the target.
+    method = max(
+        settings.methods, key=lambda name: (compared[name].get("top1", 0.0), compared[name]["mean_cosine"])
+    )
+    chosen = {
+        "form": form,
+        "method": method,
+        "methods": compared,
+        "calibration_images": len(calibration),
+        "holdout_images": len(holdout),
+        "trained_for_int8": source.record.quantization is not None,
+    }
+
+    def keep(kept: Collection[str]) -> onnx.ModelProto:
+        return quantize(fp32, form=form, ranges=ranges[method], keep=kept, images=few)
+
+    candidates = quantizable(fp32, form)
+    model, decision = _decide(source, keep, candidates, fp32=run_fp32, chosen=chosen)
+    return Variant(model, form, decision=decision)
+
+
+def _outputs(run: Run, images: Array) -> Tensor:
+    return torch.from_numpy(run_in_parts(run, images, size=32))
+
+
+def _decide(
+    source: Source, quantize: Quantize, candidates: Sequence[str], *, fp32: Run, chosen: Json
+) -> tuple[onnx.ModelProto, Decision]:
+    """Search the nodes to keep where there are images for it, and return the net and the decision with what was chosen."""
+    obstacle, target = _obstacle_to_evaluation(source), source.target
+    if source.evaluator is None or obstacle:
+        return quantize(()), unevaluated(obstacle or "").model_copy(update=chosen)
+    model, decision = search_int8(
+        quantize,
+        candidates,
         evaluator=source.evaluator,
+        fp32=fp32,
+        open_run=lambda found: session_of(found, runtime=target.runtime, form=target.graph.int8),
+        settings=target.quantization,
         features=source.features,
         say=source.say,
     )
-    decision.trained_for_int8 = source.record.quantization is not None
-    return Variant(model, source.target.graph.int8, decision=decision)
+    return model, decision.model_copy(update=chosen)
+
+
+def _obstacle_to_evaluation(source: Source) -> str | None:
+    """Return why no decision can be had, or None."""
+    evaluator = source.evaluator
+    if evaluator is None:
+        return "no images to evaluate on"
+    if evaluator.metric == "mean_cosine" and not source.features:
+        return "no images labelled with the net's classes; name some with --eval URI"
+    if len(evaluator) < LEAST_EVALUATED:
+        return f"{len(evaluator)} images are too few for a decision, {LEAST_EVALUATED} are needed; name more with --eval URI"
+    return None
 
 
 def check_variants(variants: Variants, source: Source) -> list[ParityCheck]:

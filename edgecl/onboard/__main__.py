@@ -61,8 +61,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
         if error.hint:
             _say("  hint: %s" % error.hint)
         about: Dict[str, Any] = {"name": error.name, "problem": error.problem, "hint": error.hint}
-        about["record"] = getattr(error, "record", None)
-        record, status = {"error": about}, 1
+        record, status = {"error": dict(about, record=error.record)}, 1
     text = json.dumps(record, allow_nan=False)
     if options.out is None:
         print(text)

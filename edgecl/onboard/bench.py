@@ -94,13 +94,10 @@ def bench(
     in processes of its own, one after another, on images of its own.
 
     Args:
-        bundle: the directory; its files are checked against their hashes first.
-        precisions: which to measure; the bundle's default one where None.
-        runtime: to measure with, 'trtexec' for a bundle for TensorRT too; the manifest's where None.
+        precisions: the bundle's default one where None.
+        runtime: 'trtexec' for a bundle for TensorRT too; the manifest's where None.
         duration_s: seconds to sample each mode of each precision for, > 0.
-        threads: how many to compute with, >= 1; every core this process may run on where None.
-        power: sample the power of the module beside the run, where it tells it.
-        report: called about once a second with a line on how far it is.
+        threads: >= 1; every core this process may run on where None.
 
     Returns:
         The record without its header, as `BenchRecord` in edgecl/storage/records.py describes it. The marks of a

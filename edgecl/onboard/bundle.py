@@ -214,11 +214,7 @@ def _is_deeper(value: Any, limit: int) -> bool:
 
 
 def _check_manifest(path: Path, manifest: Dict[str, Any]) -> None:
-    """Check what the device code reads from a manifest: a hash does not tell who wrote it.
-
-    Raises:
-        BundleError: another schema, or a value of another type than the rules below ask for.
-    """
+    """Check what the device code reads from a manifest: a hash does not tell who wrote it."""
     for where, fits, expected in _RULES:
         for name, found in _values_at(manifest, where.split(".")):
             if not fits(found):
@@ -254,12 +250,11 @@ def prod(shape: Sequence[int]) -> int:
     return count
 
 
-def _is_object(found: Any) -> bool:
-    return isinstance(found, dict)
+def _is_a(kind: type) -> Callable[[Any], bool]:
+    return lambda found: isinstance(found, kind)
 
 
-def _is_text(found: Any) -> bool:
-    return isinstance(found, str)
+_is_object, _is_text, _is_flag = _is_a(dict), _is_a(str), _is_a(bool)
 
 
 def _is_name(found: Any) -> bool:
@@ -289,10 +284,6 @@ def _are_files(found: Any) -> bool:
 
 def _are_texts(found: Any) -> bool:
     return isinstance(found, list) and all(map(_is_text, found))
-
-
-def _is_flag(found: Any) -> bool:
-    return isinstance(found, bool)
 
 
 def _is_one_of(*known: str) -> Callable[[Any], bool]:

@@ -42,13 +42,7 @@ def available_cores() -> int:
 def read_device_info(
     *, threads: Optional[int], versions: Mapping[str, str], root: Union[str, Path] = "/"
 ) -> Dict[str, Any]:
-    """Return what this device is; whatever it does not tell is None.
-
-    Args:
-        threads: how many threads the session was given.
-        versions: library -> version.
-        root: where /proc, /sys and /etc lie.
-    """
+    """Return what this device is, read below `root`; whatever it does not tell is None."""
     root = Path(root)
     l4t = _l4t(root)
     cpuinfo = read_text(root / "proc/cpuinfo") or ""

@@ -43,12 +43,7 @@ def doctor(
 ) -> Dict[str, Any]:
     """Check this device for a bundle or a target, or as such.
 
-    Nothing is changed, no root is needed, and NumPy may be missing.
-
-    Args:
-        bundle: a directory; its own target counts, and its files are checked against their hashes.
-        target: a target as JSON, where there is no bundle.
-        root: where /proc, /sys, /etc, /usr and /var lie.
+    Nothing is changed, no root is needed, and NumPy may be missing. Of a bundle its own target counts.
 
     Returns:
         ok, False if a check failed; device, its device_info; checks, each

@@ -180,14 +180,10 @@ def build_plan(
 
     Args:
         onnx_file: with float32 outputs whatever the precision.
-        runtime: 'tensorrt' or 'tensorrt_rtx'.
-        precision: 'fp32', 'fp16' or 'int8'.
-        form: of the graph, such as 'int8-trt'.
         build: the target's table of that name.
         input_form: 'input' of the manifest.
         free_bytes: memory that is free; the workspace is bounded by half of it.
         timing_cache: of an earlier build on this device.
-        report: called with a line on what is going on.
 
     Raises:
         DeviceError: the runtime is not there, cannot do what was asked, refuses the graph, or fails to build it.

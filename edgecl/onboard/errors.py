@@ -40,15 +40,12 @@ def _escape(match: Any) -> str:
 
 
 class OnboardError(Exception):
-    """A problem the user can act on.
-
-    Args:
-        problem: what is wrong, with the offending name and both values; no full stop.
-        hint: what to do next.
-    """
+    """A problem the user can act on, with the offending name and both values; the hint says what to do next."""
 
     name = "onboard"
     """How the error is called where it leaves the process, as JSON."""
+    record: Optional[Dict[str, Any]] = None
+    """The numbers seen, where there are any."""
 
     def __init__(self, problem: str, hint: Optional[str] = None) -> None:
         super().__init__(problem)
@@ -69,12 +66,6 @@ class DisagreementError(OnboardError):
     """Outputs further from torch than the manifest allows; `record` holds the numbers seen."""
 
     name = "disagreement"
-
-    def __init__(
-        self, problem: str, hint: Optional[str] = None, record: Optional[Dict[str, Any]] = None
-    ) -> None:
-        super().__init__(problem, hint)
-        self.record = record or {}
 
 
 class DataError(OnboardError):

@@ -121,9 +121,7 @@ def check_delivered(
 
     Args:
         shares: what `precision_shares` returned; where it is empty nothing can be checked.
-        asked: 'fp32', 'fp16' or 'int8'.
         expected: the share that the graph asks for, 0 to 1; for int8 that of the quantized layers.
-        maker: who built the engine, for the error.
 
     Returns whether the layers were enough to check it.
 

@@ -347,13 +347,7 @@ def _resize_first(pixels: np.ndarray, new: int) -> np.ndarray:
 
 
 def as_input(pictures: np.ndarray, form: Dict[str, Any], preprocessing: Dict[str, Any]) -> np.ndarray:
-    """Return pictures as a net takes them.
-
-    Args:
-        pictures: (N, S, S, 3) uint8.
-        form: the manifest's `input`: bytes in either layout, or normalized float32, channels first.
-        preprocessing: the manifest's, with `mean` and `std`.
-    """
+    """Return pictures (N, S, S, 3) uint8 as a net takes them: bytes in either layout, or normalized, channels first."""
     if form.get("layout") != "nhwc":
         pictures = pictures.transpose(0, 3, 1, 2)
     if form.get("dtype") != "uint8":

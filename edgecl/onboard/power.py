@@ -47,8 +47,6 @@ TEGRASTATS = "usr/bin/tegrastats"
 IDLE_S = 3.0
 FIRST_SAMPLE_S = 5.0
 """So long may a source take to its first sample before the next source is tried."""
-LONGEST_S = 6 * 3600.0
-"""A sampler ends after this, whatever else fails."""
 GAP_S = 1.0
 """Without a sample for so long there is no energy: what happened in between is not known."""
 SAMPLES = 3
@@ -105,9 +103,6 @@ def rails_of_tegrastats(line: str) -> Dict[str, float]:
 
 class PowerMeter:
     """Samples the power of the module from `start` to `stop`; says nothing where there is no meter.
-
-    Args:
-        root: where /sys and /usr lie.
 
     `source` is 'ina3221', 'tegrastats', 'jtop', or None with the cause in `reason`; `rails` are those summed.
 
@@ -239,7 +234,6 @@ class PowerMeter:
         settings = {
             "source": source,
             "root": str(self._root),
-            "longest_s": LONGEST_S,
             "parent": os.getpid(),
         }
         self._samples_file = tempfile.TemporaryFile()
@@ -271,15 +265,12 @@ class PowerMeter:
         text = os.pread(file, os.fstat(file).st_size, 0).decode("ascii", "replace")  # moves no position
         return text[: text.rfind("\n") + 1].splitlines()
 
-    def _samples(self) -> List[Sample]:
-        return [(float(line.split()[0]), float(line.split()[1])) for line in self._lines()]
-
     def _samples_until(self, end: float) -> List[Sample]:
         """Return the samples so far, after waiting a little for one behind `end`."""
         assert self._process is not None
         until = time.monotonic() + GAP_S
         while True:
-            samples = self._samples()
+            samples = [(float(line.split()[0]), float(line.split()[1])) for line in self._lines()]
             if samples and samples[-1][0] >= end:
                 return samples
             if time.monotonic() >= until or self._process.poll() is not None:
@@ -334,23 +325,15 @@ def integrate(samples: Sequence[Sample], window: Window) -> Union[float, str]:
 
 
 def sample_until_closed(settings_json: str) -> Optional[str]:
-    """Write 'seconds watts rails' to standard output until standard input closes; the sampler's whole life.
-
-    Args:
-        settings_json: source, root, longest_s, and parent, the number of the process that started it.
-
-    Returns:
-        why there are no samples, for `sys.exit`.
-    """
+    """Write 'seconds watts rails' to standard output until standard input closes, or return why there are no samples."""
     settings = json.loads(settings_json)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the measuring process, which then closes us
-    until = time.monotonic() + settings["longest_s"]
 
     def closed(wait_s: float) -> bool:
         readable = select.select([sys.stdin.fileno()], [], [], max(0.0, wait_s))[0]
         # Nothing is ever written to us: readable means closed. A forked sibling may hold the other end open
         # after the parent is gone, so the parent itself is looked at too.
-        return bool(readable) or os.getppid() != settings["parent"] or time.monotonic() > until
+        return bool(readable) or os.getppid() != settings["parent"]
 
     sources = {"ina3221": _sample_files, "tegrastats": _sample_tegrastats, "jtop": _sample_jtop}
     return sources[settings["source"]](Path(settings["root"]), closed)

@@ -48,16 +48,9 @@ def predict(
     threads: Optional[int] = None,
     report: Optional[Report] = None,
 ) -> Dict[str, Any]:
-    """Decode pictures, run them through a bundle's net, and name their classes.
+    """Decode pictures, run them through a bundle's net, and name the likeliest classes of each.
 
-    Args:
-        bundle: the directory; its files are checked against their hashes first.
-        pictures: files, and folders of them.
-        top: how many classes to name of each, the likeliest first.
-        precision: which net to run; the bundle's default one where None.
-        runtime: to run it with; the manifest's where None.
-        threads: to decode and compute with; every core where None.
-        report: called with a line now and then on how far it is.
+    None stands for the bundle's own precision and runtime, and every core.
 
     Returns:
         The record without `made_from`, as `Predictions` in edgecl/storage/records.py describes it.

@@ -94,13 +94,6 @@ class Loaded(NamedTuple):
 class ProcessorSession:
     """A net on a given number of threads of a processor; `Session` has the methods.
 
-    Args:
-        bundle: the directory.
-        manifest: of that bundle.
-        precision: one that the bundle holds.
-        threads: to compute with.
-        report: not used.
-
     Raises:
         DeviceError: the runtime is not installed, cannot load the file, or would run it elsewhere than asked.
         BundleError: the file's input or output is not the one of the manifest.

@@ -39,15 +39,7 @@ Engine = Tuple[Any, Dict[str, Any]]
 
 
 class TensorrtSession:
-    """An engine, its buffers and a stream.
-
-    Args:
-        bundle: the directory.
-        manifest: of that bundle.
-        precision: one that the bundle holds.
-        threads: recorded; the GPU has its own.
-        runtime: 'tensorrt' or 'tensorrt_rtx'.
-        report: called with a line when an engine is built, or built again, and why.
+    """An engine of 'tensorrt' or 'tensorrt_rtx', its buffers and a stream; `threads` is only recorded.
 
     Raises:
         DeviceError: no TensorRT, no GPU, an engine for another version or GPU, or one that cannot be built.

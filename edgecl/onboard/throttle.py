@@ -27,11 +27,7 @@ HARMLESS = re.compile(r"fan|lcd|backlight|tcc offset|wifi|charge", re.IGNORECASE
 
 
 class ThrottleWatch:
-    """Samples the counters, alarms, clocks, temperatures and cooling devices that a system shows.
-
-    Args:
-        root: where /sys lies.
-    """
+    """Samples the counters, alarms, clocks, temperatures and cooling devices that a system shows below a root."""
 
     def __init__(self, root: Union[str, Path] = "/") -> None:
         self._root = Path(root)

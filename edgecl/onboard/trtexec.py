@@ -148,14 +148,7 @@ def trtexec_version(trtexec: str) -> str:
 def measure_with_trtexec(
     bundle: Union[str, Path], manifest: Dict[str, Any], *, precision: str, duration_s: float, report: Report
 ) -> Tuple[Dict[str, Any], Dict[str, Any]]:
-    """Build an engine with trtexec, and time it in each mode; it is not kept.
-
-    Args:
-        bundle: the directory; its files checked by `check_files`.
-        manifest: of the bundle.
-        precision: one that the bundle holds.
-        duration_s: seconds to sample for, rounded up to whole ones; 1,024 runs at least.
-        report: called with a line on what begins.
+    """Build an engine with trtexec, and time it in each mode, 1,024 runs at least; it is not kept.
 
     Returns:
         as a session's `describe`; engine holds sha256, build_s, layers and precision_checked.
@@ -281,11 +274,7 @@ class _Run(NamedTuple):
 
 
 def _run_whole(program: str, command: Sequence[str], *, limit_s: float, folder: Path) -> _Run:
-    """Run a command of trtexec in a folder; a failure is an error in its own words.
-
-    Raises:
-        DeviceError: it cannot be started, fails, is killed, or does not end.
-    """
+    """Run a command of trtexec in a folder; a failure is an error in its own words."""
     run = _run([program, *command[1:]], limit_s=limit_s, folder=folder)
     if run.status == 0 and "&&&& FAILED" not in run.text:
         return run

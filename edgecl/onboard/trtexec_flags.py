@@ -1,4 +1,4 @@
-"""The exact command lines of NVIDIA's trtexec for each version of TensorRT, and a script of them.
+"""The exact command lines of NVIDIA's trtexec for each version of TensorRT.
 
 trtexec's defaults turned round between TensorRT 10.16 and 11.0 (CUDA graph, spinning and leaving transfers out
 became the default), and its flags come and go. So every flag that decides a number is said, for the version at
@@ -8,7 +8,6 @@ Source: NVIDIA/TensorRT, samples/common/sampleOptions.cpp of 8.2 to 11.1.
 """
 
 import math
-import shlex
 from typing import Any, Dict, List, NamedTuple
 
 from .errors import DeviceError
@@ -36,11 +35,7 @@ _DLA_AGAIN = (11, 4)
 
 
 def _lowest(versions: str) -> Version:
-    """Return the lowest version of a range, from 8.2 on.
-
-    Raises:
-        DeviceError: the whole range is older.
-    """
+    """Return the lowest version of a range, from 8.2 on."""
     bounds = bounds_of(versions if versions[:1] in "<>=" else "==" + versions)
     lowest = max([bound for sign, bound in bounds if sign in ("==", ">=", ">")] or [OLDEST])
     if lowest > OLDEST:
@@ -51,6 +46,11 @@ def _lowest(versions: str) -> Version:
             "JetPack 4.6.1 and later have 8.2: update the board",
         )
     return OLDEST
+
+
+def lowest_version(versions: str) -> str:
+    """Return the lowest version of a range that edgecl knows trtexec of, such as '10.3'."""
+    return _dotted(_lowest(versions))
 
 
 # --- command lines ---
@@ -180,61 +180,6 @@ def _shape(net: Net, batch: int) -> str:
 
 def _beside(plan: str, what: str) -> str:
     return "%s.%s.json" % (plan.partition(".plan")[0], what)
-
-
-# --- the script of a bundle ---
-
-# The words between @ are filled in.
-_SCRIPT_HEAD = r"""#!/bin/sh
-# Build an engine of this bundle with NVIDIA's trtexec, and time it for @SECONDS@ s: @MODE@.
-# Every flag that decides a number is said, as TensorRT @VERSION@ takes it. For other versions and modes:
-#   python3 onboard.pyz bench . --runtime trtexec
-#
-#   sh trtexec.sh                 @DEFAULT@, the bundle's default
-#   sh trtexec.sh PRECISION       one of @NAMES@
-#   TRTEXEC=PATH sh trtexec.sh    where it is not @TRTEXEC@
-set -e
-cd "$(dirname "$0")"
-TRTEXEC="${TRTEXEC:-@TRTEXEC@}"
-if ! command -v "$TRTEXEC" >/dev/null; then
-    echo "there is no $TRTEXEC; set TRTEXEC to where it is (package libnvinfer-bin)" >&2
-    exit 1
-fi
-case "${1:-@DEFAULT@}" in
-"""
-
-_SCRIPT_TAIL = """\
-*)
-    echo "this bundle has no precision '$1'; it has @NAMES@" >&2
-    exit 2
-    ;;
-esac
-"""
-
-
-def script(manifest: Dict[str, Any]) -> str:
-    """Return a shell script that runs the commands which a manifest holds for each precision."""
-    precisions = manifest["precisions"]
-    text = _SCRIPT_HEAD
-    for name, about in precisions.items():
-        text += "%s)\n" % name
-        for command in (about["trtexec"]["build"], about["trtexec"]["bench"]):
-            text += '    "$TRTEXEC"%s\n' % "".join(
-                " \\\n        " + shlex.quote(word) for word in command[1:]
-            )
-        text += "    ;;\n"
-    filled = {
-        "TRTEXEC": ON_JETSON,
-        "DEFAULT": manifest["precision"],
-        "VERSION": _dotted(_lowest(manifest["target"]["versions"])),
-        "NAMES": ", ".join(precisions),
-        "MODE": MODES[0],
-        "SECONDS": "%g" % DURATION_S,
-    }
-    text += _SCRIPT_TAIL
-    for word, value in filled.items():
-        text = text.replace("@%s@" % word, value)
-    return text
 
 
 def _dotted(number: Version) -> str:

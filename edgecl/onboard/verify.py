@@ -23,11 +23,7 @@ def verify(
 ) -> Dict[str, Any]:
     """Check every file's hash, then run the reference images in each precision and compare with torch's outputs.
 
-    Args:
-        bundle: the directory.
-        precisions: which to run; all that the bundle holds where None.
-        runtime: to run them with; the manifest's where None.
-        report: called with a line when an engine is built for this device, which takes minutes.
+    None stands for all precisions that the bundle holds, and for the manifest's runtime.
 
     Returns:
         The record without its header, as `VerifyRecord` in edgecl/storage/records.py describes it.
@@ -55,13 +51,14 @@ def verify(
         if wrong:
             problems.append("%s: %s" % (name, ", ".join(wrong)))
     if problems:
-        raise DisagreementError(
+        error = DisagreementError(
             "%s disagrees with torch on %d reference images: %s"
             % (record["runtime"], len(images), "; ".join(problems)),
             "this runtime computes another result than the one the bundle was exported with; "
             "try another version of it, or export the bundle again",
-            record,
         )
+        error.record = record
+        raise error
     record["ok"] = True
     return record
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
+from onboard.tiny_bundle import make_bundle
 
 from edgecl.config.target import Graph
 from edgecl.deploy.onnx import onnx_from_net
@@ -14,6 +15,12 @@ from edgecl.nets.backbone import create_backbone
 from edgecl.nets.model_dir import load_model
 
 from .sketch import SIDE, images_of, ranges_of
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    """A whole bundle of a tiny net, each test its own."""
+    return make_bundle(tmp_path / "bundle")
 
 
 @pytest.fixture(scope="session")

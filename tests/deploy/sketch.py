@@ -18,6 +18,19 @@ TENSORRT_FORMS = ("int8-trt", "int8-trt-fp16")
 SIDE = 64
 
 
+def model_of(nodes, constants, *, shape, out, ends=("input", "output"), opset=17):
+    """A float32 model of hand-written nodes; those without a name get one."""
+    for node in nodes:
+        node.name = node.name or f"{node.op_type}_{node.output[0]}"
+    values = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, sides)
+        for name, sides in zip(ends, (shape, out), strict=True)
+    ]
+    weights = [numpy_helper.from_array(np.asarray(array), name) for name, array in constants.items()]
+    graph = helper.make_graph(nodes, "net", values[:1], values[1:], weights)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=9)
+
+
 class Sketch:
     """Nodes and constants of a graph in the making."""
 
@@ -44,20 +57,9 @@ class Sketch:
         pad = kernel // 2
         return self.node("Conv", names, output, group=group, pads=[pad] * 4, strides=[stride] * 2)
 
-    def model(self, outputs, *, opset=17, batch="N", channels=3, side=16, features=None):
-        graph = helper.make_graph(
-            self.nodes,
-            "net",
-            [helper.make_tensor_value_info("input", TensorProto.FLOAT, [batch, channels, side, side])],
-            [
-                helper.make_tensor_value_info(
-                    name, TensorProto.FLOAT, [batch, features] if features else [batch, *"chw"]
-                )
-                for name in outputs
-            ],
-            [numpy_helper.from_array(values, name) for name, values in self.constants.items()],
-        )
-        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
+    def model(self, *, opset=17, channels=3, side=16, features=None):
+        out = ["N", features] if features else ["N", *"chw"]
+        return model_of(self.nodes, self.constants, shape=["N", channels, side, side], out=out, opset=opset)
 
 
 def sketch_net(*, opset=17, classifier=True, transposed=True):
@@ -85,13 +87,13 @@ def sketch_net(*, opset=17, classifier=True, transposed=True):
     net.node("GlobalAveragePool", ["head_act"], "pooled")
     if not classifier:
         net.node("Flatten", ["pooled"], "output")
-        return net.model(["output"], opset=opset, features=24)
+        return net.model(opset=opset, features=24)
     net.node("Flatten", ["pooled"], "features")
     weights = net.random.normal(0, 0.4, (10, 24))
     net.constant("classes_w", weights if transposed else weights.T)
     net.constant("classes_b", net.random.normal(0, 0.3, 10))
     net.node("Gemm", ["features", "classes_w", "classes_b"], "output", transB=int(transposed))
-    return net.model(["output"], opset=opset, features=10)
+    return net.model(opset=opset, features=10)
 
 
 def images_of(count=16, side=16, seed=0):

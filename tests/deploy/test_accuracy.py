@@ -19,15 +19,19 @@ from edgecl.storage.records import ModelRecord, Preprocessing
 PREPROCESSING = Preprocessing(image_size=8, resize_size=8, mean=[0.5, 0.5, 0.5], std=[0.25, 0.25, 0.25])
 
 
-def model_of(classes, *, label_sets=False):
-    """All that is read of a model's record here."""
+CLASSES = ["blue", "green", "red"]
+
+
+def opened(classes, *, uri=None, fallback="demo", label_sets=False):
+    """The evaluator of a net with these classes: all that is read of its record here."""
     read: dict[str, Any] = {"classes": classes, "label_sets": label_sets}
-    return ModelRecord.model_construct(**read)
+    record = ModelRecord.model_construct(**read)
+    uri = uri and str(uri)
+    return open_evaluator(record, uri=uri, fallback=str(fallback), preprocessing=PREPROCESSING)
 
 
 def test_classifier_is_evaluated_on_the_fifth_that_is_held_out(image_folder):
-    record = model_of(["blue", "green", "red"])
-    evaluator = open_evaluator(record, uri=None, fallback=str(image_folder), preprocessing=PREPROCESSING)
+    evaluator = opened(CLASSES, fallback=image_folder)
     assert evaluator.metric == "top1"
     assert len(evaluator) == 12
     assert evaluator.labels.bincount().tolist() == [4, 4, 4]
@@ -35,15 +39,12 @@ def test_classifier_is_evaluated_on_the_fifth_that_is_held_out(image_folder):
 
 
 def test_classifier_is_evaluated_on_all_that_the_user_names(image_folder):
-    record = model_of(["blue", "green", "red"])
-    evaluator = open_evaluator(record, uri=str(image_folder), fallback="demo", preprocessing=PREPROCESSING)
+    evaluator = opened(CLASSES, uri=image_folder)
     assert (evaluator.metric, len(evaluator)) == ("top1", 60)
 
 
 def test_features_are_evaluated_by_neighbors_with_known_labels(image_folder):
-    evaluator = open_evaluator(
-        model_of(None), uri=str(image_folder), fallback="demo", preprocessing=PREPROCESSING
-    )
+    evaluator = opened(None, uri=image_folder)
     assert evaluator.metric == "knn_top1"
     assert (len(evaluator), len(evaluator.bank)) == (30, 30)
     both = torch.cat([evaluator.images, evaluator.bank]).flatten(1)
@@ -51,46 +52,31 @@ def test_features_are_evaluated_by_neighbors_with_known_labels(image_folder):
 
 
 def test_images_without_labels_are_evaluated_by_similarity(unlabelled_folder):
-    evaluator = open_evaluator(
-        model_of(["a", "b"]), uri=None, fallback=str(unlabelled_folder), preprocessing=PREPROCESSING
-    )
+    evaluator = opened(["a", "b"], fallback=unlabelled_folder)
     assert (evaluator.metric, evaluator.labels, len(evaluator)) == ("mean_cosine", None, 24)
 
 
-def test_images_named_for_their_labels_must_have_them(unlabelled_folder):
-    with pytest.raises(DataError, match="these images have no labels"):
-        open_evaluator(
-            model_of(None), uri=str(unlabelled_folder), fallback="demo", preprocessing=PREPROCESSING
-        )
-
-
-def test_images_of_other_classes_are_refused(image_folder):
-    with pytest.raises(
-        DataError,
-        match="other classes than the net: 'blue' and 2 more are not the net's; 'a' and 1 more are missing",
-    ):
-        open_evaluator(
-            model_of(["a", "b"]), uri=str(image_folder), fallback="demo", preprocessing=PREPROCESSING
-        )
-
-
-def test_one_class_each_and_sets_of_classes_are_told_apart(image_folder, tmp_path):
+@pytest.mark.parametrize(
+    ("uri", "classes", "label_sets", "words", "hint"),
+    [
+        ("unlabelled", None, False, "these images have no labels", "ROOT/CLASS"),
+        (
+            *("folders", ["a", "b"], False),
+            *("'blue' and 2 more are not the net's; 'a' and 1 more are missing", "ROOT/CLASS"),
+        ),
+        ("sets", CLASSES, False, "have sets of classes, and this net needs one class each", "ROOT/CLASS"),
+        ("folders", CLASSES, True, "have one class each, and this net needs sets of classes", "'labels'"),
+    ],
+)
+def test_images_named_for_their_labels_must_have_those_of_the_net(
+    image_folder, unlabelled_folder, tmp_path, uri, classes, label_sets, words, hint
+):
     (tmp_path / "one.png").write_bytes((image_folder / "red" / "000.png").read_bytes())
     (tmp_path / "sets.csv").write_text("file,labels\none.png,blue;green;red\n")
-    classes = ["blue", "green", "red"]
-    for uri, label_sets, words, hint in (
-        (
-            f"csv:{tmp_path / 'sets.csv'}",
-            False,
-            "have sets of classes, and this net needs one class each",
-            "ROOT/CLASS",
-        ),
-        (str(image_folder), True, "have one class each, and this net needs sets of classes", "'labels'"),
-    ):
-        record = model_of(classes, label_sets=label_sets)
-        with pytest.raises(DataError, match=words) as caught:
-            open_evaluator(record, uri=uri, fallback="demo", preprocessing=PREPROCESSING)
-        assert hint in caught.value.hint
+    named = {"unlabelled": unlabelled_folder, "folders": image_folder, "sets": f"csv:{tmp_path}/sets.csv"}
+    with pytest.raises(DataError, match=words) as caught:
+        opened(classes, uri=named[uri], label_sets=label_sets)
+    assert hint in caught.value.hint
 
 
 def test_top1_is_the_percentage_of_right_answers():

@@ -30,11 +30,6 @@ def measured(tmp_path_factory):
     return bundle, record.to_json(), lines
 
 
-@pytest.fixture
-def bundle(tmp_path):
-    return make_bundle(tmp_path / "bundle")
-
-
 def test_record_begins_with_its_header_and_is_kept_under_what_was_measured(measured):
     bundle, record, _ = measured
     assert list(record)[:5] == ["schema", "kind", "made_by", "made_from", "command"]
@@ -44,26 +39,6 @@ def test_record_begins_with_its_header_and_is_kept_under_what_was_measured(measu
     assert json.loads((bundle / name).read_text()) == record
 
 
-def test_record_holds_the_numbers_of_the_contract(measured):
-    _, record, _ = measured
-    assert [(one["precision"], one["headline"]) for one in record["measurements"]] == [
-        ("fp32", True),
-        ("int8", True),
-    ]
-    for one in record["measurements"]:
-        latency = one["latency_ms"]
-        assert 0 < latency["p50"] <= latency["p90"] <= latency["p99"]
-        assert latency["ci95_p50"][0] <= latency["p50"] <= latency["ci95_p50"][1]
-        assert one["throughput_per_s"] == pytest.approx(1e3 / latency["mean"], rel=0.01)
-        assert one["samples"] >= 1000
-        assert isinstance(one["steady"], bool)
-    (ratio,) = record["ratios"]
-    assert (ratio["a"], ratio["b"]) == ("fp32", "int8")
-    assert record["duration_asked_s"] == 0.2
-    assert record["batch"] == 1
-    assert record["runtime"].startswith("onnxruntime ")
-
-
 def test_record_holds_the_conditions(measured):
     _, record, _ = measured
     assert record["threads"] == record["device"]["threads"] == 1
@@ -71,18 +46,8 @@ def test_record_holds_the_conditions(measured):
     assert " -m edgecl.onboard bench " in record["onboard_command"]
     assert record["environment"]["OMP_NUM_THREADS"] == "1"
     assert record["measurements"][0]["settings"]["intra_op_num_threads"] == 1
-    assert set(record["device"]) >= {
-        "name",
-        "cpu_model",
-        "machine",
-        "cores",
-        "governor",
-        "load_1m",
-        "memory_mib",
-        "os",
-        "python",
-        "versions",
-    }
+    assert record["device"]["versions"]["onnxruntime"] in record["runtime"]
+    assert [(one["a"], one["b"]) for one in record["ratios"]] == [("fp32", "int8")]
 
 
 def test_measuring_process_imports_no_torch_and_nothing_else_of_edgecl(bundle):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import numpy as np
-import onnx
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
@@ -13,10 +14,12 @@ from edgecl.deploy import calibrate as module
 from edgecl.deploy.calibrate import entropy_threshold
 from edgecl.errors import DataError
 
+from .sketch import model_of
+
 METHODS = ("minmax", "entropy", "percentile")
 
 
-def make_net(batch="N", scale=1.0):
+def make_net(scale=1.0):
     """Conv, ReLU, a hard-swish as two nodes, pool: two tensors that nobody quantizes before a ReLU."""
     random = np.random.default_rng(1)
     weights = {
@@ -33,14 +36,8 @@ def make_net(batch="N", scale=1.0):
         helper.make_node("GlobalAveragePool", ["h"], ["p"], name="pool"),
         helper.make_node("Flatten", ["p"], ["output"], name="flatten"),
     ]
-    graph = helper.make_graph(
-        nodes,
-        "net",
-        [helper.make_tensor_value_info("input", TensorProto.FLOAT, [batch, 3, 12, 12])],
-        [helper.make_tensor_value_info("output", TensorProto.FLOAT, [batch, 8])],
-        [numpy_helper.from_array(values.astype(np.float32), name) for name, values in weights.items()],
-    )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    weights = {name: values.astype(np.float32) for name, values in weights.items()}
+    return model_of(nodes, weights, shape=["N", 3, 12, 12], out=["N", 8])
 
 
 def make_images(count=24):
@@ -53,8 +50,7 @@ def calibrate(model, images, *, method):
 
 def reference_values(model, images):
     names = ["r", "c", "g", "h", "p", "output"]
-    opened = onnx.ModelProto()
-    opened.CopyFrom(model)
+    opened = deepcopy(model)
     del opened.graph.output[:]
     opened.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names)
     found = ReferenceEvaluator(opened).run(None, {"input": images})

@@ -124,22 +124,45 @@ def decision_of(net, **more):
     return net.search(evaluator(), **more)[1]
 
 
-def test_words_of_a_kept_net_name_loss_budget_and_speed():
-    decision = decision_of(Net({"conv": 0.0}))
-    words = conclude(decision, speed=Speed(against="fp32", ratio=1.5, ci95=[1.4, 1.6]), higher="fp32").words
-    assert words == (
-        "kept: 0.00 points of top-1 lost [0.00, 0.00], 1 allowed (on 200 images), for +50 % speed against fp32"
-    )
+GOOD = Net({"conv": 0.0})
+BAD = Net({f"conv{place}": 2.0 for place in range(10)})
+NONE_KEPT = {"max_kept_fraction": 0.0}
+FREE = "0.00 points of top-1 lost [0.00, 0.00], 1 allowed (on 200 images)"
 
 
-def test_a_loss_below_zero_is_called_a_gain():
-    decision = decision_of(Net({"conv": 0.0})).model_copy(
-        update={"loss_points": -4.35, "loss_ci95": [-8.81, 0.11]}
-    )
-    words = conclude(decision, speed=None, higher="fp32").words
-    assert words.startswith(
-        "kept: 4.35 points of top-1 gained [-0.11, 8.81], a loss of 1 allowed (on 200 images)"
-    )
+@pytest.mark.parametrize(
+    ("net", "settings", "changes", "speed", "words"),
+    [
+        (GOOD, {}, {}, Speed(against="fp32", ratio=1.5), f"kept: {FREE}, for +50 % speed against fp32"),
+        (
+            *(GOOD, {}, {"loss_points": -4.35, "loss_ci95": [-8.81, 0.11]}, None),
+            "kept: 4.35 points of top-1 gained [-0.11, 8.81], a loss of 1 allowed (on 200 images), for ",
+        ),
+        (
+            Net({**dict.fromkeys("abcdefghi", 0.0), "bad": 4.0}),
+            {},
+            {},
+            None,
+            "kept with 1 of 10 nodes in fp16: ",
+        ),
+        (
+            *(GOOD, {}, {}, Speed(against="fp32", ratio=0.8, threads=1)),
+            "rejected because it is slower: -20 % speed against fp32 with 1 thread; ",
+        ),
+        (BAD, NONE_KEPT, {}, None, "rejected because it costs too much: "),
+        (
+            *(BAD, NONE_KEPT, {}, Speed(against="fp16", ratio=1.4)),
+            "for +40 % speed against fp16; `edgecl finetune --quantize int8`",
+        ),
+        (BAD, NONE_KEPT, {"trained_for_int8": True}, None, "measured here; it was trained for INT8 already"),
+    ],
+    ids=["kept", "gain", "nodes", "slower", "costly", "way out", "trained"],
+)
+def test_words_name_what_was_decided_loss_budget_and_speed(net, settings, changes, speed, words):
+    decision = decision_of(net, **settings).model_copy(update=changes)
+    found = conclude(decision, speed=speed, higher="fp16")
+    assert words in found.words
+    assert found.kept is found.words.startswith("kept")
 
 
 def test_net_whose_outputs_left_the_tolerance_is_rejected_for_that():
@@ -158,43 +181,12 @@ def test_net_whose_outputs_left_the_tolerance_is_rejected_for_that():
     assert not measured.kept
 
 
-def test_words_of_a_net_with_kept_nodes_name_their_precision():
-    decision = decision_of(Net({**{f"conv{place}": 0.0 for place in range(9)}, "bad": 4.0}))
-    words = conclude(decision, speed=None, higher="fp16").words
-    assert words.startswith("kept with 1 of 10 nodes in fp16: ")
-    assert words.endswith("for speed not measured here")
-
-
-def test_accurate_net_that_is_slower_is_rejected_for_its_speed():
-    found = conclude(
-        decision_of(Net({"conv": 0.0})),
-        speed=Speed(against="fp32", ratio=0.8, ci95=[0.79, 0.81], threads=1),
-        higher="fp32",
-    )
-    assert found.kept is False
-    assert found.words.startswith("rejected because it is slower: -20 % speed against fp32 with 1 thread")
-
-
-def test_rejected_net_is_told_the_way_out():
-    decision = decision_of(Net({f"conv{place}": 2.0 for place in range(10)}), max_kept_fraction=0.0)
-    found = conclude(decision, speed=Speed(against="fp16", ratio=1.4), higher="fp16")
-    assert found.kept is False
-    assert found.words.startswith("rejected because it costs too much: ")
-    assert "for +40 % speed against fp16; `edgecl finetune --quantize int8`" in found.words
-
-
 def test_decision_whose_interval_crosses_the_budget_says_so():
     net = Net({"conv": 1.2})
     decision = net.search(
         evaluator(), max_loss_points=net.search(evaluator())[1].loss_points + 0.1, max_kept_fraction=0
     )[1]
     assert "(more images would tell better)" in conclude(decision, speed=None, higher="fp16").words
-
-
-def test_net_trained_for_int8_is_not_sent_there_again():
-    decision = decision_of(Net({f"conv{place}": 2.0 for place in range(10)}), max_kept_fraction=0.0)
-    words = conclude(decision.model_copy(update={"trained_for_int8": True}), speed=None, higher="fp16").words
-    assert words.endswith("; it was trained for INT8 already")
 
 
 def test_unevaluated_net_stays_unevaluated_whatever_its_speed():

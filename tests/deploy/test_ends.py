@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 
 from edgecl.config.target import Graph
@@ -12,6 +11,7 @@ from edgecl.deploy.ends import with_ends
 from edgecl.deploy.fp16 import half
 from edgecl.storage.records import Preprocessing
 
+from . import sketch
 from .sketch import FORMS, Sketch, quantize, ranges_of
 
 SIDE = 16
@@ -25,29 +25,22 @@ PIXELS = ((BYTES / 255 - CENTER) / SPREAD).astype(np.float32)
 
 def net(kind, *, bias=True):
     """A first convolution of a kind, and a classifier of 5 classes."""
-    sketch = Sketch()
+    made = Sketch()
     first = {"padded": 3, "patches": 1, "depthwise": 3}[kind]
     groups = 3 if kind == "depthwise" else 1
-    tensor = sketch.conv(
-        "input", "first", inputs=3, outputs=6, kernel=first, group=groups, bias=bias, stride=2
-    )
-    tensor = sketch.node("Relu", [tensor], "relu")
-    tensor = sketch.conv(tensor, "second", inputs=6, outputs=16, kernel=3)
-    tensor = sketch.node("GlobalAveragePool", [tensor], "pool")
-    tensor = sketch.node("Flatten", [tensor], "flat", axis=1)
-    weights = sketch.constant("last_w", sketch.random.normal(size=(5, 16)))
-    sketch.node("Gemm", [tensor, weights], "output", transB=1)
-    return sketch.model(["output"], opset=19, side=SIDE, features=5)
+    tensor = made.conv("input", "first", inputs=3, outputs=6, kernel=first, group=groups, bias=bias, stride=2)
+    tensor = made.node("Relu", [tensor], "relu")
+    tensor = made.conv(tensor, "second", inputs=6, outputs=16, kernel=3)
+    tensor = made.node("GlobalAveragePool", [tensor], "pool")
+    tensor = made.node("Flatten", [tensor], "flat", axis=1)
+    weights = made.constant("last_w", made.random.normal(size=(5, 16)))
+    made.node("Gemm", [tensor, weights], "output", transB=1)
+    return made.model(opset=19, side=SIDE, features=5)
 
 
 def run(model, images):
-    options = onnxruntime.SessionOptions()
     # A form for TensorRT is computed as it is written.
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    return session.run(None, {"input": np.ascontiguousarray(images)})[0]
+    return sketch.run(model, np.ascontiguousarray(images), plain=True)
 
 
 def with_input(model, kind, **more):

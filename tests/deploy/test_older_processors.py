@@ -7,6 +7,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from copy import deepcopy
 
 import numpy as np
 import onnx
@@ -63,8 +64,7 @@ def exposed(model, tensor):
         node for node in model.graph.node if node.op_type == "QuantizeLinear" and node.input[0] == tensor
     )
     back = next(node for node in model.graph.node if there.output[0] in node.input)
-    opened = onnx.ModelProto()
-    opened.CopyFrom(model)
+    opened = deepcopy(model)
     opened.graph.output.insert(0, helper.make_empty_tensor_value_info(back.output[0]))
     step = next(entry for entry in model.graph.initializer if entry.name == back.input[1])
     return opened, float(onnx.numpy_helper.to_array(step))
@@ -91,7 +91,7 @@ def worst(*, inputs=32, outputs=32, **shape):
     net.conv("a", "output", inputs=outputs, outputs=4)
     images = net.random.uniform(0, 1, (2, inputs, 9, 9)).astype(np.float32)
     images[0] = 1
-    return net.model(["output"], channels=inputs, side=9), images
+    return net.model(channels=inputs, side=9), images
 
 
 def wrong_steps(pairs, folder):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from copy import deepcopy
 
 import numpy as np
-import onnx
 import pytest
 import torch
 from onnx import numpy_helper
@@ -100,8 +100,7 @@ def test_every_layer_of_onnx_computes_what_torch_computes(net, model):
 def test_layer_that_was_changed_is_the_first_outside(net, model):
     in_torch = torch_layers(net, IMAGES)
     names = list(in_torch)
-    changed = onnx.ModelProto()
-    changed.CopyFrom(model)
+    changed = deepcopy(model)
     place = 10
     convolution = [node for node in changed.graph.node if node.op_type == "Conv"][place]
     weight = next(tensor for tensor in changed.graph.initializer if tensor.name == convolution.input[1])
@@ -120,18 +119,15 @@ def plain_model(trained_run, tmp_path_factory):
     return out
 
 
-def test_carved_net_equals_the_slim_view_bit_for_bit(plain_model, trained_run):
-    net, record = load_model(plain_model)
+@pytest.mark.parametrize(
+    ("made", "told"), [("plain_model", ""), ("carved_model", " (batch norms re-estimated)")]
+)
+def test_carved_net_equals_the_slim_view_bit_for_bit(request, trained_run, made, told):
+    """With new statistics, the slim view that is given them."""
+    net, record = load_model(request.getfixturevalue(made))
     step = slim_view_check(net, record, trained_run, IMAGES)
     assert step.max_abs_difference == 0
-    assert step.variant == "carved torch net"
-
-
-def test_carved_net_with_new_statistics_equals_the_slim_view_given_them(carved_model, trained_run):
-    net, record = load_model(carved_model)
-    step = slim_view_check(net, record, trained_run, IMAGES)
-    assert step.max_abs_difference == 0
-    assert step.variant == "carved torch net (batch norms re-estimated)"
+    assert step.variant == f"carved torch net{told}"
 
 
 def test_slim_view_shows_a_weight_that_was_changed(plain_model, trained_run):

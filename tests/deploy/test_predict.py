@@ -41,6 +41,13 @@ def jpegs(tmp_path_factory):
     return folder
 
 
+def write(out, net, classes):
+    about = {"arch": "mobilenetv3_small_050", "width": 1.0, "stem_stride": None, "data": None}
+    write_model(
+        out, net, **about, classes=classes, preprocessing=PREPROCESSING, origin="random", made_from=None
+    )
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory, jpegs):
     """A classifier with random weights and an opinion of every picture."""
@@ -57,14 +64,7 @@ def model(tmp_path_factory, jpegs):
         head.weight.mul_(3 / logits.std())
         head.bias.sub_(logits.mean(0)).mul_(3 / logits.std())
     out = tmp_path_factory.mktemp("model") / "classifier"
-    about = {
-        "arch": "mobilenetv3_small_050",
-        "width": 1.0,
-        "stem_stride": None,
-        "preprocessing": PREPROCESSING,
-    }
-    classes = [f"class {letter}" for letter in "abcdefg"]
-    write_model(out, net.eval(), classes=classes, origin="random", made_from=None, data=None, **about)
+    write(out, net.eval(), [f"class {letter}" for letter in "abcdefg"])
     return out
 
 
@@ -193,14 +193,7 @@ def test_json_lines_hold_a_prediction_each(model, jpegs, in_torch, tmp_path):
 
 def test_what_cannot_be_done_is_said_before_it_begins(model, jpegs, tmp_path):
     features = tmp_path / "features"
-    about = {
-        "arch": "mobilenetv3_small_050",
-        "width": 1.0,
-        "stem_stride": None,
-        "preprocessing": PREPROCESSING,
-    }
-    net = create_backbone("mobilenetv3_small_050", num_classes=0)
-    write_model(features, net, classes=None, origin="random", made_from=None, data=None, **about)
+    write(features, create_backbone("mobilenetv3_small_050", num_classes=0), None)
     before = [features, make_bundle(tmp_path / "bundle")]
     for asked in before:
         with pytest.raises(ArtifactError, match="features"):

@@ -18,12 +18,14 @@ from .sketch import (
     images_of,
     kinds,
     maker,
+    model_of,
     named,
     optimized_kinds,
     pair_of,
     quantize,
     quantize_net,
     ranges_of,
+    relative,
     run,
     sketch_net,
 )
@@ -100,7 +102,7 @@ def test_one_convolution_is_what_numpy_computes(form, group):
     net = Sketch()
     net.conv("input", "a", inputs=16, outputs=16, kernel=3, group=group)
     net.node("Relu", ["a"], "output")
-    model = net.model(["output"], channels=16)
+    model = net.model(channels=16)
     images = np.random.default_rng(0).normal(size=(4, 16, 16, 16)).astype(np.float32)
     ranges = {"input": (-2.0, 3.0), "output": (0.0, 2.0)}
     found = run(quantize(model, form=form, ranges=ranges), images, plain=True)
@@ -211,13 +213,12 @@ def test_weights_shared_by_a_quantized_and_a_kept_convolution_serve_both(form):
     net.node("Conv", ["r", "a_w"], "b")
     net.node("Relu", ["b"], "s")
     net.node("Conv", ["s", "a_w"], "output")
-    model = net.model(["output"], opset=19, channels=16)
+    model = net.model(opset=19, channels=16)
     images = np.random.default_rng(0).normal(size=(8, 16, 16, 16)).astype(np.float32)
     quantized = quantize(model, form=form, ranges=ranges_of(model, images), images=images, keep=["b_Conv"])
     assert named(quantized, "b_Conv").input[1] == "a_w"
     assert named(quantized, "a_Conv").input[1] != "a_w"
-    expected = run(model, images)
-    assert np.abs(run(quantized, images) - expected).max() < 0.05 * np.abs(expected).max()
+    assert relative(run(quantized, images), run(model, images)) < 0.05
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -269,10 +270,7 @@ def test_products_with_constant_weights_are_quantized_and_others_are_not(form):
         helper.make_node("MatMul", ["a", "t"], ["s"], name="s"),
         helper.make_node("MatMul", ["s", "C"], ["y"], name="y"),
     ]
-    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 6, 6]) for name in ("input", "y")]
-    constants = [numpy_helper.from_array(array, name) for name, array in weights.items()]
-    graph = helper.make_graph(nodes, "g", values[:1], values[1:], constants)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    model = model_of(nodes, weights, shape=[1, 6, 6], out=[1, 6, 6], ends=("input", "y"))
     tokens = random.normal(size=(8, 6, 6)).astype(np.float32)
     ranges = calibrate(model, tokens, ["minmax"])["minmax"]
     quantized = quantize(model, form=form, ranges=ranges, images=tokens)

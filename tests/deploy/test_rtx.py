@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -77,17 +75,16 @@ def made():
     return make
 
 
-def compile_(model, tmp_path, *, form, build=BUILD, input_form=None):
+def compile_file(tmp_path, *, form="fp32", build=BUILD, input_form=INPUT):
+    file, plan = tmp_path / "model.onnx", tmp_path / "engine.plan"
+    precision = form.partition("-")[0]
+    return compile_rtx(file, plan, precision=precision, form=form, build=build, input_form=input_form)
+
+
+def compile_(model, tmp_path, *, input_form=None, **options):
     onnx.save(model, tmp_path / "model.onnx")
     shape = [dimension.dim_value for dimension in model.graph.input[0].type.tensor_type.shape.dim]
-    return compile_rtx(
-        tmp_path / "model.onnx",
-        tmp_path / "engine.plan",
-        precision=FORMS[form],
-        form=form,
-        build=build,
-        input_form=input_form or {**INPUT, "shape": shape},
-    )
+    return compile_file(tmp_path, input_form=input_form or {**INPUT, "shape": shape}, **options)
 
 
 @pytest.mark.parametrize(("name", "form"), CASES)
@@ -194,14 +191,7 @@ def test_a_graph_in_another_precision_is_refused(made, tmp_path, form):
 def test_a_file_that_is_no_net_is_refused(tmp_path, content):
     (tmp_path / "model.onnx").write_bytes(content)
     with pytest.raises(DeviceError, match=r"'model\.onnx'"):
-        compile_rtx(
-            tmp_path / "model.onnx",
-            tmp_path / "engine.plan",
-            precision="fp32",
-            form="fp32",
-            build=BUILD,
-            input_form=INPUT,
-        )
+        compile_file(tmp_path)
     assert not (tmp_path / "engine.plan").exists()
 
 
@@ -215,28 +205,7 @@ def test_a_capability_that_it_does_not_know_is_named(made, tmp_path):
 
 def test_the_form_for_processors_is_refused(tmp_path):
     with pytest.raises(DeviceError, match="takes no graph of the form 'int8-cpu'"):
-        compile_rtx(
-            Path("model.onnx"),
-            tmp_path / "engine.plan",
-            precision="int8",
-            form="int8-cpu",
-            build=BUILD,
-            input_form=INPUT,
-        )
-
-
-def test_without_the_package_it_says_how_to_get_it(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
-    with pytest.raises(DeviceError, match="'tensorrt_rtx' cannot be imported") as caught:
-        compile_rtx(
-            tmp_path / "model.onnx",
-            tmp_path / "engine.plan",
-            precision="fp32",
-            form="fp32",
-            build=BUILD,
-            input_form=INPUT,
-        )
-    assert caught.value.hint == 'pip install "edgecl[rtx]"'
+        compile_file(tmp_path, form="int8-cpu")
 
 
 def test_a_real_engine_does_not_load_without_a_gpu_and_says_why(monkeypatch, made, tmp_path):

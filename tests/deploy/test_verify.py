@@ -15,11 +15,6 @@ from edgecl.errors import ArtifactError, DeviceError, ParityError
 from edgecl.onboard.bundle import sha256_of_file
 
 
-@pytest.fixture
-def bundle(tmp_path):
-    return make_bundle(tmp_path / "bundle")
-
-
 def kept(bundle):
     return json.loads((bundle / "verify.json").read_text())
 

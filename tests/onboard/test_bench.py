@@ -98,12 +98,6 @@ def test_one_precision_has_no_ratio_even_named_twice(tmp_path, asked, measured):
     assert record["power"] == {"source": None, "rails": [], "reason": "not asked for"}
 
 
-def test_openvino_measures_a_bundle_for_onnxruntime(tmp_path):
-    record = bench(make_bundle(tmp_path / "b"), runtime="openvino", duration_s=0.05, threads=1, power=False)
-    assert record["runtime"].startswith("openvino ")
-    assert record["measurements"][0]["settings"]["inference_precision"] == "f32"
-
-
 def test_energy_is_sampled_beside_the_run(tmp_path, monkeypatch):
     board = BOARDS["orin-nano"]
     root = plant(tmp_path / "root", board.files)

@@ -16,7 +16,7 @@ from edgecl.onboard.device_state import check_conditions, highest_power_mode
 from edgecl.onboard.doctor import check_runtime, doctor, probe
 
 from .recorded.boards import hwmon, plant
-from .tiny_bundle import flip_byte, make_bundle
+from .tiny_bundle import flip_byte
 
 NANO_POWER = "< POWER_MODEL ID=0 NAME=MAXN >\n< POWER_MODEL ID=1 NAME=5W >\n< PM_CONFIG DEFAULT=0 >\n"
 ORIN_POWER = (
@@ -341,8 +341,7 @@ def test_real_runtime_is_seen():
 # --- the bundle ---
 
 
-def test_whole_bundle_is_ok_here_and_a_flipped_byte_fails(tmp_path):
-    bundle = make_bundle(tmp_path / "bundle")
+def test_whole_bundle_is_ok_here_and_a_flipped_byte_fails(bundle):
     found = doctor(bundle)
     assert found["ok"] is True
     assert by_name(found)["bundle"]["found"] == "2 files match their hashes"
@@ -359,8 +358,7 @@ def test_directory_that_is_no_bundle_fails_and_the_rest_is_still_checked(tmp_pat
     assert "runtimes" in checks
 
 
-def test_full_disk_fails_for_what_the_engines_need(tmp_path, monkeypatch):
-    bundle = make_bundle(tmp_path / "bundle")
+def test_full_disk_fails_for_what_the_engines_need(tmp_path, bundle, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=10 << 20)
     monkeypatch.setattr(doctor_module.shutil, "disk_usage", lambda place: usage)
     check = by_name(doctor(bundle))["disk"]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -59,16 +60,11 @@ I/O Tensors:
         ("Float", "fp32"),
         ("Int8", "int8"),
         ("BFloat16", "bf16"),
-        ("FP8", "fp8"),
         ("Row major linear FP16 format", "fp16"),
-        ("Row major linear FP32", "fp32"),
-        ("Channel major FP16 format where channel % 8 == 0", "fp16"),
         ("Four wide channel vectorized row major Int8 format", "int8"),
         ("Half(64,1:8,64,64)", "fp16"),
         ("Int32", None),
-        ("Row major linear INT8", "int8"),
         ("N/A due to dynamic shapes", None),
-        ("Bool", None),
         ("", None),
     ],
 )
@@ -158,31 +154,23 @@ def test_invalid_json_of_the_whole_engine_is_read_layer_by_layer():
 
 
 @pytest.mark.parametrize(
-    ("shares", "asked", "expected"),
+    ("shares", "asked", "expected", "delivered"),
     [
-        ({"fp16": 0.97, "fp32": 0.03}, "fp16", 1.0),
-        ({"fp16": 0.25, "fp32": 0.75}, "fp16", 1.0),
-        ({"int8": 0.3, "fp16": 0.7}, "int8", 0.4),
-        ({"fp32": 1.0}, "fp32", 1.0),
-        ({"fp16": 1.0}, "fp32", 1.0),
+        ({"fp16": 0.97, "fp32": 0.03}, "fp16", 1.0, True),
+        ({"fp16": 0.25, "fp32": 0.75}, "fp16", 1.0, True),
+        ({"fp16": 0.24, "fp32": 0.76}, "fp16", 1.0, False),
+        ({"fp32": 1.0}, "fp16", 1.0, False),
+        ({"int8": 0.3, "fp16": 0.7}, "int8", 0.4, True),
+        ({"int8": 0.09, "fp16": 0.91}, "int8", 0.4, False),
+        ({"fp16": 1.0}, "int8", 0.4, False),
+        ({"fp32": 1.0}, "fp32", 1.0, True),
+        ({"fp16": 1.0}, "fp32", 1.0, True),
     ],
 )
-def test_delivered(shares, asked, expected):
-    assert check_delivered(shares, asked, expected=expected) is True
-
-
-@pytest.mark.parametrize(
-    ("shares", "asked", "expected"),
-    [
-        ({"fp32": 1.0}, "fp16", 1.0),
-        ({"fp16": 0.24, "fp32": 0.76}, "fp16", 1.0),
-        ({"fp16": 1.0}, "int8", 0.4),
-        ({"int8": 0.09, "fp16": 0.91}, "int8", 0.4),
-    ],
-)
-def test_not_delivered(shares, asked, expected):
-    with pytest.raises(DeviceError, match=f"asked for {asked} and not delivered"):
-        check_delivered(shares, asked, expected=expected)
+def test_a_quarter_of_what_the_graph_asks_for_is_delivered(shares, asked, expected, delivered):
+    refused = pytest.raises(DeviceError, match=f"asked for {asked} and not delivered")
+    with nullcontext() if delivered else refused:
+        assert check_delivered(shares, asked, expected=expected) is True
 
 
 def test_not_delivered_says_what_was():

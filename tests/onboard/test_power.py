@@ -42,6 +42,12 @@ def gone(pid, within_s=5.0):
     return False
 
 
+def energy_over(meter, seconds, inferences=1):
+    start = time.monotonic()
+    time.sleep(seconds)
+    return meter.energy_of([(start, time.monotonic())], inferences)
+
+
 # --- rails ---
 
 
@@ -51,13 +57,11 @@ def test_rails_of_the_module_are_found_and_add_up(tmp_path, board):
     with PowerMeter(plant(tmp_path, expected.files)) as meter:
         pid = meter._process.pid
         assert (meter.source, meter.rails, meter.reason) == ("ina3221", expected.rails, None)
-        start = time.monotonic()
-        time.sleep(0.4)
-        energy = meter.energy_of([(start, time.monotonic())], 10)
+        energy = energy_over(meter, 0.4, 10)
     assert gone(pid)
     assert energy["rails"] == list(expected.rails)
     assert energy["load_w"] == pytest.approx(expected.sysfs_w, abs=1e-3)
-    assert meter.energy_of([(start, time.monotonic())], 1) is None
+    assert energy_over(meter, 0) is None
     meter.stop()  # a second time does nothing
 
 
@@ -283,9 +287,7 @@ def test_the_sampler_dies_with_a_parent_that_is_killed(steady, sibling):
 def test_the_sampler_survives_ctrl_c_meant_for_the_run(steady):
     with PowerMeter(steady) as meter:
         meter._process.send_signal(signal.SIGINT)
-        start = time.monotonic()
-        time.sleep(0.4)
-        assert meter.energy_of([(start, time.monotonic())], 1) is not None
+        assert energy_over(meter, 0.4) is not None
 
 
 def test_the_sampler_starts_from_within_an_archive(steady, tmp_path):
@@ -327,9 +329,7 @@ def test_tegrastats_is_read_where_the_kernel_shows_no_monitor(tmp_path):
     expected = BOARDS["agx-orin"]
     with PowerMeter(add_tegrastats(tmp_path, LINES % expected.line)) as meter:
         assert (meter.source, meter.rails) == ("tegrastats", expected.rails)
-        start = time.monotonic()
-        time.sleep(0.6)
-        energy = meter.energy_of([(start, time.monotonic())], 1)
+        energy = energy_over(meter, 0.6)
     assert energy["load_w"] == pytest.approx(expected.line_w, abs=1e-3)
     assert energy["source"] == "tegrastats"
 
@@ -349,9 +349,7 @@ def test_tegrastats_ends_with_the_sampler_even_a_killed_one(tmp_path):
 def test_tegrastats_that_ends_is_a_reason(tmp_path):
     body = "print({!r}, flush=True)\ntime.sleep(0.3)\n".format(BOARDS["nano"].line)
     with PowerMeter(add_tegrastats(tmp_path, body)) as meter:
-        start = time.monotonic()
-        time.sleep(1.6)
-        assert meter.energy_of([(start, time.monotonic())], 1) is None
+        assert energy_over(meter, 1.6) is None
     assert meter.reason.startswith(f"the sampler ended: {tmp_path}/usr/bin/tegrastats ended; ")
 
 
@@ -370,9 +368,7 @@ def test_jtop_is_read_where_nothing_else_is(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with PowerMeter(tmp_path) as meter:
         assert (meter.source, meter.rails) == ("jtop", ("total of jtop",))
-        start = time.monotonic()
-        time.sleep(0.5)
-        assert meter.energy_of([(start, time.monotonic())], 1)["load_w"] == pytest.approx(7.25)
+        assert energy_over(meter, 0.5)["load_w"] == pytest.approx(7.25)
 
 
 # --- no meter ---

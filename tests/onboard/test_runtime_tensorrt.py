@@ -40,6 +40,13 @@ def bundle(tmp_path):
     return make_engine_bundle(tmp_path / "bundle")
 
 
+@pytest.fixture
+def session(monkeypatch, bundle):
+    """A session of TensorRT 10.3 in fp16."""
+    install(monkeypatch, "10.3.0.30")
+    return open_(bundle)
+
+
 def open_(bundle, precision="fp16", **options):
     return TensorrtSession(
         bundle, read_manifest(bundle), precision=precision, threads=1, **{"runtime": "tensorrt", **options}
@@ -109,9 +116,7 @@ def test_each_mode_takes_what_it_names(monkeypatch, bundle, version):
     assert [session.run_once(mode) for mode in MODES] == pytest.approx([0.003, 0.004, 0.005, 0.006])
 
 
-def test_timed_runs_compute_the_bound_images(monkeypatch, bundle):
-    install(monkeypatch, "10.3.0.30")
-    session = open_(bundle)
+def test_timed_runs_compute_the_bound_images(bundle, session):
     images = draw(1)
     session.bind(images)
     expected = of_onnxruntime(bundle, "fp16", images)
@@ -126,9 +131,7 @@ def test_timed_runs_compute_the_bound_images(monkeypatch, bundle):
 @pytest.mark.parametrize(
     ("mode", "moved"), [("compute", False), ("with transfers", True), ("with transfers, CUDA graph", True)]
 )
-def test_transfers_really_move_the_images(monkeypatch, bundle, mode, moved):
-    install(monkeypatch, "10.3.0.30")
-    session = open_(bundle)
+def test_transfers_really_move_the_images(bundle, session, mode, moved):
     other = draw(2)[1:]
     session.bind(draw(1))
     cudart.array_at(session._host_in, other.shape)[...] = other
@@ -170,18 +173,14 @@ def test_graphs_of_another_batch_are_dropped(monkeypatch, tmp_path):
     assert session.modes() == ["compute", "with transfers"]
 
 
-def test_a_mode_that_is_not_there(monkeypatch, bundle):
-    install(monkeypatch, "10.3.0.30")
-    session = open_(bundle)
+def test_a_mode_that_is_not_there(session):
     with pytest.raises(DeviceError, match="cannot time 'compute'") as caught:
         session.run_once("compute")
     assert caught.value.hint == "bind a batch first"
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 8, 8), (1, 3, 9, 8), (1, 1, 8, 8)])
-def test_a_batch_of_another_shape(monkeypatch, bundle, shape):
-    install(monkeypatch, "10.3.0.30")
-    session = open_(bundle)
+def test_a_batch_of_another_shape(session, shape):
     with pytest.raises(DeviceError) as caught:
         session.run(np.zeros(shape, np.float32))
     assert caught.value.problem == f"the net takes inputs of shape (1, 3, 8, 8), not {shape}"

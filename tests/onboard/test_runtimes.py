@@ -18,11 +18,6 @@ BOTH = pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
 
 
 @pytest.fixture
-def bundle(tmp_path):
-    return make_bundle(tmp_path / "bundle")
-
-
-@pytest.fixture
 def several(tmp_path):
     return make_bundle(tmp_path / "several", precisions=("fp16", "fp32", "int8"))
 
@@ -153,13 +148,6 @@ def test_unknown_runtime_is_named_with_the_known(bundle):
     assert caught.value.problem == (
         "no session for the runtime 'tflite'; this edgecl has: onnxruntime, openvino, tensorrt, tensorrt_rtx"
     )
-
-
-@BOTH
-def test_a_file_that_is_no_net_is_named(bundle, runtime):
-    (bundle / "model.onnx").write_bytes(b"not a net")
-    with pytest.raises(DeviceError, match=r"cannot load 'model\.onnx'"):
-        open_session(bundle, read_manifest(bundle), runtime=runtime, threads=1)
 
 
 @BOTH

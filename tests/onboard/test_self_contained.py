@@ -87,8 +87,7 @@ def test_a_key_with_a_length_of_more_bytes_than_it_needs_is_found(tmp_path, leng
         check_self_contained(path)
 
 
-def test_data_elsewhere_as_onnx_itself_saves_it_is_refused_before_a_net_is_loaded(tmp_path):
-    bundle = make_bundle(tmp_path / "bundle")
+def test_data_elsewhere_as_onnx_itself_saves_it_is_refused_before_a_net_is_loaded(bundle):
     check_files(bundle, read_manifest(bundle))
     path = bundle / "model.onnx"
     onnx.save(onnx.load(path), path, save_as_external_data=True, location="w.bin", size_threshold=0)

@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from edgecl.onboard import trtexec_flags
+from edgecl.deploy.handover.trtexec import script
 from edgecl.onboard.errors import DeviceError
 from edgecl.onboard.trtexec import read_times
 from edgecl.onboard.trtexec_flags import MODES, Net, bench_command, build_command
@@ -141,7 +141,8 @@ def bundle(tmp_path):
 
 def run_script(bundle, manifest, program, *arguments):
     path = bundle / "trtexec.sh"
-    path.write_text(trtexec_flags.script(manifest))
+    commands = {name: about["trtexec"] for name, about in manifest["precisions"].items()}
+    path.write_text(script(commands, default="fp16", versions=manifest["target"]["versions"]))
     return subprocess.run(
         ["sh", str(path), *arguments],
         env={"TRTEXEC": str(program), "PATH": "/usr/bin:/bin"},

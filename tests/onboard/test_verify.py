@@ -81,24 +81,7 @@ def test_a_small_difference_is_named_alone(tmp_path):
     assert "top-1" not in caught.value.problem
 
 
-def test_reference_of_another_size_is_named(tmp_path):
-    bundle = make_bundle(tmp_path / "bundle")
-    np.savez(bundle / "reference.npz", inputs=np.zeros((2, 3, 4, 4), np.float32), outputs=np.zeros((2, 6)))
-    rehash(bundle)
-    with pytest.raises(BundleError, match=r"inputs \(2, 3, 4, 4\).*asks for inputs \(N, 3, 8, 8\)"):
-        verify(bundle)
-
-
-def test_reference_that_needs_unpickling_is_refused(tmp_path):
-    bundle = make_bundle(tmp_path / "bundle")
-    np.savez(bundle / "reference.npz", inputs=np.array([{}], dtype=object), outputs=np.zeros((1, 6)))
-    rehash(bundle)
-    with pytest.raises(BundleError, match="holds no reference inputs and outputs"):
-        verify(bundle)
-
-
-def test_outputs_that_are_not_finite_disagree(tmp_path):
-    bundle = make_bundle(tmp_path / "bundle")
+def test_outputs_that_are_not_finite_disagree(bundle):
     with np.load(bundle / "reference.npz") as arrays:
         inputs, outputs = arrays["inputs"].copy(), arrays["outputs"]
         inputs[0, 0, 0, 0] = np.inf
@@ -116,8 +99,7 @@ def test_differences_are_relative_to_the_largest_output():
     assert found["top1_agreement"] == 0.5
 
 
-def test_outputs_of_another_shape_disagree(tmp_path):
-    bundle = make_bundle(tmp_path / "bundle")
+def test_outputs_of_another_shape_disagree(bundle):
     with np.load(bundle / "reference.npz") as arrays:
         np.savez(bundle / "reference.npz", inputs=arrays["inputs"], outputs=arrays["outputs"][:, :4])
     manifest = read_manifest(bundle)
@@ -137,20 +119,8 @@ def test_cosine_is_that_of_the_directions():
     assert compare(-b, b)["mean_cosine"] == pytest.approx((-1 - 1 + 1 - 1) / 4)
 
 
-@pytest.mark.parametrize("place", [0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95])
-def test_a_flipped_bit_anywhere_in_the_manifest_is_found(tmp_path, place):
-    bundle = make_bundle(tmp_path / "bundle")
-    path = bundle / "manifest.json"
-    content = bytearray(path.read_bytes())
-    content[int(place * len(content))] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(BundleError):
-        verify(bundle)
-
-
 @pytest.mark.parametrize("content", [b"", NPY], ids=["empty", "bare array"])
-def test_reference_that_is_no_archive_is_refused(tmp_path, content):
-    bundle = make_bundle(tmp_path / "bundle")
+def test_reference_that_is_no_archive_is_refused(bundle, content):
     (bundle / "reference.npz").write_bytes(content)
     rehash(bundle)
     with pytest.raises(BundleError, match=r"holds no reference inputs and outputs: .*zip"):
@@ -158,15 +128,17 @@ def test_reference_that_is_no_archive_is_refused(tmp_path, content):
 
 
 @pytest.mark.parametrize(
-    ("outputs", "why"),
+    ("inputs", "outputs", "why"),
     [
-        (np.full((1, 6), np.nan, np.float32), "outputs that are not finite"),
-        (np.zeros((1, 0), np.float32), r"outputs \(1, 0\); .* outputs \(N, 6\)$"),
+        (np.zeros((2, 3, 4, 4)), np.zeros((2, 6)), r"inputs \(2, 3, 4, 4\).*asks for inputs \(N, 3, 8, 8\)"),
+        (np.zeros((1, 3, 8, 8)), np.full((1, 6), np.nan), "outputs that are not finite"),
+        (np.zeros((1, 3, 8, 8)), np.zeros((1, 0)), r"outputs \(1, 0\); .* outputs \(N, 6\)$"),
+        (np.array([{}], dtype=object), np.zeros((1, 6)), "holds no reference inputs and outputs"),
     ],
+    ids=["another size", "not finite", "no outputs", "pickled"],
 )
-def test_reference_that_no_net_can_be_held_to_is_refused(tmp_path, outputs, why):
-    bundle = make_bundle(tmp_path / "bundle")
-    np.savez(bundle / "reference.npz", inputs=np.zeros((1, 3, 8, 8), np.float32), outputs=outputs)
+def test_reference_that_no_net_can_be_held_to_is_refused(bundle, inputs, outputs, why):
+    np.savez(bundle / "reference.npz", inputs=inputs, outputs=outputs)
     rehash(bundle)
     with pytest.raises(BundleError, match=why):
         verify(bundle)

@@ -16,6 +16,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from edgecl.deploy.contract import contract_of, render
+from edgecl.deploy.ends import end_in_softmax
 from edgecl.deploy.graph import Names
 from edgecl.deploy.graph_index import attribute
 from edgecl.onboard.bundle import onnx_name
@@ -31,8 +32,9 @@ def write(bundle: Bundle, manifest: Manifest) -> dict[str, str]:
     contract = contract_of(manifest)
     if manifest.runtime != "tensorrt" or not contract.normalize:
         return {}
-    factor, ratios = scale_and_ratios(contract.preprocessing.std)
-    model = fold_scale(onnx.load(bundle.path / onnx_name("fp32")), ratios)
+    std = contract.preprocessing.std
+    mean_std = sum(std) / len(std)
+    model = fold_scale(onnx.load(bundle.path / onnx_name("fp32")), [mean_std / one for one in std])
     # Of the other input.
     props = {entry.key: entry.value for entry in model.metadata_props}
     helper.set_model_props(
@@ -40,7 +42,7 @@ def write(bundle: Bundle, manifest: Manifest) -> dict[str, str]:
     )
     if contract.labels is not None and contract.one_class:
         if not contract.softmax:
-            end_with_softmax(model)
+            end_in_softmax(model)
         # One line: each stands for an output, and nvinfer splits it at semicolons.
         names = ";".join(name.replace(";", ",") for name in contract.labels)
         write_bytes(bundle.path / LABELS, f"{names}\n".encode())
@@ -49,7 +51,7 @@ def write(bundle: Bundle, manifest: Manifest) -> dict[str, str]:
     config = render(
         "deepstream.txt.j2",
         contract=contract,
-        factor=factor,
+        factor=1 / (255 * mean_std),
         offsets=";".join(repr(255 * mean) for mean in contract.preprocessing.mean),
         mode=0 if manifest.precision == "fp32" else 2,
         model=MODEL,
@@ -59,21 +61,10 @@ def write(bundle: Bundle, manifest: Manifest) -> dict[str, str]:
     return {CONFIG: "a configuration of DeepStream's nvinfer, for deepstream.onnx"}
 
 
-def scale_and_ratios(std: Sequence[float]) -> tuple[float, list[float]]:
-    """Return nvinfer's factor for pixels from 0 to 255, and by what each channel must still be multiplied."""
-    mean = sum(std) / len(std)
-    return 1 / (255 * mean), [mean / one for one in std]
-
-
 def fold_scale(model: onnx.ModelProto, ratios: Sequence[float]) -> onnx.ModelProto:
-    """Multiply each channel of a net's input by a ratio, within the convolutions that read it.
+    """Multiply each channel of a net's input (N, C, H, W) by a ratio, within the convolutions that read it, in place.
 
-    Args:
-        model: a float32 graph from (N, C, H, W); changed in place.
-        ratios: of each of the C channels.
-
-    Returns:
-        the model; a net that does not begin with convolutions over all channels multiplies its input.
+    A net that does not begin with convolutions over all channels multiplies its input.
     """
     graph = model.graph
     name, names = graph.input[0].name, Names(graph)
@@ -96,14 +87,3 @@ def fold_scale(model: onnx.ModelProto, ratios: Sequence[float]) -> onnx.ModelPro
     graph.initializer.append(numpy_helper.from_array(factors.astype(np.float32), ratio))
     graph.node.insert(0, helper.make_node("Mul", [name, ratio], [scaled], name=names.new("scale")))
     return model
-
-
-def end_with_softmax(model: onnx.ModelProto) -> None:
-    """Turn a net's logits into probabilities under the name that its output has, in place."""
-    graph, names = model.graph, Names(model.graph)
-    output = graph.output[0].name
-    logits = names.new("logits")
-    for node in graph.node:
-        node.input[:] = [logits if one == output else one for one in node.input]
-        node.output[:] = [logits if one == output else one for one in node.output]
-    graph.node.append(helper.make_node("Softmax", [logits], [output], axis=1, name=names.new("softmax")))

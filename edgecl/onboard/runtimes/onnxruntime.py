@@ -29,13 +29,7 @@ def import_onnxruntime() -> Any:
 
 
 def open_model(model: Union[bytes, str], *, threads: int, optimization: str = "ALL") -> Any:
-    """Return onnxruntime's session for a model on the processor; operators run one after another.
-
-    Args:
-        model: its content, or its file.
-        threads: to compute one operator with.
-        optimization: of the graph while it is loaded: 'ALL', 'BASIC' or 'NONE'.
-    """
+    """Return onnxruntime's session for the content of a model, or its file; optimization: 'ALL', 'BASIC' or 'NONE'."""
     onnxruntime = import_onnxruntime()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
