@@ -186,7 +186,7 @@ def fold_batch_norm(net: nn.Module) -> nn.Module:
                 hint=_SERVED,
             )
         _fold(convolution, norm)
-        replace_module(folded, name, _remains(norm))
+        folded.set_submodule(name, _remains(norm))
     _check_same(net, folded, "fold the batch norms")
     return folded
 
@@ -219,9 +219,3 @@ def _fold(convolution: nn.Conv2d, norm: Any) -> None:
 def _remains(norm: nn.Module) -> nn.Module:
     children = OrderedDict(norm.named_children())
     return nn.Sequential(children) if children else nn.Identity()
-
-
-def replace_module(net: nn.Module, name: str, module: nn.Module) -> None:
-    """Replace the module of this name."""
-    parent, _, leaf = name.rpartition(".")
-    setattr(net.get_submodule(parent), leaf, module)
