@@ -130,9 +130,6 @@ class _Trained:
     """A fine-tuned net.
 
     Attributes:
-        net: with its classifier.
-        epochs: passes over the data.
-        quantization: of a net trained for INT8.
         before: of such a net, the (N,) accuracies in float and calibrated, before it was trained so, percent.
     """
 

@@ -36,10 +36,6 @@ def inspect(
     Args:
         features: (N, F) of the net.
         logits: (N, K) of what predicts.
-        part: the images and their labels.
-        classes: the K names.
-        predicted_by: what predicts.
-        test_from: the images in words.
         made_from: for the record, the hash of the net's.
     """
     confidences, predicted = logits.float().softmax(1).max(1)
@@ -78,7 +74,6 @@ def feature_map(features: Tensor, labels: Tensor) -> FeatureMap:
 
     Args:
         features: (N, F).
-        labels: (N,) int64.
 
     Returns:
         at most MAP_POINTS of them, drawn at random, always the same.

@@ -46,9 +46,7 @@ class Labelled:
     """What a net is evaluated on.
 
     Attributes:
-        train: to learn from.
         test: held out; nothing is ever chosen on it.
-        classes: names by label.
         train_from: where the images to learn from came from.
         test_from: where the held-out images came from.
     """
@@ -75,11 +73,8 @@ def read_labelled(
     Args:
         data: a data URI with labels.
         test: a data URI for the held-out part; its classes must be those of `data`.
-        preprocessing: of the net.
         max_bad_fraction: unreadable images skipped before it is an error.
         limit: use only so many of the images to learn from, an even choice per class.
-        download: let torchvision fetch what is not on the disk.
-        label_sets: whether an image may be of several classes.
 
     Raises:
         DataError: no labels, sets of classes where they are not taken, other classes in the test part or the same

@@ -55,11 +55,7 @@ def probe_all(
     seeds: int = 3,
     download: bool = False,
 ) -> list[ProbeRecord]:
-    """Evaluate several model directories on the same images and label draws; arguments and errors as for probe.
-
-    Returns:
-        the record of each, in the order given.
-    """
+    """Evaluate several model directories on the same images and label draws; arguments and errors as for probe."""
     labelled: Labelled | None = None
     preprocessing: Preprocessing | None = None
     results = []
@@ -75,15 +71,7 @@ def probe_all(
 
 
 def side_by_side(models: Sequence[Path], records: Sequence[ProbeRecord]) -> list[ProbedNet]:
-    """Set the probes of several nets beside what each net costs.
-
-    Args:
-        models: model directories.
-        records: what probe_all returned for them.
-
-    Returns:
-        the nets, the smallest first.
-    """
+    """Set the probes of several nets beside what each net costs."""
     rows = []
     for model, record in zip(models, records, strict=True):
         net, about = load_feature_net(model)
@@ -134,7 +122,6 @@ class Probed(NamedTuple):
     """What a probe found, and with what.
 
     Attributes:
-        record: the accuracies.
         features: (N, F) of the held-out images.
         linear: the linear probe on all labels.
     """
@@ -173,10 +160,6 @@ def probe_net(
 
     Args:
         net: (N, 3, H, W) -> (N, F).
-        labelled: images to learn from and held-out images.
-        preprocessing: of the net.
-        labels_per_class: labels of the few-label probe.
-        draws: how often the few labels are drawn.
         made_from: for the record, the hash of the net's.
     """
 

@@ -111,9 +111,6 @@ def train_classifier(
     Args:
         net: (N, 3, H, W) -> (N, K) logits, with timm's classifier.
         part: labelled images, prepared to the net's size.
-        steps: optimizer steps.
-        settings: how.
-        preprocessing: of the net.
         what: for the progress bar; without, none is shown.
         views: how the images are varied, in place of the settings' own.
 
@@ -166,16 +163,7 @@ def train_classifier(
 
 
 class _Batches:
-    """The batches of a training: which pictures, varied how, is a function of the seed and the step.
-
-    Args:
-        part: labelled images.
-        settings: of the training.
-        views: how images are varied.
-        preprocessing: of the net.
-        device: where the batches go.
-        classes: K.
-    """
+    """The batches of a training: which pictures, varied how, is a function of the seed and the step."""
 
     def __init__(
         self,
@@ -237,13 +225,7 @@ class _Batches:
 
 
 class _Best:
-    """The weights that are best on held-out images.
-
-    Args:
-        held_out: the images, on the net's device.
-        preprocessing: of the net.
-        patience: epochs without better ones after which it is over.
-    """
+    """The weights that are best on held-out images."""
 
     def __init__(self, held_out: Part, preprocessing: Preprocessing, *, patience: int):
         self._held_out, self._preprocessing, self._patience = held_out, preprocessing, patience
@@ -343,11 +325,7 @@ def accuracies(logits: Tensor, part: Part) -> Tensor:
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device a name stands for; 'auto' takes a GPU when there is one.
-
-    Raises:
-        DeviceError: no such device.
-    """
+    """Return the device a name stands for; 'auto' takes a GPU when there is one."""
     if name == "cuda" and not torch.cuda.is_available():
         raise DeviceError("no CUDA device is available", hint="use the device auto or cpu")
     if name == "auto":

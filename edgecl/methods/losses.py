@@ -246,10 +246,7 @@ class CodingRate(Config):
         """Return a loss less w R, and R for the log, detached; None in a step whose weight is 0.
 
         Args:
-            total: () loss.
             groups: (N, D) projections; R is the mean over the groups of the mean within a group.
-            step: 0-based.
-            total_steps: of the run.
         """
         weight = self.weight_at(step, total_steps=total_steps)
         if weight <= 0:
@@ -258,11 +255,7 @@ class CodingRate(Config):
         return total - weight * rate, rate.detach()
 
     def check(self, recipe: Recipe) -> None:
-        """Refuse a batch of two.
-
-        Raises:
-            ValueError: it is one.
-        """
+        """Refuse a batch of two."""
         if self.weight > 0 and recipe.data.batch_size < 3:
             raise ValueError(
                 "'method.coding_rate.weight' needs a 'data.batch_size' of 3 or more: of two standardized projections "

@@ -308,11 +308,6 @@ def _slim_b(width: float, net: SlimmableNet) -> str:
 def sandwich(widths: Sequence[float], *, seed: int, step: int) -> tuple[float, ...]:
     """Choose the slim widths of a step: the widest, the narrowest and one of those between.
 
-    Args:
-        widths: every slim width of the run.
-        seed: of the run.
-        step: 0-based.
-
     Returns:
         at most three widths, widest first; the same for a step whichever process asks.
     """
@@ -362,7 +357,6 @@ def other_width_units(widths: Sequence[float], *, slow_start: float = 0.0) -> di
     """Return how often one image passes each slim width but the widest, in forward passes of that width.
 
     Args:
-        widths: every slim width of the run.
         slow_start: fraction of the epochs in which the slim nets rest.
 
     Returns:

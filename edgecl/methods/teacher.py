@@ -99,7 +99,6 @@ class Teacher:
     No module, so that neither optimizer nor checkpoint nor data-parallel training sees it.
 
     Args:
-        given: the net.
         data: how the pictures that it is given were normalized, and how large they are.
 
     Raises:

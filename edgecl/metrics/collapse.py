@@ -86,7 +86,6 @@ def extract_features(
         net: (N, 3, H, W) float -> (N, F).
         images: (N, 3, H, W) uint8.
         normalize: uint8 batch -> float batch.
-        batch: images at a time.
 
     Returns:
         (N, F) float32 features on the CPU.

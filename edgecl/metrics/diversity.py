@@ -44,7 +44,6 @@ def clusters(features: Tensor, count: int, *, seed: int) -> Tensor:
     Args:
         features: (N, F).
         count: of groups, 1 <= count <= N.
-        seed: of the pictures that groups begin with.
 
     Returns:
         (N,) int64, the group of each, below count; a group may be empty.
@@ -101,7 +100,6 @@ def outliers(isolation: Tensor, *, most: int) -> list[int]:
 
     Args:
         isolation: (N,) of each.
-        most: of them.
     """
     median = isolation.median()
     deviation = 1.4826 * (isolation - median).abs().median()

@@ -27,7 +27,6 @@ def create_backbone(
     """Build a timm network whose channels are `width` times the architecture's.
 
     Args:
-        arch: a timm architecture.
         width: multiple of the architecture's own channels, > 0; 1.0 is `timm.create_model(arch)` itself.
         num_classes: 0 gives pooled features (N, F); more adds timm's classifier.
         stem_stride: stride of the first convolution; None keeps the architecture's.
@@ -201,10 +200,6 @@ def recalibrate(net: nn.Module, batches: Any, *, device: torch.device) -> int:
     Args:
         net: a backbone; its running statistics change, nothing else does.
         batches: iterable of (N, 3, H, W) float tensors.
-        device: where to run.
-
-    Returns:
-        how many batches were used.
     """
     norms = [module for module in net.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]

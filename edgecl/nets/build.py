@@ -76,7 +76,6 @@ def backbone_tensors(net: SlimmableNet, *, width: float) -> dict[str, Tensor]:
     """Return the backbone of one width as a plain state dict: copies, named as timm names them.
 
     Args:
-        net: host and slim nets.
         width: a slim width or the host's.
 
     Raises:

@@ -96,8 +96,6 @@ def index_of(slim: nn.Module, host: nn.Module, *, where: Mapping[str, object]) -
 
     Args:
         slim: the slim net; may be on the meta device.
-        host: the host.
-        where: both widths, for the error.
 
     Raises:
         SliceError: a tensor is missing on one side, is larger in the slim net, or a rule refuses.
@@ -144,11 +142,9 @@ def check_function(
     values here, and so does what is constant or almost zero at the start and would hide a difference.
 
     Args:
-        host: the host.
         skeleton: the slim net, whose own tensors are not used.
         tensors: of the slim net, by name.
         index: where each of them lies in the host.
-        where: both widths, for the error.
 
     Raises:
         SliceError: it does not, or a forward pass fails.

@@ -111,7 +111,6 @@ class SlimmableNet(nn.Module):
     Args:
         build: makes the net at a width; called once per width. All its tensors must have the same names at
             every width, and each must be at least as large in the host in every dimension.
-        host_width: width of the host.
         slim_width: width of the slim net, at most the host's; when equal, the slim net is the host itself.
         other_widths: widths of further slim nets, each below slim_width.
 
@@ -260,14 +259,7 @@ class SlimmableNet(nn.Module):
         return self._views.get(chosen)
 
     def slim_tensors(self, width: float | None = None) -> dict[str, Tensor]:
-        """Return a slim net's parameters and buffers by name: views of the host's weights, and private norms.
-
-        Args:
-            width: one of slim_widths; None means slim_width.
-
-        Raises:
-            SliceError: no such slim width.
-        """
+        """Return a slim net's parameters and buffers by name: views of the host's weights, and private norms."""
         view = self._view(width)
         return dict(self.host.state_dict(keep_vars=True)) if view is None else view.tensors_in(self.host)
 
@@ -278,11 +270,7 @@ class SlimmableNet(nn.Module):
         return {} if view is None else view.index
 
     def norms_of(self, width: float | None = None) -> nn.ModuleDict:
-        """Return the private norms of a slim width, by key; empty where that is the host itself.
-
-        Raises:
-            SliceError: no such slim width.
-        """
+        """Return the private norms of a slim width, by key; empty where that is the host itself."""
         view = self._view(width)
         return nn.ModuleDict() if view is None else view.norms
 
@@ -319,10 +307,6 @@ class SlimmableNet(nn.Module):
 
         Args:
             images: (N, 3, H, W).
-            width: one of slim_widths; None means slim_width.
-
-        Raises:
-            SliceError: no such slim width.
         """
         view = self._view(width)
         if view is None:
@@ -348,13 +332,7 @@ class SlimmableNet(nn.Module):
         """Run one part of a slim net inside the host, such as its 'backbone'.
 
         Args:
-            part: name of the submodule.
-            images: what it takes.
             replaced: tensors to put in place of the host's, by their name within the part.
-            width: one of slim_widths; None means slim_width.
-
-        Raises:
-            SliceError: no such slim width.
         """
         prefix = f"{part}."
         tensors = {
