@@ -14,7 +14,7 @@ from edgecl.data.loading import normalize
 from edgecl.data.sources import absolute_uri
 from edgecl.errors import ArtifactError, DataError, RecipeError, first_line, first_of
 from edgecl.evaluate.inspection import inspect
-from edgecl.evaluate.labelled import Labelled, Part, read_labelled
+from edgecl.evaluate.labelled import Labelled, read_labelled
 from edgecl.evaluate.probe import load_feature_net
 from edgecl.evaluate.supervised import (
     FinetuneConfig,
@@ -143,18 +143,18 @@ def _train_float(
     net: nn.Module, record: ModelRecord, labelled: Labelled, *, epochs: int | None, settings: FinetuneConfig
 ) -> _Trained:
     """Add a new classifier to the net and train both."""
-    steps = _steps(epochs or DEFAULT_EPOCHS, labelled.train, settings)
+    per_epoch = steps_per_epoch(labelled.train, settings)
     classifier = create_blank(record, classes=len(labelled.classes))
     load_backbone(classifier, net)
     taken = train_classifier(
         classifier,
         labelled.train,
-        steps=steps,
+        steps=(epochs or DEFAULT_EPOCHS) * per_epoch,
         settings=settings,
         preprocessing=record.preprocessing,
         what="finetune",
     )
-    return _Trained(classifier, _epochs(taken, labelled.train, settings))
+    return _Trained(classifier, round(taken / per_epoch))
 
 
 def _train_quantized(
@@ -168,7 +168,6 @@ def _train_quantized(
     data: str,
 ) -> _Trained:
     """Quantize a classifier, which a net without one gets first, and train it so."""
-    epochs = epochs or DEFAULT_QUANTIZED_EPOCHS
     if not record.classes:
         plain = FinetuneConfig(seed=settings.seed, device=settings.device)
         net = _train_float(net, record, labelled, epochs=None, settings=plain).net
@@ -188,17 +187,18 @@ def _train_quantized(
         accuracies(classifier_logits(net, labelled.test, deployed), labelled.test),
         accuracies(classifier_logits(quantized, labelled.test, deployed), labelled.test),
     )
+    per_epoch = steps_per_epoch(labelled.train, settings)
     with learning_scales(quantized) if settings.learn_scales else contextlib.nullcontext():
         taken = train_classifier(
             quantized,
             labelled.train,
-            steps=_steps(epochs, labelled.train, settings),
+            steps=(epochs or DEFAULT_QUANTIZED_EPOCHS) * per_epoch,
             settings=settings,
             preprocessing=preprocessing,
             what="finetune int8",
         )
-    epochs = _epochs(taken, labelled.train, settings)
-    return _Trained(quantized, epochs, Quantization(keep=kept, learnt=settings.learn_scales), before)
+    quantization = Quantization(keep=kept, learnt=settings.learn_scales)
+    return _Trained(quantized, round(taken / per_epoch), quantization, before)
 
 
 def _write_inspection(model: Path, logits: Tensor, labelled: Labelled) -> None:
@@ -274,11 +274,3 @@ def _try_size(net: nn.Module, record: ModelRecord, size: int) -> None:
             f"'{record.arch}' does not take pictures of {size} x {size}: {first_line(exc)}",
             hint="leave test_size out, or set one that the net takes",
         ) from exc
-
-
-def _steps(epochs: int, part: Part, settings: FinetuneConfig) -> int:
-    return epochs * steps_per_epoch(part, settings)
-
-
-def _epochs(steps: int, part: Part, settings: FinetuneConfig) -> int:
-    return round(steps / steps_per_epoch(part, settings))

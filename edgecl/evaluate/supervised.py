@@ -133,7 +133,9 @@ def train_classifier(
         best = _Best(held_out, preprocessing, patience=settings.early_stop)
     classes = cast(Any, net).num_classes
     batches = _Batches(part, settings, views or settings.views(), preprocessing, device, classes=classes)
-    average = _average_of(net, settings)
+    average = None
+    if settings.ema:
+        average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(settings.ema), use_buffers=True)
     optimizer = _create_optimizer(net, settings)
     schedule = cosine_schedule(optimizer, warmup_steps=min(max(1, steps // 10), steps - 1), total_steps=steps)
     net.train(settings.backbone_lr_fraction > 0)
@@ -225,7 +227,7 @@ class _Batches:
 
 
 class _Best:
-    """The weights that are best on held-out images."""
+    """The weights that are best on held-out images; over after `patience` epochs without better ones."""
 
     def __init__(self, held_out: Part, preprocessing: Preprocessing, *, patience: int):
         self._held_out, self._preprocessing, self._patience = held_out, preprocessing, patience
@@ -269,13 +271,6 @@ def class_weights(labels: Tensor, classes: int) -> Tensor:
         return (len(labels) - counts).clamp(min=1) / counts
     counts = labels.bincount(minlength=classes).clamp(min=1)
     return len(labels) / (classes * counts.float())
-
-
-def _average_of(net: nn.Module, settings: FinetuneConfig) -> AveragedModel | None:
-    """Return a moving average of the net's weights, its norms' statistics averaged too; None where none is kept."""
-    if not settings.ema:
-        return None
-    return AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(settings.ema), use_buffers=True)
 
 
 def _finite(loss: Tensor, step: int) -> float:

@@ -1,4 +1,7 @@
-"""Losses between two sets of projections, and the coding rate of one set; all of the global batch."""
+"""Losses between two sets of projections, and the coding rate of one set; all of the global batch.
+
+Those that take two sets raise ShapeError where these are not two (N, D) sets of two samples or more.
+"""
 
 from __future__ import annotations
 
@@ -44,9 +47,6 @@ def cross_correlation(z_a: Tensor, z_b: Tensor) -> Tensor:
     Returns:
         (D, D) matrix, float32 even under autocast (float64 for float64 inputs); entry (i, j) correlates
         dimension i of A with dimension j of B.
-
-    Raises:
-        ShapeError: shapes differ, are not (N, D), or N < 2.
 
     Source: Zbontar et al. 2021, arXiv:2103.03230, equation 2, with the biased variance and epsilon of batch norm.
     """
@@ -94,9 +94,6 @@ def cross_correlation_loss(z_a: Tensor, z_b: Tensor, *, off_diagonal: float) -> 
     Returns:
         the loss sum_i (1 - C_ii)^2 + off_diagonal * sum_{i != j} C_ij^2, and what to watch of C.
 
-    Raises:
-        ShapeError: shapes differ, or N < 2.
-
     Source: Zbontar et al. 2021, arXiv:2103.03230, equation 1.
     """
     correlation = cross_correlation(z_a, z_b)
@@ -119,9 +116,6 @@ def correlation_of(z_a: Tensor, z_b: Tensor) -> dict[str, Tensor]:
     Args:
         z_a: (N, D) embeddings of one view.
         z_b: (N, D) embeddings of another.
-
-    Raises:
-        ShapeError: shapes differ, are not (N, D), or N < 2.
     """
     _, diagonal, off_diagonal_rms = cross_correlation_loss(z_a, z_b, off_diagonal=0.0)
     return {"diagonal": diagonal, "off_diagonal_rms": off_diagonal_rms}
@@ -155,9 +149,6 @@ def contrastive_loss(z_a: Tensor, z_b: Tensor, *, temperature: float) -> Tensor:
     Returns:
         () mean cross-entropy over the 2N views of the global batch, nats; float32 even under autocast.
 
-    Raises:
-        ShapeError: shapes differ, or N < 2.
-
     Source: Chen et al. 2020 (SimCLR), arXiv:2002.05709, equation 1.
     """
     check_pair(z_a, z_b)
@@ -184,9 +175,6 @@ def queue_contrastive_loss(queries: Tensor, keys: Tensor, queue: Tensor, *, temp
     Returns:
         () mean cross-entropy over the global batch, nats; float32 even under autocast.
 
-    Raises:
-        ShapeError: shapes differ, or N < 2.
-
     Source: He et al. 2020 (MoCo), arXiv:1911.05722, equation 1.
     """
     check_pair(queries, keys)
@@ -208,9 +196,6 @@ def alignment_loss(z_a: Tensor, z_b: Tensor) -> Tensor:
 
     Returns:
         () mean of 2 - 2 cos of the standardized projections over the global batch; float32 even under autocast.
-
-    Raises:
-        ShapeError: shapes differ, or N < 2.
 
     Source: Tong et al. 2023 (EMP-SSL), arXiv:2304.03977, the similarity term of equation 5.
     """
@@ -276,9 +261,6 @@ def coding_rate(z: Tensor, *, epsilon: float) -> Tensor:
     Returns:
         () rate in nats, to be made large; float32 even under autocast (float64 for float64 inputs); not a number where
             the projections are none.
-
-    Raises:
-        ShapeError: not (N, D), or N < 2.
 
     Source: Yu et al. 2020 (MCR2), arXiv:2006.08558, equation 7; standardized as SACL-XD's projections are.
     """

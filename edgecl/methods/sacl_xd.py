@@ -120,14 +120,7 @@ class Config(MethodConfig):
         host, slim = recipe.host.width, recipe.slim.width
         slow_start = _slow_epochs(recipe.slim, recipe.run.epochs) / recipe.run.epochs
         # The passes of host and widest slim net are those of a run without the narrower ones.
-        units = forward_units(
-            slim_only=host == slim,
-            distils=self.distils,
-            xd_direction=self.xd_direction,
-            symmetric=self.symmetric,
-            learn_targets=self.learn_targets,
-            slow_start=slow_start,
-        )
+        units = self.forward_units(one_net=host == slim, slow_start=slow_start)
         views, local = self.count_views(recipe, local=True), dict.fromkeys([host, slim], 0.0)
         local[host] += 3 * views * slow_start
         local[slim] += 3 * views * (1 - slow_start)
@@ -141,6 +134,30 @@ class Config(MethodConfig):
             self._coding_rates(recipe, slow_start=slow_start),
             self.coding_rate.until or 1.0,
         )
+
+    def forward_units(self, *, one_net: bool, slow_start: float) -> dict[str, float]:
+        """Return the cost of one image in forward passes of host and slim net; a backward pass counts as two.
+
+        Args:
+            one_net: the slim net is as wide as the host.
+            slow_start: fraction of the epochs in which the host takes both views.
+
+        Returns:
+            {"host": units, "slim": units}; SACL-XD is 4 and 4, XD only and Barlow Twins 6 of their one net. Local views
+            are not among them.
+
+        Source: METHOD section 2b, the rule that reproduces the paper's training-FLOPs column.
+        """
+        dense = {"host": 6.0, "slim": 0.0}
+        if one_net:
+            return dense
+        # What the second pass of each encoder costs: with gradient 3, as a frozen target 1.
+        second = 3.0 if self.symmetric or self.learn_targets else 1.0
+        paired = {"host": 3.0, "slim": 3.0}
+        if self.symmetric or self.distils:
+            paired["host"] += second
+            paired["slim"] += second if self.symmetric or self.xd_direction == "both" else 0.0
+        return {net: slow_start * dense[net] + (1 - slow_start) * paired[net] for net in dense}
 
     def _coding_rates(self, recipe: Recipe, *, slow_start: float) -> float:
         if not self.coding_rate.weight:
@@ -215,9 +232,6 @@ class SaclXd(Method):
             the total, and the terms "sacl", L_SACL before it is scaled; "xd_host" and "xd_slim", L_D(z_A, [z_A]) and
             L_D(z_B, [z_B]), which move the encoders of view A and of view B; "coding_rate"; "diagonal" and
             "off_diagonal_rms" of the correlation of view A and of view B through the slim width.
-
-        Raises:
-            ShapeError: embeddings of different shapes, or fewer than 2 samples.
         """
         config, (learnt, targets) = self.config, embeddings
         host_a, slim_a, host_b = (
@@ -317,40 +331,6 @@ def sandwich(widths: Sequence[float], *, seed: int, step: int) -> tuple[float, .
         draw = float(uniforms(seed, 0, numpy.array([step]), stream="widths", count=1)[0, 0])
         between = [between[int(draw * len(between))]]
     return (ordered[0], *between, *ordered[1:][-1:])
-
-
-def forward_units(
-    *,
-    slim_only: bool,
-    distils: bool,
-    xd_direction: str = "both",
-    symmetric: bool = False,
-    learn_targets: bool = False,
-    slow_start: float = 0.0,
-) -> dict[str, float]:
-    """Return the cost of one image in forward passes of host and slim net; a backward pass counts as two.
-
-    Args:
-        slim_only: the slim net is as wide as the host, so that there is one net.
-        distils, xd_direction, symmetric, learn_targets: as in Config.
-        slow_start: fraction of the epochs in which the host takes both views.
-
-    Returns:
-        {"host": units, "slim": units}; SACL-XD is 4 and 4, XD only and Barlow Twins 6 of their one net. Local views
-        are not among them.
-
-    Source: METHOD section 2b, the rule that reproduces the paper's training-FLOPs column.
-    """
-    dense = {"host": 6.0, "slim": 0.0}
-    if slim_only:
-        return dense
-    # What the second pass of each encoder costs: with gradient 3, as a frozen target 1.
-    second = 3.0 if symmetric or learn_targets else 1.0
-    paired = {"host": 3.0, "slim": 3.0}
-    if symmetric or distils:
-        paired["host"] += second
-        paired["slim"] += second if symmetric or xd_direction == "both" else 0.0
-    return {net: slow_start * dense[net] + (1 - slow_start) * paired[net] for net in dense}
 
 
 def other_width_units(widths: Sequence[float], *, slow_start: float = 0.0) -> dict[float, float]:

@@ -281,7 +281,7 @@ def _quantize_layer(name: str, layer: nn.Module, input_quantizer: nn.Module) -> 
             hint=f"keep it in float with --set 'keep=[\"{name}\"]', or choose another net",
         )
     layer.add_module("input_quantizer", input_quantizer)
-    layer.add_module("weight_quantizer", FakeQuant(len(cast(Tensor, layer.weight))))
+    layer.add_module("weight_quantizer", FakeQuant(len(layer.weight)))
 
 
 def _calibrate_weights(net: nn.Module) -> None:
@@ -383,10 +383,10 @@ def without_fake_quant(net: nn.Module) -> nn.Module:
     Its state dict names what the folded net's names.
     """
     plain = copy.deepcopy(net)
-    for module in plain.modules():
-        if isinstance(module, (QuantConv2d, QuantLinear)):
-            del module.input_quantizer, module.weight_quantizer
-            module.__class__ = nn.Linear if isinstance(module, nn.Linear) else nn.Conv2d
+    layers: list[Any] = [each for each in plain.modules() if isinstance(each, (QuantConv2d, QuantLinear))]
+    for layer in layers:
+        del layer.input_quantizer, layer.weight_quantizer
+        layer.__class__ = nn.Linear if isinstance(layer, nn.Linear) else nn.Conv2d
     for name, module in list(plain.named_modules()):
         if isinstance(module, FakeQuant):
             plain.set_submodule(name, nn.Identity())

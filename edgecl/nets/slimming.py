@@ -114,8 +114,10 @@ class SlimmableNet(nn.Module):
         slim_width: width of the slim net, at most the host's; when equal, the slim net is the host itself.
         other_widths: widths of further slim nets, each below slim_width.
 
+    Methods that take the width of a slim net take None for slim_width.
+
     Raises:
-        SliceError: a slim net is not a prefix of the host.
+        SliceError: a slim net is not a prefix of the host; of methods, a width is not among slim_widths.
     """
 
     def __init__(

@@ -10,7 +10,7 @@ from torch.func import functional_call
 
 from edgecl.methods.losses import alignment_loss, coding_rate, contrastive_loss, cross_correlation_loss
 from edgecl.methods.method import Embeddings
-from edgecl.methods.sacl_xd import forward_units, other_width_units, sandwich
+from edgecl.methods.sacl_xd import Config, other_width_units, sandwich
 
 OFF_DIAGONAL = 0.05
 ARMS = {
@@ -275,9 +275,8 @@ def test_only_the_total_carries_gradient(make_net, views, name):
 )
 def test_forward_units_of_an_arm(arm, direction, slow_start, host, slim):
     host_width, alpha = ARMS[arm]
-    units = forward_units(
-        slim_only=host_width == 1.0, distils=alpha < 1, xd_direction=direction, slow_start=slow_start
-    )
+    config = Config(alpha=alpha, xd_direction=direction)
+    units = config.forward_units(one_net=host_width == 1.0, slow_start=slow_start)
     assert units == {"host": host, "slim": slim}
 
 
@@ -293,12 +292,12 @@ def test_forward_units_count_the_passes_that_run(
     net = make_net(host_width=host_width)
     calls = spy(net)
     settings = {"xd_direction": direction, "symmetric": symmetric, "learn_targets": learn_targets}
-    project(method(net, alpha, dense=dense, **settings), *views)
+    one = method(net, alpha, dense=dense, **settings)
+    project(one, *views)
     units = {"host": 0.0, "slim": 0.0}
     for name, learns, _ in calls:
         units[name] += 3 if learns else 1
-    slim_only, distils = host_width == 1.0, alpha < 1
-    assert units == forward_units(slim_only=slim_only, distils=distils, slow_start=float(dense), **settings)
+    assert units == one.config.forward_units(one_net=host_width == 1.0, slow_start=float(dense))
 
 
 # --- several widths ---
@@ -499,9 +498,7 @@ def test_units_of_several_widths_count_the_passes_that_run(make_net, views, arm,
     for name, learns, _ in calls:
         units[name] += (3 if learns else 1) / steps
     expected = {
-        **forward_units(
-            slim_only=host_width == 1.0, distils=alpha < 1, xd_direction=direction, slow_start=float(dense)
-        ),
+        **arms.config.forward_units(one_net=host_width == 1.0, slow_start=float(dense)),
         **{
             f"slim {width:g}": count
             for width, count in other_width_units(widths, slow_start=float(dense)).items()
