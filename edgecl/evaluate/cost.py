@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,11 +18,10 @@ from torch import nn
 
 from edgecl.config.recipe import Recipe
 from edgecl.config.settings import Config, parse_toml
-from edgecl.errors import RecipeError, first_line
+from edgecl.errors import RecipeError
 from edgecl.methods.teacher import TaughtConfig, load_teacher
-from edgecl.nets.backbone import count_parameters, create_backbone, feature_count
+from edgecl.nets.backbone import count_parameters, create_backbone, feature_count, taking_pictures
 from edgecl.nets.folding import fuse_branches
-from edgecl.nets.heads import Projector
 from edgecl.storage.directories import ModelDir
 from edgecl.storage.reading import reading
 from edgecl.storage.record_files import write_record
@@ -76,12 +76,15 @@ def forward_cost(net: nn.Module, shape: tuple[int, ...]) -> ForwardCost:
     was_training = net.training
     net.eval()
     try:
-        with warnings.catch_warnings(), torch.no_grad():
+        hint = "set [data] image_size to a size that it takes"
+        with warnings.catch_warnings(), torch.no_grad(), taking_pictures("the net", *shape[2:], hint=hint):
             # fvcore traces with torch.jit, which newer torch calls deprecated.
             warnings.simplefilter("ignore")
             from fvcore.nn import FlopCountAnalysis
 
-            analysis = _quiet(FlopCountAnalysis(net, torch.zeros(shape)))
+            logging.getLogger("fvcore").setLevel(logging.ERROR)
+            analysis: Any = FlopCountAnalysis(net, torch.zeros(shape)).tracer_warnings("none")
+            analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
             for name in _ELEMENTWISE:
                 for spelling in (f"aten::{name}", f"aten::{name}_"):
                     analysis.set_op_handle(spelling, _count_elements(name, of_output=True))
@@ -97,18 +100,8 @@ def forward_cost(net: nn.Module, shape: tuple[int, ...]) -> ForwardCost:
                 by_operator=by_operator,
                 uncounted={name: int(count) for name, count in analysis.unsupported_ops().items()},
             )
-    except (RuntimeError, AssertionError, ValueError) as exc:
-        raise RecipeError(
-            f"the net does not take pictures of {' x '.join(map(str, shape[2:]))}: {first_line(exc)}",
-            hint="set [data] image_size to a size that it takes",
-        ) from exc
     finally:
         net.train(was_training)
-
-
-def _quiet(analysis: Any) -> Any:
-    logging.getLogger("fvcore").setLevel(logging.ERROR)
-    return analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
 
 
 def _count_elements(name: str, *, of_output: bool) -> Callable[[list[Any], list[Any]], Counter[str]]:
@@ -187,7 +180,7 @@ def training_cost(recipe: Recipe, *, images: int) -> TrainingCost:
     }
     flops = {width: one.trained.training_flops for width, one in counted.items()}
     heads = {
-        width: 2 * sum(layer.weight.numel() for layer in _linears(one.features, recipe))
+        width: 2 * sum(a * b for a, b in pairwise([one.features, *recipe.projector.sizes]))
         for width, one in counted.items()
     }
     passes = recipe.method.forward_passes(recipe)
@@ -245,12 +238,6 @@ def _coding_rate_flops(recipe: Recipe) -> float:
     count, dimensions = recipe.data.batch_size, recipe.projector.sizes[-1]
     less = min(count, dimensions)
     return 3 * (2 * count * dimensions * less + less**3 / 3) / count
-
-
-def _linears(features: int, recipe: Recipe) -> list[nn.Linear]:
-    with torch.device("meta"):
-        projector = Projector(features, recipe.projector.sizes)
-    return [layer for layer in projector if isinstance(layer, nn.Linear)]
 
 
 def cost(model: Path) -> CostRecord:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from edgecl.config.settings import override, validate
 from edgecl.data.loading import normalize
 from edgecl.data.sources import absolute_uri
-from edgecl.errors import ArtifactError, DataError, RecipeError, first_line, first_of
+from edgecl.errors import ArtifactError, DataError, RecipeError, first_of
 from edgecl.evaluate.inspection import inspect
 from edgecl.evaluate.labelled import Labelled, read_labelled
 from edgecl.evaluate.probe import load_feature_net
@@ -27,6 +27,7 @@ from edgecl.evaluate.supervised import (
 from edgecl.metrics.collapse import extract_features
 from edgecl.metrics.intervals import mean_interval, proportion_interval
 from edgecl.metrics.label_sets import mean_average_precision
+from edgecl.nets.backbone import taking_pictures
 from edgecl.nets.fake_quant import learning_scales, quantize_net
 from edgecl.nets.model_dir import create_blank, load_backbone, load_model, write_model
 from edgecl.storage.directories import ModelDir
@@ -80,7 +81,9 @@ def finetune(
             hint="start from the float net that it was made from",
         )
     deployed = settings.deployed(record.preprocessing)
-    _try_size(net, record, deployed.image_size)
+    size, hint = deployed.image_size, "leave test_size out, or set one that the net takes"
+    with taking_pictures(f"'{record.arch}'", size, size, hint=hint), torch.no_grad():
+        net(torch.zeros(1, 3, size, size))
     labelled = read_labelled(
         data, test=test, preprocessing=record.preprocessing, download=download, label_sets=True
     )
@@ -127,16 +130,13 @@ def finetune(
 
 @dataclass(frozen=True)
 class _Trained:
-    """A fine-tuned net.
-
-    Attributes:
-        before: of such a net, the (N,) accuracies in float and calibrated, before it was trained so, percent.
-    """
+    """A fine-tuned net with its classifier."""
 
     net: nn.Module
     epochs: int
     quantization: Quantization | None = None
     before: tuple[Tensor, Tensor] | None = None
+    """Of a net trained for INT8, the (N,) accuracies in float and calibrated, before it was trained so, percent."""
 
 
 def _train_float(
@@ -262,15 +262,3 @@ def _evaluation(
         epochs=trained.epochs,
         settings=settings.model_dump(mode="json"),
     )
-
-
-def _try_size(net: nn.Module, record: ModelRecord, size: int) -> None:
-    """Run one blank picture of the size that the net will be deployed at."""
-    try:
-        with torch.no_grad():
-            net(torch.zeros(1, 3, size, size))
-    except (RuntimeError, AssertionError, ValueError) as exc:
-        raise RecipeError(
-            f"'{record.arch}' does not take pictures of {size} x {size}: {first_line(exc)}",
-            hint="leave test_size out, or set one that the net takes",
-        ) from exc

@@ -70,13 +70,9 @@ def inspect(
 
 
 def feature_map(features: Tensor, labels: Tensor) -> FeatureMap:
-    """Place images on a plane by their features: by UMAP where it is installed, else by principal components.
+    """Place images on a plane by their (N, F) features: by UMAP where it is installed, else by principal components.
 
-    Args:
-        features: (N, F).
-
-    Returns:
-        at most MAP_POINTS of them, drawn at random, always the same.
+    At most MAP_POINTS of them, drawn at random, always the same.
     """
     # Not every so many: images often come with their classes in turn.
     chosen = torch.from_numpy(permutation(0, 0, len(features), stream="map")[:MAP_POINTS].copy())

@@ -122,10 +122,7 @@ def read_labelled(
 def check_labelled(
     data: str, *, test: str | None, per_class: int, limit: int | None = None, download: bool = False
 ) -> bool:
-    """Check labels without decoding an image.
-
-    Returns:
-        whether the images have labels at all.
+    """Check labels without decoding an image; return whether the images have labels at all.
 
     Raises:
         DataError: other classes in the test part or the same images, or fewer of a class than labels asked for.
@@ -196,15 +193,12 @@ def _with_labels(source: ImageSource, *, label_sets: bool) -> ImageSource:
 
 
 def draw_few(labels: Tensor, *, per_class: int, draw: int) -> Tensor:
-    """Choose a few labelled images of each class, the same for every net that is compared.
+    """Choose (per_class * K,) of the labelled images, so many of each class, the same for every net that is compared.
 
     Args:
         labels: (N,) int64 of the images to choose from.
         per_class: images of each class.
         draw: which draw, 0-based; a draw is a function of this number alone.
-
-    Returns:
-        (per_class * K,) indices.
 
     Raises:
         DataError: a class has fewer images.

@@ -119,16 +119,13 @@ def write_probe(model: Path, labelled: Labelled, *, labels_per_class: int, draws
 
 
 class Probed(NamedTuple):
-    """What a probe found, and with what.
-
-    Attributes:
-        features: (N, F) of the held-out images.
-        linear: the linear probe on all labels.
-    """
+    """What a probe found, and with what."""
 
     record: ProbeRecord
     features: Tensor
+    """(N, F) of the held-out images."""
     linear: LinearClassifier
+    """On all labels."""
 
 
 def load_feature_net(model: Path) -> tuple[nn.Module, ModelRecord]:

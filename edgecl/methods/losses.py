@@ -58,11 +58,7 @@ def cross_correlation(z_a: Tensor, z_b: Tensor) -> Tensor:
 
 
 def check_pair(z_a: Tensor, z_b: Tensor) -> None:
-    """Refuse projections that are not two (N, D) sets of 2 or more.
-
-    Raises:
-        ShapeError: they are not.
-    """
+    """Raise ShapeError of projections that are not two (N, D) sets of 2 or more."""
     if z_a.ndim != 2 or z_a.shape != z_b.shape:
         raise ShapeError(
             f"projections must be two (N, D) tensors, got {tuple(z_a.shape)} and {tuple(z_b.shape)}"
@@ -111,12 +107,7 @@ def cross_correlation_loss(z_a: Tensor, z_b: Tensor, *, off_diagonal: float) -> 
 
 @torch.no_grad()
 def correlation_of(z_a: Tensor, z_b: Tensor) -> dict[str, Tensor]:
-    """Return what the alarms watch of two views, as a method logs it: "diagonal" and "off_diagonal_rms" of C.
-
-    Args:
-        z_a: (N, D) embeddings of one view.
-        z_b: (N, D) embeddings of another.
-    """
+    """Return what the alarms watch of two (N, D) views, as a method logs it: "diagonal" and "off_diagonal_rms" of C."""
     _, diagonal, off_diagonal_rms = cross_correlation_loss(z_a, z_b, off_diagonal=0.0)
     return {"diagonal": diagonal, "off_diagonal_rms": off_diagonal_rms}
 

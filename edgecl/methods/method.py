@@ -89,8 +89,7 @@ class Method(nn.Module):
 
     Whatever it draws must be a function of seed and step, so that a resumed run repeats the one that was not stopped.
 
-    Args:
-        config: the recipe's [method] table, of the class `Config` in the method's file.
+    Its config is the recipe's [method] table, of the class `Config` in the method's file.
     """
 
     config: MethodConfig

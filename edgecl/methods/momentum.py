@@ -78,12 +78,6 @@ def ask(
     Args:
         queries: name of a view -> (N, D) projections; any scale.
         keys: "key_0" and "key_1", or the latter -> (N, D) projections of the net that follows; any scale.
-        temperature: of the softmax over cosines, > 0.
     """
-    losses = [
-        queue_contrastive_loss(
-            query, keys["key_0" if name == "view_1" else "key_1"], queue.rows, temperature=temperature
-        )
-        for name, query in queries.items()
-    ]
-    return mean_of(losses)
+    asked = [(query, keys["key_0" if name == "view_1" else "key_1"]) for name, query in queries.items()]
+    return mean_of([queue_contrastive_loss(*pair, queue.rows, temperature=temperature) for pair in asked])

@@ -320,11 +320,7 @@ def _slim_b(width: float, net: SlimmableNet) -> str:
 
 
 def sandwich(widths: Sequence[float], *, seed: int, step: int) -> tuple[float, ...]:
-    """Choose the slim widths of a step: the widest, the narrowest and one of those between.
-
-    Returns:
-        at most three widths, widest first; the same for a step whichever process asks.
-    """
+    """Choose the slim widths of a step, widest first: the widest, the narrowest and one of those between."""
     ordered = sorted(set(widths), reverse=True)
     between = ordered[1:-1]
     if len(between) > 1:
@@ -336,11 +332,7 @@ def sandwich(widths: Sequence[float], *, seed: int, step: int) -> tuple[float, .
 def other_width_units(widths: Sequence[float], *, slow_start: float = 0.0) -> dict[float, float]:
     """Return how often one image passes each slim width but the widest, in forward passes of that width.
 
-    Args:
-        slow_start: fraction of the epochs in which the slim nets rest.
-
-    Returns:
-        width -> units: 3 for the narrowest, and 3 shared by those between, of which a step draws one.
+    Those are 3 for the narrowest, and 3 shared by those between, of which a step draws one; none in the slow start.
     """
     others = sorted(set(widths), reverse=True)[1:]
     between = len(others) - 1

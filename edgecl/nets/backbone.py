@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -18,7 +19,7 @@ with warnings.catch_warnings():
     import timm
     from timm.models import is_model, list_models, model_entrypoint
 
-from edgecl.errors import RecipeError, SliceError, near_matches
+from edgecl.errors import RecipeError, SliceError, first_line, near_matches
 
 
 def create_backbone(
@@ -184,6 +185,21 @@ def example_side(net: nn.Module) -> int:
     return 64
 
 
+@contextlib.contextmanager
+def taking_pictures(net: str, height: int, width: int, *, hint: str) -> Iterator[None]:
+    """Run a net on pictures of a size, and name it where it does not take them.
+
+    Raises:
+        RecipeError: it does not.
+    """
+    try:
+        yield
+    except (RuntimeError, AssertionError, ValueError) as exc:
+        raise RecipeError(
+            f"{net} does not take pictures of {height} x {width}: {first_line(exc)}", hint=hint
+        ) from exc
+
+
 def count_parameters(net: nn.Module) -> int:
     """Return how many numbers training changes in a net."""
     return sum(parameter.numel() for parameter in net.parameters())
@@ -195,11 +211,10 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def recalibrate(net: nn.Module, batches: Any, *, device: torch.device) -> int:
-    """Re-estimate every batch norm's statistics as the average over batches of normalized images.
+    """Re-estimate every batch norm's statistics as the average over (N, 3, H, W) batches of normalized images.
 
-    Args:
-        net: a backbone; its running statistics change, nothing else does.
-        batches: iterable of (N, 3, H, W) float tensors.
+    Returns:
+        how many batches were used.
     """
     norms = [module for module in net.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]

@@ -301,13 +301,12 @@ def _calibrate_activations(net: nn.Module, images: Tensor) -> None:
     peaks: dict[FakeQuant, Tensor] = {}
     counts: dict[FakeQuant, Tensor] = {}
 
-    def watch_peak(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def watch_peak(quantizer: FakeQuant, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         peak = inputs[0].abs().max()
-        peaks[cast(FakeQuant, module)] = torch.maximum(peaks.get(cast(FakeQuant, module), peak), peak)
+        peaks[quantizer] = torch.maximum(peaks.get(quantizer, peak), peak)
         return inputs[0]
 
-    def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        quantizer = cast(FakeQuant, module)
+    def count(quantizer: FakeQuant, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         found = torch.histc(inputs[0].abs(), _BINS, 0, float(peaks[quantizer].clamp(min=1e-30)))
         counts[quantizer] = counts.get(quantizer, torch.zeros_like(found)) + found
         return inputs[0]
@@ -329,16 +328,15 @@ def _calibrate_activations(net: nn.Module, images: Tensor) -> None:
 @torch.no_grad()
 def _run_watched(net: nn.Module, images: Tensor, watch: Any) -> None:
     """Run all images, each activation's quantizer replaced by what `watch` returns."""
-    weights = {id(getattr(module, "weight_quantizer", None)) for module in net.modules()}
-    quantizers = [
-        module for module in net.modules() if isinstance(module, FakeQuant) and id(module) not in weights
-    ]
-    # The weights stay float too: their rounding is no reason for another range.
-    handles = [module.register_forward_hook(watch) for module in quantizers]
-    handles += [
-        module.weight_quantizer.register_forward_hook(lambda module, inputs, output: inputs[0])
-        for module in net.modules()
-        if isinstance(module, (QuantConv2d, QuantLinear))
+
+    def keep_float(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return inputs[0]
+
+    handles = [
+        # The weights stay float too: their rounding is no reason for another range.
+        module.register_forward_hook(keep_float if name.endswith("weight_quantizer") else watch)
+        for name, module in net.named_modules()
+        if isinstance(module, FakeQuant)
     ]
     try:
         for batch in images.split(_BATCH):
