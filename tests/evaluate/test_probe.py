@@ -45,53 +45,30 @@ def test_record_is_kept_in_the_model_directory(probed):
     assert read_record(ModelDir(model).probe_file, ProbeRecord) == record
     assert record.kind == "probe"
     assert record.made_from == ModelDir(model).sha256
-
-
-def test_counts_say_what_was_learned_from_and_tested_on(probed):
-    _, record = probed
     assert (record.n_train, record.n_test, record.classes) == (48, 12, 3)
 
 
-def test_colors_are_told_apart_in_percent(evaluator):
-    record = evaluator()
-    assert record.knn_top1 > 90
-    assert record.linear_top1 > 90
-
-
-def test_intervals_are_those_of_a_proportion(evaluator):
-    record = evaluator()
+def test_colors_are_told_apart_in_percent_with_intervals(evaluator):
+    record = evaluator(draws=4)
     for name in ("knn", "linear"):
-        assert getattr(record, f"{name}_ci95") == list(
-            proportion_interval(getattr(record, f"{name}_top1"), 30)
-        )
-
-
-def test_few_label_summary_is_of_its_draws(evaluator):
-    few = evaluator(draws=4).few_label_top1
+        top1 = getattr(record, f"{name}_top1")
+        assert top1 > 90
+        assert getattr(record, f"{name}_ci95") == list(proportion_interval(top1, 30))
+    few = record.few_label_top1
     assert few.mean == pytest.approx(sum(few.draws) / 4)
     assert few.ci95 == pytest.approx(list(mean_interval(few.draws)))
     assert few.labels_per_class == 2
 
 
-def test_few_label_probe_learns_from_the_draws_alone(evaluator, monkeypatch):
-    sizes = []
-
-    def watching(features, labels, *, classes):
-        sizes.append(len(labels))
-        return fit_linear(features, labels, classes=classes)
-
-    monkeypatch.setattr(edgecl.evaluate.probe, "fit_linear", watching)
-    evaluator(labels_per_class=4, draws=2)
-    assert sizes == [36, 12, 12]
-
-
 def test_test_images_and_labels_change_no_classifier(evaluator, colored, monkeypatch):
-    """Nothing is chosen, scaled or fitted on the held-out part."""
+    """Nothing is chosen, scaled or fitted on the held-out part; few labels are learned from alone."""
+    sizes = []
 
     def fits(labelled):
         found = []
 
         def watching(features, labels, *, classes):
+            sizes.append(len(labels))
             found.append(fit_linear(features, labels, classes=classes))
             return found[-1]
 
@@ -103,6 +80,7 @@ def test_test_images_and_labels_change_no_classifier(evaluator, colored, monkeyp
         colored.test, images=255 - colored.test.images, labels=colored.test.labels.flip(0)
     )
     before, after = fits(colored), fits(dataclasses.replace(colored, test=other))
+    assert sizes == 2 * [36, 6, 6, 6]
     for one, two in zip(before, after, strict=True):
         for field in dataclasses.fields(one):
             assert torch.equal(

@@ -7,8 +7,16 @@ import pytest
 import torch
 from PIL import Image
 
+from edgecl.config.recipe import recipe_from_tables
+from edgecl.nets.build import create_slimmable
 from edgecl.nets.heads import Encoder
 from edgecl.nets.slimming import SlimmableNet
+from edgecl.storage.checkpoint import write_checkpoint
+from edgecl.storage.directories import RunDir
+from edgecl.storage.record_files import write_record
+from edgecl.storage.records import ImagesRead, RunRecord
+
+NO_OPTIMIZER = {"state": {}, "param_groups": []}
 
 
 def make_slimmable(arch, *, host_width, slim_width):
@@ -33,6 +41,31 @@ def slimmable():
     """Make a SlimmableNet, once per session: tests that train one must take a small one of their own."""
     # The large ones would fill the memory if all were kept.
     return lru_cache(maxsize=1)(make_slimmable)
+
+
+@pytest.fixture
+def write_run(tmp_path):
+    """Write tmp_path/run with one checkpoint of an untrained net, or of one that `train` has changed; return the net."""
+
+    def write(tables, *, data="nowhere", train=None):
+        recipe = recipe_from_tables(tables, source="test")
+        torch.manual_seed(4)
+        net = create_slimmable(recipe)
+        if train:
+            train(net)
+        run_dir = RunDir(tmp_path / "run")
+        run_dir.checkpoints.mkdir(parents=True)
+        write_checkpoint(run_dir, epoch=3, step=30, model=net.state_dict(), optimizer=NO_OPTIMIZER)
+        record = RunRecord(
+            made_from=None,
+            recipe_name="tiny",
+            recipe=recipe.model_dump(mode="json"),
+            data=ImagesRead(uri=str(data), fingerprint="f" * 64),
+        )
+        write_record(run_dir.record_file, record)
+        return net
+
+    return write
 
 
 @pytest.fixture

@@ -8,17 +8,12 @@ import torch
 from every_net import LAYER_NORMS, nets_at
 from torch import nn
 
-from edgecl.config.recipe import recipe_from_tables
 from edgecl.errors import SliceError
 from edgecl.nets.backbone import create_backbone, example_side
-from edgecl.nets.build import backbone_tensors, create_slimmable
+from edgecl.nets.build import backbone_tensors
 from edgecl.nets.heads import Encoder
 from edgecl.nets.model_dir import load_model
 from edgecl.nets.slimming import SlimmableNet, limit_skips
-from edgecl.storage.checkpoint import write_checkpoint
-from edgecl.storage.directories import RunDir
-from edgecl.storage.record_files import write_record
-from edgecl.storage.records import ImagesRead, RunRecord
 from edgecl.train.carve import carve
 
 SMALL = "mobilenetv3_small_100"
@@ -203,35 +198,17 @@ TABLES = {
 }
 
 
-def write_run(path, *, tables=TABLES, other_weights=False):
-    """Write a run directory of a nested net, a few steps in if asked; return the net."""
-    run_dir = RunDir(path)
-    run_dir.checkpoints.mkdir(parents=True)
-    recipe = recipe_from_tables(tables, source="test")
-    torch.manual_seed(0)
-    net = create_slimmable(recipe)
-    if other_weights:
-        optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
-        for _ in range(3):
-            images = torch.randn(4, 3, 32, 32)
-            (net.forward_host(images).square().mean() + net.forward_slim(images).square().mean()).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-    record = RunRecord(
-        made_from=None,
-        recipe=recipe.model_dump(mode="json"),
-        recipe_name="test",
-        data=ImagesRead(uri="none", fingerprint="f" * 64),
-    )
-    write_record(run_dir.record_file, record)
-    write_checkpoint(
-        run_dir, epoch=1, step=3, model=net.state_dict(), optimizer={"state": {}, "param_groups": []}
-    )
-    return net
+def take_steps(net):
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+    for _ in range(3):
+        images = torch.randn(4, 3, 32, 32)
+        (net.forward_host(images).square().mean() + net.forward_slim(images).square().mean()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
 
-def test_a_carved_slim_net_is_its_view_and_timms_own(tmp_path):
-    net = write_run(tmp_path / "run", other_weights=True).eval()
+def test_a_carved_slim_net_is_its_view_and_timms_own(write_run, tmp_path):
+    net = write_run(TABLES, train=take_steps).eval()
     carve(tmp_path / "run", out=tmp_path / "model", recalibrate_norms=False)
     loaded, _ = load_model(tmp_path / "model")
     plain = create_backbone("mobilenetv3_small_050", width=1.0, stem_stride=1).eval()
@@ -244,17 +221,17 @@ def test_a_carved_slim_net_is_its_view_and_timms_own(tmp_path):
         assert torch.equal(plain(images), expected)
 
 
-def test_a_host_whose_skips_are_not_timms_cannot_be_carved(tmp_path):
-    write_run(tmp_path / "run")
+def test_a_host_whose_skips_are_not_timms_cannot_be_carved(write_run, tmp_path):
+    write_run(TABLES)
     with pytest.raises(SliceError, match=r"cannot carve the host: .*backbone\.blocks\.3\.0") as caught:
         carve(tmp_path / "run", out=tmp_path / "model", width=1.5, recalibrate_norms=False)
     assert "carve a slim width, 1;" in caught.value.hint
     assert not (tmp_path / "model").exists()
 
 
-def test_a_nested_host_with_timms_skips_can_be_carved(tmp_path):
+def test_a_nested_host_with_timms_skips_can_be_carved(write_run, tmp_path):
     tables = {**TABLES, "host": {**TABLES["host"], "arch": SMALL}}
-    net = write_run(tmp_path / "run", tables=tables, other_weights=True).eval()
+    net = write_run(tables, train=take_steps).eval()
     assert net.host_skips == {}
     carve(tmp_path / "run", out=tmp_path / "model", width=1.5, recalibrate_norms=False)
     loaded, _ = load_model(tmp_path / "model")
