@@ -211,10 +211,8 @@ def _write_inspection(model: Path, logits: Tensor, labelled: Labelled) -> None:
     inspection = inspect(
         features,
         logits,
-        labelled.test,
-        classes=labelled.classes,
+        labelled,
         predicted_by="classifier",
-        test_from=labelled.test_from,
         made_from=ModelDir(model).sha256,
     )
     write_record(ModelDir(model).inspection_file, inspection)

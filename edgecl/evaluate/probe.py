@@ -10,7 +10,6 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from edgecl.data.loading import normalize
-from edgecl.errors import ArtifactError
 from edgecl.evaluate.cost import forward_cost
 from edgecl.evaluate.inspection import inspect
 from edgecl.evaluate.labelled import Labelled, draw_few, read_labelled
@@ -18,7 +17,7 @@ from edgecl.metrics.collapse import extract_features, knn_top1
 from edgecl.metrics.intervals import mean_interval, proportion_interval
 from edgecl.metrics.linear import LinearClassifier, fit_linear
 from edgecl.nets.backbone import count_parameters
-from edgecl.nets.model_dir import create_blank, load_model
+from edgecl.nets.model_dir import create_blank, load_backbone, load_model
 from edgecl.progress import Progress
 from edgecl.storage.directories import ModelDir
 from edgecl.storage.record_files import write_record
@@ -108,10 +107,8 @@ def write_probe(model: Path, labelled: Labelled, *, labels_per_class: int, draws
         inspection = inspect(
             found.features,
             found.linear.logits(found.features),
-            labelled.test,
-            classes=labelled.classes,
+            labelled,
             predicted_by="linear probe",
-            test_from=labelled.test_from,
             made_from=files.sha256,
         )
         write_record(files.inspection_file, inspection)
@@ -138,9 +135,7 @@ def load_feature_net(model: Path) -> tuple[nn.Module, ModelRecord]:
     if not record.classes:
         return net, record
     backbone = create_blank(record, classes=0)
-    unexpected = backbone.load_state_dict(net.state_dict(), strict=False)
-    if unexpected.missing_keys:
-        raise ArtifactError(f"the weights lack '{unexpected.missing_keys[0]}'", where={"model": model})
+    load_backbone(backbone, net)
     return backbone.eval(), record
 
 

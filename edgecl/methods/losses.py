@@ -1,6 +1,7 @@
 """Losses between two sets of projections, and the coding rate of one set; all of the global batch.
 
-Those that take two sets raise ShapeError where these are not two (N, D) sets of two samples or more.
+Two sets are (N, D) projections of views A and B of the same pictures, at any scale; where they are not, or of fewer than two
+samples, it is a ShapeError. All are computed in float32 at least, autocast or not.
 """
 
 from __future__ import annotations
@@ -39,10 +40,6 @@ class CorrelationLoss(NamedTuple):
 
 def cross_correlation(z_a: Tensor, z_b: Tensor) -> Tensor:
     """Correlate the dimensions of two sets of projections over the batch, over all processes.
-
-    Args:
-        z_a: (N, D) projections of view A; any scale.
-        z_b: (N, D) projections of view B; same dtype and device as z_a.
 
     Returns:
         (D, D) matrix, float32 even under autocast (float64 for float64 inputs); entry (i, j) correlates
@@ -83,8 +80,6 @@ def cross_correlation_loss(z_a: Tensor, z_b: Tensor, *, off_diagonal: float) -> 
     """Pull the cross-correlation of two views towards the identity.
 
     Args:
-        z_a: (N, D) projections of view A; normalized here over N, any scale.
-        z_b: (N, D) projections of view B; same dtype and device as z_a.
         off_diagonal: weight of the redundancy term, unitless, >= 0.
 
     Returns:
@@ -133,12 +128,10 @@ def contrastive_loss(z_a: Tensor, z_b: Tensor, *, temperature: float) -> Tensor:
     """Tell each picture's other view from all other views of the batch (NT-Xent).
 
     Args:
-        z_a: (N, D) projections of view A; any scale.
-        z_b: (N, D) projections of view B; same dtype and device as z_a.
         temperature: of the softmax over cosines, > 0.
 
     Returns:
-        () mean cross-entropy over the 2N views of the global batch, nats; float32 even under autocast.
+        () mean cross-entropy over the 2N views of the global batch, nats.
 
     Source: Chen et al. 2020 (SimCLR), arXiv:2002.05709, equation 1.
     """
@@ -164,7 +157,7 @@ def queue_contrastive_loss(queries: Tensor, keys: Tensor, queue: Tensor, *, temp
         temperature: of the softmax over cosines, > 0.
 
     Returns:
-        () mean cross-entropy over the global batch, nats; float32 even under autocast.
+        () mean cross-entropy over the global batch, nats.
 
     Source: He et al. 2020 (MoCo), arXiv:1911.05722, equation 1.
     """
@@ -181,12 +174,8 @@ def alignment_loss(z_a: Tensor, z_b: Tensor) -> Tensor:
 
     Nothing in it keeps the projections apart: it needs the coding rate beside it.
 
-    Args:
-        z_a: (N, D) projections of view A; any scale.
-        z_b: (N, D) projections of view B; same dtype and device as z_a.
-
     Returns:
-        () mean of 2 - 2 cos of the standardized projections over the global batch; float32 even under autocast.
+        () mean of 2 - 2 cos of the standardized projections over the global batch.
 
     Source: Tong et al. 2023 (EMP-SSL), arXiv:2304.03977, the similarity term of equation 5.
     """
