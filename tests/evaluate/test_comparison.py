@@ -176,25 +176,15 @@ def test_given_weights_are_written_as_they_are(compared_further):
 
 
 @pytest.mark.parametrize(
-    ("ours", "theirs", "wall_s", "words"),
+    ("ours", "wall_s", "words"),
     [
-        (
-            [52, 63, 71],
-            [50, 61, 69],
-            12_240,
-            "further pretraining gained 2.0 points [2.0, 2.0] for 3.4 hours",
-        ),
-        (
-            [52, 60, 71],
-            [50, 61, 69],
-            90,
-            "fine-tune your weights: whether pretraining pays is not resolved (1.0 points [-",
-        ),
-        ([48, 59, 67], [50, 61, 69], 30, "did not pay (-2.0 points [-2.0, -2.0] for 30.0 seconds)"),
+        ([52, 63, 71], 12_240, "further pretraining gained 2.0 points [2.0, 2.0] for 3.4 hours"),
+        ([52, 60, 71], 90, "weights: whether pretraining pays is not resolved (1.0 points [-"),
+        ([48, 59, 67], 30, "did not pay (-2.0 points [-2.0, -2.0] for 30.0 seconds)"),
     ],
 )
-def test_the_verdict_says_what_was_gained_and_what_it_cost(ours, theirs, wall_s, words):
-    assert words in did_it_pay(difference("a", "b", ours, theirs), wall_s=wall_s)
+def test_the_verdict_says_what_was_gained_and_what_it_cost(ours, wall_s, words):
+    assert words in did_it_pay(difference("a", "b", ours, [50, 61, 69]), wall_s=wall_s)
 
 
 # --- differences ---

@@ -129,19 +129,7 @@ def test_each_of_several_nets_keeps_the_record_it_would_have_alone(several, imag
     assert records[0].made_from != records[1].made_from
 
 
-def test_images_of_several_nets_are_read_once(several, image_folder, monkeypatch):
-    read = edgecl.evaluate.probe.read_labelled
-    times = []
-    monkeypatch.setattr(
-        edgecl.evaluate.probe,
-        "read_labelled",
-        lambda *words, **named: times.append(1) or read(*words, **named),
-    )
-    probe_all(several[0], data=str(image_folder), labels_per_class=2, seeds=2)
-    assert len(times) == 1
-
-
-def test_images_are_read_again_for_a_net_that_sees_them_otherwise(
+def test_images_are_read_again_only_for_a_net_that_sees_them_otherwise(
     several, image_folder, monkeypatch, tmp_path
 ):
     models, _ = several
@@ -149,17 +137,16 @@ def test_images_are_read_again_for_a_net_that_sees_them_otherwise(
     record = ModelDir(other).read()
     record.preprocessing.image_size = record.preprocessing.resize_size = 24
     write_record(ModelDir(other).record_file, record)
-    seen = []
-    evaluator = edgecl.evaluate.probe.probe_net
-    monkeypatch.setattr(
-        edgecl.evaluate.probe,
-        "probe_net",
-        lambda net, labelled, **named: (
-            seen.append(labelled.test.images.shape[-1]) or evaluator(net, labelled, **named)
-        ),
-    )
-    probe_all([models[0], other], data=str(image_folder), labels_per_class=2, seeds=2)
-    assert seen == [32, 24]
+    read, sizes = edgecl.evaluate.probe.read_labelled, []
+
+    def watching(*words, **named):
+        labelled = read(*words, **named)
+        sizes.append(labelled.test.images.shape[-1])
+        return labelled
+
+    monkeypatch.setattr(edgecl.evaluate.probe, "read_labelled", watching)
+    probe_all([*models, other], data=str(image_folder), labels_per_class=2, seeds=2)
+    assert sizes == [32, 24]
 
 
 def test_nets_side_by_side_are_sorted_by_what_they_cost(several):

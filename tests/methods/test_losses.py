@@ -132,17 +132,8 @@ def test_correlation_loss_has_the_gradient_of_finite_differences(shape):
 def distillation_gradient_between_equals(z, off_diagonal):
     """Differentiate L_D(z, [z]) by hand, through its first argument only.
 
-    With r = 1 / sqrt(var(z) + eps) per dimension, u = (z - mean) r, and t = [u], a constant of the same value:
-    C = u^T t / N, and L = sum_i (1 - C_ii)^2 + w sum_{i != j} C_ij^2, so
-
-        G = dL/dC,  G_ii = -2 (1 - C_ii),  G_ij = 2 w C_ij
-        dL/du_ni = sum_j G_ij t_nj / N, that is t G^T / N
-
-    and, through the normalization, per dimension with g = dL/du,
-
-        dL/dz = r (g - mean_n(g) - u mean_n(g u)).
-
-    If gradient also flowed through t, C would be symmetric in z and the result twice as large.
+    With r = 1 / sqrt(var(z) + eps), u = (z - mean) r, t = [u], C = u^T t / N and G = dL/dC it is dL/du = t G^T / N, and,
+    through the normalization with g = dL/du, dL/dz = r (g - mean_n(g) - u mean_n(g u)). Through t too it were twice that.
     """
     samples = len(z)
     centered = z - z.mean(axis=0)

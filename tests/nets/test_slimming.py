@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from nets.conftest import slim_encoder
 from torch import nn
 from torch.func import functional_call
 
@@ -157,20 +158,10 @@ def test_the_check_of_function_draws_from_no_shared_generator():
 # --- several widths ---
 
 
-def slim_many(*, host_width=1.5, widths=(1.0, 0.75, 0.5), arch=SMALL):
-    torch.manual_seed(0)
-    return SlimmableNet(
-        lambda width: Encoder(arch, width=width, projector=[8, 4]),
-        host_width=host_width,
-        slim_width=widths[0],
-        other_widths=widths[1:],
-    )
-
-
 @pytest.fixture(scope="module")
 def untouched_many():
     """A host with three slim nets; tests take a copy, since building one is slow."""
-    return slim_many()
+    return slim_encoder(SMALL, 1.5, 1.0, 0.75, 0.5)
 
 
 @pytest.fixture
@@ -213,10 +204,7 @@ def test_names_at_one_width_are_those_of_checkpoints_before_there_were_several(n
 
 
 def test_names_and_start_of_the_slim_width_do_not_depend_on_the_others(many):
-    torch.manual_seed(0)
-    alone = SlimmableNet(
-        lambda width: Encoder(SMALL, width=width, projector=[8, 4]), host_width=1.5, slim_width=1.0
-    )
+    alone = slim_encoder(SMALL, 1.5, 1.0)
     found = many.state_dict()
     for name, tensor in alone.state_dict().items():
         assert torch.equal(found[name], tensor), name
@@ -296,14 +284,14 @@ def test_several_widths_survive_a_round_trip(many, images):
         for parameter in many.parameters():
             parameter.add_(0.01)
     many.forward_slim(images, 0.5)
-    other = slim_many()
+    other = slim_encoder(SMALL, 1.5, 1.0, 0.75, 0.5)
     other.load_state_dict(many.state_dict())
     for width in many.slim_widths:
         assert torch.equal(other.eval().forward_slim(images, width), many.eval().forward_slim(images, width))
 
 
 def test_a_host_can_be_the_widest_of_several(images):
-    net = slim_many(host_width=1.0, widths=(1.0, 0.5))
+    net = slim_encoder(SMALL, 1.0, 1.0, 0.5)
     assert not net.has_slim
     net.eval()
     assert torch.equal(net.forward_slim(images), net.forward_host(images))

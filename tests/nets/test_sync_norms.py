@@ -8,11 +8,10 @@ import json
 
 import pytest
 import torch
+from nets.conftest import slim_encoder
 from torch import nn
 from worlds import run_script
 
-from edgecl.nets.heads import Encoder
-from edgecl.nets.slimming import SlimmableNet
 from edgecl.nets.sync_norms import GlobalBatchNorm, sum_over_processes, synchronize_norms
 
 SCRIPT = """
@@ -264,11 +263,7 @@ def test_norm_of_an_unknown_kind_is_named(results):
 
 
 def test_alone_nothing_is_replaced():
-    net = SlimmableNet(
-        lambda width: Encoder("mobilenetv3_small_050", width=width, projector=[8, 8]),
-        host_width=1.0,
-        slim_width=1.0,
-    )
+    net = slim_encoder("mobilenetv3_small_050", 1.0, 1.0)
     synchronize_norms(net, which="all", device=torch.device("cpu"))
     assert not any(isinstance(module, GlobalBatchNorm) for module in net.modules())
 
