@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import edgecl.evaluate.probe
-from edgecl.errors import ArtifactError, DataError
+from edgecl.errors import DataError
 from edgecl.evaluate.cost import forward_cost
 from edgecl.evaluate.probe import load_feature_net, probe, probe_all, probe_net, side_by_side, summary
 from edgecl.metrics.intervals import mean_interval, proportion_interval
@@ -92,18 +92,6 @@ def test_more_labels_than_there_are_is_refused_before_anything_runs(evaluator, m
     monkeypatch.setattr(edgecl.evaluate.probe, "extract_features", None)
     with pytest.raises(DataError, match="class 0 has 12 images to learn from, fewer than the 13 labels"):
         evaluator(labels_per_class=13)
-
-
-def test_net_is_run_in_evaluation_mode(evaluator, tiny_backbone):
-    before = {name: value.clone() for name, value in tiny_backbone.state_dict().items()}
-    tiny_backbone.train()
-    evaluator()
-    assert all(torch.equal(value, before[name]) for name, value in tiny_backbone.state_dict().items())
-
-
-def test_directory_that_is_no_model_is_refused(tmp_path, image_folder):
-    with pytest.raises(ArtifactError, match="is not a model directory"):
-        probe(tmp_path, data=str(image_folder))
 
 
 # --- several nets ---

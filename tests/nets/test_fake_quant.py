@@ -20,7 +20,6 @@ from edgecl.nets.fake_quant import (
     FakeQuant,
     QuantConv2d,
     QuantLinear,
-    insert_fake_quant,
     learning_scales,
     quantize_net,
     scale_of_least_error,
@@ -283,17 +282,6 @@ def test_float_copy_is_quantized_again_as_the_net_was(small):
     with torch.no_grad():
         assert torch.equal(again(pictures(2)), quantized(pictures(2)))
     check_pairs(exported(again), again)
-
-
-def test_state_dict_and_kept_names_are_all_that_rebuilds_it(small):
-    _, quantized, kept = small
-    torch.manual_seed(7)
-    blank = insert_fake_quant(
-        fold_batch_norm(create_backbone("mobilenetv3_small_100", num_classes=5)), keep=kept
-    )
-    blank.load_state_dict(quantized.state_dict())
-    with torch.no_grad():
-        assert torch.equal(blank(pictures(2)), quantized(pictures(2)))
 
 
 # --- what is exported ---
