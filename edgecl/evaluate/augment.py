@@ -24,10 +24,7 @@ def rand_augmented(
 
     Args:
         images: (N, 3, H, W) float32 in 0..1.
-        indices: (N,) pictures.
         magnitude: of the operations, 0 to 30.
-        seed: of the training.
-        epoch: 0-based.
 
     Source: Cubuk et al. 2019 (RandAugment), arXiv:1909.13719.
     """
@@ -48,11 +45,8 @@ def mixed(
     Args:
         images: (N, 3, H, W) float32.
         labels: (N,) int64.
-        classes: K.
         mixup: alpha of the Beta distribution of the shares; 0 never blends two images.
         cutmix: the same, of the area; 0 never pastes a part of one into another.
-        seed: of the training.
-        step: 0-based.
 
     Returns:
         the images, and (N, K) shares of the classes in each.

@@ -83,15 +83,7 @@ class Compared:
 def write_random(
     out: Path, record: ModelRecord, labelled: Labelled, *, seed: int, force: bool = False
 ) -> None:
-    """Write the same net at random initialization as a model directory, its norms recalibrated like the carved net's.
-
-    Args:
-        out: the model directory to write.
-        record: of the net to be compared.
-        labelled: its training images set the norms, as they did for the carved net.
-        seed: of the initialization.
-        force: replace an earlier model directory.
-    """
+    """Write the same net at random initialization as a model directory, its norms recalibrated like the carved net's."""
     torch.manual_seed(seed)
     net = create_backbone(record.arch, width=record.width, stem_stride=record.stem_stride)
     recalibrate_on(net, labelled.train.images, record.preprocessing)
@@ -102,11 +94,7 @@ def write_given(out: Path, weights: str, record: ModelRecord, *, origin: str, fo
     """Write weights that somebody has as a model directory, norms and all as they are.
 
     Args:
-        out: the model directory to write.
         weights: as [host] init names them.
-        record: of the net to be compared.
-        origin: of the weights, for the record.
-        force: replace an earlier model directory.
 
     Returns:
         the sha256 of the weights.
@@ -143,12 +131,7 @@ def compare(
     """Compare a pretrained net with its baselines on the same label draws; write probe.json of those with features.
 
     Args:
-        nets: model directories.
-        labelled: images to learn from and held-out images.
-        settings: the recipe's [probe] table.
         views: how the few images are varied: as in pretraining, so that no method knows less about the pictures.
-        seed: of the from-scratch initializations.
-        wall_s: what pretraining took.
     """
     per_class, draws = settings.labels_per_class, settings.draws
     rows: list[ComparedRow] = []
@@ -206,12 +189,7 @@ def difference(a: str, b: str, of_a: Sequence[float], of_b: Sequence[float]) -> 
 
 
 def did_it_pay(found: Difference, *, wall_s: float) -> str:
-    """Return in words whether a net that was pretrained further and fine-tuned beats one that was fine-tuned at once.
-
-    Args:
-        found: the difference of the two.
-        wall_s: what pretraining took.
-    """
+    """Return in words whether a net that was pretrained further and fine-tuned beats one that was fine-tuned at once."""
     assert found.ci95 is not None
     low, high = found.ci95
     size = f"{found.mean:.1f} points [{low:.1f}, {high:.1f}] for {_duration(wall_s)}"

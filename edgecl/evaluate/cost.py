@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,11 +18,10 @@ from torch import nn
 
 from edgecl.config.recipe import Recipe
 from edgecl.config.settings import Config, parse_toml
-from edgecl.errors import RecipeError, first_line
+from edgecl.errors import RecipeError
 from edgecl.methods.teacher import TaughtConfig, load_teacher
-from edgecl.nets.backbone import count_parameters, create_backbone, feature_count
+from edgecl.nets.backbone import count_parameters, create_backbone, feature_count, taking_pictures
 from edgecl.nets.folding import fuse_branches
-from edgecl.nets.heads import Projector
 from edgecl.storage.directories import ModelDir
 from edgecl.storage.reading import reading
 from edgecl.storage.record_files import write_record
@@ -48,7 +48,6 @@ class ForwardCost:
         macs: multiply-adds as fvcore counts them (its "flops"): convolutions, linear layers, two per element of a
             batch norm, pooling.
         elementwise: one per element of activations, additions, gates and means, which fvcore leaves out.
-        by_operator: macs by operator.
         uncounted: operator -> calls that neither counts.
     """
 
@@ -67,7 +66,6 @@ def forward_cost(net: nn.Module, shape: tuple[int, ...]) -> ForwardCost:
     """Count one forward pass in evaluation mode.
 
     Args:
-        net: what is run.
         shape: of its input with batch 1, e.g. (1, 3, 224, 224).
 
     Raises:
@@ -78,16 +76,19 @@ def forward_cost(net: nn.Module, shape: tuple[int, ...]) -> ForwardCost:
     was_training = net.training
     net.eval()
     try:
-        with warnings.catch_warnings(), torch.no_grad():
+        hint = "set [data] image_size to a size that it takes"
+        with warnings.catch_warnings(), torch.no_grad(), taking_pictures("the net", *shape[2:], hint=hint):
             # fvcore traces with torch.jit, which newer torch calls deprecated.
             warnings.simplefilter("ignore")
             from fvcore.nn import FlopCountAnalysis
 
-            analysis = _quiet(FlopCountAnalysis(net, torch.zeros(shape)))
+            logging.getLogger("fvcore").setLevel(logging.ERROR)
+            analysis: Any = FlopCountAnalysis(net, torch.zeros(shape)).tracer_warnings("none")
+            analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
             for name in _ELEMENTWISE:
                 for spelling in (f"aten::{name}", f"aten::{name}_"):
-                    analysis.set_op_handle(spelling, _elements_out(name))
-            analysis.set_op_handle("aten::mean", _elements_in("mean"))
+                    analysis.set_op_handle(spelling, _count_elements(name, of_output=True))
+            analysis.set_op_handle("aten::mean", _count_elements("mean", of_output=False))
             counted = {name: int(count) for name, count in analysis.by_operator().items()}
             by_operator = {
                 name: count for name, count in counted.items() if name not in (*_ELEMENTWISE, "mean")
@@ -99,41 +100,12 @@ def forward_cost(net: nn.Module, shape: tuple[int, ...]) -> ForwardCost:
                 by_operator=by_operator,
                 uncounted={name: int(count) for name, count in analysis.unsupported_ops().items()},
             )
-    except (RuntimeError, AssertionError, ValueError) as exc:
-        raise RecipeError(
-            f"the net does not take pictures of {' x '.join(map(str, shape[2:]))}: {first_line(exc)}",
-            hint="set [data] image_size to a size that it takes",
-        ) from exc
     finally:
         net.train(was_training)
 
 
-def _quiet(analysis: Any) -> Any:
-    logging.getLogger("fvcore").setLevel(logging.ERROR)
-    return analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
-
-
-def _elements_out(name: str) -> Callable[[list[Any], list[Any]], Counter[str]]:
-    return lambda inputs, outputs: Counter({name: prod(outputs[0].type().sizes())})
-
-
-def _elements_in(name: str) -> Callable[[list[Any], list[Any]], Counter[str]]:
-    return lambda inputs, outputs: Counter({name: prod(inputs[0].type().sizes())})
-
-
-@dataclass(frozen=True)
-class OtherWidth:
-    """What one more slim width adds to a run.
-
-    Attributes:
-        width: multiple of the architecture's own channels.
-        flops: one forward pass of one image.
-        units: forward passes of this width per image.
-    """
-
-    width: float
-    flops: int
-    units: float
+def _count_elements(name: str, *, of_output: bool) -> Callable[[list[Any], list[Any]], Counter[str]]:
+    return lambda inputs, outputs: Counter({name: prod((outputs if of_output else inputs)[0].type().sizes())})
 
 
 @dataclass(frozen=True)
@@ -143,12 +115,11 @@ class TrainingCost:
     Attributes:
         host_flops: one host forward pass of one image, H.
         slim_flops: one slim forward pass, S, at the widest slim width.
-        units: {"host": passes, "slim": passes} per image; SACL-XD is 4 H + 4 S.
+        passes: of one image, in forward passes of each slim width; of one as wide as the host they are the host's.
+        flops_per_image: all passes of one image, projector and losses apart.
+        others_flops_per_image: the part of the slim nets below the widest: what they add to a run of the widest alone.
+        local_flops_per_image: the part of its local views, three forward passes each.
         projector_flops: the projector's share per image, not in flops_per_image, as the paper leaves it out.
-        images: images per epoch.
-        epochs: epochs.
-        others: the slim widths below the widest, widest first.
-        local_flops_per_image: FLOPs of one image's local views, three forward passes each.
         rate_flops: FLOPs of one image's share of the coding rate, backward included, in a step that takes it; not in
             flops_per_image, as the projector.
         rate_share: of the steps that take it.
@@ -159,29 +130,18 @@ class TrainingCost:
 
     host_flops: int
     slim_flops: int
-    units: dict[str, float]
+    passes: dict[float, float]
+    flops_per_image: float
+    others_flops_per_image: float
+    local_flops_per_image: float
     projector_flops: float
     images: int
     epochs: int
-    others: tuple[OtherWidth, ...] = ()
-    local_flops_per_image: float = 0.0
-    rate_flops: float = 0.0
-    rate_share: float = 0.0
-    teacher_flops: int = 0
-    teacher_passes: float = 0.0
-    teacher_passes_once: float = 0.0
-
-    @property
-    def flops_per_image(self) -> float:
-        """FLOPs of all passes of one image, projector and losses apart."""
-        pair = self.units["host"] * self.host_flops + self.units["slim"] * self.slim_flops
-        students = pair + self.others_flops_per_image + self.local_flops_per_image
-        return students + self.teacher_passes * self.teacher_flops
-
-    @property
-    def others_flops_per_image(self) -> float:
-        """FLOPs of one image in the slim nets below the widest: what they add to a run of the widest alone."""
-        return sum(other.units * other.flops for other in self.others)
+    rate_flops: float
+    rate_share: float
+    teacher_flops: int
+    teacher_passes: float
+    teacher_passes_once: float
 
     @property
     def total_flops(self) -> float:
@@ -211,7 +171,6 @@ def training_cost(recipe: Recipe, *, images: int) -> TrainingCost:
     whatever N is.)
 
     Args:
-        recipe: what is trained.
         images: images per epoch.
     """
     size = recipe.data.image_size
@@ -220,32 +179,34 @@ def training_cost(recipe: Recipe, *, images: int) -> TrainingCost:
         for width in dict.fromkeys([recipe.host.width, *recipe.slim.all_widths])
     }
     flops = {width: one.trained.training_flops for width, one in counted.items()}
-    passes = recipe.method.forward_passes(recipe)
-    host, slim = recipe.host.width, recipe.slim.width
-    # A slim net as wide as the host is the host, and so are its passes.
-    units = {"host": passes.whole[host], "slim": 0.0 if slim == host else passes.whole[slim]}
-    others = tuple(
-        OtherWidth(width, flops[width], passes.whole[width]) for width in recipe.slim.all_widths[1:]
-    )
     heads = {
-        width: 2 * sum(layer.weight.numel() for layer in _linears(one.features, recipe))
+        width: 2 * sum(a * b for a, b in pairwise([one.features, *recipe.projector.sizes]))
         for width, one in counted.items()
     }
+    passes = recipe.method.forward_passes(recipe)
+    # A slim net as wide as the host is the host, and so are its passes.
+    pair, others = dict.fromkeys([recipe.host.width, recipe.slim.width]), recipe.slim.all_widths[1:]
+
+    def of_passes(cost: dict[float, int], widths: Iterable[float]) -> float:
+        return sum(passes.whole[width] * cost[width] for width in widths)
+
+    others_flops, local_flops = of_passes(flops, others), _local_flops(recipe, passes.local)
+    teacher_flops = _teacher_flops(recipe, size)
     return TrainingCost(
-        host_flops=flops[host],
-        slim_flops=flops[slim],
-        units=units,
-        projector_flops=units["host"] * heads[host]
-        + units["slim"] * heads[slim]
-        + sum(other.units * heads[other.width] for other in others)
+        host_flops=flops[recipe.host.width],
+        slim_flops=flops[recipe.slim.width],
+        passes={width: passes.whole[width] for width in recipe.slim.all_widths},
+        flops_per_image=of_passes(flops, pair) + others_flops + local_flops + passes.teacher * teacher_flops,
+        others_flops_per_image=others_flops,
+        local_flops_per_image=local_flops,
+        projector_flops=of_passes(heads, pair)
+        + of_passes(heads, others)
         + sum(count * heads[width] for width, count in passes.local.items()),
         images=images,
         epochs=recipe.run.epochs,
-        others=others,
-        local_flops_per_image=_local_flops(recipe, passes.local),
         rate_flops=passes.coding_rates * _coding_rate_flops(recipe),
         rate_share=passes.coding_rate_share,
-        teacher_flops=_teacher_flops(recipe, size),
+        teacher_flops=teacher_flops,
         teacher_passes=passes.teacher,
         teacher_passes_once=passes.teacher_once,
     )
@@ -279,12 +240,6 @@ def _coding_rate_flops(recipe: Recipe) -> float:
     return 3 * (2 * count * dimensions * less + less**3 / 3) / count
 
 
-def _linears(features: int, recipe: Recipe) -> list[nn.Linear]:
-    with torch.device("meta"):
-        projector = Projector(features, recipe.projector.sizes)
-    return [layer for layer in projector if isinstance(layer, nn.Linear)]
-
-
 def cost(model: Path) -> CostRecord:
     """Count the net of a model directory and write cost.json into it.
 
@@ -305,8 +260,6 @@ def cost_of_recipe(recipe: Recipe, *, recipe_name: str, images: int | None = Non
     """Count the slim nets of a recipe and price its training.
 
     Args:
-        recipe: what would be trained.
-        recipe_name: for errors.
         images: images per epoch; None counts those of the recipe's own data URI, or takes ImageNet-1K's number
             for a recipe that names none.
 
@@ -322,12 +275,6 @@ def cost_of_recipe(recipe: Recipe, *, recipe_name: str, images: int | None = Non
     size = recipe.data.image_size
     nets = {width: _count(recipe, width, size).deployed for width in recipe.slim.all_widths}
     priced = training_cost(recipe, images=images)
-    # A slim net as wide as the host is the host, and so are its passes.
-    widest = "host" if recipe.slim.width == recipe.host.width else "slim"
-    passes = {
-        recipe.slim.width: priced.units[widest],
-        **{other.width: other.units for other in priced.others},
-    }
     return RecipeCost(
         **dict(nets[recipe.slim.width]),
         widths=[
@@ -336,7 +283,7 @@ def cost_of_recipe(recipe: Recipe, *, recipe_name: str, images: int | None = Non
                 macs=net.macs,
                 params=net.params,
                 forward_flops=2 * (net.macs + net.elementwise),
-                forward_passes=passes[width],
+                forward_passes=priced.passes[width],
             )
             for width, net in nets.items()
         ],
@@ -382,7 +329,6 @@ class _Counted(NamedTuple):
 
 
 def _count(recipe: Recipe, width: float, size: int) -> _Counted:
-    """Count a recipe's net of a width for pictures of `size` pixels."""
     return _count_timm(recipe.host.arch, width, recipe.host.stem_stride, size)
 
 

@@ -34,13 +34,8 @@ class FewLabels:
 
     Attributes:
         start: the model directory whose weights it starts with; None for random ones.
-        record: of the net.
-        classes: names by label.
         images: (N, 3, H, W) uint8. NumPy's, since tensors would travel through /dev/shm, which containers keep small.
         labels: (N,) int64.
-        steps: of training.
-        settings: of training.
-        views: how the images are varied.
     """
 
     start: Path | None

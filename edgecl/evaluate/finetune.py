@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from edgecl.config.settings import override, validate
 from edgecl.data.loading import normalize
 from edgecl.data.sources import absolute_uri
-from edgecl.errors import ArtifactError, DataError, RecipeError, first_line, first_of
+from edgecl.errors import ArtifactError, DataError, RecipeError, first_of
 from edgecl.evaluate.inspection import inspect
-from edgecl.evaluate.labelled import Labelled, Part, read_labelled
+from edgecl.evaluate.labelled import Labelled, read_labelled
 from edgecl.evaluate.probe import load_feature_net
 from edgecl.evaluate.supervised import (
     FinetuneConfig,
@@ -27,6 +27,7 @@ from edgecl.evaluate.supervised import (
 from edgecl.metrics.collapse import extract_features
 from edgecl.metrics.intervals import mean_interval, proportion_interval
 from edgecl.metrics.label_sets import mean_average_precision
+from edgecl.nets.backbone import taking_pictures
 from edgecl.nets.fake_quant import learning_scales, quantize_net
 from edgecl.nets.model_dir import create_blank, load_backbone, load_model, write_model
 from edgecl.storage.directories import ModelDir
@@ -80,7 +81,9 @@ def finetune(
             hint="start from the float net that it was made from",
         )
     deployed = settings.deployed(record.preprocessing)
-    _try_size(net, record, deployed.image_size)
+    size, hint = deployed.image_size, "leave test_size out, or set one that the net takes"
+    with taking_pictures(f"'{record.arch}'", size, size, hint=hint), torch.no_grad():
+        net(torch.zeros(1, 3, size, size))
     labelled = read_labelled(
         data, test=test, preprocessing=record.preprocessing, download=download, label_sets=True
     )
@@ -127,37 +130,31 @@ def finetune(
 
 @dataclass(frozen=True)
 class _Trained:
-    """A fine-tuned net.
-
-    Attributes:
-        net: with its classifier.
-        epochs: passes over the data.
-        quantization: of a net trained for INT8.
-        before: of such a net, the (N,) accuracies in float and calibrated, before it was trained so, percent.
-    """
+    """A fine-tuned net with its classifier."""
 
     net: nn.Module
     epochs: int
     quantization: Quantization | None = None
     before: tuple[Tensor, Tensor] | None = None
+    """Of a net trained for INT8, the (N,) accuracies in float and calibrated, before it was trained so, percent."""
 
 
 def _train_float(
     net: nn.Module, record: ModelRecord, labelled: Labelled, *, epochs: int | None, settings: FinetuneConfig
 ) -> _Trained:
     """Add a new classifier to the net and train both."""
-    steps = _steps(epochs or DEFAULT_EPOCHS, labelled.train, settings)
+    per_epoch = steps_per_epoch(labelled.train, settings)
     classifier = create_blank(record, classes=len(labelled.classes))
     load_backbone(classifier, net)
     taken = train_classifier(
         classifier,
         labelled.train,
-        steps=steps,
+        steps=(epochs or DEFAULT_EPOCHS) * per_epoch,
         settings=settings,
         preprocessing=record.preprocessing,
         what="finetune",
     )
-    return _Trained(classifier, _epochs(taken, labelled.train, settings))
+    return _Trained(classifier, round(taken / per_epoch))
 
 
 def _train_quantized(
@@ -171,7 +168,6 @@ def _train_quantized(
     data: str,
 ) -> _Trained:
     """Quantize a classifier, which a net without one gets first, and train it so."""
-    epochs = epochs or DEFAULT_QUANTIZED_EPOCHS
     if not record.classes:
         plain = FinetuneConfig(seed=settings.seed, device=settings.device)
         net = _train_float(net, record, labelled, epochs=None, settings=plain).net
@@ -191,17 +187,18 @@ def _train_quantized(
         accuracies(classifier_logits(net, labelled.test, deployed), labelled.test),
         accuracies(classifier_logits(quantized, labelled.test, deployed), labelled.test),
     )
+    per_epoch = steps_per_epoch(labelled.train, settings)
     with learning_scales(quantized) if settings.learn_scales else contextlib.nullcontext():
         taken = train_classifier(
             quantized,
             labelled.train,
-            steps=_steps(epochs, labelled.train, settings),
+            steps=(epochs or DEFAULT_QUANTIZED_EPOCHS) * per_epoch,
             settings=settings,
             preprocessing=preprocessing,
             what="finetune int8",
         )
-    epochs = _epochs(taken, labelled.train, settings)
-    return _Trained(quantized, epochs, Quantization(keep=kept, learnt=settings.learn_scales), before)
+    quantization = Quantization(keep=kept, learnt=settings.learn_scales)
+    return _Trained(quantized, round(taken / per_epoch), quantization, before)
 
 
 def _write_inspection(model: Path, logits: Tensor, labelled: Labelled) -> None:
@@ -214,10 +211,8 @@ def _write_inspection(model: Path, logits: Tensor, labelled: Labelled) -> None:
     inspection = inspect(
         features,
         logits,
-        labelled.test,
-        classes=labelled.classes,
+        labelled,
         predicted_by="classifier",
-        test_from=labelled.test_from,
         made_from=ModelDir(model).sha256,
     )
     write_record(ModelDir(model).inspection_file, inspection)
@@ -265,23 +260,3 @@ def _evaluation(
         epochs=trained.epochs,
         settings=settings.model_dump(mode="json"),
     )
-
-
-def _try_size(net: nn.Module, record: ModelRecord, size: int) -> None:
-    """Run one blank picture of the size that the net will be deployed at."""
-    try:
-        with torch.no_grad():
-            net(torch.zeros(1, 3, size, size))
-    except (RuntimeError, AssertionError, ValueError) as exc:
-        raise RecipeError(
-            f"'{record.arch}' does not take pictures of {size} x {size}: {first_line(exc)}",
-            hint="leave test_size out, or set one that the net takes",
-        ) from exc
-
-
-def _steps(epochs: int, part: Part, settings: FinetuneConfig) -> int:
-    return epochs * steps_per_epoch(part, settings)
-
-
-def _epochs(steps: int, part: Part, settings: FinetuneConfig) -> int:
-    return round(steps / steps_per_epoch(part, settings))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -12,7 +11,7 @@ from torch.nn import functional
 
 from edgecl.data.randomness import permutation
 from edgecl.data.thumbnail import small_jpeg
-from edgecl.evaluate.labelled import Part
+from edgecl.evaluate.labelled import Labelled
 from edgecl.storage.records import Confusion, FeatureMap, InspectionRecord, Mistake
 
 MISTAKES = 16
@@ -24,11 +23,9 @@ _PICTURE_SIDE = 96
 def inspect(
     features: Tensor,
     logits: Tensor,
-    part: Part,
+    labelled: Labelled,
     *,
-    classes: Sequence[str],
     predicted_by: Literal["linear probe", "classifier"],
-    test_from: str,
     made_from: str | None,
 ) -> InspectionRecord:
     """Look at what a net makes of held-out images.
@@ -36,12 +33,9 @@ def inspect(
     Args:
         features: (N, F) of the net.
         logits: (N, K) of what predicts.
-        part: the images and their labels.
-        classes: the K names.
-        predicted_by: what predicts.
-        test_from: the images in words.
         made_from: for the record, the hash of the net's.
     """
+    part = labelled.test
     confidences, predicted = logits.float().softmax(1).max(1)
     pairs, counts = torch.stack([part.labels, predicted], 1).unique(dim=0, return_counts=True)
     wrong = (predicted != part.labels).nonzero().flatten()
@@ -49,7 +43,7 @@ def inspect(
     return InspectionRecord(
         made_from=made_from,
         predicted_by=predicted_by,
-        classes=list(classes),
+        classes=list(labelled.classes),
         confusion=[
             Confusion(label=label, predicted=other, images=count)
             for (label, other), count in zip(pairs.tolist(), counts.tolist(), strict=True)
@@ -69,19 +63,14 @@ def inspect(
         ],
         map=feature_map(features, part.labels),
         n_test=len(part),
-        test=test_from,
+        test=labelled.test_from,
     )
 
 
 def feature_map(features: Tensor, labels: Tensor) -> FeatureMap:
-    """Place images on a plane by their features: by UMAP where it is installed, else by principal components.
+    """Place images on a plane by their (N, F) features: by UMAP where it is installed, else by principal components.
 
-    Args:
-        features: (N, F).
-        labels: (N,) int64.
-
-    Returns:
-        at most MAP_POINTS of them, drawn at random, always the same.
+    At most MAP_POINTS of them, drawn at random, always the same.
     """
     # Not every so many: images often come with their classes in turn.
     chosen = torch.from_numpy(permutation(0, 0, len(features), stream="map")[:MAP_POINTS].copy())

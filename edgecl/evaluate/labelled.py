@@ -46,9 +46,7 @@ class Labelled:
     """What a net is evaluated on.
 
     Attributes:
-        train: to learn from.
         test: held out; nothing is ever chosen on it.
-        classes: names by label.
         train_from: where the images to learn from came from.
         test_from: where the held-out images came from.
     """
@@ -75,11 +73,8 @@ def read_labelled(
     Args:
         data: a data URI with labels.
         test: a data URI for the held-out part; its classes must be those of `data`.
-        preprocessing: of the net.
         max_bad_fraction: unreadable images skipped before it is an error.
         limit: use only so many of the images to learn from, an even choice per class.
-        download: let torchvision fetch what is not on the disk.
-        label_sets: whether an image may be of several classes.
 
     Raises:
         DataError: no labels, sets of classes where they are not taken, other classes in the test part or the same
@@ -127,10 +122,7 @@ def read_labelled(
 def check_labelled(
     data: str, *, test: str | None, per_class: int, limit: int | None = None, download: bool = False
 ) -> bool:
-    """Check labels without decoding an image.
-
-    Returns:
-        whether the images have labels at all.
+    """Check labels without decoding an image; return whether the images have labels at all.
 
     Raises:
         DataError: other classes in the test part or the same images, or fewer of a class than labels asked for.
@@ -201,15 +193,12 @@ def _with_labels(source: ImageSource, *, label_sets: bool) -> ImageSource:
 
 
 def draw_few(labels: Tensor, *, per_class: int, draw: int) -> Tensor:
-    """Choose a few labelled images of each class, the same for every net that is compared.
+    """Choose (per_class * K,) of the labelled images, so many of each class, the same for every net that is compared.
 
     Args:
         labels: (N,) int64 of the images to choose from.
         per_class: images of each class.
         draw: which draw, 0-based; a draw is a function of this number alone.
-
-    Returns:
-        (per_class * K,) indices.
 
     Raises:
         DataError: a class has fewer images.

@@ -10,7 +10,6 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from edgecl.data.loading import normalize
-from edgecl.errors import ArtifactError
 from edgecl.evaluate.cost import forward_cost
 from edgecl.evaluate.inspection import inspect
 from edgecl.evaluate.labelled import Labelled, draw_few, read_labelled
@@ -18,7 +17,7 @@ from edgecl.metrics.collapse import extract_features, knn_top1
 from edgecl.metrics.intervals import mean_interval, proportion_interval
 from edgecl.metrics.linear import LinearClassifier, fit_linear
 from edgecl.nets.backbone import count_parameters
-from edgecl.nets.model_dir import create_blank, load_model
+from edgecl.nets.model_dir import create_blank, load_backbone, load_model
 from edgecl.progress import Progress
 from edgecl.storage.directories import ModelDir
 from edgecl.storage.record_files import write_record
@@ -55,11 +54,7 @@ def probe_all(
     seeds: int = 3,
     download: bool = False,
 ) -> list[ProbeRecord]:
-    """Evaluate several model directories on the same images and label draws; arguments and errors as for probe.
-
-    Returns:
-        the record of each, in the order given.
-    """
+    """Evaluate several model directories on the same images and label draws; arguments and errors as for probe."""
     labelled: Labelled | None = None
     preprocessing: Preprocessing | None = None
     results = []
@@ -75,15 +70,7 @@ def probe_all(
 
 
 def side_by_side(models: Sequence[Path], records: Sequence[ProbeRecord]) -> list[ProbedNet]:
-    """Set the probes of several nets beside what each net costs.
-
-    Args:
-        models: model directories.
-        records: what probe_all returned for them.
-
-    Returns:
-        the nets, the smallest first.
-    """
+    """Set the probes of several nets beside what each net costs."""
     rows = []
     for model, record in zip(models, records, strict=True):
         net, about = load_feature_net(model)
@@ -120,10 +107,8 @@ def write_probe(model: Path, labelled: Labelled, *, labels_per_class: int, draws
         inspection = inspect(
             found.features,
             found.linear.logits(found.features),
-            labelled.test,
-            classes=labelled.classes,
+            labelled,
             predicted_by="linear probe",
-            test_from=labelled.test_from,
             made_from=files.sha256,
         )
         write_record(files.inspection_file, inspection)
@@ -131,17 +116,13 @@ def write_probe(model: Path, labelled: Labelled, *, labels_per_class: int, draws
 
 
 class Probed(NamedTuple):
-    """What a probe found, and with what.
-
-    Attributes:
-        record: the accuracies.
-        features: (N, F) of the held-out images.
-        linear: the linear probe on all labels.
-    """
+    """What a probe found, and with what."""
 
     record: ProbeRecord
     features: Tensor
+    """(N, F) of the held-out images."""
     linear: LinearClassifier
+    """On all labels."""
 
 
 def load_feature_net(model: Path) -> tuple[nn.Module, ModelRecord]:
@@ -154,9 +135,7 @@ def load_feature_net(model: Path) -> tuple[nn.Module, ModelRecord]:
     if not record.classes:
         return net, record
     backbone = create_blank(record, classes=0)
-    unexpected = backbone.load_state_dict(net.state_dict(), strict=False)
-    if unexpected.missing_keys:
-        raise ArtifactError(f"the weights lack '{unexpected.missing_keys[0]}'", where={"model": model})
+    load_backbone(backbone, net)
     return backbone.eval(), record
 
 
@@ -173,10 +152,6 @@ def probe_net(
 
     Args:
         net: (N, 3, H, W) -> (N, F).
-        labelled: images to learn from and held-out images.
-        preprocessing: of the net.
-        labels_per_class: labels of the few-label probe.
-        draws: how often the few labels are drawn.
         made_from: for the record, the hash of the net's.
     """
 

@@ -111,9 +111,6 @@ def train_classifier(
     Args:
         net: (N, 3, H, W) -> (N, K) logits, with timm's classifier.
         part: labelled images, prepared to the net's size.
-        steps: optimizer steps.
-        settings: how.
-        preprocessing: of the net.
         what: for the progress bar; without, none is shown.
         views: how the images are varied, in place of the settings' own.
 
@@ -136,7 +133,9 @@ def train_classifier(
         best = _Best(held_out, preprocessing, patience=settings.early_stop)
     classes = cast(Any, net).num_classes
     batches = _Batches(part, settings, views or settings.views(), preprocessing, device, classes=classes)
-    average = _average_of(net, settings)
+    average = None
+    if settings.ema:
+        average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(settings.ema), use_buffers=True)
     optimizer = _create_optimizer(net, settings)
     schedule = cosine_schedule(optimizer, warmup_steps=min(max(1, steps // 10), steps - 1), total_steps=steps)
     net.train(settings.backbone_lr_fraction > 0)
@@ -166,16 +165,7 @@ def train_classifier(
 
 
 class _Batches:
-    """The batches of a training: which pictures, varied how, is a function of the seed and the step.
-
-    Args:
-        part: labelled images.
-        settings: of the training.
-        views: how images are varied.
-        preprocessing: of the net.
-        device: where the batches go.
-        classes: K.
-    """
+    """The batches of a training: which pictures, varied how, is a function of the seed and the step."""
 
     def __init__(
         self,
@@ -237,13 +227,7 @@ class _Batches:
 
 
 class _Best:
-    """The weights that are best on held-out images.
-
-    Args:
-        held_out: the images, on the net's device.
-        preprocessing: of the net.
-        patience: epochs without better ones after which it is over.
-    """
+    """The weights that are best on held-out images; over after `patience` epochs without better ones."""
 
     def __init__(self, held_out: Part, preprocessing: Preprocessing, *, patience: int):
         self._held_out, self._preprocessing, self._patience = held_out, preprocessing, patience
@@ -287,13 +271,6 @@ def class_weights(labels: Tensor, classes: int) -> Tensor:
         return (len(labels) - counts).clamp(min=1) / counts
     counts = labels.bincount(minlength=classes).clamp(min=1)
     return len(labels) / (classes * counts.float())
-
-
-def _average_of(net: nn.Module, settings: FinetuneConfig) -> AveragedModel | None:
-    """Return a moving average of the net's weights, its norms' statistics averaged too; None where none is kept."""
-    if not settings.ema:
-        return None
-    return AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(settings.ema), use_buffers=True)
 
 
 def _finite(loss: Tensor, step: int) -> float:
@@ -343,11 +320,7 @@ def accuracies(logits: Tensor, part: Part) -> Tensor:
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device a name stands for; 'auto' takes a GPU when there is one.
-
-    Raises:
-        DeviceError: no such device.
-    """
+    """Return the device a name stands for; 'auto' takes a GPU when there is one."""
     if name == "cuda" and not torch.cuda.is_available():
         raise DeviceError("no CUDA device is available", hint="use the device auto or cpu")
     if name == "auto":

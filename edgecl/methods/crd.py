@@ -83,9 +83,6 @@ def nce_loss(students: Tensor, teachers: Tensor, *, temperature: float) -> Tenso
 
     Returns:
         () mean over the global batch, nats; float32 even under autocast.
-
-    Raises:
-        ShapeError: shapes differ, or N < 2.
     """
     check_pair(students, teachers)
     with torch.autocast(device_type=students.device.type, enabled=False):

@@ -70,11 +70,6 @@ class Assigner(nn.Module):
 
     Of a net that begins, all projections are almost one direction. Without the norm every picture's assignment is then the
     same, and a small net does not get away from it (docs/results.md); SSLight has batch norms in its head, too.
-
-    Args:
-        dimensions: D, of a projection.
-        prototypes: K.
-        learn: whether the prototypes do.
     """
 
     def __init__(self, dimensions: int, prototypes: int, *, learn: bool):
@@ -178,7 +173,6 @@ def even_codes(likeness: Tensor, *, epsilon: float, rounds: int = 3) -> Tensor:
     Args:
         likeness: (N, K) cosines of this process's share.
         epsilon: the larger, the more evenly a picture is spread.
-        rounds: of the alternation.
 
     Returns:
         (N, K) rows that sum to 1, of the global batch's alternation.

@@ -1,4 +1,8 @@
-"""Losses between two sets of projections, and the coding rate of one set; all of the global batch."""
+"""Losses between two sets of projections, and the coding rate of one set; all of the global batch.
+
+Two sets are (N, D) projections of views A and B of the same pictures, at any scale; where they are not, or of fewer than two
+samples, it is a ShapeError. All are computed in float32 at least, autocast or not.
+"""
 
 from __future__ import annotations
 
@@ -37,16 +41,9 @@ class CorrelationLoss(NamedTuple):
 def cross_correlation(z_a: Tensor, z_b: Tensor) -> Tensor:
     """Correlate the dimensions of two sets of projections over the batch, over all processes.
 
-    Args:
-        z_a: (N, D) projections of view A; any scale.
-        z_b: (N, D) projections of view B; same dtype and device as z_a.
-
     Returns:
         (D, D) matrix, float32 even under autocast (float64 for float64 inputs); entry (i, j) correlates
         dimension i of A with dimension j of B.
-
-    Raises:
-        ShapeError: shapes differ, are not (N, D), or N < 2.
 
     Source: Zbontar et al. 2021, arXiv:2103.03230, equation 2, with the biased variance and epsilon of batch norm.
     """
@@ -58,11 +55,7 @@ def cross_correlation(z_a: Tensor, z_b: Tensor) -> Tensor:
 
 
 def check_pair(z_a: Tensor, z_b: Tensor) -> None:
-    """Refuse projections that are not two (N, D) sets of 2 or more.
-
-    Raises:
-        ShapeError: they are not.
-    """
+    """Raise ShapeError of projections that are not two (N, D) sets of 2 or more."""
     if z_a.ndim != 2 or z_a.shape != z_b.shape:
         raise ShapeError(
             f"projections must be two (N, D) tensors, got {tuple(z_a.shape)} and {tuple(z_b.shape)}"
@@ -87,15 +80,10 @@ def cross_correlation_loss(z_a: Tensor, z_b: Tensor, *, off_diagonal: float) -> 
     """Pull the cross-correlation of two views towards the identity.
 
     Args:
-        z_a: (N, D) projections of view A; normalized here over N, any scale.
-        z_b: (N, D) projections of view B; same dtype and device as z_a.
         off_diagonal: weight of the redundancy term, unitless, >= 0.
 
     Returns:
         the loss sum_i (1 - C_ii)^2 + off_diagonal * sum_{i != j} C_ij^2, and what to watch of C.
-
-    Raises:
-        ShapeError: shapes differ, or N < 2.
 
     Source: Zbontar et al. 2021, arXiv:2103.03230, equation 1.
     """
@@ -114,15 +102,7 @@ def cross_correlation_loss(z_a: Tensor, z_b: Tensor, *, off_diagonal: float) -> 
 
 @torch.no_grad()
 def correlation_of(z_a: Tensor, z_b: Tensor) -> dict[str, Tensor]:
-    """Return what the alarms watch of two views, as a method logs it: "diagonal" and "off_diagonal_rms" of C.
-
-    Args:
-        z_a: (N, D) embeddings of one view.
-        z_b: (N, D) embeddings of another.
-
-    Raises:
-        ShapeError: shapes differ, are not (N, D), or N < 2.
-    """
+    """Return what the alarms watch of two (N, D) views, as a method logs it: "diagonal" and "off_diagonal_rms" of C."""
     _, diagonal, off_diagonal_rms = cross_correlation_loss(z_a, z_b, off_diagonal=0.0)
     return {"diagonal": diagonal, "off_diagonal_rms": off_diagonal_rms}
 
@@ -148,15 +128,10 @@ def contrastive_loss(z_a: Tensor, z_b: Tensor, *, temperature: float) -> Tensor:
     """Tell each picture's other view from all other views of the batch (NT-Xent).
 
     Args:
-        z_a: (N, D) projections of view A; any scale.
-        z_b: (N, D) projections of view B; same dtype and device as z_a.
         temperature: of the softmax over cosines, > 0.
 
     Returns:
-        () mean cross-entropy over the 2N views of the global batch, nats; float32 even under autocast.
-
-    Raises:
-        ShapeError: shapes differ, or N < 2.
+        () mean cross-entropy over the 2N views of the global batch, nats.
 
     Source: Chen et al. 2020 (SimCLR), arXiv:2002.05709, equation 1.
     """
@@ -182,10 +157,7 @@ def queue_contrastive_loss(queries: Tensor, keys: Tensor, queue: Tensor, *, temp
         temperature: of the softmax over cosines, > 0.
 
     Returns:
-        () mean cross-entropy over the global batch, nats; float32 even under autocast.
-
-    Raises:
-        ShapeError: shapes differ, or N < 2.
+        () mean cross-entropy over the global batch, nats.
 
     Source: He et al. 2020 (MoCo), arXiv:1911.05722, equation 1.
     """
@@ -202,15 +174,8 @@ def alignment_loss(z_a: Tensor, z_b: Tensor) -> Tensor:
 
     Nothing in it keeps the projections apart: it needs the coding rate beside it.
 
-    Args:
-        z_a: (N, D) projections of view A; any scale.
-        z_b: (N, D) projections of view B; same dtype and device as z_a.
-
     Returns:
-        () mean of 2 - 2 cos of the standardized projections over the global batch; float32 even under autocast.
-
-    Raises:
-        ShapeError: shapes differ, or N < 2.
+        () mean of 2 - 2 cos of the standardized projections over the global batch.
 
     Source: Tong et al. 2023 (EMP-SSL), arXiv:2304.03977, the similarity term of equation 5.
     """
@@ -246,10 +211,7 @@ class CodingRate(Config):
         """Return a loss less w R, and R for the log, detached; None in a step whose weight is 0.
 
         Args:
-            total: () loss.
             groups: (N, D) projections; R is the mean over the groups of the mean within a group.
-            step: 0-based.
-            total_steps: of the run.
         """
         weight = self.weight_at(step, total_steps=total_steps)
         if weight <= 0:
@@ -258,11 +220,7 @@ class CodingRate(Config):
         return total - weight * rate, rate.detach()
 
     def check(self, recipe: Recipe) -> None:
-        """Refuse a batch of two.
-
-        Raises:
-            ValueError: it is one.
-        """
+        """Refuse a batch of two."""
         if self.weight > 0 and recipe.data.batch_size < 3:
             raise ValueError(
                 "'method.coding_rate.weight' needs a 'data.batch_size' of 3 or more: of two standardized projections "
@@ -283,9 +241,6 @@ def coding_rate(z: Tensor, *, epsilon: float) -> Tensor:
     Returns:
         () rate in nats, to be made large; float32 even under autocast (float64 for float64 inputs); not a number where
             the projections are none.
-
-    Raises:
-        ShapeError: not (N, D), or N < 2.
 
     Source: Yu et al. 2020 (MCR2), arXiv:2006.08558, equation 7; standardized as SACL-XD's projections are.
     """

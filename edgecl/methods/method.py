@@ -63,12 +63,7 @@ class RunContext(NamedTuple):
 
     Attributes:
         views: of each picture, in the order in which the method is given them.
-        data: the recipe's [data] table.
-        slim: its [slim] table.
         projector: the widths of its layers, the last D.
-        epochs: of the run.
-        steps_per_epoch: of the run.
-        seed: of the run.
     """
 
     views: tuple[ViewSpec, ...]
@@ -94,10 +89,7 @@ class Method(nn.Module):
 
     Whatever it draws must be a function of seed and step, so that a resumed run repeats the one that was not stopped.
 
-    Args:
-        config: the recipe's [method] table, of the class `Config` in the method's file.
-        net: host and slim nets.
-        context: of the run.
+    Its config is the recipe's [method] table, of the class `Config` in the method's file.
     """
 
     config: MethodConfig
@@ -127,10 +119,6 @@ class Method(nn.Module):
     def embed(self, views: Sequence[Tensor], step: int) -> dict[str, Tensor]:
         """Return the embeddings that carry gradient; here every view's through the one encoder.
 
-        Args:
-            views: as in forward.
-            step: as in forward.
-
         Returns:
             name -> (n, D), of the same names in every part of a batch.
         """
@@ -150,12 +138,7 @@ class Method(nn.Module):
             return {f"local_{number}": embed(view) for number, view in enumerate(views)}
 
     def embed_targets(self, views: Sequence[Tensor], step: int) -> dict[str, Tensor]:
-        """Return the embeddings that carry no gradient; called without a graph, the running statistics left alone.
-
-        Args:
-            views: as in forward.
-            step: as in forward.
-        """
+        """Return the embeddings that carry no gradient; called without a graph, the running statistics left alone."""
         return {}
 
     def loss(self, embeddings: Embeddings, step: int) -> tuple[Tensor, Terms]:
@@ -166,7 +149,6 @@ class Method(nn.Module):
 
         Args:
             embeddings: of this process's whole share; its losses take the global batch's statistics.
-            step: as in forward.
 
         Returns:
             the () total, differentiable, and the terms.
@@ -182,7 +164,6 @@ class Method(nn.Module):
         """Return what the method knows of each picture beside its views; called once, before the first step.
 
         Args:
-            images: what is trained on.
             cache: a folder beside the run, for what takes long to find.
 
         Returns:
@@ -192,11 +173,7 @@ class Method(nn.Module):
         return None
 
     def after_step(self, step: int) -> None:
-        """Do what follows an optimizer's step, e.g. move a target network; not called for a step left out.
-
-        Args:
-            step: steps taken before this one.
-        """
+        """Do what follows an optimizer's step, e.g. move a target network; not called for a step left out."""
 
     def watched(self, embeddings: Embeddings) -> Tensor:
         """Return the embeddings whose spread is logged as "std": those of the net that will be deployed."""

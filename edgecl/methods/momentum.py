@@ -19,9 +19,6 @@ class Follower(nn.Module):
     """A copy of a net whose weights are a moving average of the net's: nothing learns in its passes.
 
     Its batch norms use the statistics of each batch and keep none: it is never evaluated.
-
-    Args:
-        leader: the net that is followed, as it begins.
     """
 
     def __init__(self, leader: nn.Module):
@@ -51,12 +48,7 @@ def rising_momentum(first: float, step: int, *, total_steps: int) -> float:
 
 
 class Queue(nn.Module):
-    """The newest embeddings of a run, of the global batches of its last steps; it begins with random directions.
-
-    Args:
-        size: how many.
-        dimensions: of each.
-    """
+    """The newest embeddings of a run, of the global batches of its last steps; it begins with random directions."""
 
     def __init__(self, size: int, dimensions: int):
         super().__init__()
@@ -86,13 +78,6 @@ def ask(
     Args:
         queries: name of a view -> (N, D) projections; any scale.
         keys: "key_0" and "key_1", or the latter -> (N, D) projections of the net that follows; any scale.
-        queue: of earlier keys.
-        temperature: of the softmax over cosines, > 0.
     """
-    losses = [
-        queue_contrastive_loss(
-            query, keys["key_0" if name == "view_1" else "key_1"], queue.rows, temperature=temperature
-        )
-        for name, query in queries.items()
-    ]
-    return mean_of(losses)
+    asked = [(query, keys["key_0" if name == "view_1" else "key_1"]) for name, query in queries.items()]
+    return mean_of([queue_contrastive_loss(*pair, queue.rows, temperature=temperature) for pair in asked])

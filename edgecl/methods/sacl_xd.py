@@ -120,14 +120,7 @@ class Config(MethodConfig):
         host, slim = recipe.host.width, recipe.slim.width
         slow_start = _slow_epochs(recipe.slim, recipe.run.epochs) / recipe.run.epochs
         # The passes of host and widest slim net are those of a run without the narrower ones.
-        units = forward_units(
-            slim_only=host == slim,
-            distils=self.distils,
-            xd_direction=self.xd_direction,
-            symmetric=self.symmetric,
-            learn_targets=self.learn_targets,
-            slow_start=slow_start,
-        )
+        units = self.forward_units(one_net=host == slim, slow_start=slow_start)
         views, local = self.count_views(recipe, local=True), dict.fromkeys([host, slim], 0.0)
         local[host] += 3 * views * slow_start
         local[slim] += 3 * views * (1 - slow_start)
@@ -141,6 +134,30 @@ class Config(MethodConfig):
             self._coding_rates(recipe, slow_start=slow_start),
             self.coding_rate.until or 1.0,
         )
+
+    def forward_units(self, *, one_net: bool, slow_start: float) -> dict[str, float]:
+        """Return the cost of one image in forward passes of host and slim net; a backward pass counts as two.
+
+        Args:
+            one_net: the slim net is as wide as the host.
+            slow_start: fraction of the epochs in which the host takes both views.
+
+        Returns:
+            {"host": units, "slim": units}; SACL-XD is 4 and 4, XD only and Barlow Twins 6 of their one net. Local views
+            are not among them.
+
+        Source: METHOD section 2b, the rule that reproduces the paper's training-FLOPs column.
+        """
+        dense = {"host": 6.0, "slim": 0.0}
+        if one_net:
+            return dense
+        # What the second pass of each encoder costs: with gradient 3, as a frozen target 1.
+        second = 3.0 if self.symmetric or self.learn_targets else 1.0
+        paired = {"host": 3.0, "slim": 3.0}
+        if self.symmetric or self.distils:
+            paired["host"] += second
+            paired["slim"] += second if self.symmetric or self.xd_direction == "both" else 0.0
+        return {net: slow_start * dense[net] + (1 - slow_start) * paired[net] for net in dense}
 
     def _coding_rates(self, recipe: Recipe, *, slow_start: float) -> float:
         if not self.coding_rate.weight:
@@ -215,9 +232,6 @@ class SaclXd(Method):
             the total, and the terms "sacl", L_SACL before it is scaled; "xd_host" and "xd_slim", L_D(z_A, [z_A]) and
             L_D(z_B, [z_B]), which move the encoders of view A and of view B; "coding_rate"; "diagonal" and
             "off_diagonal_rms" of the correlation of view A and of view B through the slim width.
-
-        Raises:
-            ShapeError: embeddings of different shapes, or fewer than 2 samples.
         """
         config, (learnt, targets) = self.config, embeddings
         host_a, slim_a, host_b = (
@@ -306,16 +320,7 @@ def _slim_b(width: float, net: SlimmableNet) -> str:
 
 
 def sandwich(widths: Sequence[float], *, seed: int, step: int) -> tuple[float, ...]:
-    """Choose the slim widths of a step: the widest, the narrowest and one of those between.
-
-    Args:
-        widths: every slim width of the run.
-        seed: of the run.
-        step: 0-based.
-
-    Returns:
-        at most three widths, widest first; the same for a step whichever process asks.
-    """
+    """Choose the slim widths of a step, widest first: the widest, the narrowest and one of those between."""
     ordered = sorted(set(widths), reverse=True)
     between = ordered[1:-1]
     if len(between) > 1:
@@ -324,49 +329,10 @@ def sandwich(widths: Sequence[float], *, seed: int, step: int) -> tuple[float, .
     return (ordered[0], *between, *ordered[1:][-1:])
 
 
-def forward_units(
-    *,
-    slim_only: bool,
-    distils: bool,
-    xd_direction: str = "both",
-    symmetric: bool = False,
-    learn_targets: bool = False,
-    slow_start: float = 0.0,
-) -> dict[str, float]:
-    """Return the cost of one image in forward passes of host and slim net; a backward pass counts as two.
-
-    Args:
-        slim_only: the slim net is as wide as the host, so that there is one net.
-        distils, xd_direction, symmetric, learn_targets: as in Config.
-        slow_start: fraction of the epochs in which the host takes both views.
-
-    Returns:
-        {"host": units, "slim": units}; SACL-XD is 4 and 4, XD only and Barlow Twins 6 of their one net. Local views
-        are not among them.
-
-    Source: METHOD section 2b, the rule that reproduces the paper's training-FLOPs column.
-    """
-    dense = {"host": 6.0, "slim": 0.0}
-    if slim_only:
-        return dense
-    # What the second pass of each encoder costs: with gradient 3, as a frozen target 1.
-    second = 3.0 if symmetric or learn_targets else 1.0
-    paired = {"host": 3.0, "slim": 3.0}
-    if symmetric or distils:
-        paired["host"] += second
-        paired["slim"] += second if symmetric or xd_direction == "both" else 0.0
-    return {net: slow_start * dense[net] + (1 - slow_start) * paired[net] for net in dense}
-
-
 def other_width_units(widths: Sequence[float], *, slow_start: float = 0.0) -> dict[float, float]:
     """Return how often one image passes each slim width but the widest, in forward passes of that width.
 
-    Args:
-        widths: every slim width of the run.
-        slow_start: fraction of the epochs in which the slim nets rest.
-
-    Returns:
-        width -> units: 3 for the narrowest, and 3 shared by those between, of which a step draws one.
+    Those are 3 for the narrowest, and 3 shared by those between, of which a step draws one; none in the slow start.
     """
     others = sorted(set(widths), reverse=True)[1:]
     between = len(others) - 1

@@ -104,9 +104,6 @@ def likeness_loss(
 
     Returns:
         () mean cross-entropy over the global batch, nats; float32 even under autocast.
-
-    Raises:
-        ShapeError: shapes differ, or N < 2.
     """
     check_pair(guess, taught)
     with torch.autocast(device_type=guess.device.type, enabled=False):

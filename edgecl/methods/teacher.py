@@ -23,9 +23,8 @@ from edgecl.config.views import ViewSpec
 from edgecl.data.loading import TrainingImages
 from edgecl.data.views import make_views
 from edgecl.distributed import processes
-from edgecl.errors import RecipeError, first_line
 from edgecl.methods.method import Method, RatedConfig, RunContext
-from edgecl.nets.backbone import feature_count
+from edgecl.nets.backbone import feature_count, taking_pictures
 from edgecl.nets.given import GivenNet, load_given
 from edgecl.nets.heads import Projector
 from edgecl.nets.slimming import SlimmableNet
@@ -99,7 +98,6 @@ class Teacher:
     No module, so that neither optimizer nor checkpoint nor data-parallel training sees it.
 
     Args:
-        given: the net.
         data: how the pictures that it is given were normalized, and how large they are.
 
     Raises:
@@ -119,13 +117,9 @@ class Teacher:
         # From the recipe's normalization to the teacher's own.
         self._scale, self._shift = std / own_std, (mean - own_mean) / own_std
         side = data.image_size
-        try:
+        hint = "set [data] image_size to a size that the teacher takes, or choose another teacher"
+        with taking_pictures(f"the teacher '{given.arch}'", side, side, hint=hint):
             self(torch.zeros(1, 3, side, side))
-        except (RuntimeError, AssertionError, ValueError) as exc:
-            raise RecipeError(
-                f"the teacher '{given.arch}' does not take pictures of {side} x {side}: {first_line(exc)}",
-                hint="set [data] image_size to a size that the teacher takes, or choose another teacher",
-            ) from exc
 
     @torch.no_grad()
     def __call__(self, view: Tensor) -> Tensor:

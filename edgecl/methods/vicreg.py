@@ -67,9 +67,6 @@ def vicreg_loss(z_a: Tensor, z_b: Tensor, *, invariance: float, variance: float,
     Returns:
         () loss of the global batch; float32 even under autocast.
 
-    Raises:
-        ShapeError: shapes differ, or N < 2.
-
     Source: the paper's equation 6, with the public code's mean over the two views in the variance term.
     """
     check_pair(z_a, z_b)

@@ -14,10 +14,7 @@ KNN_TEMPERATURE = 0.07
 
 
 def spread(z: Tensor) -> Tensor:
-    """Measure how far projections are from collapse.
-
-    Args:
-        z: (N, D) projections.
+    """Measure how far (N, D) projections are from collapse.
 
     Returns:
         () mean standard deviation per dimension of the L2-normalized projections, times sqrt(D): 1 when they
@@ -30,13 +27,7 @@ def spread(z: Tensor) -> Tensor:
 
 
 def rank_me(features: Tensor) -> float:
-    """Measure how many dimensions features really use.
-
-    Args:
-        features: (N, F) features.
-
-    Returns:
-        exp of the entropy of the normalized singular values, 1..min(N, F).
+    """Measure how many dimensions (N, F) features really use: exp of the entropy of the normalized singular values.
 
     Source: Garrido et al. 2023 (RankMe), arXiv:2210.02885, equation 1.
     """
@@ -86,7 +77,6 @@ def extract_features(
         net: (N, 3, H, W) float -> (N, F).
         images: (N, 3, H, W) uint8.
         normalize: uint8 batch -> float batch.
-        batch: images at a time.
 
     Returns:
         (N, F) float32 features on the CPU.

@@ -17,14 +17,7 @@ _CHUNK = 4096
 
 
 def isolation(features: Tensor) -> Tensor:
-    """Measure how far each picture is from its nearest others.
-
-    Args:
-        features: (N, F), N >= 2.
-
-    Returns:
-        (N,) mean distance to the 20 nearest of 5,000 others that are evenly spread.
-    """
+    """Return the (N,) mean distances of (N, F) features, N >= 2, to the 20 nearest of 5,000 others, evenly spread."""
     among = torch.linspace(0, len(features) - 1, min(len(features), _REFERENCES)).long()
     neighbors = min(_NEIGHBORS, len(among) - 1)
     found = []
@@ -44,7 +37,6 @@ def clusters(features: Tensor, count: int, *, seed: int) -> Tensor:
     Args:
         features: (N, F).
         count: of groups, 1 <= count <= N.
-        seed: of the pictures that groups begin with.
 
     Returns:
         (N,) int64, the group of each, below count; a group may be empty.
@@ -81,10 +73,6 @@ def _nearest(unit: Tensor, centers: Tensor) -> Tensor:
 def typical_first(group: Tensor, isolation: Tensor) -> Tensor:
     """Order pictures so that the first so many of them are typical and far from each other.
 
-    Args:
-        group: (N,) int64, of each.
-        isolation: (N,) of each.
-
     Returns:
         (N,) the least isolated picture of every group, the largest group's first; then every group's second, and so on.
 
@@ -97,12 +85,7 @@ def typical_first(group: Tensor, isolation: Tensor) -> Tensor:
 
 
 def outliers(isolation: Tensor, *, most: int) -> list[int]:
-    """Return the pictures that are least like any other, the least like first: three robust deviations above the median.
-
-    Args:
-        isolation: (N,) of each.
-        most: of them.
-    """
+    """Return the pictures that are least like any other, the least like first: three robust deviations above the median."""
     median = isolation.median()
     deviation = 1.4826 * (isolation - median).abs().median()
     order = isolation.argsort(descending=True)[:most]

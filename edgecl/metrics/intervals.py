@@ -13,13 +13,7 @@ _Z95 = 1.960
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Return the 95 % t-interval of the mean of independent draws.
-
-    Raises:
-        ValueError: fewer than two draws.
-    """
-    if len(values) < 2:
-        raise ValueError("an interval over draws needs at least two of them")
+    """Return the 95 % t-interval of the mean of two independent draws or more."""
     degrees = len(values) - 1
     quantile = _T95[degrees - 1] if degrees <= len(_T95) else _Z95
     half = quantile * stdev(values) / math.sqrt(len(values))

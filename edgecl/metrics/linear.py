@@ -52,7 +52,6 @@ def fit_linear(features: Tensor, labels: Tensor, *, classes: int) -> LinearClass
     Args:
         features: (N, F) float32.
         labels: (N,) int64.
-        classes: K.
     """
     mean = features.mean(0)
     deviation = features.std(0, correction=0)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -18,7 +19,7 @@ with warnings.catch_warnings():
     import timm
     from timm.models import is_model, list_models, model_entrypoint
 
-from edgecl.errors import RecipeError, SliceError, near_matches
+from edgecl.errors import RecipeError, SliceError, first_line, near_matches
 
 
 def create_backbone(
@@ -27,7 +28,6 @@ def create_backbone(
     """Build a timm network whose channels are `width` times the architecture's.
 
     Args:
-        arch: a timm architecture.
         width: multiple of the architecture's own channels, > 0; 1.0 is `timm.create_model(arch)` itself.
         num_classes: 0 gives pooled features (N, F); more adds timm's classifier.
         stem_stride: stride of the first convolution; None keeps the architecture's.
@@ -185,6 +185,21 @@ def example_side(net: nn.Module) -> int:
     return 64
 
 
+@contextlib.contextmanager
+def taking_pictures(net: str, height: int, width: int, *, hint: str) -> Iterator[None]:
+    """Run a net on pictures of a size, and name it where it does not take them.
+
+    Raises:
+        RecipeError: it does not.
+    """
+    try:
+        yield
+    except (RuntimeError, AssertionError, ValueError) as exc:
+        raise RecipeError(
+            f"{net} does not take pictures of {height} x {width}: {first_line(exc)}", hint=hint
+        ) from exc
+
+
 def count_parameters(net: nn.Module) -> int:
     """Return how many numbers training changes in a net."""
     return sum(parameter.numel() for parameter in net.parameters())
@@ -196,12 +211,7 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def recalibrate(net: nn.Module, batches: Any, *, device: torch.device) -> int:
-    """Re-estimate every batch norm's statistics as the average over batches of normalized images.
-
-    Args:
-        net: a backbone; its running statistics change, nothing else does.
-        batches: iterable of (N, 3, H, W) float tensors.
-        device: where to run.
+    """Re-estimate every batch norm's statistics as the average over (N, 3, H, W) batches of normalized images.
 
     Returns:
         how many batches were used.

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from edgecl.config.recipe import Recipe, width_as_given
-from edgecl.errors import RecipeError, SliceError, first_line
+from edgecl.errors import SliceError
+from edgecl.nets.backbone import taking_pictures
 from edgecl.nets.given import GivenNet
 from edgecl.nets.heads import Encoder
 from edgecl.nets.slimming import SlimmableNet
@@ -58,26 +59,17 @@ def start_from(net: SlimmableNet, given: GivenNet) -> None:
 def _try_image_sizes(net: nn.Module, recipe: Recipe, sizes: Iterable[int]) -> None:
     """Run one blank picture of each size: some nets, such as transformers, take one size only."""
     forward = net.forward_slim if isinstance(net, SlimmableNet) else net
+    stem = f" with 'host.stem_stride' {stride}" if (stride := recipe.host.stem_stride) else ""
+    hint = "set [data] image_size or [views] local_size to a size the net takes, or choose another net"
     net.eval()
     for size in sizes:
-        try:
-            with torch.no_grad():
-                forward(torch.zeros(1, 3, size, size))
-        except (RuntimeError, AssertionError, ValueError) as exc:
-            stem = f" with 'host.stem_stride' {stride}" if (stride := recipe.host.stem_stride) else ""
-            raise RecipeError(
-                f"'{recipe.host.arch}'{stem} does not take pictures of {size} x {size}: {first_line(exc)}",
-                hint="set [data] image_size or [views] local_size to a size the net takes, or choose another net",
-            ) from exc
+        with taking_pictures(f"'{recipe.host.arch}'{stem}", size, size, hint=hint), torch.no_grad():
+            forward(torch.zeros(1, 3, size, size))
     net.train()
 
 
 def backbone_tensors(net: SlimmableNet, *, width: float) -> dict[str, Tensor]:
-    """Return the backbone of one width as a plain state dict: copies, named as timm names them.
-
-    Args:
-        net: host and slim nets.
-        width: a slim width or the host's.
+    """Return the backbone of a slim width or the host's as a plain state dict: copies, named as timm names them.
 
     Raises:
         SliceError: the net was not trained at this width.

@@ -1,4 +1,4 @@
-"""The nets that hold narrower ones of their own, and some that do not, named without importing torch."""
+"""The nets that hold narrower ones of their own, and some that are asked for and do not, named without importing torch."""
 
 import json
 from pathlib import Path
@@ -40,25 +40,6 @@ NETS = (
     "vit_tiny_patch16_224",
 )
 """Those that the tests take from training to a bundle."""
-
-
-REFUSED = (
-    "convnext_atto",
-    "edgenext_xx_small",
-    "efficientvit_b0",
-    "fasternet_t0",
-    "ghostnet_100",
-    "hgnetv2_b0",
-    "levit_128s",
-    "lowformer_b0",
-    "mobilevitv2_050",
-    "mobilevit_xs",
-    "resnet18",
-    "shvit_s1",
-    "swiftformer_xs",
-    "tiny_vit_5m_224",
-)
-"""Those that are asked for and do not nest; the table has the reason."""
 
 
 def list_nets() -> list[dict[str, Any]]:

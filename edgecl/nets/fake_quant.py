@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from edgecl.errors import NonFiniteError, RecipeError, near_matches
-from edgecl.nets.folding import Walk, fold_batch_norm, replace_module, walk
+from edgecl.nets.folding import Walk, fold_batch_norm, walk
 
 LOWEST, HIGHEST = -128, 127
 
@@ -104,28 +104,10 @@ class _LearntRounding(torch.autograd.Function):
 
 
 class QuantConv2d(nn.Conv2d):
-    """A convolution whose weights are fake-quantized, and whose input may be.
+    """A convolution whose weights are fake-quantized, and whose input may be; made by `_quantize_layer`."""
 
-    Args:
-        convolution: whose parameters it takes over.
-        input_quantizer: a FakeQuant, or nn.Identity() where the input has passed one already.
-    """
-
-    def __init__(self, convolution: nn.Conv2d, input_quantizer: nn.Module):
-        super().__init__(
-            convolution.in_channels,
-            convolution.out_channels,
-            cast(Any, convolution.kernel_size),
-            cast(Any, convolution.stride),
-            cast(Any, convolution.padding),
-            cast(Any, convolution.dilation),
-            convolution.groups,
-            bias=convolution.bias is not None,
-            device="meta",
-        )
-        self.weight, self.bias = convolution.weight, convolution.bias
-        self.input_quantizer = input_quantizer
-        self.weight_quantizer: nn.Module = FakeQuant(convolution.out_channels)
+    input_quantizer: nn.Module
+    weight_quantizer: nn.Module
 
     def forward(self, images: Tensor) -> Tensor:
         """Convolve."""
@@ -135,18 +117,10 @@ class QuantConv2d(nn.Conv2d):
 
 
 class QuantLinear(nn.Linear):
-    """A linear layer whose weights and input are fake-quantized.
+    """A linear layer whose weights are fake-quantized, and whose input may be; made by `_quantize_layer`."""
 
-    Args:
-        linear: whose parameters it takes over.
-        input_quantizer: a FakeQuant, or nn.Identity() where the input has passed one already.
-    """
-
-    def __init__(self, linear: nn.Linear, input_quantizer: nn.Module):
-        super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
-        self.weight, self.bias = linear.weight, linear.bias
-        self.input_quantizer = input_quantizer
-        self.weight_quantizer: nn.Module = FakeQuant(linear.out_features)
+    input_quantizer: nn.Module
+    weight_quantizer: nn.Module
 
     def forward(self, features: Tensor) -> Tensor:
         """Multiply."""
@@ -231,7 +205,7 @@ def insert_fake_quant(net: nn.Module, *, keep: Sequence[str]) -> nn.Module:
         for name in names:
             quantized_already = tensor in blocks and _within(name, [blocks[tensor]])
             own = nn.Identity() if quantized_already else FakeQuant()
-            replace_module(quantized, name, _quantized_layer(name, layers[name], own))
+            _quantize_layer(name, layers[name], own)
     for name in blocks.values():
         block = quantized.get_submodule(name)
         # A net made by `without_fake_quant` has the hook already.
@@ -295,15 +269,19 @@ def _quantize_input(block: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...
     return (cast(Any, block).input_quantizer(inputs[0]), *inputs[1:])
 
 
-def _quantized_layer(name: str, layer: nn.Module, own: nn.Module) -> nn.Module:
+def _quantize_layer(name: str, layer: nn.Module, input_quantizer: nn.Module) -> None:
+    """Give a layer the class that quantizes, and its quantizers."""
     if isinstance(layer, nn.Linear):
-        return QuantLinear(layer, own)
-    if type(layer) is nn.Conv2d and layer.padding_mode == "zeros":
-        return QuantConv2d(layer, own)
-    raise RecipeError(
-        f"cannot quantize '{name}': it is a {type(layer).__name__}, not a plain convolution",
-        hint=f"keep it in float with --set 'keep=[\"{name}\"]', or choose another net",
-    )
+        layer.__class__ = QuantLinear
+    elif type(layer) is nn.Conv2d and layer.padding_mode == "zeros":
+        layer.__class__ = QuantConv2d
+    else:
+        raise RecipeError(
+            f"cannot quantize '{name}': it is a {type(layer).__name__}, not a plain convolution",
+            hint=f"keep it in float with --set 'keep=[\"{name}\"]', or choose another net",
+        )
+    layer.add_module("input_quantizer", input_quantizer)
+    layer.add_module("weight_quantizer", FakeQuant(len(layer.weight)))
 
 
 def _calibrate_weights(net: nn.Module) -> None:
@@ -323,13 +301,12 @@ def _calibrate_activations(net: nn.Module, images: Tensor) -> None:
     peaks: dict[FakeQuant, Tensor] = {}
     counts: dict[FakeQuant, Tensor] = {}
 
-    def watch_peak(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def watch_peak(quantizer: FakeQuant, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         peak = inputs[0].abs().max()
-        peaks[cast(FakeQuant, module)] = torch.maximum(peaks.get(cast(FakeQuant, module), peak), peak)
+        peaks[quantizer] = torch.maximum(peaks.get(quantizer, peak), peak)
         return inputs[0]
 
-    def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        quantizer = cast(FakeQuant, module)
+    def count(quantizer: FakeQuant, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         found = torch.histc(inputs[0].abs(), _BINS, 0, float(peaks[quantizer].clamp(min=1e-30)))
         counts[quantizer] = counts.get(quantizer, torch.zeros_like(found)) + found
         return inputs[0]
@@ -351,16 +328,15 @@ def _calibrate_activations(net: nn.Module, images: Tensor) -> None:
 @torch.no_grad()
 def _run_watched(net: nn.Module, images: Tensor, watch: Any) -> None:
     """Run all images, each activation's quantizer replaced by what `watch` returns."""
-    weights = {id(getattr(module, "weight_quantizer", None)) for module in net.modules()}
-    quantizers = [
-        module for module in net.modules() if isinstance(module, FakeQuant) and id(module) not in weights
-    ]
-    # The weights stay float too: their rounding is no reason for another range.
-    handles = [module.register_forward_hook(watch) for module in quantizers]
-    handles += [
-        module.weight_quantizer.register_forward_hook(lambda module, inputs, output: inputs[0])
-        for module in net.modules()
-        if isinstance(module, (QuantConv2d, QuantLinear))
+
+    def keep_float(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return inputs[0]
+
+    handles = [
+        # The weights stay float too: their rounding is no reason for another range.
+        module.register_forward_hook(keep_float if name.endswith("weight_quantizer") else watch)
+        for name, module in net.named_modules()
+        if isinstance(module, FakeQuant)
     ]
     try:
         for batch in images.split(_BATCH):
@@ -405,30 +381,11 @@ def without_fake_quant(net: nn.Module) -> nn.Module:
     Its state dict names what the folded net's names.
     """
     plain = copy.deepcopy(net)
-    for name, module in list(plain.named_modules()):
-        if isinstance(module, (QuantConv2d, QuantLinear)):
-            replace_module(plain, name, _float_layer(module))
+    layers: list[Any] = [each for each in plain.modules() if isinstance(each, (QuantConv2d, QuantLinear))]
+    for layer in layers:
+        del layer.input_quantizer, layer.weight_quantizer
+        layer.__class__ = nn.Linear if isinstance(layer, nn.Linear) else nn.Conv2d
     for name, module in list(plain.named_modules()):
         if isinstance(module, FakeQuant):
-            replace_module(plain, name, nn.Identity())
+            plain.set_submodule(name, nn.Identity())
     return plain
-
-
-def _float_layer(layer: QuantConv2d | QuantLinear) -> nn.Module:
-    made: nn.Conv2d | nn.Linear
-    if isinstance(layer, QuantLinear):
-        made = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-    else:
-        made = nn.Conv2d(
-            layer.in_channels,
-            layer.out_channels,
-            cast(Any, layer.kernel_size),
-            cast(Any, layer.stride),
-            cast(Any, layer.padding),
-            cast(Any, layer.dilation),
-            layer.groups,
-            bias=layer.bias is not None,
-            device="meta",
-        )
-    made.weight, made.bias = layer.weight, layer.bias
-    return made.train(layer.training)

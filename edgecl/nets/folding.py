@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from edgecl.errors import RecipeError
-from edgecl.nets.backbone import example_side, is_norm
+from edgecl.nets.backbone import example_side, is_norm, taking_pictures
 
 # Of the largest output. Rounding alone makes 1e-6, 1e-4 in a net with random weights; a wrong fold, the order of 1.
 _TOLERANCE = 1e-2
@@ -108,13 +108,8 @@ def run_example(net: nn.Module) -> Tensor:
     side = example_side(net)
     noise = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
     try:
-        with torch.no_grad():
+        with taking_pictures("the net", side, side, hint=_SERVED), torch.no_grad():
             output: Tensor = net(noise.to(like.device, like.dtype))
-    except (RuntimeError, AssertionError, ValueError) as exc:
-        raise RecipeError(
-            f"the net does not take a picture of {side} x {side}: {str(exc).splitlines()[0]}",
-            hint=_SERVED,
-        ) from exc
     finally:
         net.train(was_training)
     return output
@@ -186,7 +181,7 @@ def fold_batch_norm(net: nn.Module) -> nn.Module:
                 hint=_SERVED,
             )
         _fold(convolution, norm)
-        replace_module(folded, name, _remains(norm))
+        folded.set_submodule(name, _remains(norm))
     _check_same(net, folded, "fold the batch norms")
     return folded
 
@@ -219,9 +214,3 @@ def _fold(convolution: nn.Conv2d, norm: Any) -> None:
 def _remains(norm: nn.Module) -> nn.Module:
     children = OrderedDict(norm.named_children())
     return nn.Sequential(children) if children else nn.Identity()
-
-
-def replace_module(net: nn.Module, name: str, module: nn.Module) -> None:
-    """Replace the module of this name."""
-    parent, _, leaf = name.rpartition(".")
-    setattr(net.get_submodule(parent), leaf, module)

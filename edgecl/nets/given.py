@@ -91,9 +91,6 @@ def load_start(weights: str, *, host: Host, width: float, data: Data) -> GivenNe
     """Load a net for a recipe's slim net.
 
     Args:
-        weights: as in `load_given`.
-        host: says what it must be.
-        width: of the slim net.
         data: how its pictures will be normalized.
 
     Raises:

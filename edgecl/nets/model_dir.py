@@ -83,9 +83,6 @@ def write_model(
 def load_model(path: Path) -> tuple[nn.Module, ModelRecord]:
     """Rebuild the net of a model directory, in evaluation mode; a quantized net with its fake quantizers.
 
-    Returns:
-        the net and its record.
-
     Raises:
         ArtifactError: not a model directory, or weights that do not match their hash or the net.
     """
@@ -123,7 +120,6 @@ def create_blank(record: ModelRecord, *, classes: int | None = None) -> nn.Modul
     """Build the net a model record describes, with random weights; a quantized net with scales of 1.
 
     Args:
-        record: of the net.
         classes: in place of the record's own number of classes; 0 for a net without classifier.
     """
     net = create_backbone(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, cast
 
 import timm
@@ -96,8 +97,6 @@ def index_of(slim: nn.Module, host: nn.Module, *, where: Mapping[str, object]) -
 
     Args:
         slim: the slim net; may be on the meta device.
-        host: the host.
-        where: both widths, for the error.
 
     Raises:
         SliceError: a tensor is missing on one side, is larger in the slim net, or a rule refuses.
@@ -144,11 +143,9 @@ def check_function(
     values here, and so does what is constant or almost zero at the start and would hide a difference.
 
     Args:
-        host: the host.
         skeleton: the slim net, whose own tensors are not used.
         tensors: of the slim net, by name.
         index: where each of them lies in the host.
-        where: both widths, for the error.
 
     Raises:
         SliceError: it does not, or a forward pass fails.
@@ -208,21 +205,19 @@ def _common_skips(host: nn.Module, skeleton: nn.Module) -> Iterator[None]:
     only. Such a slim net still nests, layer by layer, so the comparison of functions leaves these connections out.
     """
     hosts = dict(host.named_modules())
-    pairs = [
-        (block, hosts[name])
+    before: list[tuple[Any, bool]] = [
+        (module, cast(Any, module).has_skip)
         for name, block in skeleton.named_modules()
         if getattr(block, "has_skip", None) != getattr(hosts[name], "has_skip", None)
+        for module in (block, hosts[name])
     ]
-    before = [(block.has_skip, other.has_skip) for block, other in pairs]
-    for block, other in pairs:
-        setattr(block, "has_skip", False)  # noqa: B010 - timm's attribute, unknown to nn.Module's types
-        setattr(other, "has_skip", False)  # noqa: B010
+    for block, _ in before:
+        block.has_skip = False
     try:
         yield
     finally:
-        for (block, other), (block_skips, other_skips) in zip(pairs, before, strict=True):
-            setattr(block, "has_skip", block_skips)  # noqa: B010
-            setattr(other, "has_skip", other_skips)  # noqa: B010
+        for block, skips in before:
+            block.has_skip = skips
 
 
 @contextlib.contextmanager
@@ -230,7 +225,7 @@ def _common_layer_norms(host: nn.Module, skeleton: nn.Module) -> Iterator[None]:
     """Let each layer norm of a host work on the leading channels that the slim net has, and leave the others at zero."""
     hosts = dict(host.named_modules())
     handles = [
-        hosts[name].register_forward_hook(_lead(norm.normalized_shape[0]))
+        hosts[name].register_forward_hook(partial(_lead, norm.normalized_shape[0]))
         for name, norm in wider_layer_norms(host, skeleton)
     ]
     try:
@@ -240,13 +235,11 @@ def _common_layer_norms(host: nn.Module, skeleton: nn.Module) -> Iterator[None]:
             handle.remove()
 
 
-def _lead(count: int) -> Callable[..., Tensor]:
-    def hook(norm: nn.LayerNorm, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-        weight, bias = (None if one is None else one[:count] for one in (norm.weight, norm.bias))
-        normed = F.layer_norm(inputs[0][..., :count], (count,), weight, bias, norm.eps)
-        return F.pad(normed, (0, output.shape[-1] - count))
-
-    return hook
+def _lead(count: int, norm: nn.LayerNorm, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+    """Normalize the first channels alone, as a forward hook."""
+    weight, bias = (None if one is None else one[:count] for one in (norm.weight, norm.bias))
+    normed = F.layer_norm(inputs[0][..., :count], (count,), weight, bias, norm.eps)
+    return F.pad(normed, (0, output.shape[-1] - count))
 
 
 def wider_layer_norms(host: nn.Module, slim: nn.Module) -> list[tuple[str, nn.LayerNorm]]:

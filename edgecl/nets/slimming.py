@@ -111,9 +111,10 @@ class SlimmableNet(nn.Module):
     Args:
         build: makes the net at a width; called once per width. All its tensors must have the same names at
             every width, and each must be at least as large in the host in every dimension.
-        host_width: width of the host.
         slim_width: width of the slim net, at most the host's; when equal, the slim net is the host itself.
         other_widths: widths of further slim nets, each below slim_width.
+
+    Methods that take the width of a slim net take one of slim_widths, or None for slim_width.
 
     Raises:
         SliceError: a slim net is not a prefix of the host.
@@ -128,20 +129,9 @@ class SlimmableNet(nn.Module):
         other_widths: Sequence[float] = (),
     ):
         super().__init__()
-        if slim_width > host_width:
-            raise SliceError(
-                f"slim width {slim_width:g} is above the host's {host_width:g}",
-                hint="the slim net is a part of the host: widen the host or narrow the slim net",
-            )
-        others = tuple(sorted(set(other_widths), reverse=True))
-        if others and others[0] >= slim_width:
-            raise SliceError(
-                f"the further width {others[0]:g} is not below the slim width {slim_width:g}",
-                hint="the slim width is the widest of all that are trained inside the host",
-            )
         self.host_width = host_width
         self.slim_width = slim_width
-        self.slim_widths = (slim_width, *others)
+        self.slim_widths = (slim_width, *sorted(set(other_widths), reverse=True))
         """Every slim width, widest first."""
         self.host = build(host_width)
         self.slim_norms = nn.ModuleDict()
@@ -202,10 +192,8 @@ class SlimmableNet(nn.Module):
     def start_from(self, tensors: Mapping[str, Tensor]) -> None:
         """Put tensors in the place of the widest slim net's; after `nest`, the host computes what they do.
 
-        Narrower nets begin as the leading part of these, the statistics of their norms too.
-
-        Args:
-            tensors: parameters and buffers by name, all that their layers have and each as large as the slim net's.
+        Narrower nets begin as the leading part of these, the statistics of their norms too. The tensors are parameters and
+        buffers by name, all that their layers have.
         """
         whole, widest = self.host.state_dict(), self._view(None)
         places: dict[str, Any] = {} if widest is None else {**widest.index, **widest.norm_index}
@@ -252,22 +240,11 @@ class SlimmableNet(nn.Module):
     def _view(self, width: float | None) -> SlimView | None:
         """Return the view of a slim width, None being the widest; None where that is the host itself."""
         chosen = self.slim_width if width is None else width
-        if chosen not in self.slim_widths:
-            raise SliceError(
-                f"width {chosen:g} is not among the slim widths of this net: "
-                + ", ".join(f"{known:g}" for known in self.slim_widths)
-            )
+        assert chosen in self.slim_widths
         return self._views.get(chosen)
 
     def slim_tensors(self, width: float | None = None) -> dict[str, Tensor]:
-        """Return a slim net's parameters and buffers by name: views of the host's weights, and private norms.
-
-        Args:
-            width: one of slim_widths; None means slim_width.
-
-        Raises:
-            SliceError: no such slim width.
-        """
+        """Return a slim net's parameters and buffers by name: views of the host's weights, and private norms."""
         view = self._view(width)
         return dict(self.host.state_dict(keep_vars=True)) if view is None else view.tensors_in(self.host)
 
@@ -278,11 +255,7 @@ class SlimmableNet(nn.Module):
         return {} if view is None else view.index
 
     def norms_of(self, width: float | None = None) -> nn.ModuleDict:
-        """Return the private norms of a slim width, by key; empty where that is the host itself.
-
-        Raises:
-            SliceError: no such slim width.
-        """
+        """Return the private norms of a slim width, by key; empty where that is the host itself."""
         view = self._view(width)
         return nn.ModuleDict() if view is None else view.norms
 
@@ -319,10 +292,6 @@ class SlimmableNet(nn.Module):
 
         Args:
             images: (N, 3, H, W).
-            width: one of slim_widths; None means slim_width.
-
-        Raises:
-            SliceError: no such slim width.
         """
         view = self._view(width)
         if view is None:
@@ -348,13 +317,7 @@ class SlimmableNet(nn.Module):
         """Run one part of a slim net inside the host, such as its 'backbone'.
 
         Args:
-            part: name of the submodule.
-            images: what it takes.
             replaced: tensors to put in place of the host's, by their name within the part.
-            width: one of slim_widths; None means slim_width.
-
-        Raises:
-            SliceError: no such slim width.
         """
         prefix = f"{part}."
         tensors = {

@@ -57,7 +57,6 @@ def synchronize_heads(
     Args:
         method: its `net` is left alone.
         which: 'projector' leaves two-dimensional norms alone, 'none' all of them.
-        device: where it will run.
     """
     if which == "none" or process_count() == 1:
         return

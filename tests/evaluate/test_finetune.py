@@ -42,20 +42,23 @@ def plain_model(tmp_path_factory, carved_model):
     """A model directory of width 1.0, which timm itself can build, with random weights."""
     out = tmp_path_factory.mktemp("plain") / "m"
     torch.manual_seed(0)
+    record = ModelDir(carved_model).read()
+    about = {"arch": "mobilenetv3_small_100", "width": 1.0, "stem_stride": None, "classes": None}
+    made = {"origin": "random", "made_from": None, "data": None}
     net = create_backbone("mobilenetv3_small_100", width=1.0)
-    write_model(
-        out,
-        net,
-        arch="mobilenetv3_small_100",
-        width=1.0,
-        stem_stride=None,
-        classes=None,
-        preprocessing=ModelDir(carved_model).read().preprocessing,
-        origin="random",
-        made_from=None,
-        data=None,
-    )
+    write_model(out, net, preprocessing=record.preprocessing, **about, **made)
     return out
+
+
+@pytest.fixture
+def tune(tmp_path, image_folder):
+    """Fine-tune to the pictures of the folder, into tmp_path/m."""
+
+    def tune(model, *settings, out="m", data=image_folder, **options):
+        assignments = [*settings, "device=cpu"]
+        return finetune(model, data=str(data), out=tmp_path / out, assignments=assignments, **options)
+
+    return tune
 
 
 @pytest.fixture(scope="module")
@@ -81,29 +84,21 @@ def test_timm_loads_the_weights_with_so_many_classes(tuned):
         assert torch.equal(net.eval()(images), ours(images))
 
 
-def test_record_names_the_classes_and_the_net_it_came_from(tuned, plain_model):
-    record = ModelDir(tuned[0]).read()
-    assert record.classes == ["blue", "green", "red"]
-    assert record.origin == "finetuned"
-    assert record.made_from == ModelDir(plain_model).sha256
-
-
-def test_evaluation_is_of_the_written_net(tuned, image_folder):
+def test_record_and_evaluation_are_of_the_written_net(tuned, plain_model, image_folder):
     out, record = tuned
     net, model = load_model(out)
+    assert model.classes == ["blue", "green", "red"]
+    assert model.origin == "finetuned"
+    assert model.made_from == ModelDir(plain_model).sha256
     held_out = read_labelled(str(image_folder), test=None, preprocessing=model.preprocessing).test
     evaluation = json.loads(ModelDir(out).evaluation_file.read_text())
     assert evaluation == record.evaluation.to_json()
     assert evaluation["top1"] == classifier_accuracy(net, held_out, model.preprocessing)
     assert evaluation["made_from"] == ModelDir(out).sha256
-
-
-def test_evaluation_counts_and_interval_belong_together(tuned, image_folder):
-    evaluation = tuned[1].evaluation
-    assert (evaluation.n_test, evaluation.n_train) == (12, 48)
+    evaluation = record.evaluation
+    assert (evaluation.n_test, evaluation.n_train, evaluation.epochs) == (12, 48, 2)
     assert evaluation.top1_ci95 == list(proportion_interval(evaluation.top1, 12))
     assert evaluation.test.startswith(f"{image_folder} (20 % held out, stratified; ")
-    assert evaluation.epochs == 2
     assert evaluation.settings["lr"] == 0.01
 
 
@@ -122,11 +117,11 @@ def test_features_below_the_classifier_are_what_a_probe_evaluates(tuned, plain_m
         assert torch.equal(features(images), plain(images))
 
 
-def test_a_net_may_be_deployed_at_another_size_than_it_was_trained_at(tmp_path, plain_model, image_folder):
-    out = tmp_path / "m"
-    settings = ["test_size=48", "batch_size=16", "device=cpu"]
-    record = finetune(plain_model, data=str(image_folder), out=out, epochs=1, assignments=settings)
-    net, model = load_model(out)
+def test_a_net_may_be_deployed_at_another_size_than_it_was_trained_at(
+    tune, tmp_path, plain_model, image_folder
+):
+    record = tune(plain_model, "test_size=48", "batch_size=16", epochs=1)
+    net, model = load_model(tmp_path / "m")
     trained_at = ModelDir(plain_model).read().preprocessing
     assert (model.preprocessing.image_size, trained_at.image_size) == (48, 32)
     assert model.preprocessing.resize_size == round(trained_at.resize_size * 48 / 32)
@@ -134,29 +129,34 @@ def test_a_net_may_be_deployed_at_another_size_than_it_was_trained_at(tmp_path, 
     assert record.evaluation.top1 == classifier_accuracy(net, held_out, model.preprocessing)
 
 
-def test_a_size_that_the_net_does_not_take_is_refused_before_training(
-    tmp_path, plain_model, image_folder, monkeypatch
-):
+def test_a_size_that_the_net_does_not_take_is_refused_before_training(tune, plain_model, monkeypatch):
     monkeypatch.setattr("edgecl.evaluate.finetune.train_classifier", None)
     vit = timm.create_model("vit_tiny_patch16_224", num_classes=0)
     monkeypatch.setattr("edgecl.evaluate.finetune.load_model", lambda model: (vit, ModelDir(model).read()))
     with pytest.raises(RecipeError, match="does not take pictures of 48 x 48"):
-        finetune(plain_model, data=str(image_folder), out=tmp_path / "m", assignments=["test_size=48"])
+        tune(plain_model, "test_size=48")
 
 
-def test_unknown_setting_suggests_a_near_one(tmp_path, plain_model, image_folder):
+@pytest.mark.parametrize(
+    ("setting", "quantize", "problem"),
+    [
+        ("flp=0.5", None, "unknown key 'flp' (did you mean 'flip'?)"),
+        ("learn_scales=false", None, "unknown key 'learn_scales'"),
+        ("flip=0.5", "int4", "cannot quantize to 'int4'"),
+    ],
+)
+def test_wrong_settings_are_named(tune, plain_model, setting, quantize, problem):
     with pytest.raises(RecipeError) as caught:
-        finetune(plain_model, data=str(image_folder), out=tmp_path / "m", assignments=["flp=0.5"])
-    assert caught.value.problem == "unknown key 'flp' (did you mean 'flip'?)"
-    assert caught.value.where == {"--set": "flp=0.5"}
+        tune(plain_model, setting, quantize=quantize)
+    assert caught.value.problem.startswith(problem)
 
 
-def test_existing_output_is_refused_before_training(tmp_path, plain_model, image_folder, monkeypatch):
+def test_existing_output_is_refused_before_training(tune, tmp_path, plain_model, monkeypatch):
     monkeypatch.setattr("edgecl.evaluate.finetune.train_classifier", None)
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "mine").touch()
     with pytest.raises(ArtifactError, match="already exists"):
-        finetune(plain_model, data=str(image_folder), out=tmp_path / "m")
+        tune(plain_model)
 
 
 def test_help_names_every_setting():
@@ -283,7 +283,7 @@ def test_quantized_model_loads_as_it_was_trained(quantized, image_folder):
     assert not any((scale == 1).any() for scale in scales)
 
 
-def test_record_says_how_the_net_is_quantized(quantized, tuned):
+def test_record_says_how_the_net_is_quantized_and_how_good_it_was_before(quantized, tuned):
     out, record = quantized
     model = ModelDir(out).read()
     assert model.quantization.precision == "int8"
@@ -293,9 +293,6 @@ def test_record_says_how_the_net_is_quantized(quantized, tuned):
     assert model.made_from == ModelDir(tuned[0]).sha256
     assert ModelDir(tuned[0]).read().quantization is None
     assert record.evaluation.settings["lr"] == 5e-4
-
-
-def test_evaluation_compares_float_calibrated_and_trained(quantized, tuned):
     evaluation = json.loads(ModelDir(quantized[0]).evaluation_file.read_text())
     assert evaluation["float_top1"] == tuned[1].evaluation.top1
     for state in ("float_top1", "calibrated_top1", "top1"):
@@ -309,36 +306,22 @@ def test_quantized_training_starts_from_the_nets_own_classifier(quantized, tuned
     assert not any("running_mean" in name for name in after)
 
 
-def test_scales_stay_as_calibrated_where_they_are_not_learnt(tmp_path, tuned, image_folder):
+def test_scales_stay_as_calibrated_where_they_are_not_learnt(tune, tmp_path, tuned):
     scales = []
     for rate in ("1e-9", "1e-3"):
-        out = tmp_path / rate
-        finetune(
-            tuned[0],
-            data=str(image_folder),
-            out=out,
-            epochs=1,
-            quantize="int8",
-            assignments=[f"lr={rate}", "learn_scales=false", 'keep=["conv_stem"]', "device=cpu"],
-        )
-        weights = load_file(ModelDir(out).weights_file)
+        settings = (f"lr={rate}", "learn_scales=false", 'keep=["conv_stem"]')
+        tune(tuned[0], *settings, out=rate, epochs=1, quantize="int8")
+        out = ModelDir(tmp_path / rate)
+        weights = load_file(out.weights_file)
         scales.append({name: tensor for name, tensor in weights.items() if name.endswith("scale")})
     assert "blocks.0.0.se.conv_reduce.weight_quantizer.scale" in scales[0]
     assert all(torch.equal(scales[1][name], tensor) for name, tensor in scales[0].items())
-    record = ModelDir(out).read()
-    assert record.quantization == Quantization(keep=["conv_stem"], learnt=False)
+    assert out.read().quantization == Quantization(keep=["conv_stem"], learnt=False)
 
 
-def test_net_without_a_classifier_gets_one_first(tmp_path, plain_model, image_folder, monkeypatch):
+def test_net_without_a_classifier_gets_one_first(tune, tmp_path, plain_model, monkeypatch):
     monkeypatch.setattr("edgecl.evaluate.finetune.DEFAULT_EPOCHS", 1)
-    record = finetune(
-        plain_model,
-        data=str(image_folder),
-        out=tmp_path / "m",
-        epochs=1,
-        quantize="int8",
-        assignments=["device=cpu"],
-    )
+    record = tune(plain_model, epochs=1, quantize="int8")
     assert record.classes == ["blue", "green", "red"]
     assert load_model(tmp_path / "m")[0].classifier.out_features == 3
 
@@ -360,31 +343,21 @@ def test_probe_and_cost_take_a_quantized_net(tmp_path, quantized, tuned, image_f
     assert counted.params == ModelDir(model).read().params == plain.params - norms
 
 
-def test_quantized_net_is_not_trained_a_second_time(tmp_path, quantized, image_folder):
+def test_quantized_net_is_not_trained_a_second_time(tune, tmp_path, quantized):
     for quantize in ("int8", None):
         with pytest.raises(ArtifactError) as caught:
-            finetune(quantized[0], data=str(image_folder), out=tmp_path / "m", quantize=quantize)
+            tune(quantized[0], quantize=quantize)
         assert caught.value.problem == "this net is quantized already"
         assert caught.value.hint == "start from the float net that it was made from"
     assert list(tmp_path.iterdir()) == []
 
 
-def test_other_classes_are_refused_before_anything_is_trained(tmp_path, tuned):
+def test_other_classes_are_refused_before_anything_is_trained(tune, tmp_path, tuned):
     data = write_folder(tmp_path / "data", per_class=5, classes={"cat": (9, 9, 9), "dog": (99, 99, 99)})
     with pytest.raises(DataError) as caught:
-        finetune(tuned[0], data=str(data), out=tmp_path / "m", quantize="int8")
+        tune(tuned[0], data=data, quantize="int8")
     assert caught.value.problem == "the net tells other classes apart: blue, green, red against cat, dog"
     assert caught.value.hint == "fine-tune to these classes without --quantize first"
-
-
-def test_other_precision_is_refused(tmp_path, tuned, image_folder):
-    with pytest.raises(RecipeError, match="cannot quantize to 'int4'"):
-        finetune(tuned[0], data=str(image_folder), out=tmp_path / "m", quantize="int4")
-
-
-def test_settings_of_quantized_training_are_not_those_of_float(tmp_path, tuned, image_folder):
-    with pytest.raises(RecipeError, match="unknown key 'learn_scales'"):
-        finetune(tuned[0], data=str(image_folder), out=tmp_path / "m", assignments=["learn_scales=false"])
 
 
 def test_command_line_trains_as_int8_and_prints_all_three_accuracies(tmp_path, tuned, image_folder, edgecl):

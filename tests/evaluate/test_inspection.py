@@ -14,7 +14,7 @@ from PIL import Image
 
 from edgecl.errors import ArtifactError
 from edgecl.evaluate.inspection import MAP_POINTS, MISTAKES, feature_map, inspect, principal_components
-from edgecl.evaluate.labelled import Part
+from edgecl.evaluate.labelled import Labelled, Part
 from edgecl.evaluate.probe import probe
 from edgecl.storage.directories import ModelDir
 from edgecl.storage.record_files import read_record
@@ -33,15 +33,8 @@ def guesses():
 
 def inspected(guesses):
     features, logits, part = guesses
-    return inspect(
-        features,
-        logits,
-        part,
-        classes=["gear", "nut", "bolt"],
-        predicted_by="classifier",
-        test_from="drawn",
-        made_from=None,
-    )
+    labelled = Labelled(part, part, ("gear", "nut", "bolt"), train_from="drawn", test_from="drawn")
+    return inspect(features, logits, labelled, predicted_by="classifier", made_from=None)
 
 
 def test_confusion_counts_every_image_once(guesses):

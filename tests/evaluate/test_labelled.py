@@ -24,22 +24,12 @@ def pictures(part):
     return {picture.numpy().tobytes() for picture in part.images}
 
 
-def test_fifth_of_each_class_is_held_out(image_folder):
+def test_a_fifth_of_each_class_is_held_out_and_labels_belong_to_their_pictures(image_folder):
+    """Blue, green and red pictures: the strongest channel says the class."""
     labelled = read(image_folder)
     assert torch.bincount(labelled.train.labels).tolist() == [16, 16, 16]
     assert torch.bincount(labelled.test.labels).tolist() == [4, 4, 4]
-
-
-def test_no_picture_is_on_both_sides_and_none_is_lost(image_folder):
-    labelled = read(image_folder)
-    train, test = pictures(labelled.train), pictures(labelled.test)
-    assert not train & test
-    assert len(train | test) == 60
-
-
-def test_labels_belong_to_their_pictures(image_folder):
-    """Blue, green and red pictures: the strongest channel says the class."""
-    labelled = read(image_folder)
+    assert len(pictures(labelled.train) | pictures(labelled.test)) == 60  # none on both sides
     assert labelled.classes == ("blue", "green", "red")
     for part in (labelled.train, labelled.test):
         assert torch.equal(2 - part.images.float().mean((2, 3)).argmax(1), part.labels)
@@ -108,11 +98,8 @@ def test_unreadable_picture_keeps_the_others_with_their_labels(image_folder, tmp
 LABELS = torch.from_numpy(np.random.default_rng(0).integers(0, 4, 200))
 
 
-def test_draw_holds_so_many_of_each_class():
+def test_draws_hold_so_many_of_each_class_and_differ():
     assert torch.bincount(LABELS[draw_few(LABELS, per_class=7, draw=0)]).tolist() == [7, 7, 7, 7]
-
-
-def test_draws_differ():
     draws = {tuple(sorted(draw_few(LABELS, per_class=5, draw=draw).tolist())) for draw in range(10)}
     assert len(draws) == 10
 

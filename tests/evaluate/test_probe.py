@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import edgecl.evaluate.probe
-from edgecl.errors import ArtifactError, DataError
+from edgecl.errors import DataError
 from edgecl.evaluate.cost import forward_cost
 from edgecl.evaluate.probe import load_feature_net, probe, probe_all, probe_net, side_by_side, summary
 from edgecl.metrics.intervals import mean_interval, proportion_interval
@@ -45,53 +45,30 @@ def test_record_is_kept_in_the_model_directory(probed):
     assert read_record(ModelDir(model).probe_file, ProbeRecord) == record
     assert record.kind == "probe"
     assert record.made_from == ModelDir(model).sha256
-
-
-def test_counts_say_what_was_learned_from_and_tested_on(probed):
-    _, record = probed
     assert (record.n_train, record.n_test, record.classes) == (48, 12, 3)
 
 
-def test_colors_are_told_apart_in_percent(evaluator):
-    record = evaluator()
-    assert record.knn_top1 > 90
-    assert record.linear_top1 > 90
-
-
-def test_intervals_are_those_of_a_proportion(evaluator):
-    record = evaluator()
+def test_colors_are_told_apart_in_percent_with_intervals(evaluator):
+    record = evaluator(draws=4)
     for name in ("knn", "linear"):
-        assert getattr(record, f"{name}_ci95") == list(
-            proportion_interval(getattr(record, f"{name}_top1"), 30)
-        )
-
-
-def test_few_label_summary_is_of_its_draws(evaluator):
-    few = evaluator(draws=4).few_label_top1
+        top1 = getattr(record, f"{name}_top1")
+        assert top1 > 90
+        assert getattr(record, f"{name}_ci95") == list(proportion_interval(top1, 30))
+    few = record.few_label_top1
     assert few.mean == pytest.approx(sum(few.draws) / 4)
     assert few.ci95 == pytest.approx(list(mean_interval(few.draws)))
     assert few.labels_per_class == 2
 
 
-def test_few_label_probe_learns_from_the_draws_alone(evaluator, monkeypatch):
-    sizes = []
-
-    def watching(features, labels, *, classes):
-        sizes.append(len(labels))
-        return fit_linear(features, labels, classes=classes)
-
-    monkeypatch.setattr(edgecl.evaluate.probe, "fit_linear", watching)
-    evaluator(labels_per_class=4, draws=2)
-    assert sizes == [36, 12, 12]
-
-
 def test_test_images_and_labels_change_no_classifier(evaluator, colored, monkeypatch):
-    """Nothing is chosen, scaled or fitted on the held-out part."""
+    """Nothing is chosen, scaled or fitted on the held-out part; few labels are learned from alone."""
+    sizes = []
 
     def fits(labelled):
         found = []
 
         def watching(features, labels, *, classes):
+            sizes.append(len(labels))
             found.append(fit_linear(features, labels, classes=classes))
             return found[-1]
 
@@ -103,6 +80,7 @@ def test_test_images_and_labels_change_no_classifier(evaluator, colored, monkeyp
         colored.test, images=255 - colored.test.images, labels=colored.test.labels.flip(0)
     )
     before, after = fits(colored), fits(dataclasses.replace(colored, test=other))
+    assert sizes == 2 * [36, 6, 6, 6]
     for one, two in zip(before, after, strict=True):
         for field in dataclasses.fields(one):
             assert torch.equal(
@@ -114,18 +92,6 @@ def test_more_labels_than_there_are_is_refused_before_anything_runs(evaluator, m
     monkeypatch.setattr(edgecl.evaluate.probe, "extract_features", None)
     with pytest.raises(DataError, match="class 0 has 12 images to learn from, fewer than the 13 labels"):
         evaluator(labels_per_class=13)
-
-
-def test_net_is_run_in_evaluation_mode(evaluator, tiny_backbone):
-    before = {name: value.clone() for name, value in tiny_backbone.state_dict().items()}
-    tiny_backbone.train()
-    evaluator()
-    assert all(torch.equal(value, before[name]) for name, value in tiny_backbone.state_dict().items())
-
-
-def test_directory_that_is_no_model_is_refused(tmp_path, image_folder):
-    with pytest.raises(ArtifactError, match="is not a model directory"):
-        probe(tmp_path, data=str(image_folder))
 
 
 # --- several nets ---
@@ -151,19 +117,7 @@ def test_each_of_several_nets_keeps_the_record_it_would_have_alone(several, imag
     assert records[0].made_from != records[1].made_from
 
 
-def test_images_of_several_nets_are_read_once(several, image_folder, monkeypatch):
-    read = edgecl.evaluate.probe.read_labelled
-    times = []
-    monkeypatch.setattr(
-        edgecl.evaluate.probe,
-        "read_labelled",
-        lambda *words, **named: times.append(1) or read(*words, **named),
-    )
-    probe_all(several[0], data=str(image_folder), labels_per_class=2, seeds=2)
-    assert len(times) == 1
-
-
-def test_images_are_read_again_for_a_net_that_sees_them_otherwise(
+def test_images_are_read_again_only_for_a_net_that_sees_them_otherwise(
     several, image_folder, monkeypatch, tmp_path
 ):
     models, _ = several
@@ -171,17 +125,16 @@ def test_images_are_read_again_for_a_net_that_sees_them_otherwise(
     record = ModelDir(other).read()
     record.preprocessing.image_size = record.preprocessing.resize_size = 24
     write_record(ModelDir(other).record_file, record)
-    seen = []
-    evaluator = edgecl.evaluate.probe.probe_net
-    monkeypatch.setattr(
-        edgecl.evaluate.probe,
-        "probe_net",
-        lambda net, labelled, **named: (
-            seen.append(labelled.test.images.shape[-1]) or evaluator(net, labelled, **named)
-        ),
-    )
-    probe_all([models[0], other], data=str(image_folder), labels_per_class=2, seeds=2)
-    assert seen == [32, 24]
+    read, sizes = edgecl.evaluate.probe.read_labelled, []
+
+    def watching(*words, **named):
+        labelled = read(*words, **named)
+        sizes.append(labelled.test.images.shape[-1])
+        return labelled
+
+    monkeypatch.setattr(edgecl.evaluate.probe, "read_labelled", watching)
+    probe_all([*models, other], data=str(image_folder), labels_per_class=2, seeds=2)
+    assert sizes == [32, 24]
 
 
 def test_nets_side_by_side_are_sorted_by_what_they_cost(several):

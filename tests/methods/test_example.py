@@ -9,7 +9,7 @@ from PIL import Image
 from reports.conftest import report
 
 import edgecl.methods
-from edgecl.config.recipe import list_methods, read_recipe
+from edgecl.config.recipe import read_recipe
 from edgecl.errors import Preempted
 from edgecl.evaluate.cost import cost_of_recipe
 from edgecl.nets.model_dir import load_model
@@ -81,10 +81,6 @@ def losses(run):
 def test_the_docs_show_the_example_as_it_is():
     shown = (Path(__file__).parents[2] / "docs" / "method.md").read_text(encoding="utf-8")
     assert f"```python\n{(EXAMPLE / 'short_byol.py').read_text(encoding='utf-8')}```" in shown
-
-
-def test_the_example_is_found_by_its_file(train):
-    assert "short-byol" in list_methods()
 
 
 def test_the_example_trains_predictor_and_target_and_is_carved_priced_and_drawn(train, tmp_path):

@@ -73,27 +73,12 @@ def test_correlation_is_the_references(shape):
     np.testing.assert_allclose(found, correlation_reference(a, b), rtol=1e-9, atol=1e-12)
 
 
-def test_correlation_is_pearsons_for_projections_far_above_epsilon():
-    a, b = pair((64, 6))
-    pearson = np.corrcoef(a.T, b.T)[:6, 6:]
-    np.testing.assert_allclose(
-        cross_correlation(torch.from_numpy(a), torch.from_numpy(b)), pearson, atol=1e-5
-    )
-
-
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("off_diagonal", [0.0, 0.0051, 1.0])
 def test_correlation_loss_is_the_references(shape, off_diagonal):
     a, b = pair(shape)
     found = cross_correlation_loss(torch.from_numpy(a), torch.from_numpy(b), off_diagonal=off_diagonal)
     assert float(found.total) == pytest.approx(loss_reference(a, b, off_diagonal), rel=1e-9)
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_distillation_loss_is_the_references(shape):
-    a, b = pair(shape)
-    found = distillation_loss(torch.from_numpy(a), torch.from_numpy(b), off_diagonal=0.3)
-    assert float(found) == pytest.approx(loss_reference(a, b, 0.3), rel=1e-9)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -116,35 +101,12 @@ def test_watched_diagonal_and_off_diagonal_are_those_of_the_matrix(shape):
     assert float(found.off_diagonal_rms) == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
-@pytest.mark.parametrize("power", [0, 1, 3])
-def test_correlation_does_not_depend_on_scale_or_offset(power):
-    a, b = (torch.from_numpy(z) for z in pair((32, 4)))
-    moved = cross_correlation(a * 10.0**power + 7, b)
-    torch.testing.assert_close(moved, cross_correlation(a, b), rtol=1e-3, atol=1e-3)
-
-
-def test_first_index_is_the_dimension_of_the_first_argument():
-    a = torch.from_numpy(projections((64, 2), seed=3))
-    b = torch.stack([a[:, 1], torch.from_numpy(projections((64, 2), seed=4))[:, 0]], dim=1)
-    c = cross_correlation(a, b)
-    assert float(c[1, 0]) == pytest.approx(1, abs=1e-4)
-    assert abs(float(c[0, 1])) < 0.7
-
-
 def test_a_constant_dimension_correlates_with_nothing():
     a = torch.from_numpy(projections((16, 3)))
     a[:, 1] = 4.0
     c = cross_correlation(a, a)
     assert c[1].abs().max() == 0
     assert torch.isfinite(c).all()
-
-
-def test_one_dimension_has_no_redundancy():
-    z = torch.from_numpy(projections((16, 1)))
-    small = cross_correlation_loss(z, z, off_diagonal=0.0)
-    large = cross_correlation_loss(z, z, off_diagonal=1e6)
-    assert float(large.total) == pytest.approx(float(small.total), abs=1e-8)
-    assert float(large.off_diagonal_rms) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -167,28 +129,11 @@ def test_correlation_loss_has_the_gradient_of_finite_differences(shape):
     )
 
 
-@pytest.mark.parametrize("shape", [(7, 1), (6, 4)])
-def test_distillation_loss_has_the_gradient_of_finite_differences(shape):
-    a, b = (torch.from_numpy(z) for z in pair(shape))
-    assert torch.autograd.gradcheck(
-        lambda z: distillation_loss(z, b, off_diagonal=0.3), (a.requires_grad_(),), atol=1e-5, rtol=1e-4
-    )
-
-
 def distillation_gradient_between_equals(z, off_diagonal):
     """Differentiate L_D(z, [z]) by hand, through its first argument only.
 
-    With r = 1 / sqrt(var(z) + eps) per dimension, u = (z - mean) r, and t = [u], a constant of the same value:
-    C = u^T t / N, and L = sum_i (1 - C_ii)^2 + w sum_{i != j} C_ij^2, so
-
-        G = dL/dC,  G_ii = -2 (1 - C_ii),  G_ij = 2 w C_ij
-        dL/du_ni = sum_j G_ij t_nj / N, that is t G^T / N
-
-    and, through the normalization, per dimension with g = dL/du,
-
-        dL/dz = r (g - mean_n(g) - u mean_n(g u)).
-
-    If gradient also flowed through t, C would be symmetric in z and the result twice as large.
+    With r = 1 / sqrt(var(z) + eps), u = (z - mean) r, t = [u], C = u^T t / N and G = dL/dC it is dL/du = t G^T / N, and,
+    through the normalization with g = dL/du, dL/dz = r (g - mean_n(g) - u mean_n(g u)). Through t too it were twice that.
     """
     samples = len(z)
     centered = z - z.mean(axis=0)
@@ -211,58 +156,19 @@ def test_distillation_between_equal_encoders_has_the_closed_gradient(shape, off_
     np.testing.assert_allclose(learned.grad, expected, rtol=1e-8, atol=1e-12)
 
 
-def test_diagonal_is_one_between_equal_encoders():
-    z = torch.from_numpy(projections((64, 32))).float()
-    c = cross_correlation(z, z)
-    torch.testing.assert_close(c.diagonal(), torch.ones(32), rtol=0, atol=1e-4)
-
-
-def test_only_decorrelation_is_left_between_equal_encoders():
-    z = projections((64, 8))
-    c = correlation_reference(z, z)
-    redundancy = (c**2).sum() - (np.diag(c) ** 2).sum()
-    found = distillation_loss(torch.from_numpy(z), torch.from_numpy(z), off_diagonal=0.2)
-    assert float(found) == pytest.approx(0.2 * redundancy, rel=1e-6)
-
-
-def test_no_gradient_flows_into_frozen_projections():
-    a, b = (torch.from_numpy(z).requires_grad_() for z in pair((16, 4)))
-    distillation_loss(a, b, off_diagonal=0.1).backward()
-    assert a.grad.abs().max() > 0
-    assert b.grad is None
-
-
-def test_watched_numbers_carry_no_gradient():
-    a, b = (torch.from_numpy(z).requires_grad_() for z in pair((16, 4)))
-    losses = cross_correlation_loss(a, b, off_diagonal=0.1)
-    assert losses.total.requires_grad
-    assert not losses.diagonal.requires_grad
-    assert not losses.off_diagonal_rms.requires_grad
-
-
 @pytest.mark.parametrize(
     ("a", "b", "text"),
     [
-        ((4, 3), (4, 2), "projections must be two (N, D) tensors, got (4, 3) and (4, 2)"),
         ((4, 3), (5, 3), "projections must be two (N, D) tensors, got (4, 3) and (5, 3)"),
         ((4,), (4,), "projections must be two (N, D) tensors, got (4,) and (4,)"),
-        ((4, 3, 1), (4, 3, 1), "projections must be two (N, D) tensors, got (4, 3, 1) and (4, 3, 1)"),
         ((1, 3), (1, 3), "a batch of projections needs at least 2 samples, got 1"),
     ],
 )
-@pytest.mark.parametrize(
-    "loss",
-    [
-        partial(cross_correlation_loss, off_diagonal=0.1),
-        partial(contrastive_loss, temperature=0.5),
-        alignment_loss,
-        correlation_of,
-    ],
-)
-def test_wrong_shapes_are_named(a, b, text, loss):
-    with pytest.raises(ShapeError) as caught:
-        loss(torch.zeros(a), torch.zeros(b))
-    assert str(caught.value) == text
+def test_wrong_shapes_are_named(a, b, text):
+    for loss in (partial(contrastive_loss, temperature=0.5), alignment_loss, correlation_of):
+        with pytest.raises(ShapeError) as caught:
+            loss(torch.zeros(a), torch.zeros(b))
+        assert str(caught.value) == text
 
 
 # --- SimCLR's loss, and alignment ---
@@ -296,15 +202,6 @@ def test_alignment_loss_is_the_mean_square_distance_on_the_sphere(shape):
     distances = ((x - y) ** 2).sum(axis=1)
     found = alignment_loss(torch.from_numpy(a), torch.from_numpy(b))
     assert float(found) == pytest.approx(np.mean(distances), rel=1e-9, abs=1e-12)
-
-
-def test_contrastive_loss_is_small_where_each_picture_has_its_own_direction_and_large_where_all_share_one():
-    apart, together = torch.eye(8), torch.ones(8, 8)
-    assert float(contrastive_loss(apart, apart, temperature=0.05)) < 1e-3
-    # 15 candidates, all alike.
-    assert float(contrastive_loss(together, together, temperature=0.05)) == pytest.approx(
-        np.log(15), rel=1e-5
-    )
 
 
 @pytest.mark.parametrize("comparison", [partial(contrastive_loss, temperature=0.5), alignment_loss])
@@ -379,12 +276,6 @@ def test_coding_rate_has_the_closed_gradient(shape, epsilon):
     np.testing.assert_allclose(learned.grad, expected, rtol=1e-6, atol=1e-9 * abs(expected).max())
 
 
-@pytest.mark.parametrize("shape", [(7, 3), (4, 6)])
-def test_coding_rate_has_the_gradient_of_finite_differences(shape):
-    z = torch.from_numpy(projections(shape)).requires_grad_()
-    assert torch.autograd.gradcheck(lambda z: coding_rate(z, epsilon=0.5), (z,), atol=1e-6, rtol=1e-4)
-
-
 @pytest.mark.parametrize("shape", [*RATE_SHAPES, (128, 512), (512, 128)])
 def test_float32_rate_and_gradient_are_the_references_to_single_precision(shape):
     z = projections(shape).astype(np.float32)
@@ -396,13 +287,6 @@ def test_float32_rate_and_gradient_are_the_references_to_single_precision(shape)
     assert float(found.detach()) == pytest.approx(rate_reference(z.astype(np.float64), 0.5), rel=1e-5)
     expected = rate_gradient(z.astype(np.float64), 0.5)
     np.testing.assert_allclose(learned.grad, expected, rtol=0, atol=2e-4 * abs(expected).max() + 1e-7)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_autocast_changes_no_bit_of_the_rate(dtype):
-    z = torch.from_numpy(projections((32, 16))).to(dtype)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(coding_rate(z, epsilon=0.5), coding_rate(z.float(), epsilon=0.5))
 
 
 @pytest.mark.parametrize("shape", [(64, 16), (16, 64), (64, 512)])
@@ -430,18 +314,6 @@ def test_rate_of_equal_projections_is_nothing_and_pulls_nowhere(shape):
     assert float(z.grad.abs().max()) == 0
 
 
-@pytest.mark.parametrize("shape", [(64, 16), (16, 64)])
-def test_rate_pulls_apart_what_lies_in_one_direction(shape):
-    """A few steps along the gradient fill more directions."""
-    draws = np.random.default_rng(0)
-    z = torch.from_numpy(draws.normal(size=(shape[0], 1)) + 1e-2 * draws.normal(size=shape)).requires_grad_()
-    before = float(coding_rate(z, epsilon=0.5).detach())
-    for _ in range(20):
-        (gradient,) = torch.autograd.grad(coding_rate(z, epsilon=0.5), z)
-        z = (z + 1e-2 * gradient / gradient.norm()).detach().requires_grad_()
-    assert float(coding_rate(z, epsilon=0.5).detach()) > before + 0.1
-
-
 @pytest.mark.parametrize(("shape", "side"), [((5, 16), 5), ((16, 5), 5), ((8, 8), 8)])
 def test_rate_is_taken_of_the_smaller_matrix(shape, side, monkeypatch):
     factor, sides = torch.linalg.cholesky_ex, []
@@ -458,9 +330,3 @@ def test_rate_of_no_numbers_is_none_and_no_error(bad):
     z = torch.from_numpy(projections((8, 4)))
     z[2, 1] = bad
     assert torch.isnan(coding_rate(z, epsilon=0.5))
-
-
-@pytest.mark.parametrize("shape", [(4,), (1, 4)])
-def test_rate_of_too_little_is_named(shape):
-    with pytest.raises(ShapeError):
-        coding_rate(torch.zeros(shape), epsilon=0.5)

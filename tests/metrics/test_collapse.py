@@ -19,22 +19,13 @@ def test_spread_of_equal_rows_is_zero():
 
 @pytest.mark.parametrize("dimensions", [2, 16, 256])
 def test_spread_of_an_even_sphere_is_one(dimensions):
-    assert float(spread(normal(20_000, dimensions))) == pytest.approx(1, abs=0.02)
-
-
-def test_spread_does_not_depend_on_scale():
-    z = normal(100, 8)
-    assert float(spread(1000 * z)) == pytest.approx(float(spread(z)), rel=1e-5)
+    assert float(spread(1000 * normal(20_000, dimensions))) == pytest.approx(1, abs=0.02)
 
 
 def test_spread_over_few_dimensions_is_low():
     z = normal(1000, 256)
     z[:, 2:] = 0
     assert float(spread(z)) < 0.1
-
-
-def test_spread_carries_no_gradient():
-    assert not spread(normal(8, 4).requires_grad_()).requires_grad
 
 
 def orthogonal(rows, columns, seed):
@@ -54,18 +45,10 @@ def test_rank_is_the_exponential_of_the_entropy():
     assert rank_me(features) == pytest.approx(math.exp(entropy), rel=1e-4)
 
 
-def test_rank_of_nothing_is_about_one():
-    assert rank_me(torch.zeros(10, 4)) == pytest.approx(1, abs=1e-3)
-
-
 def clusters(count, seed, noise=0.2):
     centers = torch.eye(4, 16) * 3
     labels = torch.arange(count) % 4
     return centers[labels] + noise * normal(count, 16, seed=seed), labels
-
-
-def test_neighbors_tell_clusters_apart():
-    assert knn_top1(*clusters(200, 1), *clusters(100, 2)) == 100
 
 
 def test_neighbors_of_noise_are_chance():
@@ -74,14 +57,8 @@ def test_neighbors_of_noise_are_chance():
     assert found == pytest.approx(25, abs=3)
 
 
-def test_neighbors_are_as_good_as_their_labels():
-    bank, labels = clusters(200, 1)
-    queries, truth = clusters(100, 2)
-    assert knn_top1(bank, (labels + 1) % 4, queries, truth) == 0
-
-
-@pytest.mark.parametrize("scale", [1e-3, 1e3])
-def test_neighbors_are_sought_on_the_sphere(scale):
+@pytest.mark.parametrize("scale", [1e-3, 1, 1e3])
+def test_neighbors_tell_clusters_apart_and_are_sought_on_the_sphere(scale):
     bank, labels = clusters(200, 1)
     assert knn_top1(bank * scale, labels, *clusters(100, 2)) == 100
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 
 import numpy as np
@@ -21,7 +20,6 @@ from edgecl.nets.fake_quant import (
     FakeQuant,
     QuantConv2d,
     QuantLinear,
-    insert_fake_quant,
     learning_scales,
     quantize_net,
     scale_of_least_error,
@@ -284,29 +282,6 @@ def test_float_copy_is_quantized_again_as_the_net_was(small):
     with torch.no_grad():
         assert torch.equal(again(pictures(2)), quantized(pictures(2)))
     check_pairs(exported(again), again)
-
-
-def test_state_dict_and_kept_names_are_all_that_rebuilds_it(small):
-    _, quantized, kept = small
-    torch.manual_seed(7)
-    blank = insert_fake_quant(
-        fold_batch_norm(create_backbone("mobilenetv3_small_100", num_classes=5)), keep=kept
-    )
-    blank.load_state_dict(quantized.state_dict())
-    with torch.no_grad():
-        assert torch.equal(blank(pictures(2)), quantized(pictures(2)))
-
-
-def test_copy_of_a_quantized_net_uses_its_own_quantizers(small):
-    _, quantized, _ = small
-    copied = copy.deepcopy(quantized)
-    for module in copied.modules():
-        if isinstance(module, FakeQuant):
-            module.scale.mul_(4)
-    with torch.no_grad():
-        before = quantized(pictures(2))
-        assert not torch.equal(copied(pictures(2)), before)
-        assert torch.equal(quantized(pictures(2)), before)
 
 
 # --- what is exported ---

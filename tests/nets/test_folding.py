@@ -214,7 +214,7 @@ class Twice(nn.Module):
     [
         (Twice(nn.BatchNorm2d(3)), "cannot fold 'other': 'conv' feeds 'norm' too"),
         (Twice(nn.ReLU()), "cannot fold the batch norms: the output changes by"),
-        (nn.Sequential(nn.Flatten(), nn.Linear(48, 2)), "the net does not take a picture of 64 x 64: "),
+        (nn.Sequential(nn.Flatten(), nn.Linear(48, 2)), "the net does not take pictures of 64 x 64: "),
     ],
     ids=["two norms", "read elsewhere", "other size"],
 )

@@ -13,7 +13,13 @@ from edgecl.nets.model_dir import load_model, write_model
 from edgecl.storage.records import Preprocessing, Quantization
 
 SMALL = "mobilenetv3_small_100"
-PREPROCESSING = Preprocessing(image_size=32, resize_size=32, mean=[0.5] * 3, std=[0.5] * 3)
+MADE = {
+    "arch": SMALL,
+    "preprocessing": Preprocessing(image_size=32, resize_size=32, mean=[0.5] * 3, std=[0.5] * 3),
+    "origin": "random",
+    "made_from": None,
+    "data": None,
+}
 
 
 @pytest.fixture
@@ -22,18 +28,8 @@ def images():
 
 
 def test_weights_of_another_net_are_named(tmp_path):
-    write_model(
-        tmp_path / "model",
-        create_backbone(SMALL, width=0.5),
-        arch=SMALL,
-        width=0.75,
-        stem_stride=None,
-        classes=None,
-        preprocessing=PREPROCESSING,
-        origin="random",
-        made_from=None,
-        data=None,
-    )
+    net = create_backbone(SMALL, width=0.5)
+    write_model(tmp_path / "model", net, width=0.75, stem_stride=None, classes=None, **MADE)
     with pytest.raises(ArtifactError, match=f"the weights are not those of '{SMALL}' at width 0.75"):
         load_model(tmp_path / "model")
 
@@ -48,19 +44,9 @@ def quantized(tmp_path):
     net, kept = quantize_net(
         create_backbone(SMALL, width=0.5, num_classes=2), torch.randn(4, 3, 64, 64), keep=["conv_stem"]
     )
-    write_model(
-        tmp_path / "quantized",
-        net,
-        arch=SMALL,
-        width=0.5,
-        stem_stride=1,
-        classes=["cat", "dog"],
-        preprocessing=PREPROCESSING,
-        origin="finetuned",
-        made_from=None,
-        data=None,
-        quantization=Quantization(keep=kept, learnt=False),
-    )
+    about = {"width": 0.5, "stem_stride": 1, "classes": ["cat", "dog"]}
+    quantization = Quantization(keep=kept, learnt=False)
+    write_model(tmp_path / "quantized", net, quantization=quantization, **about, **MADE)
     return tmp_path / "quantized", net
 
 

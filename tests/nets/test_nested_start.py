@@ -6,19 +6,14 @@ import shutil
 import pytest
 import torch
 from every_net import LAYER_NORMS, nets_at
+from nets.conftest import slim_encoder
 from torch import nn
 
-from edgecl.config.recipe import recipe_from_tables
 from edgecl.errors import SliceError
 from edgecl.nets.backbone import create_backbone, example_side
-from edgecl.nets.build import backbone_tensors, create_slimmable
-from edgecl.nets.heads import Encoder
+from edgecl.nets.build import backbone_tensors
 from edgecl.nets.model_dir import load_model
-from edgecl.nets.slimming import SlimmableNet, limit_skips
-from edgecl.storage.checkpoint import write_checkpoint
-from edgecl.storage.directories import RunDir
-from edgecl.storage.record_files import write_record
-from edgecl.storage.records import ImagesRead, RunRecord
+from edgecl.nets.slimming import limit_skips
 from edgecl.train.carve import carve
 
 SMALL = "mobilenetv3_small_100"
@@ -30,13 +25,7 @@ WITH_OTHER_SKIPS = {
 
 
 def nested(arch, *, host_width=1.5, widths=(1.0,)):
-    torch.manual_seed(0)
-    net = SlimmableNet(
-        lambda width: Encoder(arch, width=width, projector=[16, 8]),
-        host_width=host_width,
-        slim_width=widths[0],
-        other_widths=widths[1:],
-    )
+    net = slim_encoder(arch, host_width, *widths, projector=[16, 8])
     net.nest()
     return net
 
@@ -79,9 +68,7 @@ def test_a_nested_host_computes_what_its_slim_net_computes(arch, widths):
 
 
 def test_without_a_nested_start_they_are_strangers(images):
-    net = SlimmableNet(
-        lambda width: Encoder(SMALL, width=width, projector=[16, 8]), host_width=1.5, slim_width=1.0
-    )
+    net = slim_encoder(SMALL, 1.5, 1.0, projector=[16, 8])
     with torch.no_grad():
         assert apart(net.forward_host(images), net.forward_slim(images)) > 0.1
 
@@ -126,10 +113,7 @@ def test_widths_that_differ_in_their_skips_are_named():
 
 def test_only_weights_from_outside_to_inside_become_zero():
     """The slim nets' own weights, and those into the other channels, are what they were."""
-    torch.manual_seed(0)
-    before = SlimmableNet(
-        lambda width: Encoder(SMALL, width=width, projector=[16, 8]), host_width=1.5, slim_width=1.0
-    )
+    before = slim_encoder(SMALL, 1.5, 1.0, projector=[16, 8])
     net = copy.deepcopy(before)
     net.nest()
     slim = net._views[1.0].index
@@ -203,35 +187,17 @@ TABLES = {
 }
 
 
-def write_run(path, *, tables=TABLES, other_weights=False):
-    """Write a run directory of a nested net, a few steps in if asked; return the net."""
-    run_dir = RunDir(path)
-    run_dir.checkpoints.mkdir(parents=True)
-    recipe = recipe_from_tables(tables, source="test")
-    torch.manual_seed(0)
-    net = create_slimmable(recipe)
-    if other_weights:
-        optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
-        for _ in range(3):
-            images = torch.randn(4, 3, 32, 32)
-            (net.forward_host(images).square().mean() + net.forward_slim(images).square().mean()).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-    record = RunRecord(
-        made_from=None,
-        recipe=recipe.model_dump(mode="json"),
-        recipe_name="test",
-        data=ImagesRead(uri="none", fingerprint="f" * 64),
-    )
-    write_record(run_dir.record_file, record)
-    write_checkpoint(
-        run_dir, epoch=1, step=3, model=net.state_dict(), optimizer={"state": {}, "param_groups": []}
-    )
-    return net
+def take_steps(net):
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+    for _ in range(3):
+        images = torch.randn(4, 3, 32, 32)
+        (net.forward_host(images).square().mean() + net.forward_slim(images).square().mean()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
 
-def test_a_carved_slim_net_is_its_view_and_timms_own(tmp_path):
-    net = write_run(tmp_path / "run", other_weights=True).eval()
+def test_a_carved_slim_net_is_its_view_and_timms_own(write_run, tmp_path):
+    net = write_run(TABLES, train=take_steps).eval()
     carve(tmp_path / "run", out=tmp_path / "model", recalibrate_norms=False)
     loaded, _ = load_model(tmp_path / "model")
     plain = create_backbone("mobilenetv3_small_050", width=1.0, stem_stride=1).eval()
@@ -244,17 +210,17 @@ def test_a_carved_slim_net_is_its_view_and_timms_own(tmp_path):
         assert torch.equal(plain(images), expected)
 
 
-def test_a_host_whose_skips_are_not_timms_cannot_be_carved(tmp_path):
-    write_run(tmp_path / "run")
+def test_a_host_whose_skips_are_not_timms_cannot_be_carved(write_run, tmp_path):
+    write_run(TABLES)
     with pytest.raises(SliceError, match=r"cannot carve the host: .*backbone\.blocks\.3\.0") as caught:
         carve(tmp_path / "run", out=tmp_path / "model", width=1.5, recalibrate_norms=False)
     assert "carve a slim width, 1;" in caught.value.hint
     assert not (tmp_path / "model").exists()
 
 
-def test_a_nested_host_with_timms_skips_can_be_carved(tmp_path):
+def test_a_nested_host_with_timms_skips_can_be_carved(write_run, tmp_path):
     tables = {**TABLES, "host": {**TABLES["host"], "arch": SMALL}}
-    net = write_run(tmp_path / "run", tables=tables, other_weights=True).eval()
+    net = write_run(tables, train=take_steps).eval()
     assert net.host_skips == {}
     carve(tmp_path / "run", out=tmp_path / "model", width=1.5, recalibrate_norms=False)
     loaded, _ = load_model(tmp_path / "model")

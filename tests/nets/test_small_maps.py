@@ -4,13 +4,11 @@ import copy
 
 import pytest
 import torch
-from methods_of import method_of
 from torch import nn
 
 from edgecl.evaluate.cost import forward_cost
-from edgecl.nets.backbone import activate_beside_input, create_backbone
+from edgecl.nets.backbone import create_backbone
 from edgecl.nets.heads import Encoder
-from edgecl.nets.slimming import SlimmableNet
 from edgecl.nets.small_maps import (
     SmallMapConv2d,
     _DepthwiseOnSmallMap,
@@ -217,47 +215,7 @@ def test_a_convolution_of_a_kind_of_its_own_is_left_alone():
 
 
 def test_a_net_sped_up_for_a_while_is_torchs_own_afterwards_whatever_happens():
-    net = create_backbone("mobilenetv3_small_050")
-    kinds = [type(module) for module in net.modules()]
-
-    def fail_within():
-        with small_maps_sped_up(net):
-            assert any(type(module) is SmallMapConv2d for module in net.modules())
-            raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        fail_within()
-    assert [type(module) for module in net.modules()] == kinds
-
-
-def plain_encoder(arch, width):
-    encoder = Encoder(arch, width=width, projector=[16, 16], stem_stride=1)
-    encoder.backbone = create_backbone(arch, width=width, stem_stride=1)
-    activate_beside_input(encoder.backbone)
-    return encoder
-
-
-@pytest.mark.parametrize("arch", ["mobilenetv3_small_050", "mobilenetv4_conv_small"])
-def test_the_gradients_of_a_step_are_those_of_torchs_convolutions(arch):
-    """Both passes that learn and both that are frozen, against a step in float64."""
-    torch.manual_seed(0)
-    quick = SlimmableNet(
-        lambda width: Encoder(arch, width=width, projector=[16, 16], stem_stride=1),
-        host_width=1.5,
-        slim_width=1.0,
-    )
-    plain = SlimmableNet(lambda width: plain_encoder(arch, width), host_width=1.5, slim_width=1.0)
-    plain.load_state_dict(quick.state_dict())
-    exact = copy.deepcopy(plain).double()
-    views = [torch.randn(16, 3, 32, 32).contiguous(memory_format=torch.channels_last) for _ in range(2)]
-
-    def gradient_of(net, given):
-        net.to(memory_format=torch.channels_last).train()
-        method = method_of(net, alpha=0.5, off_diagonal=1 / 16)
-        method.loss(method(given, 0), 0)[0].backward()
-        return torch.cat([parameter.grad.flatten().double() for parameter in net.parameters()])
-
-    true = gradient_of(exact, [view.double() for view in views])
-    torchs, ours = gradient_of(plain, views), gradient_of(quick, views)
-    assert not torch.equal(ours, torchs)
-    assert (ours - true).norm() <= 4 * (torchs - true).norm()
+    net = nn.Sequential(nn.Conv2d(3, 3, 1))
+    with pytest.raises(ZeroDivisionError, match="SmallMapConv2d"), small_maps_sped_up(net):
+        raise ZeroDivisionError(type(net[0]))
+    assert type(net[0]) is nn.Conv2d
