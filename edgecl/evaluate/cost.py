@@ -250,8 +250,10 @@ def cost(model: Path) -> CostRecord:
 
     net, record = load_model(model)
     size = record.preprocessing.image_size
+    shape = (1, 3, size, size)
     with reading(ModelDir(model).record_file, AssertionError):  # a net may not take pictures of that size
-        counted = _deployed_cost(net, (1, 3, size, size))
+        fused = fuse_branches(net)
+        counted = _net_cost(fused, shape, forward_cost(fused, shape))
     result = CostRecord(made_from=ModelDir(model).sha256, **dict(counted))
     return write_record(ModelDir(model).cost_file, result)
 
@@ -335,12 +337,12 @@ def _count(recipe: Recipe, width: float, size: int) -> _Counted:
 @cache  # a recipe asks for one net several times, and the arms of a campaign for the same few
 def _count_timm(arch: str, width: float, stem_stride: int | None, size: int) -> _Counted:
     net, shape = create_backbone(arch, width=width, stem_stride=stem_stride), (1, 3, size, size)
-    return _Counted(feature_count(net), forward_cost(net, shape), _deployed_cost(net, shape))
+    fused, trained = fuse_branches(net), forward_cost(net, shape)
+    deployed = trained if fused is net else forward_cost(fused, shape)
+    return _Counted(feature_count(net), trained, _net_cost(fused, shape, deployed))
 
 
-def _deployed_cost(net: nn.Module, shape: tuple[int, ...]) -> NetCost:
-    fused = fuse_branches(net)
-    counted = forward_cost(fused, shape)
+def _net_cost(fused: nn.Module, shape: tuple[int, ...], counted: ForwardCost) -> NetCost:
     return NetCost(
         macs=counted.macs,
         flops=2 * counted.macs,

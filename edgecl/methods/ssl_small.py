@@ -2,8 +2,8 @@
 
 Source: Shi et al., "On the Efficacy of Small Self-Supervised Contrastive Models without Distillation Signals", AAAI 2022,
 arXiv:2107.14762, and the command in the authors' public README. The authors also begin with weights that were distilled
-from a larger net; without such weights this begins at random, and takes
-the coding rate (`edgecl.methods.losses.coding_rate`) to start.
+from a larger net; without such weights this begins at random, and takes the coding rate
+(`edgecl.methods.losses.coding_rate`) to start.
 """
 
 from __future__ import annotations
