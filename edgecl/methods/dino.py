@@ -58,8 +58,8 @@ class Config(RatedConfig):
     center_momentum: Fraction = 0.9
     """Of c, the mean of the targets' assignments."""
     momentum: Fraction = 0.5
-    """Of the net that makes the targets, at the first step; it rises to 1. 0.996 in the paper, whose runs are longer; from 0.9
-    on, one seed of three did not start (docs/results.md)."""
+    """Of the net that makes the targets, at the first step; it rises to 1. 0.996 in the paper, whose runs are longer; from
+    0.9 on, one seed of three did not start (docs/results.md)."""
 
     def forward_passes(self, recipe: Recipe) -> ForwardPasses:
         """Return those of the encoder, and one of the target net for each whole view."""
