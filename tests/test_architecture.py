@@ -1,4 +1,4 @@
-"""The shape of the house: imports run one way, files stay short, names say something, the wheel holds the data."""
+"""The shape of the house: imports run one way, functions stay short, names say something, the wheel holds the data."""
 
 from __future__ import annotations
 

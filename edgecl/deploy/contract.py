@@ -107,7 +107,7 @@ def one_line(name: str) -> str:
 
 
 def render(template: str, **values: Any) -> str:
-    """Return a file made from one of `templates/`, nothing escaped: only numbers and our own names go in."""
+    """Return a file made from one of `templates/`, nothing escaped: others' names go in as `one_line` makes them."""
     env = Environment(
         loader=PackageLoader("edgecl.deploy"),
         autoescape=False,

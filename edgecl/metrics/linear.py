@@ -1,4 +1,4 @@
-"""A linear classifier on frozen features: standardized, its regularisation chosen on a part of the training data."""
+"""A linear classifier on frozen features: standardized, its regularization chosen on a part of the training data."""
 
 from __future__ import annotations
 

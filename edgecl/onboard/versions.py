@@ -1,4 +1,7 @@
-"""Version ranges such as '>=10.3,<10.8', compared as PEP 440 compares releases; what a vendor appends is ignored."""
+"""Version ranges such as '>=10.3,<10.8', compared as PEP 440 compares releases; what a vendor appends is ignored.
+
+Devices need not have the library packaging; the tests hold this to it.
+"""
 
 import operator
 import re
