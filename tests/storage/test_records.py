@@ -7,6 +7,7 @@ import json
 import re
 from pathlib import Path
 
+import jsonschema
 import pytest
 from pydantic import ValidationError
 from sealed import header, write_sealed
@@ -164,9 +165,24 @@ def test_the_docs_name_every_schema_and_the_number():
 # --- devices ---
 
 
+def check_schema(found, name):
+    """Hold what was written, by host or device, to the schema in the docs."""
+    schema = json.loads((DOCS / "schemas" / f"{name}.json").read_text(encoding="utf-8"))
+    jsonschema.Draft202012Validator(schema).validate(found)
+
+
+def test_a_schema_refuses_what_its_model_does(exported_bundle):
+    found = json.loads((exported_bundle / "manifest.json").read_text(encoding="utf-8"))
+    check_schema(found, "bundle")
+    for wrong in ({**found, "files": 3}, {key: one for key, one in found.items() if key != "precisions"}):
+        with pytest.raises(jsonschema.ValidationError):
+            check_schema(wrong, "bundle")
+
+
 def test_what_a_device_measures_is_a_bench_record(exported_bundle):
     found = bench(exported_bundle, duration_s=0.05, power=False)
     record = parse_record({**header("bench"), **found, "command": "edgecl"}, BenchRecord, path=PATH)
+    check_schema({**header("bench"), **found}, "bench")
     assert record.measurements[0].latency_ms.p50 > 0
     assert set(found) <= BenchRecord.model_fields.keys()
     assert set(found["measurements"][0]) <= type(record.measurements[0]).model_fields.keys()
@@ -175,6 +191,7 @@ def test_what_a_device_measures_is_a_bench_record(exported_bundle):
 def test_what_a_device_verifies_is_a_verify_record(exported_bundle):
     found = verify(exported_bundle)
     record = parse_record({**header("verify"), **found}, VerifyRecord, path=PATH)
+    check_schema({**header("verify"), **found}, "verify")
     assert record.precisions["fp32"].ok
     assert set(found) <= VerifyRecord.model_fields.keys()
 
@@ -182,6 +199,7 @@ def test_what_a_device_verifies_is_a_verify_record(exported_bundle):
 def test_what_a_doctor_finds_is_a_doctors_report(exported_bundle):
     found = doctor(exported_bundle)
     assert DoctorReport.model_validate(found).checks
+    check_schema(found, "doctor")
     assert set(found["device"]) <= DoctorReport.model_fields["device"].annotation.model_fields.keys()
 
 
