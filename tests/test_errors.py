@@ -38,6 +38,7 @@ def test_problem_alone_is_one_line():
 
 def test_places_and_hint_stand_in_one_column_below_the_problem():
     error = EdgeclError("it broke", where={"file": "a.toml", "directory": "/x"}, hint="mend it")
+    # Exact: the words are this test's own, the layout is what it checks.
     assert str(error).splitlines() == [
         "it broke",
         "  file:      a.toml",

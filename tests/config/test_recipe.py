@@ -50,10 +50,9 @@ def test_packaged_recipe_says_what_it_reproduces_costs_and_its_command(name):
 
 
 def test_unknown_name_suggests_a_near_one():
-    with pytest.raises(RecipeError) as caught:
+    with pytest.raises(RecipeError, match="unknown recipe 'cifar10-smok'") as caught:
         read_recipe("cifar10-smok")
-    assert caught.value.problem == "unknown recipe 'cifar10-smok'"
-    assert caught.value.hint == "did you mean 'cifar10-smoke'?"
+    assert "'cifar10-smoke'" in caught.value.hint
 
 
 def test_file_with_a_byte_order_mark_is_read(tmp_path):
@@ -93,7 +92,7 @@ def test_settings_that_only_together_are_wrong_are_blamed_on_file_and_assignment
 def test_single_value_where_a_list_belongs_is_refused_with_a_list(write, assignment, example):
     with pytest.raises(RecipeError) as caught:
         read_recipe(write(MINIMAL), [assignment])
-    assert caught.value.problem.endswith(f": must be a list such as {example}")
+    assert caught.value.problem.endswith(f"list such as {example}")
     assert caught.value.where == {"--set": assignment}
 
 
@@ -227,7 +226,7 @@ def test_the_slim_width_is_the_widest_of_its_widths(write):
     assert read_recipe(write(MINIMAL)).slim.all_widths == (1.0,)
     slim = read_recipe(write(MINIMAL), ["slim.widths=[0.5, 0.75]"]).slim
     assert (slim.width, slim.all_widths) == (0.75, (0.75, 0.5))
-    with pytest.raises(RecipeError, match=r"'slim.widths' must have 'slim.width' 1 as its widest, not 0.75"):
+    with pytest.raises(RecipeError, match=r"'slim\.width' 1 .*widest, not 0\.75"):
         read_recipe(write(MINIMAL), ["slim.width=1.0", "slim.widths=[0.5, 0.75]"])
     with pytest.raises(RecipeError, match=r"slim width 2 is above the host's 1.5"):
         read_recipe(write(MINIMAL), ["slim.widths=[0.5, 2]"])
@@ -273,7 +272,7 @@ def test_a_method_brings_its_own_table(write, name):
 def test_an_unknown_method_is_named_with_those_there_are(write):
     with pytest.raises(RecipeError, match="'BYOL', not one of barlow-twins, byol,") as caught:
         read_recipe(write(MINIMAL), ["method.name=BYOL"])
-    assert caught.value.hint == "did you mean 'byol'?"
+    assert "'byol'" in caught.value.hint
 
 
 @pytest.mark.parametrize("table", ["loss", "coding_rate"])
@@ -323,7 +322,7 @@ def test_what_a_method_brings_gives_way_to_what_is_said(write):
 
 @pytest.mark.parametrize("name", TAUGHT)
 def test_a_missing_teacher_is_named(write, name):
-    with pytest.raises(RecipeError, match=rf"{name} learns from a teacher: set 'method\.teacher\.weights'"):
+    with pytest.raises(RecipeError, match=rf"{name} .*set 'method\.teacher\.weights'"):
         read_recipe(write(MINIMAL), [f"method.name={name}"])
 
 

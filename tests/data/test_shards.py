@@ -196,7 +196,7 @@ def test_missing_shards_are_named_and_the_others_counted(write_shards):
     root = write_shards(3)
     (root / "x-001.tar").unlink()
     error = exc(pattern(root, 3))
-    assert error.problem == "2 of 4 shards are missing"
+    assert "2 of 4 shards" in error.problem
     assert error.where["missing"] == f"{root}/x-001.tar, {root}/x-003.tar"
 
 
@@ -218,13 +218,13 @@ def test_a_folder_without_shards_says_what_was_looked_for(tmp_path):
 def test_a_shard_named_twice_is_refused(write_shards, twice):
     pattern = "shards:" + twice.format(root=write_shards(2))
     error = exc(pattern)
-    assert error.problem == "the shard 'x-000.tar' is named twice"
+    assert "'x-000.tar' is named twice" in error.problem
     assert error.where["data"] == pattern
 
 
 def test_a_remote_shard_named_twice_is_refused_however_it_is_signed():
     error = exc("shards:http://h.example/x.tar?Signature=geheim::http://h.example/x.tar?Signature=streng")
-    assert error.problem == "the shard 'x.tar' is named twice"
+    assert "'x.tar' is named twice" in error.problem
     assert "geheim" not in str(error)
     assert "streng" not in str(error)
 
@@ -236,7 +236,7 @@ def test_a_shard_that_shrinks_during_the_run_is_counted_and_named(write_shards):
     os.truncate(root / "x-001.tar", 512)
     with pytest.raises(DataError) as caught:
         list(images.batches(0, 0, batch_size=8))
-    assert f"its shard shrank from {before:,} to 512 bytes since it was indexed" in str(caught.value)
+    assert f"shrank from {before:,} to 512 bytes" in str(caught.value)
     assert f"{root}/x-001.tar:0000" in str(caught.value)
 
 
@@ -316,7 +316,7 @@ def test_shards_are_counted_as_webdataset_expands_them(pattern, count):
 
 def test_a_tar_file_without_the_scheme_is_told_the_scheme(write_shards):
     path = write_shards(1) / "x-000.tar"
-    assert exc(str(path)).hint == f"write shards:{path}"
+    assert f"shards:{path}" in exc(str(path)).hint
 
 
 def test_shards_on_the_disk_need_no_package_of_remote_ones(write_shards, monkeypatch):

@@ -92,7 +92,8 @@ def test_a_truncated_shard_says_how_much_of_it_is_whole(write_shards):
     os.truncate(path, member.offset_data + 10)
     expected = member.offset_data + -(-member.size // 512) * 512
     error = exc(f"shards:{path}")
-    assert "cut short: it ends inside '000002.png', after 2 whole samples" in error.problem
+    assert "cut short" in error.problem
+    assert "inside '000002.png', after 2 whole" in error.problem
     assert error.where["bytes"] == f"{member.offset_data + 10:,}, at least {expected:,} expected"
 
 
@@ -103,7 +104,8 @@ def test_a_shard_cut_between_members_lacks_its_end_mark(write_shards, more):
         os.truncate(path, archive.getmember("000003.png").offset + more)
     error = exc(f"shards:{path}")
     # The fourth sample's other members come before its picture, so three are whole.
-    assert "after 3 whole samples the tar's end mark is missing" in error.problem
+    assert "after 3 whole" in error.problem
+    assert "end mark is missing" in error.problem
 
 
 def test_a_shard_damaged_in_its_middle_is_found(write_shards):
@@ -113,7 +115,10 @@ def test_a_shard_damaged_in_its_middle_is_found(write_shards):
     with path.open("r+b") as file:
         file.seek(start)
         file.write(b"\xff" * 512)
-    assert f"damaged at byte {start:,}: no tar header there, after 2 whole" in exc(f"shards:{path}").problem
+    problem = exc(f"shards:{path}").problem
+    assert f"damaged at byte {start:,}" in problem
+    assert "no tar header" in problem
+    assert "after 2 whole" in problem
 
 
 def test_a_shard_cut_inside_a_header_is_cut_short(tmp_path):
@@ -121,7 +126,7 @@ def test_a_shard_cut_inside_a_header_is_cut_short(tmp_path):
     with tarfile.open(path) as archive:
         long = archive.getmembers()[1]
     os.truncate(path, long.offset_data - 512)
-    assert "cut short: it ends inside a header" in exc(f"shards:{path}").problem
+    assert "inside a header" in exc(f"shards:{path}").problem
 
 
 def test_a_damaged_long_name_is_no_cut(tmp_path):
@@ -149,7 +154,7 @@ def test_joined_tar_files_are_not_read_halfway(write_shards, tmp_path):
     joined = tmp_path / "joined.tar"
     joined.write_bytes((root / "x-000.tar").read_bytes() + (root / "x-001.tar").read_bytes())
     error = exc(f"shards:{joined}")
-    assert "after its end mark, after 4 whole samples" in error.problem
+    assert "after its end mark, after 4 whole" in error.problem
     assert "'::'" in error.hint
 
 
@@ -180,10 +185,12 @@ def test_a_shard_nobody_may_read_is_named(write_shards):
     path.unlink()
     path.symlink_to(path.name)
     # A loop of links counts as missing, a folder of that name as a folder without shards.
-    assert exc(f"shards:{path}").problem == f"there is no shard '{path}'"
+    assert f"no shard '{path}'" in exc(f"shards:{path}").problem
     path.unlink()
     path.mkdir()
-    assert exc(f"shards:{path}").problem == f"no .tar files in the folder '{path}'"
+    problem = exc(f"shards:{path}").problem
+    assert "no .tar files" in problem
+    assert f"folder '{path}'" in problem
 
 
 def link(name, target, kind):
@@ -195,9 +202,9 @@ def link(name, target, kind):
 @pytest.mark.parametrize(
     ("member", "problem"),
     [
-        ("../../etc/cron.d/a.png", "has a path that climbs out of the shard: '../../etc/cron.d/a.png'"),
-        ("/etc/a.png", "has a path that climbs out of the shard: '/etc/a.png'"),
-        ("../\x1b[2J.txt", "has a path that climbs out of the shard: '../\\x1b[2J.txt'"),
+        ("../../etc/cron.d/a.png", "climbs out of the shard: '../../etc/cron.d/a.png'"),
+        ("/etc/a.png", "climbs out of the shard: '/etc/a.png'"),
+        ("../\x1b[2J.txt", "climbs out of the shard: '../\\x1b[2J.txt'"),
         (link("a.png", "/etc/passwd", tarfile.SYMTYPE), "is a symbolic link: 'a.png'"),
         (link("b.png", "a.png", tarfile.LNKTYPE), "is a hard link: 'b.png'"),
         (link("sda.png", "", tarfile.BLKTYPE), "is a device: 'sda.png'"),
@@ -220,7 +227,7 @@ def test_the_same_member_twice_is_refused(tmp_path):
     path = write_tar(
         tmp_path / "x.tar", [("a.png", picture(0)), ("b.png", picture(1)), ("a.png", picture(2))]
     )
-    assert exc(f"shards:{path}").problem == "the shard 'x.tar' holds 'a.png' twice"
+    assert "'x.tar' holds 'a.png' twice" in exc(f"shards:{path}").problem
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe", b"a\0b", b"long" * 500])

@@ -260,19 +260,16 @@ def test_parity_report_goes_from_torch_to_int8(three):
 def test_too_few_images_to_calibrate_on_are_refused(tmp_path, carved_model):
     with pytest.raises(DataError) as caught:
         export(carved_model, target="jetson", out=tmp_path / "b")
-    assert (
-        caught.value.problem
-        == "INT8 needs at least 64 images to calibrate on, there are 48 beside the fifth that is held out"
-    )
-    assert caught.value.hint == (
-        "name more with --calibration URI, or leave INT8 out, e.g. --precision fp16,fp32"
-    )
+    for words in ("INT8", "64 images to calibrate", "there are 48 beside the fifth"):
+        assert words in caught.value.problem
+    for words in ("--calibration URI", "--precision fp16,fp32"):
+        assert words in caught.value.hint
     assert list(tmp_path.iterdir()) == []
 
 
 def test_too_few_images_for_a_reference_are_refused(tmp_path, carved_model):
     folder = write_folder(tmp_path / "pictures", per_class=6)
-    with pytest.raises(DataError, match="a bundle needs 16 real images, there are 15 beside the fifth"):
+    with pytest.raises(DataError, match="16 real images, there are 15 beside the fifth"):
         export(carved_model, target="ort-cpu", out=tmp_path / "b", calibration=str(folder))
 
 
@@ -301,9 +298,9 @@ def test_few_images_give_no_decision(tmp_path, classifier, lenient):
         classifier[0], target=lenient, eval_uri=str(few), precisions=["int8"], out=tmp_path / "b"
     )
     assert manifest["precision"] == "fp32"
-    assert manifest["precisions"]["int8"]["decision"]["words"] == (
-        "not evaluated: 15 images are too few for a decision, 200 are needed; name more with --eval URI"
-    )
+    said = manifest["precisions"]["int8"]["decision"]["words"]
+    for words in ("not evaluated", "15 images", "200 are needed", "--eval URI"):
+        assert words in said
 
 
 def test_classifier_without_labelled_images_is_not_evaluated(tmp_path, classifier, lenient):
@@ -392,8 +389,8 @@ def test_model_that_names_no_images_asks_for_them(tmp_path, carved_model):
     write_sealed(model / "model.json", {**record, "data": None})
     with pytest.raises(DataError) as caught:
         export(model, target="ort-cpu", out=tmp_path / "b")
-    assert caught.value.problem == "this model does not say which images it was made from"
-    assert caught.value.hint == "name real images for the comparison with --calibration URI"
+    assert "does not say which images" in caught.value.problem
+    assert "--calibration URI" in caught.value.hint
 
 
 @pytest.mark.parametrize("images", [64, 16])

@@ -220,7 +220,8 @@ def test_doctor_sees_the_board_for_a_bundle_or_a_target(board, bundle):
     found = doctor(target="jetson", host=board.host)
     device = next(check for check in found.checks if check.name == "device")
     assert (found.ok, device.status) == (False, "fail")
-    assert device.found == "this is no Jetson; the target is for any Jetson Orin"
+    assert device.found.startswith("this is no Jetson;")
+    assert device.found.endswith("any Jetson Orin")
     assert board.left_of_runs() == []
 
 
@@ -257,11 +258,10 @@ def test_board_that_does_not_come_back_leaves_no_half_record(board, bundle, monk
         if line.startswith(("warming", "measuring")) and board.server.poll() is None:
             board.stop()
 
-    with pytest.raises(
-        DeviceError, match=r"the connection to .* was lost and did not come back within 1 s"
-    ) as caught:
+    with pytest.raises(DeviceError, match=r"connection to .* lost .*within 1 s") as caught:
         run_on_board(board.host, "bench", ["--duration-s", "0.2"], bundle=bundle, report=pull_the_plug)
-    assert "the run goes on there and ends by itself, nothing was written here" in caught.value.hint
+    assert "ends by itself" in caught.value.hint
+    assert "nothing was written here" in caught.value.hint
     assert names_in(bundle) == before
     (run,) = board.left_of_runs()
     for _ in range(600):  # as it says: it ends by itself, with a whole record
@@ -341,7 +341,7 @@ def test_board_without_python3_is_named(boards, bundle):
     board = boards(python=None)
     with pytest.raises(DeviceError, match="there is no python3 on") as caught:
         verify(bundle, host=board.host)
-    assert caught.value.hint == "on the board: sudo apt install python3 python3-numpy"
+    assert "apt install python3 python3-numpy" in caught.value.hint
     assert not (bundle / "verify.json").exists()
 
 
@@ -368,10 +368,10 @@ def test_full_disk_of_the_board_is_named_and_nothing_is_left(board, bundle):
     try:
         with pytest.raises(DeviceError, match="no room on the disk of") as caught:  # for onboard.pyz
             verify(bundle, host=board.host)
-        assert "~/.cache/edgecl holds the bundles of earlier runs" in caught.value.hint
+        assert "~/.cache/edgecl" in caught.value.hint
         assert board.left_of_runs() == []
         subprocess.run(["mount", "-o", "remount,size=1m", cache], check=True)
-        with pytest.raises(DeviceError, match="no room on the board's disk: the bundle needs 16 MiB"):
+        with pytest.raises(DeviceError, match=r"no room on the board's disk: .* 16 MiB"):
             verify(bundle, host=board.host)
         assert board.left_of_runs() == []
     finally:
@@ -397,21 +397,22 @@ def refused(host):
 def test_unknown_host_key_is_refused(board):
     board.know("")
     error = refused(board.host)
-    assert error.problem == f"the host key of '{board.host}' is unknown to ssh"
+    assert f"host key of '{board.host}' is unknown" in error.problem
     login = f"ssh -p {board.port} {getpass.getuser()}@127.0.0.1"
-    assert error.hint == f"run `{login}` once and compare the key's fingerprint with the board's"
+    assert f"`{login}`" in error.hint
+    assert "fingerprint" in error.hint
     assert board.left_of_runs() == []
 
 
 def test_changed_host_key_is_refused(board, keys):
     board.know((keys / "other.pub").read_text())
     error = refused(board.host)
-    assert error.problem.startswith(f"the host key of '{board.host}' is not the one that ssh knows")
+    assert f"host key of '{board.host}' is not the one" in error.problem
 
 
 def test_wrong_user_is_refused(board):
     error = refused(f"nobody-we-know@127.0.0.1:{board.port}")
-    assert error.problem.endswith("does not let you in without a password")
+    assert "without a password" in error.problem
     assert "Permission denied" in error.where["ssh said"]
     assert f"`ssh-copy-id -p {board.port} nobody-we-know@127.0.0.1`" in error.hint
 
@@ -419,30 +420,28 @@ def test_wrong_user_is_refused(board):
 def test_port_where_nothing_listens_is_named(board):
     error = refused(f"me@127.0.0.1:{free_port()}")
     assert "Connection refused" in error.problem
-    assert error.hint.startswith("the board is up but no ssh server listens there")
+    assert "no ssh server listens" in error.hint
 
 
 def test_unknown_name_is_named(board):
     error = refused("me@no-such-board.invalid")
-    assert error.problem.startswith("cannot connect to 'me@no-such-board.invalid': ssh: Could not resolve")
-    assert error.hint == "no machine of that name: check it, or give the board's address"
+    assert "'me@no-such-board.invalid': ssh: Could not resolve" in error.problem
+    assert "no machine of that name" in error.hint
 
 
 def test_options_that_ssh_does_not_take_are_named(board, monkeypatch):
     monkeypatch.setenv("EDGECL_SSH_OPTIONS", "-o NoSuchOption=1")
     error = refused(board.host)
-    assert error.problem == "ssh does not take its options"
+    assert "does not take its options" in error.problem
     monkeypatch.setenv("EDGECL_SSH_OPTIONS", "-i 'half")
-    assert refused(board.host).problem.startswith("cannot split EDGECL_SSH_OPTIONS=")
+    assert "cannot split EDGECL_SSH_OPTIONS=" in refused(board.host).problem
 
 
 def test_machine_without_ssh_is_told_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     error = refused("me@board")
-    assert (error.problem, error.hint) == (
-        "the program 'ssh' is not on the PATH",
-        "sudo apt install openssh-client",
-    )
+    assert "'ssh' is not on the PATH" in error.problem
+    assert "apt install openssh-client" in error.hint
 
 
 @pytest.mark.parametrize(
@@ -457,8 +456,9 @@ def test_host_that_is_no_plain_name_is_refused_before_anything_runs(host, tmp_pa
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))  # had it looked for ssh, it would say so
     error = refused(host)
-    assert error.problem == f"--host {host!r} is not of the form USER@BOARD[:PORT]"
-    assert "an IPv6 address stands in brackets" in error.hint
+    assert f"--host {host!r} " in error.problem
+    assert "USER@BOARD[:PORT]" in error.problem
+    assert "IPv6" in error.hint
     assert list(tmp_path.iterdir()) == []
 
 

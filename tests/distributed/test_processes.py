@@ -115,9 +115,7 @@ def test_who_did_not_come_is_said_and_waited_for_no_longer_than_allowed(open_sto
 def test_who_waits_in_vain_shows_it(become, rank, text):
     agent = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     become(rank, 2, agent.port, TORCHELASTIC_USE_AGENT_STORE="True", EDGECL_WAIT_S="0.3")
-    with pytest.raises(
-        ProcessError, match=rf"the 2 processes of the run did not find each other: {text}"
-    ) as caught:
+    with pytest.raises(ProcessError, match=rf"2 processes .*did not find each other: {text}") as caught:
         processes.join("cpu")
     assert caught.value.where["meeting point"] == f"127.0.0.1:{agent.port}"
     assert processes.claim_report()
@@ -125,7 +123,7 @@ def test_who_waits_in_vain_shows_it(become, rank, text):
 
 def test_a_meeting_point_that_is_down_is_shown(become):
     become(1, 2, free_port(), EDGECL_WAIT_S="0.5")
-    with pytest.raises(ProcessError, match="the 2 processes of the run did not find each other"):
+    with pytest.raises(ProcessError, match=r"2 processes .*did not find each other"):
         processes.join("cpu")
     assert processes.claim_report()
 
@@ -151,7 +149,7 @@ def test_too_few_gpus_end_all_processes_of_the_machine_before_they_wait(become, 
     """The one that has a GPU would else wait for the others; one of them says so."""
     for rank, shown in ((0, True), (1, False)):
         become(rank, 2, free_port())
-        with pytest.raises(DeviceError, match="2 processes on this machine need as many GPUs, it has 1"):
+        with pytest.raises(DeviceError, match=r"2 processes .*as many GPUs, it has 1"):
             processes.join("cuda")
         assert processes.claim_report() is shown
     assert one_gpu == []
@@ -212,6 +210,6 @@ def test_silence_and_an_end_have_hints_of_their_own(become, monkeypatch, exc, pr
     monkeypatch.setattr(processes.signal, "signal", lambda *_: None)
     with pytest.raises(ProcessError) as caught, processes.explain_lost_peers():
         raise RuntimeError(exc)
-    assert caught.value.problem == f"another process of the run {problem}"
+    assert problem in caught.value.problem
     assert hint in caught.value.hint
     assert "--resume" in caught.value.hint

@@ -52,9 +52,9 @@ def test_test_folder_with_other_classes_is_refused_naming_both(image_folder, tmp
     other = write_folder(tmp_path / "other", per_class=2, classes={"blue": (0, 0, 200), "pink": (200, 0, 99)})
     with pytest.raises(DataError) as caught:
         read(image_folder, test=str(other))
-    assert caught.value.problem == "the test images have other classes: blue, pink against blue, green, red"
+    assert "other classes: blue, pink against blue, green, red" in caught.value.problem
     assert caught.value.where == {"data": str(image_folder), "test": str(other)}
-    assert caught.value.hint == "class folders must have the same names on both sides"
+    assert "same names on both sides" in caught.value.hint
 
 
 def test_held_out_pictures_that_are_learned_from_are_refused_or_named(image_folder, tmp_path, capsys):
@@ -64,7 +64,7 @@ def test_held_out_pictures_that_are_learned_from_are_refused_or_named(image_fold
         "file,label\n" + "".join(f"{path},{path.parent.name}\n" for path in other.rglob("*.png"))
     )
     for data, test in ((image_folder, other), (f"csv:{table}", f"csv:{table}")):
-        with pytest.raises(DataError, match="every held-out image is among those to learn from"):
+        with pytest.raises(DataError, match=r"every held-out image .*learn"):
             read(data, test=str(test))
     for path in other.rglob("*.png"):
         if path.stem != "001":
@@ -76,9 +76,9 @@ def test_held_out_pictures_that_are_learned_from_are_refused_or_named(image_fold
 def test_folder_without_labels_is_refused(unlabelled_folder):
     with pytest.raises(DataError) as caught:
         read(unlabelled_folder)
-    assert caught.value.problem == "these images have no labels"
+    assert "no labels" in caught.value.problem
     assert caught.value.where == {"data": str(unlabelled_folder)}
-    assert "put each class in a folder of its own" in caught.value.hint
+    assert "each class in a folder" in caught.value.hint
 
 
 def test_unreadable_picture_keeps_the_others_with_their_labels(image_folder, tmp_path):
@@ -86,7 +86,8 @@ def test_unreadable_picture_keeps_the_others_with_their_labels(image_folder, tmp
     (folder / "green" / "005.png").write_bytes(b"")
     with pytest.raises(DataError, match="1 of 60 images cannot be read") as caught:
         read(folder)
-    assert caught.value.hint == "repair or remove them", "no recipe is here to allow more"
+    assert "repair" in caught.value.hint
+    assert "raise" not in caught.value.hint, "no recipe is here to allow more"
     labelled = read(folder, max_bad_fraction=0.1)
     assert len(labelled.train) + len(labelled.test) == 59
     for part in (labelled.train, labelled.test):
@@ -114,5 +115,6 @@ def test_class_with_too_few_images_is_named_with_both_numbers():
     labels = torch.tensor([0, 0, 0, 1, 1])
     with pytest.raises(DataError) as caught:
         draw_few(labels, per_class=3, draw=0)
-    assert "class 1 has 2 images to learn from, fewer than the 3" in caught.value.problem
-    assert caught.value.hint == "lower --labels-per-class"
+    assert "class 1 has 2 images" in caught.value.problem
+    assert "fewer than the 3" in caught.value.problem
+    assert "--labels-per-class" in caught.value.hint

@@ -156,16 +156,16 @@ def test_nets_of_one_checkpoint_say_so(write_run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("widths", "width", "problem"),
+    ("widths", "width", "named", "trained"),
     [
-        ((1.25, 1.0), 0.5, "cannot carve width 0.5: this run trained 1 and 1.25"),
-        ((1.25, 1.0, 0.75, 0.5), 0.6, "cannot carve width 0.6: this run trained 0.5, 0.75, 1 and 1.25"),
-        ((0.5, 0.5), 1.0, "cannot carve width 1: this run trained 0.5"),
+        ((1.25, 1.0), 0.5, "0.5", "1 and 1.25"),
+        ((1.25, 1.0, 0.75, 0.5), 0.6, "0.6", "0.5, 0.75, 1 and 1.25"),
+        ((0.5, 0.5), 1.0, "1", "0.5"),
         # With all its digits.
-        ((1.0, 0.75), 0.75000001, "cannot carve width 0.75000001: this run trained 0.75 and 1"),
+        ((1.0, 0.75), 0.75000001, "0.75000001", "0.75 and 1"),
     ],
 )
-def test_an_untrained_width_is_named_with_those_that_were_trained(widths, width, problem):
+def test_an_untrained_width_is_named_with_those_that_were_trained(widths, width, named, trained):
     slim = {"width": widths[1], "widths": list(widths[1:])}
     net = create_slimmable(
         recipe_from_tables(
@@ -174,7 +174,8 @@ def test_an_untrained_width_is_named_with_those_that_were_trained(widths, width,
     )
     with pytest.raises(SliceError) as caught:
         backbone_tensors(net, width=width)
-    assert caught.value.problem == problem
+    assert f"carve width {named}:" in caught.value.problem
+    assert caught.value.problem.endswith(f" trained {trained}")
 
 
 @pytest.fixture
@@ -270,7 +271,7 @@ def test_recalibration_on_other_images_than_the_runs_is_said(
         sorted(folder.iterdir())[0].unlink()
     carve(tmp_path / "run", out=tmp_path / "model")
     said = capsys.readouterr().err
-    assert ("are not those that the run was trained on" in said) is not same
+    assert ("not those that the run was trained on" in said) is not same
 
 
 def test_a_run_without_a_checkpoint_is_named(write_run, tmp_path):
@@ -279,10 +280,9 @@ def test_a_run_without_a_checkpoint_is_named(write_run, tmp_path):
         for file in path.iterdir():
             file.unlink()
         path.rmdir()
-    with pytest.raises(ArtifactError) as caught:
+    with pytest.raises(ArtifactError, match=f"'{tmp_path / 'run'}' has no checkpoint") as caught:
         carve(tmp_path / "run", out=tmp_path / "model")
-    assert caught.value.problem == f"the run directory '{tmp_path / 'run'}' has no checkpoint"
-    assert "start it again with --force" in caught.value.hint
+    assert "--force" in caught.value.hint
     assert not (tmp_path / "model").exists()
 
 
@@ -296,7 +296,7 @@ def test_an_output_in_the_way_is_named(write_run, tmp_path):
 
 def test_carving_an_untrained_width_leaves_nothing(write_run, tmp_path):
     write_run(TABLES)
-    with pytest.raises(SliceError, match=r"cannot carve width 0\.5: this run trained 1 and 1\.25"):
+    with pytest.raises(SliceError, match=r"carve width 0\.5: .*trained 1 and 1\.25"):
         carve(tmp_path / "run", out=tmp_path / "model", width=0.5)
     assert not (tmp_path / "model").exists()
 
@@ -311,7 +311,7 @@ def test_a_net_that_takes_one_size_only_is_refused_by_name(image_size, views, re
         "data": {"image_size": image_size},
         "views": views,
     }
-    text = rf"'vit_tiny_patch16_224' does not take pictures of {refused} x {refused}"
+    text = rf"'vit_tiny_patch16_224' .*pictures of {refused} x {refused}"
     with pytest.raises(RecipeError, match=text) as caught:
         create_slimmable(recipe_from_tables(tables, source="test"))
     assert "local_size" in caught.value.hint
@@ -322,5 +322,5 @@ def test_in_a_host_too_a_net_that_does_not_take_the_pictures_is_refused_for_that
         "host": {"arch": "vit_tiny_patch16_224", "width": 2.0, "stem_stride": 1},
         "data": {"image_size": 32},
     }
-    with pytest.raises(RecipeError, match=r"'host.stem_stride' 1 does not take pictures of 32 x 32"):
+    with pytest.raises(RecipeError, match=r"'host\.stem_stride' 1 .*pictures of 32 x 32"):
         create_slimmable(recipe_from_tables(tables, source="test"))

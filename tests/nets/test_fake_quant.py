@@ -191,7 +191,7 @@ def test_value_that_is_no_number_is_named():
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)).eval()
     images = pictures(2)
     images[1, 0, 3, 3] = float("inf")
-    with pytest.raises(NonFiniteError, match=r"'0.input_quantizer' was given inf while calibrating"):
+    with pytest.raises(NonFiniteError, match=r"'0\.input_quantizer' .*inf .*calibrating"):
         quantize_net(net, images, keep=[])
 
 
@@ -250,20 +250,18 @@ def test_block_that_halves_the_picture_quantizes_its_skip_convolution_too():
 @pytest.mark.parametrize(
     ("keep", "problem"),
     [
-        (["blocks.9"], "the net has no module 'blocks.9' to keep in float"),
+        (["blocks.9"], "no module 'blocks.9'"),
         (["conv_stem", "blocks", "conv_head", "classifier"], "nothing is left to quantize"),
     ],
 )
 def test_wrong_choice_of_what_to_keep_is_named(keep, problem):
     with pytest.raises(RecipeError) as caught:
         quantize_net(real_net("mobilenetv3_small_100"), pictures(2), keep=keep)
-    assert caught.value.problem == problem
+    assert problem in caught.value.problem
 
 
 def test_kind_of_convolution_that_is_unknown_is_named():
-    with pytest.raises(
-        RecipeError, match=r"cannot quantize 'conv_stem': it is a Conv2dSame, not a plain conv"
-    ):
+    with pytest.raises(RecipeError, match=r"quantize 'conv_stem': .*Conv2dSame, not"):
         quantize_net(create_backbone("tf_mobilenetv3_small_minimal_100"), pictures(2), keep=[])
 
 

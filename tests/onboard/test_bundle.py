@@ -45,7 +45,7 @@ def test_a_precision_without_a_hash_is_refused(bundle):
     manifest = read_manifest(bundle)
     del manifest["files"]["model.fp16.onnx"]
     write_manifest(bundle, manifest)
-    with pytest.raises(BundleError, match=r"the manifest holds no hash for 'model\.fp16\.onnx'"):
+    with pytest.raises(BundleError, match=r"no hash for 'model\.fp16\.onnx'"):
         check(bundle)
 
 
@@ -64,16 +64,14 @@ def test_a_precision_whose_file_lies_elsewhere_is_refused_though_its_hash_is_rig
     write_manifest(bundle, manifest)
     with pytest.raises(BundleError) as caught:
         act(bundle)
-    assert (
-        caught.value.problem == f"the manifest names '{name}', which is no plain file name inside the bundle"
-    )
-    assert caught.value.hint == "do not run this bundle; export it again"
+    assert f"manifest names '{name}', which is no plain file name" in caught.value.problem
+    assert "do not run" in caught.value.hint
 
 
 @pytest.mark.parametrize("schema", [SCHEMA - 1, 99])
 def test_another_schema_is_refused_with_both(bundle, schema):
     write_manifest(bundle, {**read_manifest(bundle), "schema": schema})
-    with pytest.raises(BundleError, match=f"has schema {schema}, this edgecl reads {SCHEMA}"):
+    with pytest.raises(BundleError, match=f"schema {schema}, .*reads {SCHEMA}"):
         check(bundle)
 
 
@@ -88,7 +86,7 @@ def test_an_edited_manifest_is_found(bundle):
     manifest = json.loads((bundle / "manifest.json").read_text())
     manifest["precision"] = "fp32"
     (bundle / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(BundleError, match=r"'manifest\.json' does not match the hash of its own content"):
+    with pytest.raises(BundleError, match=r"'manifest\.json' .*hash of its own content"):
         check(bundle)
 
 
@@ -142,9 +140,9 @@ def test_a_sealed_manifest_of_another_form_is_refused_with_key_found_and_expecte
     with pytest.raises(BundleError) as caught:
         verify(bundle)
     name = "target.build.dla_core" if found == "-1" else place
-    assert caught.value.problem.startswith(f"'{bundle / 'manifest.json'}': '{name}' is {found}")
+    assert f"{bundle / 'manifest.json'}': '{name}' is {found}" in caught.value.problem
     assert ", expected " in caught.value.problem
-    assert caught.value.hint == "export the bundle again"
+    assert "export" in caught.value.hint
 
 
 @pytest.mark.parametrize("depth", [60, 200_000])
@@ -153,9 +151,7 @@ def test_a_manifest_nested_without_end_is_refused(bundle, depth):
     path.write_text(
         path.read_text().replace('"made_from": null', '"made_from": ' + "[" * depth + "]" * depth)
     )
-    with pytest.raises(
-        BundleError, match=r"manifest\.json' is nested more than 50 deep, which no bundle is$"
-    ):
+    with pytest.raises(BundleError, match=r"manifest\.json' .*more than 50 deep"):
         verify(bundle)
 
 

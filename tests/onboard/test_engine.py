@@ -162,10 +162,9 @@ def test_dla_core_that_is_not_there(monkeypatch, make):
     install(monkeypatch, "10.3.0.30")
     with pytest.raises(DeviceError) as caught:
         make("fp16", build={**BUILD, "dla_core": 0})
-    assert caught.value.problem == (
-        "asked for DLA core 0, but TensorRT 10.3.0.30 finds 0 DLA cores on this device"
-    )
-    assert "Orin Nano and Thor have none" in caught.value.hint
+    for words in ("asked for DLA core 0", "TensorRT 10.3.0.30", "finds 0 DLA cores"):
+        assert words in caught.value.problem
+    assert "Orin Nano and Thor" in caught.value.hint
 
 
 # --- asked for and not to be had ---
@@ -175,9 +174,7 @@ def test_dla_core_that_is_not_there(monkeypatch, make):
 def test_a_gpu_without_a_fast_precision(monkeypatch, make, precision, other):
     fake, _ = install(monkeypatch, "8.2.1.8")
     fake.behavior.fast[precision] = False
-    with pytest.raises(
-        DeviceError, match=f"asked for {precision}, but this GPU cannot compute it fast: Ten"
-    ) as caught:
+    with pytest.raises(DeviceError, match=f"{precision}, .*GPU cannot compute it fast") as caught:
         make(precision)
     assert caught.value.hint.endswith(f"--precision {other}")
     assert "build_serialized_network" not in fake.calls
@@ -189,18 +186,14 @@ def test_a_graph_in_another_precision(monkeypatch, make, version, precision):
     install(monkeypatch, version)
     with pytest.raises(DeviceError) as caught:
         make(precision, form="fp32")
-    assert caught.value.problem == (
-        f"asked for {precision} and not delivered: no convolution or matrix product of 'fp32.onnx' is {precision} "
-        "(fp32 100 %)"
-    )
+    for words in (f"asked for {precision} and not delivered", f"'fp32.onnx' is {precision} ", "(fp32 100 %)"):
+        assert words in caught.value.problem
 
 
 @pytest.mark.parametrize(("version", "form"), [("8.6.2.3", "int8-trt-fp16"), ("11.4.1.9", "int8-cpu")])
 def test_a_form_that_the_version_does_not_take(monkeypatch, make, version, form):
     install(monkeypatch, version)
-    with pytest.raises(
-        DeviceError, match=f"TensorRT {version} takes no graph of the form '{form}'"
-    ) as caught:
+    with pytest.raises(DeviceError, match=f"TensorRT {version} .*no graph .*'{form}'") as caught:
         make("int8", form=form)
     assert "int8 = 'int8-trt'" in caught.value.hint
 
@@ -228,7 +221,8 @@ def test_a_node_that_a_version_does_not_take_is_named(monkeypatch, make, version
     fake.behavior.unparsed = unparsed
     with pytest.raises(DeviceError) as caught:
         make("fp16")
-    assert caught.value.problem == f"TensorRT {version} cannot read 'fp16.onnx': {problem}"
+    assert f"TensorRT {version} cannot read 'fp16.onnx'" in caught.value.problem
+    assert caught.value.problem.endswith(problem)  # TensorRT's own words, whole
     assert hint in caught.value.hint
 
 
@@ -238,7 +232,7 @@ def test_a_node_that_a_version_does_not_take_is_named(monkeypatch, make, version
         ("Error Code 2: OutOfMemory (no further information)", "lower build.workspace_mib in the target (it is 256)"),
         ("Requested amount of GPU memory (1073741824 bytes) could not be allocated.", "add swap"),
         ("Could not find any implementation for node conv.", "raise build.workspace_mib in the target (it is 256)"),
-        ("DLA validation failed", "export the bundle without build.dla_core"),
+        ("DLA validation failed", "without build.dla_core"),
         ("Internal error", "take another precision"),
     ],
 )  # fmt: skip
@@ -248,7 +242,9 @@ def test_build_that_fails_says_what_tensorrt_said_and_what_to_do(monkeypatch, ma
         fake.behavior.failure = failure
         with pytest.raises(DeviceError) as caught:
             make("fp16")
-    assert caught.value.problem == f"TensorRT 10.3.0.30 cannot build an fp16 engine from 'fp16.onnx': {said}"
+    for words in ("TensorRT 10.3.0.30", "cannot build", "fp16 engine", "'fp16.onnx'"):
+        assert words in caught.value.problem
+    assert caught.value.problem.endswith(f": {said}")  # TensorRT's own words, whole
     assert hint in caught.value.hint
 
 
@@ -266,9 +262,7 @@ def test_builder_that_cannot_be_made_without_a_gpu(monkeypatch, make):
 
 def test_graph_with_another_input_than_the_manifest_says(monkeypatch, make):
     install(monkeypatch, "10.3.0.30")
-    with pytest.raises(
-        BundleError, match=r"has the inputs \['input'\] and outputs \['output'\], the manifest says"
-    ):
+    with pytest.raises(BundleError, match=r"\['input'\] .*\['output'\], the manifest says .*images"):
         make("fp16", input_form={**INPUT, "name": "images"})
 
 

@@ -176,14 +176,14 @@ def test_graphs_of_another_batch_are_dropped(monkeypatch, tmp_path):
 def test_a_mode_that_is_not_there(session):
     with pytest.raises(DeviceError, match="cannot time 'compute'") as caught:
         session.run_once("compute")
-    assert caught.value.hint == "bind a batch first"
+    assert "bind a batch" in caught.value.hint
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 8, 8), (1, 3, 9, 8), (1, 1, 8, 8)])
 def test_a_batch_of_another_shape(session, shape):
     with pytest.raises(DeviceError) as caught:
         session.run(np.zeros(shape, np.float32))
-    assert caught.value.problem == f"the net takes inputs of shape (1, 3, 8, 8), not {shape}"
+    assert f"shape (1, 3, 8, 8), not {shape}" in caught.value.problem
 
 
 # --- the engine that is kept ---
@@ -305,10 +305,10 @@ def test_an_engine_that_tells_nothing_is_noted(monkeypatch, bundle):
 def test_no_memory_for_a_context_or_halfway_through_the_buffers(monkeypatch, bundle, version):
     fake, cuda = install(monkeypatch, version)
     cuda.fail["cudaHostAlloc"] = 2
-    with pytest.raises(DeviceError, match="cudaHostAlloc failed with error 2, out of memory"):
+    with pytest.raises(DeviceError, match=r"cudaHostAlloc .*error 2, out of memory"):
         open_(bundle)
     fake.behavior.context = False
-    with pytest.raises(DeviceError, match="cannot make an execution context: Requested amount of GPU memory"):
+    with pytest.raises(DeviceError, match="execution context: Requested amount of GPU"):
         open_(bundle)
     assert cuda.live() == 0
 
@@ -338,7 +338,7 @@ def test_the_net_does_not_run(monkeypatch, bundle):
         return False
 
     monkeypatch.setattr(session._context, "execute_async_v3", refuse)
-    with pytest.raises(DeviceError, match=r"cannot run the net: IExecutionContext::enqueueV3: Error Code 1"):
+    with pytest.raises(DeviceError, match=r"cannot run the net: .*enqueueV3: Error Code 1"):
         session.run(draw(1))
 
 
@@ -407,12 +407,12 @@ def test_carried_engine_for_something_else(rtx, change):
         cuda.capability = (9, 0)
     precision = "int8" if change == "precision" else "fp16"
     has = "none" if change == "precision" else "'engine-fp16.plan' (11.0.0.0 for SM86, SM89)"
+    capability = "9.0" if change == "gpu" else "8.9"
     with pytest.raises(DeviceError) as caught:
         open_(bundle, precision, runtime="tensorrt_rtx")
-    assert caught.value.problem == (
-        f"the bundle carries no {precision} engine for TensorRT for RTX {fake.__version__} on a GPU of compute "
-        f"capability {'9.0' if change == 'gpu' else '8.9'}; it has {has}"
-    )
+    for words in (f"no {precision} engine", f"RTX {fake.__version__} ", f"capability {capability};"):
+        assert words in caught.value.problem
+    assert caught.value.problem.endswith(f"it has {has}")
 
 
 @pytest.mark.parametrize("name", ["engine-fp16.plan", "../other.plan"])

@@ -190,9 +190,10 @@ def test_all_is_flushed_before_it_is_named_and_the_name_before_an_old_one_goes(r
 
 
 def assert_says_no_room(error, run_dir, step):
-    assert error.problem == f"no room on the disk to write 'step-{step:09d}'"
+    assert "no room on the disk" in error.problem
+    assert f"'step-{step:09d}'" in error.problem
     assert error.where == {"directory": run_dir.checkpoints}
-    assert "go on with --resume" in error.hint
+    assert "--resume" in error.hint
 
 
 def test_a_full_disk_gives_back_the_checkpoint_of_the_same_step(run_dir):

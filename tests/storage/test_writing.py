@@ -129,13 +129,13 @@ def test_force_replaces_a_directory_of_the_same_kind(tmp_path):
 @pytest.mark.parametrize("other", [kind for kind in KINDS if kind is not ModelDir])
 def test_force_refuses_a_directory_of_another_kind(tmp_path, other):
     make(tmp_path / "out", other)
-    with pytest.raises(ArtifactError, match=r"--force replaces only a model directory, and '.*' is not one"):
+    with pytest.raises(ArtifactError, match=r"--force replaces only a model directory"):
         refuse_existing(tmp_path / "out", force=True, kind="model")
 
 
 def test_force_says_that_a_record_is_broken(tmp_path):
     (tmp_path / "run.json").write_text("{")
-    with pytest.raises(ArtifactError, match=r"is not one: its run\.json is not the record of one"):
+    with pytest.raises(ArtifactError, match=r"its run\.json is not the record"):
         refuse_existing(tmp_path, force=True, kind="run")
 
 
@@ -238,10 +238,9 @@ def test_command_is_written_as_one_would_type_it(monkeypatch):
 
 def test_directory_of_another_kind_is_named_as_what_it_is(tmp_path):
     make(tmp_path / "run", RunDir)
-    with pytest.raises(ArtifactError) as caught:
+    with pytest.raises(ArtifactError, match=f"'{tmp_path / 'run'}' .*model directory but a run") as caught:
         ModelDir(tmp_path / "run").read()
-    assert caught.value.problem == f"'{tmp_path / 'run'}' is not a model directory but a run directory"
-    assert "`edgecl carve` and `edgecl finetune` write model directories" in caught.value.hint
+    assert "`edgecl carve` and `edgecl finetune`" in caught.value.hint
 
 
 @pytest.mark.parametrize("content", [b'{"schema": 1, "ki', b"", b"\xff\xfe\x00"])
@@ -264,7 +263,7 @@ def test_model_whose_weights_changed_is_refused_with_both_hashes(tmp_path, carve
     model = shutil.copytree(carved_model, tmp_path / "m")
     flip(model / "weights.safetensors")
     expected = json.loads((model / "model.json").read_text())["weights_sha256"][:12]
-    with pytest.raises(ArtifactError, match=rf"do not match their hash: .* {expected}…, the file has "):
+    with pytest.raises(ArtifactError, match=rf"not match their hash: .* {expected}…, the file"):
         ModelDir(model).read()
 
 

@@ -41,14 +41,14 @@ def test_a_picture_in_memory_that_became_unreadable_is_named_and_may_be_allowed(
         blank(photos / name)
     with pytest.raises(RecipeError) as caught:
         train(recipe, out, photos, resume=True)
-    assert caught.value.problem == "cannot resume: 2 of the run's images cannot be read any more"
+    assert "cannot resume: 2 of the run's images" in caught.value.problem
     assert caught.value.where["unreadable"].replace(str(photos), "") == "/007.png, /011.png"
     assert "repair them" in caught.value.hint
     assert "--allow data" in caught.value.hint
     assert RunDir(out).read().step == 4
     record = train(recipe, out, photos, resume=True, allow=["data"])
     assert (record.state, record.steps_per_epoch, record.data.images) == ("done", 9, 38)
-    assert "the images lost 2 that cannot be read any more" in record.changes[0]
+    assert "the images lost 2" in record.changes[0]
     said = capsys.readouterr().err
     assert "resuming with a change: the images lost 2" in said
     assert "going on from step 4 of 18" in said
@@ -73,7 +73,7 @@ def test_other_images_are_counted_and_may_be_allowed(tmp_path, make_recipe, phot
     (photos / "007.png").unlink()
     with pytest.raises(RecipeError) as caught:
         train(recipe, out, photos, resume=True)
-    assert caught.value.problem == "cannot resume with other images"
+    assert "other images" in caught.value.problem
     assert caught.value.where["was"] == f"{photos} with 40 images"
     assert caught.value.where["now"] == f"{photos} with 39 images"
     record = train(recipe, out, photos, resume=True, allow=["data"])
@@ -112,9 +112,8 @@ def test_checkpoints_that_are_gone_are_missed(tmp_path, make_recipe, photos):
     train(make_recipe(), out, photos)
     metrics = RunDir(out).metrics_file.read_bytes()
     (out / "checkpoints").rename(tmp_path / "unmounted")
-    with pytest.raises(ArtifactError) as caught:
+    with pytest.raises(ArtifactError, match=r"step 10, .*checkpoints are gone") as caught:
         train(make_recipe(), out, photos, resume=True)
-    assert caught.value.problem == "the run is at step 10, and its checkpoints are gone"
     assert "mounted" in caught.value.hint
     assert RunDir(out).metrics_file.read_bytes() == metrics
 
@@ -135,8 +134,8 @@ def test_other_surroundings_are_said_and_kept(tmp_path, make_recipe, photos, cap
 def test_a_run_is_not_written_among_its_images(make_recipe, photos, inside, monkeypatch):
     with pytest.raises(DataError) as caught:
         train(make_recipe(), photos / inside, photos)
-    assert caught.value.problem.endswith(f"would lie among the images of '{photos}'")
-    assert "choose an --out outside" in caught.value.hint
+    assert f"among the images of '{photos}'" in caught.value.problem
+    assert "--out" in caught.value.hint
     assert len(list(photos.rglob("*"))) == 40
     monkeypatch.chdir(photos)
     with pytest.raises(DataError, match="would lie among the images"):
