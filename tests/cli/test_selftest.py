@@ -1,6 +1,7 @@
 """`edgecl selftest ddp`, with the real processes it starts and those a launcher has started."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -178,13 +179,13 @@ def test_error_of_a_process_is_shown_once(edgecl_process):
     assert done.stdout == ""
     told = [line for line in done.stderr.splitlines() if line.startswith("edgecl: ")]
     assert len(told) == 1
-    assert told[0].startswith("edgecl: the 2 processes of the run did not find each other: ")
-    assert "nonesuch" in told[0]
+    assert re.search("2 processes .*find each other.*nonesuch", told[0])
     assert "Traceback" not in done.stderr
 
 
 def test_words_of_processes_that_end_without_a_result_are_kept():
     error = _error_among(["W1122 torchrun starts", "edgecl: no GPU", "  hint: buy one", "Root Cause:"], 1)
+    # Exact, for these are the test's own words: neither the prefix nor a line of torchrun's is left.
     assert str(error) == "no GPU\n  hint: buy one"
     error = str(_error_among(["", "Segmentation fault", ""], 139))
     assert "exit status 139 and no result" in error
@@ -213,23 +214,17 @@ def refusal(monkeypatch, capsys):
 
 def test_unknown_arm_is_wrong_usage_with_the_near_ones(refusal):
     said = refusal("--variant", "SACL XD", code=2)
-    assert (
-        "Invalid value for --variant: there is no variant 'SACL XD'; did you mean 'SACL-XD' or 'SACL only'"
-        in said
-    )
+    assert re.search("--variant.*'SACL XD'.*mean 'SACL-XD' or 'SACL only'", said)
 
 
 def test_wait_that_is_no_number_is_named_before_anything_is_started(refusal):
-    assert refusal(EDGECL_WAIT_S="none") == (
-        "edgecl: EDGECL_WAIT_S is 'none', not a number of seconds above 0\n"
-    )
+    assert re.fullmatch("edgecl: .*EDGECL_WAIT_S.*'none'.*number.*above 0\n", refusal(EDGECL_WAIT_S="none"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_missing_gpu_is_named(refusal):
-    assert refusal("--device", "cuda") == (
-        "edgecl: no CUDA device is available\n  hint: use --device auto or --device cpu\n"
-    )
+    said = refusal("--device", "cuda")
+    assert re.fullmatch("edgecl: .*no CUDA.*\n  hint: .*--device auto.*--device cpu\n", said)
 
 
 def test_options_of_the_command_are_these():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 import pytest
@@ -45,28 +46,30 @@ def test_all_problems_are_reported_at_once():
 
 
 @pytest.mark.parametrize(
-    ("inner", "problem"),
+    ("inner", "words"),
     [
-        ({"sped": 2.0}, "unknown key 'inner.sped' (did you mean 'speed'?)"),
-        ({"color": "bleu"}, "'inner.color' is 'bleu', not one of red, green, blue (did you mean 'blue'?)"),
-        ({"color": "zzz"}, "'inner.color' is 'zzz', not one of red, green, blue"),
-        ({"sizes": 3}, "'inner.sizes' is 3: must be a list such as [3, 5]"),
-        ({"area": 0.5}, "'inner.area' is 0.5: must be a list such as [0.08, 1.0]"),
-        ({"area": [0.5]}, "'inner.area' is [0.5]: must be a list such as [0.08, 1.0]"),
-        ({"area": [0, 1, 2]}, "'inner.area' is [0, 1, 2]: must be a list such as [0.08, 1.0]"),
-        ({"names": "a"}, """'inner.names' is 'a': must be a list such as ["a"]"""),
-        (3, "'inner' is 3: must be a table"),
-        ({"speed": float("nan")}, "'inner.speed' is nan: input should be a finite number"),
-        ({"speed": float("inf")}, "'inner.speed' is inf: input should be a finite number"),
+        ({"sped": 2.0}, r"unknown.*'inner\.sped'.*mean 'speed'"),
+        ({"color": "bleu"}, r"'inner\.color' is 'bleu'.*red, green, blue.*mean 'blue'"),
+        ({"color": "zzz"}, r"'inner\.color' is 'zzz'.*red, green, blue$"),
+        ({"sizes": 3}, r"'inner\.sizes' is 3:.*list.*\[3, 5\]"),
+        ({"area": 0.5}, r"'inner\.area' is 0\.5:.*list.*\[0\.08, 1\.0\]"),
+        ({"area": [0.5]}, r"'inner\.area' is \[0\.5\]:.*list.*\[0\.08, 1\.0\]"),
+        ({"area": [0, 1, 2]}, r"'inner\.area' is \[0, 1, 2\]:.*list.*\[0\.08, 1\.0\]"),
+        ({"names": "a"}, r"""'inner\.names' is 'a':.*list.*\["a"\]"""),
+        (3, "'inner' is 3:.*table"),
+        ({"speed": float("nan")}, r"'inner\.speed' is nan:.*finite"),
+        ({"speed": float("inf")}, r"'inner\.speed' is inf:.*finite"),
     ],
 )
-def test_what_is_wrong_is_named_with_what_would_be_right(inner, problem):
-    assert exc({"name": "a", "inner": inner}).problem == problem
+def test_what_is_wrong_is_named_with_what_would_be_right(inner, words):
+    problem = exc({"name": "a", "inner": inner}).problem
+    assert re.search(words, problem)
+    assert "; " not in problem  # one problem only
 
 
 def test_place_inside_a_list_is_named_and_what_is_known_is_listed():
     assert "'inner.sizes.1' is 'two'" in exc({"name": "a", "inner": {"sizes": [1, "two"]}}).problem
-    assert exc({"name": "a", "zzz": 1}).problem == "unknown key 'zzz' (known: inner, name)"
+    assert re.search("unknown.*'zzz'.*known: inner, name", exc({"name": "a", "zzz": 1}).problem)
 
 
 @pytest.mark.parametrize(
@@ -114,16 +117,13 @@ def test_later_assignments_win_and_leave_the_given_tables_alone():
 
 @pytest.mark.parametrize("assignment", ["inner.speed", "=2", " = 2", ""])
 def test_assignment_of_a_bad_form_says_how_to_write_it(assignment):
-    with pytest.raises(RecipeError) as caught:
+    with pytest.raises(RecipeError, match=f"--set '{re.escape(assignment)}'") as caught:
         override({}, [assignment], error=RecipeError)
-    assert caught.value.problem == f"cannot read --set '{assignment}'"
-    assert caught.value.hint == "write it as table.key=value, e.g. optim.lr=0.2"
+    assert "table.key=value" in caught.value.hint
 
 
 def test_assignment_below_a_value_is_refused():
-    with pytest.raises(
-        RecipeError, match=r"cannot set 'name\.first': 'name' is a value, not a table"
-    ) as caught:
+    with pytest.raises(RecipeError, match=r"'name\.first'.*'name' is a value") as caught:
         override({"name": "a"}, ["name.first=b"], error=RecipeError)
     assert caught.value.where == {"--set": "name.first=b"}
 

@@ -132,9 +132,9 @@ def test_a_single_sub_folder_or_an_image_outside_all_means_no_labels(write_image
 
 def test_a_folder_of_splits_is_an_error(write_images):
     root = write_images(4, classes=("train", "test"))
-    with pytest.raises(DataError, match="holds the splits test and train, not classes") as caught:
+    with pytest.raises(DataError, match="splits test and train") as caught:
         open_source(str(root))
-    assert caught.value.hint == f"pass one of them: {root / 'train'}"
+    assert str(root / "train") in caught.value.hint
 
 
 def test_images_come_sorted_by_name(write_images):
@@ -212,7 +212,7 @@ def test_a_set_that_is_not_on_the_disk_asks_for_download(tmp_path, scheme):
 @pytest.mark.parametrize(
     ("error", "problem"),
     [
-        (OSError("no route to host"), "stl10 could not be fetched: no route to host"),
+        (OSError("no route to host"), "stl10.*fetched.*no route to host"),
         (ModuleNotFoundError("", name="scipy"), "needs the package 'scipy'"),
     ],
 )

@@ -67,23 +67,23 @@ def in_place_of_the_device_code(monkeypatch, code):
 
 def test_crashed_process_is_reported_with_its_last_words(bundle, monkeypatch):
     in_place_of_the_device_code(monkeypatch, "raise SystemExit('the roof is on fire')")
-    with pytest.raises(DeviceError, match="ended with exit status 1 and no record") as caught:
+    with pytest.raises(DeviceError, match=r"exit status 1 .*no record") as caught:
         bench(bundle)
     assert caught.value.where["it said"] == "the roof is on fire"
 
 
 def test_precision_that_the_bundle_lacks_is_named_before_anything_runs(bundle, monkeypatch):
     in_place_of_the_device_code(monkeypatch, "raise SystemExit('it ran')")
-    with pytest.raises(ArtifactError, match="the bundle holds no int8 net; it has fp32") as caught:
+    with pytest.raises(ArtifactError, match=r"no int8 .*has fp32") as caught:
         bench(bundle, precisions=["int8"])
-    assert caught.value.hint == "export it again with --precision int8"
+    assert "--precision int8" in caught.value.hint
 
 
 def test_record_of_something_else_is_refused_and_names_no_file(bundle, monkeypatch):
     answer = {"runtime": "ort", "batch": 1, "threads": 1, "device": {"name": "d"}}
     answer["measurements"] = [{"precision": "../../x", "latency_ms": {}}]
     in_place_of_the_device_code(monkeypatch, f"print({json.dumps(answer)!r})")
-    with pytest.raises(DeviceError, match=r"the record is of \.\./\.\./x, which the bundle does not hold"):
+    with pytest.raises(DeviceError, match=r"record is of \.\./\.\./x,.* not hold"):
         bench(bundle)
     del answer["threads"]
     in_place_of_the_device_code(monkeypatch, f"print({json.dumps(answer)!r})")

@@ -295,7 +295,7 @@ def test_onnx_file_that_computes_something_else_is_not_published(tmp_path, model
     monkeypatch.setattr(publishing, "onnx_from_net", lambda *_, **__: other)
     with pytest.raises(ParityError, match="disagrees") as caught:
         publish(model, out=tmp_path / "out")
-    assert caught.value.hint == "nothing was published"
+    assert "nothing was published" in caught.value.hint
     assert list(tmp_path.iterdir()) == []
 
 

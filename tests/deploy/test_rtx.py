@@ -178,12 +178,9 @@ def test_dynamic_batch_compiles(tmp_path):
 @pytest.mark.parametrize("form", ["fp16", "int8-trt"])
 def test_a_graph_in_another_precision_is_refused(made, tmp_path, form):
     _, models = made(QUICK)
-    with pytest.raises(DeviceError) as caught:
+    words = rf"asked for {FORMS[form]} .*not delivered.*'model\.onnx' is {FORMS[form]} \(fp32 100 %\)"
+    with pytest.raises(DeviceError, match=words):
         compile_(models["fp32"], tmp_path, form=form)
-    assert caught.value.problem == (
-        f"asked for {FORMS[form]} and not delivered: no convolution or matrix product of 'model.onnx' is "
-        f"{FORMS[form]} (fp32 100 %)"
-    )
     assert not (tmp_path / "engine.plan").exists()
 
 
@@ -198,9 +195,9 @@ def test_a_file_that_is_no_net_is_refused(tmp_path, content):
 def test_a_capability_that_it_does_not_know_is_named(made, tmp_path):
     _, models = made(QUICK)
     build = Build.model_construct(**{**BUILD.model_dump(), "compute_capabilities": ("SM86", "SM87")})
-    with pytest.raises(DeviceError, match=r"cannot compile for SM87; it knows SM\d+, ") as caught:
+    with pytest.raises(DeviceError, match=r"for SM87;.*knows SM\d+, ") as caught:
         compile_(models["fp32"], tmp_path, form="fp32", build=build)
-    assert caught.value.hint == "change [build] compute_capabilities in the target"
+    assert "[build] compute_capabilities" in caught.value.hint
 
 
 def test_the_form_for_processors_is_refused(tmp_path):

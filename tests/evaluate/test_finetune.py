@@ -138,17 +138,16 @@ def test_a_size_that_the_net_does_not_take_is_refused_before_training(tune, plai
 
 
 @pytest.mark.parametrize(
-    ("setting", "quantize", "problem"),
+    ("setting", "quantize", "words"),
     [
-        ("flp=0.5", None, "unknown key 'flp' (did you mean 'flip'?)"),
-        ("learn_scales=false", None, "unknown key 'learn_scales'"),
-        ("flip=0.5", "int4", "cannot quantize to 'int4'"),
+        ("flp=0.5", None, "unknown.*'flp'.*mean 'flip'"),
+        ("learn_scales=false", None, "unknown.*'learn_scales'"),
+        ("flip=0.5", "int4", "quantize.*'int4'"),
     ],
 )
-def test_wrong_settings_are_named(tune, plain_model, setting, quantize, problem):
-    with pytest.raises(RecipeError) as caught:
+def test_wrong_settings_are_named(tune, plain_model, setting, quantize, words):
+    with pytest.raises(RecipeError, match=words):
         tune(plain_model, setting, quantize=quantize)
-    assert caught.value.problem.startswith(problem)
 
 
 def test_existing_output_is_refused_before_training(tune, tmp_path, plain_model, monkeypatch):
@@ -345,19 +344,17 @@ def test_probe_and_cost_take_a_quantized_net(tmp_path, quantized, tuned, image_f
 
 def test_quantized_net_is_not_trained_a_second_time(tune, tmp_path, quantized):
     for quantize in ("int8", None):
-        with pytest.raises(ArtifactError) as caught:
+        with pytest.raises(ArtifactError, match="quantized already") as caught:
             tune(quantized[0], quantize=quantize)
-        assert caught.value.problem == "this net is quantized already"
-        assert caught.value.hint == "start from the float net that it was made from"
+        assert "float net" in caught.value.hint
     assert list(tmp_path.iterdir()) == []
 
 
 def test_other_classes_are_refused_before_anything_is_trained(tune, tmp_path, tuned):
     data = write_folder(tmp_path / "data", per_class=5, classes={"cat": (9, 9, 9), "dog": (99, 99, 99)})
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(DataError, match=r"other classes.*: blue, green, red against cat, dog") as caught:
         tune(tuned[0], data=data, quantize="int8")
-    assert caught.value.problem == "the net tells other classes apart: blue, green, red against cat, dog"
-    assert caught.value.hint == "fine-tune to these classes without --quantize first"
+    assert "without --quantize" in caught.value.hint
 
 
 def test_command_line_trains_as_int8_and_prints_all_three_accuracies(tmp_path, tuned, image_folder, edgecl):

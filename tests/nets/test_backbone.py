@@ -109,18 +109,15 @@ def test_classes_add_a_classifier():
 
 
 def test_an_unknown_architecture_is_named_with_its_near_match():
-    with pytest.raises(RecipeError, match="timm has no architecture 'mobilenetv3_large_10'") as caught:
+    with pytest.raises(RecipeError, match="no architecture 'mobilenetv3_large_10'") as caught:
         create_backbone("mobilenetv3_large_10")
     assert "'mobilenetv3_large_100'" in caught.value.hint
 
 
 @pytest.mark.parametrize("arch", ["densenet121", "vgg11"])
 def test_an_architecture_without_a_multiplier_is_named(arch):
-    with pytest.raises(SliceError) as caught:
+    with pytest.raises(SliceError, match=rf"'{arch}' at width 1\.5: .*take a width") as caught:
         create_backbone(arch, width=1.5)
-    assert caught.value.problem == (
-        f"timm cannot build '{arch}' at width 1.5: no function of its entry point is known to take a width"
-    )
     assert "[host] width = 1.0" in caught.value.hint
 
 

@@ -34,6 +34,7 @@ def test_a_net_that_does_not_nest_is_not_in_the_list(arch):
 def test_a_refused_net_is_listed_with_its_reason(arch):
     with pytest.raises(SliceError) as caught:
         widths_of(arch)
+    # Exact, for it is no text of the test's: the list and the error give one reason.
     assert caught.value.problem == next(net["reason"] for net in list_nets() if net["name"] == arch)
 
 

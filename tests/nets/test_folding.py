@@ -210,18 +210,15 @@ class Twice(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("net", "problem"),
+    ("net", "words"),
     [
-        (Twice(nn.BatchNorm2d(3)), "cannot fold 'other': 'conv' feeds 'norm' too"),
-        (Twice(nn.ReLU()), "cannot fold the batch norms: the output changes by"),
-        (nn.Sequential(nn.Flatten(), nn.Linear(48, 2)), "the net does not take pictures of 64 x 64: "),
+        (Twice(nn.BatchNorm2d(3)), "fold 'other': 'conv' feeds 'norm'"),
+        (Twice(nn.ReLU()), "fold.*output changes by"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(48, 2)), "not take pictures of 64 x 64: "),
     ],
     ids=["two norms", "read elsewhere", "other size"],
 )
-def test_net_that_cannot_be_folded_is_named(net, problem):
-    with pytest.raises(RecipeError) as caught:
+def test_net_that_cannot_be_folded_is_named(net, words):
+    with pytest.raises(RecipeError, match=words) as caught:
         fold_batch_norm(net)
-    assert caught.value.problem.startswith(problem)
-    assert caught.value.hint == (
-        "this serves nets of convolutions, each followed by its norm: MobileNets, EfficientNets, ResNets"
-    )
+    assert "MobileNets, EfficientNets, ResNets" in caught.value.hint

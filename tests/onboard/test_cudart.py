@@ -63,9 +63,7 @@ def test_real_library_has_every_function_that_is_called(real):
 def test_real_library_without_a_gpu_is_a_named_error(real):
     if has_gpu(real):
         pytest.skip("this machine has a GPU")
-    with pytest.raises(
-        DeviceError, match=r"no GPU that CUDA can use: .*libcudart.*: error (35|100), \w+"
-    ) as caught:
+    with pytest.raises(DeviceError, match=r"no GPU .*libcudart.*: error (35|100), \w+") as caught:
         Cudart()
     assert "update the GPU driver" in caught.value.hint
 
@@ -76,7 +74,7 @@ def test_real_library_says_its_version_and_errors(real):
     cuda._library.cudaGetErrorString.restype = ctypes.c_char_p
     assert re.fullmatch(r"1[0-9]\.\d", cuda.versions()[0])
     if not has_gpu(real):
-        with pytest.raises(DeviceError, match=r"cudaMalloc failed with error (35|100), .*(driver|device)"):
+        with pytest.raises(DeviceError, match=r"cudaMalloc.* error (35|100), .*(driver|device)"):
             cuda.make("cudaMalloc", 16)
 
 
@@ -93,7 +91,7 @@ def test_a_library_is_found_in_the_folders_of_jetpack(monkeypatch, tmp_path):
 
 def test_no_library_is_a_named_error(monkeypatch):
     monkeypatch.setattr(cudart, "library_paths", lambda: ["libcudart.so.nowhere"])
-    with pytest.raises(DeviceError, match=r"no CUDA runtime found: libcudart\.so\.13, ") as caught:
+    with pytest.raises(DeviceError, match=r"no CUDA runtime.*: libcudart\.so\.13, ") as caught:
         Cudart()
     assert "sudo apt install nvidia-jetpack" in caught.value.hint
 
@@ -109,12 +107,11 @@ def test_an_older_runtime_is_taken_where_the_driver_is_too_old_for_the_newest(mo
 def test_every_runtime_that_failed_is_named_and_those_that_fail_alike_are_counted(monkeypatch):
     old = [FakeCudart(version=13000, device_status=35) for _ in range(3)]
     use(monkeypatch, *old, FakeCudart(version=12020, device_status=100))
-    with pytest.raises(DeviceError) as caught:
+    with pytest.raises(DeviceError, match="no GPU") as caught:
         Cudart()
-    assert caught.value.problem == (
-        "no GPU that CUDA can use: libcudart.so.13 and 2 more: error 35, CUDA driver version is insufficient for CUDA "
-        "runtime version; libcudart.so.12: error 100, no CUDA-capable device is detected"
-    )
+    newest, oldest = caught.value.problem.split("; ")
+    assert re.search(r"libcudart\.so\.13 and 2 more: error 35, .*driver.* insufficient", newest)
+    assert re.match(r"libcudart\.so\.12: error 100, no CUDA-capable device", oldest)
 
 
 # --- calls ---
@@ -184,14 +181,11 @@ def test_a_graph_does_again_what_was_captured(monkeypatch, version):
 def test_a_failure_names_function_number_and_text_and_for_memory_what_to_do(fake):
     fake.fail["cudaStreamSynchronize"], fake.free_bytes = 700, 10
     cuda = Cudart()
-    with pytest.raises(DeviceError) as caught:
+    with pytest.raises(DeviceError, match=r"cudaStreamSynchronize .*error 700, .*illegal memory access"):
         cuda.call("cudaStreamSynchronize", make_stream(cuda))
-    assert caught.value.problem == (
-        "cudaStreamSynchronize failed with error 700, an illegal memory access was encountered"
-    )
-    with pytest.raises(DeviceError, match="cudaMalloc failed with error 2, out of memory") as caught:
+    with pytest.raises(DeviceError, match=r"cudaMalloc .*error 2, out of memory") as caught:
         cuda.make("cudaMalloc", 11)
-    assert caught.value.hint.startswith("free memory: close the desktop")
+    assert "free memory" in caught.value.hint
 
 
 # --- how much memory ---

@@ -70,9 +70,7 @@ def test_a_net_on_another_device_than_asked_is_refused(bundle, monkeypatch, runt
     session = RUNTIMES[runtime].open
     load = session._load
     monkeypatch.setattr(session, "_load", lambda *words: load(*words)._replace(devices=["GPU.0", "CPU"]))
-    with pytest.raises(
-        DeviceError, match=rf"would run 'model.onnx' on GPU.0, CPU, asked for was {session.device}"
-    ):
+    with pytest.raises(DeviceError, match=rf"'model\.onnx' on GPU\.0, CPU, asked .*{session.device}"):
         open_session(bundle, read_manifest(bundle), runtime=runtime, threads=1)
 
 
@@ -136,18 +134,16 @@ def test_a_bound_run_computes_the_bound_images(bundle, runtime):
 @BOTH
 def test_missing_runtime_names_its_installation(bundle, monkeypatch, runtime):
     monkeypatch.setitem(sys.modules, runtime, None)
-    with pytest.raises(DeviceError, match=f"the runtime '{runtime}' cannot be imported") as caught:
+    with pytest.raises(DeviceError, match=f"'{runtime}' cannot be imported") as caught:
         open_session(bundle, read_manifest(bundle), runtime=runtime, threads=1)
+    # Exact, for it is a command to copy.
     assert caught.value.hint == f"pip install {runtime}"
 
 
 def test_unknown_runtime_is_named_with_the_known(bundle):
     manifest = {**read_manifest(bundle), "runtime": "tflite"}
-    with pytest.raises(DeviceError) as caught:
+    with pytest.raises(DeviceError, match=r"'tflite';.*: onnxruntime, openvino, tensorrt, tensorrt_rtx$"):
         open_session(bundle, manifest, threads=1)
-    assert caught.value.problem == (
-        "no session for the runtime 'tflite'; this edgecl has: onnxruntime, openvino, tensorrt, tensorrt_rtx"
-    )
 
 
 @BOTH
@@ -174,12 +170,12 @@ def test_a_net_that_the_runtime_does_not_know_is_named(bundle, runtime):
 def test_another_input_or_output_than_the_manifests_is_named(bundle, runtime, end):
     manifest = read_manifest(bundle)
     manifest[end]["name"] = "pixels"
-    with pytest.raises(BundleError, match=rf"has the {end}s \[.*'{end}'.*\], the manifest says 'pixels'"):
+    with pytest.raises(BundleError, match=rf"{end}s \[.*'{end}'.*\], .*manifest .*'pixels'"):
         open_session(bundle, manifest, runtime=runtime, threads=1)
 
 
 @BOTH
 def test_a_batch_the_net_does_not_take_is_named(bundle, runtime):
     session = open_session(bundle, read_manifest(bundle), runtime=runtime, threads=1)
-    with pytest.raises(DeviceError, match=r"cannot run the net on inputs \(2, 3, 8, 8\)"):
+    with pytest.raises(DeviceError, match=r"cannot run .* \(2, 3, 8, 8\)"):
         session.bind(np.zeros((2, 3, 8, 8), np.float32))

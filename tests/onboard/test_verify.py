@@ -1,5 +1,7 @@
 """Hashes and reference outputs of real bundles, whole and broken."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -56,7 +58,7 @@ def test_one_precision_out_of_several_that_disagrees_is_named_and_the_rest_is_ke
     record = caught.value.record
     assert (record["ok"], record["files_ok"]) == (False, True)
     assert [record["precisions"][name]["ok"] for name in ("fp32", "int8")] == [True, False]
-    assert "reference images: int8: the largest relative difference is " in caught.value.problem
+    assert "int8: the largest relative difference" in caught.value.problem
     assert "fp32" not in caught.value.problem
 
 
@@ -67,17 +69,15 @@ def test_outputs_of_another_net_are_an_error_with_numbers(tmp_path):
     numbers = record["precisions"]["fp32"]
     assert (record["ok"], numbers["ok"]) == (False, False)
     assert numbers["max_abs_difference"] == pytest.approx(100.0, rel=1e-5)
-    assert caught.value.problem == (
-        f"{record['runtime']} disagrees with torch on 5 reference images: fp32: the largest relative difference "
-        f"is {numbers['max_relative_difference']:.3g}, allowed is 0.001, the top-1 agreement is 0.8, "
-        "required is 0.99"
-    )
+    found = re.escape(f"{numbers['max_relative_difference']:.3g}")
+    words = rf"^{record['runtime']} .* 5 .*fp32: .*difference is {found}, .*0\.001, .*top-1 .*0\.8, .*0\.99$"
+    assert re.search(words, caught.value.problem)
 
 
 def test_a_small_difference_is_named_alone(tmp_path):
     with pytest.raises(DisagreementError) as caught:
         verify(make_bundle(tmp_path / "bundle", shift=0.05))
-    assert "fp32: the largest relative difference is" in caught.value.problem
+    assert "fp32: the largest relative difference" in caught.value.problem
     assert "top-1" not in caught.value.problem
 
 
@@ -106,9 +106,7 @@ def test_outputs_of_another_shape_disagree(bundle):
     manifest["output"]["shape"] = [1, 4]
     write_manifest(bundle, manifest)
     rehash(bundle)
-    with pytest.raises(
-        DisagreementError, match=r"fp32: the outputs have the shape \(5, 6\), torch's have \(5, 4\)"
-    ):
+    with pytest.raises(DisagreementError, match=r"fp32: .*shape \(5, 6\), torch.* \(5, 4\)"):
         verify(bundle)
 
 
@@ -123,7 +121,7 @@ def test_cosine_is_that_of_the_directions():
 def test_reference_that_is_no_archive_is_refused(bundle, content):
     (bundle / "reference.npz").write_bytes(content)
     rehash(bundle)
-    with pytest.raises(BundleError, match=r"holds no reference inputs and outputs: .*zip"):
+    with pytest.raises(BundleError, match=r"no reference inputs .*zip"):
         verify(bundle)
 
 

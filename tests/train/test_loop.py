@@ -187,7 +187,7 @@ def test_a_torn_newest_checkpoint_costs_its_epochs_only(
 
 def test_resuming_what_is_no_run_is_named(tmp_path, make_recipe, pictures):
     (tmp_path / "thesis.txt").write_text("words", encoding="utf-8")
-    with pytest.raises(ArtifactError, match=r"is not a run directory: it has no run\.json"):
+    with pytest.raises(ArtifactError, match=r"not a run directory.* no run\.json"):
         train(make_recipe(), tmp_path, pictures, resume=True)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
@@ -211,7 +211,7 @@ def test_a_failed_start_leaves_an_earlier_run_alone(runs, tmp_path, make_recipe,
 
 
 def test_no_images_named_is_an_error(tmp_path, make_recipe):
-    with pytest.raises(RecipeError, match="the recipe 'tiny' names no images") as caught:
+    with pytest.raises(RecipeError, match="'tiny' names no images") as caught:
         pretrain(make_recipe(), recipe_name="tiny", out=tmp_path / "run", device="cpu")
     assert "--data" in caught.value.hint
 
@@ -285,6 +285,7 @@ def test_trackers_start_once_the_run_directory_stands(tmp_path, make_recipe, pic
 
 def test_a_tracker_that_is_not_installed_is_named(tmp_path, make_recipe, pictures, monkeypatch):
     monkeypatch.setattr(pretraining.accelerate.utils, "is_wandb_available", lambda: False)
-    with pytest.raises(DeviceError, match="the tracker 'wandb' is not installed") as caught:
+    with pytest.raises(DeviceError, match="'wandb' is not installed") as caught:
         train(make_recipe("run.trackers=['wandb']"), tmp_path / "run", pictures)
+    # Exact, for it is a command to copy.
     assert caught.value.hint == "pip install 'edgecl[wandb]'"

@@ -152,9 +152,7 @@ def test_a_signal_saves_and_ends_well(
     process.send_signal(number)
     printed, said = process.communicate(timeout=120)
     assert process.returncode == status, said
-    assert ("saving after this step or the next; Ctrl-C again ends at once" in said) == (
-        number == signal.SIGINT
-    )
+    assert ("Ctrl-C again" in said) == (number == signal.SIGINT)
     done = re.fullmatch(
         rf"stopped by {name} after step (\d+) of (\d+), and saved; go on with: edgecl (pretrain .* --resume)\n",
         printed,
@@ -190,7 +188,7 @@ def test_a_changed_recipe_is_refused_with_what_would_allow_it(earlier, make_reci
     with pytest.raises(RecipeError) as caught:
         train(make_recipe("run.epochs=3", "run.log_every=2"), earlier, labelled_pictures, resume=True)
     assert "run.epochs was 2, now 3; run.log_every was 1, now 2" in caught.value.problem
-    assert caught.value.hint == ("to change that on purpose, add --allow run.epochs --allow run.log_every")
+    assert caught.value.hint.endswith("add --allow run.epochs --allow run.log_every")
 
 
 def test_what_decides_a_step_cannot_change(earlier, make_recipe, labelled_pictures):
@@ -202,8 +200,8 @@ def test_what_decides_a_step_cannot_change(earlier, make_recipe, labelled_pictur
             resume=True,
             allow=["run.epochs"],
         )
-    assert caught.value.problem == "cannot resume with another recipe: optim.lr was 0.001, now 0.5"
-    assert caught.value.hint.startswith("repeat the command")
+    assert caught.value.problem.endswith("another recipe: optim.lr was 0.001, now 0.5")
+    assert "repeat the command" in caught.value.hint
     tables = make_recipe().model_dump(mode="json") | {"method": {"name": "byol"}}
     tables["host"]["width"] = tables["slim"]["width"]
     with pytest.raises(RecipeError) as caught:
@@ -252,8 +250,8 @@ def test_fewer_epochs_than_are_done_are_refused_before_a_word_of_resuming(
     before = RunDir(earlier).read()
     with pytest.raises(RecipeError) as caught:
         train(make_recipe("run.epochs=1"), earlier, labelled_pictures, resume=True, allow=["run.epochs"])
-    assert "would end at step 5, and it is at step 10 already" in caught.value.problem
-    assert caught.value.hint == "set run.epochs to 2 or more, or start a new run in another --out"
+    assert re.search("end at step 5, .*at step 10 already", caught.value.problem)
+    assert re.search("run.epochs to 2 or more.*another --out", caught.value.hint)
     assert "resuming" not in capsys.readouterr().err
     assert RunDir(earlier).read() == before
 
