@@ -111,14 +111,14 @@ def main() -> None:
         }
         for name, recipe in recipes.items()
     }
-    cheapest = found[YARDSTICK]["gflop"]
+    of_yardstick = found[YARDSTICK]["gflop"]
     rows = [
         [
             name,
             f"{one['ms']:.0f}",
             f"{one['ratio']:.2f} [{one['range'][0]:.2f}, {one['range'][1]:.2f}]",
             f"{one['gflop']:.2f}",
-            f"{one['gflop'] / cheapest:.2f}",
+            f"{one['gflop'] / of_yardstick:.2f}",
         ]
         for name, one in sorted(found.items(), key=lambda item: item[1]["ms"])
     ]
